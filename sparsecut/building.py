@@ -1,0 +1,121 @@
+"""Putting models together: from two names or modules, or from a saved folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from .configuration import SparseCutConfig
+from .modeling import SparseCutForConditionalGeneration
+from .plan import Plan
+from .processing import SparseCutProcessor
+
+WORLD = "world"  # names the built-in picture world's small backbones
+
+
+def build(
+    vision: str | nn.Module,
+    language: str | nn.Module,
+    plan: str | dict | Plan = "sparsecut",
+    *,
+    image_processor=None,
+    tokenizer=None,
+    image_token: str = "<image>",
+    coarse: str = "squash",
+    dtype: torch.dtype | str = torch.float32,
+    **from_pretrained,
+) -> tuple[SparseCutForConditionalGeneration, SparseCutProcessor]:
+    """Join a vision encoder and a causal language model by a plan; nothing of either is copied or changed.
+
+    vision, language: hub names, folders, "world" (the built-in small backbones), or loaded modules (then hand over
+    image_processor and tokenizer too). plan: a method's name, {"method": ..., options} or a plan. Further arguments
+    (revision, attn_implementation, ...) go to both `from_pretrained`. The plan is checked before any weight is loaded.
+    Returns (model, processor), the model in evaluation mode. Raises ValueError for what cannot be joined.
+    """
+    vision, language = resolve(vision, "vision"), resolve(language, "language")
+    vision_config, text_config = _config_of(vision), _config_of(language)
+    vision_config = getattr(vision_config, "vision_config", vision_config)  # a two-tower checkpoint such as CLIP's
+    config = SparseCutConfig(vision_config=vision_config, text_config=text_config, plan=_as_dict(plan))
+    tokenizer = tokenizer or _for_name(AutoTokenizer, language, "tokenizer")
+    image_processor = image_processor or _for_name(AutoImageProcessor, vision, "image_processor")
+    if image_token not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [image_token]}, replace_additional_special_tokens=False
+        )
+    tokenizer.padding_side = "left"  # generation continues from the last column
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+
+    if isinstance(vision, str):
+        vision = AutoModel.from_pretrained(vision, config=vision_config, dtype=dtype, **from_pretrained)
+    if isinstance(language, str):
+        language = AutoModelForCausalLM.from_pretrained(language, config=text_config, dtype=dtype, **from_pretrained)
+    for module in (*vision.modules(), *language.modules()):
+        module._is_hf_initialized = True  # ready weights are not drawn anew
+    if language.get_input_embeddings().num_embeddings <= config.image_token_id:
+        language.resize_token_embeddings(config.image_token_id + 1)
+    model = SparseCutForConditionalGeneration(config, vision_tower=vision, language_model=language)
+    model.fusion.to(next(language.parameters()).dtype)
+    model.generation_config = language.generation_config
+    model.generation_config.suppress_tokens = [config.image_token_id]
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    processor = SparseCutProcessor(
+        image_processor,
+        tokenizer,
+        image_size=config.image_size,
+        tiles=config.get_plan().tiles,
+        num_image_tokens=config.num_image_tokens,
+        coarse=coarse,
+        image_token=image_token,
+    )
+    return model.eval(), processor
+
+
+def load(folder: str | Path, **from_pretrained) -> tuple[SparseCutForConditionalGeneration, SparseCutProcessor]:
+    """A saved model and its processor, in evaluation mode; a folder or a hub name."""
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no config.json, so it is not a saved model; give the folder that training or save_pretrained wrote, "
+            f"for example {folder}/final"
+        )
+    model = SparseCutForConditionalGeneration.from_pretrained(folder, **from_pretrained)
+    return model.eval(), SparseCutProcessor.from_pretrained(folder)
+
+
+def save(model: SparseCutForConditionalGeneration, processor: SparseCutProcessor, folder: str | Path) -> None:
+    """Write model, processor and chat template into one folder that `load` and the Auto classes read."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def resolve(source, part: str):
+    """A source as given, or for "world" the shipped folder of the picture world's backbone (part: vision or language)."""
+    if source != WORLD:
+        return source
+    from . import world
+
+    return str(world.vision_path() if part == "vision" else world.language_path())
+
+
+def _config_of(source):
+    if isinstance(source, nn.Module):
+        return source.config
+    return AutoConfig.from_pretrained(source)
+
+
+def _for_name(auto_class, source, argument: str):
+    if not isinstance(source, str):
+        raise ValueError(
+            f"a loaded module was given without its {argument}; hand over {argument}=..., as the module alone does not say how its "
+            "input is prepared"
+        )
+    return auto_class.from_pretrained(source)
+
+
+def _as_dict(plan):
+    return plan.to_dict() if isinstance(plan, Plan) else plan

@@ -1,0 +1,148 @@
+"""The methods: each a function of the two depths that returns a plan. Adding one is a function here and a YAML."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from .plan import Plan, Shortcut, nearest
+
+PATTERNS = ("sparse", "dense", "bottom", "top", "reversed", "reversed_dense")
+
+
+def make_plan(spec: str | dict | Plan, vision_depth: int, language_depth: int) -> Plan:
+    """Turn a method's name, `{"method": name, **options}` or a plan in full into a plan checked against both depths."""
+    if isinstance(spec, Plan):
+        return spec.check(vision_depth, language_depth)
+    if isinstance(spec, dict) and "method" not in spec:
+        return Plan.from_dict(spec).check(vision_depth, language_depth)
+    options = {"method": spec} if isinstance(spec, str) else dict(spec)
+    name = options.pop("method")
+    if name not in METHODS:
+        raise ValueError(f"method {name!r} is not known{nearest(name, METHODS)}; allowed are {', '.join(METHODS)}")
+    allowed = [p for p in inspect.signature(METHODS[name]).parameters if not p.endswith("_depth")]
+    for key in options:
+        if key not in allowed:
+            raise ValueError(
+                f"method {name} has no option {key!r}{nearest(key, allowed)}; allowed are {', '.join(allowed) or 'none'}"
+            )
+    return METHODS[name](vision_depth, language_depth, **options).check(vision_depth, language_depth)
+
+
+def llava(vision_depth: int, language_depth: int, *, tap: int = -2, norm: bool = False) -> Plan:
+    """LLaVA-1.5 (arXiv 2310.03744): the last block but one into the input, one view."""
+    return Plan((Shortcut((tap,), 0, "pick"),), tiles=0, norm=norm)
+
+
+def hires_tokens(vision_depth: int, language_depth: int, *, tiles: int = 2, norm: bool = False) -> Plan:
+    """AnyRes of LLaVA-NeXT with a fixed square grid: fine patches as extra tokens.
+
+    Deviations: the picture is squashed, not padded, and there are no newline vectors at row ends.
+    """
+    return Plan((Shortcut((-2,), 0, "tokens"),), tiles=tiles, norm=norm)
+
+
+def hires_channels(
+    vision_depth: int, language_depth: int, *, tiles: int = 2, mix: str = "channels", norm: bool = True
+) -> Plan:
+    """SparseCut's own multi-grained module at the input only: the control that has the fine views but no shortcuts."""
+    return Plan((Shortcut((-2,), 0, mix),), tiles=tiles, norm=norm)
+
+
+def sparsecut(
+    vision_depth: int,
+    language_depth: int,
+    *,
+    count: int | None = None,
+    pattern: str = "sparse",
+    mix: str = "channels",
+    tiles: int = 2,
+    shared: bool = False,
+    norm: bool = True,
+    gate: str | None = None,
+) -> Plan:
+    """SparseCut (arXiv 2602.00505): several encoder layers, each into its own decoder layer, coarse and fine.
+
+    count: number of shortcuts; by default 8, or half the shallower depth if that is less. pattern: "sparse" spreads them
+    evenly, "dense" adds to every decoder layer (as far as there are encoder layers), "bottom" and "top" crowd the low or
+    the high layers on both sides, "reversed" sends the deepest encoder layer to the lowest decoder layer, and
+    "reversed_dense" does both. With `shared=True, norm=False` and 24 and 40 layers this is the released form,
+    `official_13b`; a norm on each tap and a projector per shortcut are the default because they did better.
+    """
+    taps, layers = shortcut_positions(vision_depth, language_depth, count, pattern)
+    shortcuts = [Shortcut((-2,), 0, mix)] + [Shortcut((t,), d, mix) for t, d in zip(taps, layers, strict=True)]
+    return Plan(tuple(shortcuts), tiles=tiles, shared=shared, norm=norm, gate=gate)
+
+
+def sparsecut_input(vision_depth: int, language_depth: int, **options) -> Plan:
+    """The control for depth: `sparsecut` with the same taps and parameters, all added to the input instead."""
+    plan = sparsecut(vision_depth, language_depth, **options)
+    return Plan(
+        tuple(Shortcut(s.taps, 0, s.mix) for s in plan.shortcuts), tiles=plan.tiles, shared=plan.shared, norm=plan.norm
+    )
+
+
+def official_13b(vision_depth: int, language_depth: int, *, mix: str = "channels") -> Plan:
+    """The released code on its 40-layer decoder: eight shortcuts, one shared path, no norm and no gate."""
+    return _official(zip((1, 4, 7, 10, 13, 16, 19, 22), (4, 9, 14, 19, 24, 29, 34, 39), strict=True), mix)
+
+
+def official_7b_as_run(vision_depth: int, language_depth: int, *, mix: str = "channels") -> Plan:
+    """The released code as its scripts run it on 32 layers: the last two of eight shortcuts never fire, so six are listed."""
+    return _official(zip((1, 4, 7, 10, 13, 16), (4, 9, 14, 19, 24, 29), strict=True), mix)
+
+
+def _official(pairs, mix):
+    shortcuts = [Shortcut((-2,), 0, mix)] + [Shortcut((tap,), layer, mix) for tap, layer in pairs]
+    return Plan(tuple(shortcuts), tiles=2, shared=True, norm=False)
+
+
+sparsecut_input.__signature__ = inspect.signature(sparsecut).replace(
+    parameters=[p for name, p in inspect.signature(sparsecut).parameters.items() if name != "gate"]
+)
+METHODS: dict[str, Callable[..., Plan]] = {
+    method.__name__: method
+    for method in (llava, hires_tokens, hires_channels, sparsecut, sparsecut_input, official_13b, official_7b_as_run)
+}
+
+
+def shortcut_positions(
+    vision_depth: int, language_depth: int, count: int | None = None, pattern: str = "sparse"
+) -> tuple[list[int], list[int]]:
+    """Taps and decoder layers of `count` shortcuts under one of the paper's patterns, both `count` long.
+
+    The even spread floor(k V / K) + 1 and floor((k + 1) L / K) - 1 gives the released lists for 24 and 40 layers. The skews
+    follow the alternatives left in the released code's comments: the power 1.6 gives its encoder list exactly and its
+    decoder lists to within two layers.
+    """
+    if pattern not in PATTERNS:
+        raise ValueError(
+            f"pattern {pattern!r} is not known{nearest(pattern, PATTERNS)}; allowed are {', '.join(PATTERNS)}"
+        )
+    most = min(vision_depth, language_depth)
+    if count is None:
+        count = most if pattern.endswith("dense") else min(8, max(1, most // 2))
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
+        raise ValueError(
+            f"count is {count!r}, but {vision_depth} encoder and {language_depth} decoder layers allow 1 to {most} shortcuts "
+            "with a layer each; choose a count in that range"
+        )
+    if pattern.endswith("dense") and count != most:
+        raise ValueError(
+            f"pattern {pattern!r} uses all {most} shortcuts these depths allow; leave count out or use 'sparse'"
+        )
+    if pattern in ("bottom", "top"):
+        return [b + 1 for b in _skewed(vision_depth, count, pattern)], _skewed(language_depth, count, pattern)
+    taps = [k * vision_depth // count + 1 for k in range(count)]
+    layers = [(k + 1) * language_depth // count - 1 for k in range(count)]
+    return (taps[::-1] if pattern.startswith("reversed") else taps), layers
+
+
+def _skewed(depth: int, count: int, pattern: str) -> list[int]:
+    power, steps = 1.6, max(count - 1, 1)
+    low = [round((depth - 1) * (k / steps) ** power) for k in range(count)]
+    for k in range(1, count):  # crowded ends of shallow models would collide
+        low[k] = max(low[k], low[k - 1] + 1)
+    for k in range(count - 1, -1, -1):
+        low[k] = min(low[k], depth - count + k)
+    return low if pattern == "bottom" else [depth - 1 - b for b in reversed(low)]

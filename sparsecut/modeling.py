@@ -1,0 +1,260 @@
+"""The model: a vision encoder, the fusion, and a causal language model that is used exactly as it is."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.utils import can_return_tuple
+
+from . import graft
+from .configuration import SparseCutConfig
+from .fusion import Fusion
+from .plan import Plan
+
+
+@dataclass
+class SparseCutImageFeatures(BaseModelOutputWithPooling):
+    """Fused features of pictures, under the names that `generate` expands for beams and cuts for chunked prefill.
+
+    pooler_output: per picture the input feature [N', H]; deepstack_features: for each layer of `plan.layers`, the same.
+    """
+
+    deepstack_features: list[list[Tensor]] | None = None
+
+
+@dataclass
+class SparseCutCausalLMOutputWithPast(ModelOutput):
+    """Loss, logits [B, L, vocabulary], cache, optional states, and the pictures' input features [tokens, H]."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor] | None = None
+    attentions: tuple[Tensor] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    r"""
+    Any supported vision encoder and causal language model, joined by a plan of sparse shortcuts (arXiv 2602.00505).
+
+    Features of layer 0 replace the placeholders' embeddings; features of a layer above are added to the hidden states that
+    enter it, at the placeholders' positions, once per prompt. Ready modules can be handed over instead of being made anew.
+    """
+
+    config: SparseCutConfig
+    config_class = SparseCutConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["Path"]
+
+    def __init__(
+        self, config: SparseCutConfig, vision_tower: nn.Module | None = None, language_model: nn.Module | None = None
+    ):
+        super().__init__(config)
+        self.plan: Plan = config.get_plan()
+        self.vision_tower = vision_tower if vision_tower is not None else AutoModel.from_config(config.vision_config)
+        self.language_model = (
+            language_model if language_model is not None else AutoModelForCausalLM.from_config(config.text_config)
+        )
+        check_language_model(self.language_model)
+        self.fusion = Fusion(
+            self.plan,
+            vision_depth=config.vision_depth,
+            vision_dim=config.vision_config.hidden_size,
+            language_dim=config.text_config.get_text_config().hidden_size,
+            rows=config.patch_rows,
+        )
+        graft.connect_encoder(self.vision_tower, self.plan.resolved_taps(config.vision_depth), config.vision_depth)
+        graft.connect_decoder(self.language_model, self.plan.layers, config.language_depth)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings):
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self):
+        return self.language_model.get_decoder()
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by the names a recipe trains: vision, fusion, language (its head included) and head alone."""
+        head = self.get_output_embeddings()
+        return {
+            "vision": list(self.vision_tower.parameters()),
+            "fusion": list(self.fusion.parameters()),
+            "language": list(self.language_model.parameters()),
+            "head": list(head.parameters()) if head is not None else [],
+        }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, Fusion):
+            for weight, bias, bound in module.initial_values():
+                init.uniform_(weight, -bound, bound)
+                init.uniform_(bias, -bound, bound)
+            init.constant_(module.gates, 0.0 if self.plan.gate == "zero" else 1.0)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> SparseCutImageFeatures:
+        """Encode pictures [P, 1 + tiles^2, 3, S, S], coarse view first, and fuse their taps for every layer of the plan.
+
+        A plan without fine views also takes [P, 3, S, S]. Raises ValueError on any other shape.
+        """
+        size, num_views = self.config.image_size, self.plan.num_views
+        if pixel_values.dim() == 4 and num_views == 1:
+            pixel_values = pixel_values.unsqueeze(1)
+        if tuple(pixel_values.shape[1:]) != (num_views, 3, size, size):
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, but this model's plan (tiles={self.plan.tiles}) and encoder "
+                f"need (pictures, {num_views}, 3, {size}, {size}), coarse view first; prepare pictures with the model's own processor"
+            )
+        pixels = pixel_values.flatten(0, 1).to(self.vision_tower.dtype)
+        taps = self.plan.resolved_taps(self.config.vision_depth)
+        states = graft.read_taps(self.vision_tower, pixels, self.config.patch_rows**2, taps)
+        fused = self.fusion({tap: x.unflatten(0, (-1, num_views)) for tap, x in states.items()})
+        return SparseCutImageFeatures(
+            pooler_output=list(fused[0]),
+            deepstack_features=[list(fused[layer]) for layer in self.plan.layers] or None,
+        )
+
+    def image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """Where image tokens stand, [B, L]: by id, or by embedding where only embeddings are given."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, SparseCutImageFeatures] | None = None,
+        **kwargs,
+    ) -> SparseCutCausalLMOutputWithPast:
+        """One pass over a prompt, its continuation, or a training batch.
+
+        input_ids [B, L] with `config.image_token_id` once per image token; pixel_values [P, 1 + tiles^2, 3, S, S] for the pictures
+        that are there, in reading order over the batch; mm_encoder_outputs: {"image": get_image_features(...)} instead of pixels.
+        Raises ValueError where image tokens and features do not match, RuntimeError where a shortcut did not fire exactly once.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        images = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None and images is not None:
+            raise ValueError("give either pixel_values or mm_encoder_outputs, and not both: they are the same pictures")
+        if pixel_values is not None:
+            images = self.get_image_features(pixel_values)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        mask = self.image_mask(input_ids, inputs_embeds)
+        started = past_key_values is not None and past_key_values.get_seq_length() > 0
+        check_image_tokens(mask, images, started)
+
+        features, image_hidden_states = {}, None
+        if images is not None:
+            image_hidden_states = torch.cat(list(images.pooler_output)).to(inputs_embeds)
+            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_hidden_states)
+            features = {
+                d: torch.cat(list(f)) for d, f in zip(self.plan.layers, images.deepstack_features or (), strict=True)
+            }
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+
+        arguments = {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
+        if known_arguments(self.language_model) >= {"logits_to_keep"}:
+            arguments["logits_to_keep"] = logits_to_keep
+        arguments = {k: v for k, v in arguments.items() if v is not None and accepts(self.language_model, k)}
+
+        def run():
+            return self.language_model(
+                inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **arguments
+            )
+
+        outputs = graft.inject(run, mask, features)
+        logits = outputs.logits
+        if self.config.mask_image_token:
+            logits = logits.index_fill(
+                -1, torch.tensor([self.config.image_token_id], device=logits.device), torch.finfo(logits.dtype).min
+            )
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+            if images is None and self.training:
+                # A text-only batch leaves fusion unused on this rank, but DDP needs a gradient from every rank.
+                loss = loss + 0.0 * sum(p.sum() for p in self.fusion.parameters() if p.requires_grad)
+        return SparseCutCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            image_hidden_states=image_hidden_states,
+        )
+
+
+def known_arguments(module: nn.Module) -> set[str]:
+    """Names of the parameters of a module's forward."""
+    return set(inspect.signature(type(module).forward).parameters)
+
+
+def accepts(module: nn.Module, name: str) -> bool:
+    """Whether a module's forward takes an argument by this name."""
+    return bool(known_arguments(module) & {name, "kwargs"})
+
+
+def check_language_model(module: nn.Module) -> None:
+    """Refuse a language model that cannot be given embeddings and a cache, before anything is connected to it."""
+    if missing := {"inputs_embeds", "past_key_values"} - known_arguments(module):
+        raise ValueError(
+            f"{type(module).__name__} does not take {' or '.join(sorted(missing))}, which feeding image features and generating need; "
+            "use a decoder-only transformer such as Llama, Qwen or Mistral"
+        )
+
+
+def check_image_tokens(mask: Tensor, images: SparseCutImageFeatures | None, started: bool) -> None:
+    """Raise ValueError unless features and image tokens are equally many.
+
+    Tokens of a continuation may hold a placeholder without features (candidates that assisted decoding guessed from the prompt).
+    """
+    if torch.compiler.is_compiling() or (images is None and started):
+        return
+    wanted, given = int(mask.sum()), 0 if images is None else sum(len(f) for f in images.pooler_output)
+    if wanted != given:
+        raise ValueError(
+            f"the prompts hold {wanted} image tokens, but the pictures given make {given}; every picture's placeholder must be "
+            "expanded to all of its image tokens and none cut off (a length limit?): use the model's processor, one placeholder per picture"
+        )

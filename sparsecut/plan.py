@@ -1,0 +1,177 @@
+"""The connection plan: which encoder layers are read, how they are mixed, and where the language model receives them.
+
+A plan is frozen data, equal to its JSON, and knows nothing of torch. Encoder layers ("taps") are numbered like Hugging
+Face `hidden_states`: 0 is the embedding output, k the output of block k counted from 1, negatives count from the end
+(-2 is the last block but one). Decoder layers are numbered from 0; features are added *before* a layer, and layer 0 is
+the input embedding itself, whose image positions start at zero.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, fields
+
+MIXES = ("pick", "channels", "tokens", "attend")
+GATES = (None, "zero", "one")
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """Read `taps` of the encoder, mix them, add the result before decoder layer `layer`.
+
+    `mix` is one of `pick` (one grain of the last tap), `channels` (all taps and grains of a patch side by side), `tokens`
+    (grains one after the other: a longer prompt) and `attend` (coarse patches of the last tap attend to everything
+    else). `grain` is read by `pick` only: 0 is the coarse patch, 1 to tiles^2 the fine patches under it, row by row.
+    """
+
+    taps: tuple[int, ...]
+    layer: int
+    mix: str = "pick"
+    grain: int = 0
+
+    def __post_init__(self):
+        taps = (self.taps,) if isinstance(self.taps, int) else tuple(self.taps)
+        object.__setattr__(self, "taps", taps)
+        numbers = (*taps, self.layer, self.grain)
+        if not taps or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
+            raise ValueError(
+                f"a shortcut needs whole numbers for taps (at least one), layer and grain, but was given taps={self.taps!r}, "
+                f"layer={self.layer!r}, grain={self.grain!r}; write for example Shortcut(taps=(-2,), layer=0)"
+            )
+        if self.mix not in MIXES:
+            raise ValueError(f"mix {self.mix!r} is not known{nearest(self.mix, MIXES)}; allowed are {', '.join(MIXES)}")
+        if self.grain and self.mix != "pick":
+            raise ValueError(
+                f"grain={self.grain} has no effect with mix={self.mix!r}, which uses every grain; leave grain at 0 or use mix='pick'"
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model's shortcuts and what they have in common.
+
+    tiles: 0 reads one coarse view; t >= 2 adds a t x t grid of finer views, so a picture is 1 + t^2 views.
+    shared: one mixer and projector for all shortcuts of the same kind, instead of one each.
+    norm: LayerNorm without parameters on every tapped feature, before mixing.
+    gate: None adds features as they are; "zero" and "one" give every shortcut above layer 0 a trained factor with that start.
+    """
+
+    shortcuts: tuple[Shortcut, ...]
+    tiles: int = 0
+    shared: bool = False
+    norm: bool = True
+    gate: str | None = None
+
+    def __post_init__(self):
+        shortcuts = tuple(s if isinstance(s, Shortcut) else _from_dict(Shortcut, s) for s in self.shortcuts)
+        object.__setattr__(self, "shortcuts", shortcuts)
+        if self.gate not in GATES:
+            raise ValueError(f"gate {self.gate!r} is not known; allowed are none, 'zero' and 'one'")
+        if not isinstance(self.shared, bool) or not isinstance(self.norm, bool):
+            raise ValueError(
+                f"shared and norm are true or false, but shared={self.shared!r} and norm={self.norm!r} were given"
+            )
+        if isinstance(self.tiles, bool) or not isinstance(self.tiles, int) or self.tiles < 0 or self.tiles == 1:
+            raise ValueError(
+                f"tiles is {self.tiles!r}, but must be 0 (coarse view only) or at least 2 (a grid of finer views)"
+            )
+        self._check_shortcuts()
+
+    def _check_shortcuts(self):
+        if not any(s.layer == 0 for s in self.shortcuts):
+            raise ValueError(
+                "no shortcut of the plan adds to layer 0, so image positions would enter the language model as zeros; "
+                "add one, e.g. Shortcut(taps=(-2,), layer=0)"
+            )
+        for i, s in enumerate(self.shortcuts):
+            if not 0 <= s.grain < self.num_grains:
+                raise ValueError(
+                    f"shortcut {i} picks grain {s.grain}, but with tiles={self.tiles} the grains are 0 to {self.num_grains - 1}; "
+                    "use a smaller grain or more tiles"
+                )
+            if s.mix == "attend" and len(s.taps) * self.num_grains == 1:
+                raise ValueError(
+                    f"shortcut {i} has mix='attend' but nothing to attend to: one tap and tiles=0; set tiles=2 or add taps"
+                )
+        lengths = {s.mix == "tokens" and self.tiles > 0 for s in self.shortcuts}
+        if len(lengths) > 1:
+            raise ValueError(
+                "the plan mixes 'tokens' with other mixers, whose numbers of image tokens differ "
+                f"(1 against {self.num_grains} per patch); use 'tokens' for all shortcuts or for none"
+            )
+
+    @property
+    def num_grains(self) -> int:
+        """Features per coarse patch: itself and the tiles^2 fine patches under it."""
+        return 1 + self.tiles**2
+
+    @property
+    def num_views(self) -> int:
+        """Encoder passes per picture: the coarse view and tiles^2 fine ones."""
+        return 1 + self.tiles**2
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Decoder layers above 0 that receive features, ascending, each once."""
+        return tuple(sorted({s.layer for s in self.shortcuts if s.layer > 0}))
+
+    def image_tokens(self, num_patches: int) -> int:
+        """Positions one picture takes in the prompt, for an encoder with `num_patches` patches per view."""
+        return num_patches * (self.num_grains if self.shortcuts[0].mix == "tokens" else 1)
+
+    def resolved_taps(self, vision_depth: int) -> tuple[int, ...]:
+        """Every tap as a non-negative hidden-state number, ascending, each once."""
+        return tuple(sorted({tap % (vision_depth + 1) for s in self.shortcuts for tap in s.taps}))
+
+    def check(
+        self, vision_depth: int, language_depth: int, *, vision="the encoder", language="the language model"
+    ) -> Plan:
+        """Return the plan if every shortcut can fire on these depths, else say which cannot."""
+        for i, s in enumerate(self.shortcuts):
+            for tap in s.taps:
+                if not -vision_depth - 1 <= tap <= vision_depth:
+                    raise ValueError(
+                        f"shortcut {i} reads tap {tap}, but {vision} has hidden states 0 to {vision_depth} (or -1 to "
+                        f"{-vision_depth - 1} from the end); use one of those or a plan made for {vision_depth} encoder layers"
+                    )
+            if not 0 <= s.layer < language_depth:
+                raise ValueError(
+                    f"shortcut {i} adds to layer {s.layer}, but {language} has layers 0 to {language_depth - 1}, so it would "
+                    f"never fire; use a smaller layer or a plan made for {language_depth} layers, "
+                    f"e.g. sparsecut({vision_depth}, {language_depth})"
+                )
+        return self
+
+    def to_dict(self) -> dict:
+        """Plain lists, numbers and strings: what JSON and YAML hold."""
+        plain = asdict(self)
+        plain["shortcuts"] = [{**s, "taps": list(s["taps"])} for s in plain["shortcuts"]]
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict) -> Plan:
+        """The plan that `to_dict` wrote; unknown keys are refused."""
+        return _from_dict(cls, plain)
+
+
+def _from_dict(cls, plain):
+    names = [f.name for f in fields(cls)]
+    if not isinstance(plain, dict):
+        raise ValueError(
+            f"a {cls.__name__.lower()} is written as keys and values, but {plain!r} was given; keys are {', '.join(names)}"
+        )
+    for key in plain:
+        if key not in names:
+            raise ValueError(
+                f"a {cls.__name__.lower()} has no key {key!r}{nearest(key, names)}; allowed are {', '.join(names)}"
+            )
+    needed = names[:2] if cls is Shortcut else names[:1]
+    if missing := [name for name in needed if name not in plain]:
+        raise ValueError(f"a {cls.__name__.lower()} needs {' and '.join(missing)}, but {plain!r} was given; add it")
+    return cls(**plain)
+
+
+def nearest(word, words) -> str:
+    """A hint for error messages: the allowed word closest to the one given, or nothing."""
+    close = difflib.get_close_matches(str(word), list(words), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,75 @@
+"""Make transformers' Auto classes know SparseCut, without importing transformers before the user does.
+
+`import sparsecut` must stay light, yet `AutoModelForImageTextToText.from_pretrained(folder)` must work after it. So a
+finder waits for the Auto modules and registers the configuration and the processor as each has been imported; the model
+class follows when the first configuration is made, since importing it earlier would run into transformers' own
+half-finished imports.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+
+CONFIGURATIONS = "transformers.models.auto.configuration_auto"
+PROCESSORS = "transformers.models.auto.processing_auto"
+
+
+def register_configuration() -> None:
+    """Teach AutoConfig our model type."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from .configuration import SparseCutConfig
+
+    CONFIG_MAPPING.register("sparsecut", SparseCutConfig, exist_ok=True)
+
+
+def register_processor() -> None:
+    """Teach AutoProcessor our processor."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    from .configuration import SparseCutConfig
+    from .processing import SparseCutProcessor
+
+    PROCESSOR_MAPPING.register(SparseCutConfig, SparseCutProcessor, exist_ok=True)
+
+
+def register_model() -> None:
+    """Teach the Auto model classes ours."""
+    from transformers.models.auto import modeling_auto
+
+    from .configuration import SparseCutConfig
+    from .modeling import SparseCutForConditionalGeneration
+
+    for mapping in (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING):
+        mapping.register(SparseCutConfig, SparseCutForConditionalGeneration, exist_ok=True)
+
+
+class _Waiter(importlib.abc.MetaPathFinder):
+    """Runs a registration right after its module has been imported."""
+
+    waiting = {CONFIGURATIONS: register_configuration, PROCESSORS: register_processor}
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in self.waiting:
+            return None
+        register = self.waiting.pop(name)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            register()
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def register_when_needed() -> None:
+    """Register what is already imported now, and the rest when it is."""
+    for name in (CONFIGURATIONS, PROCESSORS):
+        if name in sys.modules:
+            _Waiter.waiting.pop(name)()
+    if _Waiter.waiting:
+        sys.meta_path.insert(0, _Waiter())
