@@ -6,6 +6,8 @@ neither; the numbers here follow it, and the plan of the resulting model holds o
 
 from __future__ import annotations
 
+import copy
+
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
@@ -50,11 +52,11 @@ def official_plan(
         )
     if taps is None:
         # With the plain projector the released code injects the first eight blocks, whatever its list says.
-        taps = range(8) if fusion == "mlp2x_gelu" else TAPS
-        taps = list(taps)[: len(layers) if layers is not None else None]
-        taps = taps if layers is not None else [t for t, d in zip(taps, LAYERS, strict=True) if d < language_depth]
+        taps = list(range(8)) if fusion == "mlp2x_gelu" else list(TAPS)
+        taps = taps if layers is None else taps[: len(layers)]
     if layers is None:
         layers = [d for d in LAYERS if d < language_depth][: len(taps)]
+        taps = list(taps)[: len(layers)]
     if len(taps) != len(layers):
         raise ValueError(
             f"{len(taps)} taps and {len(layers)} layers do not pair up: taps={list(taps)}, layers={list(layers)}; give one layer per "
@@ -84,6 +86,7 @@ def from_official(
     reversed order is taps=[23, 20, ..., 2], input_tap=0. The placeholder becomes a token appended to the vocabulary,
     `config.image_token_id`, that no loss and no decoding sees. Raises ValueError for missing or left-over weights.
     """
+    vision_config, text_config = copy.deepcopy(vision_config), copy.deepcopy(text_config)  # the caller's stay as they are
     shell = SparseCutConfig(vision_config=vision_config, text_config=text_config, plan="llava")
     vision_config, text_config = shell.vision_config, shell.text_config
     plan = official_plan(fusion, shell.vision_depth, shell.language_depth, taps, layers, input_tap)

@@ -1,0 +1,93 @@
+"""A plan is frozen data, equal to its JSON, and refuses what could not fire."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from sparsecut.methods import METHODS, PATTERNS, make_plan, official_7b_as_run, official_13b, shortcut_positions, sparsecut
+from sparsecut.plan import Plan, Shortcut
+
+
+@pytest.mark.parametrize("name", [m for m in METHODS if m != "official_13b"])
+def test_a_plan_equals_its_json_and_its_yaml(name):
+    plan = make_plan(name, 24, 32)
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert Plan.from_dict(yaml.safe_load(yaml.safe_dump(plan.to_dict()))) == plan
+    assert make_plan(plan.to_dict(), 24, 32) == plan
+
+
+def test_a_plan_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        sparsecut(24, 32).tiles = 3
+
+
+def test_plans_load_without_torch():
+    code = "import sparsecut.methods, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_released_lists_come_out_of_the_even_spread():
+    assert official_13b(24, 40) == sparsecut(24, 40, shared=True, norm=False)
+    assert [s.layer for s in official_7b_as_run(24, 32).shortcuts] == [0, 4, 9, 14, 19, 24, 29]
+    assert [s.taps[0] for s in official_7b_as_run(24, 32).shortcuts] == [-2, 1, 4, 7, 10, 13, 16]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("depths", [(24, 32), (24, 40), (8, 6), (12, 12), (2, 2)])
+def test_every_pattern_fits_every_depth(pattern, depths):
+    plan = make_plan({"method": "sparsecut", "pattern": pattern}, *depths)
+    taps, layers = shortcut_positions(*depths, pattern=pattern)
+    assert len(set(layers)) == len(layers) == len(taps) == len(plan.shortcuts) - 1
+    assert sorted(layers) == layers and all(1 <= t <= depths[0] for t in taps)
+
+
+def test_patterns_are_what_they_are_called():
+    def positions(pattern):
+        return shortcut_positions(24, 32, 8, pattern)
+
+    sparse, bottom, top, back = (positions(p) for p in ("sparse", "bottom", "top", "reversed"))
+    assert bottom[0] == [1, 2, 4, 7, 10, 14, 19, 24]  # the list that stands in the released code's comments, plus one
+    assert sum(bottom[1]) < sum(sparse[1]) < sum(top[1]) and sum(bottom[0]) < sum(top[0])
+    assert back == (sparse[0][::-1], sparse[1])
+    assert shortcut_positions(24, 24, pattern="dense")[1] == list(range(24))
+
+
+def test_the_control_has_the_same_taps_at_the_input():
+    plan, control = make_plan("sparsecut", 24, 32), make_plan("sparsecut_input", 24, 32)
+    assert [s.taps for s in control.shortcuts] == [s.taps for s in plan.shortcuts]
+    assert control.layers == () and control.num_views == plan.num_views == 5
+
+
+BAD = {
+    "shortcut 1 adds to layer 32, but the language model has layers 0 to 31": lambda: Plan(
+        (Shortcut((-2,), 0), Shortcut((3,), 32))
+    ).check(24, 32),
+    "shortcut 0 reads tap 25, but the encoder has hidden states 0 to 24": lambda: Plan((Shortcut((25,), 0),)).check(24, 32),
+    "shortcut 8 adds to layer 39, but": lambda: make_plan("official_13b", 24, 36),
+    "no shortcut of the plan adds to layer 0": lambda: Plan((Shortcut((1,), 3),)),
+    "mix 'chanels' is not known (did you mean 'channels'?)": lambda: Shortcut((1,), 0, "chanels"),
+    "picks grain 4, but with tiles=0": lambda: Plan((Shortcut((1,), 0, "pick", 4),)),
+    "grain=2 has no effect": lambda: Shortcut((1,), 0, "channels", 2),
+    "nothing to attend to": lambda: Plan((Shortcut((-2,), 0, "attend"),)),
+    "numbers of image tokens differ": lambda: Plan((Shortcut((-2,), 0, "tokens"), Shortcut((1,), 2)), tiles=2),
+    "tiles is 1, but": lambda: Plan((Shortcut((-2,), 0),), tiles=1),
+    "gate 'half' is not known": lambda: Plan((Shortcut((-2,), 0),), gate="half"),
+    "method 'sparscut' is not known (did you mean 'sparsecut'?)": lambda: make_plan("sparscut", 24, 32),
+    "has no option 'cuont' (did you mean 'count'?)": lambda: make_plan({"method": "sparsecut", "cuont": 3}, 24, 32),
+    "count is 9, but 8 encoder and 6 decoder layers allow 1 to 6": lambda: make_plan(
+        {"method": "sparsecut", "count": 9}, 8, 6
+    ),
+    "has no key 'layre' (did you mean 'layer'?)": lambda: Plan.from_dict({"shortcuts": [{"taps": [1], "layre": 0}]}),
+    "a plan needs shortcuts": lambda: Plan.from_dict({"tiles": 2}),
+    "needs whole numbers for taps": lambda: Shortcut((), 0),
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_what_cannot_fire_is_refused_in_a_sentence(words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        BAD[words]()
