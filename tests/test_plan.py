@@ -8,7 +8,15 @@ import sys
 import pytest
 import yaml
 
-from sparsecut.methods import METHODS, PATTERNS, make_plan, official_7b_as_run, official_13b, shortcut_positions, sparsecut
+from sparsecut.methods import (
+    METHODS,
+    PATTERNS,
+    make_plan,
+    official_7b_as_run,
+    official_13b,
+    shortcut_positions,
+    sparsecut,
+)
 from sparsecut.plan import Plan, Shortcut
 
 
@@ -66,7 +74,9 @@ BAD = {
     "shortcut 1 adds to layer 32, but the language model has layers 0 to 31": lambda: Plan(
         (Shortcut((-2,), 0), Shortcut((3,), 32))
     ).check(24, 32),
-    "shortcut 0 reads tap 25, but the encoder has hidden states 0 to 24": lambda: Plan((Shortcut((25,), 0),)).check(24, 32),
+    "shortcut 0 reads tap 25, but the encoder has hidden states 0 to 24": lambda: Plan((Shortcut((25,), 0),)).check(
+        24, 32
+    ),
     "shortcut 8 adds to layer 39, but": lambda: make_plan("official_13b", 24, 36),
     "no shortcut of the plan adds to layer 0": lambda: Plan((Shortcut((1,), 3),)),
     "mix 'chanels' is not known (did you mean 'channels'?)": lambda: Shortcut((1,), 0, "chanels"),
