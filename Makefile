@@ -1,0 +1,39 @@
+# Everything runs in .venv, which `make install` fills from constraints.txt. PYTHON and PIP_ARGS can be set, for example
+# PIP_ARGS="--index-url ..." for another build of torch.
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+
+.PHONY: help install demo test style check grid bench clean
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+install: .venv/installed  ## Put the project and all it needs into .venv
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "SparseCut needs Python 3.11 or newer, but $(PYTHON) is `$(PYTHON) --version`; set PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "$(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv"; rm -rf .venv; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install  ## Train and compare plain fusion, two controls and SparseCut on the picture world (6 minutes)
+	$(BIN)/sparsecut demo --out runs/demo
+
+test: install  ## Run the tests (offline, under five minutes on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+style: install  ## Check formatting and lint
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+
+check: style test  ## What CI runs
+
+grid: install  ## Run every model family and write docs/support.md (slow)
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/grid.py
+
+bench: install  ## Memory and time of a prompt pass, plan by plan
+	$(BIN)/python benchmarks/prompt.py --plan llava --plan hires_channels --plan official_13b --plan sparsecut
+
+clean:  ## Remove .venv and caches, keep runs/
+	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info
