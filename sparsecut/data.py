@@ -1,0 +1,115 @@
+"""What a stage learns from: checked examples, one item each for a DataLoader, and batches for the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .labels import IGNORED, encode
+from .records import Example, choose, read_examples, read_source
+
+__all__ = ["Collator", "Example", "TrainingData", "check_examples", "choose", "encode", "read_examples", "read_source"]
+CACHED_TOKENS = 20_000_000  # token ids kept from one epoch to the next: at most some 160 MB
+logger = logging.getLogger(__name__)
+
+
+def check_examples(
+    examples: Sequence[Example],
+    processor,
+    *,
+    template: str = "chat",
+    max_length: int | None = None,
+    limit: int | None = None,
+    open_pictures: bool = False,
+    problems: list[str] | None = None,
+) -> list[Example]:
+    """The examples that a model can be trained on: all are encoded once, and with open_pictures every picture is opened.
+
+    max_length: cut there; limit: what the language model can take, longer records are refused. Raises ValueError at the first bad
+    record or, where a list of problems is given, notes a sentence there and leaves the record out.
+    """
+    good = []
+    for example in examples:
+        try:
+            length = len(encode(example, processor, template, max_length=max_length)["input_ids"])
+            if limit is not None and length > limit:
+                raise ValueError(
+                    f"{example.source}: the record has {length} tokens, but the language model takes {limit}; set the stage's "
+                    "max_length to cut such records, or skip them (on_error: skip)"
+                )
+            if open_pictures:
+                example.pictures()
+            good.append(example)
+        except ValueError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+    return good
+
+
+class TrainingData(Dataset):
+    """Examples as items: input_ids [L], labels [L] and, where there are pictures, pixel_values [n, 1 + tiles^2, 3, S, S].
+
+    Pictures are opened when an item is asked for; token ids of what has been seen are kept, up to a limit.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], processor, *, template: str = "chat", max_length: int | None = None
+    ):
+        self.examples, self.processor = list(examples), processor
+        self.template, self.max_length = template, max_length
+        self._encoded: dict[int, dict[str, Tensor]] = {}
+        self._room = CACHED_TOKENS
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item, example = dict(self._tokens(index)), self.examples[index]
+        if example.images:
+            item["pixel_values"] = self.processor.pixels(example.pictures())
+        return item
+
+    def _tokens(self, index: int) -> dict[str, Tensor]:
+        if index in self._encoded:
+            return self._encoded[index]
+        encoded = encode(self.examples[index], self.processor, self.template, max_length=self.max_length)
+        item = {name: torch.tensor(values, dtype=torch.int32) for name, values in encoded.items()}
+        self._room -= len(item["input_ids"])
+        if self._room >= 0:
+            self._encoded[index] = item
+        return item
+
+
+class Collator:
+    """Items to a batch: input_ids, attention_mask and labels [B, L] padded on the right, pixel_values [pictures, ...].
+
+    Pictures of all items follow one another in reading order; a batch without any has no pixel_values.
+    """
+
+    def __init__(self, processor):
+        token = processor.tokenizer.pad_token_id
+        self.pad_token_id = processor.tokenizer.eos_token_id if token is None else token
+
+    def __call__(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        if all(len(item["labels"]) == 0 or (item["labels"][1:] == IGNORED).all() for item in items):
+            raise ValueError("no item of the batch has a token to learn: all labels are masked")
+        shape = len(items), max(len(item["input_ids"]) for item in items)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "labels": torch.full(shape, IGNORED),
+        }
+        for row, item in enumerate(items):
+            length = len(item["input_ids"])
+            batch["input_ids"][row, :length] = item["input_ids"]
+            batch["attention_mask"][row, :length] = 1
+            batch["labels"][row, :length] = item["labels"]
+        pictures = [item["pixel_values"] for item in items if "pixel_values" in item]
+        if pictures:
+            batch["pixel_values"] = torch.cat(pictures)
+        return batch

@@ -1,0 +1,268 @@
+"""The file a user writes: a model, its plan, the stages of its training and what it is evaluated on.
+
+A recipe is frozen data, equal to its YAML, and knows nothing of torch. Relative paths are relative to the working
+directory, where the command was typed; paths may name environment variables ("$DATA/train.json"), which are read when the
+path is used. `dump_recipe` writes the recipe as it ran, so that this file alone repeats the run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import get_args, get_origin, get_type_hints
+
+import yaml
+
+from .plan import nearest
+from .yaml_text import override, read_yaml
+
+PARTS = ("vision", "fusion", "language", "head")
+TEMPLATES = ("chat", "plain")
+ON_ERROR = ("stop", "skip")
+KINDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    dict: "keys and values",
+    tuple: "a list",
+    NoneType: "nothing",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Records in LLaVA's format (path: .json, .jsonl or .parquet) and their pictures (images: a folder or a tar archive).
+
+    images: None means the folder of `path`. on_error: "stop" at a bad record, or "skip" and count it. where: a regular
+    expression that a record's id must contain; hold_out: one that it must not; group: one whose parentheses catch the group
+    of a record that names none. keep: at most so many, a fixed random choice.
+    """
+
+    path: str
+    images: str | None = None
+    on_error: str = "stop"
+    where: str | None = None
+    hold_out: str | None = None
+    group: str | None = None
+    keep: int | None = None
+
+    def __post_init__(self):
+        _check_types(self)
+        _one_of("on_error", self.on_error, ON_ERROR)
+        for name in ("where", "hold_out", "group"):
+            _check_pattern(name, getattr(self, name))
+        if self.group and re.compile(self.group).groups != 1:
+            raise ValueError(f"group is {self.group!r}, but needs one pair of parentheses, around what names the group")
+        if self.keep is not None and self.keep < 1:
+            raise ValueError(f"keep is {self.keep}, but at least 1 record must be kept; leave it out to keep all")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Where training starts: a vision encoder and a language model to join, or a saved SparseCut model (base)."""
+
+    vision: str | None = None
+    language: str | None = None
+    base: str | None = None
+
+    def __post_init__(self):
+        _check_types(self)
+        given = [name for name in ("vision", "language", "base") if getattr(self, name) is not None]
+        if given not in (["vision", "language"], ["base"]):
+            raise ValueError(
+                f"a model is either vision and language, or base, but {' and '.join(given) or 'none of them'} was given; "
+                "name an encoder and a language model to join, or a saved model to go on from"
+            )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One round of training: what it learns from (data), which parts learn (train), and how (args, lr).
+
+    args: `TrainingArguments` of transformers, nothing renamed. lr: a learning rate for some of the trained parts, the others
+    take `args.learning_rate`. template: "chat" (the tokenizer's own) or "plain" (picture, then caption). max_length:
+    longer records are cut to so many tokens; None takes the language model's limit and refuses longer ones.
+    """
+
+    name: str
+    data: tuple[Source, ...]
+    train: tuple[str, ...]
+    args: dict = field(default_factory=dict)
+    lr: dict = field(default_factory=dict)
+    template: str = "chat"
+    max_length: int | None = None
+
+    def __post_init__(self):
+        _as_tuples(self, "data", "train")
+        _check_types(self)
+        if not re.fullmatch(r"[\w-]+", self.name) or self.name == "final":
+            raise ValueError(
+                f"name is {self.name!r}, but it names a folder: use letters, digits, - and _, and not 'final'"
+            )
+        for part in self.train:
+            _one_of("train names a part that", part, PARTS)
+        if not self.train or not self.data:
+            raise ValueError(
+                f"stage {self.name} would train nothing; give it data and parts to train among {', '.join(PARTS)}"
+            )
+        for part, rate in self.lr.items():
+            if part not in self.train and not (part == "head" and "language" in self.train):
+                raise ValueError(
+                    f"lr is set for {part!r}, but stage {self.name} trains {', '.join(self.train)}; "
+                    "add the part to `train` or remove its learning rate"
+                )
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or rate < 0:
+                raise ValueError(f"lr.{part} is {rate!r}, but a learning rate is a number like 1e-3")
+        _one_of("template", self.template, TEMPLATES)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the trained model is asked: data, answer length and batch size."""
+
+    data: tuple[Source, ...]
+    max_new_tokens: int = 16
+    batch_size: int = 16
+
+    def __post_init__(self):
+        _as_tuples(self, "data")
+        _check_types(self)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model, its plan (fusion: a method's name, a method with options, or a plan in full), and the stages of its training.
+
+    fusion is None only where the model is a saved one, which has its plan.
+    """
+
+    model: Model
+    stages: tuple[Stage, ...]
+    output: str
+    fusion: str | dict | None = None
+    evaluate: Evaluation | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        _as_tuples(self, "stages")
+        _check_types(self)
+        if (self.fusion is None) == (self.model.base is None):
+            raise ValueError(
+                f"fusion is {self.fusion!r} and model.base is {self.model.base!r}, but exactly one of them must be given: "
+                "a new model needs a plan, for example `fusion: {method: sparsecut}`, and a saved one has its own"
+            )
+        names = [stage.name for stage in self.stages]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"stages are named {names}, but at least one stage is needed and names must differ")
+
+
+CHILDREN = {
+    Recipe: {"model": Model, "stages": Stage, "evaluate": Evaluation},
+    Stage: {"data": Source},
+    Evaluation: {"data": Source},
+}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and change it by dotted overrides such as "stages.0.args.max_steps=10"; ValueError if wrong."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no recipe {path}; give a YAML file such as configs/tiny.yaml")
+    return parse_recipe(read_yaml(path.read_text(encoding="utf-8"), str(path)), overrides, name=str(path))
+
+
+def parse_recipe(plain: dict, overrides: Sequence[str] = (), *, name: str = "recipe") -> Recipe:
+    """A recipe from plain keys and values, as YAML holds them; `name` stands at the start of error messages."""
+    for change in overrides:
+        plain = override(plain, change)
+    return _build(Recipe, plain, name, "")
+
+
+def dump_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Write the recipe with everything that was decided, so that loading the file gives an equal recipe."""
+    plain = asdict(recipe, dict_factory=lambda items: {k: v for k, v in items if v is not None and v != {}})
+    for holder in (*plain["stages"], plain.get("evaluate", {})):
+        if len(holder.get("data", ())) == 1:
+            holder["data"] = holder["data"][0]
+    text = yaml.safe_dump(_plain_lists(plain), sort_keys=False, allow_unicode=True, width=110)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def expand_path(text: str) -> str:
+    """A path with its environment variables and `~` filled in; ValueError for a variable that is not set."""
+    expanded = os.path.expanduser(os.path.expandvars(text))
+    if missing := re.search(r"\$\{?(\w+)", expanded):
+        raise ValueError(
+            f"the path {text} names the environment variable {missing[1]}, which is not set; "
+            f"set it first (export {missing[1]}=...) or write the path in full"
+        )
+    return expanded
+
+
+def _build(cls, plain, name: str, at: str):
+    """A dataclass from keys and values; `at` is the dotted place inside the file, for messages."""
+    names = [f.name for f in fields(cls)]
+    if not isinstance(plain, dict):
+        raise ValueError(f"{name}: {at or 'the file'} is {plain!r}, but keys and values are needed: {', '.join(names)}")
+    for key in plain:
+        if key not in names:
+            raise ValueError(
+                f"{name}: {_join(at, key)} is not known{nearest(key, names)}; allowed {'in ' + at if at else 'at the top'} "
+                f"are {', '.join(names)}"
+            )
+    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [key for key in needed if plain.get(key) is None]:
+        raise ValueError(f"{name}: {at or 'the file'} lacks {' and '.join(missing)}; add what is missing")
+    values = {key: value for key, value in plain.items() if value is not None}
+    for key, child in CHILDREN.get(cls, {}).items():
+        if isinstance(values.get(key), list):
+            values[key] = tuple(
+                _build(child, item, name, f"{_join(at, key)}.{i}") for i, item in enumerate(values[key])
+            )
+        elif key in values:
+            values[key] = _build(child, values[key], name, _join(at, key))
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{name}: {at + ': ' if at else ''}{error}") from None
+
+
+def _check_types(value) -> None:
+    for key, hint in get_type_hints(type(value)).items():
+        hints = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        kinds, given = tuple(get_origin(h) or h for h in hints), getattr(value, key)
+        if not isinstance(given, kinds) or isinstance(given, bool):
+            allowed = " or ".join(KINDS.get(kind, f"a {kind.__name__.lower()}") for kind in kinds)
+            raise ValueError(f"{key} is {given!r}, but must be {allowed}")
+
+
+def _check_pattern(key: str, pattern: str | None) -> None:
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise ValueError(f"{key} is {pattern!r}, which is no regular expression: {error}") from None
+
+
+def _as_tuples(value, *names: str) -> None:
+    for name in names:
+        given = getattr(value, name)
+        object.__setattr__(value, name, tuple(given) if isinstance(given, list | tuple) else (given,))
+
+
+def _one_of(what: str, given, allowed) -> None:
+    if given not in allowed:
+        raise ValueError(f"{what} is {given!r}{nearest(given, allowed)}, but allowed are {', '.join(allowed)}")
+
+
+def _plain_lists(value):
+    if isinstance(value, dict):
+        return {key: _plain_lists(item) for key, item in value.items()}
+    return [_plain_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _join(at: str, key) -> str:
+    return f"{at}.{key}" if at else str(key)
