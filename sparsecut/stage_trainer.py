@@ -1,0 +1,152 @@
+"""One Hugging Face Trainer per stage, with what a stage adds: frozen parts, a learning rate per part, loud failures."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+
+from .plan import nearest
+from .progress import StageLog
+from .recipe import Stage
+
+MODULES = {"vision": "vision_tower", "fusion": "fusion", "language": "language_model"}
+OWN_ARGS = {"output_dir": "the recipe's `output`", "seed": "the recipe's `seed`"}
+
+
+def freeze(model: nn.Module, train: tuple[str, ...]) -> None:
+    """Let gradients reach the named parts only; ValueError where these have no parameter."""
+    parts = model.parts()
+    if not any(parts[name] for name in train):
+        sizes = {name: sum(p.numel() for p in parameters) for name, parameters in parts.items()}
+        raise ValueError(
+            f"training {', '.join(train)} would train nothing; the model's parts have so many parameters: {sizes}"
+        )
+    model.requires_grad_(False)
+    for name in train:
+        for parameter in parts[name]:
+            parameter.requires_grad_(True)
+
+
+def part_names(model: nn.Module, stage: Stage) -> dict[int, str]:
+    """id of every parameter -> the part it is trained as; the head counts by itself only where the stage names it."""
+    parts = model.parts()
+    names = ["vision", "fusion", "language"]
+    if "head" in stage.lr or "language" not in stage.train:
+        names.append("head")  # last, so that it takes its parameters from the language model
+    return {id(p): name for name in names for p in parts[name]}
+
+
+class StageTrainer(Trainer):
+    """A Trainer for one stage: frozen parts stay in evaluation mode, parts have their own learning rates, bad losses stop it."""
+
+    def __init__(self, *args, stage: Stage, log: StageLog, **kwargs):
+        super().__init__(*args, callbacks=[log], **kwargs)
+        self.stage, self.stage_log = stage, log
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        frozen = [getattr(self.model, module) for part, module in MODULES.items() if part not in stage.train]
+        self.frozen = [module for root in frozen for module in root.modules()]
+        self.pictured = [p for p in self.model.parts()["vision"] if p.requires_grad]
+
+    def create_optimizer(self, model=None):
+        """The usual optimizer, its groups divided by part so that each takes its own learning rate."""
+        optimizer = super().create_optimizer(model)
+        names, groups = part_names(self.model, self.stage), []
+        for group in optimizer.param_groups:
+            for part in dict.fromkeys(names[id(p)] for p in group["params"]):
+                parameters = [p for p in group["params"] if names[id(p)] == part]
+                rate = self.stage.lr.get(part, group["lr"])
+                groups.append({**group, "params": parameters, "lr": rate, "part": part})
+        optimizer.param_groups = groups
+        return optimizer
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Weight decay is for matrices: neither biases and norms nor the gates."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("fusion.gates")]
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """A step that counts tokens and stops at a loss that is not a number or has nothing to learn."""
+        if num_items_in_batch is not None and num_items_in_batch.max() == 0:
+            raise ValueError(
+                f"{self._place()} has no token to learn: all its labels are masked; check template and data"
+            )
+        images = (inputs["input_ids"] == self.model.config.image_token_id).sum()
+        self.stage_log.count(inputs["attention_mask"].sum(), images)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"{self._place()} has the loss {loss.item()}, so training cannot go on; lower the learning rate, warm it up, "
+                "or clip gradients (args: learning_rate, warmup_steps, max_grad_norm)"
+            )
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        """The model's loss per learned token of the global batch."""
+        for module in self.frozen:  # the Trainer has just put the whole model into training mode
+            # A frozen layer that gradients pass through is still recomputed if checkpointing is on.
+            module.training = getattr(module, "gradient_checkpointing", False)
+        loss = super().compute_loss(model, inputs, return_outputs, **kwargs)
+        if "pixel_values" not in inputs and self.pictured:
+            # As in the model for fusion: a batch without pictures must still give every trained part a gradient.
+            zero = 0.0 * sum(p.sum() for p in self.pictured)
+            loss = (loss[0] + zero, loss[1]) if return_outputs else loss + zero
+        return loss
+
+    def floating_point_ops(self, inputs) -> int:
+        """Not counted here: the Trainer's rule of thumb knows no pictures and walks all parameters at every step."""
+        return 0
+
+    def _place(self) -> str:
+        return f"stage {self.stage.name}: step {self.state.global_step + 1}"
+
+
+def stage_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
+    """`TrainingArguments(**stage.args)` with what a stage needs besides; ValueError names an argument that cannot be taken.
+
+    Other than in transformers, nothing is reported anywhere, no checkpoint is written and every tenth step is logged unless args
+    say otherwise.
+    """
+    known = {f.name: f for f in fields(TrainingArguments) if f.init}
+    for key, value in stage.args.items():
+        if key not in known:
+            raise ValueError(
+                f"stage {stage.name}: args.{key} is no argument of transformers' TrainingArguments{nearest(key, known)}"
+            )
+        if key in OWN_ARGS:
+            raise ValueError(f"stage {stage.name}: args.{key} is set by {OWN_ARGS[key]}; set that instead")
+        if isinstance(known[key].default, int | float) and isinstance(value, str) and "str" not in str(known[key].type):
+            raise ValueError(
+                f"stage {stage.name}: args.{key} is the text {value!r}, but must be a number; write it without quotes"
+            )
+    if stage.args.get("remove_unused_columns"):
+        raise ValueError(
+            f"stage {stage.name}: args.remove_unused_columns must stay false, or pictures would be dropped; remove it"
+        )
+    if stage.args.get("eval_strategy", "no") != "no":
+        raise ValueError(
+            f"stage {stage.name}: args.eval_strategy is not used; evaluate after training with `sparsecut eval`"
+        )
+    defaults = {
+        "data_seed": seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 10,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    ours = {"remove_unused_columns": False, "logging_nan_inf_filter": False}  # the stage's trainer stops at such a loss
+    try:
+        args = TrainingArguments(output_dir=str(output / stage.name), seed=seed, **{**defaults, **stage.args, **ours})
+    except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"stage {stage.name}: transformers' TrainingArguments refuses args: {error}") from None
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which would split pictures from their texts; start one process per GPU "
+            f"(torchrun --nproc-per-node {args.n_gpu} -m sparsecut train ...) or show it one (CUDA_VISIBLE_DEVICES=0)"
+        )
+    return args

@@ -1,0 +1,224 @@
+"""Training by a recipe: stage after stage, each one Hugging Face Trainer, everything checked before the first step.
+
+Written to the recipe's output folder:
+
+    config.yaml                 the recipe as it ran; loading it repeats the run
+    skipped.txt                 sentences about records left out (on_error: skip), if there are any
+    STAGE/                      model and processor after the stage, config.yaml, plan.json, versions.json, log.jsonl
+    STAGE/checkpoint-N/         only where args ask for it (save_strategy: steps), for resuming inside a stage
+    final/                      the last stage's model again (hard links where the disk has them): what `load` takes
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .building import build, load
+from .data import Collator, Example, TrainingData, check_examples, read_source
+from .methods import make_plan
+from .progress import StageLog, report
+from .recipe import Recipe, Stage, dump_recipe, expand_path, load_recipe
+from .stage_trainer import StageTrainer, freeze, stage_arguments
+
+FINISHED = "versions.json"  # written last, so a stage that has it is whole
+logger = logging.getLogger(__name__)
+
+
+def train(
+    recipe: Recipe | str | Path,
+    *,
+    check: bool = False,
+    resume: bool = False,
+    model=None,
+    processor=None,
+    shown: bool = True,
+):
+    """Train by a recipe (or its file) and return (model, processor), in evaluation mode.
+
+    check: read and encode all records, open every picture, and stop there. resume: go on after the last finished stage or
+    checkpoint of the same recipe. model, processor: start from these instead of building `recipe.model`. shown: progress on screen.
+    Raises ValueError, before anything is written, for whatever of the recipe or its data cannot be used.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    output = Path(expand_path(recipe.output))
+    arguments = [stage_arguments(stage, recipe.seed, output) for stage in recipe.stages]
+    _check_output(recipe, output)
+    problems: list[str] = []
+    read = [[(source, read_source(source, problems)) for source in stage.data] for stage in recipe.stages]
+    for source in recipe.evaluate.data if recipe.evaluate else ():
+        read_source(source, problems)
+
+    done = _finished(recipe, output) if resume and not check else 0
+    if done:
+        model, processor = load(output / recipe.stages[done - 1].name)
+    elif model is None:
+        model, processor = _build(recipe)
+    _check_plan(recipe, model)
+    limit = getattr(model.config.text_config.get_text_config(), "max_position_embeddings", None)
+    data = [
+        _checked(stage, sources, processor, limit=limit, open_pictures=check, problems=problems)
+        for stage, sources in zip(recipe.stages, read, strict=True)
+    ]
+    _report(recipe, data, problems, shown=shown and arguments[0].should_log)
+    if check:
+        return model, processor
+
+    if arguments[0].should_save:
+        output.mkdir(parents=True, exist_ok=True)
+        dump_recipe(recipe, output / "config.yaml")
+        if problems:
+            (output / "skipped.txt").write_text("".join(f"{sentence}\n" for sentence in problems))
+    for stage, args, examples in list(zip(recipe.stages, arguments, data, strict=True))[done:]:
+        checkpoint = _clear(Path(args.output_dir), keep=resume)
+        trainer = train_stage(model, processor, stage, examples, args, checkpoint=checkpoint, shown=shown)
+        _save(trainer, processor, recipe, Path(args.output_dir))
+    if arguments[-1].should_save:
+        _link_all(Path(arguments[-1].output_dir), output / "final")
+    return model, processor
+
+
+def train_stage(
+    model,
+    processor,
+    stage: Stage,
+    examples: list[Example],
+    args: TrainingArguments,
+    *,
+    checkpoint=None,
+    shown: bool = True,
+) -> StageTrainer:
+    """Train the parts that a stage names on checked examples; the model is changed in place and left in evaluation mode."""
+    freeze(model, stage.train)
+    log = StageLog(stage.name, Path(args.output_dir), shown=shown)
+    trainer = StageTrainer(
+        model=model,
+        args=args,
+        stage=stage,
+        log=log,
+        train_dataset=TrainingData(examples, processor, template=stage.template, max_length=stage.max_length),
+        data_collator=Collator(processor),
+    )
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except ValueError as error:
+        if str(error).startswith("stage "):
+            raise
+        raise ValueError(f"stage {stage.name}: {error}") from error
+    finally:
+        log.close()
+        model.requires_grad_(True)
+        model.eval()
+    return trainer
+
+
+def _build(recipe: Recipe):
+    set_seed(recipe.seed)  # fusion starts from random weights
+    if recipe.model.base is not None:
+        return load(expand_path(recipe.model.base))
+    return build(expand_path(recipe.model.vision), expand_path(recipe.model.language), recipe.fusion)
+
+
+def _check_plan(recipe: Recipe, model) -> None:
+    if recipe.fusion is None:
+        return
+    plan = make_plan(recipe.fusion, model.config.vision_depth, model.config.language_depth)
+    if plan != model.plan:
+        raise ValueError(
+            f"the recipe's fusion gives the plan {plan}, but the model given has {model.plan}; make them the same"
+        )
+
+
+def _check_output(recipe: Recipe, output: Path) -> None:
+    """Refuse to write over another experiment; the same recipe may be run again, as it gives the same."""
+    written = output / "config.yaml"
+    if not written.is_file():
+        return
+    before = load_recipe(written)
+    changed = [f.name for f in fields(Recipe) if getattr(before, f.name) != getattr(recipe, f.name)]
+    if changed:
+        raise ValueError(
+            f"{output} holds a run of another recipe (it differs in {', '.join(changed)}); choose another folder (output=...) "
+            "or remove this one"
+        )
+
+
+def _finished(recipe: Recipe, output: Path) -> int:
+    """How many stages are whole on disk, from the first on."""
+    whole = [(output / stage.name / FINISHED).is_file() for stage in recipe.stages]
+    return whole.index(False) if False in whole else len(whole)
+
+
+def _checked(stage: Stage, sources, processor, *, limit, open_pictures: bool, problems: list[str]) -> list[Example]:
+    """The good examples of all of a stage's sources."""
+    examples = []
+    for source, found in sources:
+        skip = source.on_error == "skip"
+        examples += check_examples(
+            found,
+            processor,
+            template=stage.template,
+            max_length=stage.max_length,
+            limit=limit,
+            open_pictures=open_pictures or skip,  # a broken picture can only be skipped if it is found now
+            problems=problems if skip else None,
+        )
+    if not examples:
+        raise ValueError(
+            f"stage {stage.name}: no record is left to learn from; {len(problems)} were skipped, the last: {problems[-1]}"
+        )
+    return examples
+
+
+def _report(recipe: Recipe, data: list[list[Example]], problems: list[str], *, shown: bool) -> None:
+    if problems:
+        logger.warning("%d records are skipped, the first: %s", len(problems), problems[0])
+    for stage, examples in zip(recipe.stages, data, strict=True) if shown else ():
+        pictures = sum(len(example.images) for example in examples)
+        report(f"{stage.name}: {len(examples):,} records with {pictures:,} pictures, training {', '.join(stage.train)}")
+
+
+def _clear(folder: Path, *, keep: bool) -> str | None:
+    """The checkpoint to go on from; without resuming, leftovers of an earlier run of the same recipe are removed."""
+    if keep:
+        return get_last_checkpoint(folder) if folder.is_dir() else None
+    (folder / FINISHED).unlink(missing_ok=True)
+    for old in folder.glob("checkpoint-*"):
+        shutil.rmtree(old, ignore_errors=True)
+    return None
+
+
+def _save(trainer: StageTrainer, processor, recipe: Recipe, folder: Path) -> None:
+    trainer.save_model(str(folder))
+    if not trainer.is_world_process_zero():
+        return
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of what config.yaml says in words
+    processor.save_pretrained(folder)
+    dump_recipe(recipe, folder / "config.yaml")
+    (folder / "plan.json").write_text(json.dumps(trainer.model.plan.to_dict(), indent=1) + "\n")
+    packages = ("sparsecut", "torch", "transformers", "accelerate", "tokenizers", "pillow", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions |= {"python": platform.python_version(), "platform": platform.platform(), "seed": recipe.seed}
+    (folder / FINISHED).write_text(json.dumps(versions, indent=1) + "\n")
+
+
+def _link_all(source: Path, target: Path) -> None:
+    """The stage's files under a second name, without taking the space twice where the disk can do that."""
+    target.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        if not path.is_file() or path.name == "log.jsonl":
+            continue
+        (target / path.name).unlink(missing_ok=True)
+        try:
+            os.link(path, target / path.name)
+        except OSError:
+            shutil.copy2(path, target / path.name)
