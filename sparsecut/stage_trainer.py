@@ -49,8 +49,8 @@ class StageTrainer(Trainer):
         self.stage, self.stage_log = stage, log
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        frozen = [getattr(self.model, module) for part, module in MODULES.items() if part not in stage.train]
-        self.frozen = [module for root in frozen for module in root.modules()]
+        frozen = {part: getattr(self.model, name) for part, name in MODULES.items() if part not in stage.train}
+        self.frozen = [(module, part) for part, root in frozen.items() for module in root.modules()]
         self.pictured = [p for p in self.model.parts()["vision"] if p.requires_grad]
 
     def create_optimizer(self, model=None):
@@ -87,9 +87,9 @@ class StageTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         """The model's loss per learned token of the global batch."""
-        for module in self.frozen:  # the Trainer has just put the whole model into training mode
-            # A frozen layer that gradients pass through is still recomputed if checkpointing is on.
-            module.training = getattr(module, "gradient_checkpointing", False)
+        for module, part in self.frozen:  # the Trainer has just put the whole model into training mode
+            # Gradients pass through a frozen language model: where checkpointing is on, its layers must still be recomputed.
+            module.training = part == "language" and getattr(module, "gradient_checkpointing", False)
         loss = super().compute_loss(model, inputs, return_outputs, **kwargs)
         if "pixel_values" not in inputs and self.pictured:
             # As in the model for fusion: a batch without pictures must still give every trained part a gradient.

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as hf_logging
 
 from .building import build, load
 from .data import Collator, Example, TrainingData, check_examples, read_source
@@ -198,7 +199,11 @@ def _clear(folder: Path, *, keep: bool) -> str | None:
 
 
 def _save(trainer: StageTrainer, processor, recipe: Recipe, folder: Path) -> None:
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()  # a bar per shard would break ours
     trainer.save_model(str(folder))
+    if shown:
+        hf_logging.enable_progress_bar()
     if not trainer.is_world_process_zero():
         return
     (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of what config.yaml says in words
