@@ -150,9 +150,9 @@ def test_checkpointing_works_through_frozen_layers(folder):
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
     calls = []
-    model.language_model.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    model.language_model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     trainer = trainer_for(model, processor, folder)
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model.train()
     trainer.compute_loss(model, trainer.data_collator([trainer.train_dataset[0]])).backward()
     assert len(calls) == 2  # once forward, once recomputed
