@@ -12,9 +12,9 @@ import transformers
 
 NOTE = """# Backbones of the picture world
 
-Made by `sparsecut world pretrain --seed {seed} --noise {noise}` with torch {torch} and transformers {transformers}, saved in float16, licensed
-like the project (Apache-2.0). `noise` is the standard deviation that made the encoder's top caption-only; see
-`sparsecut/world/vision.py`.
+Made by `sparsecut world pretrain --seed {seed} --noise {noise}` with torch {torch} and transformers {transformers}, saved
+in float16, licensed like the project (Apache-2.0). `noise` is the standard deviation that made the encoder's top
+caption-only; see `sparsecut/world/vision.py`.
 
 What they read, as shares of right answers:
 

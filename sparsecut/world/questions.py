@@ -79,7 +79,7 @@ def ask(scene: Scene, rng: random.Random, number: int) -> list[tuple[str, str]]:
 
 def vocabulary() -> list[str]:
     """Every word that questions, answers and captions are made of, in a fixed order."""
-    fixed = "what shape is the where how many are texture shade lines digit ,".split()
+    fixed = ["what", "shape", "is", "the", "where", "how", "many", "are", "texture", "shade", "lines", "digit", ","]
     words = [*fixed, *PLACES, *SHAPES, *COLOUR, *SHADE, *TEXTURES, *LINES, *DIGITS]
     return list(dict.fromkeys(words))
 

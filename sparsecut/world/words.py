@@ -5,7 +5,7 @@ is about, and ends with the end token. Names of roles in between made so small a
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from .questions import vocabulary
@@ -24,6 +24,10 @@ def make_tokenizer(extra: list[str] | None = None) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    bos = SPECIAL["bos_token"]
+    core.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, padding_side="left", **SPECIAL)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
