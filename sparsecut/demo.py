@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,20 +24,22 @@ ARMS = {
 }
 ORDER = ("SparseCut", "same taps at the input", "hi-res at the input", "plain (LLaVA)")  # the longest runs first
 WORKERS = 2
+LEVELS = ("high", "mid", "low")
 PICTURES = {"train": 7000, "test": 900}
 
 
-def run(out: str | Path = "runs/demo", *, quick: bool = False, say=print) -> Path:
+def run(out: str | Path = "runs/demo", *, seed: int = 0, quick: bool = False, say=print) -> Path:
     """Draw pictures, train and evaluate every arm (two at a time), print some answers and write out/report.html.
 
-    Arms that are finished in `out` are kept. quick: a small part of everything, to see that it runs; its figures mean
-    nothing. Returns the report's path; ChildProcessError with the end of an arm's log where one fails.
+    seed: draws the pictures, starts the fusion and orders the batches. quick: a small part of everything, to see that it
+    runs; its figures mean nothing. Arms that are finished in `out` are kept. Returns the report's path;
+    raises ChildProcessError with the end of an arm's log where one fails.
     """
     from .demo_report import answer_aloud, write_page
 
     out, start = Path(out), time.monotonic()
-    recipes = {name: arm_recipe(out, method, quick) for name, (method, _) in ARMS.items()}
-    draw_pictures(out, quick, say)
+    recipes = {name: arm_recipe(out, method, seed, quick) for name, (method, _) in ARMS.items()}
+    draw_pictures(out, seed, quick, say)
     train_arms(recipes, say)
     minutes = (time.monotonic() - start) / 60
     page = write_page(out, recipes, ARMS, minutes)
@@ -47,30 +48,30 @@ def run(out: str | Path = "runs/demo", *, quick: bool = False, say=print) -> Pat
     return page
 
 
-def arm_recipe(out: Path, method: str, quick: bool) -> Recipe:
+def arm_recipe(out: Path, method: str, seed: int, quick: bool) -> Recipe:
     """One arm's recipe: the demo's, with its own fusion and output. Every arm normalises its taps, so that only fusion differs."""
     with_paths = ["stages.0.data", "stages.1.data", "evaluate.data"]
     changes = [f"{place}.images={out / 'data'}" for place in with_paths]
     for place, name in zip(with_paths, ("train_captions", "train", "test"), strict=True):
         changes.append(f"{place}.path={out / 'data' / name}.json")
-    changes += [f"output={out / method}", f"fusion={{method: {method}, norm: true}}"]
+    changes += [f"output={out / method}", f"seed={seed}", f"fusion={{method: {method}, norm: true}}"]
     if quick:
         changes += ["stages.0.args.max_steps=3", "stages.1.args.max_steps=4", "evaluate.data.keep=42"]
     return load_recipe(str(files("sparsecut") / "demo.yaml"), changes)
 
 
-def draw_pictures(out: Path, quick: bool, say) -> None:
+def draw_pictures(out: Path, seed: int, quick: bool, say) -> None:
     """The training and test pictures of the demo, unless they are there."""
     from .world import write_split
 
     done = out / "data" / "drawn.json"
     sizes = {split: 64 if quick else number for split, number in PICTURES.items()}
-    if done.is_file() and json.loads(done.read_text()) == sizes:
+    if done.is_file() and json.loads(done.read_text()) == {**sizes, "seed": seed}:
         return
     say(f"drawing {sizes['train']} training and {sizes['test']} test pictures ...")
-    write_split(out / "data", "train", sizes["train"], 14)
-    write_split(out / "data", "test", sizes["test"], 7)
-    done.write_text(json.dumps(sizes))
+    write_split(out / "data", "train", sizes["train"], 14, seed=seed)
+    write_split(out / "data", "test", sizes["test"], 7, seed=seed)
+    done.write_text(json.dumps({**sizes, "seed": seed}))
 
 
 def train_arms(recipes: dict[str, Recipe], say) -> None:
@@ -105,9 +106,11 @@ def train_arms(recipes: dict[str, Recipe], say) -> None:
 def _finish(name: str, process, recipe: Recipe, say) -> None:
     if process.returncode:
         tail = "\n".join((Path(recipe.output) / "output.txt").read_text().splitlines()[-12:])
-        raise ChildProcessError(f"the arm {name!r} stopped with exit code {process.returncode}; the end of its log:\n{tail}")
+        raise ChildProcessError(
+            f"the arm {name!r} stopped with exit code {process.returncode}; the end of its log:\n{tail}"
+        )
     result = json.loads(_result(recipe).read_text())
-    levels = ", ".join(f"{level} {100 * row['accuracy']:.0f} %" for level, row in result["levels"].items())
+    levels = ", ".join(f"{level} {100 * result['levels'][level]['accuracy']:.0f} %" for level in LEVELS)
     say(f"{name}: finished, average {100 * result['mean_over_levels']:.1f} % ({levels})")
 
 
