@@ -36,7 +36,7 @@ def build(
     Returns (model, processor), the model in evaluation mode. Raises ValueError for what cannot be joined.
     """
     vision, language = resolve(vision, "vision"), resolve(language, "language")
-    vision_config, text_config = _config_of(vision), _config_of(language)
+    vision_config, text_config = _config_of(vision, "vision"), _config_of(language, "language")
     vision_config = getattr(vision_config, "vision_config", vision_config)  # a two-tower checkpoint such as CLIP's
     config = SparseCutConfig(vision_config=vision_config, text_config=text_config, plan=_as_dict(plan))
     tokenizer = tokenizer or _for_name(AutoTokenizer, language, "tokenizer")
@@ -56,6 +56,7 @@ def build(
         module._is_hf_initialized = True  # ready weights are not drawn anew
     if language.get_input_embeddings().num_embeddings <= config.image_token_id:
         language.resize_token_embeddings(config.image_token_id + 1)
+    config.vision_config, config.text_config = vision.config, language.config  # as they are now, the new size included
     model = SparseCutForConditionalGeneration(config, vision_tower=vision, language_model=language)
     model.fusion.to(next(language.parameters()).dtype)
     model.generation_config = language.generation_config
@@ -81,7 +82,12 @@ def load(folder: str | Path, **from_pretrained) -> tuple[SparseCutForConditional
             f"{folder} holds no config.json, so it is not a saved model; give the folder that training or save_pretrained wrote, "
             f"for example {folder}/final"
         )
-    model = SparseCutForConditionalGeneration.from_pretrained(folder, **from_pretrained)
+    try:
+        model = SparseCutForConditionalGeneration.from_pretrained(folder, **from_pretrained)
+    except OSError as error:
+        raise ValueError(
+            f"there is no saved model {folder}: it is no folder here, or not a whole one, and Hugging Face says: {error}"
+        ) from error
     return model.eval(), SparseCutProcessor.from_pretrained(folder)
 
 
@@ -100,10 +106,15 @@ def resolve(source, part: str):
     return str(world.vision_path() if part == "vision" else world.language_path())
 
 
-def _config_of(source):
+def _config_of(source, part: str):
     if isinstance(source, nn.Module):
         return source.config
-    return AutoConfig.from_pretrained(source)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the {part} model {source!r} could not be read; give a folder, a hub name, or 'world'. Hugging Face says: {error}"
+        ) from error
 
 
 def _for_name(auto_class, source, argument: str):
@@ -112,7 +123,13 @@ def _for_name(auto_class, source, argument: str):
             f"a loaded module was given without its {argument}; hand over {argument}=..., as the module alone does not say how its "
             "input is prepared"
         )
-    return auto_class.from_pretrained(source)
+    try:
+        return auto_class.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source} has no {argument} that can be read; give the folder or hub name of a complete model. "
+            f"Hugging Face says: {error}"
+        ) from error
 
 
 def _as_dict(plan):

@@ -10,7 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from .methods import make_plan
 from .plan import Plan
-from .registration import register_model
+from .registration import register_configuration, register_model
 
 
 @strict
@@ -112,3 +112,5 @@ UNSUPPORTED_ENCODERS = (
     "swinv2",
     "sam_vision_model",
 )
+
+register_configuration()

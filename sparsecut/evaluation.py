@@ -19,7 +19,8 @@ import transformers
 from . import __version__
 from .plan import nearest
 from .prompting import check_length, decode, greedy, inputs_of, render
-from .records import IMAGE, Example
+from .recipe import Recipe, expand_path
+from .records import IMAGE, Example, read_source
 from .scoring import METRICS, scores
 
 SETTINGS, PREDICTIONS, RESULT = "settings.json", "predictions.jsonl", "result.json"
@@ -80,6 +81,24 @@ def evaluate(
         _write_lines(Path(out) / PREDICTIONS, records, "w")
         _write_json(Path(out) / RESULT, result)
     return result
+
+
+def evaluate_recipe(
+    recipe: Recipe, model, processor, *, resume: bool = False, progress=lambda done, total: None
+) -> dict:
+    """Ask what a recipe's `evaluate` names, into its output folder's eval/; the result of `evaluate`."""
+    asked = recipe.evaluate
+    examples = [example for source in asked.data for example in read_source(source, [])]
+    return evaluate(
+        model,
+        processor,
+        examples,
+        out=Path(expand_path(recipe.output)) / "eval",
+        batch_size=asked.batch_size,
+        max_new_tokens=asked.max_new_tokens,
+        resume=resume,
+        progress=progress,
+    )
 
 
 def _check(examples, batch_size: int, max_new_tokens: int, metric: str) -> None:

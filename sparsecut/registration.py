@@ -20,9 +20,10 @@ def register_configuration() -> None:
     """Teach AutoConfig our model type."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from .configuration import SparseCutConfig
+    from . import configuration
 
-    CONFIG_MAPPING.register("sparsecut", SparseCutConfig, exist_ok=True)
+    if hasattr(configuration, "SparseCutConfig"):  # else it is being imported, and registers itself at its end
+        CONFIG_MAPPING.register("sparsecut", configuration.SparseCutConfig, exist_ok=True)
 
 
 def register_processor() -> None:

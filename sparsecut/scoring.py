@@ -55,7 +55,7 @@ def table(result: dict) -> str:
     rows = [("all", result)]
     rows += [(f"level {name}", row) for name, row in result["levels"].items()]
     rows += [(f"group {name}", row) for name, row in result["groups"].items()]
-    width = max(len(name) for name, _ in rows)
+    width = max(len("mean over levels"), *(len(name) for name, _ in rows))
     lines = [f"{'':{width}}  accuracy   right /    of    95 % interval"]
     for name, row in rows:
         low, high = (100 * bound for bound in row["interval"])

@@ -1,0 +1,5 @@
+"""`python -m sparsecut` is the command `sparsecut`."""
+
+from .cli import main
+
+main()

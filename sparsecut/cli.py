@@ -1,0 +1,274 @@
+"""The command line: each command a few lines around the function of the same name.
+
+Nothing heavy is imported before a command runs, so that help is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import __version__
+
+
+def _arg(help: str, metavar: str | None = None):
+    return typer.Argument(help=help, metavar=metavar)
+
+
+def _opt(help: str, *names: str, **more):
+    return typer.Option(*names, help=help, **more)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"sparsecut {__version__}")
+        raise typer.Exit
+
+
+HELP = {"help_option_names": ["-h", "--help"]}
+COMMON = {"no_args_is_help": True, "pretty_exceptions_enable": False, "add_completion": False, "context_settings": HELP}
+app = typer.Typer(
+    help="Sparse shortcuts from any vision encoder into any language model: build, train, compare, use.", **COMMON
+)
+world_app = typer.Typer(help="The built-in picture world: its pictures and its two small backbones.", **COMMON)
+app.add_typer(world_app, name="world")
+
+Text, Number, File = str | None, int | None, Path | None
+Saved = Annotated[str, _arg("A saved model's folder, or its hub name.", "MODEL")]
+Method = Annotated[list[str] | None, _opt("An option of the method, key=value; may be repeated.", "--option", "-o")]
+Device = Annotated[Text, _opt("Where to compute, as cpu or cuda:0; by default the accelerator, if there is one.")]
+
+
+@app.callback()
+def about(
+    version: Annotated[bool, _opt("Print the version.", "--version", callback=_version, is_eager=True)] = False,
+    traceback: Annotated[
+        bool, _opt("Show where an error arose (or set SPARSECUT_TRACEBACK=1).", "--traceback")
+    ] = False,
+) -> None:
+    """Options that every command has; `main` reads --traceback wherever it stands."""
+
+
+@app.command()
+def show(
+    what: Annotated[str, _arg("A method's name, a recipe or plan file (YAML, JSON), or a saved model's folder.")],
+    vision_depth: Annotated[Number, _opt("Number of encoder blocks; 24 where nothing else says it.")] = None,
+    language_depth: Annotated[Number, _opt("Number of decoder layers; 32 where nothing else says it.")] = None,
+    option: Method = None,
+    json: Annotated[bool, _opt("Print the plan as JSON, which `build --plan` takes.", "--json")] = False,
+) -> None:
+    """Draw a plan: what is read, how it is mixed, where it is added. Loads no weights."""
+    from .sketch import as_json, sketch
+
+    plan, drawing = sketch(what, vision_depth, language_depth, option or [])
+    typer.echo(as_json(plan) if json else drawing)
+
+
+@app.command()
+def build(
+    vision: Annotated[str, _opt("Vision encoder: hub name, folder, or world.")],
+    language: Annotated[str, _opt("Causal language model: hub name, folder, or world.")],
+    out: Annotated[Path, _opt("Folder to write the model to.")],
+    plan: Annotated[str, _opt("A method's name, or a file with a plan.")] = "sparsecut",
+    option: Method = None,
+) -> None:
+    """Join a vision encoder and a language model, the fusion untrained."""
+    from .sketch import describe, read_plan, refuse_model_in
+
+    spec = read_plan(plan, option or [])
+    refuse_model_in(out)
+    from .building import build, save
+
+    model, processor = build(vision, language, spec)
+    save(model, processor, out)
+    typer.echo(f"{describe(model)}\n\nwrote {out}; its fusion is untrained")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, _arg("A recipe file (YAML).")],
+    overrides: Annotated[list[str] | None, _arg("Changes, as stages.0.args.max_steps=10 output=runs/b")] = None,
+    check: Annotated[bool, _opt("Read all records and pictures, and stop there.", "--check")] = False,
+    resume: Annotated[bool, _opt("Go on after the last finished stage or checkpoint.", "--resume")] = False,
+) -> None:
+    """Train by a recipe, stage after stage, then ask what its `evaluate` names."""
+    from .recipe import load_recipe
+
+    chosen = load_recipe(recipe, overrides or [])
+    from .training import train
+
+    model, processor = train(chosen, check=check, resume=resume)
+    if check:
+        typer.echo(f"{recipe} can be trained")
+    elif chosen.evaluate and os.environ.get("RANK", "0") == "0":
+        from .evaluation import evaluate_recipe
+
+        with _bar("asking") as progress:
+            result = evaluate_recipe(chosen, model, processor, resume=resume, progress=progress)
+        _print_scores(result, Path(chosen.output) / "eval")
+
+
+@app.command("eval")
+def evaluate(
+    model: Saved,
+    data: Annotated[Path, _opt("Questions in LLaVA's format (.json, .jsonl, .parquet).")],
+    images: Annotated[File, _opt("Folder or tar archive of the pictures; by default the data's folder.")] = None,
+    out: Annotated[File, _opt("Folder for predictions and result; an interrupted run goes on there.")] = None,
+    batch_size: Annotated[int, _opt("Questions answered at once.")] = 16,
+    max_new_tokens: Annotated[int, _opt("Longest answer, in tokens.")] = 16,
+    limit: Annotated[Number, _opt("At most so many questions, a fixed random choice.")] = None,
+    where: Annotated[Text, _opt("Only questions whose id contains this regular expression.")] = None,
+    group: Annotated[Text, _opt("Regular expression whose parentheses catch the group in the id.")] = None,
+    fresh: Annotated[bool, _opt("Start over, even where --out has answers.", "--fresh")] = False,
+    device: Device = None,
+) -> None:
+    """Ask a model the questions of a file and count the right answers."""
+    from .recipe import Source
+    from .records import read_source
+
+    examples = read_source(Source(str(data), images and str(images), where=where, group=group, keep=limit), [])
+    from .evaluation import evaluate
+
+    chosen = {"out": out, "batch_size": batch_size, "max_new_tokens": max_new_tokens, "resume": not fresh}
+    loaded = _load(model, device)
+    with _bar("asking") as progress:
+        result = evaluate(*loaded, examples, **chosen, progress=progress)
+    _print_scores(result, out)
+
+
+@app.command()
+def chat(
+    model: Saved,
+    pictures: Annotated[list[Path] | None, _arg("Pictures that go with the first question.")] = None,
+    ask: Annotated[Text, _opt("Ask this one question, print the answer, and leave.")] = None,
+    temperature: Annotated[float, _opt("0 takes the likeliest words, more draws at random.")] = 0.0,
+    max_new_tokens: Annotated[int, _opt("Longest answer, in tokens.")] = 256,
+    device: Device = None,
+) -> None:
+    """Talk with a model about pictures; /help in the conversation tells the commands."""
+    from .chat import Chat, converse, open_picture
+
+    shown = [open_picture(picture) for picture in pictures or []]
+    conversation = Chat(*_load(model, device), temperature=temperature, max_new_tokens=max_new_tokens)
+    if ask is not None:
+        for piece in conversation.stream(ask, *shown):
+            typer.echo(piece, nl=False)
+        return typer.echo()
+    typed = sys.stdin.isatty()
+    if typed:
+        typer.echo("/image PATH shows a picture, /help tells more, /quit leaves")
+    converse(conversation, shown, lambda: input("> " if typed else ""), lambda text: typer.echo(text, nl=False))
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, _arg("Folder that the released code saved.")],
+    out: Annotated[Path, _arg("Folder to write our model to.")],
+    vision: Annotated[str, _opt("The vision tower it was trained with: hub name or folder.")],
+    fusion: Annotated[Text, _opt("cross_mlp, cross_attention or mlp2x_gelu; default: what config.json says.")] = None,
+    taps: Annotated[Text, _opt("Encoder blocks, 0 = after the first, as 0,3,6; or none. Default: as released.")] = None,
+    layers: Annotated[Text, _opt("The decoder layer of each tap, as 4,9,14; or none. Default: as released.")] = None,
+) -> None:
+    """Turn a checkpoint of the released SparseCut code into a model of ours."""
+    from .sketch import describe, numbers
+
+    pairs = {"taps": numbers("--taps", taps), "layers": numbers("--layers", layers)}
+    from .convert import convert
+
+    model, _ = convert(checkpoint, out, vision=vision, fusion=fusion, **pairs)
+    typer.echo(f"{describe(model)}\n\nwrote {out}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, _opt("Folder for pictures, models and the report.")] = Path("runs/demo"),
+    seed: Annotated[int, _opt("Draws pictures, starts the fusion, orders batches.")] = 0,
+    quick: Annotated[bool, _opt("A small part of everything, to see that it runs.", "--quick")] = False,
+) -> None:
+    """Train and compare ways of fusion on the picture world, and write a report; some minutes."""
+    from .demo import run
+
+    run(out, seed=seed, quick=quick)
+
+
+@world_app.command("draw")
+def world_draw(
+    folder: Annotated[Path, _arg("Folder for pictures and questions.")],
+    split: Annotated[str, _opt("train, dev or test.")] = "train",
+    pictures: Annotated[int, _opt("How many pictures.", min=1)] = 1000,
+    questions: Annotated[int, _opt("Questions about each.", min=1)] = 12,
+    seed: Annotated[int, _opt("Equal seeds give equal files.")] = 0,
+) -> None:
+    """Draw pictures with questions in LLaVA's format."""
+    from .world import write_split
+
+    for name, path in write_split(folder, split, pictures, questions, seed=seed).items():
+        typer.echo(f"{name}: {path}")
+
+
+@world_app.command("pretrain")
+def world_pretrain(
+    out: Annotated[Path, _opt("Folder for the two backbones.")] = Path("runs/world"),
+    seed: Annotated[int, _opt("Where all chance comes from.")] = 0,
+    noise: Annotated[float, _opt("Noise before the encoder's last blocks; see world/vision.py.")] = 3.0,
+    quick: Annotated[bool, _opt("A few steps, to see that it runs.", "--quick")] = False,
+) -> None:
+    """Make the shipped encoder and language model anew, from scratch."""
+    from .world import pretrain
+
+    pretrain(out, seed=seed, noise=noise, quick=quick, say=typer.echo)
+
+
+def main() -> None:
+    """Run a command; what a user can mend is told in one line and exit code 2."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
+    told = len(arguments) == len(sys.argv[1:]) and not os.environ.get("SPARSECUT_TRACEBACK")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without Unicode still shows the words
+    try:
+        app(args=arguments, prog_name="sparsecut")
+    except (ValueError, OSError) as error:
+        if not told:
+            raise
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+
+
+def _load(model: str, device: str | None):
+    """A saved model on the device asked for, and its processor."""
+    import torch
+
+    from .building import load
+
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    loaded, processor = load(model)
+    return loaded.to(device), processor
+
+
+@contextmanager
+def _bar(words: str):
+    """A progress line on screen, moved by calling what it gives with (done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn(words), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(words, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _print_scores(result: dict, out: Path | None) -> None:
+    from .scoring import table
+
+    typer.echo(table(result))
+    if out is not None:
+        typer.echo(f"wrote {out}/result.json and {out}/predictions.jsonl")
