@@ -16,7 +16,7 @@ FONT = 'font-family="system-ui, sans-serif" font-size="12" fill="#222"'
 
 def bars(groups: list[str], arms: dict[str, list[tuple[float, float, float] | None]], *, height: int = 230) -> str:
     """Grouped bars in per cent. arms: name -> per group (value, low, high) in 0..1, or None where nothing was measured."""
-    bar, gap, left, top = 26, 26, 44, 14
+    bar, gap, left, top = 34, 44, 44, 14
     group_width = bar * len(arms) + gap
     width, plot = left + group_width * len(groups) + 10, height - top - 26
     parts = [_percent_axis(left, top, width, plot)]
@@ -38,7 +38,7 @@ def bars(groups: list[str], arms: dict[str, list[tuple[float, float, float] | No
     return _svg(width, height, parts) + legend(list(arms))
 
 
-def curves(lines: dict[str, list[tuple[float, float]]], *, x_label: str, width: int = 430, height: int = 230) -> str:
+def curves(lines: dict[str, list[tuple[float, float]]], *, x_label: str, width: int = 620, height: int = 260) -> str:
     """Lines through (x, y) points, one per arm, from 0 to the largest y after the first tenth of the points."""
     left, top, bottom = 44, 14, 34
     points = [p for line in lines.values() for p in line]
@@ -75,7 +75,8 @@ def plan_drawing(plan: Plan, vision_depth: int, language_depth: int) -> str:
     def y_language(layer: int) -> float:
         return height - 12 - step * (layer + 0.5)
 
-    parts = [_text(left + box / 2, 16, "encoder", "middle"), _text(right + box / 2, 16, "decoder", "middle")]
+    views = f"encoder, {plan.num_views} view{'s' * (plan.num_views > 1)}"
+    parts = [_text(left, 16, views, "start"), _text(right + box / 2, 16, "decoder", "middle")]
     for tap in range(vision_depth + 1):
         parts.append(_box(left, y_vision(tap), box, step, tap in taps, "patches" if tap == 0 else str(tap)))
     for layer in range(language_depth):

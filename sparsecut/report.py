@@ -14,7 +14,7 @@ STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1060px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin-top:2rem;border-bottom:1px solid #ccc}
 table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}.note{color:#555;font-size:.92rem;max-width:46rem}
+td:first-child,th:first-child{text-align:left;white-space:nowrap}.note{color:#555;font-size:.92rem;max-width:46rem}
 .row{display:flex;flex-wrap:wrap;gap:1.2rem}figure{margin:0}figcaption{font-size:.9rem;color:#444}
 .legend{margin:.2rem 0 0 2.6rem;font-size:.9rem}.key{margin-right:1.2rem;white-space:nowrap}.key svg{vertical-align:-1px;margin-right:.3rem}
 .sample{width:235px;font-size:.86rem;border:1px solid #ddd;padding:.6rem}.sample img{width:144px;image-rendering:pixelated;display:block}
@@ -58,7 +58,7 @@ def write_report(
         "<h2>Accuracy per level</h2>" + _accuracy(arms),
         "<h2>What each arm is</h2>" + _plans(arms, depths),
         "<h2>Cost</h2>" + _table(["arm", *arms[0].facts], [[a.name, *a.facts.values()] for a in arms]),
-        "<h2>Loss of the second stage</h2>" + charts.curves({a.name: _smooth(a.losses) for a in arms}, x_label="step"),
+        "<h2>Loss of the second stage</h2>" + charts.curves({a.name: a.losses for a in arms}, x_label="step"),
         "<h2>Pictures and answers</h2>" + _samples(samples),
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
@@ -111,9 +111,3 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def _interval(score: tuple[float, float, float, int]) -> str:
     value, low, high, _ = score
     return f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def _smooth(points: list[tuple[float, float]], window: int = 10) -> list[tuple[float, float]]:
-    """Means over consecutive windows, so that curves of several arms can be told apart."""
-    blocks = [points[i : i + window] for i in range(0, len(points), window)]
-    return [(b[-1][0], sum(y for _, y in b) / len(b)) for b in blocks]
