@@ -144,7 +144,6 @@ def converse(chat: Chat, pictures: Sequence[Picture], read: Callable[[], str], w
         try:
             line = read().strip()
         except (EOFError, KeyboardInterrupt):
-            write("\n")
             return
         try:
             if line == "/quit":

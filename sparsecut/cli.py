@@ -119,9 +119,9 @@ def evaluate(
     data: Annotated[Path, _opt("Questions in LLaVA's format (.json, .jsonl, .parquet).")],
     images: Annotated[File, _opt("Folder or tar archive of the pictures; by default the data's folder.")] = None,
     out: Annotated[File, _opt("Folder for predictions and result; an interrupted run goes on there.")] = None,
-    batch_size: Annotated[int, _opt("Questions answered at once.")] = 16,
-    max_new_tokens: Annotated[int, _opt("Longest answer, in tokens.")] = 16,
-    limit: Annotated[Number, _opt("At most so many questions, a fixed random choice.")] = None,
+    batch_size: Annotated[int, _opt("Questions answered at once.", min=1)] = 16,
+    max_new_tokens: Annotated[int, _opt("Longest answer, in tokens.", min=1)] = 16,
+    limit: Annotated[Number, _opt("At most so many questions, a fixed random choice.", min=1)] = None,
     where: Annotated[Text, _opt("Only questions whose id contains this regular expression.")] = None,
     group: Annotated[Text, _opt("Regular expression whose parentheses catch the group in the id.")] = None,
     fresh: Annotated[bool, _opt("Start over, even where --out has answers.", "--fresh")] = False,
@@ -146,8 +146,8 @@ def chat(
     model: Saved,
     pictures: Annotated[list[Path] | None, _arg("Pictures that go with the first question.")] = None,
     ask: Annotated[Text, _opt("Ask this one question, print the answer, and leave.")] = None,
-    temperature: Annotated[float, _opt("0 takes the likeliest words, more draws at random.")] = 0.0,
-    max_new_tokens: Annotated[int, _opt("Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, _opt("0 takes the likeliest words, more draws at random.", min=0)] = 0.0,
+    max_new_tokens: Annotated[int, _opt("Longest answer, in tokens.", min=1)] = 256,
     device: Device = None,
 ) -> None:
     """Talk with a model about pictures; /help in the conversation tells the commands."""
@@ -163,6 +163,8 @@ def chat(
     if typed:
         typer.echo("/image PATH shows a picture, /help tells more, /quit leaves")
     converse(conversation, shown, lambda: input("> " if typed else ""), lambda text: typer.echo(text, nl=False))
+    if typed:
+        typer.echo()
 
 
 @app.command()
@@ -199,16 +201,19 @@ def demo(
 @world_app.command("draw")
 def world_draw(
     folder: Annotated[Path, _arg("Folder for pictures and questions.")],
-    split: Annotated[str, _opt("train, dev or test.")] = "train",
-    pictures: Annotated[int, _opt("How many pictures.", min=1)] = 1000,
+    train: Annotated[int, _opt("Pictures to train on.", min=0)] = 1000,
+    dev: Annotated[int, _opt("Pictures to choose by.", min=0)] = 100,
+    test: Annotated[int, _opt("Pictures to report on.", min=0)] = 100,
     questions: Annotated[int, _opt("Questions about each.", min=1)] = 12,
     seed: Annotated[int, _opt("Equal seeds give equal files.")] = 0,
 ) -> None:
-    """Draw pictures with questions in LLaVA's format."""
+    """Draw pictures with questions in LLaVA's format, split by split."""
     from .world import write_split
 
-    for name, path in write_split(folder, split, pictures, questions, seed=seed).items():
-        typer.echo(f"{name}: {path}")
+    for split, number in {"train": train, "dev": dev, "test": test}.items():
+        if number:
+            write_split(folder, split, number, questions, seed=seed)
+            typer.echo(f"{split}: {number} pictures, {folder}/{split}.json")
 
 
 @world_app.command("pretrain")
@@ -250,6 +255,11 @@ def _load(model: str, device: str | None):
 
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here: {reason}; leave it out, or give cpu") from error
     loaded, processor = load(model)
     return loaded.to(device), processor
 

@@ -115,7 +115,7 @@ def test_the_terminal_answers_and_knows_commands(tiny, picture):
     chat = Chat(*tiny, max_new_tokens=3)
     expected = Chat(*tiny, max_new_tokens=3).ask("what is it", picture)
     shown = talk(chat, "what is it", "", "/history", pictures=[picture])
-    assert shown == f"{expected}\nuser: [picture]\nwhat is it\nassistant: {expected}\n\n"
+    assert shown == f"{expected}\nuser: [picture]\nwhat is it\nassistant: {expected}\n"
     assert "1 picture for the next question\n2 pictures" in talk(chat, f"/image {picture}", f"/image {picture}")
     assert talk(chat, "/reset", "/history", "/quit", "never read") == "forgotten\nnothing was said yet\n"
     assert "/image PATH" in talk(chat, "/help")
@@ -127,11 +127,11 @@ def test_the_terminal_answers_and_knows_commands(tiny, picture):
 
 def test_interrupts_leave_at_the_prompt_and_stop_an_answer(tiny, monkeypatch):
     chat = Chat(*tiny)
-    assert talk(chat, KeyboardInterrupt, "never read") == "\n"
+    assert talk(chat, KeyboardInterrupt, "never read") == ""
 
     def interrupted(*args):
         yield "well"
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chat, "stream", interrupted)
-    assert talk(chat, "what is it", "/history") == "well\n(stopped)\nnothing was said yet\n\n"
+    assert talk(chat, "what is it", "/history") == "well\n(stopped)\nnothing was said yet\n"
