@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sparsecut"
 LAYERS = [  # a module imports from earlier rows, or from its own family; modules of a row do not import one another
     {"plan"},
-    {"methods", "recipe", "yaml_text", "drawing", "registration", "charts"},
+    {"methods", "recipe", "yaml_text", "drawing", "registration", "charts", "scoring"},
     {"fusion", "graft"},
     {"configuration"},
-    {"modeling", "processing"},
+    {"modeling", "processing", "prompting"},
     {"building", "official", "data", "labels", "records", "pictures", "world"},
-    {"convert", "training", "evaluation", "chat"},
+    {"convert", "training", "evaluation", "chat", "sketch"},
     {"report", "demo", "cli"},
 ]
 FAMILIES = [{"data", "labels", "records", "pictures"}, {"recipe", "yaml_text"}, {"demo", "report"}, {"cli", "demo"}, {"world"}]
