@@ -17,7 +17,6 @@ import logging
 import os
 import platform
 import shutil
-from dataclasses import fields
 from pathlib import Path
 
 from transformers import TrainingArguments, set_seed
@@ -57,7 +56,9 @@ def train(
     problems: list[str] = []
     read = [[(source, read_source(source, problems)) for source in stage.data] for stage in recipe.stages]
     for source in recipe.evaluate.data if recipe.evaluate else ():
-        read_source(source, problems)
+        for example in read_source(source, problems):
+            if check:
+                example.pictures()
 
     done = _finished(recipe, output) if resume and not check else 0
     if done:
@@ -144,8 +145,8 @@ def _check_output(recipe: Recipe, output: Path) -> None:
     written = output / "config.yaml"
     if not written.is_file():
         return
-    before = load_recipe(written)
-    changed = [f.name for f in fields(Recipe) if getattr(before, f.name) != getattr(recipe, f.name)]
+    before, weights = load_recipe(written), ("model", "fusion", "stages", "seed")
+    changed = [name for name in weights if getattr(before, name) != getattr(recipe, name)]
     if changed:
         raise ValueError(
             f"{output} holds a run of another recipe (it differs in {', '.join(changed)}); choose another folder (output=...) "
