@@ -15,7 +15,8 @@ class _Loader(yaml.SafeLoader):
     """YAML that reads 1e-3 as a number (as YAML 1.2 does) and refuses a key that is written twice."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        written = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # `<<: *base` is not a key
+        keys = [self.construct_object(key, deep=True) for key in written]
         if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key {twice[0]!r} is written twice", node.start_mark

@@ -132,6 +132,10 @@ def test_a_key_written_twice_is_refused(tmp_path):
         load_recipe(tmp_path / "missing.yaml")
 
 
+def test_keys_can_be_taken_over_from_another_place():
+    assert read_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: {<<: *a}", "text")["b"] == {"x": 1, "y": 3}
+
+
 def test_paths_take_environment_variables_when_they_are_used(monkeypatch):
     monkeypatch.setenv("SOME_DATA", "/data")
     assert expand_path("$SOME_DATA/a.json") == "/data/a.json" == expand_path("${SOME_DATA}/a.json")
