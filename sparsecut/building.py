@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from .configuration import SparseCutConfig
-from .modeling import SparseCutForConditionalGeneration
+from .modeling import SparseCutForConditionalGeneration, check_language_model
 from .plan import Plan
 from .processing import SparseCutProcessor
 
@@ -52,6 +52,7 @@ def build(
         vision = AutoModel.from_pretrained(vision, config=vision_config, dtype=dtype, **from_pretrained)
     if isinstance(language, str):
         language = AutoModelForCausalLM.from_pretrained(language, config=text_config, dtype=dtype, **from_pretrained)
+    check_language_model(language)
     for module in (*vision.modules(), *language.modules()):
         module._is_hf_initialized = True  # ready weights are not drawn anew
     if language.get_input_embeddings().num_embeddings <= config.image_token_id:

@@ -46,9 +46,10 @@ class SparseCutConfig(PreTrainedConfig):
         for config, implementation in kept:
             if config._attn_implementation is None:
                 config._attn_implementation = implementation
+        check_vision_config(self.vision_config)
+        check_text_config(self.text_config)
         spec = "sparsecut" if self.plan is None else self.plan
         self.plan = make_plan(spec, self.vision_depth, self.language_depth).to_dict()
-        _ = self.patch_rows  # refuse an encoder without a known grid before anything is built
         register_model()
 
     def get_plan(self) -> Plan:
@@ -68,13 +69,7 @@ class SparseCutConfig(PreTrainedConfig):
     @property
     def patch_rows(self) -> int:
         """Rows (and columns) of patches in one view: image size over patch size, never a length of something."""
-        size, patch = (_side(self.vision_config, name) for name in ("image_size", "patch_size"))
-        if size % patch:
-            raise ValueError(
-                f"{self.vision_config.model_type} has image_size {size}, which is not a multiple of its patch_size {patch}; "
-                f"set image_size to {size // patch * patch} or use another encoder"
-            )
-        return size // patch
+        return _side(self.vision_config, "image_size") // _side(self.vision_config, "patch_size")
 
     @property
     def image_size(self) -> int:
@@ -87,30 +82,69 @@ class SparseCutConfig(PreTrainedConfig):
         return self.get_plan().image_tokens(self.patch_rows**2)
 
 
-def _side(vision_config, name: str) -> int:
-    value = getattr(vision_config, name, None)
-    pair = value if isinstance(value, list | tuple) else (value, value)
-    if vision_config.model_type in UNSUPPORTED_ENCODERS or any(not isinstance(v, int) for v in pair):
-        raise ValueError(
-            f"the vision encoder {vision_config.model_type} has {name}={value!r}, but a fixed square grid of patches is needed; "
-            "use an encoder like CLIP, SigLIP, ViT or DINOv2 (packed, windowed and variable-size encoders are not supported)"
-        )
-    if pair[0] != pair[1]:
-        raise ValueError(
-            f"the vision encoder {vision_config.model_type} has {name}={value!r}, but views are square; use a square one"
-        )
-    return pair[0]
-
-
+# Encoders with an image size and a patch size whose blocks do not end with one state per patch, row by row: windows that
+# merge, packed or masked patches, feature maps, detection tokens at the end, videos.
 UNSUPPORTED_ENCODERS = (
+    "convnext",
+    "convnextv2",
+    "donut-swin",
+    "hiera",
+    "maskformer-swin",
+    "mgp-str",
     "pixtral",
-    "siglip2_vision_model",
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "swin",
-    "swinv2",
+    "sam3_vit_model",
+    "sam_hq_vision_model",
     "sam_vision_model",
+    "siglip2_vision_model",
+    "swin",
+    "swin2sr",
+    "swinv2",
+    "timesformer",
+    "videomae",
+    "vit_mae",
+    "vitdet",
+    "vivit",
+    "yolos",
 )
+
+
+def check_vision_config(config) -> None:
+    """Refuse an encoder whose blocks are not known to put out a fixed square grid of patches."""
+    sides = {name: getattr(config, name, None) for name in ("image_size", "patch_size")}
+    sizes = {name: getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size")}
+    pairs = [value if isinstance(value, list | tuple) else (value, value) for value in sides.values()]
+    whole = all(isinstance(n, int) for n in (*sizes.values(), *(n for pair in pairs for n in pair)))
+    if config.model_type in UNSUPPORTED_ENCODERS or not whole:
+        given = ", ".join(f"{name}={value!r}" for name, value in (sides | sizes).items())
+        raise ValueError(
+            f"the vision encoder {config.model_type} has {given}, but a stack of blocks over a fixed square grid of patches is "
+            "needed; use an encoder like CLIP, SigLIP, ViT or DINOv2 (packed, windowed, masked and convolutional ones are not supported)"
+        )
+    for name, pair in zip(sides, pairs, strict=True):
+        if pair[0] != pair[1]:
+            raise ValueError(
+                f"the vision encoder {config.model_type} has {name}={sides[name]!r}, but views are square; use a square one"
+            )
+    (size, _), (patch, _) = pairs
+    if size % patch:
+        raise ValueError(
+            f"{config.model_type} has image_size {size}, which is not a multiple of its patch_size {patch}; "
+            f"set image_size to {size // patch * patch} or use another encoder"
+        )
+
+
+def check_text_config(config) -> None:
+    """Refuse language models that are, or were cut out of, an encoder and a decoder."""
+    if config.is_encoder_decoder or any(hasattr(config, f"{name}encoder_layers") for name in ("", "num_")):
+        raise ValueError(
+            f"the language model {config.model_type} belongs to a pair of encoder and decoder, but the prompt must be read by the "
+            "decoder alone; use a decoder-only transformer such as Llama, Qwen or Mistral"
+        )
+
+
+def _side(vision_config, name: str) -> int:
+    value = getattr(vision_config, name)
+    return value if isinstance(value, int) else value[0]
+
 
 register_configuration()

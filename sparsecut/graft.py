@@ -18,8 +18,9 @@ from transformers.utils.output_capturing import CompileableContextVar
 
 @dataclass
 class Reading:
-    """One pass through an encoder: the wanted taps found so far."""
+    """One pass through an encoder: the wanted taps, and those found so far."""
 
+    wanted: frozenset[int]
     taps: dict[int, Tensor] = field(default_factory=dict)
     as_tuple: bool = False  # what this encoder's blocks return, for the blocks that are skipped
 
@@ -48,34 +49,48 @@ def find_layers(module: nn.Module, depth: int, what: str) -> nn.ModuleList:
     return min(lists, key=lambda item: item[0].count("."))[1]
 
 
-def connect_encoder(encoder: nn.Module, taps: Iterable[int], depth: int) -> None:
-    """Hook the tapped blocks; while taps are read, blocks above the deepest tap pass their input through unused."""
-    layers, taps = find_layers(encoder, depth, "the vision encoder"), sorted(taps)
-    for tap in taps:
-        if tap == 0:
-            layers[0].register_forward_pre_hook(_read_embeddings, with_kwargs=True)
-        else:
-            layers[tap - 1].register_forward_hook(partial(_read_block, tap))
-    for layer in layers[max(taps) :]:
-        layer.forward = partial(_skip_while_reading, layer.forward)
+def connect_encoder(encoder: nn.Module, depth: int) -> None:
+    """Hook every block, so that `read_taps` can keep any tap and end at the deepest one it wants.
+
+    The hooks know no plan: models with other plans may share the encoder, and connecting again only renews the hooks.
+    """
+    for number, block in enumerate(find_layers(encoder, depth, "the vision encoder")):
+        _disconnect(block)
+        if number == 0:
+            block.register_forward_pre_hook(_read_embeddings, with_kwargs=True)
+        block.register_forward_hook(partial(_read_block, number + 1))
+        block.forward = partial(_skip_while_reading, number, block.forward)
 
 
-def connect_decoder(language_model: nn.Module, layers: Iterable[int], depth: int) -> None:
-    """Hook the decoder layers that receive features."""
-    stack = find_layers(language_model, depth, "the language model")
-    for layer in layers:
-        stack[layer].register_forward_pre_hook(partial(_add_features, layer), with_kwargs=True)
+def connect_decoder(language_model: nn.Module, depth: int) -> None:
+    """Hook every decoder layer, so that `inject` can add features before any; connecting again only renews the hooks."""
+    for number, layer in enumerate(find_layers(language_model, depth, "the language model")):
+        _disconnect(layer)
+        layer.register_forward_pre_hook(partial(_add_features, number), with_kwargs=True)
 
 
-def read_taps(encoder: nn.Module, pixels: Tensor, num_patches: int, expected: Iterable[int]) -> dict[int, Tensor]:
+def _disconnect(layer: nn.Module) -> None:
+    for hooks in (layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs, layer._forward_hooks):
+        ours = [
+            k
+            for k, hook in hooks.items()
+            if getattr(hook, "func", hook) in (_read_embeddings, _read_block, _add_features)
+        ]
+        for key in ours:
+            del hooks[key]
+    if getattr(layer.forward, "func", None) is _skip_while_reading:
+        layer.forward = layer.forward.args[1]
+
+
+def read_taps(encoder: nn.Module, pixels: Tensor, num_patches: int, wanted: Iterable[int]) -> dict[int, Tensor]:
     """Run the encoder on pixels [views, 3, S, S] and return tap -> [views, N, D], class and register tokens removed."""
-    reading = Reading()
+    reading = Reading(frozenset(wanted))
     token = _reading.set(reading)
     try:
         encoder(pixels)
     finally:
         _reading.reset(token)
-    if missing := sorted(set(expected) - set(reading.taps)):
+    if missing := sorted(reading.wanted - set(reading.taps)):
         raise RuntimeError(
             f"taps {missing} were not reached in {type(encoder).__name__}: its blocks are not the ones that were connected; "
             "connect the encoder again after replacing modules in it"
@@ -109,19 +124,20 @@ def inject(run: Callable, mask: Tensor, features: Mapping[int, Tensor]):
 
 
 def _read_embeddings(module, args, kwargs):
-    if (reading := _reading.get()) is not None:
+    if (reading := _reading.get()) is not None and 0 in reading.wanted:
         reading.taps[0] = args[0] if args else kwargs["hidden_states"]
 
 
 def _read_block(tap: int, module, args, output):
-    if (reading := _reading.get()) is not None:
+    if (reading := _reading.get()) is not None and tap <= max(reading.wanted):
         reading.as_tuple = isinstance(output, tuple)
-        reading.taps[tap] = output[0] if reading.as_tuple else output
+        if tap in reading.wanted:
+            reading.taps[tap] = output[0] if reading.as_tuple else output
 
 
-def _skip_while_reading(forward: Callable, *args, **kwargs):
+def _skip_while_reading(number: int, forward: Callable, *args, **kwargs):
     reading = _reading.get()
-    if reading is None:
+    if reading is None or number < max(reading.wanted):
         return forward(*args, **kwargs)
     hidden = args[0] if args else kwargs["hidden_states"]
     return (hidden,) if reading.as_tuple else hidden

@@ -13,9 +13,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple
 
-from . import graft
 from .configuration import SparseCutConfig
 from .fusion import Fusion
+from .graft import connect_decoder, connect_encoder, inject, read_taps
 from .plan import Plan
 
 
@@ -72,6 +72,7 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = (
             language_model if language_model is not None else AutoModelForCausalLM.from_config(config.text_config)
         )
+        check_vision_tower(self.vision_tower)
         check_language_model(self.language_model)
         self.fusion = Fusion(
             self.plan,
@@ -80,8 +81,8 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
             language_dim=config.text_config.get_text_config().hidden_size,
             rows=config.patch_rows,
         )
-        graft.connect_encoder(self.vision_tower, self.plan.resolved_taps(config.vision_depth), config.vision_depth)
-        graft.connect_decoder(self.language_model, self.plan.layers, config.language_depth)
+        connect_encoder(self.vision_tower, config.vision_depth)
+        connect_decoder(self.language_model, config.language_depth)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -136,7 +137,7 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         pixels = pixel_values.flatten(0, 1).to(self.vision_tower.dtype)
         taps = self.plan.resolved_taps(self.config.vision_depth)
-        states = graft.read_taps(self.vision_tower, pixels, self.config.patch_rows**2, taps)
+        states = read_taps(self.vision_tower, pixels, self.config.patch_rows**2, taps)
         fused = self.fusion({tap: x.unflatten(0, (-1, num_views)) for tap, x in states.items()})
         return SparseCutImageFeatures(
             pooler_output=list(fused[0]),
@@ -204,7 +205,7 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **arguments
             )
 
-        outputs = graft.inject(run, mask, features)
+        outputs = inject(run, mask, features)
         logits = outputs.logits
         if self.config.mask_image_token:
             logits = logits.index_fill(
@@ -234,6 +235,17 @@ def known_arguments(module: nn.Module) -> set[str]:
 def accepts(module: nn.Module, name: str) -> bool:
     """Whether a module's forward takes an argument by this name."""
     return bool(known_arguments(module) & {name, "kwargs"})
+
+
+def check_vision_tower(module: nn.Module) -> None:
+    """Refuse an encoder that needs more than pixels, before anything is connected to it."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if needed:
+        raise ValueError(
+            f"{type(module).__name__} needs {' and '.join(needed)} besides pixels, as encoders of packed or variable-size pictures do; "
+            "use an encoder of fixed square views, such as CLIP, SigLIP, ViT or DINOv2"
+        )
 
 
 def check_language_model(module: nn.Module) -> None:

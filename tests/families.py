@@ -1,0 +1,173 @@
+"""Tiny random models of many families: what the family tests and `make grid` build their models from.
+
+A family that only the slow grid runs stands in the same table as the others; `EVERYDAY` names those of the default tests.
+"""
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+VOCABULARY = 64
+IMAGE = VOCABULARY - 1  # the placeholder
+BASE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GQA = {"num_key_value_heads": 2}
+HEAD = {"head_dim": 8}
+MOE = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
+
+LANGUAGE = {  # model_type -> settings beyond BASE
+    "llama": GQA,
+    "qwen2": GQA,
+    "qwen3": GQA | HEAD,
+    "mistral": GQA,
+    "gemma": GQA | HEAD,
+    "gemma2": GQA | HEAD | {"query_pre_attn_scalar": 8, "sliding_window": 8},
+    "gemma3_text": GQA | HEAD | {"query_pre_attn_scalar": 8, "sliding_window": 8},
+    "phi": GQA,
+    "phi3": GQA,
+    "gpt_neox": {},
+    "gpt2": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "olmo2": GQA,
+    "cohere": GQA,
+    "granite": GQA,
+    "stablelm": GQA,
+    "falcon": {"alibi": False, "new_decoder_architecture": False},
+    "starcoder2": GQA,
+    "olmo": GQA,
+    "olmo3": GQA | {"sliding_window": 8},
+    "cohere2": GQA | {"sliding_window": 8},
+    "glm": GQA | HEAD,
+    "glm4": GQA | HEAD,
+    "smollm3": GQA,
+    "helium": GQA | HEAD,
+    "nemotron": GQA,
+    "persimmon": {},
+    "gptj": {"rotary_dim": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
+    "codegen": {"rotary_dim": 4, "n_ctx": 128},
+    "gpt_bigcode": {},
+    "bloom": {},
+    "mpt": {"expansion_ratio": 2, "max_seq_len": 128},
+    "xglm": {"ffn_dim": 48, "d_model": 32, "attention_heads": 4, "num_layers": 4},
+    "biogpt": {},
+    "mixtral": GQA | {"num_local_experts": 4},
+    "qwen2_moe": GQA | MOE | {"shared_expert_intermediate_size": 16},
+    "qwen3_moe": GQA | HEAD | MOE,
+    "olmoe": GQA | {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": GQA | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": GQA | HEAD | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "deepseek_v3": LATENT,
+    "ernie4_5": GQA | HEAD,
+    "exaone4": GQA | HEAD | {"sliding_window": 8},
+    "seed_oss": GQA | HEAD,
+    "hunyuan_v1_dense": GQA | HEAD,
+    "arcee": GQA,
+    "apertus": GQA,
+    "ministral": GQA | HEAD,
+    "bitnet": GQA,
+    "lfm2": GQA | {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "qwen3_next": GQA
+    | HEAD
+    | MOE
+    | {"layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"]},
+    "jamba": GQA | {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "falcon_h1": GQA | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+    "mamba": {},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
+    "bart": {"d_model": 32, "decoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
+    "t5": {},
+}
+
+VISION_BASE = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+VISION = {
+    "clip_vision_model": {},
+    "siglip_vision_model": {},
+    "vit": {},
+    "dinov2": {},
+    "dinov2_with_registers": {"num_register_tokens": 3},
+    "dinov3_vit": {"num_register_tokens": 3},
+    "aimv2_vision_model": {},
+    "ijepa": {},
+    "beit": {"use_relative_position_bias": True},
+    "deit": {},
+    "vit_msn": {},
+    "data2vec-vision": {},
+    "mlcd_vision_model": {},
+    "internvl_vision": {"image_size": [16, 16], "patch_size": [8, 8]},
+    "chinese_clip_vision_model": {},
+    "pixio": {},
+    "vit_mae": {},
+    "radio": {},
+    "sapiens2": {},
+    "tipsv2_vision_model": {},
+    "dpt": {},
+    "pixtral": {},
+    "siglip2_vision_model": {},
+    "swin": {},
+    "convnext": {},
+    "qwen2_5_vl_vision": {"depth": 4},
+    "sam_vision_model": {},
+}
+
+# fmt: off
+EVERYDAY_LANGUAGE = [
+    "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox", "gpt2", "opt",
+    "olmo2", "cohere", "granite", "stablelm", "falcon",
+]
+EVERYDAY_VISION = [
+    "clip_vision_model", "siglip_vision_model", "vit", "dinov2", "dinov2_with_registers", "dinov3_vit",
+    "aimv2_vision_model", "ijepa", "beit",
+]
+# fmt: on
+
+
+def language_config(name: str, **settings):
+    """A tiny configuration of a decoder family, its weights wide enough for its choices to be clear."""
+    return AutoConfig.for_model(name, **BASE | {"initializer_range": 0.2} | LANGUAGE[name] | settings)
+
+
+def vision_config(name: str, **settings):
+    """A tiny configuration of an encoder family: views of 16 x 16 pixels, 2 x 2 patches, width 16, 4 blocks."""
+    return AutoConfig.for_model(name, **VISION_BASE | VISION[name] | settings)
+
+
+def family_language(name: str, **settings):
+    """A tiny causal language model of a family, its weights drawn from seed 0."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(language_config(name, **settings)).eval()
+
+
+def family_vision(name: str, **settings):
+    """A tiny vision encoder of a family, its weights drawn from seed 0."""
+    torch.manual_seed(0)
+    return AutoModel.from_config(vision_config(name, **settings)).eval()

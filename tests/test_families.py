@@ -1,0 +1,76 @@
+"""Any encoder, any decoder: tiny random models of many families, and a sentence for those that cannot be joined.
+
+`make grid` runs the same checks, and compilation, on every family of `families.py`, and writes docs/support.md.
+"""
+
+import checks
+import pytest
+from families import EVERYDAY_LANGUAGE, EVERYDAY_VISION, family_language, family_vision, language_config, vision_config
+from transformers import BartConfig, T5Config
+
+from sparsecut import METHODS, SparseCutConfig, make_plan
+
+
+@pytest.fixture(scope="module", params=EVERYDAY_LANGUAGE)
+def decoder(request):
+    return checks.join(language=request.param)
+
+
+@pytest.fixture(scope="module", params=EVERYDAY_VISION)
+def encoder(request):
+    return checks.join(vision=request.param)
+
+
+@pytest.mark.parametrize("check", [checks.gradients, checks.cached, checks.padded, checks.beams, checks.checkpointing])
+def test_every_decoder_family(decoder, check):
+    check(decoder)
+
+
+@pytest.mark.parametrize("check", [checks.taps, checks.stops, checks.gradients, checks.cached, checks.padded])
+def test_every_encoder_family(encoder, check):
+    check(encoder)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_leaves_a_parameter_without_gradient(method):
+    depths = {"official_13b": (24, 40), "official_7b_as_run": (24, 32)}.get(method, (4, 4))
+    vision, language = (
+        family_vision("clip_vision_model", num_hidden_layers=depths[0]),
+        family_language("llama", num_hidden_layers=depths[1]),
+    )
+    checks.gradients(checks.join(vision, language, make_plan(method, *depths).to_dict()))
+
+
+@pytest.mark.parametrize("name", ["pixtral", "siglip2_vision_model", "swin", "convnext", "vit_mae", "sam_vision_model"])
+def test_encoders_without_a_fixed_grid_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"the vision encoder {name} has .* fixed square grid"):
+        SparseCutConfig(vision_config=vision_config(name), text_config=language_config("llama"))
+
+
+def test_an_encoder_that_needs_more_than_pixels_is_refused():
+    with pytest.raises(ValueError, match="needs grid_thw besides pixels"):
+        checks.join("qwen2_5_vl_vision")
+
+
+def test_an_encoder_of_oblong_views_or_uneven_patches_is_refused():
+    for settings, sentence in (
+        ({"image_size": (16, 32)}, "views are square"),
+        ({"patch_size": 7}, "not a multiple of its patch_size 7"),
+    ):
+        config = vision_config("internvl_vision", image_size=(16, 16), patch_size=(8, 8))
+        for name, value in settings.items():
+            setattr(config, name, value if isinstance(value, tuple) else (value, value))
+        with pytest.raises(ValueError, match=sentence):
+            SparseCutConfig(vision_config=config, text_config=language_config("llama"))
+
+
+@pytest.mark.parametrize("config", [T5Config(), BartConfig(), family_language("bart").config])
+def test_decoders_of_encoder_decoder_pairs_are_refused(config):
+    with pytest.raises(ValueError, match=f"the language model {config.model_type} belongs to a pair"):
+        SparseCutConfig(vision_config=vision_config("clip_vision_model"), text_config=config)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_a_language_model_without_a_key_value_cache_is_refused(name):
+    with pytest.raises(ValueError, match="does not take past_key_values"):
+        checks.join(language=name)
