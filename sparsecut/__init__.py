@@ -19,6 +19,7 @@ _HOMES = {
     "train": "training",
     "evaluate": "evaluation",
     "Chat": "chat",
+    "draw": "drawing",
     "SparseCutConfig": "configuration",
     "SparseCutProcessor": "processing",
     "SparseCutForConditionalGeneration": "modeling",
