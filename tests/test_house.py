@@ -14,14 +14,20 @@ PACKAGE = ROOT / "sparsecut"
 LAYERS = [  # a module imports from earlier rows, or from its own family; modules of a row do not import one another
     {"plan"},
     {"methods", "recipe", "yaml_text", "drawing", "registration", "charts", "scoring"},
-    {"fusion", "graft"},
+    {"fusion", "graft", "world"},
     {"configuration"},
     {"modeling", "processing", "prompting"},
-    {"building", "official", "data", "labels", "records", "pictures", "world"},
-    {"convert", "training", "evaluation", "chat", "sketch"},
-    {"report", "demo", "cli"},
+    {"building", "official", "data", "labels", "records", "pictures"},
+    {"convert", "training", "stage_trainer", "progress", "evaluation", "chat", "sketch"},
+    {"report", "demo", "demo_report"},
+    {"cli"},
 ]
-FAMILIES = [{"data", "labels", "records", "pictures"}, {"recipe", "yaml_text"}, {"demo", "report"}, {"cli", "demo"}, {"world"}]
+FAMILIES = [
+    {"data", "labels", "records", "pictures"},
+    {"recipe", "yaml_text"},
+    {"training", "stage_trainer", "progress"},
+    {"demo", "demo_report", "report"},
+]
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "__main__"))
 PRIVATE_TO_GRAFT = ("output_capturing", "modeling_layers", "masking_utils")
 
