@@ -25,7 +25,7 @@ ARMS = {
 ORDER = ("SparseCut", "same taps at the input", "hi-res at the input", "plain (LLaVA)")  # the longest runs first
 WORKERS = 2
 LEVELS = ("high", "mid", "low")
-PICTURES = {"train": 7000, "test": 900}
+PICTURES = {"train": 6000, "test": 600}
 
 
 def run(out: str | Path = "runs/demo", *, seed: int = 0, quick: bool = False, say=print) -> Path:
@@ -69,7 +69,7 @@ def draw_pictures(out: Path, seed: int, quick: bool, say) -> None:
     if done.is_file() and json.loads(done.read_text()) == {**sizes, "seed": seed}:
         return
     say(f"drawing {sizes['train']} training and {sizes['test']} test pictures ...")
-    write_split(out / "data", "train", sizes["train"], 14, seed=seed)
+    write_split(out / "data", "train", sizes["train"], 12, seed=seed)
     write_split(out / "data", "test", sizes["test"], 7, seed=seed)
     done.write_text(json.dumps({**sizes, "seed": seed}))
 
