@@ -24,9 +24,11 @@ class SparseCutImageFeatures(BaseModelOutputWithPooling):
     """Fused features of pictures, under the names that `generate` expands for beams and cuts for chunked prefill.
 
     pooler_output: per picture the input feature [N', H]; deepstack_features: for each layer of `plan.layers`, the same.
+    pixel_values: what they were made from, for an assistant model that makes features of its own.
     """
 
     deepstack_features: list[list[Tensor]] | None = None
+    pixel_values: Tensor | None = None
 
 
 @dataclass
@@ -142,7 +144,20 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return SparseCutImageFeatures(
             pooler_output=list(fused[0]),
             deepstack_features=[list(fused[layer]) for layer in self.plan.layers] or None,
+            pixel_values=pixel_values,
         )
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, inputs_embeds=None, is_first_iteration=False, **kwargs
+    ):
+        """What `generate` gives to `forward` at each step: pictures with the prompt only."""
+        kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
+        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        images = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        # In assisted decoding transformers calls the assistant's prompt a continuation and leaves the pictures out.
+        if images is not None and not is_first_iteration and not has_begun(past_key_values):
+            inputs["mm_encoder_outputs"] = {"image": self.get_image_features(images.pixel_values)}
+        return inputs
 
     def image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """Where image tokens stand, [B, L]: by id, or by embedding where only embeddings are given."""
@@ -182,8 +197,7 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         mask = self.image_mask(input_ids, inputs_embeds)
-        started = past_key_values is not None and past_key_values.get_seq_length() > 0
-        check_image_tokens(mask, images, started)
+        check_image_tokens(mask, images, past_key_values)
 
         features, image_hidden_states = {}, None
         if images is not None:
@@ -257,12 +271,17 @@ def check_language_model(module: nn.Module) -> None:
         )
 
 
-def check_image_tokens(mask: Tensor, images: SparseCutImageFeatures | None, started: bool) -> None:
+def has_begun(cache: Cache | None) -> bool:
+    """Whether a cache holds a prompt already."""
+    return cache is not None and cache.get_seq_length() > 0
+
+
+def check_image_tokens(mask: Tensor, images: SparseCutImageFeatures | None, cache: Cache | None) -> None:
     """Raise ValueError unless features and image tokens are equally many.
 
     Tokens of a continuation may hold a placeholder without features (candidates that assisted decoding guessed from the prompt).
     """
-    if torch.compiler.is_compiling() or (images is None and started):
+    if torch.compiler.is_compiling() or (images is None and has_begun(cache)):
         return
     wanted, given = int(mask.sum()), 0 if images is None else sum(len(f) for f in images.pooler_output)
     if wanted != given:
