@@ -47,7 +47,8 @@ def wilson(correct: int, total: int) -> list[float]:
     p, z2 = correct / total, Z95**2
     centre, scale = p + z2 / (2 * total), 1 + z2 / total
     half = Z95 * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
-    return [max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)]
+    low, high = (centre - half) / scale, (centre + half) / scale
+    return [low if correct else 0.0, high if correct < total else 1.0]  # exact where rounding would not be
 
 
 def table(result: dict) -> str:
