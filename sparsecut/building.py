@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -37,7 +38,9 @@ def build(
     """
     vision, language = resolve(vision, "vision"), resolve(language, "language")
     vision_config, text_config = _config_of(vision, "vision"), _config_of(language, "language")
-    vision_config = getattr(vision_config, "vision_config", vision_config)  # a two-tower checkpoint such as CLIP's
+    if hasattr(vision_config, "vision_config"):  # a two-tower checkpoint such as CLIP's
+        vision_config = vision_config.vision_config
+        vision = vision if isinstance(vision, str) else vision.vision_model
     config = SparseCutConfig(vision_config=vision_config, text_config=text_config, plan=_as_dict(plan))
     tokenizer = tokenizer or _for_name(AutoTokenizer, language, "tokenizer")
     image_processor = image_processor or _for_name(AutoImageProcessor, vision, "image_processor")
@@ -60,8 +63,11 @@ def build(
     config.vision_config, config.text_config = vision.config, language.config  # as they are now, the new size included
     model = SparseCutForConditionalGeneration(config, vision_tower=vision, language_model=language)
     model.fusion.to(next(language.parameters()).dtype)
-    model.generation_config = language.generation_config
-    model.generation_config.suppress_tokens = [config.image_token_id]
+    model.generation_config = copy.deepcopy(language.generation_config)
+    model.generation_config.suppress_tokens = [
+        *(language.generation_config.suppress_tokens or []),
+        config.image_token_id,
+    ]
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     processor = SparseCutProcessor(
