@@ -91,22 +91,22 @@ def from_official(
     vision_config, text_config = shell.vision_config, shell.text_config
     plan = official_plan(fusion, shell.vision_depth, shell.language_depth, taps, layers, input_tap)
     parts = split_weights(weights)
-    language = AutoModelForCausalLM.from_config(text_config)
+    dtype = next(iter(parts["fusion"].values())).dtype
+    language = AutoModelForCausalLM.from_config(text_config, dtype=dtype)
     tied = frozenset({"lm_head.weight"}) if text_config.tie_word_embeddings else frozenset()
     _fill(language, parts["language"], "the language model", optional=tied)
     language.resize_token_embeddings(text_config.vocab_size + 1, mean_resizing=False)
-    vision = AutoModel.from_config(vision_config)
+    vision = AutoModel.from_config(vision_config, dtype=dtype)
     _fill(vision, parts["vision"], "the vision tower")
     config = SparseCutConfig(
         vision_config=vision_config,
         text_config=language.config,
         plan=plan.to_dict(),
-        image_token_id=text_config.vocab_size - 1,  # the row just added
+        image_token_id=language.config.vocab_size - 1,  # the row just added
         mask_image_token=True,
     )
     model = SparseCutForConditionalGeneration(config, vision_tower=vision, language_model=language)
     _fill(model.fusion.paths[0], parts["fusion"], f"the {fusion} projector")
-    dtype = next(iter(parts["fusion"].values())).dtype
     model.generation_config = language.generation_config
     return model.to(dtype).eval()
 
