@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration import SparseCutConfig
 from .modeling import SparseCutForConditionalGeneration, check_language_model
@@ -15,6 +17,13 @@ from .plan import Plan
 from .processing import SparseCutProcessor
 
 WORLD = "world"  # names the built-in picture world's small backbones
+AUTO_MAPS = {  # where the Auto classes find the code that is saved with a model
+    "config.json": {
+        "AutoConfig": "configuration.SparseCutConfig",
+        "AutoModelForImageTextToText": "modeling.SparseCutForConditionalGeneration",
+    },
+    "processor_config.json": {"AutoProcessor": "processing.SparseCutProcessor"},
+}
 
 
 def build(
@@ -98,10 +107,21 @@ def load(folder: str | Path, **from_pretrained) -> tuple[SparseCutForConditional
     return model.eval(), SparseCutProcessor.from_pretrained(folder)
 
 
-def save(model: SparseCutForConditionalGeneration, processor: SparseCutProcessor, folder: str | Path) -> None:
-    """Write model, processor and chat template into one folder that `load` and the Auto classes read."""
+def save(
+    model: SparseCutForConditionalGeneration, processor: SparseCutProcessor, folder: str | Path, *, code: bool = False
+) -> None:
+    """Write model, processor and chat template into one folder that `load` and the Auto classes read.
+
+    code: put the model's source files beside them, for machines without this package (`trust_remote_code=True` there).
+    """
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    if code:
+        for part in (model, processor):
+            custom_object_save(part, folder)  # its module and all that this imports relatively
+        for file, homes in AUTO_MAPS.items():
+            path = Path(folder) / file
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": homes}, indent=2) + "\n")
 
 
 def resolve(source, part: str):
