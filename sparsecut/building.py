@@ -55,7 +55,6 @@ def build(
     image_processor = image_processor or _for_name(AutoImageProcessor, vision, "image_processor")
     if image_token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"extra_special_tokens": [image_token]}, replace_extra_special_tokens=False)
-    tokenizer.padding_side = "left"  # generation continues from the last column
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     config.image_token_id = tokenizer.convert_tokens_to_ids(image_token)

@@ -100,6 +100,7 @@ class SparseCutProcessor(ProcessorMixin):
             raise ValueError(f"coarse is {coarse!r}, but must be one of {', '.join(COARSE)}")
         self.image_size, self.tiles, self.coarse = image_size, tiles, coarse
         self.num_image_tokens, self.image_token = num_image_tokens, image_token
+        tokenizer.padding_side = "left"  # generation continues from the last column; a saved tokenizer forgets this
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(
