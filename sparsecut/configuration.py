@@ -134,11 +134,18 @@ def check_vision_config(config) -> None:
 
 
 def check_text_config(config) -> None:
-    """Refuse language models that are, or were cut out of, an encoder and a decoder."""
-    if config.is_encoder_decoder or any(hasattr(config, f"{name}encoder_layers") for name in ("", "num_")):
+    """Refuse language models that cannot read a prompt of embeddings from left to right, where a configuration tells."""
+    text, reasons = config.get_text_config(), []
+    if config.is_encoder_decoder or any(hasattr(text, f"{n}_layers") for n in ("encoder", "num_encoder", "decoder")):
+        reasons.append("belongs to a pair of encoder and decoder")
+    elif hasattr(text, "add_cross_attention") and not getattr(text, "is_decoder", True):
+        reasons.append("looks at later tokens too (is_decoder is false)")
+    if getattr(text, "hidden_size_per_layer_input", 0):
+        reasons.append("reads the token ids again in every layer (hidden_size_per_layer_input)")
+    if reasons:
         raise ValueError(
-            f"the language model {config.model_type} belongs to a pair of encoder and decoder, but the prompt must be read by the "
-            "decoder alone; use a decoder-only transformer such as Llama, Qwen or Mistral"
+            f"the language model {config.model_type} {' and '.join(reasons)}, but image features can only be given to a decoder "
+            "that reads embeddings from left to right; use a decoder-only transformer such as Llama, Qwen or Mistral"
         )
 
 

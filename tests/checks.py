@@ -112,7 +112,7 @@ def checkpointing(model):
     model = copy.deepcopy(model).train()
     expected = fusion_gradients(model, inputs)
     for reentrant in (False, True):
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
         assert_same(fusion_gradients(model, inputs), expected)
 
 

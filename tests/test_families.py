@@ -6,7 +6,7 @@
 import checks
 import pytest
 from families import EVERYDAY_LANGUAGE, EVERYDAY_VISION, family_language, family_vision, language_config, vision_config
-from transformers import BartConfig, T5Config
+from transformers import AutoConfig
 
 from sparsecut import METHODS, SparseCutConfig, make_plan
 
@@ -64,13 +64,25 @@ def test_an_encoder_of_oblong_views_or_uneven_patches_is_refused():
             SparseCutConfig(vision_config=config, text_config=language_config("llama"))
 
 
-@pytest.mark.parametrize("config", [T5Config(), BartConfig(), family_language("bart").config])
-def test_decoders_of_encoder_decoder_pairs_are_refused(config):
-    with pytest.raises(ValueError, match=f"the language model {config.model_type} belongs to a pair"):
-        SparseCutConfig(vision_config=vision_config("clip_vision_model"), text_config=config)
+REFUSED = {
+    "t5": "belongs to a pair of encoder and decoder",
+    "bart": "belongs to a pair of encoder and decoder",
+    "trocr": "belongs to a pair of encoder and decoder",
+    "bert": "looks at later tokens too",
+    "gemma4_text": "reads the token ids again in every layer",
+}
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_language_models_that_cannot_read_embeddings_from_left_to_right_are_refused(name):
+    with pytest.raises(ValueError, match=f"the language model {name} {REFUSED[name]}"):
+        SparseCutConfig(vision_config=vision_config("clip_vision_model"), text_config=AutoConfig.for_model(name))
+    if name == "bart":  # also where its decoder was cut out
+        with pytest.raises(ValueError, match=REFUSED[name]):
+            checks.join(language=family_language("bart"))
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "rwkv"])
 def test_a_language_model_without_a_key_value_cache_is_refused(name):
     with pytest.raises(ValueError, match="does not take past_key_values"):
         checks.join(language=name)

@@ -124,7 +124,7 @@ def test_checkpointing_gives_every_part_the_same_gradient(reentrant):
     inputs = batch(model, side="right")
     fusion_gradients(model, inputs)
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     runs = []
     handle = model.language_model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     fusion_gradients(model, inputs)

@@ -1,0 +1,103 @@
+"""Which model families work: a tiny random model of each, checked; a table on screen and in docs/support.md.
+
+    python benchmarks/grid.py                      # every family of tests/families.py, some minutes
+    python benchmarks/grid.py llama vit mamba      # some of them, on screen only
+
+Each decoder is joined to CLIP and each encoder to Llama, with the `sparsecut` plan. The checks are those of tests/checks.py.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import checks
+import torch
+import transformers
+from families import LANGUAGE, VISION
+
+SUPPORT = Path(__file__).parents[1] / "docs" / "support.md"
+COLUMNS = {
+    "gradients": checks.gradients,
+    "cached = uncached": checks.cached,
+    "batch = single": checks.padded,
+    "beams": checks.beams,
+    "checkpointing": checks.checkpointing,
+    "compiles": checks.compiles,
+}
+ENCODER_COLUMNS = {"taps": checks.taps, "stops early": checks.stops} | COLUMNS
+INTRODUCTION = """\
+# Model families
+
+Made by `make grid` with transformers {transformers} and torch {torch}: a tiny random model of each family, joined to a tiny
+{partner} by the `sparsecut` plan. Families that are not listed were not tried; most decoder-only transformers work.
+
+- *gradients*: a training step reaches every parameter of the fusion
+- *cached = uncached*: greedy decoding, the same tokens, and scores within 1e-4
+- *batch = single*: each row of a left-padded batch has the logits it has alone
+- *beams*: beam search with several returned sequences, equal to the rows alone
+- *checkpointing*: equal gradients with gradient checkpointing of both kinds
+- *compiles*: one full graph, forward and backward, equal to eager mode
+- *taps*: equal to the encoder's own hidden states, without class and register tokens
+- *stops early*: blocks above the deepest tap do not run
+"""
+
+
+def try_family(kind: str, name: str, columns: dict) -> tuple[list[str], list[str]]:
+    """Cells ("yes" or "no") of a family, building first, and a sentence for each "no"."""
+    try:
+        model = checks.join(**{kind: name})
+    except Exception as error:
+        return ["no"] + [""] * len(columns), [f"does not build: {reason(error)}"]
+    cells, reasons = ["yes"], []
+    for column, check in columns.items():
+        try:
+            check(model)
+            cells.append("yes")
+        except Exception as error:
+            cells.append("no")
+            reasons.append(f"{column}: {reason(error)}")
+    return cells, reasons
+
+
+def reason(error: Exception) -> str:
+    """The first sentence of an error, short enough for a table."""
+    text = str(error).strip().split("\n")[0].split(";")[0].replace("|", "/")
+    return (
+        f"{text[:200]}" if isinstance(error, ValueError | AssertionError) else f"{type(error).__name__}: {text[:200]}"
+    )
+
+
+def table(kind: str, families: dict, columns: dict, wanted: list[str]) -> str:
+    """A Markdown table of families, and their reasons below it."""
+    lines = ["| family | builds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    notes = []
+    for name in [n for n in families if not wanted or n in wanted]:
+        start = time.time()
+        cells, reasons = try_family(kind, name, columns)
+        print(f"{name:28}", *(f"{c:4}" for c in cells), f"{time.time() - start:6.1f} s", *reasons, flush=True)
+        lines.append("| `" + name + "` | " + " | ".join(cells) + " |")
+        notes += [f"- `{name}`: {r}" for r in reasons]
+    return "\n".join([*lines, "", *notes, ""])
+
+
+def main() -> None:
+    """Run the grid; a full run is written to docs/support.md."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    wanted = sys.argv[1:]
+    if unknown := set(wanted) - set(LANGUAGE) - set(VISION):
+        sys.exit(f"no such family: {', '.join(sorted(unknown))}; known are {', '.join([*LANGUAGE, *VISION])}")
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
+    text = INTRODUCTION.format(**versions, partner="CLIP (decoders) or Llama (encoders)")
+    text += "\n## Vision encoders\n\n" + table("vision", VISION, ENCODER_COLUMNS, wanted)
+    text += "\n## Language models\n\n" + table("language", LANGUAGE, COLUMNS, wanted)
+    if not wanted:
+        SUPPORT.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
