@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration import SparseCutConfig
-from .modeling import SparseCutForConditionalGeneration, check_language_model
+from .graft import check_language_model
+from .modeling import SparseCutForConditionalGeneration
 from .plan import Plan
 from .processing import SparseCutProcessor
 

@@ -7,6 +7,7 @@ the inner structure of transformers stands in this file.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,11 @@ class Reading:
     wanted: frozenset[int]
     taps: dict[int, Tensor] = field(default_factory=dict)
     as_tuple: bool = False  # what this encoder's blocks return, for the blocks that are skipped
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that run: as far as the deepest tap, and at least one, which shows what blocks return here."""
+        return max(1, *self.wanted)
 
 
 @dataclass
@@ -47,6 +53,36 @@ def find_layers(module: nn.Module, depth: int, what: str) -> nn.ModuleList:
             "SparseCut needs a stack of transformer blocks as long as `num_hidden_layers`, so choose another model"
         )
     return min(lists, key=lambda item: item[0].count("."))[1]
+
+
+def known_arguments(module: nn.Module) -> set[str]:
+    """Names of the parameters of a module's forward."""
+    return set(inspect.signature(type(module).forward).parameters)
+
+
+def accepts(module: nn.Module, name: str, *, by_name: bool = False) -> bool:
+    """Whether a module's forward takes this argument; by_name: and lists it, instead of passing on what it does not know."""
+    return bool(known_arguments(module) & ({name} if by_name else {name, "kwargs"}))
+
+
+def check_vision_tower(module: nn.Module) -> None:
+    """Refuse an encoder that needs more than pixels, before anything is connected to it."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if needed:
+        raise ValueError(
+            f"{type(module).__name__} needs {' and '.join(needed)} besides pixels, as encoders of packed or variable-size pictures do; "
+            "use an encoder of fixed square views, such as CLIP, SigLIP, ViT or DINOv2"
+        )
+
+
+def check_language_model(module: nn.Module) -> None:
+    """Refuse a language model that cannot be given embeddings and a cache, before anything is connected to it."""
+    if missing := {"inputs_embeds", "past_key_values"} - known_arguments(module):
+        raise ValueError(
+            f"{type(module).__name__} does not take {' or '.join(sorted(missing))}, which feeding image features and generating need; "
+            "use a decoder-only transformer such as Llama, Qwen or Mistral"
+        )
 
 
 def connect_encoder(encoder: nn.Module, depth: int) -> None:
@@ -129,7 +165,7 @@ def _read_embeddings(module, args, kwargs):
 
 
 def _read_block(tap: int, module, args, output):
-    if (reading := _reading.get()) is not None and tap <= max(reading.wanted):
+    if (reading := _reading.get()) is not None and tap <= reading.num_blocks:
         reading.as_tuple = isinstance(output, tuple)
         if tap in reading.wanted:
             reading.taps[tap] = output[0] if reading.as_tuple else output
@@ -137,7 +173,7 @@ def _read_block(tap: int, module, args, output):
 
 def _skip_while_reading(number: int, forward: Callable, *args, **kwargs):
     reading = _reading.get()
-    if reading is None or number < max(reading.wanted):
+    if reading is None or number < reading.num_blocks:
         return forward(*args, **kwargs)
     hidden = args[0] if args else kwargs["hidden_states"]
     return (hidden,) if reading.as_tuple else hidden

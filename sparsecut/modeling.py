@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,15 @@ from transformers.utils import can_return_tuple
 
 from .configuration import SparseCutConfig
 from .fusion import Fusion
-from .graft import connect_decoder, connect_encoder, inject, read_taps
+from .graft import (
+    accepts,
+    check_language_model,
+    check_vision_tower,
+    connect_decoder,
+    connect_encoder,
+    inject,
+    read_taps,
+)
 from .plan import Plan
 
 
@@ -137,6 +144,8 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"pixel_values has shape {tuple(pixel_values.shape)}, but this model's plan (tiles={self.plan.tiles}) and encoder "
                 f"need (pictures, {num_views}, 3, {size}, {size}), coarse view first; prepare pictures with the model's own processor"
             )
+        if not len(pixel_values):
+            return SparseCutImageFeatures(pooler_output=[])
         pixels = pixel_values.flatten(0, 1).to(self.vision_tower.dtype)
         taps = self.plan.resolved_taps(self.config.vision_depth)
         states = read_taps(self.vision_tower, pixels, self.config.patch_rows**2, taps)
@@ -194,10 +203,13 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError("give either pixel_values or mm_encoder_outputs, and not both: they are the same pictures")
         if pixel_values is not None:
             images = self.get_image_features(pixel_values)
+        if images is not None and not len(images.pooler_output):
+            images = None  # a batch of no pictures
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         mask = self.image_mask(input_ids, inputs_embeds)
         check_image_tokens(mask, images, past_key_values)
+        check_image_features(images, self.plan, inputs_embeds.shape[-1])
 
         features, image_hidden_states = {}, None
         if images is not None:
@@ -210,9 +222,9 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
 
         arguments = {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
-        if known_arguments(self.language_model) >= {"logits_to_keep"}:
-            arguments["logits_to_keep"] = logits_to_keep
         arguments = {k: v for k, v in arguments.items() if v is not None and accepts(self.language_model, k)}
+        if accepts(self.language_model, "logits_to_keep", by_name=True):
+            arguments["logits_to_keep"] = logits_to_keep
 
         def run():
             return self.language_model(
@@ -241,36 +253,6 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
 
-def known_arguments(module: nn.Module) -> set[str]:
-    """Names of the parameters of a module's forward."""
-    return set(inspect.signature(type(module).forward).parameters)
-
-
-def accepts(module: nn.Module, name: str) -> bool:
-    """Whether a module's forward takes an argument by this name."""
-    return bool(known_arguments(module) & {name, "kwargs"})
-
-
-def check_vision_tower(module: nn.Module) -> None:
-    """Refuse an encoder that needs more than pixels, before anything is connected to it."""
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if needed:
-        raise ValueError(
-            f"{type(module).__name__} needs {' and '.join(needed)} besides pixels, as encoders of packed or variable-size pictures do; "
-            "use an encoder of fixed square views, such as CLIP, SigLIP, ViT or DINOv2"
-        )
-
-
-def check_language_model(module: nn.Module) -> None:
-    """Refuse a language model that cannot be given embeddings and a cache, before anything is connected to it."""
-    if missing := {"inputs_embeds", "past_key_values"} - known_arguments(module):
-        raise ValueError(
-            f"{type(module).__name__} does not take {' or '.join(sorted(missing))}, which feeding image features and generating need; "
-            "use a decoder-only transformer such as Llama, Qwen or Mistral"
-        )
-
-
 def has_begun(cache: Cache | None) -> bool:
     """Whether a cache holds a prompt already."""
     return cache is not None and cache.get_seq_length() > 0
@@ -288,4 +270,16 @@ def check_image_tokens(mask: Tensor, images: SparseCutImageFeatures | None, cach
         raise ValueError(
             f"the prompts hold {wanted} image tokens, but the pictures given make {given}; every picture's placeholder must be "
             "expanded to all of its image tokens and none cut off (a length limit?): use the model's processor, one placeholder per picture"
+        )
+
+
+def check_image_features(images: SparseCutImageFeatures | None, plan: Plan, width: int) -> None:
+    """Raise ValueError where features that were handed over come from a model of another width or plan."""
+    if images is None:
+        return
+    given = images.pooler_output[0].shape[-1], len(images.deepstack_features or ())
+    if given != (width, len(plan.layers)):
+        raise ValueError(
+            f"the image features given have width {given[0]} and {given[1]} layers above the input, but this model needs width {width} "
+            f"and {len(plan.layers)} layers; make them with this model's get_image_features, or give pixel_values"
         )

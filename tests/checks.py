@@ -139,7 +139,7 @@ def taps(model):
     pixels = torch.randn(2, 3, size, size)
     number = model.config.patch_rows**2
     states = model.vision_tower(pixels, output_hidden_states=True).hidden_states
-    for deepest in (1, depth - 1):  # the last one is normalised in some families
+    for deepest in (0, 1, depth - 1):  # the last one is normalised in some families
         found = read_taps(model.vision_tower, pixels, number, range(deepest + 1))
         for tap in range(deepest + 1):
             assert torch.equal(found[tap], states[tap][:, -number:]), f"tap {tap}"

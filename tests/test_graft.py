@@ -9,6 +9,7 @@ import checks
 import pytest
 import torch
 from checks import IMAGE, batch, expanded
+from families import family_language
 from torch import nn
 
 from sparsecut.graft import connect_decoder, connect_encoder, find_layers, read_taps
@@ -230,6 +231,29 @@ def test_states_that_are_not_one_row_of_patches_are_refused(model):
 def test_pictures_that_do_not_match_the_prompt_are_refused_in_a_sentence(model, change, sentence):
     with pytest.raises(ValueError, match=sentence):
         model(**batch(model) | change)
+
+
+def test_features_of_another_model_are_refused_in_a_sentence(model):
+    inputs = batch(model)
+    for language, plan in ((family_language("llama", hidden_size=16), "sparsecut"), ("llama", "llava")):
+        other = checks.join(language=language, plan=plan)
+        images = other.get_image_features(batch(other)["pixel_values"])
+        with pytest.raises(
+            ValueError, match=r"have width \d+ and \d layers above the input, but this model needs width 32 and 2"
+        ):
+            model(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": images})
+
+
+@torch.no_grad()
+def test_a_batch_of_no_pictures_is_a_batch_of_texts(model):
+    ids, none = torch.tensor([TEXT[1]]), torch.empty(0, 5, 3, 16, 16)
+    assert torch.equal(model(input_ids=ids, pixel_values=none).logits, model(input_ids=ids).logits)
+    for beams in (1, 2):
+        settings = {"max_new_tokens": 3, "do_sample": False, "num_beams": beams}
+        expected = model.generate(input_ids=ids, **settings)
+        assert torch.equal(model.generate(input_ids=ids, pixel_values=none, **settings), expected)
+    with pytest.raises(ValueError, match="hold 8 image tokens, but the pictures given make 0"):
+        model(**batch(model) | {"pixel_values": none})
 
 
 def test_a_plan_of_one_view_takes_plain_pixels():
