@@ -163,8 +163,9 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
         kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
         inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
         images = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        inputs["continued"] = not is_first_iteration and has_begun(past_key_values)
         # In assisted decoding transformers calls the assistant's prompt a continuation and leaves the pictures out.
-        if images is not None and not is_first_iteration and not has_begun(past_key_values):
+        if images is not None and not is_first_iteration and not inputs["continued"]:
             inputs["mm_encoder_outputs"] = {"image": self.get_image_features(images.pixel_values)}
         return inputs
 
@@ -188,12 +189,14 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, SparseCutImageFeatures] | None = None,
+        continued: bool = False,
         **kwargs,
     ) -> SparseCutCausalLMOutputWithPast:
         """One pass over a prompt, its continuation, or a training batch.
 
         input_ids [B, L] with `config.image_token_id` once per image token; pixel_values [P, 1 + tiles^2, 3, S, S] for the pictures
         that are there, in reading order over the batch; mm_encoder_outputs: {"image": get_image_features(...)} instead of pixels.
+        continued: input_ids were generated or guessed, so that placeholders among them stand for no picture (`generate` says so).
         Raises ValueError where image tokens and features do not match, RuntimeError where a shortcut did not fire exactly once.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -208,7 +211,7 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         mask = self.image_mask(input_ids, inputs_embeds)
-        check_image_tokens(mask, images, past_key_values)
+        check_image_tokens(mask, images, continued)
         check_image_features(images, self.plan, inputs_embeds.shape[-1])
 
         features, image_hidden_states = {}, None
@@ -258,12 +261,9 @@ def has_begun(cache: Cache | None) -> bool:
     return cache is not None and cache.get_seq_length() > 0
 
 
-def check_image_tokens(mask: Tensor, images: SparseCutImageFeatures | None, cache: Cache | None) -> None:
-    """Raise ValueError unless features and image tokens are equally many.
-
-    Tokens of a continuation may hold a placeholder without features (candidates that assisted decoding guessed from the prompt).
-    """
-    if torch.compiler.is_compiling() or (images is None and has_begun(cache)):
+def check_image_tokens(mask: Tensor, images: SparseCutImageFeatures | None, continued: bool) -> None:
+    """Raise ValueError unless features and image tokens are equally many."""
+    if torch.compiler.is_compiling() or (images is None and continued):
         return
     wanted, given = int(mask.sum()), 0 if images is None else sum(len(f) for f in images.pooler_output)
     if wanted != given:

@@ -160,16 +160,28 @@ def test_a_penalty_on_repetition_and_many_continuations(model, inputs):
 
 
 def test_a_conversation_goes_on_from_its_cache_with_another_picture(model, inputs):
-    first, second = [5, IMAGE, 6, 7], [8, IMAGE, 9]
-    pixels = inputs["pixel_values"][:2]
-    ids = torch.tensor([expanded(model, first)])
-    begun = model.generate(input_ids=ids, pixel_values=pixels[:1], **GREEDY | {"return_dict_in_generate": True})
-    whole = torch.cat([begun.sequences, torch.tensor([expanded(model, second)])], dim=1)
+    pixels, ids = inputs["pixel_values"][:2], torch.tensor([expanded(model, [5, IMAGE, 6, 7])])
+    cached = GREEDY | {"return_dict_in_generate": True}
+    begun = [model.generate(input_ids=ids, pixel_values=pixels[:1], **cached) for _ in range(4)]
+    whole = torch.cat([begun[0].sequences, torch.tensor([expanded(model, [8, IMAGE, 9])])], dim=1)
     expected = model.generate(input_ids=whole, pixel_values=pixels, **GREEDY)
-    cache = begun.past_key_values
-    rest = whole[:, cache.get_seq_length() :]
-    logits = model(input_ids=rest, pixel_values=pixels[1:], past_key_values=cache).logits
+    caches = [b.past_key_values for b in begun]
+    rest = whole[:, caches[0].get_seq_length() :]
+    logits = model(input_ids=rest, pixel_values=pixels[1:], past_key_values=caches[0]).logits
     assert logits[0, -1].argmax() == expected[0, whole.shape[1]]
+    new = {"pixel_values": pixels[1:], "past_key_values": caches[1]}
+    assert torch.equal(model.generate(input_ids=whole, **new, **GREEDY), expected)
+    with pytest.raises(ValueError, match="hold 4 image tokens, but the pictures given make 0"):
+        model(input_ids=rest, past_key_values=caches[2])
+    with pytest.raises(ValueError, match="hold 4 image tokens, but the pictures given make 0"):
+        model.generate(input_ids=whole, past_key_values=caches[3], **GREEDY)
+
+
+def test_a_placeholder_that_the_model_writes_stands_for_no_picture(model, inputs):
+    forced = GREEDY | {"suppress_tokens": [t for t in range(64) if t != IMAGE]}
+    for mode in ({}, {"do_sample": True}, {"num_beams": 2}):
+        written = new_tokens(inputs, model.generate(**inputs, **forced | mode))
+        assert (written == IMAGE).all()
 
 
 def test_the_built_model_never_writes_the_placeholder(tiny):
