@@ -106,14 +106,11 @@ def connect_decoder(language_model: nn.Module, depth: int) -> None:
 
 
 def _disconnect(layer: nn.Module) -> None:
-    for hooks in (layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs, layer._forward_hooks):
-        ours = [
-            k
-            for k, hook in hooks.items()
-            if getattr(hook, "func", hook) in (_read_embeddings, _read_block, _add_features)
-        ]
-        for key in ours:
+    ours = (_read_embeddings, _read_block, _add_features)
+    for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "func", hook) in ours]:
             del hooks[key]
+            layer._forward_pre_hooks_with_kwargs.pop(key, None)
     if getattr(layer.forward, "func", None) is _skip_while_reading:
         layer.forward = layer.forward.args[1]
 
