@@ -120,12 +120,12 @@ def compiles(model):
     """Full-graph compilation gives the logits and the gradients of eager mode."""
     torch._dynamo.reset()
     inputs = batch(model, side="right")
-    expected_logits, expected = model(**inputs, use_cache=False).logits, fusion_gradients(model, inputs)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**inputs, use_cache=False).logits, expected_logits, atol=1e-4, rtol=1e-4)
-    model.zero_grad()
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
-    compiled(**inputs, labels=labels, use_cache=False).loss.backward()
+    logits, expected = model(**inputs, use_cache=False).logits, fusion_gradients(model, inputs)
+    model.zero_grad()
+    out = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs, labels=labels, use_cache=False)
+    out.loss.backward()
+    torch.testing.assert_close(out.logits, logits, atol=1e-4, rtol=1e-4)
     assert_same({name: p.grad for name, p in model.fusion.named_parameters()}, expected, 1e-5)
     model.zero_grad()
 
