@@ -116,7 +116,7 @@ class Fusion(nn.Module):
 
     plan: a plan checked against both depths; vision_depth turns negative taps into absolute ones; rows: patch rows of a view.
     Parameters: one `Path` per shortcut, or per kind where the plan is shared, and the vector `gates` (one factor per
-    shortcut above layer 0). Constant gates are a buffer, so that a stage that trains fusion cannot move them.
+    shortcut but the first into the input). Constant gates are a buffer, so that a stage that trains fusion cannot move them.
     """
 
     def __init__(self, plan: Plan, *, vision_depth: int, vision_dim: int, language_dim: int, rows: int):
@@ -129,7 +129,8 @@ class Fusion(nn.Module):
         self.paths = nn.ModuleList(
             Path(plan.shortcuts[members[0]], plan, vision_dim, language_dim, rows) for members in self.groups
         )
-        self.gated = [i for i, s in enumerate(plan.shortcuts) if s.layer > 0]
+        main = next(i for i, s in enumerate(plan.shortcuts) if s.layer == 0)
+        self.gated = [i for i in range(len(plan.shortcuts)) if i != main]
         start = torch.full((len(self.gated),), 0.0 if plan.gate == "zero" else 1.0)
         if plan.gate is not None and self.gated:
             self.gates = nn.Parameter(start)

@@ -54,7 +54,7 @@ def sparsecut(
     language_depth: int,
     *,
     count: int | None = None,
-    pattern: str = "sparse",
+    pattern: str = "bottom",
     mix: str = "channels",
     tiles: int = 2,
     shared: bool = False,
@@ -66,8 +66,9 @@ def sparsecut(
     count: number of shortcuts; by default 8, or half the shallower depth if that is less. pattern: "sparse" spreads them
     evenly, "dense" adds to every decoder layer (as far as there are encoder layers), "bottom" and "top" crowd the low or
     the high layers on both sides, "reversed" sends the deepest encoder layer to the lowest decoder layer, and
-    "reversed_dense" does both. With `shared=True, norm=False` and 24 and 40 layers this is the released form,
-    `official_13b`; a norm on each tap and a projector per shortcut are the default because they did better.
+    "reversed_dense" does both. With `pattern="sparse", shared=True, norm=False` and 24 and 40 layers this is the released form,
+    `official_13b`; a norm on each tap, a projector per shortcut and "bottom" are the default because they did better
+    (docs/results.md).
     """
     taps, layers = shortcut_positions(vision_depth, language_depth, count, pattern)
     shortcuts = [Shortcut((-2,), 0, mix)] + [Shortcut((t,), d, mix) for t, d in zip(taps, layers, strict=True)]
@@ -112,16 +113,17 @@ def shortcut_positions(
     """Taps and decoder layers of `count` shortcuts under one of the paper's patterns, both `count` long.
 
     The even spread floor(k V / K) + 1 and floor((k + 1) L / K) - 1 gives the released lists for 24 and 40 layers. The skews
-    follow the alternatives left in the released code's comments: the power 1.6 gives its encoder list exactly and its
-    decoder lists to within two layers.
+    start at layer 1 and follow the alternatives left in the released code's comments: the power 1.6 gives its encoder list
+    exactly and its decoder lists to within two layers.
     """
     if pattern not in PATTERNS:
         raise ValueError(
             f"pattern {pattern!r} is not known{nearest(pattern, PATTERNS)}; allowed are {', '.join(PATTERNS)}"
         )
-    most = min(vision_depth, language_depth)
+    skewed = pattern in ("bottom", "top")
+    most = min(vision_depth, language_depth - skewed)
     if count is None:
-        count = most if pattern.endswith("dense") else min(8, max(1, most // 2))
+        count = most if pattern.endswith("dense") else min(8, max(1, min(vision_depth, language_depth) // 2))
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
         raise ValueError(
             f"count is {count!r}, but {vision_depth} encoder and {language_depth} decoder layers allow 1 to {most} shortcuts "
@@ -131,8 +133,9 @@ def shortcut_positions(
         raise ValueError(
             f"pattern {pattern!r} uses all {most} shortcuts these depths allow; leave count out or use 'sparse'"
         )
-    if pattern in ("bottom", "top"):
-        return [b + 1 for b in _skewed(vision_depth, count, pattern)], _skewed(language_depth, count, pattern)
+    if skewed:
+        taps, layers = (_skewed(depth, count, pattern) for depth in (vision_depth, language_depth - 1))
+        return [tap + 1 for tap in taps], [layer + 1 for layer in layers]
     taps = [k * vision_depth // count + 1 for k in range(count)]
     layers = [(k + 1) * language_depth // count - 1 for k in range(count)]
     return (taps[::-1] if pattern.startswith("reversed") else taps), layers

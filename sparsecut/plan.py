@@ -53,7 +53,8 @@ class Plan:
     tiles: 0 reads one coarse view; t >= 2 adds a t x t grid of finer views, so a picture is 1 + t^2 views.
     shared: one mixer and projector for all shortcuts of the same kind, instead of one each.
     norm: LayerNorm without parameters on every tapped feature, before mixing.
-    gate: None adds features as they are; "zero" and "one" give every shortcut above layer 0 a trained factor with that start.
+    gate: None adds features as they are; "zero" and "one" give every shortcut but the first into the input a trained factor
+        with that start.
     """
 
     shortcuts: tuple[Shortcut, ...]

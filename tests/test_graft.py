@@ -39,7 +39,7 @@ def by_hand(model, row, pixels):
     ids = expanded(model, row)
     states = [model.vision_tower(views, output_hidden_states=True).hidden_states for views in pixels]
     depth = model.config.vision_depth
-    taps = {t: torch.stack([s[t][:, 1:] for s in states]) for t in range(depth)}  # without the class token
+    taps = {t: torch.stack([s[t][:, 1:] for s in states]) for t in range(depth + 1)}  # without the class token
     fused = model.fusion({t: taps[t] for t in model.plan.resolved_taps(depth)})
     spots = [i for i, token in enumerate(ids) if token == IMAGE]
     decoder = model.language_model.model
@@ -200,7 +200,7 @@ def test_replaced_encoder_blocks_are_an_error_until_connected_again():
         fresh.load_state_dict(block.state_dict())
         blocks[i] = fresh
     with pytest.raises(
-        RuntimeError, match=r"taps \[1, 3\] were not reached in CLIPVisionModel.*connect the encoder again"
+        RuntimeError, match=r"taps \[1, 3, 4\] were not reached in CLIPVisionModel.*connect the encoder again"
     ):
         model(**batch(model))
     connect_encoder(model.vision_tower, 4)

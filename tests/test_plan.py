@@ -39,7 +39,7 @@ def test_plans_load_without_torch():
 
 
 def test_the_released_lists_come_out_of_the_even_spread():
-    assert official_13b(24, 40) == sparsecut(24, 40, shared=True, norm=False)
+    assert official_13b(24, 40) == sparsecut(24, 40, pattern="sparse", shared=True, norm=False)
     assert [s.layer for s in official_7b_as_run(24, 32).shortcuts] == [0, 4, 9, 14, 19, 24, 29]
     assert [s.taps[0] for s in official_7b_as_run(24, 32).shortcuts] == [-2, 1, 4, 7, 10, 13, 16]
 
@@ -88,7 +88,7 @@ BAD = {
     "gate 'half' is not known": lambda: Plan((Shortcut((-2,), 0),), gate="half"),
     "method 'sparscut' is not known (did you mean 'sparsecut'?)": lambda: make_plan("sparscut", 24, 32),
     "has no option 'cuont' (did you mean 'count'?)": lambda: make_plan({"method": "sparsecut", "cuont": 3}, 24, 32),
-    "count is 9, but 8 encoder and 6 decoder layers allow 1 to 6": lambda: make_plan(
+    "count is 9, but 8 encoder and 6 decoder layers allow 1 to 5": lambda: make_plan(
         {"method": "sparsecut", "count": 9}, 8, 6
     ),
     "has no key 'layre' (did you mean 'layer'?)": lambda: Plan.from_dict({"shortcuts": [{"taps": [1], "layre": 0}]}),

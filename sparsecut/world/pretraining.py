@@ -16,7 +16,7 @@ Made by `sparsecut world pretrain --seed {seed} --noise {noise}` with torch {tor
 in float16, licensed like the project (Apache-2.0). `noise` is the standard deviation that made the encoder's top
 caption-only; see `sparsecut/world/vision.py`.
 
-What they read, as shares of right answers:
+What they read, as shares of right answers (the encoder on its own pre-training pictures, before the noise phase):
 
 ```json
 {shares}
