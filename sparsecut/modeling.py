@@ -165,7 +165,7 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
         images = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         inputs["continued"] = not is_first_iteration and has_begun(past_key_values)
         # In assisted decoding transformers calls the assistant's prompt a continuation and leaves the pictures out.
-        if images is not None and not is_first_iteration and not inputs["continued"]:
+        if images is not None and "mm_encoder_outputs" not in inputs and not inputs["continued"]:
             inputs["mm_encoder_outputs"] = {"image": self.get_image_features(images.pixel_values)}
         return inputs
 

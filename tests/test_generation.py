@@ -83,6 +83,16 @@ def test_beams_of_a_batch_are_the_beams_of_its_rows(model, inputs):
     settings = GREEDY | {"num_beams": 3, "num_return_sequences": 2}
     together = new_tokens(inputs, model.generate(**inputs, **settings))
     assert torch.equal(together, torch.cat(alone(model, inputs, **settings)))
+    assert torch.equal(together, new_tokens(inputs, model.generate(**inputs, use_cache=False, **settings)))
+
+
+def test_pictures_are_encoded_once_with_and_without_a_cache(model, inputs):
+    runs = []
+    handle = model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+    for settings in ({}, {"use_cache": False}, {"num_beams": 2}, {"num_beams": 2, "use_cache": False}):
+        model.generate(**inputs, **GREEDY | settings)
+    handle.remove()
+    assert len(runs) == 4
 
 
 def test_several_samples_of_a_row_see_its_own_pictures(model, inputs, greedy):
