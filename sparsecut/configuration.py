@@ -39,13 +39,14 @@ class SparseCutConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        # The base class resets the attention implementation of sub-configurations, also of models that already run with one.
+        # The base class resets how sub-configurations compute attention and experts, also of models that already run with it.
         ready = [c for c in (self.vision_config, self.text_config) if isinstance(c, PreTrainedConfig)]
-        kept = [(c, c._attn_implementation) for c in ready]
+        names = ("_attn_implementation", "_experts_implementation")
+        kept = [(config, name, getattr(config, name)) for config in ready for name in names]
         super().__post_init__(**kwargs)
-        for config, implementation in kept:
-            if config._attn_implementation is None:
-                config._attn_implementation = implementation
+        for config, name, implementation in kept:
+            if getattr(config, name) is None:
+                setattr(config, name, implementation)
         check_vision_config(self.vision_config)
         check_text_config(self.text_config)
         spec = "sparsecut" if self.plan is None else self.plan

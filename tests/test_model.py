@@ -141,6 +141,17 @@ def test_one_graph_forward_and_backward():
     checks.compiles(checks.join(vision, language))
 
 
+def test_joining_keeps_how_a_language_model_computes_attention_and_experts():
+    language = family_language("mixtral")
+    before = language.config._attn_implementation, language.config._experts_implementation
+    model = checks.join(language=language)
+    assert None not in before
+    assert before == (
+        model.language_model.config._attn_implementation,
+        model.language_model.config._experts_implementation,
+    )
+
+
 @torch.no_grad()
 def test_build_takes_a_loaded_two_tower_model(tiny):
     _, processor = tiny
