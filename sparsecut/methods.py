@@ -113,17 +113,16 @@ def shortcut_positions(
     """Taps and decoder layers of `count` shortcuts under one of the paper's patterns, both `count` long.
 
     The even spread floor(k V / K) + 1 and floor((k + 1) L / K) - 1 gives the released lists for 24 and 40 layers. The skews
-    start at layer 1 and follow the alternatives left in the released code's comments: the power 1.6 gives its encoder list
-    exactly and its decoder lists to within two layers.
+    follow the alternatives left in the released code's comments, which begin with layer 0: the power 1.6 gives its encoder
+    list exactly and its decoder lists to within two layers.
     """
     if pattern not in PATTERNS:
         raise ValueError(
             f"pattern {pattern!r} is not known{nearest(pattern, PATTERNS)}; allowed are {', '.join(PATTERNS)}"
         )
-    skewed = pattern in ("bottom", "top")
-    most = min(vision_depth, language_depth - skewed)
+    most = min(vision_depth, language_depth)
     if count is None:
-        count = most if pattern.endswith("dense") else min(8, max(1, min(vision_depth, language_depth) // 2))
+        count = most if pattern.endswith("dense") else min(8, max(1, most // 2))
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
         raise ValueError(
             f"count is {count!r}, but {vision_depth} encoder and {language_depth} decoder layers allow 1 to {most} shortcuts "
@@ -133,9 +132,8 @@ def shortcut_positions(
         raise ValueError(
             f"pattern {pattern!r} uses all {most} shortcuts these depths allow; leave count out or use 'sparse'"
         )
-    if skewed:
-        taps, layers = (_skewed(depth, count, pattern) for depth in (vision_depth, language_depth - 1))
-        return [tap + 1 for tap in taps], [layer + 1 for layer in layers]
+    if pattern in ("bottom", "top"):
+        return [b + 1 for b in _skewed(vision_depth, count, pattern)], _skewed(language_depth, count, pattern)
     taps = [k * vision_depth // count + 1 for k in range(count)]
     layers = [(k + 1) * language_depth // count - 1 for k in range(count)]
     return (taps[::-1] if pattern.startswith("reversed") else taps), layers

@@ -14,7 +14,10 @@ PROMPTS = [[5, IMAGE, 6, 7], [8, 9, 10, IMAGE, 11, 12, 13]]  # one placeholder p
 GREEDY = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0, "suppress_tokens": [IMAGE]}
 
 
-def join(vision="clip_vision_model", language="llama", plan="sparsecut"):
+SPARSE = {"method": "sparsecut", "pattern": "sparse"}  # two shortcuts above the input in models of these depths
+
+
+def join(vision="clip_vision_model", language="llama", plan=SPARSE):
     """A model of two tiny families, refused by their configurations where they do not fit; names or modules."""
     configs = {
         "vision_config": vision_config(vision) if isinstance(vision, str) else vision.config,

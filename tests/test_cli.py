@@ -46,7 +46,7 @@ def question(number: int, color: str) -> dict:
 
 RECIPE = """
 model: {vision: vision, language: language}
-fusion: {method: sparsecut, count: 2}
+fusion: {method: sparsecut, count: 2, pattern: sparse}
 stages:
   - name: align
     data: {path: questions.json, images: pictures}

@@ -88,7 +88,7 @@ BAD = {
     "gate 'half' is not known": lambda: Plan((Shortcut((-2,), 0),), gate="half"),
     "method 'sparscut' is not known (did you mean 'sparsecut'?)": lambda: make_plan("sparscut", 24, 32),
     "has no option 'cuont' (did you mean 'count'?)": lambda: make_plan({"method": "sparsecut", "cuont": 3}, 24, 32),
-    "count is 9, but 8 encoder and 6 decoder layers allow 1 to 5": lambda: make_plan(
+    "count is 9, but 8 encoder and 6 decoder layers allow 1 to 6": lambda: make_plan(
         {"method": "sparsecut", "count": 9}, 8, 6
     ),
     "has no key 'layre' (did you mean 'layer'?)": lambda: Plan.from_dict({"shortcuts": [{"taps": [1], "layre": 0}]}),

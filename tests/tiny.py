@@ -63,7 +63,10 @@ def tiny_language(layers: int = 4, tie: bool = False):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def tiny_model(plan="sparsecut", *, vision=None, language=None, seed: int = 0):
+SPARSE = {"method": "sparsecut", "pattern": "sparse"}  # two shortcuts above the input in models of these depths
+
+
+def tiny_model(plan=SPARSE, *, vision=None, language=None, seed: int = 0):
     """(model, processor) of tiny random parts under a plan; equal seeds give equal weights."""
     torch.manual_seed(seed)
     vision, language = vision or tiny_vision(), language or tiny_language()
