@@ -86,7 +86,10 @@ def from_official(
     reversed order is taps=[23, 20, ..., 2], input_tap=0. The placeholder becomes a token appended to the vocabulary,
     `config.image_token_id`, that no loss and no decoding sees. Raises ValueError for missing or left-over weights.
     """
-    vision_config, text_config = copy.deepcopy(vision_config), copy.deepcopy(text_config)  # the caller's stay as they are
+    vision_config, text_config = (
+        copy.deepcopy(vision_config),
+        copy.deepcopy(text_config),
+    )  # the caller's stay as they are
     shell = SparseCutConfig(vision_config=vision_config, text_config=text_config, plan="llava")
     vision_config, text_config = shell.vision_config, shell.text_config
     plan = official_plan(fusion, shell.vision_depth, shell.language_depth, taps, layers, input_tap)

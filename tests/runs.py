@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 from PIL import Image
-from tiny import tiny_model
+from tiny import SPARSE, tiny_model
 
 from sparsecut.data import Collator, TrainingData, check_examples, read_examples
 from sparsecut.progress import StageLog
@@ -39,11 +39,11 @@ def stage(folder, data="data.json", **changes):
 
 def recipe(folder, *stages, **changes):
     """A recipe around the stages."""
-    base = {"model": {"vision": "tiny", "language": "tiny"}, "fusion": "sparsecut", "output": str(folder / "out")}
+    base = {"model": {"vision": "tiny", "language": "tiny"}, "fusion": SPARSE, "output": str(folder / "out")}
     return parse_recipe({**base, "stages": list(stages) or [stage(folder)], **changes})
 
 
-def run(folder, *stages, plan="sparsecut", resume=False, **changes):
+def run(folder, *stages, plan=SPARSE, resume=False, **changes):
     """Train the tiny model; returns (model, processor)."""
     model, processor = tiny_model(plan)
     changes = {"fusion": plan, **changes}

@@ -2,9 +2,9 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 from PIL import Image
@@ -83,11 +83,11 @@ def model(home, run):
 def test_help_is_quick_and_loads_no_model_library():
     heavy = "import sys; from sparsecut import cli; sys.exit(bool({'torch', 'transformers', 'rich.progress'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", heavy]).returncode == 0
-    seconds = []
+    seconds = []  # of the processor, so that a busy machine does not count
     for _ in range(3):
-        start = time.perf_counter()
+        start = sum(os.times()[2:4])
         out = subprocess.run([sys.executable, "-m", "sparsecut", "--help"], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(sum(os.times()[2:4]) - start)
     assert out.returncode == 0 and min(seconds) < 0.7
     for command in ("show", "build", "train", "eval", "chat", "convert", "demo", "world"):
         assert f" {command} " in out.stdout

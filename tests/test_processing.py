@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPImageProcessorPil
 from tiny import tiny_tokenizer
+from transformers import CLIPImageProcessorPil
 
 from sparsecut.processing import SparseCutProcessor, views
 

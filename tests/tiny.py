@@ -13,7 +13,31 @@ from transformers import (
 
 from sparsecut import build
 
-WORDS = "a b c d what is it cat dog red blue are you sure yes no USER : ASSISTANT one two three .".split()
+WORDS = [
+    "a",
+    "b",
+    "c",
+    "d",
+    "what",
+    "is",
+    "it",
+    "cat",
+    "dog",
+    "red",
+    "blue",
+    "are",
+    "you",
+    "sure",
+    "yes",
+    "no",
+    "USER",
+    ":",
+    "ASSISTANT",
+    "one",
+    "two",
+    "three",
+    ".",
+]
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER : ' + m['content'] + ' ' }}{% else %}"
