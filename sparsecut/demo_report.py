@@ -14,7 +14,8 @@ INTRODUCTION = """<p>Four ways to feed the same frozen encoder's features to the
 pictures, questions, order and number of steps, with the same number of image tokens in the prompt. Between plain fusion and
 SparseCut stand two controls: one has the fine views but no other layer, the other has the same layers and views but adds them all to
 the input. What the controls reach is not owed to the shortcuts.</p>
-<p class="note">{pictures} training pictures of the built-in picture world, seed {seed}, one run per arm, {minutes:.1f} minutes on this machine.
+<p class="note">{pictures} training pictures of the built-in picture world, seed {seed}, one run per arm, {minutes:.1f}
+minutes on this machine.
 The encoder was deliberately trained so that its top speaks of shape and colour only; how much several layers help depends on
 that. <b>One seed is one seed</b>: this page shows that the software works, it is no evidence about the method.</p>"""
 
