@@ -18,6 +18,8 @@ from .plan import Plan
 from .processing import SparseCutProcessor
 
 WORLD = "world"  # names the built-in picture world's small backbones
+# Arguments that say how to reach the hub, and so go to configurations, tokenizers and image processors too.
+HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
 AUTO_MAPS = {  # where the Auto classes find the code that is saved with a model
     "config.json": {
         "AutoConfig": "configuration.SparseCutConfig",
@@ -43,17 +45,18 @@ def build(
 
     vision, language: hub names, folders, "world" (the built-in small backbones), or loaded modules (then hand over
     image_processor and tokenizer too). plan: a method's name, {"method": ..., options} or a plan. Further arguments
-    (revision, attn_implementation, ...) go to both `from_pretrained`. The plan is checked before any weight is loaded.
+    (attn_implementation, device_map, token, ...) go to both `from_pretrained`. The plan is checked before any weight is loaded.
     Returns (model, processor), the model in evaluation mode. Raises ValueError for what cannot be joined.
     """
     vision, language = resolve(vision, "vision"), resolve(language, "language")
-    vision_config, text_config = _config_of(vision, "vision"), _config_of(language, "language")
+    hub = {name: value for name, value in from_pretrained.items() if name in HUB_ARGUMENTS}
+    vision_config, text_config = _config_of(vision, "vision", hub), _config_of(language, "language", hub)
     if hasattr(vision_config, "vision_config"):  # a two-tower checkpoint such as CLIP's
         vision_config = vision_config.vision_config
         vision = vision if isinstance(vision, str) else vision.vision_model
     config = SparseCutConfig(vision_config=vision_config, text_config=text_config, plan=_as_dict(plan))
-    tokenizer = tokenizer or _for_name(AutoTokenizer, language, "tokenizer")
-    image_processor = image_processor or _for_name(AutoImageProcessor, vision, "image_processor")
+    tokenizer = tokenizer or _for_name(AutoTokenizer, language, "tokenizer", hub)
+    image_processor = image_processor or _for_name(AutoImageProcessor, vision, "image_processor", hub)
     if image_token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"extra_special_tokens": [image_token]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
@@ -133,25 +136,25 @@ def resolve(source, part: str):
     return str(world.vision_path() if part == "vision" else world.language_path())
 
 
-def _config_of(source, part: str):
+def _config_of(source, part: str, hub: dict):
     if isinstance(source, nn.Module):
         return source.config
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, **hub)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the {part} model {source!r} could not be read; give a folder, a hub name, or 'world'. Hugging Face says: {error}"
         ) from error
 
 
-def _for_name(auto_class, source, argument: str):
+def _for_name(auto_class, source, argument: str, hub: dict):
     if not isinstance(source, str):
         raise ValueError(
             f"a loaded module was given without its {argument}; hand over {argument}=..., as the module alone does not say how its "
             "input is prepared"
         )
     try:
-        return auto_class.from_pretrained(source)
+        return auto_class.from_pretrained(source, **hub)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{source} has no {argument} that can be read; give the folder or hub name of a complete model. "
