@@ -37,7 +37,7 @@ def processor(size: int, **options) -> SparseCutProcessor:
 def test_pixels_equal_the_released_inference(name):
     expected, meta = load_file(PARITY / "outputs.safetensors"), json.loads((PARITY / "meta.json").read_text())
     picture = formula(*SIZES[name])
-    assert torch.equal(torch.from_numpy(np.asarray(picture)), load_file(PARITY / "inputs.safetensors")[f"{name}.rgb"])
+    assert torch.equal(torch.from_numpy(np.array(picture)), load_file(PARITY / "inputs.safetensors")[f"{name}.rgb"])
     small, large = processor(112).pixels([picture])[0], processor(336).pixels([picture])[0]
     assert torch.equal(small, expected[f"{name}.pixels_112"])
     assert torch.equal(large[:, :, 8::16, 8::16], expected[f"{name}.pixels_336_every_16th"])

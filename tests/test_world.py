@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from sparsecut.world import language_path, vision_path, write_split
+from sparsecut import build
+from sparsecut.world import language_path, pretrain, vision_path, write_split
 from sparsecut.world.questions import KINDS, SPLITS, ask, kind_of, split_scene, vocabulary
 from sparsecut.world.scenes import draw
 
@@ -87,3 +88,10 @@ def test_the_shipped_backbones_load_and_know_every_word():
 def test_an_unknown_split_is_refused(tmp_path):
     with pytest.raises(ValueError, match="allowed are pretrain, train, dev, test"):
         write_split(tmp_path, "validation", 3)
+
+
+def test_the_backbones_can_be_made_anew(tmp_path):
+    pretrain(tmp_path, quick=True, say=lambda line: None)
+    model, processor = build(str(tmp_path / "vision"), str(tmp_path / "language"))
+    assert model.config.vision_depth == 8 and processor.num_image_tokens == 16
+    assert "sparsecut world pretrain --seed 0 --noise 3.0" in (tmp_path / "README.md").read_text()
