@@ -32,13 +32,14 @@ def run(out: str | Path = "runs/demo", *, seed: int = 0, quick: bool = False, sa
     """Draw pictures, train and evaluate every arm (two at a time), print some answers and write out/report.html.
 
     seed: draws the pictures, starts the fusion and orders the batches. quick: a small part of everything, to see that it
-    runs; its figures mean nothing. Arms that are finished in `out` are kept. Returns the report's path;
-    raises ChildProcessError with the end of an arm's log where one fails.
+    runs; its figures mean nothing. Arms that are finished in `out` are kept. Returns the report's path; raises ValueError
+    where `out` holds a demo of another seed or size, ChildProcessError with the end of an arm's log where one fails.
     """
     from .demo_report import answer_aloud, write_page
 
     out, start = Path(out), time.monotonic()
     recipes = {name: arm_recipe(out, method, seed, quick) for name, (method, _) in ARMS.items()}
+    check_folder(out, recipes)
     draw_pictures(out, seed, quick, say)
     train_arms(recipes, say)
     minutes = (time.monotonic() - start) / 60
@@ -58,6 +59,17 @@ def arm_recipe(out: Path, method: str, seed: int, quick: bool) -> Recipe:
     if quick:
         changes += ["stages.0.args.max_steps=3", "stages.1.args.max_steps=4", "evaluate.data.keep=42"]
     return load_recipe(str(files("sparsecut") / "demo.yaml"), changes)
+
+
+def check_folder(out: Path, recipes: dict[str, Recipe]) -> None:
+    """Raise ValueError where `out` holds arms of another demo, whose results would be taken for this one's."""
+    for name, recipe in recipes.items():
+        before = Path(recipe.output) / "recipe.yaml"
+        if before.is_file() and load_recipe(before) != recipe:
+            raise ValueError(
+                f"{out} holds the arm {name!r} of a demo with another seed, size or recipe ({before}); choose another folder "
+                "with --out, or remove this one"
+            )
 
 
 def draw_pictures(out: Path, seed: int, quick: bool, say) -> None:

@@ -68,7 +68,7 @@ def sparsecut(
     the high layers on both sides, "reversed" sends the deepest encoder layer to the lowest decoder layer, and
     "reversed_dense" does both. With `pattern="sparse", shared=True, norm=False` and 24 and 40 layers this is the released form,
     `official_13b`; a norm on each tap, a projector per shortcut and "bottom" are the default because they did better
-    (docs/results.md).
+    (docs/log.md).
     """
     taps, layers = shortcut_positions(vision_depth, language_depth, count, pattern)
     shortcuts = [Shortcut((-2,), 0, mix)] + [Shortcut((t,), d, mix) for t, d in zip(taps, layers, strict=True)]

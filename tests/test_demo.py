@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 from sparsecut.demo import ARMS, arm_recipe, run
 
 
@@ -23,3 +25,5 @@ def test_a_quick_demo_writes_its_page_and_keeps_what_is_finished(tmp_path):
     said.clear()
     assert run(tmp_path, quick=True, say=said.append) == page
     assert sum("already finished, kept" in line for line in said) == len(ARMS)
+    with pytest.raises(ValueError, match="of a demo with another seed, size or recipe"):
+        run(tmp_path, seed=1, quick=True, say=said.append)

@@ -1,7 +1,8 @@
 """The picture world: pictures drawn from seeds, questions at three levels, and two small pre-trained backbones.
 
-high: shape and place. mid: texture and count. low: shade, fine lines and small digits, of which the last two can only be
-seen in the fine views. Everything is deterministic, so that a result can be repeated from its seed.
+high: shape and place. mid: texture and count. low: shade, fine lines and small digits; the coarse view shows next to
+nothing of the digits and of the lines mostly whether they are flat or upright. Everything is deterministic, so that a
+result can be repeated from its seed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Scenes of the picture world: a few objects on a 2 x 2 layout, as frozen data from a seed, and how they are drawn.
 
 A picture is 96 x 96; its coarse view is 48 x 48. Shapes and colours survive that, textures mostly do, and what is meant to
-be small does not: the digits of 3 x 5 dots and the fine lines, whose period of three pixels is too
-short for half the resolution.
+be small does not: the digits of 3 x 5 dots and the fine lines, whose period of three pixels half
+the resolution blurs.
 """
 
 from __future__ import annotations
