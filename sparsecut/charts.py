@@ -83,7 +83,7 @@ def plan_drawing(plan: Plan, vision_depth: int, language_depth: int) -> str:
         used = layer == 0 or layer in plan.layers
         parts.append(_box(right, y_language(layer), box, step, used, f"input, {layer}" if layer == 0 else str(layer)))
     for s in plan.shortcuts:
-        for tap in s.taps:
+        for tap in s.flat_taps:
             y1, y2 = y_vision(tap % (vision_depth + 1)), y_language(s.layer)
             x1, x2 = left + box, right - 6
             colour = COLOURS[0] if s.layer else COLOURS[1]

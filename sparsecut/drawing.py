@@ -36,9 +36,18 @@ MIXERS = {
     "pick": "one grain of each patch",
     "channels": "taps and grains of a patch side by side",
     "tokens": "grains of a patch one after the other, a longer prompt",
+    "append": "coarse patches, then other taps pooled, a longer prompt",
     "attend": "coarse patches attend to all taps and grains",
+    "enrich": "coarse patches and what attention adds, from zero",
 }
-GATES = {None: "no gates", "zero": "gates that start at zero", "one": "gates that start at one"}
+GATES = {
+    None: "no gates",
+    "zero": "gates that start at zero",
+    "one": "gates that start at one",
+    "zero_vector": "gates per channel that start at zero",
+    "one_vector": "gates per channel that start at one",
+    "context": "gates by context",
+}
 
 Item = int | str  # a layer's number, dots for folded ones, or nothing
 
@@ -79,7 +88,10 @@ def draw(
 ) -> str:
     """The plan as lines of text; `num_patches` of one view, where known, gives the image tokens."""
     plan.check(vision_depth, language_depth)
-    shortcuts = [Shortcut([t % (vision_depth + 1) for t in s.taps], s.layer, s.mix, s.grain) for s in plan.shortcuts]
+    flat = [
+        sorted({t % (vision_depth + 1) for t in s.flat_taps}) for s in plan.shortcuts
+    ]  # a mean is drawn as its states
+    shortcuts = [Shortcut(taps, s.layer, s.mix, s.grain) for taps, s in zip(flat, plan.shortcuts, strict=True)]
     used = {tap for s in shortcuts for tap in s.taps}, {s.layer for s in shortcuts}
     straight = straight_pairs(shortcuts)
     rows = align(fold(used[0], vision_depth + 1), fold(used[1], language_depth), straight, used)
@@ -101,7 +113,7 @@ def draw(
         left, right = NAMES[0].get(tap, tap), NAMES[1].get(layer, layer)
         lines.append(f"  {POST}{left:^{BOX}}{edge}{wires.line(y)}{arrow}{POST}{right:^{BOX}}{POST}")
     lines.append("  " + space.join([LINES[RIGHT | UP] + beam + LINES[LEFT | UP]] * 2))
-    return "\n".join([*lines, "", *remarks(plan, num_patches)])
+    return "\n".join([*lines, "", *remarks(plan, vision_depth, num_patches)])
 
 
 def summary(plan: Plan) -> str:
@@ -110,18 +122,23 @@ def summary(plan: Plan) -> str:
     words = [f"{count or 'no'} shortcut{'s' * (count != 1)}{' into the input' * (count > 0 and not plan.layers)}"]
     words.append(f"{plan.tiles}x{plan.tiles} fine views" if plan.tiles else "coarse view only")
     if count:
-        words.append("one shared projector" if plan.shared else "a projector each")
+        rank = f" of rank {plan.rank}" if plan.rank else ""
+        shared = f"one projector, corrections{rank}" if rank else "one shared projector"
+        words.append(shared if plan.shared else f"a projector{rank} each")
     words.append("norm on taps" if plan.norm else "no norm")
     if plan.layers:
         words.append(GATES[plan.gate])
     return ", ".join(words)
 
 
-def remarks(plan: Plan, num_patches: int | None) -> list[str]:
+def remarks(plan: Plan, vision_depth: int, num_patches: int | None) -> list[str]:
     """What the drawing cannot show: views, image tokens, mixers, and how layers are numbered."""
     fine = f"1 coarse and {plan.tiles} x {plan.tiles} fine" if plan.tiles else "coarse only"
+    taps, deep = plan.resolved_taps(vision_depth), plan.fine_taps(vision_depth)
+    if deep and max(deep) < max(taps):
+        fine += f", the fine ones as far as block {max(deep)}"
     if num_patches is None:
-        tokens = f"{plan.image_tokens(1)} for each coarse patch"
+        tokens = f"{plan.image_tokens(8) / 8:g} for each coarse patch"
     else:
         tokens = f"{plan.image_tokens(num_patches)} per picture ({num_patches} patches per view)"
     mixes = list(dict.fromkeys(s.mix for s in plan.shortcuts))

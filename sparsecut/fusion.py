@@ -1,163 +1,185 @@
 """The trainable part: tapped features of all views in, one feature per image token and target layer out.
 
-Features flow as [B, T, G, N, D]: B pictures, T taps, G grains (1 coarse + tiles^2 fine), N patches, D encoder width.
-A mixer takes that to [B, N', D'] and a projector to [B, N', H], with H the width of the language model.
+Features flow as [B, T, G, N, D] (mixers.py). A mixer takes that to [B, N', D'] and a projector to [B, N', H], with H the
+width of the language model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .plan import Plan, Shortcut
-
-
-def grid(views: Tensor, tiles: int, rows: int) -> Tensor:
-    """Lay fine patches under the coarse patch that shows the same part of the picture.
-
-    views: [B, 1 + tiles^2, N, D], coarse view first, then the tiles row by row; rows: patch rows of one view.
-    Returns grains [B, G, N, D]: grain 0 is the coarse patch, the others the tiles x tiles fine patches under it, row by row.
-    """
-    if tiles == 0:
-        return views
-    coarse, fine = views[:, :1], views[:, 1:]
-    big = rearrange(fine, "b (ty tx) (y x) d -> b (ty y) (tx x) d", ty=tiles, y=rows)
-    windows = rearrange(big, "b (y wy) (x wx) d -> b (wy wx) (y x) d", wy=tiles, wx=tiles)
-    return torch.cat([coarse, windows], dim=1)
-
-
-class Pick(nn.Module):
-    """One grain of the last tap: [B, T, G, N, D] -> [B, N, D]."""
-
-    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int):
-        super().__init__()
-        self.grain, self.out_dim = shortcut.grain, dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, -1, self.grain]
-
-
-class Channels(nn.Module):
-    """All taps and grains of a patch side by side, coarse first: [B, T, G, N, D] -> [B, N, T*G*D]."""
-
-    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int):
-        super().__init__()
-        self.out_dim = len(shortcut.taps) * plan.num_grains * dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b t g n d -> b n (t g d)")
-
-
-class Tokens(nn.Module):
-    """Coarse patches, then the fine ones of the whole picture row by row: [B, T, G, N, D] -> [B, G*N, T*D]."""
-
-    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int):
-        super().__init__()
-        self.tiles, self.rows, self.out_dim = plan.tiles, rows, len(shortcut.taps) * dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = rearrange(x, "b t g n d -> b g n (t d)")
-        if not self.tiles:
-            return x[:, 0]
-        fine = rearrange(x[:, 1:], "b (wy wx) (y x) d -> b (y wy x wx) d", wy=self.tiles, y=self.rows)
-        return torch.cat([x[:, 0], fine], dim=1)
-
-
-class Attend(nn.Module):
-    """Coarse patches of the last tap attend to every other tap and grain, then a feed-forward: -> [B, N, D].
-
-    Post-norm, 4x feed-forward, dense attention without positions, heads of about 64 channels (SparseCut's released
-    `cross_attention`, whose keys are the fine patches of the same tap).
-    """
-
-    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int):
-        super().__init__()
-        self.num_heads = max(h for h in range(1, max(1, dim // 64) + 1) if dim % h == 0)
-        self.out_dim = dim
-        self.query, self.key_value, self.output = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        coarse = x[:, -1, 0]
-        last = x.shape[1] * x.shape[2] - x.shape[2]  # the query itself is no key
-        flat = rearrange(x, "b t g n d -> b (t g) n d")
-        others = rearrange(torch.cat([flat[:, :last], flat[:, last + 1 :]], dim=1), "b g n d -> b (g n) d")
-        q = rearrange(self.query(coarse), "b n (h d) -> b h n d", h=self.num_heads)
-        k, v = rearrange(self.key_value(others), "b n (two h d) -> two b h n d", two=2, h=self.num_heads)
-        attended = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-        x = self.norm1(coarse + self.output(attended))
-        return self.norm2(x + self.down(F.gelu(self.up(x))))
-
-
-MIXERS = {"pick": Pick, "channels": Channels, "tokens": Tokens, "attend": Attend}
+from .mixers import MIXERS, Enrich, grid
+from .plan import Plan
 
 
 class Path(nn.Module):
-    """A mixer and its two-layer projector (exact GELU): [B, T, G, N, D] -> [B, N', H]."""
+    """A mixer and its two-layer projector (exact GELU): [B, T, G, N, D] -> [B, N', H], inner width `inner`."""
 
-    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, language_dim: int, rows: int):
+    def __init__(self, mixer: nn.Module, inner: int, language_dim: int):
         super().__init__()
-        self.mixer = MIXERS[shortcut.mix](shortcut, plan, dim, rows)
-        self.linear_1 = nn.Linear(self.mixer.out_dim, language_dim)
-        self.linear_2 = nn.Linear(language_dim, language_dim)
+        self.mixer = mixer
+        self.linear_1 = nn.Linear(mixer.out_dim, inner)
+        self.linear_2 = nn.Linear(inner, language_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(self.mixer(x))))
+        return self.project(self.mixer(x))
+
+    def project(self, mixed: Tensor) -> Tensor:
+        """[B, N', D'] -> [B, N', H]."""
+        return self.linear_2(F.gelu(self.linear_1(mixed)))
+
+
+class Correction(nn.Module):
+    """What one shortcut adds to a shared projector: two linear maps through `rank` channels, nothing at the start."""
+
+    def __init__(self, mixed_dim: int, rank: int, language_dim: int):
+        super().__init__()
+        self.down, self.up = nn.Linear(mixed_dim, rank, bias=False), nn.Linear(rank, language_dim, bias=False)
+
+    def forward(self, mixed: Tensor) -> Tensor:
+        return self.up(self.down(mixed))
+
+
+class ContextGate(nn.Module):
+    """Factors for a layer's shortcuts from the picture's features and the hidden states they are added to.
+
+    A learned query pools each by attention over the picture's image tokens; a linear map of both summaries gives a factor
+    2 sigmoid(.) per shortcut, which starts at one. Our reading of CLI's adaptive gating (arXiv 2601.10710), whose formula could
+    not be retrieved; pooling image positions only keeps later words out of earlier positions.
+    """
+
+    def __init__(self, num_shortcuts: int, language_dim: int):
+        super().__init__()
+        self.query_features, self.query_hidden = (nn.Parameter(torch.zeros(language_dim)) for _ in range(2))
+        self.weight = nn.Parameter(torch.zeros(num_shortcuts, 2 * language_dim))
+        self.bias = nn.Parameter(torch.zeros(num_shortcuts))
+        self.num_tokens = 0  # of one picture; set by every pass of the fusion
+
+    def forward(self, hidden: Tensor, features: Tensor) -> Tensor:
+        """hidden [P * N', H] before the layer, features [P * N', S * H] -> what is added, [P * N', H]."""
+        if len(hidden) % self.num_tokens:
+            raise ValueError(
+                f"context gates need whole pictures of {self.num_tokens} image tokens, but a pass over a part of a prompt has "
+                f"{len(hidden)}; do not cut prompts into chunks with gate='context'"
+            )
+        num = len(self.bias)
+        z = rearrange(features, "(p n) (s d) -> p n s d", n=self.num_tokens, s=num)
+        h = rearrange(hidden.to(z.dtype), "(p n) d -> p n d", n=self.num_tokens)
+        scale = h.shape[-1] ** -0.5
+        of_hidden = torch.einsum("pn,pnd->pd", torch.softmax(h @ self.query_hidden * scale, 1), h)
+        of_features = torch.einsum("pns,pnsd->psd", torch.softmax(z @ self.query_features * scale, 1), z)
+        both = torch.cat([F.layer_norm(of_features, of_features.shape[-1:]), _like(of_hidden, num)], dim=-1)
+        gates = 2 * torch.sigmoid((both * self.weight).sum(-1) + self.bias)
+        return rearrange(torch.einsum("ps,pnsd->pnd", gates, z), "p n d -> (p n) d")
+
+
+def _like(summary: Tensor, num: int) -> Tensor:
+    return F.layer_norm(summary, summary.shape[-1:]).unsqueeze(1).expand(-1, num, -1)
 
 
 class Fusion(nn.Module):
     """All shortcuts of a plan: `{tap: views} -> {layer: features}`, with one batched call for those that share weights.
 
     plan: a plan checked against both depths; vision_depth turns negative taps into absolute ones; rows: patch rows of a view.
-    Parameters: one `Path` per shortcut, or per kind where the plan is shared, and the vector `gates` (one factor per
-    shortcut but the first into the input). Constant gates are a buffer, so that a stage that trains fusion cannot move them.
+    Parameters: one `Path` per shortcut, or per kind where the plan is shared, `corrections` and `gates` (of every shortcut but
+    the first into the input), and `context` gates. Constant gates are a buffer, so that a stage that trains fusion cannot move them.
     """
 
     def __init__(self, plan: Plan, *, vision_depth: int, vision_dim: int, language_dim: int, rows: int):
         super().__init__()
         self.plan, self.rows, self.vision_dim = plan, rows, vision_dim
-        self.taps = [tuple(t % (vision_depth + 1) for t in s.taps) for s in plan.shortcuts]
-        kinds = [(s.mix, s.grain, len(s.taps)) if plan.shared else i for i, s in enumerate(plan.shortcuts)]
-        order = list(dict.fromkeys(kinds))
-        self.groups = [[i for i, kind in enumerate(kinds) if kind == group] for group in order]
-        self.paths = nn.ModuleList(
-            Path(plan.shortcuts[members[0]], plan, vision_dim, language_dim, rows) for members in self.groups
-        )
-        main = next(i for i, s in enumerate(plan.shortcuts) if s.layer == 0)
-        self.gated = [i for i in range(len(plan.shortcuts)) if i != main]
-        start = torch.full((len(self.gated),), 0.0 if plan.gate == "zero" else 1.0)
-        if plan.gate is not None and self.gated:
+        taps = [tuple(t if isinstance(t, tuple) else (t,) for t in s.taps) for s in plan.shortcuts]
+        self.taps = [tuple(tuple(t % (vision_depth + 1) for t in tap) for tap in of_one) for of_one in taps]
+        kinds = [(s.mix, len(s.taps)) if plan.shared else i for i, s in enumerate(plan.shortcuts)]
+        self.groups = [[i for i, kind in enumerate(kinds) if kind == group] for group in dict.fromkeys(kinds)]
+        self.main = next(i for i, s in enumerate(plan.shortcuts) if s.layer == 0)
+        self.gated = [i for i in range(len(plan.shortcuts)) if i != self.main]
+        self.paths = nn.ModuleList()
+        for first, *_ in self.groups:
+            mixer = MIXERS[plan.shortcuts[first].mix](plan.shortcuts[first], plan, vision_dim, rows)
+            narrow = plan.rank is not None and not plan.shared and first != self.main
+            self.paths.append(Path(mixer, plan.rank if narrow else language_dim, language_dim))
+        widths = {i: p.mixer.out_dim for p, members in zip(self.paths, self.groups, strict=True) for i in members}
+        corrected = self.gated if plan.shared and plan.rank is not None else []
+        self.corrections = nn.ModuleDict({str(i): Correction(widths[i], plan.rank, language_dim) for i in corrected})
+        above = [s.layer for s in plan.shortcuts if s.layer and plan.gate == "context"]
+        self.context = nn.ModuleDict({str(d): ContextGate(above.count(d), language_dim) for d in sorted(set(above))})
+        vector = (language_dim,) if plan.gate in ("zero_vector", "one_vector") else ()
+        start = torch.full((len(self.gated), *vector), self.gate_start)
+        if plan.gate not in (None, "context") and self.gated:
             self.gates = nn.Parameter(start)
         else:
             self.register_buffer("gates", start)
+        self.off: frozenset[int] = frozenset()
+
+    @property
+    def gate_start(self) -> float:
+        """The value that gates begin with."""
+        return 0.0 if self.plan.gate in ("zero", "zero_vector") else 1.0
+
+    @contextmanager
+    def switched_off(self, *shortcuts: int) -> Iterator[None]:
+        """Inside the block these shortcuts (their numbers in the plan) add zeros; not for several threads at once."""
+        if unknown := [i for i in shortcuts if i not in range(len(self.plan.shortcuts))]:
+            raise ValueError(f"there is no shortcut {unknown[0]}; this plan's are 0 to {len(self.plan.shortcuts) - 1}")
+        before, self.off = self.off, self.off | set(shortcuts)
+        try:
+            yield
+        finally:
+            self.off = before
 
     def forward(self, features: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """features: tap -> [B, V, N, D]. Returns layer -> [B, N', H], shortcuts of one layer summed."""
+        """features: tap -> [B, V, N, D], V being 1 for taps of the coarse view alone.
+
+        Returns layer -> [B, N', H], shortcuts of one layer summed; under context gates side by side, [B, N', S * H].
+        """
         grains = {tap: self._prepare(x) for tap, x in features.items()}
-        outputs: dict[int, Tensor] = {}
+        found: dict[int, Tensor] = {}
         for path, members in zip(self.paths, self.groups, strict=True):
-            stacked = torch.cat([torch.stack([grains[t] for t in self.taps[i]], dim=1) for i in members])
-            for i, z in zip(members, path(stacked).chunk(len(members)), strict=True):
-                layer = self.plan.shortcuts[i].layer
-                if i in self.gated:
-                    z = z * self.gates[self.gated.index(i)]
-                outputs[layer] = outputs[layer] + z if layer in outputs else z
-        return outputs
+            mixed = path.mixer(torch.cat([self._of_shortcut(grains, i) for i in members]))
+            projected = path.project(mixed).chunk(len(members))
+            for i, m, z in zip(members, mixed.chunk(len(members)), projected, strict=True):
+                found[i] = z + self.corrections[str(i)](m) if str(i) in self.corrections else z
+        outputs: dict[int, list[Tensor]] = {}
+        for i in sorted(found):
+            z = found[i]
+            z = z * self.gates[self.gated.index(i)] if i in self.gated else z
+            z = torch.zeros_like(z) if i in self.off else z
+            outputs.setdefault(self.plan.shortcuts[i].layer, []).append(z)
+        for layer, gate in self.context.items():
+            gate.num_tokens = outputs[int(layer)][0].shape[1]
+        return {d: torch.cat(zs, -1) if str(d) in self.context else sum(zs[1:], zs[0]) for d, zs in outputs.items()}
+
+    def _of_shortcut(self, grains: Mapping[int, Tensor], i: int) -> Tensor:
+        """[B, T, G, N, D] of one shortcut: its taps, means where they are means, and the grains it reads."""
+        shortcut = self.plan.shortcuts[i]
+        one = slice(shortcut.grain, shortcut.grain + 1) if shortcut.mix in ("pick", "append") else slice(None)
+        means = [grains[t[0]] if len(t) == 1 else torch.stack([grains[u] for u in t]).mean(0) for t in self.taps[i]]
+        return torch.stack([x[:, one] for x in means], dim=1)
 
     def _prepare(self, views: Tensor) -> Tensor:
         views = views.to(self.paths[0].linear_1.weight.dtype)
         if self.plan.norm:
             views = F.layer_norm(views, (self.vision_dim,))
-        return grid(views, self.plan.tiles, self.rows)
+        return grid(views, self.plan.tiles if views.shape[1] > 1 else 0, self.rows)
 
-    def initial_values(self):
-        """(parameter, kind, bound) of everything random, with PyTorch's usual linear start: uniform in +-1/sqrt(inputs)."""
+    def initial_values(self) -> Iterator[tuple[Tensor, float | tuple[float, float]]]:
+        """Every parameter with its start: a constant, or bounds of a uniform distribution.
+
+        Linear layers start like PyTorch's, uniform in +-1/sqrt(inputs), but corrections, gates and their queries start without effect.
+        """
+        quiet = [m.up for m in self.corrections.values()]
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                yield module.weight, module.bias, 1 / math.sqrt(module.in_features)
+                bound = 0.0 if module in quiet else 1 / math.sqrt(module.in_features)
+                yield from ((p, (-bound, bound)) for p in (module.weight, module.bias) if p is not None)
+            elif isinstance(module, Enrich | ContextGate):
+                yield from ((p, 0.0) for p in module.parameters(recurse=False))
+        yield self.gates, self.gate_start

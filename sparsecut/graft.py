@@ -37,6 +37,7 @@ class Injection:
 
     mask: Tensor  # [batch, length], true at image tokens
     features: Mapping[int, Tensor]  # layer -> [number of true positions, H]
+    gates: Mapping[int, Callable]  # layer -> (hidden states there, features) -> what is added; for few plans
     fired: list[int] = field(default_factory=list)
 
 
@@ -137,12 +138,13 @@ def read_taps(encoder: nn.Module, pixels: Tensor, num_patches: int, wanted: Iter
     return {tap: states[:, -num_patches:] for tap, states in reading.taps.items()}
 
 
-def inject(run: Callable, mask: Tensor, features: Mapping[int, Tensor]):
+def inject(run: Callable, mask: Tensor, features: Mapping[int, Tensor], gates: Mapping[int, Callable] | None = None):
     """Call `run()` while `features` (layer -> [tokens, H]) are added at the true positions of `mask` [batch, length].
 
-    Every layer must receive its features exactly once, else RuntimeError: a silent miss is the one thing this must not do.
+    gates: for some layers, what makes the addition from the hidden states at those positions and the features. Every layer
+    must receive its features exactly once, else RuntimeError: a silent miss is the one thing this must not do.
     """
-    injection = Injection(mask, features)
+    injection = Injection(mask, features, gates or {})
     token = _injection.set(injection)
     try:
         output = run()
@@ -182,7 +184,9 @@ def _add_features(layer: int, module, args, kwargs):
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
     # Out of place, and on the layer's own device: in-place sums break autograd and recorded hidden states.
-    mask = injection.mask.to(hidden.device).unsqueeze(-1)
-    hidden = hidden + torch.zeros_like(hidden).masked_scatter(mask, injection.features[layer].to(hidden))
+    mask, features = injection.mask.to(hidden.device), injection.features[layer].to(hidden.device)
+    if layer in injection.gates:
+        features = injection.gates[layer](hidden[mask], features)
+    hidden = hidden + torch.zeros_like(hidden).masked_scatter(mask.unsqueeze(-1), features.to(hidden))
     injection.fired.append(layer)
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})

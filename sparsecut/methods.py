@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 
+from .peers import (
+    cli,
+    deepstack,
+    dense_connector_dci,
+    dense_connector_sci,
+    dense_connector_sti,
+    granite4,
+    hires_channels,
+    hires_tokens,
+    llava,
+    lsf_internal_direct,
+    mmfuser,
+    qwen3_vl,
+)
 from .plan import Plan, Shortcut, nearest
 
 PATTERNS = ("sparse", "dense", "bottom", "top", "reversed", "reversed_dense")
@@ -29,26 +44,6 @@ def make_plan(spec: str | dict | Plan, vision_depth: int, language_depth: int) -
     return METHODS[name](vision_depth, language_depth, **options).check(vision_depth, language_depth)
 
 
-def llava(vision_depth: int, language_depth: int, *, tap: int = -2, norm: bool = False) -> Plan:
-    """LLaVA-1.5 (arXiv 2310.03744): the last block but one into the input, one view."""
-    return Plan((Shortcut((tap,), 0, "pick"),), tiles=0, norm=norm)
-
-
-def hires_tokens(vision_depth: int, language_depth: int, *, tiles: int = 2, norm: bool = False) -> Plan:
-    """AnyRes of LLaVA-NeXT with a fixed square grid: fine patches as extra tokens.
-
-    Deviations: the picture is squashed, not padded, and there are no newline vectors at row ends.
-    """
-    return Plan((Shortcut((-2,), 0, "tokens"),), tiles=tiles, norm=norm)
-
-
-def hires_channels(
-    vision_depth: int, language_depth: int, *, tiles: int = 2, mix: str = "channels", norm: bool = True
-) -> Plan:
-    """SparseCut's own multi-grained module at the input only: the control that has the fine views but no shortcuts."""
-    return Plan((Shortcut((-2,), 0, mix),), tiles=tiles, norm=norm)
-
-
 def sparsecut(
     vision_depth: int,
     language_depth: int,
@@ -60,6 +55,8 @@ def sparsecut(
     shared: bool = False,
     norm: bool = True,
     gate: str | None = None,
+    rank: int | None = None,
+    fine: float = 1.0,
 ) -> Plan:
     """SparseCut (arXiv 2602.00505): several encoder layers, each into its own decoder layer, coarse and fine.
 
@@ -71,16 +68,23 @@ def sparsecut(
     (docs/log.md).
     """
     taps, layers = shortcut_positions(vision_depth, language_depth, count, pattern)
-    shortcuts = [Shortcut((-2,), 0, mix)] + [Shortcut((t,), d, mix) for t, d in zip(taps, layers, strict=True)]
-    return Plan(tuple(shortcuts), tiles=tiles, shared=shared, norm=norm, gate=gate)
+    if isinstance(fine, bool) or not isinstance(fine, int | float) or not 0 <= fine <= 1:
+        raise ValueError(
+            f"fine is {fine!r}, but is a share of the encoder's depth, from 0 to 1; use for example fine=0.34"
+        )
+    deepest = fine * vision_depth
+    tiles = tiles if any(t <= deepest for t in taps) else 0
+    pairs = zip([vision_depth - 1, *taps], [0, *layers], strict=True)
+    mixes = [(t, d, mix if t <= deepest else "pick") for t, d in pairs]
+    taps_of = [(t if i else -2, d, m) for i, (t, d, m) in enumerate(mixes)]
+    shortcuts = tuple(Shortcut((t,), d, m) for t, d, m in taps_of)
+    return Plan(shortcuts, tiles=tiles, shared=shared, norm=norm, gate=gate, rank=rank)
 
 
 def sparsecut_input(vision_depth: int, language_depth: int, **options) -> Plan:
     """The control for depth: `sparsecut` with the same taps and parameters, all added to the input instead."""
     plan = sparsecut(vision_depth, language_depth, **options)
-    return Plan(
-        tuple(Shortcut(s.taps, 0, s.mix) for s in plan.shortcuts), tiles=plan.tiles, shared=plan.shared, norm=plan.norm
-    )
+    return replace(plan, shortcuts=tuple(replace(s, layer=0) for s in plan.shortcuts))
 
 
 def official_13b(vision_depth: int, language_depth: int, *, mix: str = "channels") -> Plan:
@@ -98,12 +102,27 @@ def _official(pairs, mix):
     return Plan(tuple(shortcuts), tiles=2, shared=True, norm=False)
 
 
-sparsecut_input.__signature__ = inspect.signature(sparsecut).replace(
-    parameters=[p for name, p in inspect.signature(sparsecut).parameters.items() if name != "gate"]
-)
+sparsecut_input.__signature__ = inspect.signature(sparsecut)
 METHODS: dict[str, Callable[..., Plan]] = {
     method.__name__: method
-    for method in (llava, hires_tokens, hires_channels, sparsecut, sparsecut_input, official_13b, official_7b_as_run)
+    for method in (
+        llava,
+        hires_tokens,
+        hires_channels,
+        dense_connector_sti,
+        dense_connector_sci,
+        dense_connector_dci,
+        mmfuser,
+        deepstack,
+        qwen3_vl,
+        granite4,
+        lsf_internal_direct,
+        cli,
+        sparsecut,
+        sparsecut_input,
+        official_13b,
+        official_7b_as_run,
+    )
 }
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple
 
 from .configuration import SparseCutConfig
@@ -23,31 +20,14 @@ from .graft import (
     inject,
     read_taps,
 )
+from .outputs import (
+    SparseCutCausalLMOutputWithPast,
+    SparseCutImageFeatures,
+    check_image_features,
+    check_image_tokens,
+    has_begun,
+)
 from .plan import Plan
-
-
-@dataclass
-class SparseCutImageFeatures(BaseModelOutputWithPooling):
-    """Fused features of pictures, under the names that `generate` expands for beams and cuts for chunked prefill.
-
-    pooler_output: per picture the input feature [N', H]; deepstack_features: for each layer of `plan.layers`, the same.
-    pixel_values: what they were made from, for an assistant model that makes features of its own.
-    """
-
-    deepstack_features: list[list[Tensor]] | None = None
-    pixel_values: Tensor | None = None
-
-
-@dataclass
-class SparseCutCausalLMOutputWithPast(ModelOutput):
-    """Loss, logits [B, L, vocabulary], cache, optional states, and the pictures' input features [tokens, H]."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor] | None = None
-    attentions: tuple[Tensor] | None = None
-    image_hidden_states: Tensor | None = None
 
 
 class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -122,21 +102,19 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, Fusion):
-            for weight, bias, bound in module.initial_values():
-                init.uniform_(weight, -bound, bound)
-                init.uniform_(bias, -bound, bound)
-            init.constant_(module.gates, 0.0 if self.plan.gate == "zero" else 1.0)
+            for values, start in module.initial_values():
+                init.uniform_(values, *start) if isinstance(start, tuple) else init.constant_(values, start)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
 
-    @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, **kwargs) -> SparseCutImageFeatures:
-        """Encode pictures [P, 1 + tiles^2, 3, S, S], coarse view first, and fuse their taps for every layer of the plan.
+    def encode(self, pixel_values: Tensor) -> dict[int, Tensor]:
+        """The encoder's states that the plan reads, of pictures [P, 1 + tiles^2, 3, S, S]: tap -> [P, V, N, D].
 
-        A plan without fine views also takes [P, 3, S, S]. Raises ValueError on any other shape.
+        V is 1 for taps that are read from the coarse view alone; the fine views run no further than the deepest tap read from
+        them. A plan without fine views also takes [P, 3, S, S]. Raises ValueError on any other shape.
         """
-        size, num_views = self.config.image_size, self.plan.num_views
+        size, num_views, depth = self.config.image_size, self.plan.num_views, self.config.vision_depth
         if pixel_values.dim() == 4 and num_views == 1:
             pixel_values = pixel_values.unsqueeze(1)
         if tuple(pixel_values.shape[1:]) != (num_views, 3, size, size):
@@ -144,12 +122,32 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"pixel_values has shape {tuple(pixel_values.shape)}, but this model's plan (tiles={self.plan.tiles}) and encoder "
                 f"need (pictures, {num_views}, 3, {size}, {size}), coarse view first; prepare pictures with the model's own processor"
             )
-        if not len(pixel_values):
+        pixels = pixel_values.to(self.vision_tower.dtype)
+        taps, fine = self.plan.resolved_taps(depth), self.plan.fine_taps(depth)
+        if not fine or max(fine) == max(taps):
+            states = self._read(pixels if fine else pixels[:, :1], taps)
+            return {tap: x if tap in fine else x[:, :1] for tap, x in states.items()}
+        coarse, finer = self._read(pixels[:, :1], taps), self._read(pixels[:, 1:], fine)
+        return {tap: torch.cat([x, finer[tap]], dim=1) if tap in fine else x for tap, x in coarse.items()}
+
+    def _read(self, pixels: Tensor, taps: tuple[int, ...]) -> dict[int, Tensor]:
+        states = read_taps(self.vision_tower, pixels.flatten(0, 1), self.config.patch_rows**2, taps)
+        return {tap: x.unflatten(0, (-1, pixels.shape[1])) for tap, x in states.items()}
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: Tensor | None = None, vision_states: dict[int, Tensor] | None = None, **kwargs
+    ) -> SparseCutImageFeatures:
+        """Encode pictures [P, 1 + tiles^2, 3, S, S], coarse view first, and fuse their taps for every layer of the plan.
+
+        vision_states: what `encode` returned for them, instead of pixels. Raises ValueError on another shape, or for both or none.
+        """
+        if (pixel_values is None) == (vision_states is None):
+            raise ValueError("give either pixel_values or vision_states, and not both")
+        given = pixel_values if vision_states is None else next(iter(vision_states.values()))
+        if not len(given):
             return SparseCutImageFeatures(pooler_output=[])
-        pixels = pixel_values.flatten(0, 1).to(self.vision_tower.dtype)
-        taps = self.plan.resolved_taps(self.config.vision_depth)
-        states = read_taps(self.vision_tower, pixels, self.config.patch_rows**2, taps)
-        fused = self.fusion({tap: x.unflatten(0, (-1, num_views)) for tap, x in states.items()})
+        fused = self.fusion(self.encode(pixel_values) if vision_states is None else vision_states)
         return SparseCutImageFeatures(
             pooler_output=list(fused[0]),
             deepstack_features=[list(fused[layer]) for layer in self.plan.layers] or None,
@@ -181,6 +179,7 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        vision_states: dict[int, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -195,17 +194,20 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """One pass over a prompt, its continuation, or a training batch.
 
         input_ids [B, L] with `config.image_token_id` once per image token; pixel_values [P, 1 + tiles^2, 3, S, S] for the pictures
-        that are there, in reading order over the batch; mm_encoder_outputs: {"image": get_image_features(...)} instead of pixels.
+        that are there, in reading order over the batch; vision_states (of `encode`) or mm_encoder_outputs ({"image":
+        get_image_features(...)}) instead of pixels.
         continued: input_ids were generated or guessed, so that placeholders among them stand for no picture (`generate` says so).
         Raises ValueError where image tokens and features do not match, RuntimeError where a shortcut did not fire exactly once.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         images = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None and images is not None:
-            raise ValueError("give either pixel_values or mm_encoder_outputs, and not both: they are the same pictures")
-        if pixel_values is not None:
-            images = self.get_image_features(pixel_values)
+        if sum(pictures is not None for pictures in (pixel_values, vision_states, images)) > 1:
+            raise ValueError(
+                "give one of pixel_values, vision_states and mm_encoder_outputs: they are the same pictures"
+            )
+        if pixel_values is not None or vision_states is not None:
+            images = self.get_image_features(pixel_values, vision_states)
         if images is not None and not len(images.pooler_output):
             images = None  # a batch of no pictures
         if inputs_embeds is None:
@@ -234,7 +236,8 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **arguments
             )
 
-        outputs = inject(run, mask, features)
+        gates = {int(layer): gate for layer, gate in self.fusion.context.items()} if features else {}
+        outputs = inject(run, mask, features, gates)
         logits = outputs.logits
         if self.config.mask_image_token:
             logits = logits.index_fill(
@@ -253,33 +256,4 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=image_hidden_states,
-        )
-
-
-def has_begun(cache: Cache | None) -> bool:
-    """Whether a cache holds a prompt already."""
-    return cache is not None and cache.get_seq_length() > 0
-
-
-def check_image_tokens(mask: Tensor, images: SparseCutImageFeatures | None, continued: bool) -> None:
-    """Raise ValueError unless features and image tokens are equally many."""
-    if torch.compiler.is_compiling() or (images is None and continued):
-        return
-    wanted, given = int(mask.sum()), 0 if images is None else sum(len(f) for f in images.pooler_output)
-    if wanted != given:
-        raise ValueError(
-            f"the prompts hold {wanted} image tokens, but the pictures given make {given}; every picture's placeholder must be "
-            "expanded to all of its image tokens and none cut off (a length limit?): use the model's processor, one placeholder per picture"
-        )
-
-
-def check_image_features(images: SparseCutImageFeatures | None, plan: Plan, width: int) -> None:
-    """Raise ValueError where features that were handed over come from a model of another width or plan."""
-    if images is None:
-        return
-    given = images.pooler_output[0].shape[-1], len(images.deepstack_features or ())
-    if given != (width, len(plan.layers)):
-        raise ValueError(
-            f"the image features given have width {given[0]} and {given[1]} layers above the input, but this model needs width {width} "
-            f"and {len(plan.layers)} layers; make them with this model's get_image_features, or give pixel_values"
         )

@@ -11,29 +11,34 @@ from __future__ import annotations
 import difflib
 from dataclasses import asdict, dataclass, fields
 
-MIXES = ("pick", "channels", "tokens", "attend")
-GATES = (None, "zero", "one")
+MIXES = ("pick", "channels", "tokens", "append", "attend", "enrich")
+GATES = (None, "zero", "one", "zero_vector", "one_vector", "context")
+POOLED = 8  # neighbours along the raster that `append` makes one token of, as Dense Connector's STI does
+Tap = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Shortcut:
     """Read `taps` of the encoder, mix them, add the result before decoder layer `layer`.
 
-    `mix` is one of `pick` (one grain of the last tap), `channels` (all taps and grains of a patch side by side), `tokens`
-    (grains one after the other: a longer prompt) and `attend` (coarse patches of the last tap attend to everything
-    else). `grain` is read by `pick` only: 0 is the coarse patch, 1 to tiles^2 the fine patches under it, row by row.
+    A tap that is a tuple stands for the mean of its states. `mix` is one of `pick` (one grain of the last tap), `channels` (all
+    taps and grains of a patch side by side), `tokens` (grains one after the other: a longer prompt), `append` (coarse patches
+    of the last tap, then the other taps pooled: a longer prompt too), `attend` (coarse patches of the last tap attend to
+    everything else, then a feed-forward) and `enrich` (the same as a gated residual that starts as the coarse patches).
+    `grain` is read by `pick` only: 0 is the coarse patch, 1 to tiles^2 the fine patches under it, row by row.
     """
 
-    taps: tuple[int, ...]
+    taps: tuple[Tap, ...]
     layer: int
     mix: str = "pick"
     grain: int = 0
 
     def __post_init__(self):
         taps = (self.taps,) if isinstance(self.taps, int) else tuple(self.taps)
+        taps = tuple(tuple(tap) if isinstance(tap, list) else tap for tap in taps)
         object.__setattr__(self, "taps", taps)
-        numbers = (*taps, self.layer, self.grain)
-        if not taps or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
+        numbers = (*self.flat_taps, self.layer, self.grain)
+        if not taps or () in taps or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
             raise ValueError(
                 f"a shortcut needs whole numbers for taps (at least one), layer and grain, but was given taps={self.taps!r}, "
                 f"layer={self.layer!r}, grain={self.grain!r}; write for example Shortcut(taps=(-2,), layer=0)"
@@ -45,6 +50,16 @@ class Shortcut:
                 f"grain={self.grain} has no effect with mix={self.mix!r}, which uses every grain; leave grain at 0 or use mix='pick'"
             )
 
+    @property
+    def flat_taps(self) -> tuple[int, ...]:
+        """Every state that is read, those of means included, in the order given."""
+        return tuple(t for tap in self.taps for t in (tap if isinstance(tap, tuple) else (tap,)))
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether the coarse view is all it reads."""
+        return self.mix == "append" or (self.mix == "pick" and self.grain == 0)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -54,7 +69,10 @@ class Plan:
     shared: one mixer and projector for all shortcuts of the same kind, instead of one each.
     norm: LayerNorm without parameters on every tapped feature, before mixing.
     gate: None adds features as they are; "zero" and "one" give every shortcut but the first into the input a trained factor
-        with that start.
+        with that start, "zero_vector" and "one_vector" a factor per channel; "context" computes the factors of the shortcuts
+        above the input from the hidden states and features of each picture.
+    rank: every shortcut but the first into the input has a projector of that inner width; where projectors are shared, it
+        gets a correction of that rank to the shared one instead.
     """
 
     shortcuts: tuple[Shortcut, ...]
@@ -62,12 +80,18 @@ class Plan:
     shared: bool = False
     norm: bool = True
     gate: str | None = None
+    rank: int | None = None
 
     def __post_init__(self):
         shortcuts = tuple(s if isinstance(s, Shortcut) else _from_dict(Shortcut, s) for s in self.shortcuts)
         object.__setattr__(self, "shortcuts", shortcuts)
         if self.gate not in GATES:
-            raise ValueError(f"gate {self.gate!r} is not known; allowed are none, 'zero' and 'one'")
+            known = [gate for gate in GATES if gate]
+            raise ValueError(
+                f"gate {self.gate!r} is not known{nearest(self.gate, known)}; allowed are {', '.join(known)} or none at all"
+            )
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
+            raise ValueError(f"rank is {self.rank!r}, but must be a whole number of at least 1, or left out")
         if not isinstance(self.shared, bool) or not isinstance(self.norm, bool):
             raise ValueError(
                 f"shared and norm are true or false, but shared={self.shared!r} and norm={self.norm!r} were given"
@@ -90,16 +114,21 @@ class Plan:
                     f"shortcut {i} picks grain {s.grain}, but with tiles={self.tiles} the grains are 0 to {self.num_grains - 1}; "
                     "use a smaller grain or more tiles"
                 )
-            if s.mix == "attend" and len(s.taps) * self.num_grains == 1:
+            if s.mix in ("attend", "enrich") and len(s.taps) * self.num_grains == 1:
                 raise ValueError(
-                    f"shortcut {i} has mix='attend' but nothing to attend to: one tap and tiles=0; set tiles=2 or add taps"
+                    f"shortcut {i} has mix={s.mix!r} but nothing to attend to: one tap and tiles=0; set tiles=2 or add taps"
                 )
-        lengths = {s.mix == "tokens" and self.tiles > 0 for s in self.shortcuts}
-        if len(lengths) > 1:
+        if len({self._tokens_of(s, 64 * POOLED) for s in self.shortcuts}) > 1:
             raise ValueError(
-                "the plan mixes 'tokens' with other mixers, whose numbers of image tokens differ "
-                f"(1 against {self.num_grains} per patch); use 'tokens' for all shortcuts or for none"
+                "the plan's shortcuts differ in their number of image tokens ('tokens' has "
+                f"{self.num_grains} per patch, 'append' some more for each further tap, other mixers 1); use such a mixer for all "
+                "shortcuts, with equally many taps, or for none"
             )
+
+    def _tokens_of(self, shortcut: Shortcut, num_patches: int) -> int:
+        if shortcut.mix == "append":
+            return num_patches + (len(shortcut.taps) - 1) * -(-num_patches // POOLED)
+        return num_patches * (self.num_grains if shortcut.mix == "tokens" else 1)
 
     @property
     def num_grains(self) -> int:
@@ -118,18 +147,23 @@ class Plan:
 
     def image_tokens(self, num_patches: int) -> int:
         """Positions one picture takes in the prompt, for an encoder with `num_patches` patches per view."""
-        return num_patches * (self.num_grains if self.shortcuts[0].mix == "tokens" else 1)
+        return self._tokens_of(self.shortcuts[0], num_patches)
 
     def resolved_taps(self, vision_depth: int) -> tuple[int, ...]:
         """Every tap as a non-negative hidden-state number, ascending, each once."""
-        return tuple(sorted({tap % (vision_depth + 1) for s in self.shortcuts for tap in s.taps}))
+        return tuple(sorted({tap % (vision_depth + 1) for s in self.shortcuts for tap in s.flat_taps}))
+
+    def fine_taps(self, vision_depth: int) -> tuple[int, ...]:
+        """Those of them that some shortcut reads from the fine views; as far as the last one, fine views are encoded."""
+        fine = [s for s in self.shortcuts if self.tiles and not s.is_coarse]
+        return tuple(sorted({tap % (vision_depth + 1) for s in fine for tap in s.flat_taps}))
 
     def check(
         self, vision_depth: int, language_depth: int, *, vision="the encoder", language="the language model"
     ) -> Plan:
         """Return the plan if every shortcut can fire on these depths, else say which cannot."""
         for i, s in enumerate(self.shortcuts):
-            for tap in s.taps:
+            for tap in s.flat_taps:
                 if not -vision_depth - 1 <= tap <= vision_depth:
                     raise ValueError(
                         f"shortcut {i} reads tap {tap}, but {vision} has hidden states 0 to {vision_depth} (or -1 to "
@@ -146,7 +180,9 @@ class Plan:
     def to_dict(self) -> dict:
         """Plain lists, numbers and strings: what JSON and YAML hold."""
         plain = asdict(self)
-        plain["shortcuts"] = [{**s, "taps": list(s["taps"])} for s in plain["shortcuts"]]
+        for shortcut in plain["shortcuts"]:
+            shortcut["taps"] = [list(tap) if isinstance(tap, tuple) else tap for tap in shortcut["taps"]]
+        plain["shortcuts"] = list(plain["shortcuts"])
         return plain
 
     @classmethod

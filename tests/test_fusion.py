@@ -68,9 +68,9 @@ def mixer(mix, taps=(1, 2), tiles=2, rows=2, grain=0):
 
 @pytest.mark.parametrize("grain", range(5))
 def test_pick_is_one_grain_of_the_last_tap(grain):
-    module, x = mixer("pick", grain=grain)
-    assert torch.equal(module(x), x[:, 1, grain])
-    assert module.out_dim == DIM
+    module, x = fusion(Shortcut((1, 2), 0, "pick", grain)), features((1, 2))
+    assert torch.equal(module(x)[0], module.paths[0].project(grid(x[2], 2, 2)[:, grain]))
+    assert module.paths[0].mixer.out_dim == DIM
 
 
 @pytest.mark.parametrize("tiles", [0, 2, 3])
@@ -134,7 +134,7 @@ def test_shared_shortcuts_in_one_batched_call_equal_separate_calls(mix):
 def test_only_shortcuts_of_one_kind_share_a_path():
     kinds = [((1,), "pick", 0), ((2,), "pick", 0), ((2,), "pick", 1), ((2,), "channels", 0), ((1, 2), "channels", 0)]
     shortcuts = [Shortcut(taps, i, mix, grain) for i, (taps, mix, grain) in enumerate(kinds)]
-    assert fusion(*shortcuts, shared=True).groups == [[0, 1], [2], [3], [4]]
+    assert fusion(*shortcuts, shared=True).groups == [[0, 1, 2], [3], [4]]  # grains of `pick` take the same weights
     assert len(fusion(*shortcuts).paths) == 5
 
 

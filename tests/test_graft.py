@@ -228,7 +228,7 @@ def test_states_that_are_not_one_row_of_patches_are_refused(model):
         ({"pixel_values": torch.zeros(2, 5, 3, 32, 32)}, r"need \(pictures, 5, 3, 16, 16\), coarse view first"),
         ({"inputs_embeds": torch.zeros(2, 11, 32)}, "either input_ids or inputs_embeds, and not both"),
         ({"input_ids": None}, "either input_ids or inputs_embeds"),
-        ({"mm_encoder_outputs": {"image": object()}}, "either pixel_values or mm_encoder_outputs"),
+        ({"mm_encoder_outputs": {"image": object()}}, "one of pixel_values, vision_states and mm_encoder_outputs"),
     ],
 )  # fmt: skip
 def test_pictures_that_do_not_match_the_prompt_are_refused_in_a_sentence(model, change, sentence):

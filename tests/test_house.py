@@ -13,20 +13,24 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sparsecut"
 LAYERS = [  # a module imports from earlier rows, or from its own family; modules of a row do not import one another
     {"plan"},
+    {"peers"},
     {"methods", "recipe", "yaml_text", "drawing", "registration", "charts", "scoring"},
+    {"mixers", "outputs"},
     {"fusion", "graft", "world"},
     {"configuration"},
     {"modeling", "processing", "prompting"},
     {"building", "official", "data", "labels", "records", "pictures"},
-    {"convert", "training", "stage_trainer", "progress", "evaluation", "chat", "sketch"},
+    {"convert", "training", "stage_trainer", "progress", "evaluation", "chat", "sketch", "cost", "timing"},
     {"report", "demo", "demo_report"},
-    {"cli"},
+    {"cli", "cli_study"},
 ]
 FAMILIES = [
     {"data", "labels", "records", "pictures"},
     {"recipe", "yaml_text"},
     {"training", "stage_trainer", "progress"},
     {"demo", "demo_report", "report"},
+    {"cost", "timing"},
+    {"cli", "cli_study"},
 ]
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "__main__"))
 PRIVATE_TO_GRAFT = ("output_capturing", "modeling_layers", "masking_utils")

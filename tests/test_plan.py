@@ -83,7 +83,7 @@ BAD = {
     "picks grain 4, but with tiles=0": lambda: Plan((Shortcut((1,), 0, "pick", 4),)),
     "grain=2 has no effect": lambda: Shortcut((1,), 0, "channels", 2),
     "nothing to attend to": lambda: Plan((Shortcut((-2,), 0, "attend"),)),
-    "numbers of image tokens differ": lambda: Plan((Shortcut((-2,), 0, "tokens"), Shortcut((1,), 2)), tiles=2),
+    "differ in their number of image tokens": lambda: Plan((Shortcut((-2,), 0, "tokens"), Shortcut((1,), 2)), tiles=2),
     "tiles is 1, but": lambda: Plan((Shortcut((-2,), 0),), tiles=1),
     "gate 'half' is not known": lambda: Plan((Shortcut((-2,), 0),), gate="half"),
     "method 'sparscut' is not known (did you mean 'sparsecut'?)": lambda: make_plan("sparscut", 24, 32),

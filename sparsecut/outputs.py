@@ -1,0 +1,65 @@
+"""What the model returns, and the checks that pictures and prompts belong together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+
+from .plan import Plan
+
+
+@dataclass
+class SparseCutImageFeatures(BaseModelOutputWithPooling):
+    """Fused features of pictures, under the names that `generate` expands for beams and cuts for chunked prefill.
+
+    pooler_output: per picture the input feature [N', H]; deepstack_features: for each layer of `plan.layers`, the same.
+    pixel_values: what they were made from, for an assistant model that makes features of its own.
+    """
+
+    deepstack_features: list[list[Tensor]] | None = None
+    pixel_values: Tensor | None = None
+
+
+@dataclass
+class SparseCutCausalLMOutputWithPast(ModelOutput):
+    """Loss, logits [B, L, vocabulary], cache, optional states, and the pictures' input features [tokens, H]."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor] | None = None
+    attentions: tuple[Tensor] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+def has_begun(cache: Cache | None) -> bool:
+    """Whether a cache holds a prompt already."""
+    return cache is not None and cache.get_seq_length() > 0
+
+
+def check_image_tokens(mask: Tensor, images: SparseCutImageFeatures | None, continued: bool) -> None:
+    """Raise ValueError unless features and image tokens are equally many."""
+    if torch.compiler.is_compiling() or (images is None and continued):
+        return
+    wanted, given = int(mask.sum()), 0 if images is None else sum(len(f) for f in images.pooler_output)
+    if wanted != given:
+        raise ValueError(
+            f"the prompts hold {wanted} image tokens, but the pictures given make {given}; every picture's placeholder must be "
+            "expanded to all of its image tokens and none cut off (a length limit?): use the model's processor, one placeholder per picture"
+        )
+
+
+def check_image_features(images: SparseCutImageFeatures | None, plan: Plan, width: int) -> None:
+    """Raise ValueError where features that were handed over come from a model of another width or plan."""
+    if images is None:
+        return
+    given = images.pooler_output[0].shape[-1], len(images.deepstack_features or ())
+    if given != (width, len(plan.layers)):
+        raise ValueError(
+            f"the image features given have width {given[0]} and {given[1]} layers above the input, but this model needs width {width} "
+            f"and {len(plan.layers)} layers; make them with this model's get_image_features, or give pixel_values"
+        )
