@@ -54,13 +54,22 @@ def check_examples(
 class TrainingData(Dataset):
     """Examples as items: input_ids [L], labels [L] and, where there are pictures, pixel_values [n, 1 + tiles^2, 3, S, S].
 
-    Pictures are opened when an item is asked for; token ids of what has been seen are kept, up to a limit.
+    Pictures are opened when an item is asked for; token ids of what has been seen are kept, up to a limit. states, views: kept
+    states of the encoder, and which of them the plan reads (`states.views_of`); items then have vision_states, not pixels.
     """
 
     def __init__(
-        self, examples: Sequence[Example], processor, *, template: str = "chat", max_length: int | None = None
+        self,
+        examples: Sequence[Example],
+        processor,
+        *,
+        template: str = "chat",
+        max_length: int | None = None,
+        states=None,
+        views: dict[int, int] | None = None,
     ):
         self.examples, self.processor = list(examples), processor
+        self.states, self.views = states, views
         self.template, self.max_length = template, max_length
         self._encoded: dict[int, dict[str, Tensor]] = {}
         self._room = CACHED_TOKENS
@@ -70,7 +79,9 @@ class TrainingData(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         item, example = dict(self._tokens(index)), self.examples[index]
-        if example.images:
+        if example.images and self.states is not None:
+            item["vision_states"] = self.states.read(example, self.views)
+        elif example.images:
             item["pixel_values"] = self.processor.pixels(example.pictures())
         return item
 
@@ -88,7 +99,8 @@ class TrainingData(Dataset):
 class Collator:
     """Items to a batch: input_ids, attention_mask and labels [B, L] padded on the right, pixel_values [pictures, ...].
 
-    Pictures of all items follow one another in reading order; a batch without any has no pixel_values.
+    Pictures of all items follow one another in reading order; a batch without any has no pixel_values. Items with kept states
+    give vision_states instead: tap -> [pictures, V, N, D].
     """
 
     def __init__(self, processor):
@@ -112,4 +124,6 @@ class Collator:
         pictures = [item["pixel_values"] for item in items if "pixel_values" in item]
         if pictures:
             batch["pixel_values"] = torch.cat(pictures)
+        if kept := [item["vision_states"] for item in items if "vision_states" in item]:
+            batch["vision_states"] = {tap: torch.cat([states[tap] for states in kept]) for tap in kept[0]}
         return batch

@@ -22,6 +22,7 @@ from .prompting import check_length, decode, greedy, inputs_of, render
 from .recipe import Recipe, expand_path
 from .records import IMAGE, Example, read_source
 from .scoring import METRICS, scores
+from .states import views_of
 
 SETTINGS, PREDICTIONS, RESULT = "settings.json", "predictions.jsonl", "result.json"
 
@@ -37,13 +38,15 @@ def evaluate(
     max_new_tokens: int = 16,
     metric: str = "exact_match",
     resume: bool = True,
+    states=None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict:
     """Ask the model every example's last question and compare with the last assistant turn; earlier turns are context.
 
     Returns accuracy (share right, with count and 95 % Wilson interval), the same per group and per level where examples
     name them, the mean over levels, decoding settings, prompt template, versions and seconds; written to `out` together with
-    the predictions. resume: keep the answers that `out` has for the same settings and prompts; False starts over.
+    the predictions. resume: keep the answers that `out` has for the same settings and prompts; False starts over. states: kept
+    states of the examples' pictures (`states.VisionStates`), read instead of running the encoder.
     Raises ValueError for a missing picture, a prompt that is too long, or an `out` made with other settings.
     """
     began = time.perf_counter()
@@ -59,8 +62,7 @@ def evaluate(
     config = greedy(model.eval(), max_new_tokens)
     for start in range(0, len(todo), batch_size):
         chunk = todo[start : start + batch_size]
-        prompts, pictures = [records[i]["prompt"] for i in chunk], [examples[i].pictures() for i in chunk]
-        inputs = inputs_of(model, processor, prompts, pictures)
+        inputs = _inputs(model, processor, [records[i]["prompt"] for i in chunk], [examples[i] for i in chunk], states)
         answers = decode(processor, inputs, model.generate(**inputs, generation_config=config))
         for i, answer in zip(chunk, answers, strict=True):
             records[i] |= _answered(records[i], answer, metric)
@@ -84,7 +86,7 @@ def evaluate(
 
 
 def evaluate_recipe(
-    recipe: Recipe, model, processor, *, resume: bool = False, progress=lambda done, total: None
+    recipe: Recipe, model, processor, *, resume: bool = False, states=None, progress=lambda done, total: None
 ) -> dict:
     """Ask what a recipe's `evaluate` names, into its output folder's eval/; the result of `evaluate`."""
     asked = recipe.evaluate
@@ -97,8 +99,20 @@ def evaluate_recipe(
         batch_size=asked.batch_size,
         max_new_tokens=asked.max_new_tokens,
         resume=resume,
+        states=states,
         progress=progress,
     )
+
+
+def _inputs(model, processor, prompts: list[str], examples: list[Example], states) -> dict:
+    """What `generate` takes: texts with pixels, or with the features made of kept states."""
+    if states is None or not any(example.images for example in examples):
+        return inputs_of(model, processor, prompts, [example.pictures() for example in examples])
+    inputs = inputs_of(model, processor, prompts, None)
+    views = views_of(model.plan, model.config.vision_depth)
+    kept = [states.read(example, views) for example in examples if example.images]
+    together = {tap: torch.cat([one[tap] for one in kept]).to(model.device) for tap in views}
+    return {**inputs, "mm_encoder_outputs": {"image": model.get_image_features(vision_states=together)}}
 
 
 def _check(examples, batch_size: int, max_new_tokens: int, metric: str) -> None:

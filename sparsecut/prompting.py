@@ -21,19 +21,15 @@ def render(processor, messages: list[dict]) -> str:
         ) from None
 
 
-def inputs_of(model, processor, prompts: list[str], pictures: list[list[Image.Image]]) -> BatchFeature:
-    """Left-padded model inputs of prompts and each prompt's own pictures, on the model's device."""
+def inputs_of(model, processor, prompts: list[str], pictures: list[list[Image.Image]] | None) -> BatchFeature:
+    """Left-padded model inputs of prompts and each prompt's own pictures, on the model's device; None: the texts alone."""
     # As in training: a template that writes the first token itself gets no second one.
     begin = processor.tokenizer.bos_token
     special = not (begin and prompts[0].startswith(begin))
-    return processor(
-        images=pictures,
-        text=prompts,
-        padding=True,
-        padding_side="left",
-        add_special_tokens=special,
-        return_tensors="pt",
-    ).to(model.device)
+    settings = {"padding": True, "padding_side": "left", "add_special_tokens": special, "return_tensors": "pt"}
+    if pictures is None:
+        return processor.tokenizer([processor.expand(prompt) for prompt in prompts], **settings).to(model.device)
+    return processor(images=pictures, text=prompts, **settings).to(model.device)
 
 
 def greedy(model, max_new_tokens: int) -> GenerationConfig:

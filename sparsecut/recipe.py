@@ -137,7 +137,8 @@ class Evaluation:
 class Recipe:
     """A model, its plan (fusion: a method's name, a method with options, or a plan in full), and the stages of its training.
 
-    fusion is None only where the model is a saved one, which has its plan.
+    fusion is None only where the model is a saved one, which has its plan. states: a folder for the states of the encoder, which is
+    then run once per picture, whatever the number of epochs; only where no stage trains it.
     """
 
     model: Model
@@ -146,6 +147,7 @@ class Recipe:
     fusion: str | dict | None = None
     evaluate: Evaluation | None = None
     seed: int = 0
+    states: str | None = None
 
     def __post_init__(self):
         _as_tuples(self, "stages")
@@ -154,6 +156,11 @@ class Recipe:
             raise ValueError(
                 f"fusion is {self.fusion!r} and model.base is {self.model.base!r}, but exactly one of them must be given: "
                 "a new model needs a plan, for example `fusion: {method: sparsecut}`, and a saved one has its own"
+            )
+        if self.states is not None and any("vision" in stage.train for stage in self.stages):
+            raise ValueError(
+                f"states is {self.states!r}, but states can only be kept of an encoder that is frozen, and a stage trains vision; "
+                "remove `states`, or vision from `train`"
             )
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):

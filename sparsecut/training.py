@@ -17,6 +17,7 @@ import logging
 import os
 import platform
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 from transformers import TrainingArguments, set_seed
@@ -29,6 +30,7 @@ from .methods import make_plan
 from .progress import StageLog, report
 from .recipe import Recipe, Stage, dump_recipe, expand_path, load_recipe
 from .stage_trainer import StageTrainer, freeze, stage_arguments
+from .states import VisionStates, prepare_states, views_of
 
 FINISHED = "versions.json"  # written last, so a stage that has it is whole
 logger = logging.getLogger(__name__)
@@ -55,10 +57,9 @@ def train(
     _check_output(recipe, output)
     problems: list[str] = []
     read = [[(source, read_source(source, problems)) for source in stage.data] for stage in recipe.stages]
-    for source in recipe.evaluate.data if recipe.evaluate else ():
-        for example in read_source(source, problems):
-            if check:
-                example.pictures()
+    asked = [e for source in (recipe.evaluate.data if recipe.evaluate else ()) for e in read_source(source, problems)]
+    for example in asked if check else ():
+        example.pictures()
 
     done = _finished(recipe, output) if resume and not check else 0
     if done:
@@ -80,9 +81,12 @@ def train(
         dump_recipe(recipe, output / "config.yaml")
         if problems:
             (output / "skipped.txt").write_text("".join(f"{sentence}\n" for sentence in problems))
+    states = kept_states(recipe, model, processor, [e for examples in data for e in examples] + asked, arguments[0])
     for stage, args, examples in list(zip(recipe.stages, arguments, data, strict=True))[done:]:
         checkpoint = _clear(Path(args.output_dir), keep=resume)
-        trainer = train_stage(model, processor, stage, examples, args, checkpoint=checkpoint, shown=shown)
+        trainer = train_stage(
+            model, processor, stage, examples, args, checkpoint=checkpoint, shown=shown, states=states
+        )
         _save(trainer, processor, recipe, Path(args.output_dir))
     if arguments[-1].should_save:
         _link_all(Path(arguments[-1].output_dir), output / "final")
@@ -98,16 +102,23 @@ def train_stage(
     *,
     checkpoint=None,
     shown: bool = True,
+    states: VisionStates | None = None,
 ) -> StageTrainer:
-    """Train the parts that a stage names on checked examples; the model is changed in place and left in evaluation mode."""
+    """Train the parts that a stage names on checked examples; the model is changed in place and left in evaluation mode.
+
+    states: kept states of all the examples' pictures, read instead of running the encoder.
+    """
     freeze(model, stage.train)
+    views = views_of(model.plan, model.config.vision_depth)
     log = StageLog(stage.name, Path(args.output_dir), shown=shown)
     trainer = StageTrainer(
         model=model,
         args=args,
         stage=stage,
         log=log,
-        train_dataset=TrainingData(examples, processor, template=stage.template, max_length=stage.max_length),
+        train_dataset=TrainingData(
+            examples, processor, template=stage.template, max_length=stage.max_length, states=states, views=views
+        ),
         data_collator=Collator(processor),
     )
     try:
@@ -121,6 +132,14 @@ def train_stage(
         model.requires_grad_(True)
         model.eval()
     return trainer
+
+
+def kept_states(recipe: Recipe, model, processor, examples: list[Example], args=None) -> VisionStates | None:
+    """The recipe's folder of encoder states, filled for these examples; None where it names none."""
+    if recipe.states is None:
+        return None
+    with args.main_process_first(desc="keeping states of the encoder") if args else nullcontext():
+        return prepare_states(expand_path(recipe.states), model, processor, examples, say=report)
 
 
 def _build(recipe: Recipe):

@@ -19,13 +19,13 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
     {"fusion", "graft", "world"},
     {"configuration"},
     {"modeling", "processing", "prompting"},
-    {"building", "official", "data", "labels", "records", "pictures"},
+    {"building", "official", "data", "labels", "records", "pictures", "states"},
     {"convert", "training", "stage_trainer", "progress", "evaluation", "chat", "sketch", "cost", "timing"},
     {"report", "demo", "demo_report"},
     {"cli", "cli_study"},
 ]
 FAMILIES = [
-    {"data", "labels", "records", "pictures"},
+    {"data", "labels", "records", "pictures", "states"},
     {"recipe", "yaml_text"},
     {"training", "stage_trainer", "progress"},
     {"demo", "demo_report", "report"},
