@@ -249,19 +249,25 @@ def main() -> None:
 
 def _load(model: str, device: str | None):
     """A saved model on the device asked for, and its processor."""
-    import torch
-
     from .building import load
 
+    device = _device(device)
+    loaded, processor = load(model)
+    return loaded.to(device), processor
+
+
+def _device(device: str | None) -> str:
+    """The device asked for, or the accelerator if there is one; refused where it cannot be used."""
+    import torch
+
     if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        device = str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device} cannot be used here: {reason}; leave it out, or give cpu") from error
-    loaded, processor = load(model)
-    return loaded.to(device), processor
+    return device
 
 
 @contextmanager
@@ -283,3 +289,6 @@ def _print_scores(result: dict, out: Path | None) -> None:
     typer.echo(table(result))
     if out is not None:
         typer.echo(f"wrote {out}/result.json and {out}/predictions.jsonl")
+
+
+from . import cli_study  # noqa: E402, F401  its commands join the app, whose options they share
