@@ -14,21 +14,23 @@ PACKAGE = ROOT / "sparsecut"
 LAYERS = [  # a module imports from earlier rows, or from its own family; modules of a row do not import one another
     {"plan"},
     {"peers"},
-    {"methods", "recipe", "yaml_text", "drawing", "registration", "charts", "scoring"},
+    {"methods", "recipe", "yaml_text", "drawing", "registration", "charts", "plots", "scoring", "statistics"},
     {"mixers", "outputs"},
     {"fusion", "graft", "world"},
     {"configuration"},
     {"modeling", "processing", "prompting"},
     {"building", "official", "data", "labels", "records", "pictures", "states"},
     {"convert", "training", "stage_trainer", "progress", "evaluation", "chat", "sketch", "cost", "timing"},
-    {"report", "demo", "demo_report"},
+    {"report", "demo", "demo_report", "study_report", "study_page"},
     {"cli", "cli_study"},
 ]
 FAMILIES = [
     {"data", "labels", "records", "pictures", "states"},
-    {"recipe", "yaml_text"},
+    {"recipe", "yaml_text", "study"},
     {"training", "stage_trainer", "progress"},
     {"demo", "demo_report", "report"},
+    {"charts", "plots"},
+    {"report", "study_report", "study_page"},
     {"cost", "timing"},
     {"cli", "cli_study"},
 ]
