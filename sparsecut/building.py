@@ -127,6 +127,15 @@ def save(
             path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": homes}, indent=2) + "\n")
 
 
+def depths_of(vision: str | nn.Module, language: str | nn.Module, **hub) -> tuple[int, int]:
+    """Numbers of encoder and decoder layers, read from configurations alone."""
+    configs = [
+        _config_of(resolve(source, part), part, hub) for source, part in ((vision, "vision"), (language, "language"))
+    ]
+    vision_config = getattr(configs[0], "vision_config", configs[0])
+    return vision_config.num_hidden_layers, configs[1].get_text_config().num_hidden_layers
+
+
 def resolve(source, part: str):
     """A source as given, or for "world" the shipped folder of the picture world's backbone (part: vision or language)."""
     if source != WORLD:

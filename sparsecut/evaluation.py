@@ -90,11 +90,10 @@ def evaluate_recipe(
 ) -> dict:
     """Ask what a recipe's `evaluate` names, into its output folder's eval/; the result of `evaluate`."""
     asked = recipe.evaluate
-    examples = [example for source in asked.data for example in read_source(source, [])]
     return evaluate(
         model,
         processor,
-        examples,
+        asked_of(recipe),
         out=Path(expand_path(recipe.output)) / "eval",
         batch_size=asked.batch_size,
         max_new_tokens=asked.max_new_tokens,
@@ -102,6 +101,13 @@ def evaluate_recipe(
         states=states,
         progress=progress,
     )
+
+
+def asked_of(recipe: Recipe) -> list[Example]:
+    """What a recipe's `evaluate` asks; nothing where it has none."""
+    return [
+        example for source in (recipe.evaluate.data if recipe.evaluate else ()) for example in read_source(source, [])
+    ]
 
 
 def _inputs(model, processor, prompts: list[str], examples: list[Example], states) -> dict:
