@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 from transformers.initialization import no_init_weights
+from transformers.modeling_utils import local_torch_dtype
 
 from .building import WORLD, resolve
 from .configuration import SparseCutConfig
@@ -199,8 +200,8 @@ def lines_of(rows: Mapping[str, Mapping[str, str]]) -> str:
     return "\n".join(" | ".join([f"{row[0]:{left}}", *rest]) for row, rest in zip(cells, right, strict=True))
 
 
-class _Numbers(TorchDispatchMode):
-    """Answers the one question about values that a forward asks: how many image tokens a prompt holds."""
+class _Values(TorchDispatchMode):
+    """Answers the questions about values that a forward asks of pretended tensors: the number and the rows of image tokens."""
 
     def __init__(self, answer: int):
         super().__init__()
@@ -209,6 +210,8 @@ class _Numbers(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.long:
             return self.answer
+        if func is torch.ops.aten.index.Tensor and (index := args[1][0]).dtype == torch.bool:
+            return args[0].new_empty(self.answer, *args[0].shape[index.dim() :])
         return func(*args, **(kwargs or {}))
 
 
@@ -237,19 +240,14 @@ def _pretended(config: SparseCutConfig, dtype: torch.dtype) -> SparseCutForCondi
     """The model in evaluation mode with all parameters in `dtype`, which pretended ones must be born with."""
     for part in (config.vision_config, config.text_config, config.text_config.get_text_config()):
         part.dtype = dtype
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with no_init_weights():  # nothing is there to be drawn, and some ways of drawing look at values
-            return SparseCutForConditionalGeneration(config).eval()
-    finally:
-        torch.set_default_dtype(before)
+    with local_torch_dtype(dtype), no_init_weights():  # nothing is drawn: some ways of drawing look at values
+        return SparseCutForConditionalGeneration(config).eval()
 
 
 def _prompt_flops(model: nn.Module, ids: Tensor, pixels: Tensor, tokens: int) -> tuple[dict[str, int], int]:
     """FLOPs by part, and the bytes of the cache after the prompt."""
     pictures = pixels if len(pixels) else None
-    with torch.no_grad(), _Numbers(tokens):
+    with torch.no_grad(), _Values(tokens):
         with _counter() as whole:
             output = model(input_ids=ids, pixel_values=pictures, use_cache=True, logits_to_keep=1)
         held = _cache_bytes(output.past_key_values)
@@ -295,6 +293,6 @@ def _training_bytes(model: nn.Module, ids: Tensor, pixels: Tensor, mask: Tensor,
 
     ids, pixels = ids.repeat(len(mask), 1), pixels.repeat(len(mask), 1, 1, 1, 1)
     pictures, tokens = pixels if len(pixels) else None, len(pixels) * model.config.num_image_tokens
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _Numbers(tokens):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _Values(tokens):
         model(input_ids=ids, pixel_values=pictures, attention_mask=mask, labels=ids, use_cache=False)
     return sum(t.untyped_storage().nbytes() for t in saved.values())

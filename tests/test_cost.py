@@ -62,7 +62,6 @@ OTHERS = {
     "hires_tokens": (43.1, 48, 0),
     "official_7b_as_run": (10.7, 0, 2),
     "dense_connector_sti": (10.7, 0, 0),
-    "dense_connector_sci": (8.81, 0, 0),
     "deepstack": (10.4, 0, 0),
     "deepstack_l": (10.4, 0, 0),
     "lsf_internal_direct": (8.88, 0, 0),
@@ -82,7 +81,16 @@ def test_totals_agree_with_the_arithmetic_of_others(large, plan):
     assert c.prefill_total_flops == pytest.approx(total * 1e12, rel=0.04)
 
 
-@pytest.mark.parametrize("plan", ["llava", "hires_tokens", "sparsecut", {"method": "hires_channels", "mix": "attend"}])
+PLANS = (
+    "llava",
+    "hires_tokens",
+    "sparsecut",
+    {"method": "sparsecut", "fine": 0.5, "gate": "context", "rank": 2},
+    "mmfuser",
+)
+
+
+@pytest.mark.parametrize("plan", PLANS)
 def test_parts_add_up_to_a_whole_real_forward(plan):
     """Pretended tensors count what a real model of the same size does, by part and at once, in prompts of two pictures."""
     vision, language = tiny_configs()
