@@ -53,7 +53,7 @@ def curves(
         return "<p>No points were logged.</p>"
     x_most = max(x for x, _ in points) or 1
     y_most = y_most or max(y for line in lines.values() for _, y in line[len(line) // 10 :]) * 1.05 or 1
-    plot_width, plot = width - left - 10, height - top - bottom
+    plot_width, plot = width - left - 22, height - top - bottom
     parts = [frame(left, top, plot_width, plot)]
     for tick in range(5):
         y = top + plot * (1 - tick / 4)

@@ -21,16 +21,16 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
     {"modeling", "processing", "prompting"},
     {"building", "official", "data", "labels", "records", "pictures", "states"},
     {"convert", "training", "stage_trainer", "progress", "evaluation", "chat", "sketch", "cost", "timing"},
-    {"study_runner", "report", "demo", "demo_report", "study_report", "study_page"},
+    {"study_runner", "report", "demo", "demo_report", "study_report", "study_figures", "study_tables", "study_page"},
     {"cli", "cli_study"},
 ]
 FAMILIES = [
     {"data", "labels", "records", "pictures", "states"},
     {"recipe", "yaml_text", "study"},
     {"training", "stage_trainer", "progress"},
-    {"demo", "demo_report", "report", "study_runner", "study_report", "study_page"},
+    {"demo", "demo_report", "report", "study_runner", "study_report", "study_figures", "study_tables", "study_page"},
     {"charts", "plots"},
-    {"report", "study_report", "study_page"},
+    {"report", "study_report", "study_figures", "study_tables", "study_page"},
     {"cost", "timing"},
     {"cli", "cli_study"},
 ]
