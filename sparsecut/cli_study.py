@@ -46,6 +46,32 @@ def cost(
         typer.echo(f"wrote {json}")
 
 
+@app.command()
+def study(
+    file: Annotated[Path, _arg("A study file (YAML).")],
+    overrides: Annotated[list[str] | None, _arg("Changes, as seeds=[0,1] output=runs/study/b")] = None,
+    workers: Annotated[int, _opt("Processes on this machine, one thread each.", min=1)] = 2,
+    arm: Annotated[list[str] | None, _opt("Only this arm; may be repeated.")] = None,
+    seed: Annotated[list[int] | None, _opt("Only this seed; may be repeated.")] = None,
+    report: Annotated[bool, _opt("Train nothing, report on what is finished.", "--report")] = False,
+) -> None:
+    """Train and compare ways of fusion over seeds on equal data, and write one report; goes on where it stopped."""
+    from .study import load_study
+
+    chosen = load_study(file, overrides or [])
+    if report:
+        from .study_report import write_study_report
+
+        page = write_study_report(Path(chosen.output))
+    else:
+        from .study_runner import run_study
+
+        page = run_study(chosen, workers=workers, arms=arm or (), seeds=seed or (), say=typer.echo)
+    typer.echo(
+        f"\nThe report: {page}, with tables in {page.with_suffix('.md')} and figures in {page.with_suffix('.json')}"
+    )
+
+
 def _write(path: Path, plain: dict) -> None:
     import json
 

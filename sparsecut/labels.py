@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from functools import lru_cache
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -67,13 +68,21 @@ TEMPLATES = {"chat": chat, "plain": plain}
 
 def _render(messages, processor, add_generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
     """A conversation as one string, and the spans that the template marks as generated."""
+    special = processor.tokenizer.special_tokens_map
+    turns = tuple(tuple(message.items()) for message in messages)
+    frozen = tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in special.items())
+    return _rendered(turns, processor.chat_template, add_generation_prompt, frozen)
+
+
+@lru_cache(maxsize=32768)  # a record is rendered to be checked and again to be learned, in a study by every run
+def _rendered(turns: tuple, template: str, add_generation_prompt: bool, special: tuple):
     try:
         texts, marks = render_jinja_template(
-            conversations=[messages],
-            chat_template=processor.chat_template,
-            return_assistant_tokens_mask=bool(MARKED.search(processor.chat_template)),
+            conversations=[[dict(turn) for turn in turns]],
+            chat_template=template,
+            return_assistant_tokens_mask=bool(MARKED.search(template)),
             add_generation_prompt=add_generation_prompt,
-            **processor.tokenizer.special_tokens_map,
+            **dict(special),
         )
     except TemplateError as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from None
