@@ -1,4 +1,4 @@
-"""What plans cost: parts that add up, closed forms, the arithmetic of others explained, and times that are times."""
+"""What plans cost: parts that add up, closed forms, arithmetic by hand explained, and times that are times."""
 
 import json
 from dataclasses import replace
@@ -55,9 +55,9 @@ def test_a_plain_llama_costs_its_closed_form(large, plan):
     assert c.weight_bytes == 2 * c.num_total_parameters
 
 
-# Published arithmetic for one picture and 64 text tokens, in TFLOP, and what it has that ours has not: newline tokens at row ends,
+# The survey's arithmetic by hand for a picture and 64 text tokens, in TFLOP, and what it has that ours has not: newline tokens,
 # and for the released 7B form two fusions that are computed and thrown away.
-OTHERS = {
+BY_HAND = {
     "llava": (8.80, 0, 0),
     "hires_tokens": (43.1, 48, 0),
     "official_7b_as_run": (10.7, 0, 2),
@@ -68,11 +68,11 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("plan", [name for name in OTHERS if name in METHODS])
-def test_totals_agree_with_the_arithmetic_of_others(large, plan):
-    """Others run the encoder's last block too, halve attention for the causal mask, and leave the head out."""
+@pytest.mark.parametrize("plan", [name for name in BY_HAND if name in METHODS])
+def test_totals_agree_with_the_arithmetic_by_hand(large, plan):
+    """By hand, the encoder's last block runs too, attention is halved for the causal mask, and the head is left out."""
     c = large(plan)
-    total, newlines, thrown_away = OTHERS[plan]
+    total, newlines, thrown_away = BY_HAND[plan]
     length = c.num_prompt_tokens + newlines
     encoder = (c.encoder_coarse_flops + c.encoder_fine_flops) * 24 / 23
     fusion = c.fusion_flops * (1 + thrown_away / 7)
@@ -232,3 +232,30 @@ def test_the_command(tmp_path):
     written = json.loads(file.read_text())
     c = cost.Count.from_dict(written["sparsecut"]["count"])
     assert written["llava"]["measured"]["repeats"] == 5 and replace(c, dtype="x") != c
+
+
+def test_added_features_cost_the_language_model_nothing_that_is_counted():
+    """Sums are not counted, so an added-feature plan's language model costs LLaVA's; benchmarks/llm_side.py times it."""
+    configs = tiny_configs()
+    plain, added = (cost.count(*configs, plan) for plan in ("llava", "sparsecut"))
+    assert added.language_prefill_flops == plain.language_prefill_flops
+    assert added.language_per_new_token_flops == plain.language_per_new_token_flops
+
+
+def test_the_pairs_of_the_benchmark():
+    import importlib.util
+    from pathlib import Path
+
+    path = Path(__file__).parents[1] / "benchmarks" / "llm_side.py"
+    spec = importlib.util.spec_from_file_location("llm_side", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    ran = []
+    pairs = module.compare({name: (lambda name=name: ran.append(name)) for name in ("control", "a", "llava")}, 3)
+    assert {name: len(found) for name, found in pairs.items()} == {"control": 3, "a": 3}
+    assert ran[6:10] == ["control", "llava", "a", "llava"] and ran[10:12] == [
+        "llava",
+        "control",
+    ]  # after two warm-ups each
+    figures = module.summary([(1.1, 1.0), (2.2, 2.0), (0.9, 1.0)])
+    assert figures["ratio"] == 1.1 and figures["interval"][0] <= 1.1 <= figures["interval"][1]
