@@ -104,15 +104,25 @@ def measure_all(
 
 
 def random_models(
-    vision_config, text_config, plans: Mapping[str, str | dict | Plan], *, device="cpu", dtype=torch.float32
+    vision_config,
+    text_config,
+    plans: Mapping[str, str | dict | Plan],
+    *,
+    device="cpu",
+    dtype: torch.dtype | None = None,
 ) -> dict[str, tuple]:
-    """{name: (model, None)} with random weights, the two backbones shared; raises ValueError if weights would not fit memory."""
+    """{name: (model, None)} with random weights, the two backbones shared; by default float32 on a CPU, bfloat16 elsewhere.
+
+    Raises ValueError if the weights would not fit the device's memory, before any is made.
+    """
+    device = torch.device(device)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     configs = {name: configuration_of(vision_config, text_config, plan) for name, plan in plans.items()}
     with torch.device("meta"):
         fusions = [SparseCutForConditionalGeneration(config) for config in configs.values()]
     number = sum(p.numel() for p in fusions[0].parameters())
     number += sum(p.numel() for model in fusions[1:] for p in model.fusion.parameters())
-    needed, device = number * dtype.itemsize, torch.device(device)
+    needed = number * dtype.itemsize
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > 0.9 * free:
         raise ValueError(
