@@ -8,8 +8,12 @@ Two things would come out otherwise another time, and both are drawn again:
   every draw is stretched by sqrt((S - 1) / chi2(S - 1)), which makes Student's t of a normal distribution. Without both,
   five seeds give intervals that are a third too narrow, and corrected ones are worse.
 
-The two draws are independent and their deviations are added. What belongs to neither, the chance of one question after one
-training, is then counted twice instead of once, so intervals are a little too wide rather than too narrow.
+Few seeds say little about their own spread, and Student's t pays for that: with three seeds, intervals are twice as wide and
+corrected ones useless. Where many arms were trained with the same seeds, `seed_spread` pools what they say, as Dunnett's test
+(1955) does, after taking out what a seed does to all of them. An arm whose own spread is larger keeps its own.
+
+The draws of pictures and of seeds are independent and their deviations are added. What belongs to neither, the chance of one
+question after one training, is then counted twice instead of once, so intervals are a little too wide, not too narrow.
 """
 
 from __future__ import annotations
@@ -96,22 +100,52 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How far one run of an arm is from its mean over seeds: standard deviations per level, then of the average, [L + 1].
+
+    num_free: degrees of freedom they were estimated with.
+    """
+
+    deviations: np.ndarray
+    num_free: int
+
+
+def seed_spread(*groups: Sequence[Answers]) -> Spread | None:
+    """The spread between seeds that arms have in common, pooled over groups of arms (one per budget, say).
+
+    Within a group, arms are compared over the seeds that all of them have; what a seed adds to every arm is taken out, for it
+    leaves no trace in a difference. None where no group has two arms and two seeds.
+    """
+    squares, free = 0.0, 0
+    for arms in groups:
+        seeds = set.intersection(*(set(a.seeds) for a in arms)) if arms else set()
+        if len(arms) < 2 or len(seeds) < 2:
+            continue
+        order = sorted(seeds)
+        rows = np.stack([_with_average(a.shares[[list(a.seeds).index(s) for s in order]]) for a in arms])
+        rest = rows - rows.mean(0) - rows.mean(1, keepdims=True) + rows.mean((0, 1))
+        squares, free = squares + (rest**2).sum((0, 1)), free + (len(arms) - 1) * (len(seeds) - 1)
+    return Spread(np.sqrt(squares / free), free) if free else None
+
+
+@dataclass(frozen=True)
 class Contrast:
     """A figure for the average over levels and for every level, each 0 to 1, and what the intervals rest on.
 
-    comparisons: the intervals are at level 1 - 0.05 / comparisons; p-values are not corrected. num_seeds: with one, the
-    intervals speak of the pictures only, and `note` says so.
+    comparisons: the intervals are at level 1 - 0.05 / comparisons; p-values are not corrected. num_seeds: with one, and no
+    pooled spread (is_pooled), the intervals speak of the pictures only, and `note` says so.
     """
 
     average: Estimate
     levels: dict[str, Estimate]
     num_seeds: int
     comparisons: int
+    is_pooled: bool = False
 
     @property
     def note(self) -> str:
         """What a reader must know of these intervals, or nothing."""
-        if self.num_seeds > 1:
+        if self.num_seeds > 1 or self.is_pooled:
             return ""
         return "one seed: the interval speaks of the pictures only, another training may differ by more"
 
@@ -125,17 +159,31 @@ def interval(answers: Answers, *, resamples: int = 10000, seed: int = 0) -> Cont
     return contrast([(1.0, answers)], resamples=resamples, seed=seed)
 
 
-def difference(a: Answers, b: Answers, *, comparisons: int = 1, resamples: int = 10000, seed: int = 0) -> Contrast:
+def difference(
+    a: Answers,
+    b: Answers,
+    *,
+    comparisons: int = 1,
+    spread: Spread | None = None,
+    resamples: int = 10000,
+    seed: int = 0,
+) -> Contrast:
     """a minus b, paired by seed and question, over the seeds both have; `contrast` says how."""
-    return contrast([(1.0, a), (-1.0, b)], comparisons=comparisons, resamples=resamples, seed=seed)
+    return contrast([(1.0, a), (-1.0, b)], comparisons=comparisons, spread=spread, resamples=resamples, seed=seed)
 
 
 def contrast(
-    terms: Sequence[tuple[float, Answers]], *, comparisons: int = 1, resamples: int = 10000, seed: int = 0
+    terms: Sequence[tuple[float, Answers]],
+    *,
+    comparisons: int = 1,
+    spread: Spread | None = None,
+    resamples: int = 10000,
+    seed: int = 0,
 ) -> Contrast:
     """The weighted sum of arms' shares, such as 1 and -1 for a difference, with intervals at level 1 - 0.05 / comparisons.
 
-    Bonferroni's correction: of `comparisons` intervals, all hold together at 95 %. seed: of the draws, which are the same for
+    Bonferroni's correction: of `comparisons` intervals, all hold together at 95 %. spread: a pooled one, for weights that add up to
+    zero; without it the seeds of these arms alone are drawn. seed: of the draws, which are the same for
     every call with equal numbers of pictures and seeds. Raises ValueError where arms have other questions or no seed in common.
     """
     if comparisons < 1 or resamples < 100:
@@ -159,18 +207,26 @@ def contrast(
     for weight, answers in terms:
         rows = [list(answers.seeds).index(s) for s in seeds]
         margin += weight * np.asarray(answers.right, dtype=float)[rows]
-    value, draws = _draws(margin, first, resamples, seed)
+    value, by_seed, draws = _draws(margin, first, resamples, seed)
+    if spread is None:
+        draws += _seed_weights(len(seeds), resamples, seed) @ (by_seed - value)
+    else:
+        own = by_seed.std(0, ddof=1) if len(seeds) > 1 else 0.0
+        pooled = spread.deviations * sum(weight**2 for weight, _ in terms) ** 0.5
+        draws += _student(spread.num_free, resamples, seed) * np.maximum(own, pooled) / len(seeds) ** 0.5
     tail = 0.025 / comparisons
     most, least = (sum(max(sign * weight, 0) for weight, _ in terms) for sign in (1, -1))
     low, high = np.quantile(draws, [tail, 1 - tail], axis=0).clip(-least, most)  # shares lie within 0 and 1
     fewer = np.minimum((draws <= 0).sum(0), (draws >= 0).sum(0))
     p = np.minimum(1, 2 * (fewer + 1) / (resamples + 1))
     found = [Estimate(*map(float, row)) for row in zip(value, low, high, p, strict=True)]
-    return Contrast(found[-1], dict(zip(first.levels, found, strict=False)), len(seeds), comparisons)
+    return Contrast(
+        found[-1], dict(zip(first.levels, found, strict=False)), len(seeds), comparisons, spread is not None
+    )
 
 
-def _draws(margin: np.ndarray, items: Answers, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """margin [S, I] -> the figure per level, then averaged, [L + 1], and its draws [R, L + 1]."""
+def _draws(margin: np.ndarray, items: Answers, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """margin [S, I] -> the figure per level, then averaged, [L + 1], the same by seed [S, L + 1], and drawn pictures' [R, L + 1]."""
     names, levels = np.array([str(level) for level in items.level]), items.levels
     pictures, place = np.unique(np.array([str(picture) for picture in items.picture]), return_inverse=True)
     sums = np.zeros((len(margin), len(levels), len(pictures)))
@@ -187,8 +243,7 @@ def _draws(margin: np.ndarray, items: Answers, resamples: int, seed: int) -> tup
         weights @ totals.T.astype(np.float32), 1
     )  # a level that no drawn picture asks about counts as none right
     drawn = _with_average(weights @ sums.mean(0).T.astype(np.float32) / asked)
-    seeds = _seed_weights(len(margin), resamples, seed)
-    return value, drawn + seeds @ (by_seed - value)
+    return value, by_seed, drawn.astype(float)
 
 
 def _with_average(shares: np.ndarray) -> np.ndarray:
@@ -211,6 +266,12 @@ def _seed_weights(number: int, resamples: int, seed: int) -> np.ndarray:
     draw = np.random.default_rng((seed, 2))
     times = draw.multinomial(number - 1, np.full(number, 1 / number), size=resamples) / (number - 1)
     return times * np.sqrt((number - 1) / draw.chisquare(number - 1, (resamples, 1)))
+
+
+@lru_cache(maxsize=8)
+def _student(num_free: int, resamples: int, seed: int) -> np.ndarray:
+    """Draws of Student's t, [R, 1]."""
+    return np.random.default_rng((seed, 3)).standard_t(num_free, (resamples, 1))
 
 
 def _same_questions(ours: Sequence[str], theirs: Sequence[str], one: str, other: str) -> None:

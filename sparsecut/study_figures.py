@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 from .plan import Plan
-from .statistics import Answers, Contrast, contrast, difference, interval
+from .statistics import Answers, Contrast, Spread, contrast, difference, interval, seed_spread
 from .yaml_text import read_yaml
 
 SIZES = {"here": "the study's own size", "large": "CLIP-L/336 + 7B"}
@@ -149,26 +149,44 @@ def _family(plan: dict | None) -> str:
 def _compare(found: dict, answers: dict[str, dict[str, Answers]]) -> None:
     """Add differences from the baseline, per budget, and how they change between budgets."""
     baseline, main = found["baseline"], found["main"]
+    found["spread"] = {}
     for budget, of in answers.items():
-        others = [name for name in of if name != baseline]
-        for name in others if baseline in of else []:
-            wide = difference(of[name], of[baseline], comparisons=len(others))
+        spread = _spread(of)
+        if spread:
+            found["spread"][budget] = {"average": float(spread.deviations[-1]), "num_free": spread.num_free}
+        others = [name for name in of if name != baseline and _share_seeds(of[name], of.get(baseline))]
+        for name in others:
+            wide = difference(of[name], of[baseline], comparisons=len(others), spread=spread)
             found["arms"][name]["results"][budget]["difference"] = {
-                **_plain(difference(of[name], of[baseline])),
+                **_plain(difference(of[name], of[baseline], spread=spread)),
                 "corrected": asdict(wide.average),
                 "corrected_levels": {level: asdict(e) for level, e in wide.levels.items()},
                 "comparisons": len(others),
             }
-            if budget != main and name in answers[main] and baseline in answers[main]:
+            if budget != main and _share_seeds(*(a.get(n) for a in (of, answers[main]) for n in (name, baseline))):
                 pair = sorted((main, budget), key=lambda b: _length(found["curves"][b]))
                 terms = [
                     (w * v, answers[b][n])
                     for w, b in ((-1, pair[0]), (1, pair[1]))
                     for v, n in ((1, name), (-1, baseline))
                 ]
-                change = contrast(terms).average
+                change = contrast(terms, spread=_spread(answers[main], of)).average
                 kept = {"from": pair[0], "to": pair[1], **asdict(change)}
                 found["arms"][name]["results"][main].setdefault("change", {})[budget] = kept
+
+
+def _share_seeds(*arms: Answers | None) -> bool:
+    """Whether all of them were run, with a seed in common; in an unfinished study they need not be."""
+    return None not in arms and bool(set.intersection(*(set(a.seeds) for a in arms)))
+
+
+def _spread(*budgets: dict[str, Answers]) -> Spread | None:
+    """The seeds' spread, pooled over the arms of each budget that were trained with the same seeds."""
+    groups: dict[tuple, list[Answers]] = {}
+    for i, of in enumerate(budgets):
+        for answers in of.values():
+            groups.setdefault((i, *sorted(answers.seeds)), []).append(answers)
+    return seed_spread(*groups.values())
 
 
 def _length(curves: dict) -> float:
@@ -192,10 +210,11 @@ def _pairs(found: dict, answers: dict[str, Answers]) -> dict:
     chosen = ranked[:MOST_PAIRED]
     if found["baseline"] in ranked and found["baseline"] not in chosen:
         chosen = [*chosen[:-1], found["baseline"]]
-    pairs = list(combinations(chosen, 2))
+    pairs = [(a, b) for a, b in combinations(chosen, 2) if _share_seeds(answers[a], answers[b])]
+    spread = _spread(answers)
     cells = []
     for a, b in pairs:
-        own = difference(answers[a], answers[b]).average
+        own = difference(answers[a], answers[b], spread=spread).average
         cells.append([a, b, {**asdict(own), "corrected_p": min(1.0, own.p * len(pairs))}])
     return {"arms": chosen, "cells": cells}
 

@@ -7,7 +7,20 @@ from html import escape
 from . import charts, plots
 from .plan import Plan
 from .report import STYLE
-from .study_tables import budget_rows, cost_rows, group_rows, main_rows, notes, number, points, ranked, share, span
+from .study_tables import (
+    budget_rows,
+    cost_rows,
+    group_rows,
+    is_clear,
+    level_rows,
+    main_rows,
+    notes,
+    number,
+    points,
+    ranked,
+    share,
+    span,
+)
 
 MORE_STYLE = """
 body{max-width:1140px}table{font-size:.8rem}td,th{padding:.2rem .45rem}td{white-space:nowrap}
@@ -28,10 +41,10 @@ def page(found: dict) -> str:
         sections += [
             "<h2>Quality and cost</h2>" + _html(main_rows(found), found["baseline"]) + _list(notes(found), "note"),
             "<h2>Quality against prefill FLOPs</h2>" + _scatters(found, names),
-            "<h2>Per level</h2>" + _levels(found, names),
+            "<h2>Per level</h2>" + _levels(found, names) + _level_differences(found),
             "<h2>Every pair of arms</h2>" + _matrix(found),
             "<h2>What each arm is and what it costs</h2>" + _cards(found, names),
-            "<h2>Training budgets</h2>" + _html(budget_rows(found), found["baseline"]) + _curves(found, names),
+            "<h2>Training</h2>" + _html(budget_rows(found), found["baseline"]) + _curves(found, names),
             "<h2>By kind of question</h2>" + _html(group_rows(found), found["baseline"]),
             "<h2>Cost in full</h2>" + _html(cost_rows(found), found["baseline"]),
         ]
@@ -70,10 +83,15 @@ def _levels(found: dict, names: list[str]) -> str:
     return plots.bar_rows(["average", *found["levels"]], rows, reference=found["baseline"])
 
 
+def _level_differences(found: dict) -> str:
+    note = f'<p class="note">Difference from {escape(found["baseline"])} in points; a star: clear of zero after correction.</p>'
+    return note + _html(level_rows(found), found["baseline"])
+
+
 def _matrix(found: dict) -> str:
     cells = {}
     for a, b, e in found["pairs"]["cells"]:
-        clear, sure = e["low"] > 0 or e["high"] < 0, e["corrected_p"] < 0.05
+        clear, sure = is_clear(e), e["corrected_p"] < 0.05
         cells[a, b], cells[b, a] = (e["value"], clear, sure), (-e["value"], clear, sure)
     note = (
         '<p class="note">Row minus column in points, paired; the darker, the further the row is ahead. Bold: clear of zero after '
@@ -134,7 +152,7 @@ def _curves(found: dict, names: list[str], most: int = 5) -> str:
 
 def _html(rows: list[list[str]], baseline: str) -> str:
     if len(rows) < 2:
-        return "<p>There is nothing to compare.</p>"
+        return ""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
     body = []
     for row in rows[1:]:

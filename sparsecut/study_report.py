@@ -11,7 +11,18 @@ from pathlib import Path
 
 from .study_figures import SIZES, figures
 from .study_page import page
-from .study_tables import budget_rows, cost_rows, group_rows, main_rows, notes, points, share, span
+from .study_tables import (
+    budget_rows,
+    cost_rows,
+    group_rows,
+    is_clear,
+    level_rows,
+    main_rows,
+    notes,
+    points,
+    share,
+    span,
+)
 
 AFFORDABLE = 1.10  # times the baseline's prefill FLOPs
 
@@ -68,6 +79,10 @@ def headline(found: dict) -> list[str]:
                 f"Between the budgets {change['from']} and {change['to']} the lead of {best} over {baseline} goes from {points(old)} to "
                 f"{points(new)} points, a change of {points(change['value'])} ({span(change)})."
             )
+    if any((r.get("difference") or {}).get("note") for r in done.values()):
+        lines.append(
+            "Some arms have one seed in common only: their intervals leave out that another training may differ."
+        )
     if found["missing"]:
         lines.append(f"Unfinished: {len(found['missing'])} runs are missing, see the end of this report.")
     return lines
@@ -79,6 +94,7 @@ def markdown(found: dict) -> str:
     parts.append("\n".join(f"- {line}" for line in found["headline"]))
     for title, rows in (
         ("Quality and cost", main_rows(found)),
+        ("Differences per level", level_rows(found)),
         ("By kind of question", group_rows(found)),
         ("Training budgets", budget_rows(found)),
         ("Cost", cost_rows(found)),
@@ -113,8 +129,10 @@ def _beside(found: dict, name: str, size: str = "large") -> str:
     words = ""
     if gap := arm["results"][found["main"]].get("difference"):
         wide = gap["corrected"]
-        clear = "clear of zero" if wide["low"] > 0 or wide["high"] < 0 else "not clear of zero"
-        words = f", {points(gap['average']['value'])} points from {baseline} ({span(wide)} after correction, {clear})"
+        clear = "clear of zero" if is_clear(wide) else "not clear of zero"
+        value = gap["average"]["value"]
+        words = f", {abs(100 * value):.1f} points {'above' if value >= 0 else 'below'} {baseline}"
+        words += f" (difference {span(wide)} after correction, {clear})"
     if name != baseline and arm["relative"][size]:
         words += f", at {arm['relative'][size]:.3f} times its prefill FLOPs ({SIZES[size]})"
     return words

@@ -20,6 +20,11 @@ def span(estimate: dict) -> str:
     return f"{100 * estimate['low']:.1f} to {100 * estimate['high']:.1f}"
 
 
+def is_clear(estimate: dict) -> bool:
+    """Whether the interval leaves zero out."""
+    return estimate["low"] > 0 or estimate["high"] < 0
+
+
 def main_rows(found: dict) -> list[list[str]]:
     """The main table, best average first; the first row is its head."""
     main, levels, base = found["main"], found["levels"], found["baseline"]
@@ -49,6 +54,16 @@ def main_rows(found: dict) -> list[list[str]]:
                 number(result["train_seconds"], ",.0f"),
             ]
         )
+    return rows
+
+
+def level_rows(found: dict) -> list[list[str]]:
+    """Differences from the baseline per level under the main budget, with corrected intervals; a star marks those clear of zero."""
+    rows = [["arm", *(f"{level} (corrected)" for level in found["levels"])]]
+    for name in ranked(found):
+        if gap := found["arms"][name]["results"][found["main"]].get("difference"):
+            cells = [gap["corrected_levels"][level] for level in found["levels"]]
+            rows.append([name, *(change_of(e) + (" *" if is_clear(e) else "") for e in cells)])
     return rows
 
 
@@ -114,15 +129,20 @@ def notes(found: dict) -> list[str]:
     lines = [
         f"Greedy answers to {found['num_questions']:,} questions about {found['num_pictures']:,} pictures, exact match in per cent; the "
         "average is the mean over levels, and over seeds.",
-        "Intervals are at 95 %, from a bootstrap over seeds and pictures; differences are paired by seed and question. With fewer "
-        "than five seeds they are wide, because so little is known of the spread between seeds.",
+        "Intervals are at 95 %, from a bootstrap over pictures and seeds; differences are paired by seed and question.",
     ]
+    if spread := found["spread"].get(found["main"]):
+        lines.append(
+            f"From seed to seed an arm's average moves by {100 * spread['average']:.1f} points (standard deviation, pooled over arms, "
+            f"{spread['num_free']} degrees of freedom, after what a seed does to all arms is taken out); intervals of differences "
+            "use it, or the two arms' own where that is larger."
+        )
     if gaps:
         lines.append(
             f"Corrected: the interval of the difference at a level of 1 - 0.05 / {gaps[0]['comparisons']} (Bonferroni), so that all "
             "of them hold together at 95 %."
         )
-    if any(gap["num_seeds"] == 1 for gap in gaps):
+    if any(gap["note"] for gap in gaps):
         lines.append(
             "Where arms share one seed, intervals speak of the pictures only; another training may differ by more."
         )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparsecut import scoring
-from sparsecut.statistics import Answers, contrast, difference, interval
+from sparsecut.statistics import Answers, contrast, difference, interval, seed_spread
 
 LEVELS = ("high", "mid", "low")
 
@@ -67,6 +67,32 @@ def test_of_95_per_cent_intervals_about_95_in_100_hold(seed_sd):
         average = difference(a, b, resamples=500).average
         held += average.low <= 0.1 <= average.high
     assert 0.925 <= held / number <= 0.999
+
+
+@pytest.mark.parametrize("comparisons", [1, 12])
+def test_a_pooled_spread_makes_intervals_of_three_seeds_narrower_and_they_hold(comparisons):
+    rng, held, widths, number = np.random.default_rng(11), 0, [], 150
+    for _ in range(number):
+        arms = [made_up(0.1 * (i == 0), rng, seeds=3, pictures=60, seed_sd=0.04) for i in range(8)]
+        spread = seed_spread(arms)
+        assert spread.num_free == 14
+        pooled = difference(arms[0], arms[1], comparisons=comparisons, spread=spread, resamples=500).average
+        alone = difference(arms[0], arms[1], comparisons=comparisons, resamples=500).average
+        held += pooled.low <= 0.1 <= pooled.high
+        widths.append([pooled.high - pooled.low, alone.high - alone.low])
+    assert held / number >= 0.93
+    assert np.mean(widths, axis=0)[0] < 0.8 * np.mean(widths, axis=0)[1]
+
+
+def test_what_a_seed_does_to_all_arms_is_no_spread():
+    rng = np.random.default_rng(12)
+    a = made_up(0.0, rng, seed_sd=0.1)
+    lifted = Answers(a.right.copy(), a.picture, a.level, a.ids, a.seeds)
+    assert np.allclose(seed_spread([a, lifted]).deviations, 0)
+    assert seed_spread([a]) is None and seed_spread([made_up(0.0, rng, seeds=1)] * 2) is None
+    one = made_up(0.0, rng, seeds=1)
+    pooled = difference(one, made_up(0.1, rng, seeds=1), spread=seed_spread([a, made_up(0.0, rng, seed_sd=0.1)]))
+    assert not pooled.note and pooled.average.high - pooled.average.low > 0.2
 
 
 def test_pairing_makes_the_interval_narrower():

@@ -77,7 +77,9 @@ def test_an_unfinished_study_is_reported_as_far_as_it_goes(study, tmp_path):
     part = tmp_path / "part"
     shutil.copytree(study, part)
     shutil.rmtree(part / "runs" / "long")
-    (part / "runs" / "main" / "sti" / "1" / "eval" / "result.json").unlink()
+    for seed in (1, 2):  # the baseline's one seed that is left is not the other arm's
+        (part / "runs" / "main" / "sti" / str(seed) / "facts.json").unlink()
+    shutil.rmtree(part / "runs" / "main" / "llava" / "0")
     shutil.rmtree(part / "runs" / "main" / "sparsecut")
     (part / "costs.json").unlink()
     page = write_study_report(part).read_text()
@@ -87,9 +89,18 @@ def test_an_unfinished_study_is_reported_as_far_as_it_goes(study, tmp_path):
         and "long/llava/0" in found["missing"]
         and "main/sparsecut/2" in found["missing"]
     )
-    assert found["arms"]["sti"]["results"]["main"]["seeds"] == [0, 2]
+    assert (
+        found["arms"]["sti"]["results"]["main"]["seeds"] == [0]
+        and "difference" not in found["arms"]["sti"]["results"]["main"]
+    )
     assert found["arms"]["sparsecut"]["results"] == {}
     assert "main/sti/1" in page and "runs are missing" in page
+
+
+def test_one_seed_is_said_to_be_one_seed(tmp_path):
+    found = figures(made_up_study(tmp_path, ARMS[:2], seeds=(0,), budgets=("main",)))
+    assert any("one seed in common" in line for line in headline(found))
+    assert found["arms"]["sti"]["results"]["main"]["difference"]["num_seeds"] == 1
 
 
 def test_a_study_without_any_run_says_so(study, tmp_path):
