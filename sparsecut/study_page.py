@@ -14,6 +14,7 @@ from .study_tables import (
     is_clear,
     level_rows,
     main_rows,
+    missing_words,
     notes,
     number,
     points,
@@ -49,7 +50,7 @@ def page(found: dict) -> str:
             "<h2>Cost in full</h2>" + _html(cost_rows(found), found["baseline"]),
         ]
     if found["missing"]:
-        sections.append(f"<h2>Missing runs</h2><p>{escape(', '.join(found['missing']))}</p>")
+        sections.append(f"<h2>Missing runs</h2><p>{escape(missing_words(found))}</p>")
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
     style = f"<style>{STYLE}{MORE_STYLE}</style>"
     return f"<!doctype html><html lang='en'><head>{head}{style}</head><body>{''.join(sections)}</body></html>"

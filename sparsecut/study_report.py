@@ -18,6 +18,7 @@ from .study_tables import (
     is_clear,
     level_rows,
     main_rows,
+    missing_words,
     notes,
     points,
     share,
@@ -103,7 +104,7 @@ def markdown(found: dict) -> str:
             parts.append(f"## {title}\n\n" + _table(rows))
     parts.append("\n".join(f"- {line}" for line in notes(found)))
     if found["missing"]:
-        parts.append("Missing runs (budget/arm/seed): " + ", ".join(found["missing"]) + ".")
+        parts.append(f"Missing runs: {missing_words(found)}.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -123,6 +123,8 @@ COSTS = (  # words, key of a count, unit
 
 def notes(found: dict) -> list[str]:
     """How the figures were made, in sentences."""
+    if not found["num_questions"]:
+        return []
     gaps = [
         r["difference"] for a in found["arms"].values() if (r := a["results"].get(found["main"])) and "difference" in r
     ]
@@ -151,6 +153,15 @@ def notes(found: dict) -> list[str]:
         "a 7B Llama. The frontier goes by the averages, not by their intervals."
     )
     return lines
+
+
+def missing_words(found: dict) -> str:
+    """Runs that are not finished, as budget/arm with their seeds."""
+    seeds: dict[str, list[str]] = {}
+    for run in found["missing"]:
+        place, _, seed = run.rpartition("/")
+        seeds.setdefault(place, []).append(seed)
+    return "; ".join(f"{place} seeds {', '.join(numbers)}" for place, numbers in seeds.items())
 
 
 def ranked(found: dict) -> list[str]:

@@ -94,7 +94,7 @@ def test_an_unfinished_study_is_reported_as_far_as_it_goes(study, tmp_path):
         and "difference" not in found["arms"]["sti"]["results"]["main"]
     )
     assert found["arms"]["sparsecut"]["results"] == {}
-    assert "main/sti/1" in page and "runs are missing" in page
+    assert "main/sti seeds 1, 2" in page and "runs are missing" in page
 
 
 def test_one_seed_is_said_to_be_one_seed(tmp_path):
