@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from .plan import Plan
-from .recipe import Recipe
 from .report import Arm, Sample, write_report
+from .study import Run, Study
 
 LEVELS = {"high": "high: shape, place", "mid": "mid: texture, count", "low": "low: shade, lines, digit"}
 INTRODUCTION = """<p>Four ways to feed the same frozen encoder's features to the same small language model, trained on the same
@@ -20,36 +20,36 @@ The encoder was deliberately trained so that its top speaks of shape and colour 
 that. <b>One seed is one seed</b>: this page shows that the software works, it is no evidence about the method.</p>"""
 
 
-def answer_aloud(out: Path, recipes: dict[str, Recipe], say, number: int = 6) -> None:
+def answer_aloud(study: Study, arms: dict[str, tuple[str, str]], say, number: int = 6) -> None:
     """Print the table of scores and some questions with every arm's answer."""
-    results = {name: _read(recipe, "eval/result.json") for name, recipe in recipes.items()}
+    results = {
+        title: json.loads((_folder(study, arm) / "eval" / "result.json").read_text())
+        for arm, (title, _) in arms.items()
+    }
     width = max(map(len, results))
     say(f"\n{'accuracy in per cent':{width}}   average   " + "   ".join(f"{level:>5}" for level in LEVELS))
     for name, result in results.items():
         cells = "   ".join(f"{100 * result['levels'][level]['accuracy']:5.1f}" for level in LEVELS)
         say(f"{name:{width}}   {100 * result['mean_over_levels']:7.1f}   {cells}")
     say("one seed is one seed: other seeds move every figure by some points\n")
-    for sample in choose_samples(out, recipes, number):
+    for sample in choose_samples(study, arms, number):
         answers = ", ".join(f"{arm}: {answer}" for arm, answer in sample.answers.items())
         say(f"{sample.picture.name}: {sample.question}? ({sample.reference})\n    {answers}")
 
 
-def write_page(out: Path, recipes: dict[str, Recipe], meanings: dict[str, tuple[str, str]], minutes: float) -> Path:
-    """Write out/report.html from what the arms left in their folders."""
-    arms = [_arm(name, meanings[name][1], recipe) for name, recipe in recipes.items()]
-    first = next(iter(recipes.values()))
-    pictures = len(json.loads((out / "data" / "train.json").read_text()))
-    introduction = INTRODUCTION.format(pictures=f"{pictures:,}", seed=first.seed, minutes=minutes)
-    depths = _read(first, "facts.json")["depths"]
-    page = out / "report.html"
-    title = "SparseCut demo: four ways to feed pictures to a language model"
-    write_report(page, title, introduction, arms, choose_samples(out, recipes, 8), tuple(depths))
+def write_page(study: Study, arms: dict[str, tuple[str, str]], minutes: float) -> Path:
+    """Write report.html from what the arms left in the study's folder."""
+    brought = [_arm(study, arm, title, meaning) for arm, (title, meaning) in arms.items()]
+    introduction = INTRODUCTION.format(pictures=f"{study.pictures.train:,}", seed=study.seeds[0], minutes=minutes)
+    depths = _facts(study, next(iter(arms)))["depths"]
+    page = Path(study.output) / "report.html"
+    write_report(page, study.title, introduction, brought, choose_samples(study, arms, 8), tuple(depths))
     return page
 
 
-def choose_samples(out: Path, recipes: dict[str, Recipe], number: int) -> list[Sample]:
+def choose_samples(study: Study, arms: dict[str, tuple[str, str]], number: int) -> list[Sample]:
     """Questions spread evenly over the file, kinds in turn, each with every arm's answer: not chosen by who is right."""
-    rows = {name: _lines(recipe, "eval/predictions.jsonl") for name, recipe in recipes.items()}
+    rows = {title: _lines(_folder(study, arm) / "eval" / "predictions.jsonl") for arm, (title, _) in arms.items()}
     first = next(iter(rows.values()))
     kinds = sorted({row["group"] for row in first})
     chosen = []
@@ -58,7 +58,7 @@ def choose_samples(out: Path, recipes: dict[str, Recipe], number: int) -> list[S
         chosen.append(next(j for j in [*range(start, len(first)), *range(start)] if first[j]["group"] == kind))
     return [
         Sample(
-            picture=out / "data" / first[j]["images"][0],
+            picture=Path(study.output) / "data" / first[j]["images"][0],
             question=first[j]["prompt"].rpartition(">")[2].strip(),
             reference=first[j]["reference"],
             answers={name: lines[j]["prediction"] for name, lines in rows.items()},
@@ -67,13 +67,12 @@ def choose_samples(out: Path, recipes: dict[str, Recipe], number: int) -> list[S
     ]
 
 
-def _arm(name: str, meaning: str, recipe: Recipe) -> Arm:
-    result, facts = _read(recipe, "eval/result.json"), _read(recipe, "facts.json")
-    logs = [_lines(recipe, f"{stage.name}/log.jsonl") for stage in recipe.stages]
-    parameters = facts["parameters"]
-    rows = result["levels"]
+def _arm(study: Study, arm: str, title: str, meaning: str) -> Arm:
+    facts, folder = _facts(study, arm), _folder(study, arm)
+    result = json.loads((folder / "eval" / "result.json").read_text())
+    rows, parameters = result["levels"], facts["parameters"]
     return Arm(
-        name=name,
+        name=title,
         meaning=meaning,
         plan=Plan.from_dict(facts["plan"]),
         scores={
@@ -81,21 +80,27 @@ def _arm(name: str, meaning: str, recipe: Recipe) -> Arm:
             for level, words in LEVELS.items()
         },
         average=result["mean_over_levels"],
-        losses=[(line["step"], line["loss"]) for line in logs[-1]],
+        losses=[
+            (line["step"], line["loss"]) for line in _lines(folder / study.recipe["stages"][-1]["name"] / "log.jsonl")
+        ],
         facts={
             "image tokens per picture": str(facts["image_tokens"]),
             "encoder passes per picture": str(facts["views"]),
             "fusion parameters": f"{parameters['fusion']:,}",
             "language model parameters": f"{parameters['language']:,}",
-            "training seconds": f"{sum(log[-1]['seconds'] for log in logs):.0f}",
-            "answering seconds": f"{result['seconds']:.0f}",
+            "training seconds": f"{facts['train_seconds']:.0f}",
+            "answering seconds": f"{facts['eval_seconds']:.0f}",
         },
     )
 
 
-def _read(recipe: Recipe, name: str) -> dict:
-    return json.loads((Path(recipe.output) / name).read_text())
+def _folder(study: Study, arm: str) -> Path:
+    return Run(study.main, arm, study.seeds[0]).folder(Path(study.output))
 
 
-def _lines(recipe: Recipe, name: str) -> list[dict]:
-    return [json.loads(line) for line in (Path(recipe.output) / name).read_text().splitlines()]
+def _facts(study: Study, arm: str) -> dict:
+    return json.loads((_folder(study, arm) / "facts.json").read_text())
+
+
+def _lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]

@@ -22,7 +22,7 @@ from .peers import (
 )
 from .plan import Plan, Shortcut, nearest
 
-PATTERNS = ("sparse", "dense", "bottom", "top", "reversed", "reversed_dense")
+PATTERNS = ("sparse", "dense", "bottom", "top", "reversed", "reversed_dense", "early")  # the paper's six, and ours
 
 
 def make_plan(spec: str | dict | Plan, vision_depth: int, language_depth: int) -> Plan:
@@ -49,36 +49,32 @@ def sparsecut(
     language_depth: int,
     *,
     count: int | None = None,
-    pattern: str = "bottom",
+    pattern: str = "early",
     mix: str = "channels",
     tiles: int = 2,
     shared: bool = False,
     norm: bool = True,
     gate: str | None = None,
     rank: int | None = None,
-    fine: float = 1.0,
+    fine: float | None = None,
 ) -> Plan:
     """SparseCut (arXiv 2602.00505): several encoder layers, each into its own decoder layer, coarse and fine.
 
-    count: number of shortcuts; by default 8, or half the shallower depth if that is less. pattern: "sparse" spreads them
-    evenly, "dense" adds to every decoder layer (as far as there are encoder layers), "bottom" and "top" crowd the low or
-    the high layers on both sides, "reversed" sends the deepest encoder layer to the lowest decoder layer, and
-    "reversed_dense" does both. With `pattern="sparse", shared=True, norm=False` and 24 and 40 layers this is the released form,
-    `official_13b`; a norm on each tap, a projector per shortcut and "bottom" are the default because they did better
-    (docs/log.md).
+    count, pattern: see `shortcut_positions`. fine: share of the encoder's depth that fine views run through; deeper taps are read
+    from the coarse view alone. By default all taps are read from both, but under "early" the last block but one is
+    coarse, so that fine views stop after three eighths of the encoder. With `pattern="sparse", shared=True, norm=False` and 24
+    and 40 layers this is the released form, `official_13b`; what is different here did better (docs/results.md).
     """
     taps, layers = shortcut_positions(vision_depth, language_depth, count, pattern)
-    if isinstance(fine, bool) or not isinstance(fine, int | float) or not 0 <= fine <= 1:
+    if fine is not None and (isinstance(fine, bool) or not isinstance(fine, int | float) or not 0 <= fine <= 1):
         raise ValueError(
-            f"fine is {fine!r}, but is a share of the encoder's depth, from 0 to 1; use for example fine=0.34"
+            f"fine is {fine!r}, but is a share of the encoder's depth, from 0 to 1; use for example fine=0.4"
         )
-    deepest = fine * vision_depth
-    tiles = tiles if any(t <= deepest for t in taps) else 0
-    pairs = zip([vision_depth - 1, *taps], [0, *layers], strict=True)
-    mixes = [(t, d, mix if t <= deepest else "pick") for t, d in pairs]
-    taps_of = [(t if i else -2, d, m) for i, (t, d, m) in enumerate(mixes)]
-    shortcuts = tuple(Shortcut((t,), d, m) for t, d, m in taps_of)
-    return Plan(shortcuts, tiles=tiles, shared=shared, norm=norm, gate=gate, rank=rank)
+    deepest = (max(taps) if pattern == "early" else vision_depth) if fine is None else fine * vision_depth
+    mixes = [mix if tap <= deepest else "pick" for tap in (vision_depth - 1, *taps)]
+    pairs = zip((-2, *taps), (0, *layers), mixes, strict=True)
+    tiles = tiles if any(m != "pick" for m in mixes) else 0
+    return Plan(tuple(Shortcut((t,), d, m) for t, d, m in pairs), tiles, shared, norm, gate, rank)
 
 
 def sparsecut_input(vision_depth: int, language_depth: int, **options) -> Plan:
@@ -129,7 +125,13 @@ METHODS: dict[str, Callable[..., Plan]] = {
 def shortcut_positions(
     vision_depth: int, language_depth: int, count: int | None = None, pattern: str = "sparse"
 ) -> tuple[list[int], list[int]]:
-    """Taps and decoder layers of `count` shortcuts under one of the paper's patterns, both `count` long.
+    """Taps and decoder layers of `count` shortcuts under a pattern, both `count` long.
+
+    "sparse" spreads them evenly, "dense" adds to every decoder layer (as far as there are encoder layers), "bottom" and "top"
+    crowd the low or the high layers on both sides, "reversed" sends the deepest encoder layer to the lowest decoder layer, and
+    "reversed_dense" does both; these are the paper's. "early" is ours: taps of the encoder's first three eighths, the deepest of
+    them first, into the first half of the decoder from the input on. By default count is 8 (4 for "early"), or half the shallower
+    depth if that is less.
 
     The even spread floor(k V / K) + 1 and floor((k + 1) L / K) - 1 gives the released lists for 24 and 40 layers. The skews
     follow the alternatives left in the released code's comments, which begin with layer 0: the power 1.6 gives its encoder
@@ -141,7 +143,7 @@ def shortcut_positions(
         )
     most = min(vision_depth, language_depth)
     if count is None:
-        count = most if pattern.endswith("dense") else min(8, max(1, most // 2))
+        count = most if pattern.endswith("dense") else min(4 if pattern == "early" else 8, max(1, most // 2))
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
         raise ValueError(
             f"count is {count!r}, but {vision_depth} encoder and {language_depth} decoder layers allow 1 to {most} shortcuts "
@@ -151,6 +153,10 @@ def shortcut_positions(
         raise ValueError(
             f"pattern {pattern!r} uses all {most} shortcuts these depths allow; leave count out or use 'sparse'"
         )
+    if pattern == "early":
+        reach = max(count, 3 * vision_depth // 8)
+        depth = max(count, language_depth // 2)
+        return [reach - k * reach // count for k in range(count)], [k * depth // count for k in range(count)]
     if pattern in ("bottom", "top"):
         return [b + 1 for b in _skewed(vision_depth, count, pattern)], _skewed(language_depth, count, pattern)
     taps = [k * vision_depth // count + 1 for k in range(count)]

@@ -85,7 +85,8 @@ class Stage:
 
     args: `TrainingArguments` of transformers, nothing renamed. lr: a learning rate for some of the trained parts, the others
     take `args.learning_rate`. template: "chat" (the tokenizer's own) or "plain" (picture, then caption). max_length:
-    longer records are cut to so many tokens; None takes the language model's limit and refuses longer ones.
+    longer records are cut to so many tokens; None takes the language model's limit and refuses longer ones. gate_penalty: this
+    times the sum of the gates' sizes is added to the loss (`sparsecut search` uses it).
     """
 
     name: str
@@ -95,6 +96,7 @@ class Stage:
     lr: dict = field(default_factory=dict)
     template: str = "chat"
     max_length: int | None = None
+    gate_penalty: float | int = 0.0
 
     def __post_init__(self):
         _as_tuples(self, "data", "train")
@@ -118,6 +120,8 @@ class Stage:
             if isinstance(rate, bool) or not isinstance(rate, int | float) or rate < 0:
                 raise ValueError(f"lr.{part} is {rate!r}, but a learning rate is a number like 1e-3")
         _one_of("template", self.template, TEMPLATES)
+        if self.gate_penalty < 0:
+            raise ValueError(f"gate_penalty is {self.gate_penalty}, but a penalty is at least 0")
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,9 @@ class StageTrainer(Trainer):
             # As in the model for fusion: a batch without pictures must still give every trained part a gradient.
             zero = 0.0 * sum(p.sum() for p in self.pictured)
             loss = (loss[0] + zero, loss[1]) if return_outputs else loss + zero
+        if self.stage.gate_penalty:
+            extra = self.stage.gate_penalty * self.model.fusion.gates.abs().sum()
+            loss = (loss[0] + extra, loss[1]) if return_outputs else loss + extra
         return loss
 
     def floating_point_ops(self, inputs) -> int:

@@ -35,12 +35,27 @@ class WorldPictures:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """How long is trained (change: overrides of the recipe), and for which arms and seeds; without a list, for all of them."""
+
+    change: tuple[str, ...] = ()
+    arms: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        for name in ("change", "arms", "seeds"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+
+
+@dataclass(frozen=True)
 class Study:
     """What is compared (arms: name -> fusion spec), on what (recipe, pictures), how often (seeds) and how long (budgets).
 
-    recipe: a recipe's keys without fusion, output, seed and states, the same for every arm. budgets: name -> overrides of it; the
-    first is the main one. pictures: pictures of the built-in world to draw, put in for the recipe's data. baseline: the arm
-    that others are compared with. families: arm -> a word that reports group it by. note: a sentence for the report.
+    recipe: a recipe's keys without fusion, output, seed and states, the same for every arm. budgets: name -> overrides of it, or
+    {change: overrides, arms: some of them, seeds: some of them}; the first is the main one. pictures: pictures of the
+    built-in world to draw, put in for the recipe's data. baseline: the arm that others are compared with. families: arm -> a
+    word that reports group it by. note: a sentence for the report.
     """
 
     title: str
@@ -49,7 +64,7 @@ class Study:
     output: str
     baseline: str
     seeds: tuple[int, ...] = (0,)
-    budgets: dict[str, list[str]] = field(default_factory=lambda: {"main": []})
+    budgets: dict[str, Budget] = field(default_factory=lambda: {"main": Budget()})
     pictures: WorldPictures | None = None
     families: dict[str, str] = field(default_factory=dict)
     note: str = ""
@@ -58,6 +73,11 @@ class Study:
         object.__setattr__(self, "seeds", tuple(self.seeds) if isinstance(self.seeds, list | tuple) else (self.seeds,))
         if isinstance(self.pictures, dict):
             object.__setattr__(self, "pictures", _build(WorldPictures, self.pictures))
+        budgets = {
+            name: b if isinstance(b, Budget) else _build(Budget, b if isinstance(b, dict) else {"change": b or []})
+            for name, b in self.budgets.items()
+        }
+        object.__setattr__(self, "budgets", budgets)
         for what, names in (("arm", self.arms), ("budget", self.budgets)):
             if not names or any(not re.fullmatch(SLUG, str(name)) for name in names):
                 raise ValueError(
@@ -70,7 +90,9 @@ class Study:
             raise ValueError(
                 f"seeds is {list(self.seeds)}, but each seed can be run once only; remove the repeated ones"
             )
-        for name, arms in (("baseline", [self.baseline]), ("families", self.families)):
+        places = [("baseline", [self.baseline]), ("families", self.families)]
+        places += [(f"budgets.{name}.arms", budget.arms or ()) for name, budget in self.budgets.items()]
+        for name, arms in places:
             for arm in arms:
                 if arm not in self.arms:
                     raise ValueError(
@@ -89,13 +111,17 @@ class Study:
 
     def runs(self) -> list[Run]:
         """Every run: the main budget first, then seed by seed, so that a part of a study is balanced."""
-        order = [(b, s, a) for b in self.budgets for s in self.seeds for a in self.arms]
-        return [Run(budget, arm, seed) for budget, seed, arm in order]
+        found = []
+        for name, budget in self.budgets.items():
+            seeds = [s for s in self.seeds if budget.seeds is None or s in budget.seeds]
+            arms = [a for a in self.arms if budget.arms is None or a in budget.arms]
+            found += [Run(name, arm, seed) for seed in seeds for arm in arms]
+        return found
 
     def recipe_of(self, run: Run) -> Recipe:
         """The recipe of one run, its output inside the study's folder; ValueError for a wrong one."""
         out, plain = Path(self.output), dict(self.recipe)
-        for change in self._data_changes(plain) + list(self.budgets[run.budget]):
+        for change in self._data_changes(plain) + list(self.budgets[run.budget].change):
             plain = override(plain, change)
         plain |= {"fusion": self.arms[run.arm], "output": str(run.folder(out)), "seed": run.seed}
         if all("vision" not in stage.get("train", ()) for stage in plain.get("stages", ())):
@@ -106,15 +132,19 @@ class Study:
         if self.pictures is None:
             return []
         data = Path(self.output) / "data"
-        changes = [f"evaluate.data={{path: {data / self.pictures.split}.json, images: {data}}}"]
+        changes = [f"evaluate.data.path={data / self.pictures.split}.json", f"evaluate.data.images={data}"]
         for i, stage in enumerate(plain.get("stages", ())):
             name = "train_captions" if stage.get("template") == "plain" else "train"
-            changes.append(f"stages.{i}.data={{path: {data / name}.json, images: {data}}}")
+            changes += [f"stages.{i}.data.path={data / name}.json", f"stages.{i}.data.images={data}"]
         return changes
 
     def to_dict(self) -> dict:
         """Plain lists, numbers and strings: what YAML holds."""
-        return {**asdict(self), "seeds": list(self.seeds), "main": self.main}
+        budgets = {}
+        for name, b in self.budgets.items():
+            given = {"arms": b.arms, "seeds": b.seeds}
+            budgets[name] = {"change": list(b.change)} | {k: list(v) for k, v in given.items() if v is not None}
+        return {**asdict(self), "seeds": list(self.seeds), "budgets": budgets, "main": self.main}
 
 
 @dataclass(frozen=True)
@@ -167,7 +197,13 @@ def narrowed(study: Study, arms: Sequence[str] = (), seeds: Sequence[int] = ()) 
     baseline = study.baseline if study.baseline in kept else kept[0]
     families = {arm: word for arm, word in study.families.items() if arm in kept}
     chosen = {arm: study.arms[arm] for arm in kept}
-    return replace(study, arms=chosen, baseline=baseline, families=families, seeds=tuple(seeds) or study.seeds)
+    budgets = {
+        name: replace(b, arms=b.arms and tuple(arm for arm in b.arms if arm in kept))
+        for name, b in study.budgets.items()
+    }
+    return replace(
+        study, budgets=budgets, arms=chosen, baseline=baseline, families=families, seeds=tuple(seeds) or study.seeds
+    )
 
 
 def dump_study(study: Study, path: Path) -> None:

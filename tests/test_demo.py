@@ -4,26 +4,27 @@ import re
 
 import pytest
 
-from sparsecut.demo import ARMS, arm_recipe, run
+from sparsecut.demo import ARMS, demo_study, run
 
 
 def test_arms_differ_in_fusion_and_output_only(tmp_path):
-    recipes = [arm_recipe(tmp_path, method, seed=0, quick=False) for method, _ in ARMS.values()]
-    assert len({r.output for r in recipes}) == len(recipes)
+    study = demo_study(tmp_path)
+    recipes = [study.recipe_of(one) for one in study.runs()]
+    assert len({r.output for r in recipes}) == len(recipes) == len(ARMS)
     assert all(r.stages == recipes[0].stages and r.evaluate == recipes[0].evaluate for r in recipes)
-    assert {r.fusion["method"] for r in recipes} == {"llava", "hires_channels", "sparsecut_input", "sparsecut"}
+    assert {r.fusion["method"] for r in recipes} == set(ARMS) == set(study.arms)
 
 
 def test_a_quick_demo_writes_its_page_and_keeps_what_is_finished(tmp_path):
     said = []
     page = run(tmp_path, quick=True, say=said.append)
     text = page.read_text()
-    assert all(name in text for name in ARMS) and "one seed is one seed" in text
+    assert all(title in text for title, _ in ARMS.values()) and "one seed is one seed" in text
     assert text.count("<svg") > 6 and text.count("data:image/png;base64,") == 8
     assert not re.search(r'(src|href)="(?!data:)', text), "the page must need no other file"
-    assert sum("finished, average" in line for line in said) == len(ARMS)
+    assert sum(line.startswith(f"{k}/4  main ") for line in said for k in range(1, 5)) == len(ARMS)
     said.clear()
     assert run(tmp_path, quick=True, say=said.append) == page
-    assert sum("already finished, kept" in line for line in said) == len(ARMS)
-    with pytest.raises(ValueError, match="of a demo with another seed, size or recipe"):
+    assert "4 runs: 4 finished, 0 to do in 2 processes" in said
+    with pytest.raises(ValueError, match=r"holds another study \\(it differs in pictures"):
         run(tmp_path, seed=1, quick=True, say=said.append)

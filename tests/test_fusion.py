@@ -183,7 +183,7 @@ def test_features_of_a_picture_do_not_depend_on_the_others():
 
 @pytest.mark.parametrize("mix", ["channels", "attend"])
 def test_a_zero_gate_is_the_model_without_shortcuts_bit_for_bit(mix):
-    gated = checks.join(plan={"method": "sparsecut", "mix": mix, "gate": "zero"})
+    gated = checks.join(plan={"method": "sparsecut", "pattern": "bottom", "mix": mix, "gate": "zero"})
     plain = checks.join(plan={"method": "hires_channels", "mix": mix})
     plain.fusion.paths[0].load_state_dict(gated.fusion.paths[0].state_dict())
     inputs = checks.batch(plain)

@@ -21,14 +21,34 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
     {"modeling", "processing", "prompting"},
     {"building", "official", "data", "labels", "records", "pictures", "states"},
     {"convert", "training", "stage_trainer", "progress", "evaluation", "chat", "sketch", "cost", "timing"},
-    {"study_runner", "report", "demo", "demo_report", "study_report", "study_figures", "study_tables", "study_page"},
+    {
+        "study_runner",
+        "search",
+        "report",
+        "demo",
+        "demo_report",
+        "study_report",
+        "study_figures",
+        "study_tables",
+        "study_page",
+    },
     {"cli", "cli_study"},
 ]
 FAMILIES = [
     {"data", "labels", "records", "pictures", "states"},
     {"recipe", "yaml_text", "study"},
     {"training", "stage_trainer", "progress"},
-    {"demo", "demo_report", "report", "study_runner", "study_report", "study_figures", "study_tables", "study_page"},
+    {
+        "demo",
+        "demo_report",
+        "report",
+        "study_runner",
+        "search",
+        "study_report",
+        "study_figures",
+        "study_tables",
+        "study_page",
+    },
     {"charts", "plots"},
     {"report", "study_report", "study_figures", "study_tables", "study_page"},
     {"cost", "timing"},
@@ -102,10 +122,21 @@ def test_every_public_thing_has_a_docstring():
 def test_every_recipe_loads():
     from sparsecut.recipe import load_recipe
 
-    found = sorted((ROOT / "configs").rglob("*.yaml"))
+    found = sorted((ROOT / "configs").glob("*.yaml"))
     assert len(found) >= 4
     for path in found:
         assert load_recipe(path).stages, path
+
+
+def test_every_method_has_a_file_with_its_defaults():
+    from sparsecut.methods import METHODS, make_plan
+    from sparsecut.sketch import read_plan
+
+    assert {path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml")} == set(METHODS)
+    for name in METHODS:
+        depths = 24, 32 if name == "official_7b_as_run" else 40
+        spec = read_plan(str(ROOT / "configs" / "methods" / f"{name}.yaml"), [])
+        assert make_plan(spec, *depths) == make_plan(name, *depths), name
 
 
 def test_the_readme_names_files_that_exist():

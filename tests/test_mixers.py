@@ -119,7 +119,7 @@ def test_later_words_do_not_reach_earlier_positions_through_context_gates():
 
 @torch.no_grad()
 def test_shortcuts_that_are_switched_off_add_nothing():
-    model = checks.join(plan={"method": "sparsecut", "pattern": "sparse", "mix": "pick", "tiles": 2, "norm": True})
+    model = checks.join(plan={"method": "sparsecut", "pattern": "sparse"})
     inputs = checks.batch(model)
     only = checks.join(plan=Plan(model.plan.shortcuts[:1], tiles=2).to_dict())
     only.fusion.paths[0].load_state_dict(model.fusion.paths[0].state_dict())
