@@ -72,6 +72,36 @@ def study(
     )
 
 
+@app.command()
+def search(
+    file: Annotated[Path, _arg("A study file; its recipe, pictures and main budget are used, not its arms.")],
+    overrides: Annotated[list[str] | None, _arg("Changes, as seeds=[0,1] output=runs/study/b")] = None,
+    count: Annotated[int | None, _opt("At most so many shortcuts.")] = None,
+    ratio: Annotated[float | None, _opt("At most so many times the baseline arm's prefill operations, as 1.1.")] = None,
+    seed: Annotated[list[int] | None, _opt("A seed of the supernet; may be repeated. Default: 0.")] = None,
+    rank: Annotated[int, _opt("Inner width of each pair's projector.", min=1)] = 8,
+    penalty: Annotated[float, _opt("Weight of the gates' sizes in the loss.", min=0)] = 0.01,
+    workers: Annotated[int, _opt("Processes on this machine, one thread each.", min=1)] = 2,
+) -> None:
+    """Find a plan by training all pairs of tap and layer at once and keeping the best few under a budget."""
+    from .study import load_study
+
+    chosen = load_study(file, overrides or [])
+    from .drawing import draw
+    from .search import search
+
+    settings = {"count": count, "ratio": ratio, "seeds": tuple(seed or (0,)), "rank": rank, "penalty": penalty}
+    plan, pairs = search(chosen, **settings, workers=workers, say=typer.echo)
+    depths = max(p["tap"] for p in pairs), max(p["layer"] for p in pairs) + 1
+    best = "\n".join(
+        f"  tap {p['tap']:2} -> layer {p['layer']:2}   worth {p['worth']:.4f}   gate {p['gate']:.2f}"
+        for p in pairs[:12]
+    )
+    folder = Path(chosen.output) / "search"
+    typer.echo(f"\n{draw(plan, *depths, title='the plan found')}\n\nthe best pairs:\n{best}")
+    typer.echo(f"\nwrote {folder}/plan.yaml; use it as an arm of a study, as a recipe's fusion, or with build --plan")
+
+
 def _write(path: Path, plain: dict) -> None:
     import json
 
