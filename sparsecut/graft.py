@@ -39,6 +39,7 @@ class Injection:
     features: Mapping[int, Tensor]  # layer -> [number of true positions, H]
     gates: Mapping[int, Callable]  # layer -> (hidden states there, features) -> what is added; for few plans
     fired: list[int] = field(default_factory=list)
+    rows: Tensor | None = None  # [batch * length]: which feature stands at each position; any at positions without
 
 
 _reading = CompileableContextVar("sparsecut_reading")
@@ -145,6 +146,8 @@ def inject(run: Callable, mask: Tensor, features: Mapping[int, Tensor], gates: M
     must receive its features exactly once, else RuntimeError: a silent miss is the one thing this must not do.
     """
     injection = Injection(mask, features, gates or {})
+    if features:
+        injection.rows = (mask.flatten().cumsum(0) - 1).clamp(min=0)
     token = _injection.set(injection)
     try:
         output = run()
@@ -183,10 +186,11 @@ def _add_features(layer: int, module, args, kwargs):
     if injection is None or layer not in injection.features:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
-    # Out of place, and on the layer's own device: in-place sums break autograd and recorded hidden states.
     mask, features = injection.mask.to(hidden.device), injection.features[layer].to(hidden.device)
     if layer in injection.gates:
         features = injection.gates[layer](hidden[mask], features)
-    hidden = hidden + torch.zeros_like(hidden).masked_scatter(mask.unsqueeze(-1), features.to(hidden))
+    # Out of place, and on the layer's own device: in-place sums break autograd and recorded hidden states.
+    spread = features.to(hidden).index_select(0, injection.rows.to(hidden.device)).view_as(hidden)
+    hidden = torch.where(mask.unsqueeze(-1), hidden + spread, hidden)
     injection.fired.append(layer)
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
