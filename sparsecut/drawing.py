@@ -47,6 +47,7 @@ GATES = {
     "zero_vector": "gates per channel that start at zero",
     "one_vector": "gates per channel that start at one",
     "context": "gates by context",
+    "zero_projector": "projectors that start at zero",
 }
 
 Item = int | str  # a layer's number, dots for folded ones, or nothing

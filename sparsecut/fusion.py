@@ -113,7 +113,7 @@ class Fusion(nn.Module):
         self.context = nn.ModuleDict({str(d): ContextGate(above.count(d), language_dim) for d in sorted(set(above))})
         vector = (language_dim,) if plan.gate in ("zero_vector", "one_vector") else ()
         start = torch.full((len(self.gated), *vector), self.gate_start)
-        if plan.gate not in (None, "context") and self.gated:
+        if plan.gate in ("zero", "one", "zero_vector", "one_vector") and self.gated:
             self.gates = nn.Parameter(start)
         else:
             self.register_buffer("gates", start)
@@ -173,9 +173,11 @@ class Fusion(nn.Module):
     def initial_values(self) -> Iterator[tuple[Tensor, float | tuple[float, float]]]:
         """Every parameter with its start: a constant, or bounds of a uniform distribution.
 
-        Linear layers start like PyTorch's, uniform in +-1/sqrt(inputs), but corrections, gates and their queries start without effect.
+        Linear layers start like PyTorch's, uniform in +-1/sqrt(inputs), but what starts without effect is zero there.
         """
         quiet = [m.up for m in self.corrections.values()]
+        if self.plan.gate == "zero_projector":
+            quiet += [p.linear_2 for p, (i, *_) in zip(self.paths, self.groups, strict=True) if i != self.main]
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 bound = 0.0 if module in quiet else 1 / math.sqrt(module.in_features)

@@ -12,7 +12,7 @@ import difflib
 from dataclasses import asdict, dataclass, fields
 
 MIXES = ("pick", "channels", "tokens", "append", "attend", "enrich")
-GATES = (None, "zero", "one", "zero_vector", "one_vector", "context")
+GATES = (None, "zero", "one", "zero_vector", "one_vector", "context", "zero_projector")
 POOLED = 8  # neighbours along the raster that `append` makes one token of, as Dense Connector's STI does
 Tap = int | tuple[int, ...]
 
@@ -70,7 +70,8 @@ class Plan:
     norm: LayerNorm without parameters on every tapped feature, before mixing.
     gate: None adds features as they are; "zero" and "one" give every shortcut but the first into the input a trained factor
         with that start, "zero_vector" and "one_vector" a factor per channel; "context" computes the factors of the shortcuts
-        above the input from the hidden states and features of each picture.
+        above the input from the hidden states and features of each picture; "zero_projector" has no factor, but the last layer
+        of those shortcuts' projectors starts at zero.
     rank: every shortcut but the first into the input has a projector of that inner width; where projectors are shared, it
         gets a correction of that rank to the shared one instead.
     """
@@ -92,6 +93,11 @@ class Plan:
             )
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
             raise ValueError(f"rank is {self.rank!r}, but must be a whole number of at least 1, or left out")
+        if self.gate == "zero_projector" and self.shared:
+            raise ValueError(
+                "gate='zero_projector' starts the shortcuts' own projectors at zero, but shared=True gives them the input's; use "
+                "shared=False, or another gate such as 'zero'"
+            )
         if not isinstance(self.shared, bool) or not isinstance(self.norm, bool):
             raise ValueError(
                 f"shared and norm are true or false, but shared={self.shared!r} and norm={self.norm!r} were given"

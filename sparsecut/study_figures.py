@@ -33,6 +33,7 @@ def figures(folder: Path) -> dict:
     for budget in budgets:
         for name, arm in arms.items():
             runs, lacking = _runs(folder / "runs" / budget / name, study["seeds"])
+            lacking = [seed for seed in lacking if _is_asked(study["budgets"][budget], name, seed)]
             missing += [f"{budget}/{name}/{seed}" for seed in lacking]
             if runs:
                 answers[budget][name] = _answers(runs, folder / "runs" / budget / name)
@@ -47,7 +48,7 @@ def figures(folder: Path) -> dict:
     found = {
         **{key: study.get(key) for key in ("title", "note", "baseline", "seeds")},
         "main": main,
-        "budgets": {b: study["budgets"][b] or [] for b in budgets},
+        "budgets": {b: _changes(study["budgets"][b]) for b in budgets},
         "levels": levels,
         "num_questions": len(known.ids) if known else 0,
         "num_pictures": len(set(known.picture)) if known else 0,
@@ -59,6 +60,16 @@ def figures(folder: Path) -> dict:
     found["pairs"] = _pairs(found, answers[main])
     found["frontier"] = {size: _frontier(found, size) for size in SIZES}
     return found
+
+
+def _changes(budget: list | dict | None) -> list[str]:
+    """A budget's overrides, whether or not it names arms and seeds of its own."""
+    return list((budget.get("change") if isinstance(budget, dict) else budget) or [])
+
+
+def _is_asked(budget: list | dict | None, arm: str, seed: int) -> bool:
+    part = budget if isinstance(budget, dict) else {}
+    return arm in (part.get("arms") or [arm]) and seed in (part.get("seeds") or [seed])
 
 
 def _runs(folder: Path, seeds: list[int]) -> tuple[dict[int, Path], list[int]]:
