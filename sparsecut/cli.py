@@ -206,13 +206,14 @@ def world_draw(
     test: Annotated[int, _opt("Pictures to report on.", min=0)] = 100,
     questions: Annotated[int, _opt("Questions about each.", min=1)] = 12,
     seed: Annotated[int, _opt("Equal seeds give equal files.")] = 0,
+    size: Annotated[str, _opt("small (96 x 96 pixels) or large (192 x 192, more things).")] = "small",
 ) -> None:
     """Draw pictures with questions in LLaVA's format, split by split."""
     from .world import write_split
 
     for split, number in {"train": train, "dev": dev, "test": test}.items():
         if number:
-            write_split(folder, split, number, questions, seed=seed)
+            write_split(folder, split, number, questions, seed=seed, size=size)
             typer.echo(f"{split}: {number} pictures, {folder}/{split}.json")
 
 
@@ -222,11 +223,13 @@ def world_pretrain(
     seed: Annotated[int, _opt("Where all chance comes from.")] = 0,
     noise: Annotated[float, _opt("Noise before the encoder's last blocks; see world/vision.py.")] = 3.0,
     quick: Annotated[bool, _opt("A few steps, to see that it runs.", "--quick")] = False,
+    size: Annotated[str, _opt("small (the shipped ones) or large (for a GPU).")] = "small",
+    device: Annotated[str, _opt("Where to compute, as cpu or cuda.")] = "cpu",
 ) -> None:
-    """Make the shipped encoder and language model anew, from scratch."""
+    """Make the picture world's encoder and language model from scratch."""
     from .world import pretrain
 
-    pretrain(out, seed=seed, noise=noise, quick=quick, say=typer.echo)
+    pretrain(out, seed=seed, noise=noise, quick=quick, size=size, device=_device(device), say=typer.echo)
 
 
 def main() -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 import transformers
 
+from .sizes import SMALL, Size, find_size
+
 NOTE = """# Backbones of the picture world
 
-Made by `sparsecut world pretrain --seed {seed} --noise {noise}` with torch {torch} and transformers {transformers}, saved
+Made by `sparsecut world pretrain --seed {seed} --noise {noise}{more}` with torch {torch} and transformers {transformers}, saved
 in float16, licensed like the project (Apache-2.0). `noise` is the standard deviation that made the encoder's top
 caption-only; see `sparsecut/world/vision.py`.
 
@@ -24,30 +26,44 @@ What they read, as shares of right answers (the encoder on its own pre-training 
 """
 
 
-def pretrain(out: str | Path, *, seed: int = 0, noise: float = 3.0, quick: bool = False, say=print) -> Path:
+def pretrain(
+    out: str | Path,
+    *,
+    seed: int = 0,
+    noise: float = 3.0,
+    quick: bool = False,
+    size: str | Size = SMALL,
+    device: str = "cpu",
+    say=print,
+) -> Path:
     """Train the encoder and the language model, both from `seed`, and write out/vision, out/language and out/README.md.
 
-    quick: a few steps, to see that it runs. Returns `out`.
+    quick: a few steps, to see that it runs. size: "small" or "large". device: both are made on it at the same time. Returns
+    `out`; raises ValueError for another size.
     """
-    out = Path(out)
+    size, out = find_size(size), Path(out)
+    kept = {"seed": seed, "quick": quick, "size": size, "device": device}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        runs = [pool.submit(_vision, out, seed, noise, quick), pool.submit(_language, out, seed, quick)]
-        say("training the encoder and the language model, one process each; about ten minutes")
+        runs = [pool.submit(_vision, out, noise=noise, **kept), pool.submit(_language, out, **kept)]
+        time = "; about ten minutes" if size == SMALL and not quick else ""
+        say(f"training the encoder and the language model, one process each{time}; how far: {out}/*.log")
         shares = {name: run.result() for name, run in zip(("vision", "language"), runs, strict=True)}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    (out / "README.md").write_text(NOTE.format(seed=seed, noise=noise, shares=json.dumps(shares, indent=2), **versions))
+    more = "" if size == SMALL else f" --size {size.name} --device {device}"
+    told = NOTE.format(seed=seed, noise=noise, more=more, shares=json.dumps(shares, indent=2), **versions)
+    (out / "README.md").write_text(told)
     say(f"wrote {out}")
     return out
 
 
-def _vision(out: Path, seed: int, noise: float, quick: bool) -> dict[str, float]:
+def _vision(out: Path, *, seed: int, noise: float, quick: bool, size: Size, device: str) -> dict[str, float]:
     from transformers import CLIPImageProcessorPil
 
     from .vision import MEAN, STD, pretrain_vision
 
     torch.set_num_threads(1)
-    size = {"pictures": 64, "steps": (4, 2)} if quick else {}
-    model, shares = pretrain_vision(seed=seed, noise=noise, say=_log(out, "vision"), **size)
+    chosen = {"seed": seed, "size": size, "training": size.quick[0] if quick else None, "device": device}
+    model, shares = pretrain_vision(noise=noise, say=_log(out, "vision"), **chosen)
     side = model.config.image_size
     model.half().save_pretrained(out / "vision")
     square = {"height": side, "width": side}
@@ -56,13 +72,12 @@ def _vision(out: Path, seed: int, noise: float, quick: bool) -> dict[str, float]
     return shares
 
 
-def _language(out: Path, seed: int, quick: bool) -> dict[str, float]:
+def _language(out: Path, *, seed: int, quick: bool, size: Size, device: str) -> dict[str, float]:
     from .language import pretrain_language
 
     torch.set_num_threads(1)
-    model, tokenizer, shares = pretrain_language(
-        seed=seed, say=_log(out, "language"), **({"steps": 3} if quick else {})
-    )
+    chosen = {"seed": seed, "size": size, "training": size.quick[1] if quick else None, "device": device}
+    model, tokenizer, shares = pretrain_language(say=_log(out, "language"), **chosen)
     model.half().save_pretrained(out / "language")
     tokenizer.save_pretrained(out / "language")
     return shares

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -14,7 +15,8 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from .scenes import COLOURS, DIGITS, LINES, PLACES, SHADES, SHAPES, TEXTURES, Scene, Thing, draw, make_scene
+from .scenes import COLOURS, DIGITS, LINES, SHADES, SHAPES, TEXTURES, Scene, Thing, draw, make_scene
+from .sizes import SMALL, Size, find_size
 
 SPLITS = ("pretrain", "train", "dev", "test")
 COLOUR, SHADE = tuple(COLOURS), tuple(SHADES)
@@ -23,14 +25,14 @@ COLOUR, SHADE = tuple(COLOURS), tuple(SHADES)
 def _of_thing(words: str, answer: Callable[[Thing], str]):
     def ask(scene: Scene, rng: random.Random) -> tuple[str, str]:
         thing = rng.choice(scene.things)
-        return f"{words} {PLACES[thing.place]}", answer(thing)
+        return f"{words} {scene.places[thing.place]}", answer(thing)
 
     return ask
 
 
 def _where(scene: Scene, rng: random.Random) -> tuple[str, str]:
     thing = rng.choice(scene.things)
-    return f"where is the {SHAPES[thing.shape]}", PLACES[thing.place]
+    return f"where is the {SHAPES[thing.shape]}", scene.places[thing.place]
 
 
 def _count(scene: Scene, rng: random.Random) -> tuple[str, str]:
@@ -59,7 +61,7 @@ def caption(scene: Scene, rng: random.Random, detail: float = 0.5) -> str:
         words = [SHADE[thing.shade], TEXTURES[thing.texture]]
         words = [w for w in words if rng.random() < detail] + [COLOUR[thing.colour], SHAPES[thing.shape]]
         extra = [w for w in (LINES[thing.lines], DIGITS[thing.digit]) if rng.random() < detail]
-        return f"{PLACES[thing.place]} {' '.join(words + extra)}"
+        return f"{scene.places[thing.place]} {' '.join(words + extra)}"
 
     return " , ".join(tell(t) for t in scene.things)
 
@@ -77,10 +79,10 @@ def ask(scene: Scene, rng: random.Random, number: int) -> list[tuple[str, str]]:
     return seen
 
 
-def vocabulary() -> list[str]:
+def vocabulary(size: Size = SMALL) -> list[str]:
     """Every word that questions, answers and captions are made of, in a fixed order."""
     fixed = ["what", "shape", "is", "the", "where", "how", "many", "are", "texture", "shade", "lines", "digit", ","]
-    words = [*fixed, *PLACES, *SHAPES, *COLOUR, *SHADE, *TEXTURES, *LINES, *DIGITS]
+    words = [*fixed, *size.places, *SHAPES, *COLOUR, *SHADE, *TEXTURES, *LINES, *DIGITS]
     return list(dict.fromkeys(words))
 
 
@@ -91,20 +93,24 @@ def write_split(
     questions_per_picture: int = 12,
     *,
     seed: int = 0,
-    workers: int = 2,
+    workers: int | None = None,
+    size: str | Size = SMALL,
 ) -> dict[str, Path]:
     """Draw a split as files in LLaVA's format: folder/SPLIT/*.png, SPLIT.json and, for training, SPLIT_captions.json.
 
     Training conversations ask `questions_per_picture` questions about one picture, turn by turn; in dev and test every
     question is an item of its own, with its `group` (kind) and `level`. Equal arguments give equal files; scenes of
-    different splits differ by construction of their seeds and because equal ones are passed over. Returns name -> path.
+    different splits differ by construction of their seeds and because equal ones are passed over. workers: processes that draw;
+    by default two or, for many pictures, one per core. size: "small" or "large". Returns name -> path.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of the picture world's; allowed are {', '.join(SPLITS)}")
-    folder = Path(folder)
+    size, folder = find_size(size), Path(folder)
+    if workers is None:
+        workers = min(os.cpu_count() or 1, max(2, num_pictures // 500))
     (folder / split).mkdir(parents=True, exist_ok=True)
     keys = [f"{split}/{seed}/{i}" for i in range(num_pictures)]
-    work = partial(_write_picture, folder, questions_per_picture)
+    work = partial(_write_picture, folder, questions_per_picture, size)
     if workers > 1:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             records = list(pool.map(work, keys, chunksize=max(1, num_pictures // (4 * workers))))
@@ -119,9 +125,9 @@ def write_split(
     return paths
 
 
-def _write_picture(folder: Path, number: int, key: str) -> tuple[dict, list[dict]]:
+def _write_picture(folder: Path, number: int, size: Size, key: str) -> tuple[dict, list[dict]]:
     split, name = key.split("/")[0], key.split("/")[-1]
-    scene, rng = split_scene(key), random.Random(f"{key}/questions")
+    scene, rng = split_scene(key, size), random.Random(f"{key}/questions")
     image = f"{split}/{name}.png"
     draw(scene).save(folder / image, compress_level=1)
     told = _record(f"{key}/caption", image, [("", caption(scene, rng))])
@@ -148,14 +154,14 @@ def kind_of(question: str) -> str:
     return {"where": "place", "how": "count"}.get(words[0], words[1])
 
 
-def split_scene(key: str) -> Scene:
+def split_scene(key: str, size: Size = SMALL) -> Scene:
     """The scene of a split's picture; where its content belongs to another split, the next one that is its own.
 
     Content is shared out by a digest of the scene, so no two splits can ever hold equal scenes.
     """
     split, *rest = key.split("/")
     for attempt in range(1000):
-        scene = make_scene("/".join([split, *rest, str(attempt)]))
+        scene = make_scene("/".join([split, *rest, str(attempt)]), size)
         if _owner(scene) == split:
             return scene
     raise AssertionError("a thousand scenes belonged to other splits")

@@ -1,6 +1,7 @@
-"""Scenes of the picture world: a few objects on a 2 x 2 layout, as frozen data from a seed, and how they are drawn.
+"""Scenes of the picture world: a few objects on a layout of cells, as frozen data from a seed, and how they are drawn.
 
-A picture is 96 x 96; its coarse view is 48 x 48. Shapes and colours survive that, textures mostly do, and what is meant to
+A picture of the small world has 2 x 2 cells of 48 x 48 pixels, one of the large world 4 x 4; the coarse view has half as
+many pixels per side. Shapes and colours survive that, textures mostly do, and what is meant to
 be small does not: the digits of 3 x 5 dots and the fine lines, whose period of three pixels half
 the resolution blurs.
 """
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-SIZE, CELL = 96, 48
-PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
+from .sizes import CELL, PLACES, SMALL, Size
+
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring", "bar", "star")
 COLOURS = {
     "red": (214, 52, 52),
@@ -37,7 +38,7 @@ GLYPHS = np.array([[c == "1" for c in glyph] for glyph in FONT.split()]).reshape
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: where it stands (0 to 3, row by row) and what it looks like, each a place in the lists above."""
+    """One object: where it stands (which cell, row by row) and what it looks like, each a place in the lists above."""
 
     place: int
     shape: int
@@ -50,33 +51,40 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Three or four things in different places with different shapes; `noise` seeds background, jitter and grain."""
+    """Things in different places with different shapes; `noise` seeds background, jitter and grain; `rows` x `rows` cells."""
 
     things: tuple[Thing, ...]
     noise: int
+    rows: int = SMALL.rows
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Names of the cells, row by row."""
+        return PLACES[self.rows]
 
 
-def make_scene(key: str) -> Scene:
+def make_scene(key: str, size: Size = SMALL) -> Scene:
     """The scene of a key such as "train/0/17": equal keys give equal scenes, on every machine."""
     rng = random.Random(key)
-    places = sorted(rng.sample(range(4), rng.choices((3, 4), (0.4, 0.6))[0]))
+    places = sorted(rng.sample(range(size.rows**2), rng.choices(size.num_things, size.weights)[0]))
     shapes = rng.sample(range(len(SHAPES)), len(places))
     things = tuple(
         Thing(p, s, *(rng.randrange(len(names)) for names in (COLOURS, SHADES, TEXTURES, LINES, DIGITS)))
         for p, s in zip(places, shapes, strict=True)
     )
-    return Scene(things, rng.randrange(2**31))
+    return Scene(things, rng.randrange(2**31), size.rows)
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture of a scene, RGB, 96 x 96."""
+    """The picture of a scene, RGB, 96 x 96 in the small world and 192 x 192 in the large one."""
+    side = scene.rows * CELL
     rng = np.random.default_rng(scene.noise)
     base = rng.uniform(95, 150, 3) + rng.uniform(-12, 12)
-    slope = rng.uniform(-0.25, 0.25, (2, 3))
-    y, x = np.mgrid[:SIZE, :SIZE]
-    picture = base + slope[0] * (y - 48)[..., None] + slope[1] * (x - 48)[..., None]
+    slope = rng.uniform(-0.25, 0.25, (2, 3)) * (96 / side)
+    y, x = np.mgrid[:side, :side]
+    picture = base + slope[0] * (y - side // 2)[..., None] + slope[1] * (x - side // 2)[..., None]
     for thing in scene.things:
-        row, column = divmod(thing.place, 2)
+        row, column = divmod(thing.place, scene.rows)
         cell = picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
         _draw_thing(cell, thing, rng)
     picture = picture + rng.normal(0, 5, picture.shape)

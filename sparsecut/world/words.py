@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from .questions import vocabulary
+from .sizes import SMALL, Size
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 TEMPLATE = (
@@ -18,9 +19,9 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(extra: list[str] | None = None) -> PreTrainedTokenizerFast:
+def make_tokenizer(extra: list[str] | None = None, size: Size = SMALL) -> PreTrainedTokenizerFast:
     """The tokenizer of the world's words, and of `extra` words after them; lower case, split at blanks."""
-    words = [*SPECIAL.values(), *vocabulary(), *(extra or [])]
+    words = [*SPECIAL.values(), *vocabulary(size), *(extra or [])]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
