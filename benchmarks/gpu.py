@@ -1,0 +1,297 @@
+"""Plans at CLIP-L/336 + 7B Llama size with random weights, on one GPU: prompts, new tokens, and steps of both stages.
+
+    python benchmarks/gpu.py --out runs/gpu/bench                  # writes bench.json and bench.md; at most nine minutes
+    python benchmarks/gpu.py --plans llava sparsecut --skip-training --compile
+    python benchmarks/gpu.py --tiny --device cpu --out /tmp/bench  # that it runs; its figures mean nothing
+
+One process, both backbones shared by all plans and made on the device in bfloat16; the plans take turns, every round begins
+with another, and ratios are to the first plan in the same round. Time that is left is shared out over the sections still to
+come; what was not reached is said to be so. Prompts: one picture and --text-tokens words each. Training: one picture and
+--train-text words per row, every word learned, without padding; activation checkpointing in the language model; AdamW whose
+weights, gradients and moments are all bfloat16, as 7 billion parameters with float32 masters do not fit one device. MFU:
+floating-point operations without the recomputed ones (sparsecut.cost; backward as much as forward for activations, and once more
+for trained weights) over the rate that this device reached in a bfloat16 matrix product in the same run.
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from gpu_parts import Arm, configs, machine, matmul_rate, size_of, step_flops
+from gpu_table import markdown
+from transformers import StaticCache
+
+from sparsecut.cost import count
+from sparsecut.methods import METHODS
+from sparsecut.stage_trainer import freeze
+from sparsecut.timing import random_models
+
+PLANS = ("llava", "hires_tokens", "deepstack", "official_7b_as_run", "sparsecut")
+STAGES = {"stage 1": ("fusion",), "stage 2": ("fusion", "language")}
+TINY = {
+    "batches": [1, 2],
+    "new_tokens": 3,
+    "repeats": 2,
+    "warmup": 1,
+    "train_batch": 2,
+    "train_text": 8,
+    "text_tokens": 8,
+}
+
+
+def parse(words=None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu/bench"), help="path without its ending")
+    parser.add_argument(
+        "--plans", nargs="+", default=list(PLANS), help="methods; the first is what others are compared with"
+    )
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    for name, default in (
+        ("text-tokens", 64),
+        ("new-tokens", 64),
+        ("repeats", 20),
+        ("warmup", 2),
+        ("train-batch", 4),
+        ("train-text", 192),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--budget-seconds", type=float, default=540)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--compile", action="store_true", help="compile the step that makes a new token; minutes more")
+    parser.add_argument("--skip-training", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="a few layers' widths and rounds, for a CPU")
+    a = parser.parse_args(words)
+    for name, value in TINY.items() if a.tiny else ():
+        setattr(a, name, value)
+    return a
+
+
+class Bench:
+    """All arms, a clock that counts down, and the sections that are measured one after the other."""
+
+    def __init__(self, a: argparse.Namespace):
+        self.a, self.start, self.device, self.notes = a, time.monotonic(), torch.device(a.device), []
+        torch.manual_seed(0)
+        unknown = [name for name in a.plans if name not in METHODS]
+        self.notes += [f"{name} is no method of this version and was left out." for name in unknown]
+        self.names = [name for name in a.plans if name in METHODS]
+        if not self.names:
+            raise SystemExit(f"none of the plans is known; allowed are {', '.join(METHODS)}")
+        self.vision, self.language = configs(a.tiny)
+        models = random_models(self.vision, self.language, {n: n for n in self.names}, device=self.device)
+        self.arms = {name: Arm(model) for name, (model, _) in models.items()}
+        self.left = 2 * len(a.batches) + (0 if a.skip_training else len(STAGES))
+        self.shared_optimizer, self.counts = None, {}
+
+    def run(self) -> dict:
+        """Every section in turn; returns what the JSON file holds."""
+        rate = matmul_rate(self.device, self.a.tiny)
+        for batch in self.a.batches:
+            self.section(f"prefill {batch}", {n: self.prefill(n, batch) for n in self.names}, batch)
+        for batch in self.a.batches:
+            self.section(f"decode {batch}", {n: self.decode(n, batch) for n in self.names}, batch)
+        for stage, parts in {} if self.a.skip_training else STAGES.items():
+            self.train(stage, parts, rate)
+        one = self.arms[self.names[0]].model
+        a = vars(self.a) | {"out": str(self.a.out)}
+        return {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+            "machine": machine(self.device),
+            "vision": size_of(self.vision),
+            "language": size_of(self.language),
+            "dtype": str(one.dtype).removeprefix("torch."),
+            "attention": one.language_model.config._attn_implementation,
+            "matmul_tflops": rate / 1e12,
+            "settings": a,
+            "seconds": time.monotonic() - self.start,
+            "notes": self.notes,
+            "plans": {
+                name: {"image_tokens": arm.model.config.num_image_tokens, **arm.results, "missing": arm.missing}
+                for name, arm in self.arms.items()
+            },
+        }
+
+    def section(self, name: str, work: dict, items: int, flops: dict | None = None, rate: float = 1.0) -> None:
+        """Time work {arm: (prepare, run)} in turns, until --repeats rounds are made or its share of the time is spent.
+
+        items: what one run makes, for a rate per second. flops: of one run; rate: what the device can do.
+        """
+        spare = self.start + self.a.budget_seconds - time.monotonic()
+        until = time.monotonic() + spare / max(1, self.left)
+        self.left -= 1
+        times, peaks = {n: [] for n in work}, {}
+        for turn in range(-self.a.warmup, self.a.repeats):
+            if time.monotonic() > until and (turn > 0 or spare <= 0):
+                break
+            names = [n for n in work if n in times]
+            first = turn % max(1, len(names))
+            for arm in names[first:] + names[:first]:
+                seconds, peak = None, 0
+                try:
+                    seconds, peak = self.timed(arm, *work[arm])
+                except torch.OutOfMemoryError:
+                    self.arms[arm].missing[name] = "out of memory"
+                if seconds is None:  # only now does nothing hold the tensors of the pass that failed
+                    del times[arm], work[arm]
+                    self.free()
+                    continue
+                peaks[arm] = max(peak, peaks.get(arm, 0))
+                if turn >= 0:
+                    times[arm].append(seconds)
+        base = times.get(self.names[0])
+        for arm, own in times.items():
+            if not own:
+                self.arms[arm].missing[name] = "not reached in the time given"
+                continue
+            middle = statistics.median(own)
+            low, _, high = (
+                statistics.quantiles(own, n=4, method="inclusive") if len(own) > 1 else (middle, middle, middle)
+            )
+            row = {
+                "ms": 1e3 * middle,
+                "spread_ms": 1e3 * (high - low),
+                "rounds": len(own),
+                "peak_gib": peaks[arm] / 2**30,
+            }
+            row["per_second"] = items[arm] / middle if isinstance(items, dict) else items / middle
+            if base:
+                row["ratio"] = statistics.median(x / y for x, y in zip(own, base, strict=False))
+            if flops:
+                row |= {"tflop": flops[arm] / 1e12, "mfu": flops[arm] / middle / rate}
+            self.arms[arm].results[name] = row
+        work.clear()
+        self.free()
+
+    def timed(self, arm: str, prepare, run) -> tuple[float, int]:
+        """Seconds of one run, and the most bytes then held: weights included, other arms' own left out."""
+        if prepare is not None:
+            prepare()
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        run()
+        if not cuda:
+            return time.perf_counter() - start, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - start
+        others = sum(other.own_bytes() for name, other in self.arms.items() if name != arm)
+        return seconds, torch.cuda.max_memory_allocated(self.device) - others
+
+    def free(self) -> None:
+        """Give back what no longer is used, so that a section begins as the first one did."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def prompt(self, name: str, batch: int, text: int) -> dict:
+        """Token ids [batch, length], the picture first, and pixels [batch, views, 3, S, S]."""
+        model = self.arms[name].model
+        config, chance = model.config, torch.Generator().manual_seed(0)
+        words = torch.randint(1, config.image_token_id, (batch, text), generator=chance)
+        pictures = torch.full((batch, config.num_image_tokens), config.image_token_id)
+        shape = batch, model.plan.num_views, 3, config.image_size, config.image_size
+        pixels = torch.randn(shape, generator=chance).to(self.device, model.vision_tower.dtype)
+        return {"input_ids": torch.cat([pictures, words], 1).to(self.device), "pixel_values": pixels}
+
+    def prefill(self, name: str, batch: int) -> tuple:
+        """From pixels and token ids on the device to the first token's number."""
+        model, prompt = self.arms[name].model, self.prompt(name, batch, self.a.text_tokens)
+
+        @torch.no_grad()
+        def run():
+            return model(**prompt, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+
+        return None, run
+
+    def decode(self, name: str, batch: int) -> tuple:
+        """Greedy tokens after a prompt, in a cache of fixed shape; the prompt is not timed. A run makes --new-tokens of them."""
+        model, prompt, held = self.arms[name].model, self.prompt(name, batch, self.a.text_tokens), {}
+        length = prompt["input_ids"].shape[1] + self.a.new_tokens + 1
+
+        def step(token, cache):
+            output = model(input_ids=token, past_key_values=cache, use_cache=True, continued=True)
+            return output.logits[:, -1:].argmax(-1)
+
+        torch._dynamo.config.recompile_limit = 64  # plans and batch sizes share the code of `step`
+        one = torch.compile(step, mode="reduce-overhead", dynamic=False) if self.a.compile else step
+
+        @torch.no_grad()
+        def prepare():
+            held.setdefault("cache", StaticCache(model.language_model.config, max_cache_len=length)).reset()
+            output = model(**prompt, past_key_values=held["cache"], use_cache=True, logits_to_keep=1)
+            held["token"] = output.logits[:, -1:].argmax(-1)
+
+        @torch.no_grad()
+        def run():
+            token = held["token"]
+            for _ in range(self.a.new_tokens):
+                if self.a.compile:
+                    torch.compiler.cudagraph_mark_step_begin()
+                token = one(token, held["cache"]).clone()
+
+        return prepare, run
+
+    def train(self, stage: str, parts: tuple[str, ...], rate: float) -> None:
+        """Steps of a stage: loss on every word, backward, AdamW."""
+        fused = {"lr": 1e-6, "fused": True} if self.device.type == "cuda" else {"lr": 1e-6}
+        work, items, flops = {}, {}, {}
+        for name, arm in self.arms.items():
+            freeze(arm.model, parts)
+            arm.optimizer = torch.optim.AdamW(arm.model.fusion.parameters(), **fused)
+            arm.model.language_model.train()
+            arm.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+            if name not in self.counts:
+                self.counts[name] = count(self.vision, self.language, arm.model.plan, num_text_tokens=self.a.train_text)
+            flops[name] = self.a.train_batch * step_flops(self.counts[name], self.language, parts)
+            items[name] = self.a.train_batch * self.counts[name].num_prompt_tokens
+            work[name] = None, self.step(arm)
+        language = self.arms[self.names[0]].model.language_model.parameters()
+        self.shared_optimizer = torch.optim.AdamW(language, **fused) if "language" in parts else None
+        self.section(stage, work, items, flops, rate)
+        self.shared_optimizer = None
+        for arm in self.arms.values():
+            arm.optimizer = None
+            arm.model.language_model.eval()
+
+    def step(self, arm: Arm):
+        """A function that makes one training step of an arm."""
+        name = next(n for n, other in self.arms.items() if other is arm)
+        prompt = self.prompt(name, self.a.train_batch, self.a.train_text)
+        ids = prompt["input_ids"]
+        labels = ids.masked_fill(ids == arm.model.config.image_token_id, -100)
+
+        def run():
+            try:
+                arm.model(**prompt, labels=labels, use_cache=False).loss.backward()
+                for optimizer in (arm.optimizer, self.shared_optimizer):
+                    if optimizer is not None:
+                        optimizer.step()
+            finally:
+                arm.model.zero_grad(set_to_none=True)
+
+        return run
+
+
+def main(words=None) -> dict:
+    """Measure, write both files, print the table, and return what the JSON holds."""
+    a = parse(words)
+    result = Bench(a).run()
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    a.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    text = markdown(result)
+    a.out.with_suffix(".md").write_text(text)
+    print(text)
+    return result
+
+
+if __name__ == "__main__":
+    main()
