@@ -54,7 +54,7 @@ def sparsecut(
     tiles: int = 2,
     shared: bool = False,
     norm: bool = True,
-    gate: str | None = None,
+    gate: str | None = "default",
     rank: int | None = None,
     fine: float | None = None,
 ) -> Plan:
@@ -62,7 +62,8 @@ def sparsecut(
 
     count, pattern: see `shortcut_positions`. fine: share of the encoder's depth that fine views run through; deeper taps are read
     from the coarse view alone. By default all taps are read from both, but under "early" the last block but one is
-    coarse, so that fine views stop after three eighths of the encoder. With `pattern="sparse", shared=True, norm=False` and 24
+    coarse, so that fine views stop after three eighths of the encoder. gate: by default projectors of "early" start at zero,
+    unless they are shared, and other patterns have no gates. With `pattern="sparse", shared=True, norm=False` and 24
     and 40 layers this is the released form, `official_13b`; what is different here did better (docs/results.md).
     """
     taps, layers = shortcut_positions(vision_depth, language_depth, count, pattern)
@@ -71,6 +72,8 @@ def sparsecut(
             f"fine is {fine!r}, but is a share of the encoder's depth, from 0 to 1; use for example fine=0.4"
         )
     deepest = (max(taps) if pattern == "early" else vision_depth) if fine is None else fine * vision_depth
+    if gate == "default":
+        gate = "zero_projector" if pattern == "early" and not shared else None
     mixes = [mix if tap <= deepest else "pick" for tap in (vision_depth - 1, *taps)]
     pairs = zip((-2, *taps), (0, *layers), mixes, strict=True)
     tiles = tiles if any(m != "pick" for m in mixes) else 0

@@ -55,7 +55,8 @@ class Study:
     recipe: a recipe's keys without fusion, output, seed and states, the same for every arm. budgets: name -> overrides of it, or
     {change: overrides, arms: some of them, seeds: some of them}; the first is the main one. pictures: pictures of the
     built-in world to draw, put in for the recipe's data. baseline: the arm that others are compared with. families: arm -> a
-    word that reports group it by. note: a sentence for the report.
+    word that reports group it by. states: keep the encoder's states on disk, where no stage trains it (false where pictures are too
+    many). note: a sentence for the report.
     """
 
     title: str
@@ -67,6 +68,7 @@ class Study:
     budgets: dict[str, Budget] = field(default_factory=lambda: {"main": Budget()})
     pictures: WorldPictures | None = None
     families: dict[str, str] = field(default_factory=dict)
+    states: bool = True
     note: str = ""
 
     def __post_init__(self):
@@ -124,7 +126,7 @@ class Study:
         for change in self._data_changes(plain) + list(self.budgets[run.budget].change):
             plain = override(plain, change)
         plain |= {"fusion": self.arms[run.arm], "output": str(run.folder(out)), "seed": run.seed}
-        if all("vision" not in stage.get("train", ()) for stage in plain.get("stages", ())):
+        if self.states and all("vision" not in stage.get("train", ()) for stage in plain.get("stages", ())):
             plain["states"] = str(out / "states")
         return parse_recipe(plain, name=f"the study's recipe for {run.arm}")
 

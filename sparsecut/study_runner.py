@@ -65,9 +65,9 @@ def check_folder(study: Study, out: Path) -> None:
         return
     before = load_study(out / "study.yaml")
     changed = [name for name in ("recipe", "pictures") if getattr(before, name) != getattr(study, name)]
-    for what in ("arms", "budgets"):
-        old, new = getattr(before, what), getattr(study, what)
-        changed += [f"{what}.{name}" for name in old if name in new and old[name] != new[name]]
+    changed += [f"arms.{a}" for a, spec in before.arms.items() if a in study.arms and study.arms[a] != spec]
+    both = [name for name in before.budgets if name in study.budgets]
+    changed += [f"budgets.{b}" for b in both if before.budgets[b].change != study.budgets[b].change]
     if changed:
         raise ValueError(
             f"{out} holds another study (it differs in {', '.join(changed)}), whose results would be taken for this one's; choose another "

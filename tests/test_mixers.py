@@ -78,6 +78,18 @@ def test_vector_gates_scale_channels(gate):
     torch.testing.assert_close(module(x)[1], free(x)[1] * factor)
 
 
+def test_projectors_that_start_at_zero_are_the_model_without_shortcuts_and_learn():
+    model = checks.join(plan={"method": "sparsecut", "pattern": "sparse", "gate": "zero_projector"})
+    inputs = checks.batch(model, side="right")
+    with model.fusion.switched_off(*range(1, len(model.plan.shortcuts))):
+        expected = model(**inputs).logits
+    assert torch.equal(model(**inputs).logits, expected)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(p.linear_2.weight.grad.abs().sum() > 0 for p in model.fusion.paths)
+    with pytest.raises(ValueError, match="starts the shortcuts' own projectors at zero, but shared=True"):
+        make_plan({"method": "sparsecut", "gate": "zero_projector", "shared": True}, 8, 6)
+
+
 def context_model():
     """A model with context gates that are away from their start."""
     plan = Plan((Shortcut((-2,), 0), Shortcut((1,), 1), Shortcut((2,), 1), Shortcut((3,), 3)), gate="context")
