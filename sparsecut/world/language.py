@@ -52,7 +52,7 @@ def pretrain_language(
         workers = max(
             1, (os.cpu_count() or 2) // 2
         )  # the encoder, made at the same time, needs few once pictures are drawn
-        loaded = DataLoader(batches, None, num_workers=workers, multiprocessing_context="spawn", prefetch_factor=8)
+        loaded = DataLoader(batches, None, num_workers=workers, multiprocessing_context="spawn", prefetch_factor=2)
     else:
         loaded = (batches[step] for step in range(steps))
     with torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda"):
