@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from transformers import CLIPImageProcessorPil
 from sparsecut import cli, load
 from sparsecut.methods import make_plan
 from sparsecut.plan import Plan
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +94,7 @@ def test_help_is_quick_and_loads_no_model_library():
         out = subprocess.run([sys.executable, "-m", "sparsecut", "--help"], capture_output=True, text=True)
         seconds.append(sum(os.times()[2:4]) - start)
     assert out.returncode == 0 and min(seconds) < 0.7
-    for command in ("show", "build", "train", "eval", "chat", "convert", "demo", "world"):
+    for command in ("show", "build", "train", "eval", "chat", "convert", "demo", "cost", "study", "search", "world"):
         assert f" {command} " in out.stdout
 
 
@@ -104,6 +107,9 @@ def test_every_command_has_help(run):
         ["chat"],
         ["convert"],
         ["demo"],
+        ["cost"],
+        ["study"],
+        ["search"],
         ["world", "draw"],
         ["world", "pretrain"],
     ):
@@ -113,7 +119,7 @@ def test_every_command_has_help(run):
 
 
 def test_show_draws_methods_files_recipes_and_models(run, home, model):
-    assert "8 shortcuts, 2x2 fine views" in run("show", "sparsecut")[1]
+    assert "4 shortcuts, 2x2 fine views" in run("show", "sparsecut")[1]
     code, out, _ = run(
         "show", "sparsecut", "-o", "count=2", "--option", "gate=zero", "--vision-depth", "6", "--language-depth", "4"
     )
@@ -125,6 +131,20 @@ def test_show_draws_methods_files_recipes_and_models(run, home, model):
     code, out, _ = run("show", "recipe.yaml")  # the depths are those of the recipe's models
     assert code == 0 and "6 blocks" in out and "4 layers" in out
     assert "4 per picture (4 patches per view)" in run("show", model)[1]
+
+
+def test_studies_and_searches_are_refused_in_a_sentence_before_anything_runs(run, home):
+    study = str(ROOT / "configs" / "study" / "world.yaml")
+    code, _, err = run("study", "nothing.yaml")
+    assert code == 2 and "there is no study nothing.yaml" in err
+    code, _, err = run("study", study, "seeds=[]")
+    assert code == 2 and "at least one whole number is needed" in err
+    code, _, err = run("study", study, f"output={home / 'none'}", "--report")
+    assert code == 2 and "holds no study.yaml" in err and not (home / "none").exists()
+    code, _, err = run("study", study, f"output={home / 'none'}", "--arm", "lava")
+    assert code == 2 and "no arm 'lava' (did you mean 'llava'?)" in err and not (home / "none").exists()
+    code, _, err = run("search", study, f"output={home / 'none'}")
+    assert code == 2 and "a search needs a budget" in err and not (home / "none").exists()
 
 
 def test_build_takes_a_plan_file_and_writes_what_load_reads(run, home):
