@@ -3,7 +3,7 @@
     python benchmarks/grid.py                      # every family of tests/families.py, some minutes
     python benchmarks/grid.py llama vit mamba      # some of them, on screen only
 
-Each decoder is joined to CLIP and each encoder to Llama, with the `sparsecut` plan. The checks are those of tests/checks.py.
+Each decoder is joined to CLIP and each encoder to Llama, with `sparsecut` in the pattern `sparse`. The checks are those of tests/checks.py.
 """
 
 import multiprocessing
@@ -34,7 +34,7 @@ INTRODUCTION = """\
 # Model families
 
 Made by `make grid` with transformers {transformers} and torch {torch}: a tiny random model of each family, joined to a tiny
-{partner} by the `sparsecut` plan. Families that are not listed were not tried; most decoder-only transformers work.
+{partner} by `sparsecut` in the pattern `sparse`. Families that are not listed were not tried; most decoder-only transformers work.
 
 - *gradients*: a training step reaches every parameter of the fusion
 - *cached = uncached*: greedy decoding, the same tokens, and scores within 1e-4
