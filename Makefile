@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help install demo test style check grid bench clean
+.PHONY: help install demo test style check grid bench study gpu clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -34,6 +34,12 @@ grid: install  ## Run every model family and write docs/support.md (slow)
 
 bench: install  ## Memory and time of a prompt pass, plan by plan
 	$(BIN)/python benchmarks/prompt.py --plan llava --plan hires_channels --plan official_13b --plan sparsecut
+
+study: install  ## The main comparison: ways of fusion x seeds on the picture world (hours)
+	$(BIN)/sparsecut study configs/study/world.yaml
+
+gpu: install  ## Plans at CLIP-L + 7B size on a GPU: prompt pass, decoding, training
+	$(BIN)/python benchmarks/gpu.py --out runs/gpu/bench
 
 clean:  ## Remove .venv and caches, keep runs/
 	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info
