@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli import Device, File, Method, _arg, _device, _opt, app
+from .cli import Device, File, Method, Saved, _arg, _bar, _device, _load, _opt, app
 
 Plans = Annotated[list[str], _arg("Methods' names or files with plans; ratios are to the first.", "PLAN...")]
 
@@ -100,6 +100,33 @@ def search(
     folder = Path(chosen.output) / "search"
     typer.echo(f"\n{draw(plan, *depths, title='the plan found')}\n\nthe best pairs:\n{best}")
     typer.echo(f"\nwrote {folder}/plan.yaml; use it as an arm of a study, as a recipe's fusion, or with build --plan")
+
+
+@app.command()
+def explain(
+    model: Saved,
+    data: Annotated[Path, _opt("Questions in LLaVA's format (.json, .jsonl, .parquet).")],
+    images: Annotated[File, _opt("Folder or tar archive of the pictures; by default the data's folder.")] = None,
+    out: Annotated[File, _opt("Folder for explain.html, .md and .json.")] = None,
+    limit: Annotated[int | None, _opt("At most so many questions, a fixed random choice.", min=1)] = None,
+    batch_size: Annotated[int, _opt("Questions answered at once.", min=1)] = 64,
+    max_new_tokens: Annotated[int, _opt("Longest answer, in tokens.", min=1)] = 16,
+    device: Device = None,
+) -> None:
+    """Tell what each shortcut of a trained model is good for: answers without it, and how much it adds."""
+    from .recipe import Source
+    from .records import read_source
+
+    examples = read_source(Source(str(data), images and str(images), keep=limit), [])
+    from .explain import explain
+    from .explain_page import lines
+
+    loaded, settings = _load(model, device), {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    with _bar("asking") as progress:
+        found = explain(*loaded, examples, out=out, **settings, progress=progress)
+    typer.echo(lines(found))
+    if out is not None:
+        typer.echo(f"\nThe page: {out}/explain.html, with tables in explain.md and figures in explain.json")
 
 
 def _write(path: Path, plain: dict) -> None:

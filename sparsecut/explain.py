@@ -1,0 +1,179 @@
+"""What each shortcut of a trained model is good for: answers without it, answers with it alone, and how much it adds.
+
+A shortcut that is switched off adds zeros; nothing is trained again, so a drop says what the model leans on now, not what another
+model could do without. Two shortcuts that carry the same can each be dropped at no loss.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from .evaluation import evaluate
+from .prompting import inputs_of, render
+from .records import IMAGE, Example
+from .states import keys_of, views_of
+from .statistics import Answers, difference
+
+MEMORY_LIMIT = 2 * 2**30  # bytes of encoder states kept for the evaluations; above it, pictures are encoded every time
+
+
+class RememberedStates:
+    """Encoder states of pictures in memory, float16, read like `states.VisionStates`."""
+
+    def __init__(self, model, processor, examples: Sequence[Example], batch_size: int = 32):
+        self.kept: dict[str, dict[int, torch.Tensor]] = {}
+        todo = {key: (e, i) for e in examples for i, key in enumerate(keys_of(e))}
+        items = list(todo.items())
+        for start in range(0, len(items), batch_size):
+            chunk = items[start : start + batch_size]
+            pixels = processor.pixels([e.pictures()[i] for _, (e, i) in chunk]).to(model.device)
+            states = {tap: x.to("cpu", torch.float16) for tap, x in model.encode(pixels).items()}
+            for row, (key, _) in enumerate(chunk):
+                self.kept[key] = {tap: x[row] for tap, x in states.items()}
+
+    def read(self, example: Example, views: dict[int, int]) -> dict[int, torch.Tensor]:
+        """tap -> [pictures of the example, V, N, D]."""
+        kept = [self.kept[key] for key in keys_of(example)]
+        return {tap: torch.stack([one[tap] for one in kept]) for tap in views}
+
+
+@torch.inference_mode()
+def explain(
+    model,
+    processor,
+    examples: Sequence[Example],
+    *,
+    out: str | Path | None = None,
+    batch_size: int = 64,
+    max_new_tokens: int = 16,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict:
+    """Answer all questions with every shortcut, without each, and with each alone beside the input; measure what each adds.
+
+    The input is the first shortcut into layer 0, which stays on where others are tried alone. Returns "conditions" (name ->
+    accuracy, groups, levels, which shortcuts are off, and the paired "difference" from all of them, in shares, with a 95 % interval
+    over pictures), "shortcuts" (taps, layer, mix, norms, ratio, cosine, gate) and "plan"; `out` gets it as explain.json,
+    explain.md and explain.html. Raises ValueError where the plan has no shortcut besides the input, or no question has a picture.
+    """
+    others = model.fusion.gated
+    if not others:
+        raise ValueError(
+            "this model's plan has no shortcut besides the one into the input, so there is nothing to tell apart; give a model with more"
+        )
+    if not any(example.images for example in examples):
+        raise ValueError("none of the questions has a picture, so shortcuts add nothing; give questions about pictures")
+    model.eval()
+    states, runs = _remember(model, processor, examples), conditions_of(model.fusion)
+    steps, done = len(runs) * len(examples), 0
+    records, results = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, off in runs.items():
+            with model.fusion.switched_off(*off):
+                settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "states": states}
+                where = Path(folder) / str(len(results))
+                results[name] = evaluate(model, processor, examples, out=where, **settings)
+            lines = (where / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+            records[name] = [json.loads(line) for line in lines]
+            done += len(examples)
+            progress(done, steps)
+    found = {
+        "plan": model.plan.to_dict(),
+        "depths": [model.config.vision_depth, model.config.language_depth],
+        "input": model.fusion.main,
+        "num_questions": len(examples),
+        "conditions": {name: _condition(name, off, results, records) for name, off in runs.items()},
+        "shortcuts": measure_additions(model, processor, examples, states, batch_size),
+    }
+    if out is not None:
+        from .explain_page import write_explanation
+
+        write_explanation(found, Path(out))
+    return found
+
+
+def conditions_of(fusion) -> dict[str, tuple[int, ...]]:
+    """Name -> shortcuts that are off: nothing, each one, all but one (the input stays), all but the input."""
+    others = fusion.gated
+    drops = {f"without {i}": (i,) for i in others}
+    alone = {f"only {i}": tuple(j for j in others if j != i) for i in others} if len(others) > 1 else {}
+    return {"all": (), **drops, **alone, "input only": tuple(others)}
+
+
+def _remember(model, processor, examples: Sequence[Example]) -> RememberedStates | None:
+    pictures = len({key for e in examples for key in keys_of(e)})
+    views = sum(views_of(model.plan, model.config.vision_depth).values())
+    size = 2 * pictures * views * model.config.patch_rows**2 * model.config.vision_config.hidden_size
+    return RememberedStates(model, processor, examples) if size <= MEMORY_LIMIT else None
+
+
+def _condition(name: str, off: tuple[int, ...], results: dict, records: dict) -> dict:
+    result, before, now = results[name], records["all"], records[name]
+    row = {key: result[key] for key in ("accuracy", "groups", "levels", "mean_over_levels")}
+    row["off"] = list(off)
+    pairs = [(a["correct"], b["correct"]) for a, b in zip(before, now, strict=True)]
+    row["lost"], row["gained"] = pairs.count((True, False)), pairs.count((False, True))
+    if off:
+        ours, theirs = (Answers.from_records({0: lines}) for lines in (now, before))
+        row["difference"] = difference(ours, theirs, resamples=2000).to_dict()
+    return row
+
+
+@torch.inference_mode()
+def measure_additions(model, processor, examples: Sequence[Example], states, batch_size: int = 64) -> list[dict]:
+    """Of every shortcut: taps, layer, mix, gate, and over the pictures' image tokens the mean norm of what it adds (before context
+    gates), that of the hidden state it is added to, their ratio, and the cosine between them.
+
+    What shortcuts into layer 0 are added to is the input's own features, which themselves are added to nothing.
+    """
+    fusion, shortcuts = model.fusion, model.plan.shortcuts
+    first = list({tuple(keys_of(e)): e for e in examples if e.images}.values())
+    views, sums = views_of(model.plan, model.config.vision_depth), torch.zeros(len(shortcuts), 4, dtype=torch.float64)
+    for start in range(0, len(first), batch_size):
+        chunk = first[start : start + batch_size]
+        if states is None:
+            kept = model.encode(processor.pixels([p for e in chunk for p in e.pictures()]).to(model.device))
+        else:
+            read = [states.read(e, views) for e in chunk]
+            kept = {tap: torch.cat([one[tap] for one in read]).to(model.device) for tap in views}
+        added = [_alone(fusion, i, kept) for i in range(len(shortcuts))]
+        prompts = [render(processor, _asked(e, processor)) for e in chunk]
+        inputs = inputs_of(model, processor, prompts, None)
+        hidden = model(**inputs, vision_states=kept, output_hidden_states=True, use_cache=False).hidden_states
+        mask = inputs["input_ids"] == model.config.image_token_id
+        for i, (shortcut, z) in enumerate(zip(shortcuts, added, strict=True)):
+            z = z.flatten(0, 1).double()
+            h = hidden[shortcut.layer][mask].double() if shortcut.layer else added[fusion.main].flatten(0, 1).double()
+            cosine = torch.nn.functional.cosine_similarity(z, h, dim=-1)
+            each = (z.norm(dim=-1).sum(), h.norm(dim=-1).sum(), cosine.sum(), torch.tensor(float(len(z))))
+            sums[i] += torch.stack([value.cpu() for value in each])
+    return [_facts(fusion, i, shortcut, sums[i].tolist()) for i, shortcut in enumerate(shortcuts)]
+
+
+def _alone(fusion, i: int, kept: dict) -> torch.Tensor:
+    """What shortcut i adds, [P, N', H]: the output of its layer with all others off."""
+    layer = fusion.plan.shortcuts[i].layer
+    with fusion.switched_off(*(j for j in range(len(fusion.plan.shortcuts)) if j != i)):
+        z = fusion(kept)[layer]
+    if str(layer) not in fusion.context:
+        return z
+    return z.unflatten(-1, (len(fusion.context[str(layer)].bias), -1)).sum(-2)  # side by side; the others are zeros
+
+
+def _asked(example: Example, processor) -> list[dict]:
+    turns = example.messages[:-1] if example.messages[-1]["role"] == "assistant" else example.messages
+    return [{**m, "content": m["content"].replace(IMAGE, processor.image_token)} for m in turns]
+
+
+def _facts(fusion, i: int, shortcut, sums: list[float]) -> dict:
+    norm, hidden, cosine, count = sums
+    gate = fusion.gates[fusion.gated.index(i)].abs().mean().item() if i in fusion.gated else 1.0
+    plain = {"number": i, "taps": list(shortcut.taps), "layer": shortcut.layer, "mix": shortcut.mix}
+    facts = {**plain, "grain": shortcut.grain, "gate": gate, "norm": norm / count}
+    if i == fusion.main:
+        return {**facts, "hidden_norm": None, "ratio": None, "cosine": None}
+    return {**facts, "hidden_norm": hidden / count, "ratio": norm / max(hidden, 1e-12), "cosine": cosine / count}
