@@ -12,14 +12,15 @@ from .plan import Plan
 ORDER = ("high", "mid", "low")  # of the picture world's levels
 NOTES = (
     "A shortcut that is off adds zeros; nothing was trained again. Two that carry the same can each be dropped at no loss.",
-    "Points of accuracy against all shortcuts; in brackets the 95 % interval over pictures, for this one trained model.",
+    "Points of accuracy against all shortcuts; the 95 % interval is over pictures, for this one trained model. Lost and won are answers "
+    "that turned wrong and right. Dashed cells are gains of a point or more.",
     "Norms are means over image tokens; the ratio is what a shortcut adds over the hidden state it is added to (for layer 0: over the "
     "input's own features). A ratio near 0 is a shortcut that is hardly used.",
 )
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1060px;margin:2rem auto;padding:0 1rem}
+body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1240px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #ccc}
-table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.3rem .7rem;border:1px solid #ddd;text-align:right;white-space:nowrap}
+table{border-collapse:collapse;margin:.6rem 0;font-size:.88rem}td,th{padding:.3rem .5rem;border:1px solid #ddd;text-align:right;white-space:nowrap}
 td:first-child,th:first-child{text-align:left}.wide{overflow-x:auto}.note{color:#555;font-size:.92rem;max-width:50rem}svg{max-width:100%;height:auto}
 """
 
@@ -57,7 +58,7 @@ def average(condition: dict) -> float:
 def loss_rows(found: dict) -> list[list[str]]:
     """A row per condition: accuracy of all, then points won or lost against it, per level and group."""
     columns = columns_of(found)
-    rows = [["shortcuts", "average", "interval", "right to wrong", "wrong to right", *(name for _, name in columns)]]
+    rows = [["shortcuts", "average", "interval", "lost", "won", *(name for _, name in columns)]]
     base = found["conditions"]["all"]
     for name, one in found["conditions"].items():
         if name == "all":
@@ -130,7 +131,7 @@ def _shade(points: float) -> str:
         return ' style="outline:2px dashed #555;outline-offset:-3px"'
     depth = min(1.0, -points / 60) if points < 0 else 0.0
     red, green, blue = (round(255 - depth * (255 - dark)) for dark in (27, 79, 114))
-    return f' style="background:rgb({red},{green},{blue});color:{"#fff" if depth > 0.5 else "#222"}"'
+    return f' style="background:rgb({red},{green},{blue});color:{"#fff" if depth > 0.65 else "#222"}"'
 
 
 def _table(rows: list[list[str]]) -> str:
