@@ -20,7 +20,8 @@ NOTES = (
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1240px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #ccc}
-table{border-collapse:collapse;margin:.6rem 0;font-size:.88rem}td,th{padding:.3rem .5rem;border:1px solid #ddd;text-align:right;white-space:nowrap}
+table{border-collapse:collapse;margin:.6rem 0;font-size:.88rem}
+td,th{padding:.3rem .5rem;border:1px solid #ddd;text-align:right;white-space:nowrap}
 td:first-child,th:first-child{text-align:left}.wide{overflow-x:auto}.note{color:#555;font-size:.92rem;max-width:50rem}svg{max-width:100%;height:auto}
 """
 
