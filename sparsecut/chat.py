@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import TextIteratorStreamer
 
+from .pictures import upright
 from .plan import nearest
 from .prompting import check_length, decode, greedy, inputs_of, render
 
@@ -132,7 +133,7 @@ def open_picture(picture: Picture) -> Image.Image:
     if not path.is_file():
         raise ValueError(f"there is no picture {picture}; give the path of an image file")
     try:
-        return Image.open(path).convert("RGB")
+        return upright(path)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{picture} is not a picture that can be read ({error}); give a PNG or JPEG file") from None
 

@@ -8,7 +8,7 @@ import tarfile
 import zlib
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz")
 MEMORY_LIMIT = 256 * 2**20  # bytes of pictures that a compressed archive may hold in memory
@@ -52,7 +52,7 @@ class Pictures:
         if name not in self:
             raise ValueError(f"there is no picture {name} in {self.path}; add it or correct the record's `image`")
         try:
-            return Image.open(io.BytesIO(self._read(name))).convert("RGB")
+            return upright(io.BytesIO(self._read(name)))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"the picture {name} in {self.path} is broken: {error}") from None
 
@@ -68,10 +68,15 @@ class Pictures:
             return file.read(size)
 
 
+def upright(file) -> Image.Image:
+    """The picture of a file in RGB, turned as its EXIF orientation says, so that a photograph is seen as people see it."""
+    return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+
+
 def open_bytes(data: bytes) -> Image.Image:
     """A picture that a Parquet file holds itself, in RGB; ValueError where it is broken."""
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        return upright(io.BytesIO(data))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"the picture stored in the record is broken: {error}") from None
 

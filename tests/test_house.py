@@ -24,6 +24,8 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
     {
         "study_runner",
         "search",
+        "explain",
+        "explain_page",
         "report",
         "demo",
         "demo_report",
@@ -49,6 +51,7 @@ FAMILIES = [
         "study_tables",
         "study_page",
     },
+    {"explain", "explain_page"},
     {"charts", "plots"},
     {"report", "study_report", "study_figures", "study_tables", "study_page"},
     {"cost", "timing"},
