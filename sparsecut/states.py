@@ -36,6 +36,9 @@ class VisionStates:
             for tap, num_views in self.views.items()
         }
 
+    def __reduce__(self):
+        return VisionStates, (self.folder,)  # other processes map the files again instead of being sent their contents
+
     def read(self, example: Example, views: dict[int, int]) -> dict[int, Tensor]:
         """tap -> float16 [pictures of the example, V, N, D], for the taps and numbers of views asked for."""
         rows = [self.rows[key] for key in keys_of(example)]

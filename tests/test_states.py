@@ -1,6 +1,7 @@
 """Kept states of a frozen encoder: the same training and answers as with pixels, every picture encoded once, loud refusals."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -64,6 +65,7 @@ def test_a_folder_is_used_again_only_where_it_has_everything(tmp_path, monkeypat
         coarse_model, coarse_processor = tiny_model("llava")  # the coarse view is among them
         prepare_states(tmp_path / "kept", coarse_model, coarse_processor, examples[:3])
     assert keys_of(examples[0])[0] in states.rows
+    assert len(pickle.dumps(states)) < 1000 and pickle.loads(pickle.dumps(states)).rows == states.rows
     prepare_states(tmp_path / "kept", model, processor, examples)
     assert (tmp_path / "kept" / "index.json").stat().st_mtime_ns != before
     assert len(VisionStates(tmp_path / "kept").rows) == 9
