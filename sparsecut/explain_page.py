@@ -14,15 +14,19 @@ NOTES = (
     "A shortcut that is off adds zeros; nothing was trained again. Two that carry the same can each be dropped at no loss.",
     "Points of accuracy against all shortcuts; the 95 % interval is over pictures, for this one trained model. Lost and won are answers "
     "that turned wrong and right. Dashed cells are gains of a point or more.",
-    "Norms are means over image tokens; the ratio is what a shortcut adds over the hidden state it is added to (for layer 0: over the "
-    "input's own features). A ratio near 0 is a shortcut that is hardly used.",
+    "Shuffled: the shortcut reads another picture. A loss without it, but none when it is shuffled, means that the model uses its presence "
+    "and not its content.",
+    "Norms are means over image tokens, after gates; the ratio is what a shortcut adds over the hidden state it is added to (for layer 0: "
+    "over the input's own features). A ratio near 0 is a shortcut that is hardly used.",
 )
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1240px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #ccc}
 table{border-collapse:collapse;margin:.6rem 0;font-size:.88rem}
-td,th{padding:.3rem .5rem;border:1px solid #ddd;text-align:right;white-space:nowrap}
-td:first-child,th:first-child{text-align:left}.wide{overflow-x:auto}.note{color:#555;font-size:.92rem;max-width:50rem}svg{max-width:100%;height:auto}
+td,th{padding:.3rem .32rem;border:1px solid #ddd;text-align:right;white-space:nowrap}
+td:first-child,th:first-child{text-align:left;white-space:normal;min-width:7.4rem}.wide{overflow-x:auto}
+@media print{.wide{overflow:visible}td,th{font-size:.7rem;print-color-adjust:exact}}
+.note{color:#555;font-size:.92rem;max-width:50rem}svg{max-width:100%;height:auto}
 """
 
 
@@ -33,7 +37,9 @@ def write_explanation(found: dict, out: Path) -> Path:
     tables = [("What is lost", loss_rows(found)), ("What each adds", norm_rows(found))]
     parts = [f"## {title}\n\n{_markdown(rows)}\n" for title, rows in tables]
     notes = "\n".join(f"- {note}" for note in NOTES)
-    (out / "explain.md").write_text("# What each shortcut is good for\n\n" + "\n".join(parts) + f"\n{notes}\n")
+    (out / "explain.md").write_text(
+        "# What each shortcut is good for\n\n" + "\n".join(parts) + f"\n{notes}\n", encoding="utf-8"
+    )
     page = out / "explain.html"
     page.write_text(_page(found), encoding="utf-8")
     return page

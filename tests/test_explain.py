@@ -1,6 +1,7 @@
 """Attribution: a drop stands where the answer is carried, nothing of the model is changed, and norms are those of a plain computation."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from tiny import tiny_model
 
 from sparsecut.data import read_examples
 from sparsecut.evaluation import evaluate
-from sparsecut.explain import conditions_of, explain
+from sparsecut.explain import PairedStates, RememberedStates, conditions_of, explain, shuffled
 from sparsecut.explain_page import lines
+from sparsecut.states import views_of
 
 PLAN = {"method": "sparsecut", "pattern": "sparse", "gate": "one"}  # two shortcuts above the input
 
@@ -104,5 +106,69 @@ def test_what_cannot_be_explained_is_refused_in_a_sentence(tmp_path):
     examples = read_examples(write_records(tmp_path) / "data.json")
     with pytest.raises(ValueError, match="no shortcut besides the one into the input"):
         explain(*tiny_model("llava"), examples)
+    with pytest.raises(ValueError, match="the list of examples is empty"):
+        explain(*tiny_model(PLAN), [])
     with pytest.raises(ValueError, match="none of the questions has a picture"):
         explain(*tiny_model(PLAN), [e for e in examples if not e.images])
+
+
+def test_a_shuffled_shortcut_reads_the_other_picture_and_the_rest_their_own(asked):
+    model, processor, examples = asked
+    states = RememberedStates(model, processor, examples)
+    views, names = views_of(model.plan, model.config.vision_depth), list(states.kept)
+    pairs = PairedStates(states)
+    assert all(pairs.next[name] != name for name in names) and set(pairs.next.values()) == set(names)
+    own = {tap: torch.stack([states.kept[name][tap] for name in names]) for tap in views}
+    paired = {
+        tap: torch.stack([states.kept[n][tap] for name in names for n in (name, pairs.next[name])]) for tap in views
+    }
+    plain, hooks = model.fusion(own), len(model.fusion._forward_hooks)
+    with shuffled(model.fusion, 2):
+        mixed = model.fusion(paired)
+    layer = model.plan.shortcuts[2].layer
+    assert torch.allclose(mixed[layer], plain[layer].roll(-1, 0), atol=1e-6) and not torch.equal(
+        mixed[layer], plain[layer]
+    )
+    assert all(torch.allclose(mixed[d], plain[d], atol=1e-6) for d in plain if d != layer)
+    with pytest.raises(RuntimeError), shuffled(model.fusion, 2):
+        raise RuntimeError
+    assert len(model.fusion._forward_hooks) == hooks
+
+
+def test_the_input_only_answers_like_a_plan_of_the_input_alone(asked, tmp_path):
+    model, processor, examples = asked
+    found = explain(model, processor, examples, max_new_tokens=4)["conditions"]["input only"]
+    alone = {**model.plan.to_dict(), "shortcuts": [model.plan.to_dict()["shortcuts"][model.fusion.main]]}
+    plain, _ = tiny_model(alone)
+    kept = [name for name in plain.state_dict() if "gates" not in name]  # the plain plan has no gated shortcut
+    plain.load_state_dict({name: model.state_dict()[name] for name in kept}, strict=False)
+    assert evaluate(plain, processor, examples, max_new_tokens=4)["num_correct"] == round(
+        found["accuracy"] * len(examples)
+    )
+
+
+def test_modes_are_put_back_and_states_beyond_half_precision_are_not_kept(asked, monkeypatch):
+    model, processor, examples = asked
+    model.train()
+    model.vision_tower.eval()
+    explain(model, processor, examples[:2], max_new_tokens=2)
+    assert model.training and model.fusion.training and not model.vision_tower.training
+    encode = model.encode
+    monkeypatch.setattr(model, "encode", lambda pixels: {tap: 1e6 * x for tap, x in encode(pixels).items()})
+    found = explain(model, processor, examples[:2], max_new_tokens=2)
+    assert "shuffled 1" not in found["conditions"] and all(s["norm"] < float("inf") for s in found["shortcuts"])
+
+
+@torch.no_grad()
+def test_gates_keep_their_sign_and_context_gates_count(tmp_path):
+    examples = [e for e in read_examples(write_records(tmp_path) / "data.json") if e.images][:2]
+    model, processor = tiny_model(PLAN)
+    model.fusion.gates.data = torch.tensor([-0.5, 1.0])
+    gates = [s["gate"] for s in explain(model, processor, examples, max_new_tokens=2)["shortcuts"]]
+    assert gates == pytest.approx([1.0, -0.5, 1.0])
+    model, processor = tiny_model("cli")
+    before = explain(model, processor, examples, max_new_tokens=2)["shortcuts"]
+    model.fusion.context[str(before[1]["layer"])].bias.fill_(-2.0)
+    after, factor = explain(model, processor, examples, max_new_tokens=2)["shortcuts"], 2 / (1 + math.exp(2))
+    assert before[1]["gate"] == pytest.approx(1, rel=1e-4) and after[1]["gate"] == pytest.approx(factor, rel=1e-4)
+    assert after[1]["norm"] == pytest.approx(factor * before[1]["norm"], rel=1e-4)
