@@ -134,8 +134,8 @@ def pair_worth(study: Study, seed: int, batches: int = 16) -> tuple[list[float],
 
 
 def choose(pairs: list[dict], plan: Plan, count: int | None, fits) -> Plan:
-    """The coarse input and pairs, best first, as long as the plan they make is within the budget."""
-    free = replace(plan, gate=None, rank=None)
+    """The coarse input and pairs, best first, as long as the plan they make is within the budget; projectors start at zero."""
+    free = replace(plan, gate="zero_projector", rank=None)
     mix, chosen = plan.shortcuts[-1].mix, []
     for pair in pairs:
         if count is not None and len(chosen) == count:

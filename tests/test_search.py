@@ -31,7 +31,7 @@ def test_pairs_are_taken_best_first_within_the_budget():
     plan = supernet_plan(8, 6)
     chosen = choose(PAIRS, plan, 2, lambda candidate: True)
     assert [(s.taps[0], s.layer) for s in chosen.shortcuts[1:]] == [(3, 0), (5, 2)]
-    assert chosen.gate is None and chosen.rank is None and chosen.tiles == 2
+    assert chosen.gate == "zero_projector" and chosen.rank is None and chosen.tiles == 2
     shallow = choose(
         PAIRS, plan, 2, lambda candidate: max(candidate.fine_taps(8)) <= 3
     )  # 5 is too deep, the next best is taken
