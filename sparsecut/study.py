@@ -6,6 +6,7 @@ leaves on disk, and the folder's other files, are told in study_runner.py.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -72,6 +73,9 @@ class Study:
     note: str = ""
 
     def __post_init__(self):
+        object.__setattr__(
+            self, "recipe", copy.deepcopy(self.recipe)
+        )  # frozen data shares nothing with what it was made of
         object.__setattr__(self, "seeds", tuple(self.seeds) if isinstance(self.seeds, list | tuple) else (self.seeds,))
         if isinstance(self.pictures, dict):
             object.__setattr__(self, "pictures", _build(WorldPictures, self.pictures))

@@ -26,5 +26,5 @@ def test_a_quick_demo_writes_its_page_and_keeps_what_is_finished(tmp_path):
     said.clear()
     assert run(tmp_path, quick=True, say=said.append) == page
     assert "4 runs: 4 finished, 0 to do in 2 processes" in said
-    with pytest.raises(ValueError, match=r"holds another study \\(it differs in pictures"):
+    with pytest.raises(ValueError, match=r"holds another study \(it differs in pictures"):
         run(tmp_path, seed=1, quick=True, say=said.append)

@@ -29,7 +29,9 @@ def test_the_drawing_is_what_the_command_prints():
 
 
 def test_every_command_it_names_exists():
-    named = set(re.findall(r"sparsecut (show|build|train|eval|chat|convert|demo|world|cost|study|search|explain)\b", README))
+    named = set(
+        re.findall(r"sparsecut (show|build|train|eval|chat|convert|demo|world|cost|study|search|explain)\b", README)
+    )
     listed = subprocess.run([sys.executable, "-m", "sparsecut", "--help"], capture_output=True, text=True).stdout
     assert named >= {"show", "train", "eval", "chat", "convert"}
     assert all(name in listed for name in named)
