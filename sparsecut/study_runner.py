@@ -138,7 +138,7 @@ def draw_pictures(study: Study, say) -> None:
 
 
 def write_costs(plans: dict, config, path: Path, say) -> None:
-    """Count every plan that is not counted yet, at the study's size and, where it fits those depths, at the large one."""
+    """Count every plan that is not counted yet, at the study's size and, if it is a method and scales, at the large one."""
     from .cost import backbone_config, count
     from .methods import make_plan
 
@@ -150,10 +150,10 @@ def write_costs(plans: dict, config, path: Path, say) -> None:
         if arm in known and known[arm]["plan"] == plan.to_dict():
             continue
         known[arm] = {"plan": plan.to_dict(), "here": count(config.vision_config, config.text_config, plan).to_dict()}
-        try:
-            known[arm]["large"] = count(*large, make_plan(spec, *large_depths)).to_dict()
-        except ValueError:  # a plan in full, made for these depths only
+        if isinstance(spec, dict) and "method" not in spec:  # a plan in full means these depths, and another plan at others
             known[arm]["large"] = None
+        else:
+            known[arm]["large"] = count(*large, make_plan(spec, *large_depths)).to_dict()
         path.write_text(json.dumps(known, indent=1))
 
 
