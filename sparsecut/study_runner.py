@@ -150,10 +150,11 @@ def write_costs(plans: dict, config, path: Path, say) -> None:
         if arm in known and known[arm]["plan"] == plan.to_dict():
             continue
         known[arm] = {"plan": plan.to_dict(), "here": count(config.vision_config, config.text_config, plan).to_dict()}
-        if isinstance(spec, dict) and "method" not in spec:  # a plan in full means these depths, and another plan at others
+        scales = isinstance(spec, str) or "method" in spec  # a plan in full means these depths, and another plan at others
+        try:
+            known[arm]["large"] = count(*large, make_plan(spec, *large_depths)).to_dict() if scales else None
+        except ValueError:  # a method of fixed layers, such as official_13b
             known[arm]["large"] = None
-        else:
-            known[arm]["large"] = count(*large, make_plan(spec, *large_depths)).to_dict()
         path.write_text(json.dumps(known, indent=1))
 
 
