@@ -16,7 +16,10 @@ ARMS = {  # of demo.yaml: title and meaning
     "llava": ("plain (LLaVA)", "one coarse view, the last block but one, into the input"),
     "hires_channels": ("hi-res at the input", "control: plain fusion's block, with four fine views, into the input"),
     "sparsecut_input": ("same taps at the input", "control: SparseCut's blocks and views, all into the input"),
-    "sparsecut": ("SparseCut", "shallow blocks with fine views, the deepest into the input, the others before decoder layers"),
+    "sparsecut": (
+        "SparseCut",
+        "shallow blocks with fine views, the deepest into the input, the others before decoder layers",
+    ),
 }
 
 

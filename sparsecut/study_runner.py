@@ -150,7 +150,9 @@ def write_costs(plans: dict, config, path: Path, say) -> None:
         if arm in known and known[arm]["plan"] == plan.to_dict():
             continue
         known[arm] = {"plan": plan.to_dict(), "here": count(config.vision_config, config.text_config, plan).to_dict()}
-        scales = isinstance(spec, str) or "method" in spec  # a plan in full means these depths, and another plan at others
+        scales = (
+            isinstance(spec, str) or "method" in spec
+        )  # a plan in full means these depths, and another plan at others
         try:
             known[arm]["large"] = count(*large, make_plan(spec, *large_depths)).to_dict() if scales else None
         except ValueError:  # a method of fixed layers, such as official_13b
