@@ -18,7 +18,7 @@ install: .venv/installed  ## Put the project and all it needs into .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: install  ## Train and compare plain fusion, two controls and SparseCut on the picture world (6 minutes)
+demo: install  ## Train and compare plain fusion, two controls and SparseCut on the picture world (4 minutes)
 	$(BIN)/sparsecut demo --out runs/demo
 
 test: install  ## Run the tests (offline, under five minutes on two cores)
