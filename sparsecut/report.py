@@ -15,7 +15,7 @@ body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1060px;margin:2rem 
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.2rem;margin-top:2rem;border-bottom:1px solid #ccc}
 table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child{text-align:left;white-space:nowrap}.note{color:#555;font-size:.92rem;max-width:46rem}
-.row{display:flex;flex-wrap:wrap;gap:1.2rem}figure{margin:0}figcaption{font-size:.9rem;color:#444}
+.row{display:flex;flex-wrap:wrap;gap:1.2rem}figure{margin:0;max-width:270px}figcaption{font-size:.9rem;color:#444}
 .legend{margin:.2rem 0 0 2.6rem;font-size:.9rem}.key{margin-right:1.2rem;white-space:nowrap}.key svg{vertical-align:-1px;margin-right:.3rem}
 .sample{width:235px;font-size:.86rem;border:1px solid #ddd;padding:.6rem}.sample img{width:144px;image-rendering:pixelated;display:block}
 .right{color:#1d6b2e}.wrong{color:#a12b1c}svg{max-width:100%;height:auto}
