@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --out runs/gpu/bench                  # writes bench.json and bench.md; at most nine minutes
     python benchmarks/gpu.py --plans llava sparsecut --skip-training --compile
-    python benchmarks/gpu.py --tiny --device cpu --out /tmp/bench  # that it runs; its figures mean nothing
+    python benchmarks/gpu.py --tiny --device cpu --out runs/bench  # that it runs; its figures mean nothing
 
 One process, both backbones shared by all plans and made on the device in bfloat16; the plans take turns, every round begins
 with another, and ratios are to the first plan in the same round. Time that is left is shared out over the sections still to
