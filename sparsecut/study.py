@@ -73,9 +73,8 @@ class Study:
     note: str = ""
 
     def __post_init__(self):
-        object.__setattr__(
-            self, "recipe", copy.deepcopy(self.recipe)
-        )  # frozen data shares nothing with what it was made of
+        # Frozen data shares nothing with what it was made of.
+        object.__setattr__(self, "recipe", copy.deepcopy(self.recipe))
         object.__setattr__(self, "seeds", tuple(self.seeds) if isinstance(self.seeds, list | tuple) else (self.seeds,))
         if isinstance(self.pictures, dict):
             object.__setattr__(self, "pictures", _build(WorldPictures, self.pictures))

@@ -168,12 +168,9 @@ def test_fine_views_stop_at_the_deepest_tap_read_from_them_and_give_the_same_sta
         torch.testing.assert_close(x, whole[tap].unflatten(0, (-1, 5))[:, : x.shape[1]], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith("official")])  # those need deep models
 @torch.no_grad()
 def test_states_given_instead_of_pixels_change_nothing(method):
-    depths = {"official_13b": (24, 40), "official_7b_as_run": (24, 32)}.get(method)
-    if depths:
-        pytest.skip("a sparse plan of these depths is the same code")
     model = checks.join(plan=method)
     inputs = checks.batch(model)
     pixels = inputs.pop("pixel_values")
