@@ -15,6 +15,7 @@ _HOMES = {
     "METHODS": "methods",
     "make_plan": "methods",
     "build": "building",
+    "upgrade": "upgrading",
     "load": "building",
     "train": "training",
     "evaluate": "evaluation",
@@ -23,6 +24,8 @@ _HOMES = {
     "SparseCutConfig": "configuration",
     "SparseCutProcessor": "processing",
     "SparseCutForConditionalGeneration": "modeling",
+    "SparseCutUpgrade": "upgraded",
+    "SparseCutUpgradeConfig": "configuration_upgraded",
 }
 __all__ = sorted(_HOMES)
 

@@ -8,14 +8,26 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.dynamic_module_utils import custom_object_save
 
 from .configuration import SparseCutConfig
+from .configuration_upgraded import SparseCutUpgradeConfig
 from .graft import check_language_model
 from .modeling import SparseCutForConditionalGeneration
 from .plan import Plan
 from .processing import SparseCutProcessor
+from .upgraded import FACTS
+from .upgrading import load_fusion
 
 WORLD = "world"  # names the built-in picture world's small backbones
 # Arguments that say how to reach the hub, and so go to configurations, tokenizers and image processors too.
@@ -94,20 +106,36 @@ def build(
     return model.eval(), processor
 
 
-def load(folder: str | Path, **from_pretrained) -> tuple[SparseCutForConditionalGeneration, SparseCutProcessor]:
-    """A saved model and its processor, in evaluation mode; a folder or a hub name."""
+def load(folder: str | Path, base=None, *, processor=None, **from_pretrained) -> tuple[PreTrainedModel, object]:
+    """A saved model and its processor, in evaluation mode; a folder or a hub name.
+
+    A folder of saved shortcuts (`save_fusion`) is loaded onto the base it names, or onto the one given with its processor; see
+    `upgrading.load_fusion`. Raises ValueError for what is no saved model, and for shortcuts of another base.
+    """
+    if (Path(folder) / FACTS).is_file():
+        return load_fusion(folder, base, processor=processor, **from_pretrained)
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
         raise ValueError(
             f"{folder} holds no config.json, so it is not a saved model; give the folder that training or save_pretrained wrote, "
             f"for example {folder}/final"
         )
+    if base is not None or processor is not None:
+        raise ValueError(
+            f"{folder} is a whole model, which brings its own base and processor; leave base and processor out"
+        )
     try:
-        model = SparseCutForConditionalGeneration.from_pretrained(folder, **from_pretrained)
+        config = AutoConfig.from_pretrained(folder)
+        if not isinstance(config, SparseCutConfig | SparseCutUpgradeConfig):
+            raise ValueError(
+                f"{folder} holds a model of type {config.model_type}, which is not SparseCut's; give a vision-language model to "
+                "sparsecut.upgrade, or an encoder and a language model to sparsecut.build"
+            )
+        model = AutoModelForImageTextToText.from_pretrained(folder, **from_pretrained)
     except OSError as error:
         raise ValueError(
             f"there is no saved model {folder}: it is no folder here, or not a whole one, and Hugging Face says: {error}"
         ) from error
-    return model.eval(), SparseCutProcessor.from_pretrained(folder)
+    return model.eval(), AutoProcessor.from_pretrained(folder)
 
 
 def save(

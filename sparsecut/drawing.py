@@ -39,6 +39,7 @@ MIXERS = {
     "append": "coarse patches, then other taps pooled, a longer prompt",
     "attend": "coarse patches attend to all taps and grains",
     "enrich": "coarse patches and what attention adds, from zero",
+    "base": "what the upgraded model feeds to its input itself",
 }
 GATES = {
     None: "no gates",
@@ -96,7 +97,7 @@ def draw(
     used = {tap for s in shortcuts for tap in s.taps}, {s.layer for s in shortcuts}
     straight = straight_pairs(shortcuts)
     rows = align(fold(used[0], vision_depth + 1), fold(used[1], language_depth), straight, used)
-    wires, labels = connect(rows, shortcuts, straight), arrivals(shortcuts)
+    wires, labels = connect(rows, [s for s in shortcuts if s.taps], straight), arrivals(shortcuts)
     room = max(map(len, labels.values())) + 8
     space, beam = " " * (wires.width + room + 1), LINE * BOX
     lines = [*([title] if title else []), summary(plan), ""]

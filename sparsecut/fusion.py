@@ -87,23 +87,26 @@ def _like(summary: Tensor, num: int) -> Tensor:
 class Fusion(nn.Module):
     """All shortcuts of a plan: `{tap: views} -> {layer: features}`, with one batched call for those that share weights.
 
-    plan: a plan checked against both depths; vision_depth turns negative taps into absolute ones; rows: patch rows of a view.
+    plan: a plan checked against both depths; vision_depth turns negative taps into absolute ones; rows: patch rows of a view;
+    num_under: patches under one image token, side by side where they are several (models that merge patches).
     Parameters: one `Path` per shortcut, or per kind where the plan is shared, `corrections` and `gates` (of every shortcut but
     the first into the input), and `context` gates. Constant gates are a buffer, so that a stage that trains fusion cannot move them.
     """
 
-    def __init__(self, plan: Plan, *, vision_depth: int, vision_dim: int, language_dim: int, rows: int):
+    def __init__(
+        self, plan: Plan, *, vision_depth: int, vision_dim: int, language_dim: int, rows: int, num_under: int = 1
+    ):
         super().__init__()
         self.plan, self.rows, self.vision_dim = plan, rows, vision_dim
         taps = [tuple(t if isinstance(t, tuple) else (t,) for t in s.taps) for s in plan.shortcuts]
         self.taps = [tuple(tuple(t % (vision_depth + 1) for t in tap) for tap in of_one) for of_one in taps]
-        kinds = [(s.mix, len(s.taps)) if plan.shared else i for i, s in enumerate(plan.shortcuts)]
-        self.groups = [[i for i, kind in enumerate(kinds) if kind == group] for group in dict.fromkeys(kinds)]
+        kinds = {i: (s.mix, len(s.taps)) if plan.shared else i for i, s in enumerate(plan.shortcuts) if s.mix != "base"}
+        self.groups = [[i for i in kinds if kinds[i] == group] for group in dict.fromkeys(kinds.values())]
         self.main = next(i for i, s in enumerate(plan.shortcuts) if s.layer == 0)
         self.gated = [i for i in range(len(plan.shortcuts)) if i != self.main]
         self.paths = nn.ModuleList()
         for first, *_ in self.groups:
-            mixer = MIXERS[plan.shortcuts[first].mix](plan.shortcuts[first], plan, vision_dim, rows)
+            mixer = MIXERS[plan.shortcuts[first].mix](plan.shortcuts[first], plan, num_under * vision_dim, rows)
             narrow = plan.rank is not None and not plan.shared and first != self.main
             self.paths.append(Path(mixer, plan.rank if narrow else language_dim, language_dim))
         widths = {i: p.mixer.out_dim for p, members in zip(self.paths, self.groups, strict=True) for i in members}
@@ -140,7 +143,13 @@ class Fusion(nn.Module):
 
         Returns layer -> [B, N', H], shortcuts of one layer summed; under context gates side by side, [B, N', S * H].
         """
-        grains = {tap: self._prepare(x) for tap, x in features.items()}
+        normed = {tap: self.normed(x) for tap, x in features.items()}
+        return self.fuse(
+            {tap: grid(x, self.plan.tiles if x.shape[1] > 1 else 0, self.rows) for tap, x in normed.items()}
+        )
+
+    def fuse(self, grains: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """The same from grains that lie in their places already: tap -> [B, G, N, D], G being 1 for the coarse view alone."""
         found: dict[int, Tensor] = {}
         for path, members in zip(self.paths, self.groups, strict=True):
             mixed = path.mixer(torch.cat([self._of_shortcut(grains, i) for i in members]))
@@ -164,11 +173,10 @@ class Fusion(nn.Module):
         means = [grains[t[0]] if len(t) == 1 else torch.stack([grains[u] for u in t]).mean(0) for t in self.taps[i]]
         return torch.stack([x[:, one] for x in means], dim=1)
 
-    def _prepare(self, views: Tensor) -> Tensor:
-        views = views.to(self.paths[0].linear_1.weight.dtype)
-        if self.plan.norm:
-            views = F.layer_norm(views, (self.vision_dim,))
-        return grid(views, self.plan.tiles if views.shape[1] > 1 else 0, self.rows)
+    def normed(self, states: Tensor) -> Tensor:
+        """Encoder states [..., D] in the fusion's own number format, normalised where the plan says so."""
+        states = states.to(self.paths[0].linear_1.weight.dtype)
+        return F.layer_norm(states, (self.vision_dim,)) if self.plan.norm else states
 
     def initial_values(self) -> Iterator[tuple[Tensor, float | tuple[float, float]]]:
         """Every parameter with its start: a constant, or bounds of a uniform distribution.

@@ -8,6 +8,7 @@ the inner structure of transformers stands in this file.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,11 +25,12 @@ class Reading:
     wanted: frozenset[int]
     taps: dict[int, Tensor] = field(default_factory=dict)
     as_tuple: bool = False  # what this encoder's blocks return, for the blocks that are skipped
+    whole: bool = False  # all blocks run, because somebody else reads the encoder's output
 
     @property
-    def num_blocks(self) -> int:
+    def num_blocks(self) -> float:
         """Blocks that run: as far as the deepest tap, and at least one, which shows what blocks return here."""
-        return max(1, *self.wanted)
+        return math.inf if self.whole else max(1, *self.wanted)
 
 
 @dataclass
@@ -107,6 +109,12 @@ def connect_decoder(language_model: nn.Module, depth: int) -> None:
         layer.register_forward_pre_hook(partial(_add_features, number), with_kwargs=True)
 
 
+def disconnect(module: nn.Module) -> None:
+    """Take every hook of ours off an encoder or a language model, which then is as it was before."""
+    for layer in module.modules():
+        _disconnect(layer)
+
+
 def _disconnect(layer: nn.Module) -> None:
     ours = (_read_embeddings, _read_block, _add_features)
     for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
@@ -114,7 +122,11 @@ def _disconnect(layer: nn.Module) -> None:
             del hooks[key]
             layer._forward_pre_hooks_with_kwargs.pop(key, None)
     if getattr(layer.forward, "func", None) is _skip_while_reading:
-        layer.forward = layer.forward.args[1]
+        forward = layer.forward.args[1]
+        if getattr(forward, "__func__", None) is type(layer).forward:
+            del layer.forward  # the class's own again, and nothing left on the layer
+        else:
+            layer.forward = forward
 
 
 def read_taps(encoder: nn.Module, pixels: Tensor, num_patches: int, wanted: Iterable[int]) -> dict[int, Tensor]:
@@ -139,14 +151,32 @@ def read_taps(encoder: nn.Module, pixels: Tensor, num_patches: int, wanted: Iter
     return {tap: states[:, -num_patches:] for tap, states in reading.taps.items()}
 
 
-def inject(run: Callable, mask: Tensor, features: Mapping[int, Tensor], gates: Mapping[int, Callable] | None = None):
+def watch_taps(run: Callable, wanted: Iterable[int]) -> tuple[object, dict[int, Tensor]]:
+    """Call `run()`, which passes once through a connected encoder, and return its result and tap -> states as blocks give them."""
+    reading = Reading(frozenset(wanted), whole=True)
+    token = _reading.set(reading)
+    try:
+        return run(), reading.taps
+    finally:
+        _reading.reset(token)
+
+
+def inject(
+    run: Callable,
+    mask: Tensor,
+    features: Mapping[int, Tensor],
+    gates: Mapping[int, Callable] | None = None,
+    *,
+    later: bool = False,
+):
     """Call `run()` while `features` (layer -> [tokens, H]) are added at the true positions of `mask` [batch, length].
 
-    gates: for some layers, what makes the addition from the hidden states at those positions and the features. Every layer
-    must receive its features exactly once, else RuntimeError: a silent miss is the one thing this must not do.
+    gates: for some layers, what makes the addition from the hidden states at those positions and the features. later: `run`
+    itself puts features in, before its decoder. Every layer must receive its features exactly once, else RuntimeError: a
+    silent miss is the one thing this must not do.
     """
     injection = Injection(mask, features, gates or {})
-    if features:
+    if features or later:
         injection.rows = (mask.flatten().cumsum(0) - 1).clamp(min=0)
     token = _injection.set(injection)
     try:

@@ -9,10 +9,15 @@ the input embedding itself, whose image positions start at zero.
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
-MIXES = ("pick", "channels", "tokens", "append", "attend", "enrich")
+MIXES = ("pick", "channels", "tokens", "append", "attend", "enrich", "base")
 GATES = (None, "zero", "one", "zero_vector", "one_vector", "context", "zero_projector")
+STARTS_AT_NOTHING = (
+    "zero",
+    "zero_vector",
+    "zero_projector",
+)  # gates under which a new model is the one without shortcuts
 POOLED = 8  # neighbours along the raster that `append` makes one token of, as Dense Connector's STI does
 Tap = int | tuple[int, ...]
 
@@ -25,7 +30,9 @@ class Shortcut:
     taps and grains of a patch side by side), `tokens` (grains one after the other: a longer prompt), `append` (coarse patches
     of the last tap, then the other taps pooled: a longer prompt too), `attend` (coarse patches of the last tap attend to
     everything else, then a feed-forward) and `enrich` (the same as a gated residual that starts as the coarse patches).
-    `grain` is read by `pick` only: 0 is the coarse patch, 1 to tiles^2 the fine patches under it, row by row.
+    `base` has no taps and no weights here: it is what a finished vision-language model, upgraded by the plan's other
+    shortcuts, feeds to its input by itself. `grain` is read by `pick` only: 0 is the coarse patch, 1 to tiles^2 the fine
+    patches under it, row by row.
     """
 
     taps: tuple[Tap, ...]
@@ -38,10 +45,15 @@ class Shortcut:
         taps = tuple(tuple(tap) if isinstance(tap, list) else tap for tap in taps)
         object.__setattr__(self, "taps", taps)
         numbers = (*self.flat_taps, self.layer, self.grain)
-        if not taps or () in taps or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
+        if (
+            bool(taps) == (self.mix == "base")
+            or () in taps
+            or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers)
+        ):
             raise ValueError(
                 f"a shortcut needs whole numbers for taps (at least one), layer and grain, but was given taps={self.taps!r}, "
-                f"layer={self.layer!r}, grain={self.grain!r}; write for example Shortcut(taps=(-2,), layer=0)"
+                f"layer={self.layer!r}, grain={self.grain!r}; write for example Shortcut(taps=(-2,), layer=0), and taps=() with "
+                "mix='base' only"
             )
         if self.mix not in MIXES:
             raise ValueError(f"mix {self.mix!r} is not known{nearest(self.mix, MIXES)}; allowed are {', '.join(MIXES)}")
@@ -58,7 +70,7 @@ class Shortcut:
     @property
     def is_coarse(self) -> bool:
         """Whether the coarse view is all it reads."""
-        return self.mix == "append" or (self.mix == "pick" and self.grain == 0)
+        return self.mix in ("append", "base") or (self.mix == "pick" and self.grain == 0)
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,10 @@ class Plan:
                 "no shortcut of the plan adds to layer 0, so image positions would enter the language model as zeros; "
                 "add one, e.g. Shortcut(taps=(-2,), layer=0)"
             )
+        if any(s.layer for s in self.shortcuts if s.mix == "base") or self.num_base > 1:
+            raise ValueError(
+                "mix='base' stands for a model's own input, so it is used once, with layer=0; correct the plan"
+            )
         for i, s in enumerate(self.shortcuts):
             if not 0 <= s.grain < self.num_grains:
                 raise ValueError(
@@ -135,6 +151,11 @@ class Plan:
         if shortcut.mix == "append":
             return num_patches + (len(shortcut.taps) - 1) * -(-num_patches // POOLED)
         return num_patches * (self.num_grains if shortcut.mix == "tokens" else 1)
+
+    @property
+    def num_base(self) -> int:
+        """1 in the plan of a model that was upgraded, whose input is its own, else 0."""
+        return sum(s.mix == "base" for s in self.shortcuts)
 
     @property
     def num_grains(self) -> int:
@@ -182,6 +203,31 @@ class Plan:
                     f"e.g. sparsecut({vision_depth}, {language_depth})"
                 )
         return self
+
+    def upgrading(self, *, fine: bool) -> Plan:
+        """The plan for a model that feeds its input by itself: without weights there, and without effect until trained.
+
+        The first shortcut into the input becomes the model's own. Where there is no gate, the others' projectors start at zero,
+        or their gates where the projector is shared. fine: whether finer views can be had; without them, fine grains are left out.
+        """
+        main = next(i for i, s in enumerate(self.shortcuts) if s.layer == 0)
+        own = Shortcut((), 0, "base")
+        shortcuts = (own, *(s for i, s in enumerate(self.shortcuts) if i != main))
+        tiles = self.tiles if fine and any(not s.is_coarse for s in shortcuts) else 0
+        gate = self.gate or ("zero" if self.shared else "zero_projector")
+        if not shortcuts[1:] or gate not in STARTS_AT_NOTHING or {s.mix for s in shortcuts} & {"tokens", "append"}:
+            raise ValueError(
+                f"a finished model can only be upgraded by shortcuts beside its own input that start without effect and leave the prompt "
+                f"as it is, but the plan has {len(shortcuts) - 1} of them, gate={self.gate!r} and the mixers "
+                f"{', '.join(dict.fromkeys(s.mix for s in self.shortcuts))}; use for example 'sparsecut', with a gate of "
+                f"{', '.join(STARTS_AT_NOTHING)} and neither 'tokens' nor 'append'"
+            )
+        if not tiles and any(s.grain or (s.mix in ("attend", "enrich") and len(s.taps) == 1) for s in shortcuts):
+            raise ValueError(
+                "the plan reads finer views, but this model brings its own resolutions and takes no further views; use a plan without a "
+                "grain and with several taps for 'attend' and 'enrich', or mix='channels'"
+            )
+        return replace(self, shortcuts=shortcuts, tiles=tiles, gate=gate)
 
     def to_dict(self) -> dict:
         """Plain lists, numbers and strings: what JSON and YAML hold."""

@@ -26,14 +26,33 @@ def register_configuration() -> None:
         CONFIG_MAPPING.register("sparsecut", configuration.SparseCutConfig, exist_ok=True)
 
 
+def register_upgraded_configuration() -> None:
+    """Teach AutoConfig the model type of upgraded models."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from . import configuration_upgraded
+
+    if hasattr(configuration_upgraded, "SparseCutUpgradeConfig"):
+        CONFIG_MAPPING.register("sparsecut_upgrade", configuration_upgraded.SparseCutUpgradeConfig, exist_ok=True)
+
+
+def register_configurations() -> None:
+    """Teach AutoConfig both our model types."""
+    register_configuration()
+    register_upgraded_configuration()
+
+
 def register_processor() -> None:
-    """Teach AutoProcessor our processor."""
+    """Teach AutoProcessor our processors."""
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     from .configuration import SparseCutConfig
+    from .configuration_upgraded import SparseCutUpgradeConfig
+    from .fine_views import SparseCutUpgradeProcessor
     from .processing import SparseCutProcessor
 
     PROCESSOR_MAPPING.register(SparseCutConfig, SparseCutProcessor, exist_ok=True)
+    PROCESSOR_MAPPING.register(SparseCutUpgradeConfig, SparseCutUpgradeProcessor, exist_ok=True)
 
 
 def register_model() -> None:
@@ -47,10 +66,21 @@ def register_model() -> None:
         mapping.register(SparseCutConfig, SparseCutForConditionalGeneration, exist_ok=True)
 
 
+def register_upgraded() -> None:
+    """Teach the Auto model classes the upgraded models."""
+    from transformers.models.auto import modeling_auto
+
+    from .configuration_upgraded import SparseCutUpgradeConfig
+    from .upgraded import SparseCutUpgrade
+
+    for mapping in (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING):
+        mapping.register(SparseCutUpgradeConfig, SparseCutUpgrade, exist_ok=True)
+
+
 class _Waiter(importlib.abc.MetaPathFinder):
     """Runs a registration right after its module has been imported."""
 
-    waiting = {CONFIGURATIONS: register_configuration, PROCESSORS: register_processor}
+    waiting = {CONFIGURATIONS: register_configurations, PROCESSORS: register_processor}
 
     def find_spec(self, name, path=None, target=None):
         if name not in self.waiting:

@@ -1,0 +1,166 @@
+"""A finished vision-language model with shortcuts on top: the base's own object, untouched, and the fusion beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+
+from . import __version__
+from .configuration_upgraded import SparseCutUpgradeConfig
+from .families import family_of
+from .fusion import Fusion
+from .overlay import Overlay, connect, depth_of, disconnect_all, riding, width_of
+from .plan import Plan
+
+WEIGHTS, FACTS = "fusion.safetensors", "fusion.json"
+
+
+class SparseCutUpgrade(PreTrainedModel, GenerationMixin):
+    r"""
+    A finished vision-language model (`base`) whose decoder receives sparse shortcuts beside its own input (arXiv 2602.00505).
+
+    It takes the inputs of its base, and `fine_pixel_values` where the plan reads finer views; forward, generate, cache and
+    prompt format are the base's own. Until the fusion is trained it answers as the base does, bit for bit. The base itself
+    goes without shortcuts when it is called directly.
+    """
+
+    config: SparseCutUpgradeConfig
+    config_class = SparseCutUpgradeConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement: ClassVar[list] = ["past_key_values"]
+
+    def __init__(self, config: SparseCutUpgradeConfig, base: PreTrainedModel | None = None):
+        super().__init__(config)
+        self.plan: Plan = config.get_plan()
+        self.base = base if base is not None else AutoModelForImageTextToText.from_config(config.base_config)
+        self.family = family_of(self.base)
+        parts = self.family.parts(self.base)
+        self.fusion = Fusion(
+            self.plan,
+            vision_depth=depth_of(parts.vision),
+            vision_dim=width_of(parts.vision),
+            language_dim=parts.language.config.get_text_config().hidden_size,
+            rows=patch_rows(parts.vision.config) if self.plan.tiles else 1,
+            num_under=self.family.patches_under(self.base),
+        )
+        self._no_split_modules = [*(self.base._no_split_modules or ()), "Path"]
+        connect(parts)
+        self.post_init()
+
+    @property
+    def generation_config(self):
+        """The base's own generation settings."""
+        return self.base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value):
+        if "base" in self._modules:  # while the base is not there yet, its own are to come
+            self.base.generation_config = value
+
+    def get_input_embeddings(self):
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings):
+        self.base.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self):
+        return self.base.get_decoder()
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by the names a recipe trains: vision, projector, fusion, language (its head included) and head alone."""
+        of = self.family.parts(self.base)
+        head = self.get_output_embeddings()
+        head = list(head.parameters()) if head is not None else []
+        vision, language = list(of.vision.parameters()), list(of.language.parameters())
+        language += [p for p in head if not any(p is q for q in language)]
+        known = {id(p) for p in (*vision, *language)}
+        return {
+            "vision": vision,
+            "projector": [p for p in self.base.parameters() if id(p) not in known],
+            "fusion": list(self.fusion.parameters()),
+            "language": language,
+            "head": head,
+        }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, Fusion):
+            for values, start in module.initial_values():
+                init.uniform_(values, *start) if isinstance(start, tuple) else init.constant_(values, start)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    def riding(self, fine_pixel_values: torch.Tensor | None = None):
+        """A block inside which the base's own calls have the shortcuts, in this thread; yields what is known of the call."""
+        return riding(Overlay(self.family, self.family.parts(self.base), self.fusion, fine_pixel_values))
+
+    def forward(self, *args, fine_pixel_values: torch.Tensor | None = None, **kwargs):
+        """The base's own forward with the shortcuts' features added; arguments and result are the base's.
+
+        fine_pixel_values [pictures, tiles^2, 3, S, S]: finer views of the pictures, from the processor, where the plan reads them.
+        Raises ValueError where these are missing, RuntimeError where a shortcut did not fire exactly once.
+        """
+        with self.riding(fine_pixel_values) as overlay:
+            output = self.base(*args, **kwargs)
+        loss = output.get("loss") if isinstance(output, dict) else None
+        if loss is not None and self.training and not overlay.used:
+            # A text-only batch leaves fusion unused on this rank, but DDP needs a gradient from every rank.
+            output["loss"] = loss + 0.0 * sum(p.sum() for p in self.fusion.parameters() if p.requires_grad)
+        return output
+
+    def get_image_features(self, *args, fine_pixel_values: torch.Tensor | None = None, **kwargs):
+        """The base's own image features with the shortcuts' beside them in pooler_output, for `mm_encoder_outputs`."""
+        with self.riding(fine_pixel_values):
+            return self.base.get_image_features(*args, **kwargs)
+
+    def generate(self, *args, fine_pixel_values: torch.Tensor | None = None, **kwargs):
+        """The base's own `generate`, in every mode it has, with the shortcuts' features added to the prompt."""
+        with self.riding(fine_pixel_values):
+            return self.base.generate(*args, **kwargs)
+
+    def save_fusion(self, folder: str | Path) -> None:
+        """Write the shortcuts alone: fusion.safetensors (weights) and fusion.json (the plan, the base's name and its digest)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.contiguous() for name, value in self.fusion.state_dict().items()}, folder / WEIGHTS)
+        facts = {
+            "base": self.config.base_name,
+            "base_type": self.config.base_config.model_type,
+            "base_digest": self.config.base_digest,
+            "plan": self.plan.to_dict(),
+            "version": __version__,
+        }
+        (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+
+    def detach(self) -> PreTrainedModel:
+        """The base as it was given, with nothing of ours left on it; this model is of no use afterwards."""
+        disconnect_all(self.family.parts(self.base))
+        return self.base
+
+
+def patch_rows(vision_config) -> int:
+    """Rows of patches in one view of a fixed-size encoder."""
+    size, patch = vision_config.image_size, vision_config.patch_size
+    size, patch = (side if isinstance(side, int) else side[0] for side in (size, patch))
+    return size // patch

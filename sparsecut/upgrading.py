@@ -1,0 +1,144 @@
+"""Upgrading a finished vision-language model in place, and keeping its shortcuts apart from it.
+
+A folder of saved shortcuts (`SparseCutUpgrade.save_fusion`) names its base, which stays where it is, whatever its size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from .configuration_upgraded import SparseCutUpgradeConfig
+from .families import family_of
+from .fine_views import with_fine_views
+from .methods import make_plan
+from .overlay import depth_of
+from .plan import Plan
+from .upgraded import FACTS, WEIGHTS, SparseCutUpgrade
+
+SAMPLED = 64  # values of each tensor that the digest reads
+NARROW = 16  # by default a shortcut's projector is this many times narrower inside than the language model
+
+
+def upgrade(
+    base: str | Path | PreTrainedModel,
+    plan: str | dict | Plan | None = None,
+    *,
+    processor=None,
+    dtype: torch.dtype | str = "auto",
+    **from_pretrained,
+) -> tuple[SparseCutUpgrade, object]:
+    """Give a finished vision-language model shortcuts; it answers exactly as before until they are trained.
+
+    base: hub name, folder, or a loaded model (then with its processor; without one, None is returned for it). plan: a method's
+    name, {"method": ..., options} or a plan; by default `sparsecut` with projectors a sixteenth of the language model wide inside. Its
+    first shortcut into the input stands for the base's own. Further arguments go to `from_pretrained`. Nothing of the base is copied
+    or changed. Returns (model, processor), in evaluation mode. Raises ValueError for families that are not known, whose
+    parts cannot be read, and for plans that do not fit.
+    """
+    if not isinstance(base, nn.Module):
+        processor = processor or _read(AutoProcessor, base, **from_pretrained)
+        base = _read(AutoModelForImageTextToText, base, dtype=dtype, **from_pretrained)
+    if isinstance(base, SparseCutUpgrade):
+        raise ValueError("this model is upgraded already; give its base (model.detach()) to choose other shortcuts")
+    base = getattr(base, "get_base_model", lambda: base)()  # a model inside PEFT's wrapper
+    family = family_of(base)
+    parts = family.parts(base)
+    depths = depth_of(parts.vision), base.config.get_text_config().num_hidden_layers
+    if plan is None:
+        plan = {"method": "sparsecut", "rank": max(16, base.config.get_text_config().hidden_size // NARROW)}
+    plan = make_plan(plan, *depths)
+    plan = plan if plan.num_base else plan.upgrading(fine=family.fine)
+    if plan.tiles and not family.fine:
+        raise ValueError(
+            f"the plan has tiles={plan.tiles}, but {base.config.model_type} brings its own resolutions and takes no further views; "
+            "set tiles to 0"
+        )
+    name = getattr(base.config, "_name_or_path", None) or None
+    for module in base.modules():
+        module._is_hf_initialized = True  # ready weights are not drawn anew
+    model = SparseCutUpgrade(SparseCutUpgradeConfig.of(base, plan, name, digest(base)), base=base)
+    _place(model)
+    if plan.tiles and processor is not None:
+        processor = with_fine_views(processor, plan.tiles)
+    return model.eval(), processor
+
+
+def load_fusion(
+    folder: str | Path,
+    base: str | Path | PreTrainedModel | None = None,
+    *,
+    processor=None,
+    check_base: bool = True,
+    **from_pretrained,
+) -> tuple[SparseCutUpgrade, object]:
+    """Saved shortcuts on their base: the one they name, or the one given (a quantised one, or one beside an adapter, too).
+
+    check_base: refuse a base whose digest is another than that of the base the shortcuts were trained on. Raises ValueError for that,
+    and for a folder or weights that do not fit. Returns (model, processor), in evaluation mode.
+    """
+    folder = Path(folder)
+    facts = json.loads((folder / FACTS).read_text())
+    if base is None and facts["base"] is None:
+        raise ValueError(f"the shortcuts in {folder} do not say where their base came from; give it as base=...")
+    plan, weights = Plan.from_dict(facts["plan"]), load_file(folder / WEIGHTS)
+    name = base if isinstance(base, str | Path) else facts["base"]
+    base = base if isinstance(base, nn.Module) else _read(AutoModelForImageTextToText, name, **from_pretrained)
+    inner = getattr(base, "get_base_model", lambda: base)()
+    if inner.config.model_type != facts["base_type"] or (check_base and digest(inner) != facts["base_digest"]):
+        given = getattr(inner.config, "_name_or_path", "") or "a model"
+        raise ValueError(
+            f"the shortcuts in {folder} were trained on {facts['base']} ({facts['base_type']}, digest {facts['base_digest']}), but "
+            f"the base given is {given} ({inner.config.model_type}, digest {digest(inner)}); give that base, or say check_base=False "
+            "if the two are the same model in another number format"
+        )
+    if processor is None:
+        processor = _read(AutoProcessor, name)
+    model, processor = upgrade(inner, plan, processor=processor)
+    problems = model.fusion.load_state_dict(weights, strict=False)
+    if problems.missing_keys or problems.unexpected_keys:
+        raise ValueError(
+            f"{folder / WEIGHTS} and the plan beside it do not belong together (missing {problems.missing_keys[:3]}, too many "
+            f"{problems.unexpected_keys[:3]}); save the shortcuts again with save_fusion"
+        )
+    return model, processor
+
+
+def digest(base: PreTrainedModel) -> str:
+    """Which model this is, in 16 letters: a hash of some values of its norms, biases and embeddings, as bfloat16.
+
+    These are the same in every number format a model is loaded in, quantised ones included, and beside adapters.
+    """
+    found = {id(base.get_input_embeddings().weight): ("embeddings", base.get_input_embeddings().weight)}
+    for name, value in base.named_parameters():
+        if value.dim() == 1 and value.is_floating_point() and "lora_" not in name:
+            found[id(value)] = (name.replace(".base_layer", ""), value)
+    total = hashlib.sha256(base.config.model_type.encode())
+    for name, value in sorted(found.values(), key=lambda item: item[0]):
+        flat = value.detach().flatten()
+        some = flat[torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat)), device=flat.device).long()]
+        total.update(name.encode() + some.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def _place(model: SparseCutUpgrade) -> None:
+    """The fusion in the number format of the base, where its first decoder layer is."""
+    weight = next(p for p in model.family.parts(model.base).language.parameters() if p.is_floating_point())
+    dtype = weight.dtype if weight.dtype.itemsize > 1 else torch.float32
+    model.fusion.to(device=weight.device if weight.device.type != "meta" else None, dtype=dtype)
+
+
+def _read(auto_class, name, **from_pretrained):
+    try:
+        return auto_class.from_pretrained(name, **from_pretrained)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the base {name} could not be read as a vision-language model; give a folder, a hub name or a loaded model. "
+            f"Hugging Face says: {error}"
+        ) from error
