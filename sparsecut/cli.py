@@ -294,4 +294,4 @@ def _print_scores(result: dict, out: Path | None) -> None:
         typer.echo(f"wrote {out}/result.json and {out}/predictions.jsonl")
 
 
-from . import cli_study  # noqa: E402, F401  its commands join the app, whose options they share
+from . import cli_study, cli_upgrade  # noqa: E402, F401  their commands join the app, whose options they share

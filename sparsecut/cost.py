@@ -223,7 +223,8 @@ def _attention_flops(query, key, value, *args, out_val=None, **kwargs) -> int:
 _attention_flops._get_raw = True  # torch's sign for a formula that is given tensors instead of their shapes
 
 
-def _counter() -> FlopCounterMode:
+def counter() -> FlopCounterMode:
+    """Counts the operations of what runs inside a `with` block."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return FlopCounterMode(display=False, custom_mapping={kernel: _attention_flops})
 
@@ -248,12 +249,12 @@ def _prompt_flops(model: nn.Module, ids: Tensor, pixels: Tensor, tokens: int) ->
     """FLOPs by part, and the bytes of the cache after the prompt."""
     pictures = pixels if len(pixels) else None
     with torch.no_grad(), _Values(tokens):
-        with _counter() as whole:
+        with counter() as whole:
             output = model(input_ids=ids, pixel_values=pictures, use_cache=True, logits_to_keep=1)
         held = _cache_bytes(output.past_key_values)
-        with _counter() as step:
+        with counter() as step:
             model(input_ids=ids[:, :1], past_key_values=output.past_key_values, use_cache=True, continued=True)
-        with _counter() as coarse:
+        with counter() as coarse:
             if len(pixels):
                 taps = model.plan.resolved_taps(model.config.vision_depth)
                 read_taps(model.vision_tower, pixels[:, 0], model.config.patch_rows**2, taps)

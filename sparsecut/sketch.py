@@ -49,7 +49,8 @@ def read_plan(what: str, options: list[str]) -> str | dict:
 def describe(model) -> str:
     """A built model: its plan drawn, image tokens and parameters."""
     config = model.config
-    drawing = draw(model.plan, config.vision_depth, config.language_depth, num_patches=config.patch_rows**2)
+    rows = getattr(config, "patch_rows", None)  # a base that was upgraded has a geometry of its own
+    drawing = draw(model.plan, config.vision_depth, config.language_depth, num_patches=rows and rows**2)
     counts = {part: sum(p.numel() for p in values) for part, values in model.parts().items() if part != "head"}
     return "\n".join([drawing, *(f"  {part:13} {count:,} parameters" for part, count in counts.items())])
 

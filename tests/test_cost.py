@@ -99,7 +99,7 @@ def test_parts_add_up_to_a_whole_real_forward(plan):
     model = SparseCutForConditionalGeneration(config).eval()
     ids = torch.tensor([[config.image_token_id] * c.num_image_tokens + [1] * 5])
     pixels = torch.randn(2, model.plan.num_views, 3, 16, 16)
-    with torch.no_grad(), cost._counter() as whole:
+    with torch.no_grad(), cost.counter() as whole:
         images = model.get_image_features(pixels)
         encoding = whole.get_total_flops()
         output = model(input_ids=ids, mm_encoder_outputs={"image": images}, logits_to_keep=1)
@@ -130,7 +130,7 @@ def test_what_training_keeps_is_what_a_padded_batch_keeps(plan):
 def test_attention_of_every_kernel_counts_the_same():
     """The formula for the kernel that torch's counter does not know agrees with plain matrix products."""
     query, key = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 10, 8)
-    with cost._counter() as ours:
+    with cost.counter() as ours:
         torch.nn.functional.scaled_dot_product_attention(query, key, key)
     with FlopCounterMode(display=False) as plain:
         (query @ key.transpose(-1, -2)).softmax(-1) @ key

@@ -22,7 +22,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
     {"modeling", "upgraded", "processing", "fine_views", "prompting"},
     {"upgrading"},
     {"building", "official", "data", "labels", "records", "pictures", "states"},
-    {"convert", "training", "stage_trainer", "progress", "evaluation", "chat", "sketch", "cost", "timing"},
+    {"convert", "training", "stage_trainer", "progress", "evaluation", "chat", "sketch", "cost", "timing", "upgrade_cost"},
     {
         "study_runner",
         "search",
@@ -36,7 +36,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
         "study_tables",
         "study_page",
     },
-    {"cli", "cli_study"},
+    {"cli", "cli_study", "cli_upgrade"},
 ]
 FAMILIES = [
     {"data", "labels", "records", "pictures", "states"},
@@ -56,8 +56,8 @@ FAMILIES = [
     {"explain", "explain_page"},
     {"charts", "plots"},
     {"report", "study_report", "study_figures", "study_tables", "study_page"},
-    {"cost", "timing"},
-    {"cli", "cli_study"},
+    {"cost", "timing", "upgrade_cost"},
+    {"cli", "cli_study", "cli_upgrade"},
 ]
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "__main__"))
 PRIVATE_TO_GRAFT = ("output_capturing", "modeling_layers", "masking_utils")
