@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from . import __version__
+from .identity import fingerprint
 from .plan import nearest
 from .prompting import check_length, decode, greedy, inputs_of, render
 from .recipe import Recipe, expand_path
@@ -177,15 +178,6 @@ def settings_of(model, processor, max_new_tokens: int, metric: str) -> dict:
         "views": {name: getattr(processor, name) for name in ("image_size", "tiles", "coarse", "num_image_tokens")},
         "weights": fingerprint(model),
     }
-
-
-def fingerprint(model) -> str:
-    """A short name of a model's weights: a hash over up to 256 values of each, spread evenly."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().flatten()[:: max(1, tensor.numel() // 256)].float().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + values.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def versions() -> dict[str, str]:

@@ -5,7 +5,6 @@ A folder of saved shortcuts (`SparseCutUpgrade.save_fusion`) names its base, whi
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -17,12 +16,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from .configuration_upgraded import SparseCutUpgradeConfig
 from .families import family_of
 from .fine_views import with_fine_views
+from .identity import digest
 from .methods import make_plan
 from .overlay import depth_of
 from .plan import Plan
 from .upgraded import FACTS, WEIGHTS, SparseCutUpgrade
 
-SAMPLED = 64  # values of each tensor that the digest reads
 NARROW = 16  # by default a shortcut's projector is this many times narrower inside than the language model
 
 
@@ -108,23 +107,6 @@ def load_fusion(
             f"{problems.unexpected_keys[:3]}); save the shortcuts again with save_fusion"
         )
     return model, processor
-
-
-def digest(base: PreTrainedModel) -> str:
-    """Which model this is, in 16 letters: a hash of some values of its norms, biases and embeddings, as bfloat16.
-
-    These are the same in every number format a model is loaded in, quantised ones included, and beside adapters.
-    """
-    found = {id(base.get_input_embeddings().weight): ("embeddings", base.get_input_embeddings().weight)}
-    for name, value in base.named_parameters():
-        if value.dim() == 1 and value.is_floating_point() and "lora_" not in name:
-            found[id(value)] = (name.replace(".base_layer", ""), value)
-    total = hashlib.sha256(base.config.model_type.encode())
-    for name, value in sorted(found.values(), key=lambda item: item[0]):
-        flat = value.detach().flatten()
-        some = flat[torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat)), device=flat.device).long()]
-        total.update(name.encode() + some.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
-    return total.hexdigest()[:16]
 
 
 def _place(model: SparseCutUpgrade) -> None:

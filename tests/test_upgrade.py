@@ -21,7 +21,7 @@ from transformers import (
 import sparsecut
 from sparsecut import load, upgrade
 from sparsecut.fine_views import fine_pixels
-from sparsecut.upgrading import digest
+from sparsecut.identity import digest
 
 IMAGE = "<image>"
 
