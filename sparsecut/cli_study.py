@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli import Device, File, Method, Saved, _arg, _bar, _device, _load, _opt, app
+from .cli import Device, File, Method, Saved, Text, _arg, _bar, _device, _load, _opt, app
 
 Plans = Annotated[list[str], _arg("Methods' names or files with plans; ratios are to the first.", "PLAN...")]
 
@@ -18,15 +18,18 @@ def cost(
     vision: Annotated[str, _opt("Encoder: a known size's name, folder, hub name, or world.")] = "clip-l-336",
     language: Annotated[str, _opt("Language model: a known size's name, folder, hub name, or world.")] = "llama-7b",
     text_tokens: Annotated[int, _opt("Text tokens of the prompt, beside its one picture.", min=1)] = 64,
+    base: Annotated[Text, _opt("A finished vision-language model instead: what upgrading it costs. Loads it.")] = None,
     option: Method = None,
     measure: Annotated[bool, _opt("Also time each on this machine, with random weights.", "--measure")] = False,
     device: Device = None,
     json: Annotated[File, _opt("File for all figures, also those of a training step.", "--json")] = None,
 ) -> None:
-    """Count what plans cost at a size: parameters, operations, memory. Loads no weights."""
+    """Count what plans cost at a size: parameters, operations, memory. Loads no weights, unless --base names a model."""
     from .sketch import read_plan
 
     specs = {plan: read_plan(plan, option or []) for plan in plans}
+    if base is not None:
+        return _cost_of_upgrades(base, specs, measure, json)
     from .cost import backbone_config, count, table
 
     configs = backbone_config(vision, "vision"), backbone_config(language, "language")
@@ -43,6 +46,19 @@ def cost(
             figures[name]["measured"] = one.to_dict()
     if json is not None:
         _write(json, figures)
+        typer.echo(f"wrote {json}")
+
+
+def _cost_of_upgrades(base: str, specs: dict, measure: bool, json: Path | None) -> None:
+    if measure:
+        raise ValueError("--measure times models of random weights, not a finished one; leave out --measure or --base")
+    from .upgrade_cost import count_upgrades, describe_cost
+
+    counts = count_upgrades(base, specs)
+    for name, counted in counts.items():
+        typer.echo(f"{name}\n{describe_cost(counted)}")
+    if json is not None:
+        _write(json, {name: {"count": counted.to_dict()} for name, counted in counts.items()})
         typer.echo(f"wrote {json}")
 
 

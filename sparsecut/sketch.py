@@ -75,7 +75,7 @@ def numbers(name: str, text: str | None) -> list[int] | None:
 
 def refuse_model_in(out: Path) -> None:
     """Raise ValueError where a folder holds a model that would be written over."""
-    if (out / "config.json").exists():
+    if (out / "config.json").exists() or (out / "fusion.json").exists():
         raise ValueError(f"{out} holds a model already; choose another folder or remove it first")
 
 
@@ -100,13 +100,17 @@ def _saved(folder: str, vision_depth: int | None, language_depth: int | None, op
     """A saved model's own plan and depths, read from its config.json."""
     if vision_depth is not None or language_depth is not None or options:
         raise ValueError(f"{folder} is a saved model with depths and a plan of its own; leave out depths and options")
+    if (apart := Path(folder) / "fusion.json").is_file():  # shortcuts kept apart from their base
+        facts = json.loads(apart.read_text(encoding="utf-8"))
+        plan, depths = Plan.from_dict(facts["plan"]), facts["depths"]
+        return plan, draw(plan, *depths, title=f"{folder}, shortcuts of {facts['base']}")
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json, so it is not a saved model; give the folder that holds one")
-    from .configuration import SparseCutConfig
+    from transformers import AutoConfig
 
-    config = SparseCutConfig.from_pretrained(folder)
-    plan, patches = config.get_plan(), config.patch_rows**2
-    return plan, draw(plan, config.vision_depth, config.language_depth, num_patches=patches, title=folder)
+    config = AutoConfig.from_pretrained(folder)
+    plan, rows = config.get_plan(), getattr(config, "patch_rows", None)
+    return plan, draw(plan, config.vision_depth, config.language_depth, num_patches=rows and rows**2, title=folder)
 
 
 def _near_depths(what: str) -> tuple[int | None, int | None]:

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from .cost import counter
+from .upgrading import upgrade
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,16 @@ def count_upgrade(model, processor, *, size: tuple[int, int] = (640, 480), text:
         num_image_tokens=tokens,
         num_prompt_tokens=inputs["input_ids"].shape[1],
     )
+
+
+def count_upgrades(base: str, specs: dict[str, str | dict], **prompt) -> dict[str, UpgradeCost]:
+    """Load a base once and count it under each plan (name -> what `upgrade` takes); see `count_upgrade`."""
+    counts, given, processor = {}, base, None
+    for name, spec in specs.items():
+        model, of_plan = upgrade(given, spec, processor=processor)
+        counts[name] = count_upgrade(model, of_plan, **prompt)
+        given, processor = model.detach(), of_plan
+    return counts
 
 
 def describe_cost(cost: UpgradeCost) -> str:

@@ -149,6 +149,7 @@ class SparseCutUpgrade(PreTrainedModel, GenerationMixin):
             "base_type": self.config.base_config.model_type,
             "base_digest": self.config.base_digest,
             "plan": self.plan.to_dict(),
+            "depths": [self.config.vision_depth, self.config.language_depth],
             "version": __version__,
         }
         (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
