@@ -243,3 +243,35 @@ def test_refusals_name_what_is_wrong(llava, pictures, tmp_path):
     (tmp_path / "fusion.json").write_text(json.dumps({"base": None}))
     with pytest.raises(ValueError, match="do not say where their base came from"):
         load(tmp_path)
+
+
+NOT_FOR_UPGRADES = {"llava", "hires_tokens", "hires_channels", "cli", "official_7b_as_run", "official_13b"}
+NOT_FOR_UPGRADES |= {"dense_connector_sti", "dense_connector_sci", "dense_connector_dci", "mmfuser"}  # the input alone
+
+
+@pytest.mark.parametrize("method", sparsecut.METHODS)
+def test_every_method_upgrades_without_effect_or_is_refused(llava, pictures, method):
+    base, own = llava
+    if method in NOT_FOR_UPGRADES:
+        with pytest.raises(
+            ValueError, match=r"can only be upgraded by shortcuts|would never fire|hidden states 0 to 4"
+        ):
+            upgrade(base, method, processor=own)
+        return
+    logits = base(**asked(own, pictures)).logits
+    model, processor = upgrade(base, method, processor=own)
+    inputs = asked(processor, pictures)
+    assert torch.equal(model(**inputs).logits, logits)
+    assert (stir(model)(**inputs).logits - logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("mix", ["pick", "channels", "attend", "enrich"])
+def test_every_mixer_and_start_works(llava, pictures, mix):
+    base, own = llava
+    logits = base(**asked(own, pictures)).logits
+    for gate, shared in (("zero", True), ("zero_vector", False), ("zero_projector", False)):
+        spec = {"method": "sparsecut", "mix": mix, "gate": gate, "shared": shared, "count": 2}
+        model, processor = upgrade(base, spec, processor=own)
+        inputs = asked(processor, pictures)
+        assert torch.equal(model(**inputs).logits, logits)
+        assert (stir(model)(**inputs).logits - logits).abs().max() > 1e-3
