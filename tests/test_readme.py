@@ -5,17 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+from test_upgrade import llava  # noqa: F401  a fixture
+
 from sparsecut.world.questions import split_scene
 from sparsecut.world.scenes import draw
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_python_blocks_run(tmp_path, monkeypatch, capsys):
+def test_the_python_blocks_run(tmp_path, monkeypatch, capsys, llava):  # noqa: F811
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert blocks
     monkeypatch.chdir(tmp_path)
     draw(split_scene("test/0/0")).save("picture.png")
+    for part in llava:  # a tiny one in the place that is named
+        part.save_pretrained("llava-hf/llava-1.5-7b-hf")
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert "channels" in capsys.readouterr().out
@@ -30,7 +34,9 @@ def test_the_drawing_is_what_the_command_prints():
 
 def test_every_command_it_names_exists():
     named = set(
-        re.findall(r"sparsecut (show|build|train|eval|chat|convert|demo|world|cost|study|search|explain)\b", README)
+        re.findall(
+            r"sparsecut (show|build|upgrade|train|eval|chat|convert|demo|world|cost|study|search|explain)\b", README
+        )
     )
     listed = subprocess.run([sys.executable, "-m", "sparsecut", "--help"], capture_output=True, text=True).stdout
     assert named >= {"show", "train", "eval", "chat", "convert"}
