@@ -138,6 +138,16 @@ def load(folder: str | Path, base=None, *, processor=None, **from_pretrained) ->
     return model.eval(), AutoProcessor.from_pretrained(folder)
 
 
+def is_saved(name: str | Path) -> bool:
+    """Whether a folder or hub name holds what this package saved, and not another model; ValueError where it holds none."""
+    if (Path(name) / FACTS).is_file():
+        return True
+    try:
+        return isinstance(AutoConfig.from_pretrained(name), SparseCutConfig | SparseCutUpgradeConfig)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"there is no model {name} that can be read; Hugging Face says: {error}") from error
+
+
 def save(
     model: SparseCutForConditionalGeneration, processor: SparseCutProcessor, folder: str | Path, *, code: bool = False
 ) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .labels import IGNORED, encode
+from .labels import IGNORED, TOO_LONG, encode, encode_batch, written
+from .prompting import is_fixed
 from .records import Example, choose, read_examples, read_source
 
 __all__ = ["Collator", "Example", "TrainingData", "check_examples", "choose", "encode", "read_examples", "read_source"]
@@ -35,14 +36,7 @@ def check_examples(
     good = []
     for example in examples:
         try:
-            length = len(encode(example, processor, template, max_length=max_length)["input_ids"])
-            if limit is not None and length > limit:
-                raise ValueError(
-                    f"{example.source}: the record has {length} tokens, but the language model takes {limit}; set the stage's "
-                    "max_length to cut such records, or skip them (on_error: skip)"
-                )
-            if open_pictures:
-                example.pictures()
+            _check(example, processor, template, max_length, limit, open_pictures)
             good.append(example)
         except ValueError as error:
             if problems is None:
@@ -51,8 +45,24 @@ def check_examples(
     return good
 
 
+def _check(example: Example, processor, template: str, max_length: int | None, limit: int | None, open_pictures: bool):
+    """Raise ValueError naming the record that cannot be learned from."""
+    if is_fixed(processor):
+        length = len(encode(example, processor, template, max_length=max_length)["input_ids"])
+        if limit is not None and length > limit:
+            raise ValueError(f"{example.source}: {TOO_LONG.format(length=length, limit=limit)}")
+        if open_pictures:
+            example.pictures()
+    elif open_pictures:
+        encode_batch([example], processor, template, max_length=max_length, limit=limit)
+    else:  # how many tokens pictures take is only known once they are open; the collator refuses what is too long
+        written(example, processor, template)
+
+
 class TrainingData(Dataset):
     """Examples as items: input_ids [L], labels [L] and, where there are pictures, pixel_values [n, 1 + tiles^2, 3, S, S].
+
+    For a base's own processor an item is the example with its pictures open, as only a whole batch can be prepared.
 
     Pictures are opened when an item is asked for; token ids of what has been seen are kept, up to a limit. states, views: kept
     states of the encoder, and which of them the plan reads (`states.views_of`); items then have vision_states, not pixels.
@@ -77,8 +87,11 @@ class TrainingData(Dataset):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        item, example = dict(self._tokens(index)), self.examples[index]
+    def __getitem__(self, index: int) -> dict:
+        example = self.examples[index]
+        if not is_fixed(self.processor):
+            return {"example": example, "pictures": example.pictures()}
+        item = dict(self._tokens(index))
         if example.images and self.states is not None:
             item["vision_states"] = self.states.read(example, self.views)
         elif example.images:
@@ -100,14 +113,20 @@ class Collator:
     """Items to a batch: input_ids, attention_mask and labels [B, L] padded on the right, pixel_values [pictures, ...].
 
     Pictures of all items follow one another in reading order; a batch without any has no pixel_values. Items with kept states
-    give vision_states instead: tap -> [pictures, V, N, D].
+    give vision_states instead: tap -> [pictures, V, N, D]. A base's own processor names its inputs itself; template, max_length and
+    limit (what the language model takes) are those of the stage, which only here are known to be kept.
     """
 
-    def __init__(self, processor):
+    def __init__(self, processor, *, template: str = "chat", max_length: int | None = None, limit: int | None = None):
         token = processor.tokenizer.pad_token_id
         self.pad_token_id = processor.tokenizer.eos_token_id if token is None else token
+        self.processor = processor
+        self.settings = {"template": template, "max_length": max_length, "limit": limit}
 
-    def __call__(self, items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def __call__(self, items: list[dict]) -> dict[str, Tensor]:
+        if "example" in items[0]:
+            pictures = [item["pictures"] for item in items]
+            return encode_batch([item["example"] for item in items], self.processor, pictures=pictures, **self.settings)
         if all(len(item["labels"]) == 0 or (item["labels"][1:] == IGNORED).all() for item in items):
             raise ValueError("no item of the batch has a token to learn: all labels are masked")
         shape = len(items), max(len(item["input_ids"]) for item in items)

@@ -19,7 +19,7 @@ import transformers
 from . import __version__
 from .identity import fingerprint
 from .plan import nearest
-from .prompting import check_length, decode, greedy, inputs_of, render
+from .prompting import check_length, decode, greedy, inputs_of, is_fixed, render, template_of
 from .recipe import Recipe, expand_path
 from .records import IMAGE, Example, read_source
 from .scoring import METRICS, scores
@@ -64,6 +64,7 @@ def evaluate(
     for start in range(0, len(todo), batch_size):
         chunk = todo[start : start + batch_size]
         inputs = _inputs(model, processor, [records[i]["prompt"] for i in chunk], [examples[i] for i in chunk], states)
+        _check_lengths(model, processor, inputs, [examples[i] for i in chunk], max_new_tokens)
         answers = decode(processor, inputs, model.generate(**inputs, generation_config=config))
         for i, answer in zip(chunk, answers, strict=True):
             records[i] |= _answered(records[i], answer, metric)
@@ -113,6 +114,8 @@ def asked_of(recipe: Recipe) -> list[Example]:
 
 def _inputs(model, processor, prompts: list[str], examples: list[Example], states) -> dict:
     """What `generate` takes: texts with pixels, or with the features made of kept states."""
+    if states is not None and hasattr(model, "family"):
+        raise ValueError("states of an upgraded model's encoder cannot be kept; ask it without states")
     if states is None or not any(example.images for example in examples):
         return inputs_of(model, processor, prompts, [example.pictures() for example in examples])
     inputs = inputs_of(model, processor, prompts, None)
@@ -156,15 +159,27 @@ def _answered(record: dict, answer: str, metric: str) -> dict:
 
 
 def _lengths(model, processor, examples, records, max_new_tokens: int) -> list[int]:
-    """Tokens of every prompt, pictures included; ValueError for one that does not fit the language model."""
+    """Tokens of every prompt, pictures included; ValueError for one that does not fit the language model.
+
+    Where only the processor's call knows what a picture takes, one token stands for each, and `_check_lengths` looks later.
+    """
     texts = processor.tokenizer([record["prompt"] for record in records])["input_ids"]
-    lengths = [
-        len(ids) + len(e.images) * (processor.num_image_tokens - 1) for ids, e in zip(texts, examples, strict=True)
-    ]
+    more = processor.num_image_tokens - 1 if is_fixed(processor) else 0
+    lengths = [len(ids) + len(e.images) * more for ids, e in zip(texts, examples, strict=True)]
     for length, example in zip(lengths, examples, strict=True):
-        where = f"the prompt of {example.source or example.id}"
-        check_length(model, length, max_new_tokens, where, "leave it out or lower max_new_tokens")
+        _check_length(model, length, example, max_new_tokens)
     return lengths
+
+
+def _check_lengths(model, processor, inputs: dict, examples, max_new_tokens: int) -> None:
+    if not is_fixed(processor):
+        for length, example in zip(inputs["attention_mask"].sum(-1).tolist(), examples, strict=True):
+            _check_length(model, length, example, max_new_tokens)
+
+
+def _check_length(model, length: int, example: Example, max_new_tokens: int) -> None:
+    where = f"the prompt of {example.source or example.id}"
+    check_length(model, length, max_new_tokens, where, "leave it out or lower max_new_tokens")
 
 
 def settings_of(model, processor, max_new_tokens: int, metric: str) -> dict:
@@ -174,9 +189,22 @@ def settings_of(model, processor, max_new_tokens: int, metric: str) -> dict:
     return {
         "metric": metric,
         "decoding": {**decoding, "do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens},
-        "prompt_template": processor.chat_template,
-        "views": {name: getattr(processor, name) for name in ("image_size", "tiles", "coarse", "num_image_tokens")},
+        "prompt_template": template_of(processor),
+        "views": _views(processor),
         "weights": fingerprint(model),
+    }
+
+
+def _views(processor) -> dict:
+    """What becomes of pictures: our settings, or the base's own processor by name and a hash of all its settings."""
+    if is_fixed(processor):
+        return {name: getattr(processor, name) for name in ("image_size", "tiles", "coarse", "num_image_tokens")}
+    settings = {**processor.image_processor.to_dict(), "tokens": getattr(processor, "image_seq_length", None)}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return {
+        "processor": type(processor).__name__,
+        "settings": digest,
+        "tiles": getattr(processor, "sparsecut_tiles", 0),
     }
 
 

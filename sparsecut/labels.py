@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import logging
 import re
-from functools import lru_cache
 
-from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
+import torch
+from PIL import Image
+from torch import Tensor
 
+from .prompting import adds_special, features_of, is_fixed, prefix_of, rendered, takes_suffix, template_of
 from .records import IMAGE, Example
 
 IGNORED = -100  # the label of a token that is not learned
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")  # [B, L] each
+TOO_LONG = (
+    "the record has {length} tokens, but the language model takes {limit}; set the stage's max_length to cut such records, or "
+    "skip them (on_error: skip)"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -27,8 +33,12 @@ def encode(
     """Token ids of a conversation, image tokens expanded, and their labels: -100 except in answers and the token that ends them.
 
     template: "chat" (the processor's chat template) or "plain" (pictures, caption, end token). max_length: longer ones are cut.
-    Returns input_ids and labels of equal length. Raises ValueError naming the record where there is nothing left to learn.
+    Returns input_ids and labels of equal length. The pictures are opened where only they tell how many tokens they take.
+    Raises ValueError naming the record where there is nothing left to learn.
     """
+    if not is_fixed(processor):
+        batch = encode_batch([example], processor, template, max_length=max_length)
+        return {name: batch[name][0].tolist() for name in ("input_ids", "labels")}
     try:
         text, spans = TEMPLATES[template](example, processor)
         return _tokens(text, spans, processor, max_length)
@@ -36,11 +46,95 @@ def encode(
         raise ValueError(f"{example.source or example.id}: {error}") from None
 
 
+def written(example: Example, processor, template: str = "chat") -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation, a placeholder for each picture, and what of it is learned, as spans of characters.
+
+    Raises ValueError naming the record where it cannot be written.
+    """
+    try:
+        _check_fast(processor.tokenizer)
+        if template == "plain" and not is_fixed(processor):
+            raise ValueError(
+                "template 'plain' leaves out the prompt format, which a model that is finished needs; use template: chat"
+            )
+        return (suffixed if takes_suffix(processor) else TEMPLATES[template])(example, processor)
+    except ValueError as error:
+        raise ValueError(f"{example.source or example.id}: {error}") from None
+
+
+def encode_batch(
+    examples: list[Example],
+    processor,
+    template: str = "chat",
+    *,
+    max_length: int | None = None,
+    limit: int | None = None,
+    pictures: list[list[Image.Image]] | None = None,
+) -> dict[str, Tensor]:
+    """What a base's own processor makes of conversations and their pictures, padded on the right, and labels [B, L].
+
+    The ids of a conversation are those that its text and pictures have at inference. Labels are found by characters of the text in which
+    the processor has expanded the placeholders, so nothing is ever tokenised in pieces. limit: longer ones are refused; max_length:
+    longer ones are cut. Raises ValueError naming a record.
+    """
+    texts, spans = zip(*(written(example, processor, template) for example in examples), strict=True)
+    pictures = pictures if pictures is not None else [example.pictures() for example in examples]
+    try:
+        features = _labelled(processor, list(texts), list(spans), pictures)
+    except ValueError as error:
+        names = ", ".join(example.source or example.id for example in examples[:3])
+        raise ValueError(f"{names}: {type(processor).__name__} refuses: {error}") from error
+    mask = features["attention_mask"]
+    for row, example in enumerate(examples):
+        try:
+            _check_row(features["input_ids"][row][mask[row] > 0].tolist(), processor, max_length, limit)
+            _check_learned(features["labels"][row, :max_length].tolist(), int(mask[row].sum()), max_length)
+        except ValueError as error:
+            raise ValueError(f"{example.source or example.id}: {error}") from None
+    return {name: value[:, :max_length] if name in PER_TOKEN else value for name, value in features.items()}
+
+
+def _labelled(processor, texts: list[str], spans: list, pictures: list) -> dict[str, Tensor]:
+    """The processor's features, and labels by the spans' characters."""
+    if takes_suffix(processor):
+        cut = [start for ((start, _),) in spans]
+        suffixes = [text[start:] for text, start in zip(texts, cut, strict=True)]
+        texts = [text[:start] for text, start in zip(texts, cut, strict=True)]
+        features = features_of(processor, texts, pictures, padding_side="right", suffix=suffixes)
+        return {**features, "labels": torch.as_tensor(features["labels"])}
+    settings = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
+    features = dict(features_of(processor, texts, pictures, padding_side="right", **settings))
+    places, ids = torch.as_tensor(features.pop("offset_mapping")), features["input_ids"]
+    replaced = features.pop("text_replacement_offsets", None) or [[]] * len(texts)
+    start, end = places[..., 0], places[..., 1]
+    learned = torch.zeros_like(ids, dtype=torch.bool)
+    for row, found in enumerate(spans):
+        for first, last in moved(found, replaced[row]):
+            covers = (start[row] < last) & (end[row] > first)
+            # Some tokenizers give a blank no width; (0, 0) is a token that does not come from the text.
+            thin = (start[row] >= first) & (start[row] < last) & (end[row] > 0)
+            learned[row] |= torch.where(start[row] < end[row], covers, thin)
+    learned &= features["attention_mask"] > 0
+    return {**features, "labels": ids.masked_fill(~learned, IGNORED)}
+
+
+def moved(spans: list[tuple[int, int]], replaced: list[dict]) -> list[tuple[int, int]]:
+    """Spans of a text as they lie once its placeholders have been replaced (`span` -> `new_span` of each)."""
+    gained = [(r["span"][1], r["new_span"][1] - r["span"][1]) for r in replaced]
+
+    def shifted(place: int) -> int:
+        return place + [0, *(gain for end, gain in gained if end <= place)][-1]
+
+    return [(shifted(first), shifted(last)) for first, last in spans]
+
+
 def chat(example: Example, processor) -> tuple[str, list[tuple[int, int]]]:
     """The rendered conversation and its answers as spans of characters, end-of-turn tokens included."""
     messages = [{**m, "content": m["content"].replace(IMAGE, processor.image_token)} for m in example.messages]
-    text, marks = _render(messages, processor)
-    spans = marks if MARKED.search(processor.chat_template) else _spans(messages, text, processor)
+    marked = bool(MARKED.search(template_of(processor) or ""))
+    text, spans = rendered(processor, messages, marks=marked)
+    spans = spans if marked else _spans(messages, text, processor)
+    spans = spans if is_fixed(processor) else [(start, start + len(text[start:end].rstrip())) for start, end in spans]
     wanted = sum(m["role"] == "assistant" for m in messages)
     if len(spans) != wanted:
         raise ValueError(
@@ -48,7 +142,19 @@ def chat(example: Example, processor) -> tuple[str, list[tuple[int, int]]]:
             "{% generation %} and {% endgeneration %} in the template, or remove these marks from it"
         )
     special = processor.tokenizer.all_special_tokens
-    return text, [_with_end(text, start, end, special) for start, end in spans]
+    if not is_fixed(processor):
+        text, spans = _ended(text, spans, processor.tokenizer.eos_token, special)
+    ended = [_with_end(text, start, end, special) for start, end in spans]
+    if not text[: ended[-1][1]].rstrip().endswith(tuple(special)):
+        logger.warning_once("the chat template ends answers without a special token: the model will not learn to stop")
+    return text, ended
+
+
+def suffixed(example: Example, processor) -> tuple[str, list[tuple[int, int]]]:
+    """A question and its answer, which the processor joins by itself; it also adds the end token."""
+    *asked, answer = [{**m, "content": m["content"].replace(IMAGE, processor.image_token)} for m in example.messages]
+    prefix = prefix_of(processor, asked)
+    return prefix + answer["content"].strip(), [(len(prefix), len(prefix) + len(answer["content"].strip()))]
 
 
 def plain(example: Example, processor) -> tuple[str, list[tuple[int, int]]]:
@@ -66,37 +172,14 @@ def plain(example: Example, processor) -> tuple[str, list[tuple[int, int]]]:
 TEMPLATES = {"chat": chat, "plain": plain}
 
 
-def _render(messages, processor, add_generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as one string, and the spans that the template marks as generated."""
-    special = processor.tokenizer.special_tokens_map
-    turns = tuple(tuple(message.items()) for message in messages)
-    frozen = tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in special.items())
-    return _rendered(turns, processor.chat_template, add_generation_prompt, frozen)
-
-
-@lru_cache(maxsize=32768)  # a record is rendered to be checked and again to be learned, in a study by every run
-def _rendered(turns: tuple, template: str, add_generation_prompt: bool, special: tuple):
-    try:
-        texts, marks = render_jinja_template(
-            conversations=[[dict(turn) for turn in turns]],
-            chat_template=template,
-            return_assistant_tokens_mask=bool(MARKED.search(template)),
-            add_generation_prompt=add_generation_prompt,
-            **dict(special),
-        )
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses the conversation: {error}") from None
-    return texts[0], marks[0] if marks else []
-
-
 def _spans(messages, text: str, processor) -> list[tuple[int, int]]:
     """Each answer: what the template adds between asking for it and having it, without blanks at the end."""
     spans = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(messages[:i], processor, add_generation_prompt=True)[0]
-        after = text if i + 1 == len(messages) else _render(messages[: i + 1], processor)[0]
+        before = rendered(processor, messages[:i], add_generation_prompt=True)[0]
+        after = text if i + 1 == len(messages) else rendered(processor, messages[: i + 1])[0]
         if not (text.startswith(before) and text.startswith(after.rstrip()) and len(before) < len(after)):
             raise ValueError(
                 f"the chat template writes turn {i} differently once more turns follow, so the answer cannot be found in the text; "
@@ -106,26 +189,29 @@ def _spans(messages, text: str, processor) -> list[tuple[int, int]]:
     return spans
 
 
+def _ended(text: str, spans, end: str | None, special: list[str]) -> tuple[str, list[tuple[int, int]]]:
+    """The text with an end token after the last answer where a base's template (LLaVA-1.5's, for one) has none there.
+
+    Without it a model that stops by itself would be taught not to; what stands before it is untouched.
+    """
+    stop = spans[-1][1]
+    if end is None or text[stop:].strip() or text[:stop].endswith(tuple(special)):
+        return text, spans
+    return text[:stop] + end, spans
+
+
 def _with_end(text: str, start: int, end: int, special: list[str]) -> tuple[int, int]:
     """The span together with a special token that follows it directly, so that the model learns to stop."""
     if text[start:end].rstrip().endswith(tuple(special)):
         return start, end
     following = max((token for token in special if text.startswith(token, end)), key=len, default="")
-    if not following:
-        logger.warning_once("the chat template ends answers without a special token: the model will not learn to stop")
     return start, end + len(following)
 
 
 def _tokens(text: str, spans, processor, max_length: int | None) -> dict[str, list[int]]:
     tokenizer = processor.tokenizer
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"the tokenizer {type(tokenizer).__name__} does not say which characters a token covers, which finding the answers "
-            "needs; load a fast one (AutoTokenizer with use_fast=True)"
-        )
-    # As the processor does at inference: a template that writes the first token itself gets no second one.
-    special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+    _check_fast(tokenizer)
+    encoded = tokenizer(text, add_special_tokens=adds_special(processor, text), return_offsets_mapping=True)
     ids, labels, spans = [], [], iter(spans)
     first, last = next(spans)
     for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
@@ -140,22 +226,41 @@ def _tokens(text: str, spans, processor, max_length: int | None) -> dict[str, li
 
 
 def _cut(ids: list[int], labels: list[int], processor, max_length: int | None) -> dict[str, list[int]]:
-    image = processor.image_token_id
+    _check_row(ids, processor, max_length, None)
+    ids, labels = ids[:max_length], labels[:max_length]
+    _check_learned(labels, len(ids), max_length)
+    return {"input_ids": ids, "labels": labels}
+
+
+def _check_row(ids: list[int], processor, max_length: int | None, limit: int | None) -> None:
+    """Raise ValueError where a cut would split a picture, or a record is longer than the language model takes."""
+    if limit is not None and min(len(ids), max_length or len(ids)) > limit:
+        raise ValueError(TOO_LONG.format(length=len(ids), limit=limit))
     if max_length is not None and len(ids) > max_length:
-        kept = sum(token == image for token in ids[:max_length])
-        if kept < ids.count(image):
+        image = [processor.image_token_id] if is_fixed(processor) else processor.image_token_ids
+        kept, total = (sum(token in image for token in some) for some in (ids[:max_length], ids))
+        if kept < total:
             raise ValueError(
                 f"the record has {len(ids)} tokens and max_length={max_length} would cut off image tokens ({kept} of "
-                f"{ids.count(image)} left); raise max_length, shorten the text, or skip such records (on_error: skip)"
+                f"{total} left); raise max_length, shorten the text, or skip such records (on_error: skip)"
             )
-        ids, labels = ids[:max_length], labels[:max_length]
+
+
+def _check_learned(labels: list[int], length: int, max_length: int | None) -> None:
     # The first position is never predicted, so its label does not count.
     if all(label == IGNORED for label in labels[1:]):
         raise ValueError(
-            f"no token of the {len(ids)} is left to learn: all labels are masked; "
+            f"no token of the {length} is left to learn: all labels are masked; "
             + ("raise max_length" if max_length is not None else "check the chat template and the answer")
         )
-    return {"input_ids": ids, "labels": labels}
+
+
+def _check_fast(tokenizer) -> None:
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer {type(tokenizer).__name__} does not say which characters a token covers, which finding the answers "
+            "needs; load a fast one (AutoTokenizer with use_fast=True)"
+        )
 
 
 def _end_token(tokenizer) -> str:

@@ -20,7 +20,7 @@ import yaml
 from .plan import nearest
 from .yaml_text import override, read_yaml
 
-PARTS = ("vision", "fusion", "language", "head")
+PARTS = ("vision", "projector", "fusion", "language", "head")
 TEMPLATES = ("chat", "plain")
 ON_ERROR = ("stop", "skip")
 KINDS = {
@@ -63,7 +63,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Model:
-    """Where training starts: a vision encoder and a language model to join, or a saved SparseCut model (base)."""
+    """Where training starts: a vision encoder and a language model to join, or a base, by hub name or folder.
+
+    base: a finished vision-language model, which is upgraded, or a model (or shortcuts) saved by this package.
+    """
 
     vision: str | None = None
     language: str | None = None
@@ -75,7 +78,7 @@ class Model:
         if given not in (["vision", "language"], ["base"]):
             raise ValueError(
                 f"a model is either vision and language, or base, but {' and '.join(given) or 'none of them'} was given; "
-                "name an encoder and a language model to join, or a saved model to go on from"
+                "name an encoder and a language model to join, or a finished vision-language model to upgrade or go on from"
             )
 
 
@@ -141,8 +144,8 @@ class Evaluation:
 class Recipe:
     """A model, its plan (fusion: a method's name, a method with options, or a plan in full), and the stages of its training.
 
-    fusion is None only where the model is a saved one, which has its plan. states: a folder for the states of the encoder, which is
-    then run once per picture, whatever the number of epochs; only where no stage trains it.
+    fusion is None only where the model is a base: a saved model has its plan, one that is upgraded takes `upgrade`'s own. states: a folder
+    for the states of the encoder, which is then run once per picture, whatever the number of epochs; only where no stage trains it.
     """
 
     model: Model
@@ -156,10 +159,15 @@ class Recipe:
     def __post_init__(self):
         _as_tuples(self, "stages")
         _check_types(self)
-        if (self.fusion is None) == (self.model.base is None):
+        if self.fusion is None and self.model.base is None:
             raise ValueError(
-                f"fusion is {self.fusion!r} and model.base is {self.model.base!r}, but exactly one of them must be given: "
-                "a new model needs a plan, for example `fusion: {method: sparsecut}`, and a saved one has its own"
+                "a model of an encoder and a language model needs a plan, but fusion is not given; add one, for example "
+                "`fusion: {method: sparsecut}`"
+            )
+        if self.model.base is None and any("projector" in stage.train for stage in self.stages):
+            raise ValueError(
+                "a stage trains projector, but only an upgraded model (model: {base: ...}) has one of its own; a model that is built has "
+                "its projectors in fusion: train that"
             )
         if self.states is not None and any("vision" in stage.train for stage in self.stages):
             raise ValueError(

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
@@ -18,27 +19,50 @@ MODULES = {"vision": "vision_tower", "fusion": "fusion", "language": "language_m
 OWN_ARGS = {"output_dir": "the recipe's `output`", "seed": "the recipe's `seed`"}
 
 
-def freeze(model: nn.Module, train: tuple[str, ...]) -> None:
-    """Let gradients reach the named parts only; ValueError where these have no parameter."""
+def trained_parts(model: nn.Module, train: tuple[str, ...]) -> list[nn.Parameter]:
+    """The parameters of the parts named; ValueError where the model has no such part, or these have no parameter."""
     parts = model.parts()
+    if unknown := [name for name in train if name not in parts]:
+        raise ValueError(
+            f"the model has no part {unknown[0]}; its parts are {', '.join(parts)}, and only upgraded models have a projector of their own"
+        )
     if not any(parts[name] for name in train):
         sizes = {name: sum(p.numel() for p in parameters) for name, parameters in parts.items()}
         raise ValueError(
             f"training {', '.join(train)} would train nothing; the model's parts have so many parameters: {sizes}"
         )
+    return [parameter for name in train for parameter in parts[name]]
+
+
+def freeze(model: nn.Module, train: tuple[str, ...]) -> None:
+    """Let gradients reach the named parts only; ValueError where these have no parameter."""
+    parameters = trained_parts(model, train)
     model.requires_grad_(False)
-    for name in train:
-        for parameter in parts[name]:
-            parameter.requires_grad_(True)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
 
 
 def part_names(model: nn.Module, stage: Stage) -> dict[int, str]:
     """id of every parameter -> the part it is trained as; the head counts by itself only where the stage names it."""
     parts = model.parts()
-    names = ["vision", "fusion", "language"]
+    names = [name for name in parts if name != "head"]
     if "head" in stage.lr or "language" not in stage.train:
         names.append("head")  # last, so that it takes its parameters from the language model
     return {id(p): name for name in names for p in parts[name]}
+
+
+def frozen_modules(model: nn.Module, stage: Stage) -> list[tuple[nn.Module, str]]:
+    """Modules of the parts that a stage does not train, each with its part's name."""
+    if hasattr(model, "family"):
+        of = model.family.parts(model.base)
+        modules = {"vision": list(of.vision.modules()), "language": list(of.language.modules())}
+        known = {id(module) for part in modules.values() for module in part}
+        # What holds encoder or decoder is no part: its training mode belongs to the model.
+        rest = [m for m in model.base.modules() if not any(id(inside) in known for inside in m.modules())]
+        modules |= {"projector": rest, "fusion": list(model.fusion.modules())}
+    else:
+        modules = {part: list(getattr(model, name).modules()) for part, name in MODULES.items()}
+    return [(module, part) for part, found in modules.items() if part not in stage.train for module in found]
 
 
 class StageTrainer(Trainer):
@@ -49,9 +73,9 @@ class StageTrainer(Trainer):
         self.stage, self.stage_log = stage, log
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        frozen = {part: getattr(self.model, name) for part, name in MODULES.items() if part not in stage.train}
-        self.frozen = [(module, part) for part, root in frozen.items() for module in root.modules()]
-        self.pictured = [p for p in self.model.parts()["vision"] if p.requires_grad]
+        self.frozen = frozen_modules(self.model, stage)
+        parts = self.model.parts()
+        self.pictured = [p for p in [*parts["vision"], *parts.get("projector", ())] if p.requires_grad]
 
     def create_optimizer(self, model=None):
         """The usual optimizer, its groups divided by part so that each takes its own learning rate."""
@@ -100,12 +124,30 @@ class StageTrainer(Trainer):
             loss = (loss[0] + extra, loss[1]) if return_outputs else loss + extra
         return loss
 
+    def _save(self, output_dir=None, state_dict=None):
+        """As the Trainer, but of an upgraded model whose base is untouched only the shortcuts, not the base's gigabytes."""
+        if not saves_fusion_only(self.model) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._save(output_dir, state_dict)
+        self.model.save_fusion(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """As the Trainer, and also from a checkpoint of shortcuts alone."""
+        file = Path(resume_from_checkpoint) / "fusion.safetensors"
+        if not file.is_file():
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.model.fusion.load_state_dict(load_file(file))
+
     def floating_point_ops(self, inputs) -> int:
         """Not counted here: the Trainer's rule of thumb knows no pictures and walks all parameters at every step."""
         return 0
 
     def _place(self) -> str:
         return f"stage {self.stage.name}: step {self.state.global_step + 1}"
+
+
+def saves_fusion_only(model: nn.Module) -> bool:
+    """Whether the model is an upgraded one whose base is the one that its name stands for, so that the name is enough."""
+    return hasattr(model, "save_fusion") and model.config.base_name is not None
 
 
 def stage_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:

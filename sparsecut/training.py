@@ -7,6 +7,8 @@ Written to the recipe's output folder:
     STAGE/                      model and processor after the stage, config.yaml, plan.json, versions.json, log.jsonl
     STAGE/checkpoint-N/         only where args ask for it (save_strategy: steps), for resuming inside a stage
     final/                      the last stage's model again (hard links where the disk has them): what `load` takes
+
+Of an upgraded model whose base no stage has trained, only the shortcuts are written, which name their base.
 """
 
 from __future__ import annotations
@@ -24,13 +26,16 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as hf_logging
 
-from .building import build, load
+from .building import build, is_saved, load
 from .data import Collator, Example, TrainingData, check_examples, read_source
+from .identity import digest
 from .methods import make_plan
 from .progress import StageLog, report
+from .prompting import length_limit
 from .recipe import Recipe, Stage, dump_recipe, expand_path, load_recipe
-from .stage_trainer import StageTrainer, freeze, stage_arguments
+from .stage_trainer import StageTrainer, freeze, stage_arguments, trained_parts
 from .states import VisionStates, prepare_states, views_of
+from .upgrading import upgrade
 
 FINISHED = "versions.json"  # written last, so a stage that has it is whole
 logger = logging.getLogger(__name__)
@@ -64,12 +69,14 @@ def train(
     done = _finished(recipe, output) if resume and not check else 0
     if done:
         model, processor = load(output / recipe.stages[done - 1].name)
-    elif model is None:
-        model, processor = _build(recipe)
+    else:
+        model, processor = _start(recipe, model, processor)
     _check_plan(recipe, model)
-    limit = getattr(model.config.text_config.get_text_config(), "max_position_embeddings", None)
+    _check_states(recipe, model)
+    for stage in recipe.stages:
+        trained_parts(model, stage.train)
     data = [
-        _checked(stage, sources, processor, limit=limit, open_pictures=check, problems=problems)
+        _checked(stage, sources, processor, limit=length_limit(model), open_pictures=check, problems=problems)
         for stage, sources in zip(recipe.stages, read, strict=True)
     ]
     _report(recipe, data, problems, shown=shown and arguments[0].should_log)
@@ -109,6 +116,8 @@ def train_stage(
     states: kept states of all the examples' pictures, read instead of running the encoder.
     """
     freeze(model, stage.train)
+    if set(stage.train) != {"fusion"} and hasattr(model, "base"):
+        model.config.base_name = None  # its base is no longer the one of that name
     views = views_of(model.plan, model.config.vision_depth)
     log = StageLog(stage.name, Path(args.output_dir), shown=shown)
     trainer = StageTrainer(
@@ -119,7 +128,9 @@ def train_stage(
         train_dataset=TrainingData(
             examples, processor, template=stage.template, max_length=stage.max_length, states=states, views=views
         ),
-        data_collator=Collator(processor),
+        data_collator=Collator(
+            processor, template=stage.template, max_length=stage.max_length, limit=length_limit(model)
+        ),
     )
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -129,6 +140,8 @@ def train_stage(
         raise ValueError(f"stage {stage.name}: {error}") from error
     finally:
         log.close()
+        if hasattr(model, "base"):
+            model.config.base_digest = digest(model.base)
         model.requires_grad_(True)
         model.eval()
     return trainer
@@ -142,20 +155,36 @@ def kept_states(recipe: Recipe, model, processor, examples: list[Example], args=
         return prepare_states(expand_path(recipe.states), model, processor, examples, say=report)
 
 
-def _build(recipe: Recipe):
+def _start(recipe: Recipe, model, processor):
+    """The model that training starts with: the one given, upgraded if it is a finished vision-language model, or the recipe's."""
     set_seed(recipe.seed)  # fusion starts from random weights
-    if recipe.model.base is not None:
-        return load(expand_path(recipe.model.base))
-    return build(expand_path(recipe.model.vision), expand_path(recipe.model.language), recipe.fusion)
+    if model is not None:
+        return (model, processor) if hasattr(model, "plan") else upgrade(model, recipe.fusion, processor=processor)
+    if recipe.model.base is None:
+        return build(expand_path(recipe.model.vision), expand_path(recipe.model.language), recipe.fusion)
+    base = expand_path(recipe.model.base)
+    if not is_saved(base):
+        return upgrade(base, recipe.fusion)
+    return load(base)
 
 
 def _check_plan(recipe: Recipe, model) -> None:
     if recipe.fusion is None:
         return
     plan = make_plan(recipe.fusion, model.config.vision_depth, model.config.language_depth)
+    if hasattr(model, "family") and not plan.num_base:
+        plan = plan.upgrading(fine=model.family.fine)
     if plan != model.plan:
         raise ValueError(
-            f"the recipe's fusion gives the plan {plan}, but the model given has {model.plan}; make them the same"
+            f"the recipe's fusion gives the plan {plan}, but the model given has {model.plan}; make them the same, or leave fusion out"
+        )
+
+
+def _check_states(recipe: Recipe, model) -> None:
+    if recipe.states is not None and hasattr(model, "family"):
+        raise ValueError(
+            f"states is {recipe.states!r}, but states cannot be kept of an upgraded model, whose base runs its encoder in its own way; "
+            "remove `states`"
         )
 
 

@@ -154,7 +154,7 @@ def test_max_length_cuts_answers_but_never_pictures():
     "template, sentence",
     [
         (FORGETFUL, "writes turn 2 differently once more turns follow"),
-        (LLAMA2, "the chat template refuses the conversation: no system turn here"),
+        (LLAMA2, "chat template refuses the conversation: no system turn here"),
         (MARKED.replace("== 'assistant'", "== 'robot'"), "marks 0 answers, but the conversation has 2"),
     ],
 )

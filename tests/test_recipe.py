@@ -94,8 +94,8 @@ def test_an_override_that_hits_nothing_says_so(file, override, sentence):
         (plain(model={"vision": "a", "langage": "b"}), "model.langage is not known .did you mean 'language'"),
         (plain(model={"vision": "a"}), "either vision and language, or base, but vision was given"),
         (plain(model="some/encoder"), "model is 'some/encoder', but keys and values are needed"),
-        (plain(model={"base": "runs/x"}), "exactly one of them must be given"),
-        (plain(fusion=None), "a new model needs a plan"),
+        (plain(fusion=None), "needs a plan, but fusion is not given"),
+        (stage(train=["projector"]), "only an upgraded model .* has one of its own"),
         (plain(fusion=8), "fusion is 8, but must be text or keys and values or nothing"),
         (plain(stages=[]), "at least one stage is needed"),
         (plain(stages=None), "the file lacks stages"),
@@ -146,3 +146,10 @@ def test_paths_take_environment_variables_when_they_are_used(monkeypatch):
 def test_a_recipe_can_be_made_in_python():
     recipe = parse_recipe({**stage(), "fusion": "llava"})
     assert isinstance(recipe, Recipe) and recipe.fusion == "llava" and recipe.stages[0].train == ("fusion",)
+
+
+def test_a_base_comes_with_a_plan_or_without():
+    given = stage(train=["projector", "language"]) | {"model": {"base": "some/vlm"}}
+    assert parse_recipe(given).fusion == {"method": "sparsecut", "count": 8}
+    del given["fusion"]
+    assert parse_recipe(given).fusion is None and parse_recipe(given).stages[0].train == ("projector", "language")

@@ -1,0 +1,242 @@
+"""Upgrade a finished vision-language model with a recipe, and see in numbers what the shortcuts do; minutes on a CPU.
+
+    python examples/upgrade_vlm.py llava OUT RECORDS IMAGES         (or qwen in place of llava)
+    python examples/upgrade_vlm.py llava runs/upgrade $SPARSECUT_DATA/emoji-vqa/train.json $SPARSECUT_DATA/emoji-vqa/train_images.tar.gz
+
+Nothing can be downloaded here, so the finished model is made on the spot: a tiny LLaVA or Qwen2.5-VL with its own processor
+and prompt format, random at first, trained on the records as any model would be, and saved to OUT/base. From there on everything is
+as with a real one: a recipe names the base, trains the shortcuts alone, and saves them apart. Asked are records that were held out.
+"""
+
+import re
+import sys
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
+
+import sparsecut
+from sparsecut.data import Collator, TrainingData, choose, read_source
+from sparsecut.evaluation import evaluate
+from sparsecut.recipe import Source, parse_recipe
+
+LLAVA_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% endfor %}{% for c in m['content'] if c['type'] == 'text' %}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ c['text'] + ' ' }}{% endgeneration %}{% else %}{{ c['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)  # as of llava-hf/llava-1.5-7b-hf
+QWEN_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}"
+    "{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}"
+)  # as of Qwen/Qwen2.5-VL, without tools, videos and numbered pictures
+
+
+def tokenizer_for(texts, size: int, *special: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer learned from texts."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    if "<|im_end|>" in special:
+        names = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    learn = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    core.train_from_iterator(texts, learn)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **names)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    return tokenizer
+
+
+def llava(texts, *, width: int = 96, view: int = 48, vocabulary: int = 1500):
+    """(model, processor): a LLaVA of one view per picture, patches of 8 x 8 pixels, random weights."""
+    tokenizer = tokenizer_for(texts, vocabulary, "<image>")
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 4, "num_attention_heads": 4}
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **sizes, "image_size": view, "patch_size": 8},
+        text_config={
+            "model_type": "llama",
+            **sizes,
+            **ids,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 512,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(view // 8) ** 2,
+    )
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": view}, crop_size={"height": view, "width": view})
+    processor = LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=LLAVA_TEMPLATE,
+    )
+    return LlavaForConditionalGeneration(config).eval(), processor
+
+
+class Qwen2_5_VLPictureProcessor(Qwen2_5_VLProcessor):
+    """Qwen2.5-VL's processor without its videos, which need torchvision even where there are none."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def model_input_names(self):
+        """Names of what it returns."""
+        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, "mm_token_type_ids"]
+
+
+AutoProcessor.register(Qwen2_5_VLConfig, Qwen2_5_VLPictureProcessor, exist_ok=True)
+
+
+def qwen(texts, *, width: int = 96, view: int = 64, vocabulary: int = 1500):
+    """(model, processor): a Qwen2.5-VL, 2 x 2 patches of 8 x 8 pixels under a token, pictures of about view x view pixels, random."""
+    tokens = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    tokenizer = tokenizer_for(texts, vocabulary, *tokens)
+    start, end, image, video = tokenizer.convert_tokens_to_ids(list(tokens[2:]))
+    text = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 4, "num_attention_heads": 4}
+    rope = {
+        "rope_type": "default",
+        "mrope_section": [width // 4 // 8, width // 4 // 8, width // 4 // 4],
+        "rope_theta": 1e4,
+    }
+    vision = {
+        "depth": 4,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_heads": 4,
+        "out_hidden_size": width,
+    }
+    config = Qwen2_5_VLConfig(
+        vision_config={**vision, "patch_size": 8, "window_size": 32, "fullatt_block_indexes": [1, 3]},
+        text_config={
+            **text,
+            "num_key_value_heads": 4,
+            "vocab_size": len(tokenizer),
+            "rope_parameters": rope,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "max_position_embeddings": 512,
+        },
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        image_token_id=image,
+        video_token_id=video,
+    )
+    image_processor = Qwen2VLImageProcessorPil(
+        patch_size=8, size={"shortest_edge": view**2 // 2, "longest_edge": view**2}
+    )
+    processor = Qwen2_5_VLPictureProcessor(image_processor, tokenizer, chat_template=QWEN_TEMPLATE)
+    return Qwen2_5_VLForConditionalGeneration(config).eval(), processor
+
+
+# As in configs/emoji.yaml: which questions, and of which pictures (for every person or hand one skin tone) answers are held out.
+KINDS = r"^train\.(verify|skin_tone|skin_tone_pair|gender|facing_right|hair)\."
+TONES = r"\.[0-9a-f]*([0-2]-1f3fb|[3-5]-1f3fc|[6-8]-1f3fd|[9ab]-1f3fe|[c-f]-1f3ff)"
+GROUP = r"^train\.(\w+)\."
+
+
+def settings(steps: int, rate: float) -> dict:
+    """TrainingArguments that all trainings here have."""
+    schedule = {"lr_scheduler_type": "cosine", "warmup_steps": steps // 20, "weight_decay": 0.05, "logging_steps": 50}
+    return {"max_steps": steps, "learning_rate": rate, "per_device_train_batch_size": 32, **schedule}
+
+
+def train_plainly(model, processor, examples, steps: int, seed: int = 0) -> None:
+    """Train all of a model's weights with transformers' own Trainer."""
+    args = TrainingArguments(
+        output_dir="unused",
+        seed=seed,
+        report_to="none",
+        save_strategy="no",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **settings(steps, 1e-3),
+    )
+    data = {"train_dataset": TrainingData(examples, processor), "data_collator": Collator(processor)}
+    Trainer(model.train(), args, **data).train()
+    model.eval()
+
+
+def main(kind: str, out: str, records: str, images: str, steps: int = 400) -> None:
+    """Make a finished model, upgrade it by a recipe, ask it with and without its shortcuts, and print a table."""
+    source = {"path": records, "images": images}
+    lessons = read_source(Source(**source, where=KINDS, hold_out=TONES), [])
+    asked = read_source(Source(**source, where=KINDS, group=GROUP), [])
+    asked = choose([e for e in asked if re.search(TONES, e.id)], keep=600)
+    print(f"{len(lessons)} records to learn, {len(asked)} to ask")
+
+    torch.manual_seed(0)
+    texts = [message["content"].replace("<image>", "") for example in lessons for message in example.messages]
+    base, processor = {"llava": llava, "qwen": qwen}[kind](texts)
+    train_plainly(base, processor, lessons, steps)
+    base.save_pretrained(f"{out}/base")
+    processor.save_pretrained(f"{out}/base")
+
+    # From here on as with any model.
+    recipe = parse_recipe(
+        {
+            "model": {"base": f"{out}/base"},
+            "stages": [
+                {
+                    "name": "shortcuts",
+                    "data": {**source, "where": KINDS, "hold_out": TONES},
+                    "train": ["fusion"],
+                    "args": settings(steps, 1e-3),
+                }
+            ],
+            "output": f"{out}/upgraded",
+        }
+    )
+    model, processor = sparsecut.train(recipe)
+    rows = {"base": ask(*sparsecut.upgrade(f"{out}/base"), asked), "with shortcuts": ask(model, processor, asked)}
+    with model.fusion.switched_off(*model.fusion.gated):
+        rows["shortcuts switched off"] = ask(model, processor, asked)
+    for number in model.fusion.gated if len(model.fusion.gated) > 1 else ():
+        with model.fusion.switched_off(number):
+            rows[f"without shortcut {number}"] = ask(model, processor, asked)
+    further = model.detach()
+    train_plainly(further, processor, lessons, steps, seed=1)
+    rows["base, trained on instead"] = ask(*sparsecut.upgrade(further, processor=processor), asked)
+    show(rows)
+
+
+def ask(model, processor, asked) -> dict:
+    """Share of right answers, overall and by kind of question."""
+    found = evaluate(model, processor, asked, max_new_tokens=12, batch_size=64)
+    return {"all": found["accuracy"], **{name: group["accuracy"] for name, group in found["groups"].items()}}
+
+
+def show(rows: dict[str, dict]) -> None:
+    """Print the table."""
+    columns = list(next(iter(rows.values())))
+    print(f"{'right, in %':28}" + "".join(f"{name:>16}" for name in columns))
+    for name, row in rows.items():
+        print(f"{name:28}" + "".join(f"{100 * row[column]:16.1f}" for column in columns))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:5], *map(int, sys.argv[5:]))
