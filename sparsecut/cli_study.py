@@ -150,3 +150,31 @@ def _write(path: Path, plain: dict) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(plain, indent=2) + "\n")
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str], _arg("Folders of evaluations or training runs, or NAME=FOLDER; one name is one arm.", "RUN...")
+    ],
+    out: Annotated[Path, _opt("Folder for the page, the table and the figures.")] = Path("runs/compare"),
+    images: Annotated[Text, _opt("Folder or tar archive of the pictures, where the runs' recipes do not say.")] = None,
+    items: Annotated[int, _opt("At most so many items on which they differ.", min=0)] = 24,
+) -> None:
+    """Put finished evaluations side by side: paired differences over the same items, cost, and where they differ."""
+    from .compare import figures, notes, read_runs, table
+
+    chosen = read_runs(runs)
+    found = figures(chosen, num_items=items)
+    from rich.console import Console
+    from rich.table import Table
+
+    head, *rows = table(found)
+    shown = Table(*head, box=None, pad_edge=False)
+    for row in rows:
+        shown.add_row(*row)
+    Console().print(shown)
+    typer.echo("\n".join(notes(found)))
+    from .compare_page import write_comparison
+
+    typer.echo(f"wrote {write_comparison(out, chosen, found, images)}")

@@ -35,7 +35,8 @@ def test_the_drawing_is_what_the_command_prints():
 def test_every_command_it_names_exists():
     named = set(
         re.findall(
-            r"sparsecut (show|build|upgrade|train|eval|chat|convert|demo|world|cost|study|search|explain)\b", README
+            r"sparsecut (show|build|upgrade|train|eval|chat|convert|demo|world|cost|study|search|explain|compare)\b",
+            README,
         )
     )
     listed = subprocess.run([sys.executable, "-m", "sparsecut", "--help"], capture_output=True, text=True).stdout
