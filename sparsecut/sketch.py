@@ -88,7 +88,7 @@ def _from_file(what: str) -> str | dict:
         recipe = parse_recipe(plain, name=what)
         if recipe.fusion is None:
             raise ValueError(
-                f"{what} starts from the saved model {recipe.model.base}, which has the plan; give its folder"
+                f"{what} leaves the plan to its base, {recipe.model.base}; give that if it is a saved model, or add `fusion`"
             )
         return recipe.fusion
     if not isinstance(plain, dict) or not {"method", "shortcuts"} & set(plain):

@@ -22,6 +22,7 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as hf_logging
@@ -38,6 +39,7 @@ from .states import VisionStates, prepare_states, views_of
 from .upgrading import upgrade
 
 FINISHED = "versions.json"  # written last, so a stage that has it is whole
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the argument that asks for computing in it
 logger = logging.getLogger(__name__)
 
 
@@ -70,7 +72,7 @@ def train(
     if done:
         model, processor = load(output / recipe.stages[done - 1].name)
     else:
-        model, processor = _start(recipe, model, processor)
+        model, processor = _start(recipe, arguments, model, processor)
     _check_plan(recipe, model)
     _check_states(recipe, model)
     for stage in recipe.stages:
@@ -116,6 +118,8 @@ def train_stage(
     states: kept states of all the examples' pictures, read instead of running the encoder.
     """
     freeze(model, stage.train)
+    if "fusion" in stage.train and hasattr(model, "base"):
+        model.fusion.float()  # whatever its base is in: steps are lost in half precision
     if set(stage.train) != {"fusion"} and hasattr(model, "base"):
         model.config.base_name = None  # its base is no longer the one of that name
     views = views_of(model.plan, model.config.vision_depth)
@@ -155,7 +159,7 @@ def kept_states(recipe: Recipe, model, processor, examples: list[Example], args=
         return prepare_states(expand_path(recipe.states), model, processor, examples, say=report)
 
 
-def _start(recipe: Recipe, model, processor):
+def _start(recipe: Recipe, arguments: list[TrainingArguments], model, processor):
     """The model that training starts with: the one given, upgraded if it is a finished vision-language model, or the recipe's."""
     set_seed(recipe.seed)  # fusion starts from random weights
     if model is not None:
@@ -163,9 +167,12 @@ def _start(recipe: Recipe, model, processor):
     if recipe.model.base is None:
         return build(expand_path(recipe.model.vision), expand_path(recipe.model.language), recipe.fusion)
     base = expand_path(recipe.model.base)
-    if not is_saved(base):
-        return upgrade(base, recipe.fusion)
-    return load(base)
+    if is_saved(base):
+        return load(base)
+    # A base that stays frozen takes the room of the precision it computes in; one that is trained too needs single precision.
+    frozen = all(set(stage.train) == {"fusion"} for stage in recipe.stages)
+    half = next((dtype for name, dtype in HALVES.items() if all(getattr(args, name) for args in arguments)), None)
+    return upgrade(base, recipe.fusion, dtype=half if half and frozen else torch.float32)
 
 
 def _check_plan(recipe: Recipe, model) -> None:

@@ -71,6 +71,11 @@ class SparseCutUpgrade(PreTrainedModel, GenerationMixin):
         if "base" in self._modules:  # while the base is not there yet, its own are to come
             self.base.generation_config = value
 
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base's loss is one per learned token of the global batch, which a Trainer must know."""
+        return getattr(self.base, "accepts_loss_kwargs", True)
+
     def get_input_embeddings(self):
         return self.base.get_input_embeddings()
 

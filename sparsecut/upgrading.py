@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from .configuration_upgraded import SparseCutUpgradeConfig
 from .families import family_of
-from .fine_views import with_fine_views
+from .fine_views import PROCESSOR_FILE, with_fine_views
 from .identity import digest
 from .methods import make_plan
 from .overlay import depth_of
@@ -98,7 +98,8 @@ def load_fusion(
             "if the two are the same model in another number format"
         )
     if processor is None:
-        processor = _read(AutoProcessor, name)
+        own = (folder / PROCESSOR_FILE).is_file()  # training leaves the processor it used beside the shortcuts
+        processor = _read(AutoProcessor, folder if own else name)
     model, processor = upgrade(inner, plan, processor=processor)
     problems = model.fusion.load_state_dict(weights, strict=False)
     if problems.missing_keys or problems.unexpected_keys:

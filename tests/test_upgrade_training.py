@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 from runs import log, stage, write_records
 
-from sparsecut import load, train, upgrade
+from sparsecut import Chat, load, train, upgrade
 from sparsecut.data import read_examples
 from sparsecut.evaluation import evaluate
 from sparsecut.labels import encode_batch
-from sparsecut.prompting import features_of, render
-from sparsecut.recipe import parse_recipe
+from sparsecut.prompting import features_of, parts_of, render
+from sparsecut.recipe import load_recipe, parse_recipe
 from sparsecut.records import IMAGE, Example
+from sparsecut.stage_trainer import StageTrainer, stage_arguments
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("upgrade_vlm", ROOT / "examples" / "upgrade_vlm.py")
@@ -143,3 +144,123 @@ def test_a_loaded_base_is_trained_too(base, tmp_path):
     assert all(torch.equal(before[name], value) for name, value in model.base.state_dict().items())
     assert any(value.abs().sum() > 0 for value in model.fusion.paths[0].linear_2.parameters())
     evaluate(model, processor, read_examples(tmp_path / "data.json")[:3], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_shortcuts_of_a_half_precision_base_learn_in_single_precision(folder, dtype):
+    base_of("llava")[0].to(dtype).save_pretrained(folder / "base")
+    model, _ = train(recipe(folder, stage(folder, args={"bf16": True, "use_cpu": True, "max_steps": 2})), shown=False)
+    assert next(model.fusion.parameters()).dtype == torch.float32
+    assert next(model.base.parameters()).dtype == torch.bfloat16
+    assert load(folder / "out" / "final")[0].plan == model.plan
+
+
+def test_gradient_checkpointing_changes_nothing(folder):
+    found = []
+    for on in (False, True):
+        args = {"activation_checkpointing": on}
+        model, _ = train(recipe(folder, stage(folder, args=args), output=str(folder / str(on))), shown=False)
+        found.append(model.fusion.state_dict())
+    assert all(torch.allclose(value, found[1][name], atol=1e-6) for name, value in found[0].items())
+
+
+class Interrupted(Exception):
+    """Stands for a power cut."""
+
+
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(folder, monkeypatch):
+    args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    stages = [stage(folder, args=args), stage(folder, name="two", args=args)]
+    whole = train(recipe(folder, *stages, output=str(folder / "whole")), shown=False)[0]
+    checkpoint = {path.name for path in (folder / "whole" / "two" / "checkpoint-2").iterdir()}
+    assert "fusion.safetensors" in checkpoint and "model.safetensors" not in checkpoint
+    step = StageTrainer.training_step
+
+    def fails(self, *arguments, **named):
+        if self.stage.name == "two" and self.state.global_step == 3:
+            raise Interrupted
+        return step(self, *arguments, **named)
+
+    monkeypatch.setattr(StageTrainer, "training_step", fails)
+    with pytest.raises(Interrupted):
+        train(recipe(folder, *stages), shown=False)
+    monkeypatch.setattr(StageTrainer, "training_step", step)
+    resumed = train(recipe(folder, *stages), shown=False, resume=True)[0]
+    for name, value in whole.fusion.state_dict().items():
+        assert torch.equal(value, resumed.fusion.state_dict()[name]), name
+
+
+def test_a_base_that_was_trained_too_is_saved_with_the_shortcuts(folder):
+    stages = [
+        stage(folder),
+        stage(folder, name="two", train=["projector", "fusion", "language"], lr={"projector": 1e-3}),
+    ]
+    model, _ = train(recipe(folder, *stages), shown=False)
+    assert (folder / "out" / "one" / "fusion.json").is_file()
+    assert (folder / "out" / "final" / "model.safetensors").is_file()
+    untouched = base_of("llava")[0]
+    changed = {n for n, value in model.base.state_dict().items() if not torch.equal(value, untouched.state_dict()[n])}
+    assert {name.split(".")[1] for name in changed if name != "lm_head.weight"} == {
+        "multi_modal_projector",
+        "language_model",
+    }
+    again, processor = load(folder / "out" / "final")
+    inputs = features_of(processor, ["<image>what is it"], [[picture(20, 30)]])
+    assert torch.equal(model(**inputs).logits, again(**inputs).logits)
+    again.save_fusion(folder / "alone")
+    assert json.loads((folder / "alone" / "fusion.json").read_text())["base"] is None
+
+
+def test_a_chat_sees_several_pictures_and_remembers_them(folder):
+    model, processor = upgrade(folder / "base")
+    chat = Chat(model, processor, max_new_tokens=3)
+    chat.ask("what is it", picture(20, 30), picture(16, 16))
+    said = chat.ask("is <image> red", picture(30, 30))
+    assert [m["content"].count(IMAGE) for m in chat.messages] == [2, 0, 1, 0] and len(chat.pictures) == 3
+    inputs = features_of(processor, [render(processor, chat.messages[:3])], [chat.pictures])
+    ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    assert processor.batch_decode(ids, skip_special_tokens=True)[0].strip() == said
+    assert "".join(Chat(model, processor, max_new_tokens=3).stream("what is it", picture(20, 30))) != ""
+
+
+def test_contents_in_parts_leave_line_ends_to_the_template():
+    kinds = [list(part.values())[-1] for part in parts_of("<image>\n<image>\nis <image>\nit\n", "<image>")]
+    assert kinds == ["image", "image", "is ", "image", "it\n"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"states": "kept"}, "states cannot be kept of an upgraded model"),
+        ({"template": "plain"}, "record 0: template 'plain' leaves out the prompt format"),
+        ({"max_length": 3}, "max_length=3 would cut off image tokens"),
+        ({"max_length": 12}, "no token of the .* is left to learn: .* raise max_length"),
+        ({"chat_template": None}, "LlavaProcessor has no chat template"),
+        ({"chat_template": "{% for m in messages %}{{ m['role'] }}{% endfor %}"}, "writes no <image> for a picture"),
+        ({"limit": 6}, "has .* tokens, but the language model takes 6"),
+        ({"model": {"base": "nowhere/base"}}, "there is no model nowhere/base that can be read"),
+        ({"fusion": "llava"}, "can only be upgraded by shortcuts beside its own input"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(folder, changes, sentence, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = folder / "base" / "config.json"
+    for name in set(changes) & {"chat_template"}:
+        (folder / "base" / "chat_template.jinja").unlink()
+        if changes[name]:
+            (folder / "base" / "chat_template.jinja").write_text(changes[name])
+    if "limit" in changes:
+        plain = json.loads(config.read_text())
+        plain["text_config"]["max_position_embeddings"] = changes["limit"]
+        config.write_text(json.dumps(plain))
+    of_stage = {name: changes[name] for name in set(changes) & {"template", "max_length"}}
+    of_recipe = {name: changes[name] for name in set(changes) & {"states", "model", "fusion"}}
+    with pytest.raises(ValueError, match=sentence):
+        train(recipe(folder, stage(folder, **of_stage), **of_recipe), shown=False, check=True)
+    assert not (folder / "out").exists()
+
+
+def test_the_recipe_for_a_large_base_is_whole():
+    found = load_recipe(ROOT / "configs" / "upgrade-llava-7b.yaml", ["stages.0.args.use_cpu=true"])
+    assert found.model.base == "llava-hf/llava-1.5-7b-hf" and found.stages[0].train == ("fusion",)
+    stage_arguments(found.stages[0], 0, Path("unused"))
