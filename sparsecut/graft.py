@@ -44,8 +44,17 @@ class Injection:
     rows: Tensor | None = None  # [batch * length]: which feature stands at each position; any at positions without
 
 
+# Each holds a dict with one entry, or nothing: transformers' own variables of this class hold dicts, and its tests read keys.
 _reading = CompileableContextVar("sparsecut_reading")
 _injection = CompileableContextVar("sparsecut_injection")
+
+
+def _current_reading() -> Reading | None:
+    return None if (held := _reading.get()) is None else held["reading"]
+
+
+def _current_injection() -> Injection | None:
+    return None if (held := _injection.get()) is None else held["injection"]
 
 
 def find_layers(module: nn.Module, depth: int, what: str) -> nn.ModuleList:
@@ -132,7 +141,7 @@ def _disconnect(layer: nn.Module) -> None:
 def read_taps(encoder: nn.Module, pixels: Tensor, num_patches: int, wanted: Iterable[int]) -> dict[int, Tensor]:
     """Run the encoder on pixels [views, 3, S, S] and return tap -> [views, N, D], class and register tokens removed."""
     reading = Reading(frozenset(wanted))
-    token = _reading.set(reading)
+    token = _reading.set({"reading": reading})
     try:
         encoder(pixels)
     finally:
@@ -154,7 +163,7 @@ def read_taps(encoder: nn.Module, pixels: Tensor, num_patches: int, wanted: Iter
 def watch_taps(run: Callable, wanted: Iterable[int]) -> tuple[object, dict[int, Tensor]]:
     """Call `run()`, which passes once through a connected encoder, and return its result and tap -> states as blocks give them."""
     reading = Reading(frozenset(wanted), whole=True)
-    token = _reading.set(reading)
+    token = _reading.set({"reading": reading})
     try:
         return run(), reading.taps
     finally:
@@ -178,7 +187,7 @@ def inject(
     injection = Injection(mask, features, gates or {})
     if features or later:
         injection.rows = (mask.flatten().cumsum(0) - 1).clamp(min=0)
-    token = _injection.set(injection)
+    token = _injection.set({"injection": injection})
     try:
         output = run()
     finally:
@@ -192,19 +201,19 @@ def inject(
 
 
 def _read_embeddings(module, args, kwargs):
-    if (reading := _reading.get()) is not None and 0 in reading.wanted:
+    if (reading := _current_reading()) is not None and 0 in reading.wanted:
         reading.taps[0] = args[0] if args else kwargs["hidden_states"]
 
 
 def _read_block(tap: int, module, args, output):
-    if (reading := _reading.get()) is not None and tap <= reading.num_blocks:
+    if (reading := _current_reading()) is not None and tap <= reading.num_blocks:
         reading.as_tuple = isinstance(output, tuple)
         if tap in reading.wanted:
             reading.taps[tap] = output[0] if reading.as_tuple else output
 
 
 def _skip_while_reading(number: int, forward: Callable, *args, **kwargs):
-    reading = _reading.get()
+    reading = _current_reading()
     if reading is None or number < reading.num_blocks:
         return forward(*args, **kwargs)
     hidden = args[0] if args else kwargs["hidden_states"]
@@ -212,7 +221,7 @@ def _skip_while_reading(number: int, forward: Callable, *args, **kwargs):
 
 
 def _add_features(layer: int, module, args, kwargs):
-    injection = _injection.get()
+    injection = _current_injection()
     if injection is None or layer not in injection.features:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]

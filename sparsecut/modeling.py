@@ -9,6 +9,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
+from .body import SparseCutModel
 from .configuration import SparseCutConfig
 from .fusion import Fusion
 from .graft import (
@@ -28,6 +29,8 @@ from .outputs import (
     has_begun,
 )
 from .plan import Plan
+
+RECORDS = ("hidden_states", "attentions")  # what an encoder keeps of its blocks when it is asked to
 
 
 class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -73,6 +76,11 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
         connect_encoder(self.vision_tower, config.vision_depth)
         connect_decoder(self.language_model, config.language_depth)
         self.post_init()
+
+    @property
+    def base_model(self) -> SparseCutModel:
+        """The same modules without the head."""
+        return SparseCutModel(self)
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
@@ -140,15 +148,28 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> SparseCutImageFeatures:
         """Encode pictures [P, 1 + tiles^2, 3, S, S], coarse view first, and fuse their taps for every layer of the plan.
 
-        vision_states: what `encode` returned for them, instead of pixels. Raises ValueError on another shape, or for both or none.
+        vision_states: what `encode` returned for them, instead of pixels. output_hidden_states and output_attentions (here or in
+        the configuration) add the encoder's own for the coarse views of pixels, at the price of another pass through every block.
+        Raises ValueError on another shape, or for both or none.
         """
         if (pixel_values is None) == (vision_states is None):
             raise ValueError("give either pixel_values or vision_states, and not both")
         given = pixel_values if vision_states is None else next(iter(vision_states.values()))
         if not len(given):
             return SparseCutImageFeatures(pooler_output=[])
-        fused = self.fusion(self.encode(pixel_values) if vision_states is None else vision_states)
+        states = self.encode(pixel_values) if vision_states is None else vision_states
+        fused, whole = self.fusion(states), {}
+        wanted = [
+            name for name in RECORDS if kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False))
+        ]
+        if wanted and pixel_values is not None:
+            coarse = pixel_values if pixel_values.dim() == 4 else pixel_values[:, 0]
+            flags = {f"output_{name}": True for name in wanted}
+            outputs = self.vision_tower(coarse.to(self.vision_tower.dtype), return_dict=True, **flags)
+            whole = {name: outputs.get(name) for name in wanted}
         return SparseCutImageFeatures(
+            last_hidden_state=states[max(states)][:, 0],
+            **whole,
             pooler_output=list(fused[0]),
             deepstack_features=[list(fused[layer]) for layer in self.plan.layers] or None,
             pixel_values=pixel_values,
@@ -188,7 +209,7 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, SparseCutImageFeatures] | None = None,
-        continued: bool = False,
+        continued: bool | None = None,
         **kwargs,
     ) -> SparseCutCausalLMOutputWithPast:
         """One pass over a prompt, its continuation, or a training batch.
@@ -196,24 +217,30 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids [B, L] with `config.image_token_id` once per image token; pixel_values [P, 1 + tiles^2, 3, S, S] for the pictures
         that are there, in reading order over the batch; vision_states (of `encode`) or mm_encoder_outputs ({"image":
         get_image_features(...)}) instead of pixels.
-        continued: input_ids were generated or guessed, so that placeholders among them stand for no picture (`generate` says so).
-        Raises ValueError where image tokens and features do not match, RuntimeError where a shortcut did not fire exactly once.
+        continued: input_ids were generated or guessed, so that placeholders among them stand for no picture (`generate` says so,
+        None elsewhere). Raises ValueError where image tokens and features do not match (a bare pass without labels, cache and
+        pictures warns), RuntimeError where a shortcut did not fire exactly once.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         images = (mm_encoder_outputs or {}).get("image")
-        if sum(pictures is not None for pictures in (pixel_values, vision_states, images)) > 1:
+        num_given = sum(pictures is not None for pictures in (pixel_values, vision_states, images))
+        if num_given > 1:
             raise ValueError(
                 "give one of pixel_values, vision_states and mm_encoder_outputs: they are the same pictures"
             )
         if pixel_values is not None or vision_states is not None:
-            images = self.get_image_features(pixel_values, vision_states)
+            images = self.get_image_features(
+                pixel_values, vision_states, **{f"output_{name}": False for name in RECORDS}
+            )
         if images is not None and not len(images.pooler_output):
             images = None  # a batch of no pictures
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         mask = self.image_mask(input_ids, inputs_embeds)
-        check_image_tokens(mask, images, continued)
+        if not torch.compiler.is_compiling() and (images is not None or (input_ids is not None and not continued)):
+            alone = labels is None and past_key_values is None and continued is None
+            check_image_tokens(mask, images, bare=alone and not num_given and not self.training)
         check_image_features(images, self.plan, inputs_embeds.shape[-1])
 
         features, image_hidden_states = {}, None

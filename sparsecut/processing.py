@@ -15,6 +15,7 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 COARSE = ("squash", "crop")
+NORMALISING = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 # Put before a tokenizer's own chat template, which often knows string contents only: lists of {"type": "image"} and
 # {"type": "text"} items become one string, pictures as the placeholder on a line of its own.
@@ -127,29 +128,34 @@ class SparseCutProcessor(ProcessorMixin):
         """Replace every placeholder by as many image tokens as a picture takes."""
         return text.replace(self.image_token, self.image_token * self.num_image_tokens)
 
-    def pixels(self, images: list) -> Tensor:
-        """Normalised views of pictures: float32 [pictures, 1 + tiles^2, 3, S, S], coarse view first."""
+    def pixels(self, images: list, **settings) -> Tensor:
+        """Normalised views of pictures: float32 [pictures, 1 + tiles^2, 3, S, S], coarse view first.
+
+        settings: of NORMALISING, instead of the image processor's own.
+        """
         pictures = [image if isinstance(image, Image.Image) else to_pil_image(image) for image in images]
         levels = [[np.asarray(v) for v in views(p, self.tiles, self.image_size, self.coarse)] for p in pictures]
         if not levels:
             return torch.empty(0, self.num_views, 3, self.image_size, self.image_size)
-        table = self._normalised_levels()
+        table = self._normalised_levels(**settings)
         levels = np.stack([np.stack(v) for v in levels])
         return torch.from_numpy(np.stack([table[c][levels[..., c]] for c in range(3)], axis=2))
 
-    def _normalised_levels(self) -> np.ndarray:
+    def _normalised_levels(self, **settings) -> np.ndarray:
         """What the encoder's image processor makes of the 256 levels of each channel: float32 [3, 256]."""
-        p, levels = self.image_processor, np.arange(256, dtype=np.float64)
-        if p.do_rescale:
-            levels = levels * p.rescale_factor
+        p = {name: getattr(self.image_processor, name) for name in NORMALISING} | settings
+        levels = np.arange(256, dtype=np.float64)
+        if p["do_rescale"]:
+            levels = levels * p["rescale_factor"]
         levels = np.tile(levels.astype(np.float32), (3, 1))
-        if p.do_normalize:
-            mean, std = (np.asarray(v, dtype=np.float32).reshape(-1, 1) for v in (p.image_mean, p.image_std))
+        if p["do_normalize"]:
+            mean, std = (np.asarray(p[name], dtype=np.float32).reshape(-1, 1) for name in ("image_mean", "image_std"))
             levels = (levels - mean) / std
         return levels
 
     def _process_images(self, images, **kwargs):
-        pixels = self.pixels(make_flat_list_of_images(images))
+        settings = {name: kwargs[name] for name in NORMALISING if kwargs.get(name) is not None}
+        pixels = self.pixels(make_flat_list_of_images(images), **settings)
         return {"pixel_values": pixels}, [self.image_token * self.num_image_tokens] * len(pixels)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):

@@ -220,7 +220,7 @@ def test_states_that_are_not_one_row_of_patches_are_refused(model):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"pixel_values": None}, "the prompts hold 8 image tokens, but the pictures given make 0"),
+        ({"pixel_values": None, "labels": torch.zeros(2, 11, dtype=torch.long)}, "the prompts hold 8 image tokens, but the pictures given make 0"),
         ({"input_ids": torch.tensor([TEXT[1]]), "attention_mask": None}, "hold 0 image tokens, but the pictures given make 8"),
         ({"input_ids": torch.tensor([[5, *[IMAGE] * 7]]), "attention_mask": None}, "hold 7 image tokens.*make 8.*length limit"),
         ({"pixel_values": torch.zeros(2, 4, 3, 16, 16)}, r"shape \(2, 4, 3, 16, 16\), but .* need \(pictures, 5, 3, 16, 16\)"),
@@ -234,6 +234,16 @@ def test_states_that_are_not_one_row_of_patches_are_refused(model):
 def test_pictures_that_do_not_match_the_prompt_are_refused_in_a_sentence(model, change, sentence):
     with pytest.raises(ValueError, match=sentence):
         model(**batch(model) | change)
+
+
+@torch.no_grad()
+def test_a_bare_pass_without_pictures_warns_and_reads_placeholders_as_words(model):
+    ids = batch(model)["input_ids"]
+    with pytest.warns(UserWarning, match="the prompts hold 8 image tokens, but the pictures given make 0"):
+        logits = model(input_ids=ids).logits
+    assert torch.equal(logits, model.language_model(input_ids=ids).logits)
+    with pytest.raises(ValueError, match="the prompts hold 8 image tokens"):
+        model.generate(input_ids=ids, max_new_tokens=1)
 
 
 def test_features_of_another_model_are_refused_in_a_sentence(model):
