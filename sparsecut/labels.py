@@ -134,7 +134,6 @@ def chat(example: Example, processor) -> tuple[str, list[tuple[int, int]]]:
     marked = bool(MARKED.search(template_of(processor) or ""))
     text, spans = rendered(processor, messages, marks=marked)
     spans = spans if marked else _spans(messages, text, processor)
-    spans = spans if is_fixed(processor) else [(start, start + len(text[start:end].rstrip())) for start, end in spans]
     wanted = sum(m["role"] == "assistant" for m in messages)
     if len(spans) != wanted:
         raise ValueError(
@@ -142,7 +141,10 @@ def chat(example: Example, processor) -> tuple[str, list[tuple[int, int]]]:
             "{% generation %} and {% endgeneration %} in the template, or remove these marks from it"
         )
     special = processor.tokenizer.all_special_tokens
+    if marked:
+        spans = _from_prompts(messages, text, spans, processor)
     if not is_fixed(processor):
+        spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
         text, spans = _ended(text, spans, processor.tokenizer.eos_token, special)
     ended = [_with_end(text, start, end, special) for start, end in spans]
     if not text[: ended[-1][1]].rstrip().endswith(tuple(special)):
@@ -187,6 +189,16 @@ def _spans(messages, text: str, processor) -> list[tuple[int, int]]:
             )
         spans.append((len(before), len(after.rstrip())))
     return spans
+
+
+def _from_prompts(messages, text: str, spans, processor) -> list[tuple[int, int]]:
+    """Marked spans, begun where the prompt ends: blanks that a template writes before its mark are the model's to say, too."""
+    begun, answers = [], [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    for i, (start, end) in zip(answers, spans, strict=True):
+        before = rendered(processor, messages[:i], add_generation_prompt=True)[0]
+        fits = text.startswith(before) and text[len(before) : start].isspace()
+        begun.append((len(before) if fits else start, end))
+    return begun
 
 
 def _ended(text: str, spans, end: str | None, special: list[str]) -> tuple[str, list[tuple[int, int]]]:

@@ -68,7 +68,7 @@ def talk(*turns: str, images=()) -> Example:
 
 TALKS = [  # conversation, sizes of its pictures
     (talk(f"{IMAGE}\nwhat is it", "a red cat", "are you sure ?", "yes"), [(40, 20)]),
-    (talk(f"is {IMAGE} it\n{IMAGE} or", "no"), [(16, 30), (64, 48)]),
+    (talk(f"is {IMAGE} it\n{IMAGE} or", "zebra"), [(16, 30), (64, 48)]),
     (talk("what is blue", "it is a dog", "sure", "a"), []),
 ]
 
@@ -88,7 +88,7 @@ def test_what_is_learned_follows_exactly_the_prompt_of_inference(base):
             ]
             prompt = features_of(processor, [render(processor, asked)], pictures[row : row + 1])["input_ids"][0]
             assert torch.equal(ids[: len(prompt)], prompt) and (labels[start : len(prompt)] == -100).all()
-            learned = labels[len(prompt) :].tolist()
+            learned = labels[len(prompt) :].tolist()  # from the very first token that the model has to say
             learned = learned[: learned.index(-100)] if -100 in learned else learned
             last = number + 1 == len(answers)
             ends = processor.tokenizer.eos_token if last or "im_end" in processor.chat_template else ""
