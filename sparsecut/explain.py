@@ -170,6 +170,8 @@ def conditions_of(fusion) -> dict[str, tuple[int, ...]]:
 
 
 def _remember(model, processor, examples: Sequence[Example]) -> RememberedStates | None:
+    if hasattr(model, "family"):
+        return None  # its base runs its encoder in its own way
     pictures = len({key for e in examples for key in keys_of(e)})
     views = sum(views_of(model.plan, model.config.vision_depth).values())
     size = 2 * pictures * views * model.config.patch_rows**2 * model.config.vision_config.hidden_size
@@ -199,21 +201,12 @@ def measure_additions(model, processor, examples: Sequence[Example], states, bat
     """
     fusion, shortcuts = model.fusion, model.plan.shortcuts
     first = list({tuple(keys_of(e)): e for e in examples if e.images}.values())
-    views, sums = views_of(model.plan, model.config.vision_depth), torch.zeros(len(shortcuts), 5, dtype=torch.float64)
+    sums = torch.zeros(len(shortcuts), 5, dtype=torch.float64)
     for start in range(0, len(first), batch_size):
         chunk = first[start : start + batch_size]
-        if states is None:
-            kept = model.encode(processor.pixels([p for e in chunk for p in e.pictures()]).to(model.device))
-        else:
-            read = [states.read(e, views) for e in chunk]
-            kept = {tap: torch.cat([one[tap] for one in read]).to(model.device) for tap in views}
-        added = [_alone(fusion, i, kept) for i in range(len(shortcuts))]
-        prompts = [render(processor, _asked(e, processor)) for e in chunk]
-        inputs = inputs_of(model, processor, prompts, None)
-        hidden = model(**inputs, vision_states=kept, output_hidden_states=True, use_cache=False).hidden_states
-        mask = inputs["input_ids"] == model.config.image_token_id
-        for i, (shortcut, z) in enumerate(zip(shortcuts, added, strict=True)):
-            h = hidden[shortcut.layer][mask] if shortcut.layer else added[fusion.main].flatten(0, 1)
+        read = _riding if hasattr(model, "family") else _encoded
+        added, hidden = read(model, processor, chunk, states)
+        for i, (shortcut, z, h) in enumerate(zip(shortcuts, added, hidden, strict=True)):
             z, gate = _after_context(fusion, shortcut.layer, z.flatten(0, 1), h)
             z, h = z.double(), h.double()
             cosine = torch.nn.functional.cosine_similarity(z, h, dim=-1)
@@ -226,6 +219,44 @@ def measure_additions(model, processor, examples: Sequence[Example], states, bat
             )
             sums[i] += torch.stack([value.cpu() for value in each])
     return [_facts(fusion, i, shortcut, sums[i].tolist()) for i, shortcut in enumerate(shortcuts)]
+
+
+def _encoded(model, processor, chunk: Sequence[Example], states) -> tuple[list, list]:
+    """Of every shortcut: what it alone adds, [P, N', H], and the hidden states that it is added to, [P * N', H]."""
+    fusion, views = model.fusion, views_of(model.plan, model.config.vision_depth)
+    if states is None:
+        kept = model.encode(processor.pixels([p for e in chunk for p in e.pictures()]).to(model.device))
+    else:
+        read = [states.read(e, views) for e in chunk]
+        kept = {tap: torch.cat([one[tap] for one in read]).to(model.device) for tap in views}
+    added = [_alone(fusion, i, kept) for i in range(len(model.plan.shortcuts))]
+    inputs = inputs_of(model, processor, [render(processor, _asked(e, processor)) for e in chunk], None)
+    hidden = model(**inputs, vision_states=kept, output_hidden_states=True, use_cache=False).hidden_states
+    mask = inputs["input_ids"] == model.config.image_token_id
+    into = added[fusion.main].flatten(0, 1)
+    return added, [hidden[s.layer][mask] if s.layer else into for s in model.plan.shortcuts]
+
+
+def _riding(model, processor, chunk: Sequence[Example], states) -> tuple[list, list]:
+    """The same of an upgraded model, read during its base's own forward, [tokens, 1, H]; the input's own are in the hidden states."""
+    fusion, found, own = model.fusion, {}, model.fusion.fuse
+
+    def fuse(grains):
+        for i in fusion.gated:
+            with fusion.switched_off(*(j for j in fusion.gated if j != i)):
+                found[i] = own(grains)[fusion.plan.shortcuts[i].layer]
+        return own(grains)
+
+    prompts = [render(processor, _asked(e, processor)) for e in chunk]
+    inputs = inputs_of(model, processor, prompts, [e.pictures() for e in chunk])
+    fusion.fuse = fuse
+    try:
+        hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+    finally:
+        del fusion.fuse
+    mask = inputs["input_ids"] == model.config.image_token_id
+    found[fusion.main] = hidden[0][mask].unsqueeze(1)
+    return [found[i] for i in range(len(found))], [hidden[s.layer][mask] for s in model.plan.shortcuts]
 
 
 def _alone(fusion, i: int, kept: dict) -> torch.Tensor:

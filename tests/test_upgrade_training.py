@@ -13,6 +13,8 @@ from runs import log, stage, write_records
 from sparsecut import Chat, load, train, upgrade
 from sparsecut.data import read_examples
 from sparsecut.evaluation import evaluate
+from sparsecut.explain import explain
+from sparsecut.explain_page import lines
 from sparsecut.labels import encode_batch
 from sparsecut.prompting import features_of, parts_of, render
 from sparsecut.recipe import load_recipe, parse_recipe
@@ -221,6 +223,27 @@ def test_a_chat_sees_several_pictures_and_remembers_them(folder):
     ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     assert processor.batch_decode(ids, skip_special_tokens=True)[0].strip() == said
     assert "".join(Chat(model, processor, max_new_tokens=3).stream("what is it", picture(20, 30))) != ""
+
+
+def test_an_explanation_switches_shortcuts_off_and_measures_what_they_add(folder):
+    model, processor = upgrade(folder / "base")
+    torch.manual_seed(1)
+    for parameter in model.fusion.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    asked = read_examples(folder / "data.json")
+    found = explain(model, processor, asked, max_new_tokens=3, batch_size=5)
+    with model.fusion.switched_off(1):
+        assert (
+            found["conditions"]["without 1"]["accuracy"]
+            == evaluate(model, processor, asked, max_new_tokens=3)["accuracy"]
+        )
+    first = list({tuple(e.images): e for e in asked if e.images}.values())
+    inputs = features_of(processor, ["<image>" * len(e.images) for e in first], [e.pictures() for e in first])
+    names = ("pixel_values", "fine_pixel_values")
+    beside = model.get_image_features(**{name: inputs[name] for name in names}).pooler_output
+    norms = torch.cat(list(beside)).unflatten(-1, (-1, 32)).norm(dim=-1).mean(0).tolist()[1:]
+    assert np.allclose([s["norm"] for s in found["shortcuts"][1:]], norms, rtol=1e-4)
+    assert lines(found).count("\n") > 10
 
 
 def test_contents_in_parts_leave_line_ends_to_the_template():
