@@ -4,10 +4,10 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help install demo test style check grid bench study gpu clean
+.PHONY: help install demo test style check grid hf-suite bench study gpu clean
 
 help:  ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
 install: .venv/installed  ## Put the project and all it needs into .venv
 
@@ -31,6 +31,10 @@ check: style test  ## What CI runs
 
 grid: install  ## Run every model family and write docs/support.md (slow)
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/grid.py
+
+hf-suite: install  ## Run transformers' own tests on our classes and write docs/support.md (REPOSITORY=a checkout of it)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,hf-suite]'
+	$(BIN)/python benchmarks/hf_suite.py $(if $(REPOSITORY),--repository $(REPOSITORY))
 
 bench: install  ## Memory and time of a prompt pass, plan by plan
 	$(BIN)/python benchmarks/prompt.py --plan llava --plan hires_channels --plan official_13b --plan sparsecut

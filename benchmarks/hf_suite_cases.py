@@ -63,9 +63,8 @@ class LlavaTester(VLMModelTester):
     image_settings = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 
     def __init__(self, parent, **settings):
-        super().__init__(
-            parent, image_token_id=98, **settings
-        )  # not among the tokens 1 to 19 that are trained on without pictures
+        # The training test reads 1 to 19 without pictures, and one about resizing cuts 15 words off the vocabulary.
+        super().__init__(parent, vocab_size=99, image_token_id=30, **settings)
 
     def _check_required_attributes(self):
         """Both classes are tested alone, without a model class for the part below the head."""
@@ -95,6 +94,8 @@ class SparseCutTester(LlavaTester):
 
 
 class ModelCases(VLMModelTest, TrainingTesterMixin):
+    test_can_init_all_missing_weights_before_2023 = True  # no source file of ours tells its year
+
     @UNREAD
     def test_training_gradient_checkpointing(self):
         """Every parameter is expected to have a gradient."""

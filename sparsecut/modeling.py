@@ -107,6 +107,11 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
             "head": list(head.parameters()) if head is not None else [],
         }
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: our `_init_weights` keeps transformers' rules. In custom code it would pass over modules like CLIP's attention."""
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, Fusion):
@@ -207,6 +212,7 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, SparseCutImageFeatures] | None = None,
         continued: bool | None = None,
@@ -254,6 +260,7 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
 
         arguments = {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
+        arguments["output_attentions"] = output_attentions
         arguments = {k: v for k, v in arguments.items() if v is not None and accepts(self.language_model, k)}
         if accepts(self.language_model, "logits_to_keep", by_name=True):
             arguments["logits_to_keep"] = logits_to_keep

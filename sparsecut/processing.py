@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import make_flat_list_of_images
+from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 COARSE = ("squash", "crop")
@@ -156,7 +156,12 @@ class SparseCutProcessor(ProcessorMixin):
     def _process_images(self, images, **kwargs):
         settings = {name: kwargs[name] for name in NORMALISING if kwargs.get(name) is not None}
         pixels = self.pixels(make_flat_list_of_images(images), **settings)
-        return {"pixel_values": pixels}, [self.image_token * self.num_image_tokens] * len(pixels)
+        inputs = {"pixel_values": pixels}
+        return inputs, [self.replace_image_token(inputs, i) for i in range(len(pixels))]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """What a placeholder becomes: as many image tokens as a picture takes, whichever it is."""
+        return self.expand(self.image_token)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
         sizes = image_sizes or []
@@ -164,7 +169,7 @@ class SparseCutProcessor(ProcessorMixin):
             num_image_tokens=[self.num_image_tokens] * len(sizes), num_image_patches=[self.num_views] * len(sizes)
         )
 
-    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
+    def __call__(self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs) -> BatchFeature:
         """Token ids of texts and pixel values of their pictures, as Hugging Face processors return them.
 
         images: a picture, a list of pictures in the order of the placeholders, or one list per text. text: one or several.
@@ -180,7 +185,8 @@ class SparseCutProcessor(ProcessorMixin):
                 and isinstance(images, (list, tuple))
                 and any(isinstance(i, (list, tuple)) for i in images)
             ):
-                self._check_rows(images, texts)
+                if len(images) == len(texts):
+                    self._check_rows(images, texts)
                 images = [picture for row in images for picture in row]
         return super().__call__(images=images, text=text, **kwargs)
 

@@ -62,7 +62,8 @@ def register_model() -> None:
     from .configuration import SparseCutConfig
     from .modeling import SparseCutForConditionalGeneration
 
-    for mapping in (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING):
+    names = ("MODEL_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING")
+    for mapping in (getattr(modeling_auto, name) for name in names):
         mapping.register(SparseCutConfig, SparseCutForConditionalGeneration, exist_ok=True)
 
 

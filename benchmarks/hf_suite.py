@@ -1,0 +1,223 @@
+"""transformers' own tests, run on our classes and on the stock LLaVA; counts and reasons go into docs/support.md.
+
+    python benchmarks/hf_suite.py                                  # all of it, about two minutes after the downloads
+    python benchmarks/hf_suite.py --repository ../transformers     # what only the repository has, from a folder
+    python benchmarks/hf_suite.py -k test_beam                     # some tests, on screen only
+
+The release's source archive, from the package index, holds the common tests. Those of generation, export and pipelines and
+the base classes for vision-language models are in the repository alone: in a checkout of the release's tag (--repository or
+TRANSFORMERS_REPOSITORY), or else in GitHub's archive of it. Everything is put together under runs/hf-suite.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import urllib.request
+from collections import Counter, defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SUPPORT, WORK = ROOT / "docs" / "support.md", ROOT / "runs" / "hf-suite"
+HEADING = "## transformers' own tests"
+ARCHIVE = "https://github.com/huggingface/transformers/archive/refs/tags/v{}.tar.gz"
+NEEDED = ("generation", "exporters", "pipelines", "utils", "fixtures")  # folders of tests/ that the common tests import
+ORDER = ("skipped", "passed", "xfailed", "failed")  # a test is the worst of its parts
+CLASSES = {
+    "TestLlava": "`LlavaForConditionalGeneration`",
+    "TestSparseCut": "`SparseCutForConditionalGeneration`",
+    "TestUpgrade": "`SparseCutUpgrade` of it",
+    "TestLlavaProcessor": "`LlavaProcessor`",
+    "TestSparseCutProcessor": "`SparseCutProcessor`",
+}
+STOCK = {"TestSparseCut": "TestLlava", "TestUpgrade": "TestLlava", "TestSparseCutProcessor": "TestLlavaProcessor"}
+
+
+def source_archive(release: str) -> Path:
+    """The unpacked source archive of a release, from the package index."""
+    folder = WORK / f"transformers-{release}"
+    if not folder.exists():
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            "--dest",
+            str(WORK),
+        ]
+        if subprocess.run([*pip, f"transformers=={release}"]).returncode:
+            raise SystemExit(
+                f"the source archive of transformers {release} could not be downloaded (pip says why above); put "
+                f"transformers-{release}.tar.gz, unpacked, at {folder}"
+            )
+        with tarfile.open(WORK / f"transformers-{release}.tar.gz") as archive:
+            archive.extractall(WORK, filter="data")
+    return folder
+
+
+def repository(release: str, given: str | None) -> Path:
+    """A folder with the repository's tests: the one given, or GitHub's archive of the release's tag."""
+    if given is not None:
+        folder = Path(given)
+        if not (folder / "tests" / "vlm_tester.py").is_file():
+            raise SystemExit(
+                f"{folder} holds no tests/vlm_tester.py, so it is no checkout of transformers; give the folder of one, "
+                f"best at tag v{release}"
+            )
+        return folder
+    folder = WORK / "repository" / f"transformers-{release}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            name, _ = urllib.request.urlretrieve(ARCHIVE.format(release))
+        except OSError as error:
+            raise SystemExit(
+                f"{ARCHIVE.format(release)} could not be downloaded ({error}); give a checkout of transformers at tag v{release} "
+                "with --repository FOLDER or TRANSFORMERS_REPOSITORY"
+            ) from error
+        with tarfile.open(name) as archive:
+            archive.extractall(folder.parent, filter="data")
+    return folder
+
+
+def assemble(release: str, checkout: Path) -> Path:
+    """Lay out a folder in which the tests run: the repository's, and the release's own where it has them."""
+    import transformers
+
+    folder, archive = WORK / "run", source_archive(release)
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "src").mkdir(parents=True)
+    (folder / "src" / "transformers").symlink_to(Path(transformers.__file__).parent)
+    shutil.copytree(checkout / "utils", folder / "utils")
+    shutil.copy(checkout / "conftest.py", folder)
+    for name in NEEDED:
+        shutil.copytree(checkout / "tests" / name, folder / "tests" / name)
+    for path in [*(checkout / "tests").glob("*.py"), *(archive / "tests").glob("*.py")]:
+        shutil.copy(path, folder / "tests")
+    shutil.copy(Path(__file__).with_name("hf_suite_cases.py"), folder)
+    # The tests take a picture from here before they look for it on the hub.
+    coco = folder / "tests" / "fixtures" / "tests_samples" / "COCO" / "000000039769.png"
+    shutil.copy(coco, folder / "coco_sample.png")
+    (folder / "pytest.ini").write_text("[pytest]\naddopts = -p no:cacheprovider -W ignore --import-mode=importlib\n")
+    return folder
+
+
+def version_of(checkout: Path) -> str:
+    """Which version a checkout says it is."""
+    found = (
+        re.search(r'version="([^"]+)"', (checkout / "setup.py").read_text())
+        if (checkout / "setup.py").is_file()
+        else None
+    )
+    return found[1] if found else "unknown"
+
+
+def run(folder: Path, chosen: str | None) -> dict[str, tuple[str, str]]:
+    """Run the cases in a process of their own and return test -> (outcome, reason)."""
+    out = folder / "outcomes.jsonl"
+    paths = os.pathsep.join(str(p) for p in (folder, ROOT, Path(__file__).parent))
+    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "HF_SUITE_OUTCOMES": str(out)}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "hf_suite_outcomes", "-c", "pytest.ini", "hf_suite_cases.py"]
+    subprocess.run([*command, *(["-k", chosen] if chosen else []), "--tb=short"], cwd=folder, env=environment)
+    if not out.is_file():
+        raise SystemExit(f"no test ran; the reason stands above. Try it by hand: cd {folder} && {' '.join(command)}")
+    return fold(json.loads(line) for line in out.read_text().splitlines())
+
+
+def fold(reports) -> dict[str, tuple[str, str]]:
+    """One outcome per test of its phases and subtests: the worst; reports are (test, phase, outcome, reason)."""
+    outcomes = {}
+    for test, phase, outcome, reason in reports:
+        if phase != "call" and outcome == "passed":
+            continue
+        if test not in outcomes or ORDER.index(outcome) > ORDER.index(outcomes[test][0]):
+            outcomes[test] = outcome, reason
+    return outcomes
+
+
+def by_class(outcomes: dict) -> dict[str, dict[str, tuple[str, str]]]:
+    """Class -> test -> (outcome, reason)."""
+    classes = defaultdict(dict)
+    for test, result in outcomes.items():
+        name, test = test.split("::")[-2:]
+        classes[name][test] = result
+    return {name: classes[name] for name in CLASSES if name in classes}
+
+
+def section(classes: dict, release: str, checkout: str) -> str:
+    """What docs/support.md says: counts, and each test that fails, is expected to, or is skipped for us alone, with its reason."""
+    origin = "the release's tag" if checkout == release else f"a checkout that says it is {checkout}"
+    text = f"""{HEADING}
+
+Made by `make hf-suite`: the common model, generation, export, training, processor and pipeline tests of transformers {release}, on
+tiny random models, for our classes and, with the same settings, for the stock LLaVA. Offline, on a CPU. Common tests from the
+release's source archive; generation, export and pipeline tests from {origin}.
+
+| class | passed | skipped | expected to fail | failed |
+|---|---|---|---|---|
+"""
+    for name, tests in classes.items():
+        counts = Counter(outcome for outcome, _ in tests.values())
+        cells = " | ".join(str(counts[outcome]) for outcome in ("passed", "skipped", "xfailed", "failed"))
+        text += f"| {CLASSES[name]} | {cells} |\n"
+    lists = {
+        "Failed": lambda name, test, outcome: outcome == "failed",
+        "Expected to fail": lambda name, test, outcome: outcome == "xfailed",
+        "Skipped, but run for the stock class": lambda name, test, outcome: (
+            name in STOCK
+            and outcome == "skipped"
+            and classes.get(STOCK[name], {}).get(test, ("skipped",))[0] != "skipped"
+        ),
+    }
+    for title, belongs in lists.items():
+        lines = [
+            f"- {CLASSES[name]}, `{test}`: {reason}"
+            for name, tests in classes.items()
+            for test, (outcome, reason) in sorted(tests.items())
+            if belongs(name, test, outcome)
+        ]
+        text += f"\n{title}:" + (" none.\n" if not lines else "\n\n" + "\n".join(lines) + "\n")
+    return text
+
+
+def put_section(document: str, text: str) -> str:
+    """The document with its section under HEADING replaced, or added at the end."""
+    if HEADING not in document:
+        return document.rstrip("\n") + "\n\n" + text
+    before, _, rest = document.partition(HEADING)
+    after = re.search(r"^## ", rest, re.M)
+    return before + text + ("\n" + rest[after.start() :] if after else "")
+
+
+def main():
+    """Put the tests together, run them, and write the section."""
+    import transformers
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--repository", default=os.environ.get("TRANSFORMERS_REPOSITORY"), help="a checkout of transformers"
+    )
+    parser.add_argument("-k", dest="chosen", help="only tests whose names match; nothing is written")
+    options = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    release = transformers.__version__
+    checkout = repository(release, options.repository)
+    classes = by_class(run(assemble(release, checkout), options.chosen))
+    text = section(classes, release, version_of(checkout))
+    print(text)
+    if not options.chosen:
+        SUPPORT.write_text(put_section(SUPPORT.read_text(), text))
+    sys.exit(any(outcome == "failed" for tests in classes.values() for outcome, _ in tests.values()))
+
+
+if __name__ == "__main__":
+    main()
