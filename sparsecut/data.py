@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .labels import IGNORED, TOO_LONG, encode, encode_batch, written
+from .base_labels import encode_batch
+from .labels import IGNORED, TOO_LONG, encode, written
 from .prompting import is_fixed
 from .records import Example, choose, read_examples, read_source
 

@@ -10,16 +10,11 @@ from __future__ import annotations
 import logging
 import re
 
-import torch
-from PIL import Image
-from torch import Tensor
-
-from .prompting import adds_special, features_of, is_fixed, prefix_of, rendered, takes_suffix, template_of
+from .prompting import adds_special, is_fixed, prefix_of, rendered, takes_suffix, template_of
 from .records import IMAGE, Example
 
 IGNORED = -100  # the label of a token that is not learned
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
-PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")  # [B, L] each
 TOO_LONG = (
     "the record has {length} tokens, but the language model takes {limit}; set the stage's max_length to cut such records, or "
     "skip them (on_error: skip)"
@@ -33,12 +28,9 @@ def encode(
     """Token ids of a conversation, image tokens expanded, and their labels: -100 except in answers and the token that ends them.
 
     template: "chat" (the processor's chat template) or "plain" (pictures, caption, end token). max_length: longer ones are cut.
-    Returns input_ids and labels of equal length. The pictures are opened where only they tell how many tokens they take.
+    Returns input_ids and labels of equal length; for processors of ours, which need no picture for that (a base's own: base_labels.py).
     Raises ValueError naming the record where there is nothing left to learn.
     """
-    if not is_fixed(processor):
-        batch = encode_batch([example], processor, template, max_length=max_length)
-        return {name: batch[name][0].tolist() for name in ("input_ids", "labels")}
     try:
         text, spans = TEMPLATES[template](example, processor)
         return _tokens(text, spans, processor, max_length)
@@ -60,72 +52,6 @@ def written(example: Example, processor, template: str = "chat") -> tuple[str, l
         return (suffixed if takes_suffix(processor) else TEMPLATES[template])(example, processor)
     except ValueError as error:
         raise ValueError(f"{example.source or example.id}: {error}") from None
-
-
-def encode_batch(
-    examples: list[Example],
-    processor,
-    template: str = "chat",
-    *,
-    max_length: int | None = None,
-    limit: int | None = None,
-    pictures: list[list[Image.Image]] | None = None,
-) -> dict[str, Tensor]:
-    """What a base's own processor makes of conversations and their pictures, padded on the right, and labels [B, L].
-
-    The ids of a conversation are those that its text and pictures have at inference. Labels are found by characters of the text in which
-    the processor has expanded the placeholders, so nothing is ever tokenised in pieces. limit: longer ones are refused; max_length:
-    longer ones are cut. Raises ValueError naming a record.
-    """
-    texts, spans = zip(*(written(example, processor, template) for example in examples), strict=True)
-    pictures = pictures if pictures is not None else [example.pictures() for example in examples]
-    try:
-        features = _labelled(processor, list(texts), list(spans), pictures)
-    except ValueError as error:
-        names = ", ".join(example.source or example.id for example in examples[:3])
-        raise ValueError(f"{names}: {type(processor).__name__} refuses: {error}") from error
-    mask = features["attention_mask"]
-    for row, example in enumerate(examples):
-        try:
-            _check_row(features["input_ids"][row][mask[row] > 0].tolist(), processor, max_length, limit)
-            _check_learned(features["labels"][row, :max_length].tolist(), int(mask[row].sum()), max_length)
-        except ValueError as error:
-            raise ValueError(f"{example.source or example.id}: {error}") from None
-    return {name: value[:, :max_length] if name in PER_TOKEN else value for name, value in features.items()}
-
-
-def _labelled(processor, texts: list[str], spans: list, pictures: list) -> dict[str, Tensor]:
-    """The processor's features, and labels by the spans' characters."""
-    if takes_suffix(processor):
-        cut = [start for ((start, _),) in spans]
-        suffixes = [text[start:] for text, start in zip(texts, cut, strict=True)]
-        texts = [text[:start] for text, start in zip(texts, cut, strict=True)]
-        features = features_of(processor, texts, pictures, padding_side="right", suffix=suffixes)
-        return {**features, "labels": torch.as_tensor(features["labels"])}
-    settings = {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-    features = dict(features_of(processor, texts, pictures, padding_side="right", **settings))
-    places, ids = torch.as_tensor(features.pop("offset_mapping")), features["input_ids"]
-    replaced = features.pop("text_replacement_offsets", None) or [[]] * len(texts)
-    start, end = places[..., 0], places[..., 1]
-    learned = torch.zeros_like(ids, dtype=torch.bool)
-    for row, found in enumerate(spans):
-        for first, last in moved(found, replaced[row]):
-            covers = (start[row] < last) & (end[row] > first)
-            # Some tokenizers give a blank no width; (0, 0) is a token that does not come from the text.
-            thin = (start[row] >= first) & (start[row] < last) & (end[row] > 0)
-            learned[row] |= torch.where(start[row] < end[row], covers, thin)
-    learned &= features["attention_mask"] > 0
-    return {**features, "labels": ids.masked_fill(~learned, IGNORED)}
-
-
-def moved(spans: list[tuple[int, int]], replaced: list[dict]) -> list[tuple[int, int]]:
-    """Spans of a text as they lie once its placeholders have been replaced (`span` -> `new_span` of each)."""
-    gained = [(r["span"][1], r["new_span"][1] - r["span"][1]) for r in replaced]
-
-    def shifted(place: int) -> int:
-        return place + [0, *(gain for end, gain in gained if end <= place)][-1]
-
-    return [(shifted(first), shifted(last)) for first, last in spans]
 
 
 def chat(example: Example, processor) -> tuple[str, list[tuple[int, int]]]:
@@ -238,13 +164,13 @@ def _tokens(text: str, spans, processor, max_length: int | None) -> dict[str, li
 
 
 def _cut(ids: list[int], labels: list[int], processor, max_length: int | None) -> dict[str, list[int]]:
-    _check_row(ids, processor, max_length, None)
+    check_row(ids, processor, max_length, None)
     ids, labels = ids[:max_length], labels[:max_length]
-    _check_learned(labels, len(ids), max_length)
+    check_learned(labels, len(ids), max_length)
     return {"input_ids": ids, "labels": labels}
 
 
-def _check_row(ids: list[int], processor, max_length: int | None, limit: int | None) -> None:
+def check_row(ids: list[int], processor, max_length: int | None, limit: int | None) -> None:
     """Raise ValueError where a cut would split a picture, or a record is longer than the language model takes."""
     if limit is not None and min(len(ids), max_length or len(ids)) > limit:
         raise ValueError(TOO_LONG.format(length=len(ids), limit=limit))
@@ -258,7 +184,8 @@ def _check_row(ids: list[int], processor, max_length: int | None, limit: int | N
             )
 
 
-def _check_learned(labels: list[int], length: int, max_length: int | None) -> None:
+def check_learned(labels: list[int], length: int, max_length: int | None) -> None:
+    """Raise ValueError where all labels of a record are masked."""
     # The first position is never predicted, so its label does not count.
     if all(label == IGNORED for label in labels[1:]):
         raise ValueError(

@@ -21,7 +21,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
     {"configuration", "configuration_upgraded", "overlay"},
     {"modeling", "upgraded", "processing", "fine_views", "prompting"},
     {"upgrading"},
-    {"building", "official", "data", "labels", "records", "pictures", "states"},
+    {"building", "official", "data", "labels", "base_labels", "records", "pictures", "states"},
     {"convert", "training", "stage_trainer", "progress", "evaluation", "chat", "sketch", "cost", "timing", "upgrade_cost"},
     {
         "study_runner",
@@ -41,7 +41,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
     {"cli", "cli_study", "cli_upgrade"},
 ]
 FAMILIES = [
-    {"data", "labels", "records", "pictures", "states"},
+    {"data", "labels", "base_labels", "records", "pictures", "states"},
     {"recipe", "yaml_text", "study"},
     {"training", "stage_trainer", "progress"},
     {

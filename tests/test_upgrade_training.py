@@ -11,11 +11,11 @@ from PIL import Image
 from runs import log, stage, write_records
 
 from sparsecut import Chat, load, train, upgrade
+from sparsecut.base_labels import encode_batch
 from sparsecut.data import read_examples
 from sparsecut.evaluation import evaluate
 from sparsecut.explain import explain
 from sparsecut.explain_page import lines
-from sparsecut.labels import encode_batch
 from sparsecut.prompting import features_of, parts_of, render
 from sparsecut.recipe import load_recipe, parse_recipe
 from sparsecut.records import IMAGE, Example
