@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .base_labels import encode_batch
+from .base_labels import encode_batch, num_tokens_about
 from .labels import IGNORED, TOO_LONG, encode, written
 from .prompting import is_fixed
 from .records import Example, choose, read_examples, read_source
 
 __all__ = ["Collator", "Example", "TrainingData", "check_examples", "choose", "encode", "read_examples", "read_source"]
 CACHED_TOKENS = 20_000_000  # token ids kept from one epoch to the next: at most some 160 MB
+NEAR = 0.5  # of a limit: records this long by estimate are measured
 logger = logging.getLogger(__name__)
 
 
@@ -29,7 +31,7 @@ def check_examples(
     open_pictures: bool = False,
     problems: list[str] | None = None,
 ) -> list[Example]:
-    """The examples that a model can be trained on: all are encoded once, and with open_pictures every picture is opened.
+    """The examples that a model can be trained on: all are written once, and with open_pictures every picture is opened.
 
     max_length: cut there; limit: what the language model can take, longer records are refused. Raises ValueError at the first bad
     record or, where a list of problems is given, notes a sentence there and leaves the record out.
@@ -37,7 +39,8 @@ def check_examples(
     good = []
     for example in examples:
         try:
-            _check(example, processor, template, max_length, limit, open_pictures)
+            of_stage = template, max_length, limit
+            _check(example, processor, *of_stage, open_pictures=open_pictures, first=not good)
             good.append(example)
         except ValueError as error:
             if problems is None:
@@ -46,18 +49,23 @@ def check_examples(
     return good
 
 
-def _check(example: Example, processor, template: str, max_length: int | None, limit: int | None, open_pictures: bool):
-    """Raise ValueError naming the record that cannot be learned from."""
+def _check(example, processor, template, max_length, limit, *, open_pictures: bool, first: bool) -> None:
+    """Raise ValueError naming the record that cannot be learned from.
+
+    How many tokens pictures take is known to a base's processor only once it has prepared them, which for all would take as long as
+    an epoch's preparation: the first record and those near a limit are prepared, and the collator refuses what still is too long.
+    """
+    bound = min(max_length or math.inf, limit or math.inf)
     if is_fixed(processor):
         length = len(encode(example, processor, template, max_length=max_length)["input_ids"])
         if limit is not None and length > limit:
             raise ValueError(f"{example.source}: {TOO_LONG.format(length=length, limit=limit)}")
         if open_pictures:
             example.pictures()
-    elif open_pictures:
-        encode_batch([example], processor, template, max_length=max_length, limit=limit)
-    else:  # how many tokens pictures take is only known once they are open; the collator refuses what is too long
-        written(example, processor, template)
+    else:
+        text, _ = written(example, processor, template)
+        if first or (open_pictures and num_tokens_about(processor, text, example.pictures()) > NEAR * bound):
+            encode_batch([example], processor, template, max_length=max_length, limit=limit)
 
 
 class TrainingData(Dataset):
