@@ -26,11 +26,15 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from sparsecut.configuration import SparseCutConfig
+from sparsecut.configuration_upgraded import SparseCutUpgradeConfig
 from sparsecut.modeling import SparseCutForConditionalGeneration
+from sparsecut.plan import Plan, Shortcut
 from sparsecut.processing import SparseCutProcessor
+from sparsecut.upgraded import SparseCutUpgrade
 
 # The tests look here for the names of the classes that take labels; registering with the Auto classes does not reach it.
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["sparsecut"] = "SparseCutForConditionalGeneration"
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["sparsecut_upgrade"] = "SparseCutUpgrade"
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
@@ -93,6 +97,15 @@ class SparseCutTester(LlavaTester):
         return SparseCutProcessor(CLIPImageProcessorPil(), byte_tokenizer(), **settings)
 
 
+class UpgradeTester(LlavaTester):
+    base_model_class = SparseCutUpgrade
+    plan = Plan((Shortcut((), 0, "base"), Shortcut((0, 1), 1, "channels")), gate="zero_projector")
+
+    def get_config(self):
+        """The configuration of a tiny LLaVA under a plan."""
+        return SparseCutUpgradeConfig(base_config=super().get_config(), plan=self.plan.to_dict())
+
+
 class ModelCases(VLMModelTest, TrainingTesterMixin):
     test_can_init_all_missing_weights_before_2023 = True  # no source file of ours tells its year
 
@@ -151,6 +164,10 @@ class TestLlava(ModelCases, unittest.TestCase):
 
 class TestSparseCut(ModelCases, unittest.TestCase):
     model_tester_class = SparseCutTester
+
+
+class TestUpgrade(ModelCases, unittest.TestCase):
+    model_tester_class = UpgradeTester
 
 
 class ProcessorCases(ProcessorTesterMixin):

@@ -86,7 +86,7 @@ def disconnect_all(parts: Parts) -> None:
 @contextmanager
 def riding(overlay: Overlay) -> Iterator[Overlay]:
     """Inside the block the overlay's model has its shortcuts, in this thread."""
-    token = _overlay.set(overlay)
+    token = _overlay.set({"overlay": overlay})  # a dict, as transformers' own variables of this class hold
     try:
         yield overlay
     finally:
@@ -94,8 +94,8 @@ def riding(overlay: Overlay) -> Iterator[Overlay]:
 
 
 def _ours(inner: nn.Module) -> Overlay | None:
-    overlay = _overlay.get()
-    return overlay if overlay is not None and overlay.parts.inner is inner else None
+    held = _overlay.get()
+    return held["overlay"] if held is not None and held["overlay"].parts.inner is inner else None
 
 
 def _get_image_features(inner: nn.Module, own: Callable, *args, **kwargs):

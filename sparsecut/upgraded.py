@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import can_return_tuple
 
 from . import __version__
 from .configuration_upgraded import SparseCutUpgradeConfig
@@ -46,6 +47,8 @@ class SparseCutUpgrade(PreTrainedModel, GenerationMixin):
     def __init__(self, config: SparseCutUpgradeConfig, base: PreTrainedModel | None = None):
         super().__init__(config)
         self.plan: Plan = config.get_plan()
+        if base is None and config.tie_word_embeddings:
+            config.base_config.tie_word_embeddings = True
         self.base = base if base is not None else AutoModelForImageTextToText.from_config(config.base_config)
         self.family = family_of(self.base)
         parts = self.family.parts(self.base)
@@ -75,6 +78,11 @@ class SparseCutUpgrade(PreTrainedModel, GenerationMixin):
     def accepts_loss_kwargs(self) -> bool:
         """Whether the base's loss is one per learned token of the global batch, which a Trainer must know."""
         return getattr(self.base, "accepts_loss_kwargs", True)
+
+    @property
+    def base_model(self) -> nn.Module:
+        """What the base has below its head."""
+        return self.base.base_model if "base" in self._modules else self
 
     def get_input_embeddings(self):
         return self.base.get_input_embeddings()
@@ -107,6 +115,11 @@ class SparseCutUpgrade(PreTrainedModel, GenerationMixin):
             "head": head,
         }
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: our `_init_weights` keeps transformers' rules. In custom code it would pass over modules like CLIP's attention."""
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, Fusion):
@@ -120,20 +133,23 @@ class SparseCutUpgrade(PreTrainedModel, GenerationMixin):
         """A block inside which the base's own calls have the shortcuts, in this thread; yields what is known of the call."""
         return riding(Overlay(self.family, self.family.parts(self.base), self.fusion, fine_pixel_values))
 
-    def forward(self, *args, fine_pixel_values: torch.Tensor | None = None, **kwargs):
+    def forward(
+        self, input_ids: torch.Tensor | None = None, *args, fine_pixel_values: torch.Tensor | None = None, **kwargs
+    ):
         """The base's own forward with the shortcuts' features added; arguments and result are the base's.
 
         fine_pixel_values [pictures, tiles^2, 3, S, S]: finer views of the pictures, from the processor, where the plan reads them.
         Raises ValueError where these are missing, RuntimeError where a shortcut did not fire exactly once.
         """
         with self.riding(fine_pixel_values) as overlay:
-            output = self.base(*args, **kwargs)
+            output = self.base(input_ids, *args, **kwargs)
         loss = output.get("loss") if isinstance(output, dict) else None
         if loss is not None and self.training and not overlay.used:
             # A text-only batch leaves fusion unused on this rank, but DDP needs a gradient from every rank.
             output["loss"] = loss + 0.0 * sum(p.sum() for p in self.fusion.parameters() if p.requires_grad)
         return output
 
+    @can_return_tuple
     def get_image_features(self, *args, fine_pixel_values: torch.Tensor | None = None, **kwargs):
         """The base's own image features with the shortcuts' beside them in pooler_output, for `mm_encoder_outputs`."""
         with self.riding(fine_pixel_values):
