@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 
 import torch
 from PIL import Image
@@ -61,13 +60,12 @@ def _labelled(processor, texts: list[str], spans: list, pictures: list) -> dict[
         texts = [text[:start] for text, start in zip(texts, cut, strict=True)]
         features = features_of(processor, texts, pictures, padding_side="right", suffix=suffixes)
         return {**features, "labels": torch.as_tensor(features["labels"])}
-    recorder, replaced = _recording(processor)
+    recorder, calls = _recording(processor)
     features = dict(features_of(recorder, texts, pictures, padding_side="right", return_offsets_mapping=True))
     places, ids = torch.as_tensor(features.pop("offset_mapping")), features["input_ids"]
-    replaced = replaced or [[] for _ in texts]
-    for text, found in zip(texts, replaced, strict=True):
-        if [r["span"] for r in found] != [m.span() for m in re.finditer(re.escape(processor.image_token), text)]:
-            raise ValueError("it changes texts before it expands placeholders, so it is not known where answers stand")
+    expanded, replaced = calls[0] if calls else (texts, [[] for _ in texts])
+    if expanded != texts or (not calls and any(places[row].max() > len(text) for row, text in enumerate(texts))):
+        raise ValueError("it changes texts before it expands placeholders, so it is not known where answers stand")
     start, end = places[..., 0], places[..., 1]
     learned = torch.zeros_like(ids, dtype=torch.bool)
     for row, found in enumerate(spans):
@@ -80,17 +78,18 @@ def _labelled(processor, texts: list[str], spans: list, pictures: list) -> dict[
     return {**features, "labels": ids.masked_fill(~learned, IGNORED)}
 
 
-def _recording(processor) -> tuple[object, list[list[dict]]]:
-    """A copy of the processor, and a list that its next call fills: for every text, which characters became which."""
-    copied, replaced = copy.copy(processor), []
+def _recording(processor) -> tuple[object, list[tuple[list[str], list]]]:
+    """A copy of the processor, and a list for its next call: the texts it expands, and which characters of each became which."""
+    copied, calls = copy.copy(processor), []
 
-    def expand(*args, **kwargs):
-        texts, found = processor.get_text_with_replacements(*args, **kwargs)
-        replaced.extend(found)
+    def expand(texts, *args, **kwargs):
+        before = list(texts)
+        texts, found = processor.get_text_with_replacements(texts, *args, **kwargs)
+        calls.append((before, found))
         return texts, found
 
     copied.get_text_with_replacements = expand
-    return copied, replaced
+    return copied, calls
 
 
 def moved(spans: list[tuple[int, int]], replaced: list[dict]) -> list[tuple[int, int]]:
