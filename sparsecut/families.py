@@ -30,13 +30,13 @@ class Family:
     parts(model) -> Parts. patches_under(model): patches under one image token. index(inner, shape, call) -> [tokens, patches], for
     one call of get_image_features (`call`: its arguments) in which a block put out states of `shape`: for every token of the
     concatenated pooler_output the numbers of the patches under it, in the flattened states and in raster order, -1 where it shows
-    none. fine: a picture is one view of a fixed size, to which finer ones can be added.
+    none. has_one_view(model): whether a picture is one view of a fixed size, to which finer ones can be added.
     """
 
     parts: Callable[[nn.Module], Parts]
     patches_under: Callable[[nn.Module], int]
     index: Callable[[nn.Module, tuple, dict], Tensor]
-    fine: bool = False
+    has_one_view: Callable[[nn.Module], bool] = lambda model: False
 
 
 def _tower(model: nn.Module) -> Parts:
@@ -53,6 +53,10 @@ def _qwen_parts(model: nn.Module) -> Parts:
 
 def _one(model: nn.Module) -> int:
     return 1
+
+
+def _has_one_view(model: nn.Module) -> bool:
+    return model.config.vision_config.model_type != "pixtral"  # a LLaVA may have an encoder of pictures of any size
 
 
 def _numbers(shape: tuple, prefix: int = 0) -> Tensor:
@@ -220,10 +224,10 @@ def _qwen_under(model: nn.Module) -> int:
 
 
 FAMILIES = {
-    "llava": Family(_tower, _one, _llava, fine=True),
-    "vipllava": Family(_tower, _one, _vipllava, fine=True),
-    "paligemma": Family(_tower, _one, _paligemma, fine=True),
-    "gemma3": Family(_tower, _gemma3_under, _gemma3, fine=True),
+    "llava": Family(_tower, _one, _llava, _has_one_view),
+    "vipllava": Family(_tower, _one, _vipllava, _has_one_view),
+    "paligemma": Family(_tower, _one, _paligemma, _has_one_view),
+    "gemma3": Family(_tower, _gemma3_under, _gemma3, _has_one_view),
     "llava_next": Family(_tower, _one, _llava_next),
     "llava_onevision": Family(_tower, _one, _llava_onevision),
     "mistral3": Family(_tower, _mistral3_under, _mistral3),
@@ -237,11 +241,20 @@ FAMILIES = {
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a loaded model; ValueError with the names that are known for others."""
+    """The family of a loaded model; ValueError for others, and where the model has not the parts that its family has."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in FAMILIES or not hasattr(getattr(model, "model", None), "get_image_features"):
+    if kind not in FAMILIES:
         raise ValueError(
             f"{type(model).__name__} ({kind}) is not a vision-language model that can be upgraded; known are "
             f"{', '.join(sorted(FAMILIES))}. An encoder and a language model can be joined with sparsecut.build"
         )
-    return FAMILIES[kind]
+    family = FAMILIES[kind]
+    try:
+        parts, _ = family.parts(model), family.patches_under(model)
+        parts.inner.get_image_features, parts.vision.config, parts.language.config  # noqa: B018  they must be there
+    except AttributeError as error:
+        raise ValueError(
+            f"{type(model).__name__} says it is a {kind}, but the parts of one cannot be read from it ({error}); give the whole model, "
+            "as AutoModelForImageTextToText loads it"
+        ) from error
+    return family

@@ -180,7 +180,7 @@ def _check_plan(recipe: Recipe, model) -> None:
         return
     plan = make_plan(recipe.fusion, model.config.vision_depth, model.config.language_depth)
     if hasattr(model, "family") and not plan.num_base:
-        plan = plan.upgrading(fine=model.family.fine)
+        plan = plan.upgrading(fine=model.family.has_one_view(model.base))
     if plan != model.plan:
         raise ValueError(
             f"the recipe's fusion gives the plan {plan}, but the model given has {model.plan}; make them the same, or leave fusion out"

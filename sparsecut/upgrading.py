@@ -53,8 +53,8 @@ def upgrade(
     if plan is None:
         plan = {"method": "sparsecut", "rank": max(16, base.config.get_text_config().hidden_size // NARROW)}
     plan = make_plan(plan, *depths)
-    plan = plan if plan.num_base else plan.upgrading(fine=family.fine)
-    if plan.tiles and not family.fine:
+    plan = plan if plan.num_base else plan.upgrading(fine=family.has_one_view(base))
+    if plan.tiles and not family.has_one_view(base):
         raise ValueError(
             f"the plan has tiles={plan.tiles}, but {base.config.model_type} brings its own resolutions and takes no further views; "
             "set tiles to 0"

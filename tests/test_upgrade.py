@@ -234,6 +234,8 @@ def test_refusals_name_what_is_wrong(llava, pictures, tmp_path):
         upgrade(model)
     with pytest.raises(ValueError, match="is not a vision-language model that can be upgraded; known are"):
         upgrade(base.get_decoder())
+    with pytest.raises(ValueError, match="says it is a llava, but the parts of one cannot be read from it"):
+        upgrade(base.model)
     features = base.get_image_features(asked(own, pictures)["pixel_values"])
     ids = asked(own, pictures)["input_ids"]
     with pytest.raises(ValueError, match="channels beside the model's own 32"):
