@@ -21,9 +21,10 @@ import urllib.request
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from support_page import replace_section
+
 ROOT = Path(__file__).parents[1]
-SUPPORT, WORK = ROOT / "docs" / "support.md", ROOT / "runs" / "hf-suite"
-HEADING = "## transformers' own tests"
+WORK = ROOT / "runs" / "hf-suite"
 ARCHIVE = "https://github.com/huggingface/transformers/archive/refs/tags/v{}.tar.gz"
 NEEDED = ("generation", "exporters", "pipelines", "utils", "fixtures")  # folders of tests/ that the common tests import
 ORDER = ("skipped", "passed", "xfailed", "failed")  # a test is the worst of its parts
@@ -156,8 +157,7 @@ def by_class(outcomes: dict) -> dict[str, dict[str, tuple[str, str]]]:
 def section(classes: dict, release: str, checkout: str) -> str:
     """What docs/support.md says: counts, and each test that fails, is expected to, or is skipped for us alone, with its reason."""
     origin = "the release's tag" if checkout == release else f"a checkout that says it is {checkout}"
-    text = f"""{HEADING}
-
+    text = f"""\
 Made by `make hf-suite`: the common model, generation, export, training, processor and pipeline tests of transformers {release}, on
 tiny random models, for our classes and, with the same settings, for the stock LLaVA. Offline, on a CPU. Common tests from the
 release's source archive; generation, export and pipeline tests from {origin}.
@@ -189,15 +189,6 @@ release's source archive; generation, export and pipeline tests from {origin}.
     return text
 
 
-def put_section(document: str, text: str) -> str:
-    """The document with its section under HEADING replaced, or added at the end."""
-    if HEADING not in document:
-        return document.rstrip("\n") + "\n\n" + text
-    before, _, rest = document.partition(HEADING)
-    after = re.search(r"^## ", rest, re.M)
-    return before + text + ("\n" + rest[after.start() :] if after else "")
-
-
 def main():
     """Put the tests together, run them, and write the section."""
     import transformers
@@ -215,7 +206,7 @@ def main():
     text = section(classes, release, version_of(checkout))
     print(text)
     if not options.chosen:
-        SUPPORT.write_text(put_section(SUPPORT.read_text(), text))
+        replace_section("transformers' own tests", text)
     sys.exit(any(outcome == "failed" for tests in classes.values() for outcome, _ in tests.values()))
 
 

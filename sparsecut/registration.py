@@ -14,6 +14,7 @@ import sys
 
 CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 PROCESSORS = "transformers.models.auto.processing_auto"
+MAPPINGS = ("MODEL_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING")
 
 
 def register_configuration() -> None:
@@ -62,8 +63,7 @@ def register_model() -> None:
     from .configuration import SparseCutConfig
     from .modeling import SparseCutForConditionalGeneration
 
-    names = ("MODEL_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING")
-    for mapping in (getattr(modeling_auto, name) for name in names):
+    for mapping in (getattr(modeling_auto, name) for name in MAPPINGS):
         mapping.register(SparseCutConfig, SparseCutForConditionalGeneration, exist_ok=True)
 
 
@@ -74,7 +74,7 @@ def register_upgraded() -> None:
     from .configuration_upgraded import SparseCutUpgradeConfig
     from .upgraded import SparseCutUpgrade
 
-    for mapping in (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING):
+    for mapping in (getattr(modeling_auto, name) for name in MAPPINGS):
         mapping.register(SparseCutUpgradeConfig, SparseCutUpgrade, exist_ok=True)
 
 

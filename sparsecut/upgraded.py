@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
 from . import __version__
@@ -134,15 +135,39 @@ class SparseCutUpgrade(PreTrainedModel, GenerationMixin):
         return riding(Overlay(self.family, self.family.parts(self.base), self.fusion, fine_pixel_values))
 
     def forward(
-        self, input_ids: torch.Tensor | None = None, *args, fine_pixel_values: torch.Tensor | None = None, **kwargs
+        self,
+        input_ids: torch.Tensor | None = None,
+        *args,
+        pixel_values: torch.Tensor | None = None,
+        fine_pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: int | torch.Tensor | None = None,
+        **kwargs,
     ):
         """The base's own forward with the shortcuts' features added; arguments and result are the base's.
 
         fine_pixel_values [pictures, tiles^2, 3, S, S]: finer views of the pictures, from the processor, where the plan reads them.
         Raises ValueError where these are missing, RuntimeError where a shortcut did not fire exactly once.
         """
+        named = {
+            "pixel_values": pixel_values,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "use_cache": use_cache,
+            "output_attentions": output_attentions,
+            "logits_to_keep": logits_to_keep,
+        }
         with self.riding(fine_pixel_values) as overlay:
-            output = self.base(input_ids, *args, **kwargs)
+            output = self.base(input_ids, *args, **{k: v for k, v in named.items() if v is not None}, **kwargs)
         loss = output.get("loss") if isinstance(output, dict) else None
         if loss is not None and self.training and not overlay.used:
             # A text-only batch leaves fusion unused on this rank, but DDP needs a gradient from every rank.
