@@ -179,12 +179,12 @@ release's source archive; generation, export and pipeline tests from {origin}.
         ),
     }
     for title, belongs in lists.items():
-        lines = [
-            f"- {CLASSES[name]}, `{test}`: {reason}"
-            for name, tests in classes.items()
-            for test, (outcome, reason) in sorted(tests.items())
-            if belongs(name, test, outcome)
-        ]
+        groups = defaultdict(list)
+        for name, tests in classes.items():
+            for test, (outcome, reason) in sorted(tests.items()):
+                if belongs(name, test, outcome):
+                    groups[CLASSES[name], reason].append(f"`{test}`")
+        lines = [f"- {name}: {', '.join(tests)}: {reason}" for (name, reason), tests in groups.items()]
         text += f"\n{title}:" + (" none.\n" if not lines else "\n\n" + "\n".join(lines) + "\n")
     return text
 

@@ -43,7 +43,7 @@ def test_the_section_counts_and_gives_reasons():
     assert "from the release's tag" in text
     assert "| `LlavaForConditionalGeneration` | 2 | 0 | 0 | 0 |" in text
     assert "| `SparseCutForConditionalGeneration` | 0 | 2 | 0 | 1 |" in text
-    assert "- `SparseCutForConditionalGeneration`, `test_a`: two is not three" in text
+    assert "- `SparseCutForConditionalGeneration`: `test_a`: two is not three" in text
     assert "`test_b`: no pictures" in text and "test_c" not in text  # nobody runs test_c
     assert "a checkout that says it is 5.16.0" in hf_suite.section({}, "5.23.0", "5.16.0")
 
