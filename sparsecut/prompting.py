@@ -22,7 +22,7 @@ PROBE = "probe"
 
 def is_fixed(processor) -> bool:
     """Whether every picture takes equally many image tokens, known without seeing it: a processor of ours, not a base's own."""
-    return getattr(processor, "num_image_tokens", None) is not None
+    return hasattr(processor, "num_views")  # some bases have a num_image_tokens, which is not what a picture takes
 
 
 def takes_suffix(processor) -> bool:
