@@ -27,7 +27,8 @@ def is_fixed(processor) -> bool:
 
 def takes_suffix(processor) -> bool:
     """Whether the processor has a prefix and a suffix in place of a chat template, as PaliGemma's."""
-    return template_of(processor) is None and "suffix" in inspect.signature(type(processor).__call__).parameters
+    calls = (vars(one)["__call__"] for one in type(processor).__mro__ if "__call__" in vars(one))
+    return template_of(processor) is None and any("suffix" in inspect.signature(call).parameters for call in calls)
 
 
 def template_of(processor) -> str | None:

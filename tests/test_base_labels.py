@@ -1,12 +1,17 @@
-"""Batches of finished models' own processors: ids are those of inference, and answers are found behind any expansion."""
+"""Finished models' own processors: ids are those of inference, answers are found behind any expansion, and training works."""
 
+import json
+
+import bases
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import log, stage, write_records
 from tiny import SPECIAL
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForImageTextToText,
     Gemma3Processor,
     Idefics3Processor,
     LlavaNextProcessor,
@@ -20,8 +25,13 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from sparsecut.base_labels import encode_batch, num_tokens_about, written
+from sparsecut import train
+from sparsecut.base_labels import encode_batch, num_tokens_about
+from sparsecut.data import read_examples
+from sparsecut.evaluation import evaluate
+from sparsecut.labels import written
 from sparsecut.prompting import features_of, render
+from sparsecut.recipe import parse_recipe
 from sparsecut.records import IMAGE, Example
 
 # Templates as the families have them: with and without marks, with parts and pictures in their places or first.
@@ -175,3 +185,47 @@ def test_a_processor_that_rewrites_texts_is_refused():
             encode_batch([one], processor, pictures=[shown])
     with pytest.raises(ValueError, match="takes one question with one answer"):
         encode_batch([TALKS[1][0]], paligemma(), pictures=[TALKS[1][1]])
+
+
+def model_for(name: str, processor):
+    """A tiny random model of the family whose vocabulary and pictures are the processor's."""
+    config, tokenizer = bases.config(name), processor.tokenizer
+    config.image_token_id = tokenizer.convert_tokens_to_ids("<image_soft_token>" if name == "gemma3" else "<image>")
+    text = config.get_text_config()
+    text.vocab_size = len(tokenizer)
+    text.bos_token_id, text.eos_token_id, text.pad_token_id = (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
+    if name.startswith("llava"):
+        config.vision_config.patch_size = 8
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval().float()
+    if name == "gemma3":  # starts at zero, which would hide every picture
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
+    model.generation_config.suppress_tokens = [config.image_token_id]
+    return model
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_every_processor_goes_from_a_recipe_to_answers(name, tmp_path):
+    processor = PROCESSORS[name]()
+    if name == "paligemma":
+        processor.image_seq_length = 16
+    base = model_for(name, processor)
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    write_records(tmp_path)
+    records = [r for r in json.loads((tmp_path / "data.json").read_text()) if r["image"] or name != "paligemma"]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    args = {"max_steps": 12, "per_device_train_batch_size": 5}
+    plain = {"model": {"base": "given"}, "stages": [stage(tmp_path, args=args)], "output": str(tmp_path / "out")}
+    model, processor = train(parse_recipe(plain), model=base, processor=processor, shown=False)
+    losses = [line["loss"] for line in log(tmp_path) if "loss" in line]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert all(torch.equal(before[key], value) for key, value in base.state_dict().items())
+    asked, said = read_examples(tmp_path / "data.json"), []
+    for size in (1, 5):
+        evaluate(model, processor, asked, max_new_tokens=4, batch_size=size, out=tmp_path / str(size))
+        said.append((tmp_path / str(size) / "predictions.jsonl").read_text())
+    assert said[0] == said[1]
