@@ -198,7 +198,7 @@ class Bench:
         config, chance = model.config, torch.Generator().manual_seed(0)
         words = torch.randint(1, config.image_token_id, (batch, text), generator=chance)
         pictures = torch.full((batch, config.num_image_tokens), config.image_token_id)
-        shape = batch, model.plan.num_views, 3, config.image_size, config.image_size
+        shape = batch, model.plan.num_views, *config.grid.view
         pixels = torch.randn(shape, generator=chance).to(self.device, model.vision_tower.dtype)
         return {"input_ids": torch.cat([pictures, words], 1).to(self.device), "pixel_values": pixels}
 

@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+from .encoders import Grid, is_audio, read_grid
 from .methods import make_plan
 from .plan import Plan
 from .registration import register_configuration, register_model
@@ -20,6 +21,7 @@ class SparseCutConfig(PreTrainedConfig):
 
     vision_config, text_config: configurations (or their dicts) of any supported encoder and causal language model.
     plan: a method's name, a method with options, or a plan in full; kept in full, and refused if it does not fit the depths.
+    view_size: pixels of a view, or (height, width), for encoders that take pictures of any size; else the encoder's own.
     image_token_id: the placeholder that stands once per image token in `input_ids`.
     mask_image_token: give the placeholder's logit the lowest value, so that neither loss nor decoding knows of it. Set by
         conversions, whose vocabulary never had the placeholder; elsewhere the generation config suppresses it.
@@ -34,6 +36,7 @@ class SparseCutConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     plan: dict | str | None = None
+    view_size: int | list[int] | tuple[int, ...] | None = None
     image_token_id: int = 32000
     mask_image_token: bool = False
     tie_word_embeddings: bool = False
@@ -47,10 +50,12 @@ class SparseCutConfig(PreTrainedConfig):
         for config, name, implementation in kept:
             if getattr(config, name) is None:
                 setattr(config, name, implementation)
-        check_vision_config(self.vision_config)
+        grid = read_grid(self.vision_config, self.view_size)
         check_text_config(self.text_config)
         spec = "sparsecut" if self.plan is None else self.plan
-        self.plan = make_plan(spec, self.vision_depth, self.language_depth).to_dict()
+        plan = make_plan(spec, self.vision_depth, self.language_depth)
+        check_fine_views(self.vision_config, grid, plan)
+        self.plan = plan.to_dict()
         register_model()
 
     def get_plan(self) -> Plan:
@@ -68,69 +73,33 @@ class SparseCutConfig(PreTrainedConfig):
         return self.text_config.get_text_config().num_hidden_layers
 
     @property
-    def patch_rows(self) -> int:
-        """Rows (and columns) of patches in one view: image size over patch size, never a length of something."""
-        return _side(self.vision_config, "image_size") // _side(self.vision_config, "patch_size")
+    def grid(self) -> Grid:
+        """What a view is and how its patches lie, from sizes of the encoder's configuration, never a length of something."""
+        return read_grid(self.vision_config, self.view_size)
 
     @property
-    def image_size(self) -> int:
-        """Side of one view in pixels."""
-        return _side(self.vision_config, "image_size")
+    def num_patches(self) -> int:
+        """Patches of one view."""
+        return self.grid.num_patches
+
+    @property
+    def image_size(self) -> int | tuple[int, int]:
+        """Side of one view in pixels, or height and width where they differ; of a sound, mels and frames."""
+        height, width = self.grid.view[-2:]
+        return height if height == width and not is_audio(self.vision_config) else (height, width)
 
     @property
     def num_image_tokens(self) -> int:
         """Positions one picture takes in the prompt."""
-        return self.get_plan().image_tokens(self.patch_rows**2)
+        return self.get_plan().image_tokens(self.num_patches)
 
 
-# Encoders with an image size and a patch size whose blocks do not end with one state per patch, row by row: windows that
-# merge, packed or masked patches, feature maps, detection tokens at the end, videos.
-UNSUPPORTED_ENCODERS = (
-    "convnext",
-    "convnextv2",
-    "donut-swin",
-    "hiera",
-    "maskformer-swin",
-    "mgp-str",
-    "pixtral",
-    "sam3_vit_model",
-    "sam_hq_vision_model",
-    "sam_vision_model",
-    "siglip2_vision_model",
-    "swin",
-    "swin2sr",
-    "swinv2",
-    "timesformer",
-    "videomae",
-    "vit_mae",
-    "vitdet",
-    "vivit",
-    "yolos",
-)
-
-
-def check_vision_config(config) -> None:
-    """Refuse an encoder whose blocks are not known to put out a fixed square grid of patches."""
-    sides = {name: getattr(config, name, None) for name in ("image_size", "patch_size")}
-    sizes = {name: getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size")}
-    pairs = [value if isinstance(value, list | tuple) else (value, value) for value in sides.values()]
-    whole = all(isinstance(n, int) for n in (*sizes.values(), *(n for pair in pairs for n in pair)))
-    if config.model_type in UNSUPPORTED_ENCODERS or not whole:
-        given = ", ".join(f"{name}={value!r}" for name, value in (sides | sizes).items())
+def check_fine_views(vision_config, grid: Grid, plan: Plan) -> None:
+    """Refuse fine views of a sound, which has one view."""
+    if plan.tiles and is_audio(vision_config):
         raise ValueError(
-            f"the vision encoder {config.model_type} has {given}, but a stack of blocks over a fixed square grid of patches is "
-            "needed; use an encoder like CLIP, SigLIP, ViT or DINOv2 (packed, windowed, masked and convolutional ones are not supported)"
-        )
-    for name, pair in zip(sides, pairs, strict=True):
-        if pair[0] != pair[1]:
-            raise ValueError(
-                f"the vision encoder {config.model_type} has {name}={sides[name]!r}, but views are square; use a square one"
-            )
-    (size, _), (patch, _) = pairs
-    if size % patch:
-        raise ValueError(
-            f"{config.model_type} has image_size {size}, which is not a multiple of its patch_size {patch}; "
-            f"set image_size to {size // patch * patch} or use another encoder"
+            f"the plan has tiles={plan.tiles}, but {vision_config.model_type} listens to sounds, which have no finer views; "
+            "choose a plan without, for example {'method': 'sparsecut', 'tiles': 0}"
         )
 
 
@@ -148,11 +117,6 @@ def check_text_config(config) -> None:
             f"the language model {config.model_type} {' and '.join(reasons)}, but image features can only be given to a decoder "
             "that reads embeddings from left to right; use a decoder-only transformer such as Llama, Qwen or Mistral"
         )
-
-
-def _side(vision_config, name: str) -> int:
-    value = getattr(vision_config, name)
-    return value if isinstance(value, int) else value[0]
 
 
 register_configuration()

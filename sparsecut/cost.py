@@ -140,8 +140,7 @@ def count(
     with FakeTensorMode():
         model = _pretended(config, dtype)
         ids = torch.zeros(1, tokens + num_text_tokens, dtype=torch.long)
-        sides = config.image_size, config.image_size
-        pixels = torch.zeros(num_pictures, model.plan.num_views, 3, *sides, dtype=dtype)
+        pixels = torch.zeros(num_pictures, model.plan.num_views, *config.grid.view, dtype=dtype)
         flops, cache = _prompt_flops(model, ids, pixels, tokens)
         mask = torch.ones(batch_size, ids.shape[1], dtype=torch.long)
         held = [_training_bytes(model, ids, pixels, mask, parts) for parts in (["fusion"], ["fusion", "language"])]
@@ -257,7 +256,7 @@ def _prompt_flops(model: nn.Module, ids: Tensor, pixels: Tensor, tokens: int) ->
         with counter() as coarse:
             if len(pixels):
                 taps = model.plan.resolved_taps(model.config.vision_depth)
-                read_taps(model.vision_tower, pixels[:, 0], model.config.patch_rows**2, taps)
+                read_taps(model.vision_tower, pixels[:, 0], model.config.grid, taps)
     name, parts = type(model).__name__, whole.get_flop_counts()
     encoder = sum(parts.get(f"{name}.vision_tower", {}).values())
     language = sum(parts.get(f"{name}.language_model", {}).values())

@@ -174,7 +174,7 @@ def _remember(model, processor, examples: Sequence[Example]) -> RememberedStates
         return None  # its base runs its encoder in its own way
     pictures = len({key for e in examples for key in keys_of(e)})
     views = sum(views_of(model.plan, model.config.vision_depth).values())
-    size = 2 * pictures * views * model.config.patch_rows**2 * model.config.vision_config.hidden_size
+    size = 2 * pictures * views * model.config.num_patches * model.config.grid.width
     states = RememberedStates(model, processor, examples) if size <= MEMORY_LIMIT else None
     return states if states is not None and states.is_finite else None
 

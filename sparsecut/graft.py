@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.output_capturing import CompileableContextVar
 
+from .encoders import FEEDS, Grid, feed, unpack
+
 
 @dataclass
 class Reading:
@@ -78,14 +80,14 @@ def accepts(module: nn.Module, name: str, *, by_name: bool = False) -> bool:
     return bool(known_arguments(module) & ({name} if by_name else {name, "kwargs"}))
 
 
-def check_vision_tower(module: nn.Module) -> None:
-    """Refuse an encoder that needs more than pixels, before anything is connected to it."""
+def check_vision_tower(module: nn.Module, grid: Grid) -> None:
+    """Refuse an encoder that needs more than is made of views for its grid, before anything is connected to it."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if needed:
+    if needed and FEEDS[grid.kind] is FEEDS["plain"]:
         raise ValueError(
-            f"{type(module).__name__} needs {' and '.join(needed)} besides pixels, as encoders of packed or variable-size pictures do; "
-            "use an encoder of fixed square views, such as CLIP, SigLIP, ViT or DINOv2"
+            f"{type(module).__name__} needs {' and '.join(needed)} besides pixels, which is not known to be made of views; "
+            "use an encoder such as CLIP, SigLIP, ViT, DINOv2, Pixtral or Qwen2-VL's"
         )
 
 
@@ -138,12 +140,16 @@ def _disconnect(layer: nn.Module) -> None:
             layer.forward = forward
 
 
-def read_taps(encoder: nn.Module, pixels: Tensor, num_patches: int, wanted: Iterable[int]) -> dict[int, Tensor]:
-    """Run the encoder on pixels [views, 3, S, S] and return tap -> [views, N, D], class and register tokens removed."""
+def read_taps(encoder: nn.Module, views: Tensor, grid: Grid | int, wanted: Iterable[int]) -> dict[int, Tensor]:
+    """Run the encoder on views [views, *grid.view] and return tap -> [views, N, D], row by row, prefix tokens removed.
+
+    grid: the encoder's, or N alone for one that takes its views as they are. Raises ValueError for states of another grid.
+    """
+    grid = Grid("plain", (), 1, grid, 0, (1, 1)) if isinstance(grid, int) else grid
     reading = Reading(frozenset(wanted))
     token = _reading.set({"reading": reading})
     try:
-        encoder(pixels)
+        encoder(**feed(grid, views))
     finally:
         _reading.reset(token)
     if missing := sorted(reading.wanted - set(reading.taps)):
@@ -151,13 +157,7 @@ def read_taps(encoder: nn.Module, pixels: Tensor, num_patches: int, wanted: Iter
             f"taps {missing} were not reached in {type(encoder).__name__}: its blocks are not the ones that were connected; "
             "connect the encoder again after replacing modules in it"
         )
-    for tap, states in reading.taps.items():
-        if states.dim() != 3 or states.shape[1] < num_patches:
-            raise ValueError(
-                f"tap {tap} of {type(encoder).__name__} gave states of shape {tuple(states.shape)}, but [views, at least "
-                f"{num_patches} tokens, width] is needed; encoders with merged or packed patches are not supported"
-            )
-    return {tap: states[:, -num_patches:] for tap, states in reading.taps.items()}
+    return {tap: unpack(grid, states, len(views)) for tap, states in reading.taps.items()}
 
 
 def watch_taps(run: Callable, wanted: Iterable[int]) -> tuple[object, dict[int, Tensor]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
 from .body import SparseCutModel
 from .configuration import SparseCutConfig
+from .encoders import feed, make_encoder
 from .fusion import Fusion
 from .graft import (
     accepts,
@@ -60,18 +61,19 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ):
         super().__init__(config)
         self.plan: Plan = config.get_plan()
-        self.vision_tower = vision_tower if vision_tower is not None else AutoModel.from_config(config.vision_config)
+        self.grid = config.grid
+        self.vision_tower = vision_tower if vision_tower is not None else make_encoder(config.vision_config)
         self.language_model = (
             language_model if language_model is not None else AutoModelForCausalLM.from_config(config.text_config)
         )
-        check_vision_tower(self.vision_tower)
+        check_vision_tower(self.vision_tower, self.grid)
         check_language_model(self.language_model)
         self.fusion = Fusion(
             self.plan,
             vision_depth=config.vision_depth,
-            vision_dim=config.vision_config.hidden_size,
+            vision_dim=self.grid.width,
             language_dim=config.text_config.get_text_config().hidden_size,
-            rows=config.patch_rows,
+            rows=self.grid.rows,
         )
         connect_encoder(self.vision_tower, config.vision_depth)
         connect_decoder(self.language_model, config.language_depth)
@@ -122,18 +124,20 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
             init.zeros_(module.bias)
 
     def encode(self, pixel_values: Tensor) -> dict[int, Tensor]:
-        """The encoder's states that the plan reads, of pictures [P, 1 + tiles^2, 3, S, S]: tap -> [P, V, N, D].
+        """The encoder's states that the plan reads, of pictures [P, 1 + tiles^2, 3, h, w]: tap -> [P, V, N, D].
 
-        V is 1 for taps that are read from the coarse view alone; the fine views run no further than the deepest tap read from
-        them. A plan without fine views also takes [P, 3, S, S]. Raises ValueError on any other shape.
+        Sounds come as spectrograms [P, 1, mels, frames]. V is 1 for taps that are read from the coarse view alone; the fine views run
+        no further than the deepest tap read from them. A plan without fine views also takes [P, 3, h, w]. Raises ValueError on any
+        other shape.
         """
-        size, num_views, depth = self.config.image_size, self.plan.num_views, self.config.vision_depth
-        if pixel_values.dim() == 4 and num_views == 1:
+        view, num_views, depth = self.grid.view, self.plan.num_views, self.config.vision_depth
+        if tuple(pixel_values.shape[1:]) == view and num_views == 1:
             pixel_values = pixel_values.unsqueeze(1)
-        if tuple(pixel_values.shape[1:]) != (num_views, 3, size, size):
+        if tuple(pixel_values.shape[1:]) != (num_views, *view):
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}, but this model's plan (tiles={self.plan.tiles}) and encoder "
-                f"need (pictures, {num_views}, 3, {size}, {size}), coarse view first; prepare pictures with the model's own processor"
+                f"need (pictures, {num_views}, {', '.join(map(str, view))}), coarse view first; prepare pictures with the model's own "
+                "processor"
             )
         pixels = pixel_values.to(self.vision_tower.dtype)
         taps, fine = self.plan.resolved_taps(depth), self.plan.fine_taps(depth)
@@ -144,14 +148,14 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return {tap: torch.cat([x, finer[tap]], dim=1) if tap in fine else x for tap, x in coarse.items()}
 
     def _read(self, pixels: Tensor, taps: tuple[int, ...]) -> dict[int, Tensor]:
-        states = read_taps(self.vision_tower, pixels.flatten(0, 1), self.config.patch_rows**2, taps)
+        states = read_taps(self.vision_tower, pixels.flatten(0, 1), self.grid, taps)
         return {tap: x.unflatten(0, (-1, pixels.shape[1])) for tap, x in states.items()}
 
     @can_return_tuple
     def get_image_features(
         self, pixel_values: Tensor | None = None, vision_states: dict[int, Tensor] | None = None, **kwargs
     ) -> SparseCutImageFeatures:
-        """Encode pictures [P, 1 + tiles^2, 3, S, S], coarse view first, and fuse their taps for every layer of the plan.
+        """Encode pictures [P, 1 + tiles^2, 3, h, w], coarse view first, and fuse their taps for every layer of the plan.
 
         vision_states: what `encode` returned for them, instead of pixels. output_hidden_states and output_attentions (here or in
         the configuration) add the encoder's own for the coarse views of pixels, at the price of another pass through every block.
@@ -168,9 +172,10 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
             name for name in RECORDS if kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False))
         ]
         if wanted and pixel_values is not None:
-            coarse = pixel_values if pixel_values.dim() == 4 else pixel_values[:, 0]
+            coarse = pixel_values if pixel_values.dim() == 1 + len(self.grid.view) else pixel_values[:, 0]
             flags = {f"output_{name}": True for name in wanted}
-            outputs = self.vision_tower(coarse.to(self.vision_tower.dtype), return_dict=True, **flags)
+            inputs = feed(self.grid, coarse.to(self.vision_tower.dtype))
+            outputs = self.vision_tower(**inputs, return_dict=True, **flags)
             whole = {name: outputs.get(name) for name in wanted}
         return SparseCutImageFeatures(
             last_hidden_state=states[max(states)][:, 0],
@@ -220,7 +225,7 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> SparseCutCausalLMOutputWithPast:
         """One pass over a prompt, its continuation, or a training batch.
 
-        input_ids [B, L] with `config.image_token_id` once per image token; pixel_values [P, 1 + tiles^2, 3, S, S] for the pictures
+        input_ids [B, L] with `config.image_token_id` once per image token; pixel_values [P, 1 + tiles^2, 3, h, w] for the pictures
         that are there, in reading order over the batch; vision_states (of `encode`) or mm_encoder_outputs ({"image":
         get_image_features(...)}) instead of pixels.
         continued: input_ids were generated or guessed, so that placeholders among them stand for no picture (`generate` says so,

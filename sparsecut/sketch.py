@@ -49,8 +49,8 @@ def read_plan(what: str, options: list[str]) -> str | dict:
 def describe(model) -> str:
     """A built model: its plan drawn, image tokens and parameters."""
     config = model.config
-    rows = getattr(config, "patch_rows", None)  # a base that was upgraded has a geometry of its own
-    drawing = draw(model.plan, config.vision_depth, config.language_depth, num_patches=rows and rows**2)
+    patches = getattr(config, "num_patches", None)  # a base that was upgraded has a geometry of its own
+    drawing = draw(model.plan, config.vision_depth, config.language_depth, num_patches=patches)
     counts = {part: sum(p.numel() for p in values) for part, values in model.parts().items() if part != "head"}
     return "\n".join([drawing, *(f"  {part:13} {count:,} parameters" for part, count in counts.items())])
 
@@ -109,8 +109,8 @@ def _saved(folder: str, vision_depth: int | None, language_depth: int | None, op
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
-    plan, rows = config.get_plan(), getattr(config, "patch_rows", None)
-    return plan, draw(plan, config.vision_depth, config.language_depth, num_patches=rows and rows**2, title=folder)
+    plan, patches = config.get_plan(), getattr(config, "num_patches", None)
+    return plan, draw(plan, config.vision_depth, config.language_depth, num_patches=patches, title=folder)
 
 
 def _near_depths(what: str) -> tuple[int | None, int | None]:

@@ -93,7 +93,8 @@ def prepare_states(
         return found
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    patches, width = model.config.patch_rows**2, model.config.vision_config.hidden_size
+    grid = model.config.grid
+    patches, width = grid.num_patches, grid.width
     size = 2 * len(pictures) * sum(views.values()) * patches * width
     say(f"keeping states of {len(pictures):,} pictures and {len(views)} taps: {size / 2**20:,.0f} MiB in {folder}")
     if size > (free := shutil.disk_usage(folder).free):
@@ -108,8 +109,8 @@ def prepare_states(
         for start in range(0, len(todo), batch_size):
             opened = [e.pictures()[i] for e, i in todo[start : start + batch_size]]
             pixels = processor.pixels(opened).to(model.vision_tower.device, model.vision_tower.dtype)
-            states = read_taps(model.vision_tower, pixels[:, 0], patches, views)
-            finer = read_taps(model.vision_tower, pixels[:, 1:].flatten(0, 1), patches, deep) if deep else {}
+            states = read_taps(model.vision_tower, pixels[:, 0], grid, views)
+            finer = read_taps(model.vision_tower, pixels[:, 1:].flatten(0, 1), grid, deep) if deep else {}
             for tap, num in views.items():
                 parts = [states[tap][:, None]]
                 parts += [finer[tap].unflatten(0, (len(opened), -1))[:, : num - 1]] if num > 1 else []

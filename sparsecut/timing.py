@@ -174,12 +174,12 @@ def _prompt(model, processor, num_text_tokens: int, batch_size: int) -> tuple[Te
     text = torch.randint(1, words, (batch_size, num_text_tokens), generator=random)
     text[text == config.image_token_id] = 0 if config.image_token_id else 1
     pictures = torch.full((batch_size, config.num_image_tokens), config.image_token_id)
-    shape = (batch_size, model.plan.num_views, 3, config.image_size, config.image_size)
+    shape = (batch_size, model.plan.num_views, *config.grid.view)
     if processor is None:
         pixels = torch.randn(shape, generator=random)
     else:
-        side = 2 * config.image_size
-        raw = torch.randint(0, 256, (batch_size, side, side, 3), generator=random, dtype=torch.uint8)
+        height, width = config.grid.view[-2:]
+        raw = torch.randint(0, 256, (batch_size, 2 * height, 2 * width, 3), generator=random, dtype=torch.uint8)
         messages = [processor.image_token] * batch_size
         pixels = processor(images=list(raw.numpy()), text=messages, return_tensors="pt")["pixel_values"].view(shape)
     return torch.cat([pictures, text], dim=1).to(device), pixels.to(device, model.vision_tower.dtype)

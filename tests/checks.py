@@ -6,9 +6,11 @@ Each raises AssertionError, or whatever the model raises, where the claim does n
 import copy
 
 import torch
-from families import IMAGE, family_language, family_vision, language_config, vision_config
+from families import IMAGE, VIEW_SIZES, family_language, family_vision, language_config, vision_config
 
 from sparsecut import SparseCutConfig, SparseCutForConditionalGeneration
+from sparsecut.encoders import feed, is_audio, unpack
+from sparsecut.graft import find_layers, read_taps
 
 PROMPTS = [[5, IMAGE, 6, 7], [8, 9, 10, IMAGE, 11, 12, 13]]  # one placeholder per picture
 GREEDY = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0, "suppress_tokens": [IMAGE]}
@@ -17,16 +19,21 @@ GREEDY = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, "pad_tok
 SPARSE = {"method": "sparsecut", "pattern": "sparse"}  # two shortcuts above the input in models of these depths
 
 
-def join(vision="clip_vision_model", language="llama", plan=SPARSE):
-    """A model of two tiny families, refused by their configurations where they do not fit; names or modules."""
+def join(vision="clip_vision_model", language="llama", plan=None):
+    """A model of two tiny families, refused by their configurations where they do not fit; names or modules.
+
+    plan: by default `sparsecut` in the pattern `sparse`, without fine views where the encoder listens.
+    """
     configs = {
         "vision_config": vision_config(vision) if isinstance(vision, str) else vision.config,
         "text_config": language_config(language) if isinstance(language, str) else language.config,
     }
-    SparseCutConfig(**configs, plan=plan, image_token_id=IMAGE)
+    settings = {"image_token_id": IMAGE, "view_size": VIEW_SIZES.get(configs["vision_config"].model_type)}
+    settings["plan"] = plan or SPARSE | ({"tiles": 0} if is_audio(configs["vision_config"]) else {})
+    SparseCutConfig(**configs, **settings)
     vision = family_vision(vision) if isinstance(vision, str) else vision
     language = family_language(language) if isinstance(language, str) else language
-    config = SparseCutConfig(vision_config=vision.config, text_config=language.config, plan=plan, image_token_id=IMAGE)
+    config = SparseCutConfig(vision_config=vision.config, text_config=language.config, **settings)
     torch.manual_seed(1)
     model = SparseCutForConditionalGeneration(config, vision_tower=vision, language_model=language)
     for path in model.fusion.paths:  # features as large as the embeddings they join
@@ -44,8 +51,8 @@ def batch(model, rows=PROMPTS, side="left") -> dict:
     torch.manual_seed(2)
     rows = [expanded(model, row) for row in rows]
     pictures = sum(row.count(IMAGE) for row in rows) // model.config.num_image_tokens
-    size, width = model.config.image_size, max(map(len, rows))
-    pixels = torch.randn(pictures, model.plan.num_views, 3, size, size)
+    width = max(map(len, rows))
+    pixels = torch.randn(pictures, model.plan.num_views, *model.config.grid.view)
     pads = [[0] * (width - len(row)) for row in rows]
     ids = [pad + row if side == "left" else row + pad for pad, row in zip(pads, rows, strict=True)]
     ones = [[1] * len(row) for row in rows]
@@ -104,9 +111,10 @@ def fusion_gradients(model, inputs) -> dict:
 
 
 def assert_same(gradients: dict, expected: dict, tolerance: float = 1e-6):
-    """Equal gradients, name by name."""
+    """Equal gradients, name by name; tolerance: of a gradient's largest value where that is above 1."""
     for name, grad in expected.items():
-        torch.testing.assert_close(gradients[name], grad, atol=tolerance, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        atol = tolerance * max(1.0, float(grad.abs().max()))
+        torch.testing.assert_close(gradients[name], grad, atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def checkpointing(model):
@@ -135,35 +143,45 @@ def compiles(model):
 
 @torch.no_grad()
 def taps(model):
-    """The taps are the encoder's own hidden states, their prefix tokens removed."""
-    from sparsecut.graft import read_taps
-
-    depth, size = model.config.vision_depth, model.config.image_size
-    pixels = torch.randn(2, 3, size, size)
-    number = model.config.patch_rows**2
-    states = model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    """The taps are the encoder's own hidden states, their prefix tokens removed, and each stands where its patch does."""
+    grid, depth = model.config.grid, model.config.vision_depth
+    views = torch.randn(2, *grid.view)
+    states = model.vision_tower(**feed(grid, views), output_hidden_states=True).hidden_states
     for deepest in (0, 1, depth - 1):  # the last one is normalised in some families
-        found = read_taps(model.vision_tower, pixels, number, range(deepest + 1))
+        found = read_taps(model.vision_tower, views, grid, range(deepest + 1))
         for tap in range(deepest + 1):
-            assert torch.equal(found[tap], states[tap][:, -number:]), f"tap {tap}"
+            assert torch.equal(found[tap], unpack(grid, states[tap], 2)), f"tap {tap}"
+            torch.testing.assert_close(
+                read_taps(model.vision_tower, views[1:], grid, [tap])[tap], found[tap][1:], atol=1e-5, rtol=1e-4
+            )
+    height, width = grid.view[-2] // grid.rows, grid.view[-1] // grid.columns
+    for number in range(grid.num_patches):
+        row, column = divmod(number, grid.columns)
+        touched = views.clone()
+        touched[1, ..., row * height : (row + 1) * height, column * width : (column + 1) * width] += 1
+        moved = (
+            read_taps(model.vision_tower, touched, grid, [0])[0] - read_taps(model.vision_tower, views, grid, [0])[0]
+        )
+        most = int(moved.abs().sum(-1).flatten().argmax()) - grid.num_patches
+        assert abs(most - number) <= is_audio(model.config.vision_config), (
+            f"patch {most} moved most when {number} was touched"
+        )
 
 
 @torch.no_grad()
 def stops(model):
     """Blocks above the deepest wanted tap do not run while taps are read, and run as ever otherwise."""
-    from sparsecut.graft import find_layers, read_taps
-
-    depth, size, runs = model.config.vision_depth, model.config.image_size, []
-    pixels, number = torch.randn(1, 3, size, size), model.config.patch_rows**2
-    before = model.vision_tower(pixels).last_hidden_state
+    depth, grid, runs = model.config.vision_depth, model.config.grid, []
+    views = torch.randn(1, *grid.view)
+    before = model.vision_tower(**feed(grid, views)).last_hidden_state
     inner = [
         next(m for m in block.modules() if not list(m.children()))
         for block in find_layers(model.vision_tower, depth, "")
     ]
     handles = [m.register_forward_hook(lambda *_, i=i: runs.append(i)) for i, m in enumerate(inner)]
-    read_taps(model.vision_tower, pixels, number, [1, 2])
+    read_taps(model.vision_tower, views, grid, [1, 2])
     assert set(runs) == {0, 1}, f"blocks {sorted(set(runs))} ran"
-    assert torch.equal(model.vision_tower(pixels).last_hidden_state, before)
+    assert torch.equal(model.vision_tower(**feed(grid, views)).last_hidden_state, before)
     assert set(runs) == set(range(depth))
     for handle in handles:
         handle.remove()

@@ -4,7 +4,9 @@ A family that only the slow grid runs stands in the same table as the others; `E
 """
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sparsecut.encoders import make_encoder
 
 VOCABULARY = 64
 IMAGE = VOCABULARY - 1  # the placeholder
@@ -140,6 +142,14 @@ VISION_BASE = {
     "image_size": 16,
     "patch_size": 8,
 }
+SAM = {
+    "window_size": 1,
+    "global_attn_indexes": [1],
+    "output_channels": 8,
+    "num_pos_feats": 4,
+    "initializer_range": 0.02,
+}
+DEEPSTACK = {"deepstack_visual_indexes": [1]}
 VISION = {
     "clip_vision_model": {},
     "siglip_vision_model": {},
@@ -162,12 +172,57 @@ VISION = {
     "sapiens2": {},
     "tipsv2_vision_model": {},
     "dpt": {},
-    "pixtral": {},
-    "siglip2_vision_model": {},
+    "pixtral": {"image_size": 32},
+    "siglip2_vision_model": {"num_patches": 4},
+    "qwen2_vl_vision": {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2, "depth": 4, "num_heads": 2},
+    "qwen2_5_vl_vision": {
+        "depth": 4,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "window_size": 32,
+        "fullatt_block_indexes": [1],
+    },
+    "qwen3_vl_vision": {"depth": 4, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16, **DEEPSTACK},
+    "qwen3_vl_moe_vision": {
+        "depth": 4,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        **DEEPSTACK,
+    },
+    "sam_vision_model": SAM,
+    "sam_hq_vision_model": SAM,
+    "sam3_vit_model": {},
+    "vitdet": {},
+    "whisper": {
+        "d_model": 16,
+        "encoder_layers": 4,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 24,
+        "num_mel_bins": 8,
+        "max_source_positions": 6,
+        "decoder_layers": 1,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 24,
+        "vocab_size": 8,
+        "max_target_positions": 8,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 1,
+    },
     "swin": {},
+    "swinv2": {},
+    "hiera": {},
     "convnext": {},
-    "qwen2_5_vl_vision": {"depth": 4},
-    "sam_vision_model": {},
+}
+VIEW_SIZES = {  # with more columns than rows, for the families that take pictures of any size
+    "pixtral": [16, 32],
+    "siglip2_vision_model": [16, 24],
+    "qwen2_vl_vision": [32, 48],
+    "qwen2_5_vl_vision": [48, 80],
+    "qwen3_vl_vision": [32, 48],
+    "qwen3_vl_moe_vision": [32, 48],
 }
 
 # fmt: off
@@ -178,6 +233,9 @@ EVERYDAY_LANGUAGE = [
 EVERYDAY_VISION = [
     "clip_vision_model", "siglip_vision_model", "vit", "dinov2", "dinov2_with_registers", "dinov3_vit",
     "aimv2_vision_model", "ijepa", "beit",
+]
+EVERYDAY_KINDS = [  # one of each way to be fed or unpacked, besides those above
+    "pixtral", "siglip2_vision_model", "qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision", "sam_vision_model", "whisper",
 ]
 # fmt: on
 
@@ -201,4 +259,4 @@ def family_language(name: str, **settings):
 def family_vision(name: str, **settings):
     """A tiny vision encoder of a family, its weights drawn from seed 0."""
     torch.manual_seed(0)
-    return AutoModel.from_config(vision_config(name, **settings)).eval()
+    return make_encoder(vision_config(name, **settings)).eval()

@@ -213,7 +213,7 @@ def test_blocks_that_are_no_list_are_refused():
 
 
 def test_states_that_are_not_one_row_of_patches_are_refused(model):
-    with pytest.raises(ValueError, match=r"states of shape \(1, 5, 16\), but \[views, at least 9 tokens, width\]"):
+    with pytest.raises(ValueError, match=r"states of shape \(1, 5, 16\) for 1 views, but \[1 views, 9 or more tokens"):
         read_taps(model.vision_tower, torch.randn(1, 3, 16, 16), 9, [1])
 
 

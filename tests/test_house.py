@@ -15,7 +15,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
     {"plan"},
     {"peers"},
     {"methods", "recipe", "yaml_text", "drawing", "registration", "charts", "plots", "scoring", "statistics", "study"},
-    {"mixers", "outputs", "body", "identity"},
+    {"mixers", "outputs", "body", "identity", "encoders"},
     {"fusion", "graft", "world"},
     {"families"},
     {"configuration", "configuration_upgraded", "overlay"},

@@ -163,7 +163,7 @@ def test_fine_views_stop_at_the_deepest_tap_read_from_them_and_give_the_same_sta
     for hook in hooks:
         hook.remove()
     assert {tap: x.shape[1] for tap, x in states.items()} == {tap: 5 if tap in fine else 1 for tap in taps}
-    whole = read_taps(model.vision_tower, pixels.flatten(0, 1), model.config.patch_rows**2, taps)
+    whole = read_taps(model.vision_tower, pixels.flatten(0, 1), model.config.grid, taps)
     for tap, x in states.items():
         torch.testing.assert_close(x, whole[tap].unflatten(0, (-1, 5))[:, : x.shape[1]], atol=1e-5, rtol=1e-5)
 

@@ -1,0 +1,125 @@
+"""One contract for encoders: any grid, packed pictures, windows and sounds come out as patches row by row, or a sentence says why not."""
+
+import checks
+import pytest
+import torch
+from families import EVERYDAY_KINDS, family_vision, language_config, vision_config
+
+from sparsecut import SparseCutConfig
+from sparsecut.encoders import feed, order, read_grid, unpack
+from sparsecut.graft import read_taps
+from sparsecut.mixers import grid as under
+
+
+@pytest.fixture(scope="module", params=EVERYDAY_KINDS)
+def encoder(request):
+    return checks.join(vision=request.param)
+
+
+@pytest.mark.parametrize("check", [checks.taps, checks.stops, checks.gradients, checks.cached, checks.padded])
+def test_every_kind_of_encoder(encoder, check):
+    check(encoder)
+
+
+def oblong():
+    """An encoder of views of 16 x 24 pixels in patches of 8 x 4: 2 rows and 6 columns."""
+    return family_vision("vit", image_size=[16, 24], patch_size=[8, 4])
+
+
+@pytest.mark.parametrize("check", [checks.taps, checks.gradients, checks.cached, checks.padded])
+def test_views_and_patches_need_not_be_square(check):
+    model = checks.join(vision=oblong())
+    assert (model.config.grid.rows, model.config.grid.columns, model.config.num_image_tokens) == (2, 6, 12)
+    assert model.config.image_size == (16, 24)
+    check(model)
+
+
+@pytest.mark.parametrize("mix", ["channels", "tokens", "attend"])
+def test_every_mixer_takes_an_oblong_grid(mix):
+    plan = {"shortcuts": [{"taps": [-2], "layer": 0, "mix": mix}], "tiles": 2}
+    checks.gradients(checks.join(vision=oblong(), plan=plan))
+
+
+def test_fine_patches_lie_under_the_coarse_one_of_an_oblong_grid():
+    rows, columns, tiles = 2, 3, 2
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()
+    fine = [places / tiles + torch.tensor([y * rows, x * columns]) / tiles for y in range(tiles) for x in range(tiles)]
+    grains = under(torch.stack([places, *fine])[None], tiles, rows)
+    assert torch.equal(grains[0, 1:].floor(), places.expand(4, -1, -1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [[32, 32], [48, 80], [64, 32]])
+def test_windows_are_undone_as_the_encoder_makes_them(size):
+    from transformers.vision_utils import get_vision_window_index
+
+    encoder = family_vision("qwen2_5_vl_vision")
+    grid = read_grid(encoder.config, size)
+    inputs = feed(grid, torch.randn(3, *grid.view))
+    index, _ = get_vision_window_index(inputs["grid_thw"], spatial_merge_size=2, window_size=32, patch_size=8)
+    squares = torch.arange(3 * grid.num_patches).view(-1, 4)[index].flatten()  # places in the order that is fed
+    fed = read_grid(family_vision("qwen2_vl_vision").config, size)
+    expected = torch.cat([order(fed) + view * grid.num_patches for view in range(3)])[squares]
+    assert torch.equal(torch.cat([order(grid) + view * grid.num_patches for view in range(3)]), expected)
+
+
+@torch.no_grad()
+def test_a_packed_encoder_gives_what_its_own_picture_processor_leads_to():
+    from transformers import Qwen2VLImageProcessorPil
+
+    encoder = family_vision("qwen2_vl_vision")
+    grid = read_grid(encoder.config, [32, 48])
+    pixels = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    limits = {"size": {"shortest_edge": 1, "longest_edge": 10**6}, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    processor = Qwen2VLImageProcessorPil(patch_size=8, temporal_patch_size=2, merge_size=2, **limits)
+    theirs = processor(images=list(pixels.numpy()), return_tensors="pt", input_data_format="channels_first")
+    ours = feed(grid, pixels / 255)
+    assert torch.equal(ours["grid_thw"], theirs["image_grid_thw"])
+    torch.testing.assert_close(ours["hidden_states"], theirs["pixel_values"])
+
+
+@torch.no_grad()
+def test_a_configuration_without_a_view_size_is_asked_for_one():
+    text = language_config("llama")
+    with pytest.raises(ValueError, match=r"takes pictures of any size.*view_size=256 .a multiple of 16 pixels"):
+        SparseCutConfig(vision_config=vision_config("qwen2_vl_vision"), text_config=text)
+    again = SparseCutConfig.from_dict(
+        SparseCutConfig(vision_config=vision_config("qwen2_vl_vision"), text_config=text, view_size=[32, 48]).to_dict()
+    )
+    assert again.grid.view == (3, 32, 48)
+    assert SparseCutConfig(vision_config=vision_config("pixtral"), text_config=text).image_size == 32  # has its own
+
+
+REFUSED = [
+    ("clip_vision_model", {}, 32, "views of clip_vision_model are 16 x 16 pixels; leave view_size out"),
+    ("qwen2_5_vl_vision", {}, 24, "view_size 24, which is not a multiple of its patch_size 16"),
+    ("qwen2_5_vl_vision", {}, "large", "view_size is 'large', but must be pixels"),
+    ("qwen2_5_vl_vision", {}, (16, 0), "but must be pixels"),
+    ("pixtral", {}, 64, "positions of pixtral reach 32 pixels"),
+    ("internvl_vision", {"patch_size": [7, 7]}, None, "image_size 16, which is not a multiple of its patch_size 7"),
+    ("dinov2", {"image_size": [16, 24]}, None, "has views of 16 x 24 pixels .* positions are a square"),
+    ("whisper", {}, 16, "whisper listens to 6 moments; leave it out"),
+    ("whisper", {"encoder_layerdrop": 0.1}, None, "skips blocks at random"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "size", "sentence"), REFUSED)
+def test_a_grid_that_cannot_be_is_refused_in_a_sentence(name, settings, size, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        read_grid(vision_config(name, **settings), size)
+
+
+def test_states_of_another_grid_are_refused():
+    grid = read_grid(vision_config("qwen3_vl_vision"), [32, 48])
+    with pytest.raises(ValueError, match=r"gave states of shape \(1, 8, 16\) for 1 views"):
+        unpack(grid, torch.zeros(1, 8, 16), 1)
+    with pytest.raises(ValueError, match="this encoder's blocks change the grid"):
+        read_taps(checks.join().vision_tower, torch.zeros(1, 3, 16, 16), 9, [1])
+
+
+def test_an_encoder_that_needs_more_than_views_is_refused():
+    encoder = family_vision("siglip2_vision_model")
+    encoder.config.model_type = "siglip_vision_model"  # as if it were an unknown one
+    encoder.config.image_size = 16
+    with pytest.raises(ValueError, match="needs pixel_attention_mask and spatial_shapes besides pixels"):
+        checks.join(vision=encoder)
