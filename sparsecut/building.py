@@ -32,12 +32,17 @@ from .upgrading import load_fusion
 WORLD = "world"  # names the built-in picture world's small backbones
 # Arguments that say how to reach the hub, and so go to configurations, tokenizers and image processors too.
 HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
-AUTO_MAPS = {  # where the Auto classes find the code that is saved with a model
-    "config.json": {
+AUTO_MAPS = {  # where the Auto classes find the code that is saved with a model or a processor, by the module of its class
+    "modeling": {
         "AutoConfig": "configuration.SparseCutConfig",
         "AutoModelForImageTextToText": "modeling.SparseCutForConditionalGeneration",
     },
-    "processor_config.json": {"AutoProcessor": "processing.SparseCutProcessor"},
+    "upgraded": {
+        "AutoConfig": "configuration_upgraded.SparseCutUpgradeConfig",
+        "AutoModelForImageTextToText": "upgraded.SparseCutUpgrade",
+    },
+    "processing": {"AutoProcessor": "processing.SparseCutProcessor"},
+    "fine_views": {"AutoProcessor": "fine_views.SparseCutUpgradeProcessor"},
 }
 
 
@@ -148,19 +153,18 @@ def is_saved(name: str | Path) -> bool:
         raise ValueError(f"there is no model {name} that can be read; Hugging Face says: {error}") from error
 
 
-def save(
-    model: SparseCutForConditionalGeneration, processor: SparseCutProcessor, folder: str | Path, *, code: bool = False
-) -> None:
+def save(model: PreTrainedModel, processor, folder: str | Path, *, code: bool = False) -> None:
     """Write model, processor and chat template into one folder that `load` and the Auto classes read.
 
-    code: put the model's source files beside them, for machines without this package (`trust_remote_code=True` there).
+    code: put the source files of ours that they need beside them, for machines without this package (`trust_remote_code=True`
+    there); a processor that is the base's own needs none.
     """
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    if code:
-        for part in (model, processor):
+    for part, file in ((model, "config.json"), (processor, "processor_config.json")) if code else ():
+        homes = AUTO_MAPS.get(type(part).__module__.rpartition(".")[2])
+        if homes is not None and type(part).__module__.partition(".")[0] != "transformers":
             custom_object_save(part, folder)  # its module and all that this imports relatively
-        for file, homes in AUTO_MAPS.items():
             path = Path(folder) / file
             path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": homes}, indent=2) + "\n")
 

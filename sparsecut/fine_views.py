@@ -15,6 +15,7 @@ import transformers
 from einops import rearrange
 from torch import Tensor
 from transformers import BatchFeature
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_utils import make_flat_list_of_images
 
 PROCESSOR_FILE = "processor_config.json"
@@ -34,6 +35,13 @@ def fine_pixels(image_processor, images, tiles: int) -> Tensor:
 
 class SparseCutUpgradeProcessor:
     """Loads a processor saved with an upgraded model: the base's own class, made to add `fine_pixel_values`."""
+
+    _auto_class = None  # set where this file was loaded as remote code, which is then saved with every processor
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
+        """Note that an Auto class loaded this file as remote code; AutoProcessor calls it."""
+        cls._auto_class = auto_class
 
     @classmethod
     def from_pretrained(cls, folder, **kwargs):
@@ -72,6 +80,9 @@ def _with_fine_views(base: type) -> type:
         values = json.loads(path.read_text())
         values |= {"processor_class": "SparseCutUpgradeProcessor", "base_processor_class": base.__name__}
         values["sparsecut_tiles"] = self.sparsecut_tiles
+        if (auto_class := SparseCutUpgradeProcessor._auto_class) is not None:
+            custom_object_save(self, folder)
+            values["auto_map"] = {auto_class: "fine_views.SparseCutUpgradeProcessor"}
         path.write_text(json.dumps(values, indent=2) + "\n")
         return saved
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 SPREAD = 256  # values of each tensor that a fingerprint reads
@@ -25,14 +26,16 @@ def digest(base: nn.Module) -> str:
 
     These are the same in every number format a model is loaded in, quantised ones included, and beside adapters.
     """
-    embeddings = base.get_input_embeddings().weight
-    found = {id(embeddings): ("embeddings", embeddings)}
-    for name, value in base.named_parameters():
-        if value.dim() == 1 and value.is_floating_point() and "lora_" not in name:
-            found[id(value)] = (name.replace(".base_layer", ""), value)
+    embeddings = base.get_input_embeddings()
+    found = {id(embeddings.weight): ("embeddings", embeddings, "weight")}
+    for of, module in base.named_modules():
+        for last, value in module.named_parameters(prefix=of, recurse=False):
+            if value.dim() == 1 and value.is_floating_point() and "lora_" not in last:
+                found.setdefault(id(value), (last.replace(".base_layer", ""), module, last.rpartition(".")[2]))
     total = hashlib.sha256(base.config.model_type.encode())
-    for name, value in sorted(found.values(), key=lambda item: item[0]):
-        flat = value.detach().flatten()
+    for name, module, last in sorted(found.values(), key=lambda item: item[0]):
+        with align_module_device(module):  # weights that were sent to memory or disk are fetched
+            flat = getattr(module, last).detach().flatten()
         some = flat[torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat)), device=flat.device).long()]
         total.update(name.encode() + some.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     return total.hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,7 +15,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
-from . import __version__
 from .configuration_upgraded import SparseCutUpgradeConfig
 from .families import family_of
 from .fusion import Fusion
@@ -185,18 +185,34 @@ class SparseCutUpgrade(PreTrainedModel, GenerationMixin):
         with self.riding(fine_pixel_values):
             return self.base.generate(*args, **kwargs)
 
+    def save_pretrained(self, folder: str | Path, *args, save_original_format: bool = False, **kwargs):
+        """Write the whole model, its weights named as they are here, not as in old files of the base; a Trainer reads them so."""
+        return super().save_pretrained(folder, *args, save_original_format=save_original_format, **kwargs)
+
     def save_fusion(self, folder: str | Path) -> None:
-        """Write the shortcuts alone: fusion.safetensors (weights) and fusion.json (the plan, the base's name and its digest)."""
+        """Write the shortcuts alone: fusion.safetensors (weights) and fusion.json (the plan, the base's name and its digest).
+
+        Raises ValueError where an adapter stands inside the shortcuts.
+        """
+        fusion = self.fusion
+        if hasattr(fusion, "modules_to_save"):  # PEFT's wrapper, which trains a copy for each adapter
+            fusion = fusion.modules_to_save[fusion.active_adapter]
+        weights = {name: value.contiguous() for name, value in fusion.state_dict().items()}
+        if inside := [name for name in weights if "base_layer" in name]:
+            raise ValueError(
+                f"an adapter stands inside the shortcuts (at {inside[0]}), whose weights are saved apart from any adapter; merge it "
+                "(merge_and_unload), or leave the fusion out of it (exclude_modules=r'.*fusion.*')"
+            )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in self.fusion.state_dict().items()}, folder / WEIGHTS)
+        save_file(weights, folder / WEIGHTS)
         facts = {
             "base": self.config.base_name,
             "base_type": self.config.base_config.model_type,
             "base_digest": self.config.base_digest,
             "plan": self.plan.to_dict(),
             "depths": [self.config.vision_depth, self.config.language_depth],
-            "version": __version__,
+            "version": getattr(sys.modules[__package__], "__version__", None),  # none where this is remote code
         }
         (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
 

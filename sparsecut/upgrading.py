@@ -44,9 +44,9 @@ def upgrade(
     if not isinstance(base, nn.Module):
         processor = processor or _read(AutoProcessor, base, **from_pretrained)
         base = _read(AutoModelForImageTextToText, base, dtype=dtype, **from_pretrained)
+    base = getattr(base, "get_base_model", lambda: base)()  # a model inside PEFT's wrapper
     if isinstance(base, SparseCutUpgrade):
         raise ValueError("this model is upgraded already; give its base (model.detach()) to choose other shortcuts")
-    base = getattr(base, "get_base_model", lambda: base)()  # a model inside PEFT's wrapper
     family = family_of(base)
     parts = family.parts(base)
     depths = depth_of(parts.vision), base.config.get_text_config().num_hidden_layers
@@ -58,6 +58,11 @@ def upgrade(
         raise ValueError(
             f"the plan has tiles={plan.tiles}, but {base.config.model_type} brings its own resolutions and takes no further views; "
             "set tiles to 0"
+        )
+    if not any(p.is_floating_point() for p in parts.language.parameters()):
+        raise ValueError(
+            f"the language model {type(parts.language).__name__} holds no floating-point weight, so features cannot be added to what its "
+            "layers take; give a base whose embeddings and norms are left in float32, float16 or bfloat16"
         )
     name = getattr(base.config, "_name_or_path", None) or None
     for module in base.modules():
