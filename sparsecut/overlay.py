@@ -1,8 +1,8 @@
 """How shortcuts ride through a finished vision-language model that keeps its own forward and generate.
 
-Two methods of the model's inner module are wrapped where it stands: `get_image_features`, whose encoder pass is watched and
+Methods of the model's inner module are wrapped where it stands: `get_image_features`, whose encoder pass is watched and
 whose patches are gathered under the image tokens they belong to, and `forward`, around which the features are added to
-the decoder. Both do what they always did unless an `Overlay` is at work, which `riding` sets for one call.
+the decoder. They do what they always did unless an `Overlay` is at work, which `riding` sets for one call.
 
 `generate` encodes pictures before the prompt pass, and expands and cuts what comes out for beams and chunks. There the features
 travel beside the model's own, [N, H] -> [N, (1 + layers) * H], and are taken off before the model sees them.
@@ -31,7 +31,7 @@ class Overlay:
     """One call into an upgraded model: whose shortcuts, and what is known of its pictures.
 
     fine: finer views of the call's pictures, [P, tiles^2, 3, S, S]. features: while a forward is under way, layer -> [tokens, H].
-    used: whether the fusion has been used.
+    used: whether the fusion has been used. paused: while the model encodes a video, which shortcuts do not read.
     """
 
     family: Family
@@ -40,6 +40,7 @@ class Overlay:
     fine: Tensor | None = None
     features: dict[int, Tensor] | None = None
     used: bool = False
+    paused: bool = False
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -68,7 +69,8 @@ def connect(parts: Parts) -> None:
     connect_encoder(parts.vision, depth_of(parts.vision))
     connect_decoder(parts.language, language.num_hidden_layers)
     for name, wrapper in WRAPPERS.items():
-        own = getattr(parts.inner, name)
+        if (own := getattr(parts.inner, name, None)) is None:
+            continue  # not every family has videos
         wrapped = partial(wrapper, parts.inner, own)
         wrapped.__signature__ = inspect.signature(own)  # generate asks what it may hand over
         setattr(parts.inner, name, wrapped)
@@ -79,7 +81,7 @@ def disconnect_all(parts: Parts) -> None:
     disconnect(parts.vision)
     disconnect(parts.language)
     for name in WRAPPERS:
-        if getattr(getattr(parts.inner, name), "func", None) is WRAPPERS[name]:
+        if getattr(getattr(parts.inner, name, None), "func", None) is WRAPPERS[name]:
             delattr(parts.inner, name)
 
 
@@ -95,7 +97,8 @@ def riding(overlay: Overlay) -> Iterator[Overlay]:
 
 def _ours(inner: nn.Module) -> Overlay | None:
     held = _overlay.get()
-    return held["overlay"] if held is not None and held["overlay"].parts.inner is inner else None
+    ours = held is not None and held["overlay"].parts.inner is inner and not held["overlay"].paused
+    return held["overlay"] if ours else None
 
 
 def _get_image_features(inner: nn.Module, own: Callable, *args, **kwargs):
@@ -118,6 +121,18 @@ def _get_image_features(inner: nn.Module, own: Callable, *args, **kwargs):
     else:
         overlay.features |= features
     return output
+
+
+def _get_video_features(inner: nn.Module, own: Callable, *args, **kwargs):
+    """The model's own: some models encode videos through their get_image_features, which is not to be taken for a picture."""
+    overlay = _ours(inner)
+    if overlay is None:
+        return own(*args, **kwargs)
+    overlay.paused = True
+    try:
+        return own(*args, **kwargs)
+    finally:
+        overlay.paused = False
 
 
 def _fuse(overlay: Overlay, taps: dict[int, Tensor], call: dict, pooled) -> dict[int, Tensor]:
@@ -231,4 +246,8 @@ def _image_mask(inner: nn.Module, input_ids: Tensor | None, embeds: Tensor | Non
     return (embeds == inner.get_input_embeddings()(torch.tensor(token, device=embeds.device))).all(-1)
 
 
-WRAPPERS = {"get_image_features": _get_image_features, "forward": _forward}
+WRAPPERS = {
+    "get_image_features": _get_image_features,
+    "get_video_features": _get_video_features,
+    "forward": _forward,
+}

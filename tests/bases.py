@@ -166,3 +166,28 @@ def fine_of(model, inputs: dict) -> dict:
     pixels = inputs["pixel_values"]
     views = torch.randn(len(pixels), model.plan.tiles**2, *pixels.shape[1:], generator=draw)
     return {"fine_pixel_values": views}
+
+
+WITH_VIDEOS = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+def with_video(name: str, inputs: dict) -> dict:
+    """The same prompts, each with a video of two frames of 4 x 4 patches before its last two tokens."""
+    draw = torch.Generator().manual_seed(6)
+    frame = [START, *[VIDEO] * 4, END]
+    video = {
+        "llava_onevision": [VIDEO] * 9,  # each frame is pooled to 2 x 2, and a newline ends the whole
+        "qwen3_vl": frame + frame,
+    }.get(name, [START, *[VIDEO] * 8, END])
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    ids = torch.cat([ids[:, :-2], torch.tensor([video]).expand(len(ids), -1), ids[:, -2:]], dim=1)
+    grown = inputs | {
+        "input_ids": ids,
+        "attention_mask": torch.cat([mask, torch.ones(len(ids), len(video)).to(mask)], 1),
+    }
+    if name == "llava_onevision":
+        return grown | {"pixel_values_videos": torch.randn(len(ids), 2, 3, 16, 16, generator=draw)}
+    kinds = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
+    grid = torch.tensor([[2, 4, 4]] * len(ids))
+    pixels = torch.randn(len(ids) * 32, 96, generator=draw)
+    return grown | {"mm_token_type_ids": kinds, "pixel_values_videos": pixels, "video_grid_thw": grid}

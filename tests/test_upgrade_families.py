@@ -178,3 +178,20 @@ def test_gradients_reach_every_part_of_the_fusion_and_nothing_else(name):
     model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.fusion.parameters())
     assert all(p.grad is None for p in base.parameters())
+
+
+@pytest.mark.parametrize("name", bases.WITH_VIDEOS)
+def test_videos_are_the_bases_own_also_beside_pictures(name):
+    base, model, inputs = made(name)
+    both = bases.with_video(name, inputs)
+    with torch.no_grad():
+        assert torch.equal(model(**both).logits, base(**both).logits)
+        assert torch.equal(model.generate(**both, **SHORT), base.generate(**both, **SHORT))
+        stir(model)
+        words = inputs["input_ids"].shape[1] - 2
+        assert torch.allclose(model(**both).logits[:, :words], model(**inputs).logits[:, :words], atol=1e-5)
+        alone = {key: value for key, value in both.items() if key not in bases.pictures(name)[0]}
+        alone["input_ids"] = both["input_ids"].masked_fill(both["input_ids"] == bases.IMAGE, 5)
+        if "mm_token_type_ids" in alone:
+            alone["mm_token_type_ids"] = 2 * (alone["input_ids"] == bases.VIDEO).long()
+        assert torch.equal(model(**alone).logits, base(**alone).logits), "no picture, no shortcut"
