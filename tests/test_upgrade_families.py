@@ -1,5 +1,7 @@
 """Every family that can be upgraded: which patches lie under a token, identity before training, and what shortcuts do after."""
 
+import inspect
+
 import bases
 import pytest
 import torch
@@ -40,7 +42,8 @@ def patches_that_count(base, inputs: dict, layer: int) -> tuple[list[set[int]], 
     """For every image token the patches of a block's output on which it depends, by its gradient, and the family's own table."""
     family = family_of(base)
     parts, kept = family.parts(base), {}
-    call = {key: value for key, value in inputs.items() if key in ("pixel_values", "image_grid_thw", "image_sizes")}
+    wanted = inspect.signature(parts.inner.get_image_features).parameters
+    call = {key: value for key, value in inputs.items() if key in wanted}
 
     def cut(module, args, output):
         states = output[0] if isinstance(output, tuple) else output
