@@ -72,7 +72,13 @@ def _prefix(inner: nn.Module, call: dict) -> int:
 
 
 def _llava(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
-    return _numbers(shape, _prefix(inner, call)).reshape(-1, 1)
+    numbers = _numbers(shape, _prefix(inner, call))
+    if _has_one_view(inner):  # class and register tokens that are left in the prompt show no patch
+        patch = inner.config.vision_config.patch_size
+        high, wide = (patch, patch) if isinstance(patch, int) else patch
+        height, width = call["pixel_values"].shape[-2:]
+        numbers = numbers.masked_fill(numbers % shape[1] < shape[1] - height // high * (width // wide), -1)
+    return numbers.reshape(-1, 1)
 
 
 def _vipllava(inner: nn.Module, shape: tuple, call: dict) -> Tensor:

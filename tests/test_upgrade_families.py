@@ -5,6 +5,7 @@ import inspect
 import bases
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from sparsecut import upgrade
 from sparsecut.families import FAMILIES, family_of
@@ -82,6 +83,29 @@ def test_the_patches_under_a_token_are_those_it_depends_on(name):
     for reached, row in zip(found, table.tolist(), strict=True):
         assert reached == {number for number in row if number >= 0}
     assert len({number for row in table.tolist() for number in row if number >= 0}) > 8
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_class_and_register_tokens_in_the_prompt_show_no_patch(registers):
+    config = bases.config("llava")
+    if registers:
+        kind = {"model_type": "dinov2_with_registers", "num_register_tokens": registers, "mlp_ratio": 2}
+        config.vision_config = AutoConfig.for_model(**{**bases.CLIP, **kind})
+    else:
+        config.vision_feature_select_strategy = "full"
+    base = AutoModelForImageTextToText.from_config(config).eval()
+    row = bases.pictures("llava")[1]
+    found, table = patches_that_count(base, row, -2)
+    prefix = registers or 1  # by itself, a LLaVA leaves out the class token alone
+    assert len(found) == 2 * (16 + prefix) and (table.view(2, -1)[:, :prefix] == -1).all()
+    shown = table.view(2, -1)[:, prefix:].flatten().tolist()
+    assert [{number} for number in shown] == [found[i] for i in range(len(found)) if i % (16 + prefix) >= prefix]
+    model, _ = upgrade(base)
+    stir(model)
+    with torch.no_grad(), model.riding(torch.randn(2, 4, 3, 16, 16)):
+        beside = base.get_image_features(**row).pooler_output
+    beside = torch.stack(list(beside))[..., 32:]
+    assert (beside[:, :prefix] == 0).all() and (beside[:, prefix:] != 0).any(-1).all()
 
 
 def test_an_interpolated_picture_gives_each_token_the_nearest_patch():
