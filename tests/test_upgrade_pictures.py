@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_upgrade_families import LAYER, patches_that_count
+from test_upgrade_families import LAYER, patches_that_count, stir
 from transformers import SiglipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -17,6 +17,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from sparsecut import upgrade
 from sparsecut.families import family_of
 
 SQUARE = {"size": {"height": 16, "width": 16}}
@@ -65,3 +66,21 @@ def test_tables_hold_for_what_the_image_processor_makes(name):
         assert listed == reached if exactly else (listed <= reached and bool(listed) == bool(reached))
     assert torch.equal(table, table.sort(-1).values), "patches under a token stand row by row"
     assert torch.unique(table).numel() > 40
+
+
+@pytest.mark.parametrize("name", ["llava", "vipllava", "paligemma", "gemma3"])
+def test_a_token_reads_the_fine_views_that_lie_over_its_place(name):
+    base = bases.base_of(name)
+    model, _ = upgrade(base)
+    stir(model)
+    row = bases.pictures(name)[1]  # two pictures
+    fine = bases.fine_of(model, row)["fine_pixel_values"].requires_grad_()
+    with model.riding(fine):
+        beside = torch.stack(list(base.get_image_features(**row).pooler_output))[..., 32:]
+    side = round(beside.shape[1] ** 0.5)
+    for picture in range(2):
+        for token in range(side**2):
+            (gradient,) = torch.autograd.grad(beside[picture, token].square().sum(), fine, retain_graph=True)
+            half = side // 2
+            view = token // side // half * 2 + token % side // half
+            assert gradient.flatten(2).abs().sum(-1).nonzero().tolist() == [[picture, view]]
