@@ -32,6 +32,7 @@ from .outputs import (
 from .plan import Plan
 
 RECORDS = ("hidden_states", "attentions")  # what an encoder keeps of its blocks when it is asked to
+UNRECORDED = {f"output_{name}": False for name in RECORDS}
 
 
 class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -241,17 +242,16 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "give one of pixel_values, vision_states and mm_encoder_outputs: they are the same pictures"
             )
         if pixel_values is not None or vision_states is not None:
-            images = self.get_image_features(
-                pixel_values, vision_states, **{f"output_{name}": False for name in RECORDS}
-            )
+            images = self.get_image_features(pixel_values, vision_states, **UNRECORDED)
         if images is not None and not len(images.pooler_output):
             images = None  # a batch of no pictures
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         mask = self.image_mask(input_ids, inputs_embeds)
         if not torch.compiler.is_compiling() and (images is not None or (input_ids is not None and not continued)):
-            alone = labels is None and past_key_values is None and continued is None
-            check_image_tokens(mask, images, bare=alone and not num_given and not self.training)
+            bare = not num_given and labels is None and past_key_values is None and continued is None
+            num_each = self.config.num_image_tokens if has_begun(past_key_values) else 0
+            check_image_tokens(mask, images, bare=bare and not self.training, num_each=num_each)
         check_image_features(images, self.plan, inputs_embeds.shape[-1])
 
         features, image_hidden_states = {}, None

@@ -194,6 +194,14 @@ def test_a_placeholder_that_the_model_writes_stands_for_no_picture(model, inputs
         assert (written == IMAGE).all()
 
 
+def test_a_prompt_goes_on_after_a_placeholder_that_the_model_wrote(model, inputs):
+    ids, pixels = torch.tensor([expanded(model, [5, IMAGE, 6, 7])]), inputs["pixel_values"][:1]
+    begun = model.generate(input_ids=ids, pixel_values=pixels, **GREEDY | {"return_dict_in_generate": True})
+    whole = torch.cat([begun.sequences, torch.tensor([[IMAGE]])], dim=1)
+    answer = model.generate(input_ids=whole, past_key_values=begun.past_key_values, **GREEDY)
+    assert answer.shape[1] > whole.shape[1]
+
+
 def test_the_built_model_never_writes_the_placeholder(tiny):
     model, processor = tiny
     prompt = processor(text="what is it", return_tensors="pt")
