@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoFeatureExtractor,
     AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
@@ -20,8 +21,10 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import custom_object_save
 
+from .audio import SparseCutAudioProcessor, check_extractor
 from .configuration import SparseCutConfig
 from .configuration_upgraded import SparseCutUpgradeConfig
+from .encoders import encoder_of, is_audio
 from .graft import check_language_model
 from .modeling import SparseCutForConditionalGeneration
 from .plan import Plan
@@ -41,6 +44,7 @@ AUTO_MAPS = {  # where the Auto classes find the code that is saved with a model
         "AutoConfig": "configuration_upgraded.SparseCutUpgradeConfig",
         "AutoModelForImageTextToText": "upgraded.SparseCutUpgrade",
     },
+    "audio": {"AutoProcessor": "audio.SparseCutAudioProcessor"},
     "processing": {"AutoProcessor": "processing.SparseCutProcessor"},
     "fine_views": {"AutoProcessor": "fine_views.SparseCutUpgradeProcessor"},
 }
@@ -53,15 +57,18 @@ def build(
     *,
     image_processor=None,
     tokenizer=None,
-    image_token: str = "<image>",
+    image_token: str | None = None,
     coarse: str = "squash",
+    view_size: int | tuple[int, int] | None = None,
     dtype: torch.dtype | str = torch.float32,
     **from_pretrained,
-) -> tuple[SparseCutForConditionalGeneration, SparseCutProcessor]:
+) -> tuple[SparseCutForConditionalGeneration, SparseCutProcessor | SparseCutAudioProcessor]:
     """Join a vision encoder and a causal language model by a plan; nothing of either is copied or changed.
 
     vision, language: hub names, folders, "world" (the built-in small backbones), or loaded modules (then hand over
-    image_processor and tokenizer too). plan: a method's name, {"method": ..., options} or a plan. Further arguments
+    image_processor and tokenizer too; of an encoder that listens, its feature extractor is the image_processor).
+    plan: a method's name, {"method": ..., options} or a plan. image_token: the placeholder, by default "<image>", or "<audio>".
+    view_size: pixels of a view, or (height, width), for encoders of pictures of any size. Further arguments
     (attn_implementation, device_map, token, ...) go to both `from_pretrained`. The plan is checked before any weight is loaded.
     Returns (model, processor), the model in evaluation mode. Raises ValueError for what cannot be joined.
     """
@@ -71,9 +78,16 @@ def build(
     if hasattr(vision_config, "vision_config"):  # a two-tower checkpoint such as CLIP's
         vision_config = vision_config.vision_config
         vision = vision if isinstance(vision, str) else vision.vision_model
-    config = SparseCutConfig(vision_config=vision_config, text_config=text_config, plan=_as_dict(plan))
+    config = SparseCutConfig(
+        vision_config=vision_config, text_config=text_config, plan=_as_dict(plan), view_size=view_size
+    )
+    listens = is_audio(vision_config)
+    image_token = image_token or ("<audio>" if listens else "<image>")
     tokenizer = tokenizer or _for_name(AutoTokenizer, language, "tokenizer", hub)
-    image_processor = image_processor or _for_name(AutoImageProcessor, vision, "image_processor", hub)
+    preparing = AutoFeatureExtractor if listens else AutoImageProcessor
+    image_processor = image_processor or _for_name(preparing, vision, "image_processor", hub)
+    if listens:
+        check_extractor(image_processor, config.grid)
     if image_token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"extra_special_tokens": [image_token]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
@@ -81,7 +95,8 @@ def build(
     config.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
 
     if isinstance(vision, str):
-        vision = AutoModel.from_pretrained(vision, config=vision_config, dtype=dtype, **from_pretrained)
+        vision = _load_encoder(vision, vision_config, dtype, from_pretrained)
+    vision = encoder_of(vision)
     if isinstance(language, str):
         language = AutoModelForCausalLM.from_pretrained(language, config=text_config, dtype=dtype, **from_pretrained)
     check_language_model(language)
@@ -99,7 +114,15 @@ def build(
     ]
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    processor = SparseCutProcessor(
+    return model.eval(), _processor_for(config, image_processor, tokenizer, image_token, coarse)
+
+
+def _processor_for(config: SparseCutConfig, image_processor, tokenizer, image_token: str, coarse: str):
+    if is_audio(config.vision_config):
+        return SparseCutAudioProcessor(
+            image_processor, tokenizer, num_audio_tokens=config.num_image_tokens, audio_token=image_token
+        )
+    return SparseCutProcessor(
         image_processor,
         tokenizer,
         image_size=config.image_size,
@@ -108,7 +131,6 @@ def build(
         coarse=coarse,
         image_token=image_token,
     )
-    return model.eval(), processor
 
 
 def load(folder: str | Path, base=None, *, processor=None, **from_pretrained) -> tuple[PreTrainedModel, object]:
@@ -196,6 +218,17 @@ def _config_of(source, part: str, hub: dict):
         raise ValueError(
             f"the {part} model {source!r} could not be read; give a folder, a hub name, or 'world'. Hugging Face says: {error}"
         ) from error
+
+
+def _load_encoder(name: str, config, dtype, settings: dict) -> nn.Module:
+    """The encoder of a checkpoint; ValueError where it lacks weights, which would be random."""
+    vision, info = AutoModel.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **settings)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{name} holds no weights for {len(missing)} parts of the encoder {config.model_type}, such as {missing[0]}; load the "
+            "whole model, and hand over its encoder as a module, with its image_processor"
+        )
+    return vision
 
 
 def _for_name(auto_class, source, argument: str, hub: dict):

@@ -14,6 +14,8 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from .encoders import pair
+
 COARSE = ("squash", "crop")
 NORMALISING = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
@@ -54,26 +56,28 @@ ASSISTANT:{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgenera
 {%- if add_generation_prompt -%}ASSISTANT:{%- endif -%}"""
 
 
-def views(image: Image.Image, tiles: int, size: int, coarse: str = "squash") -> list[Image.Image]:
+def views(image: Image.Image, tiles: int, size, coarse: str = "squash") -> list[Image.Image]:
     """Cut the encoder-sized views of a picture: the coarse one, then tiles x tiles fine ones, row by row.
 
-    Pillow bicubic from the original, ignoring the aspect ratio, so that fine patches lie under coarse ones. coarse="crop"
-    is what the released training loader does instead (short side to `size`, then the central square): for comparison only,
-    because the fine views of a picture that is not square no longer lie under it.
+    size: pixels of a view, or (height, width). Pillow bicubic from the original, ignoring the aspect ratio, so that fine patches
+    lie under coarse ones. coarse="crop" is what the released training loader does instead (the smallest picture that covers the
+    view, then its centre): for comparison only, because fine views of a picture of another shape no longer lie under it.
     """
     image = image.convert("RGB")
+    h, w = pair(size)
     if coarse == "crop":
         width, height = image.size
-        short = min(width, height)
-        scaled = image.resize((int(size * width / short), int(size * height / short)), Image.Resampling.BICUBIC)
-        left, top = (scaled.width - size) // 2, (scaled.height - size) // 2
-        out = [scaled.crop((left, top, left + size, top + size))]
+        wide = w * height <= h * width  # the height decides
+        scaled = (int(h * width / height), h) if wide else (w, int(w * height / width))
+        scaled = image.resize(scaled, Image.Resampling.BICUBIC)
+        left, top = (scaled.width - w) // 2, (scaled.height - h) // 2
+        out = [scaled.crop((left, top, left + w, top + h))]
     else:
-        out = [image.resize((size, size), Image.Resampling.BICUBIC)]
+        out = [image.resize((w, h), Image.Resampling.BICUBIC)]
     if tiles:
-        big = image.resize((tiles * size, tiles * size), Image.Resampling.BICUBIC)
-        corners = [(x * size, y * size) for y in range(tiles) for x in range(tiles)]
-        out += [big.crop((x, y, x + size, y + size)) for x, y in corners]
+        big = image.resize((tiles * w, tiles * h), Image.Resampling.BICUBIC)
+        corners = [(x * w, y * h) for y in range(tiles) for x in range(tiles)]
+        out += [big.crop((x, y, x + w, y + h)) for x, y in corners]
     return out
 
 
@@ -81,8 +85,8 @@ class SparseCutProcessor(ProcessorMixin):
     r"""
     An encoder's image processor (its mean, standard deviation and rescaling) and a tokenizer, with views and image tokens.
 
-    image_size: side of a view in pixels. tiles: fine views per side, 0 for none. num_image_tokens: positions per picture.
-    coarse: "squash" (aligned with the fine views) or "crop" (the released training loader).
+    image_size: side of a view in pixels, or [height, width]. tiles: fine views per side, 0 for none.
+    num_image_tokens: positions per picture. coarse: "squash" (aligned with the fine views) or "crop" (the released training loader).
     image_token: one placeholder per picture in a text, expanded to `num_image_tokens` copies.
     """
 
@@ -129,14 +133,14 @@ class SparseCutProcessor(ProcessorMixin):
         return text.replace(self.image_token, self.image_token * self.num_image_tokens)
 
     def pixels(self, images: list, **settings) -> Tensor:
-        """Normalised views of pictures: float32 [pictures, 1 + tiles^2, 3, S, S], coarse view first.
+        """Normalised views of pictures: float32 [pictures, 1 + tiles^2, 3, h, w], coarse view first.
 
         settings: of NORMALISING, instead of the image processor's own.
         """
         pictures = [image if isinstance(image, Image.Image) else to_pil_image(image) for image in images]
         levels = [[np.asarray(v) for v in views(p, self.tiles, self.image_size, self.coarse)] for p in pictures]
         if not levels:
-            return torch.empty(0, self.num_views, 3, self.image_size, self.image_size)
+            return torch.empty(0, self.num_views, 3, *pair(self.image_size))
         table = self._normalised_levels(**settings)
         levels = np.stack([np.stack(v) for v in levels])
         return torch.from_numpy(np.stack([table[c][levels[..., c]] for c in range(3)], axis=2))
@@ -174,7 +178,7 @@ class SparseCutProcessor(ProcessorMixin):
 
         images: a picture, a list of pictures in the order of the placeholders, or one list per text. text: one or several.
         Returns input_ids and attention_mask [B, L] and, only where pictures are given, pixel_values
-        [pictures, 1 + tiles^2, 3, S, S]. Raises ValueError where the numbers of placeholders and pictures differ.
+        [pictures, 1 + tiles^2, 3, h, w]. Raises ValueError where the numbers of placeholders and pictures differ.
         """
         if isinstance(images, (list, tuple)) and not any(len(i) if isinstance(i, (list, tuple)) else 1 for i in images):
             images = None  # a batch of texts without any picture

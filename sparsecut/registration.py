@@ -47,12 +47,15 @@ def register_processor() -> None:
     """Teach AutoProcessor our processors."""
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
+    from .audio import SparseCutAudioProcessor
     from .configuration import SparseCutConfig
     from .configuration_upgraded import SparseCutUpgradeConfig
     from .fine_views import SparseCutUpgradeProcessor
     from .processing import SparseCutProcessor
 
     PROCESSOR_MAPPING.register(SparseCutConfig, SparseCutProcessor, exist_ok=True)
+    # One configuration has both processors, and processors are found by their names; a key of its own is all that is needed.
+    PROCESSOR_MAPPING.register(SparseCutAudioProcessor, SparseCutAudioProcessor, exist_ok=True)
     PROCESSOR_MAPPING.register(SparseCutUpgradeConfig, SparseCutUpgradeProcessor, exist_ok=True)
 
 

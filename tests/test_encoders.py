@@ -1,14 +1,23 @@
 """One contract for encoders: any grid, packed pictures, windows and sounds come out as patches row by row, or a sentence says why not."""
 
+import importlib.util
+from pathlib import Path
+
 import checks
+import numpy as np
 import pytest
 import torch
 from families import EVERYDAY_KINDS, family_vision, language_config, vision_config
+from PIL import Image
+from tiny import tiny_language, tiny_tokenizer
+from transformers import CLIPImageProcessorPil
 
 from sparsecut import SparseCutConfig
+from sparsecut.building import build, load, save
 from sparsecut.encoders import feed, order, read_grid, unpack
 from sparsecut.graft import read_taps
 from sparsecut.mixers import grid as under
+from sparsecut.processing import views
 
 
 @pytest.fixture(scope="module", params=EVERYDAY_KINDS)
@@ -123,3 +132,91 @@ def test_an_encoder_that_needs_more_than_views_is_refused():
     encoder.config.image_size = 16
     with pytest.raises(ValueError, match="needs pixel_attention_mask and spatial_shapes besides pixels"):
         checks.join(vision=encoder)
+
+
+def tones():
+    """Words and the sounds of two pitches, as examples/audio.py makes them."""
+    spec = importlib.util.spec_from_file_location("audio_example", Path(__file__).parents[1] / "examples" / "audio.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def test_sounds_in_and_words_out_from_building_to_loading(tmp_path):
+    example = tones()
+    torch.manual_seed(0)
+    encoder, extractor, language, tokenizer = example.parts()
+    plan = {"method": "sparsecut", "tiles": 0}
+    model, processor = build(encoder, language, plan, image_processor=extractor, tokenizer=tokenizer)
+    losses = example.train(model, processor, 60, batch_size=8)
+    assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
+    sounds, _ = example.tones(4, seed=0)
+    said = example.answers(model, processor, sounds)
+    assert said == [example.answers(model, processor, [sound])[0] for sound in sounds]
+    save(model, processor, tmp_path)
+    again = load(tmp_path)
+    assert type(again[1]) is type(processor) and type(again[0].vision_tower) is type(encoder)
+    assert example.answers(*again, sounds) == said
+    talk = [{"role": "user", "content": [{"type": "audio", "audio": "x"}, {"type": "text", "text": "how"}]}]
+    assert again[1].apply_chat_template(talk, tokenize=False).count("<audio>") == 1
+
+
+def test_sounds_that_do_not_fit_the_encoder_are_refused():
+    example = tones()
+    encoder, extractor, language, tokenizer = example.parts()
+    parts = {"image_processor": extractor, "tokenizer": tokenizer}
+    with pytest.raises(ValueError, match="tiles=2, but whisper listens to sounds, which have no finer views"):
+        build(encoder, language, **parts)
+    plan = {"method": "sparsecut", "tiles": 0}
+    wide = type(extractor)(feature_size=80, chunk_length=1)
+    with pytest.raises(ValueError, match="makes 80 mels and 100 frames of a sound, but the encoder takes 40 and 100"):
+        build(encoder, language, plan, **parts | {"image_processor": wide})
+    _, processor = build(encoder, language, plan, **parts)
+    with pytest.raises(ValueError, match="has 16001 samples, but the encoder listens to 16000"):
+        processor(audio=[[0.0] * 16001], text="<audio>")
+    with pytest.raises(ValueError, match="same as the number of audio"):
+        processor(audio=[[0.0] * 100], text="<audio> <audio>")
+
+
+def test_oblong_views_are_made_of_pictures_and_kept_when_saved(tmp_path):
+    tokenizer, language = tiny_tokenizer(), tiny_language()
+    encoder, image_processor = family_vision("qwen2_5_vl_vision"), CLIPImageProcessorPil()
+    plan = {"method": "sparsecut", "pattern": "sparse"}
+    parts = {"image_processor": image_processor, "tokenizer": tokenizer}
+    with pytest.raises(ValueError, match="say how large a view is"):
+        build(encoder, language, plan, **parts)
+    model, processor = build(encoder, language, plan, **parts, view_size=(32, 48))
+    picture = Image.new("RGB", (60, 30), "red")
+    batch = processor(images=[picture], text="<image> what is it", return_tensors="pt")
+    assert batch["pixel_values"].shape == (1, 5, 3, 32, 48)
+    save(model, processor, tmp_path)
+    again, other = load(tmp_path)
+    assert torch.equal(
+        other(images=[picture], text="<image> what is it", return_tensors="pt")["pixel_values"], batch["pixel_values"]
+    )
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+def test_fine_views_of_an_oblong_size_lie_under_the_coarse_one():
+    picture = Image.fromarray(np.kron(np.array([[0, 80], [160, 240]], np.uint8), np.ones((30, 50), np.uint8)))
+    coarse, *fine = (np.asarray(v)[..., 0] for v in views(picture, 2, (16, 24)))
+    assert coarse.shape == (16, 24)
+    for view, quarter in zip(fine, [coarse[:8, :12], coarse[:8, 12:], coarse[8:, :12], coarse[8:, 12:]], strict=True):
+        assert abs(float(np.median(view)) - float(np.median(quarter))) < 1
+    cropped = views(picture, 0, (16, 24), "crop")[0]
+    assert cropped.size == (24, 16)
+
+
+def test_an_encoder_without_weights_of_its_own_in_a_folder_is_refused(tmp_path):
+    from transformers import LlamaConfig, LlamaModel
+
+    encoder, language = family_vision("vit"), tiny_language()
+    encoder.config.save_pretrained(tmp_path)
+    config = encoder.config
+    LlamaModel(LlamaConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=8)).save_pretrained(
+        tmp_path
+    )
+    config.save_pretrained(tmp_path)
+    parts = {"image_processor": CLIPImageProcessorPil(), "tokenizer": tiny_tokenizer()}
+    with pytest.raises(ValueError, match=r"holds no weights for .* parts of the encoder vit"):
+        build(str(tmp_path), language, {"method": "sparsecut", "pattern": "sparse"}, **parts)

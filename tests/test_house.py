@@ -20,9 +20,21 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
     {"families"},
     {"configuration", "configuration_upgraded", "overlay"},
     {"modeling", "upgraded", "processing", "fine_views", "prompting"},
+    {"audio"},
     {"upgrading"},
     {"building", "official", "data", "labels", "base_labels", "records", "pictures", "states"},
-    {"convert", "training", "stage_trainer", "progress", "evaluation", "chat", "sketch", "cost", "timing", "upgrade_cost"},
+    {
+        "convert",
+        "training",
+        "stage_trainer",
+        "progress",
+        "evaluation",
+        "chat",
+        "sketch",
+        "cost",
+        "timing",
+        "upgrade_cost",
+    },
     {
         "study_runner",
         "search",
@@ -86,7 +98,7 @@ def row(module: str) -> int:
 # The lazy registration of the Auto classes is the one import that goes against the grain, and says so.
 ALLOWED = {
     ("registration", name)
-    for name in ("configuration", "modeling", "processing", "configuration_upgraded", "upgraded", "fine_views")
+    for name in ("configuration", "modeling", "processing", "configuration_upgraded", "upgraded", "fine_views", "audio")
 }
 
 
