@@ -107,7 +107,11 @@ class Study:
             if key in self.recipe:
                 raise ValueError(f"recipe.{key} is set by {place}; remove it there")
         for run in self.runs():
-            self.recipe_of(run)
+            if base := self.recipe_of(run).model.base:
+                raise ValueError(
+                    f"the recipe starts from the base {base}, but a study's arms are plans of models that are built from an encoder and a "
+                    "language model; give vision and language, and train recipes with a base one by one"
+                )
 
     @property
     def main(self) -> str:

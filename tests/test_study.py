@@ -150,6 +150,10 @@ def test_a_run_belongs_to_one_living_process(tmp_path):
         ({"budgets": {"short": {"chnge": []}}}, "chnge is not known"),
         ({"budgets": {"short": ["stages.0.args.max_stps=1"]}}, None),
         ({"recipe": {**QUICK["recipe"], "stags": []}}, "stags is not known"),
+        (
+            {"recipe": {**QUICK["recipe"], "model": {"base": "some/vlm"}}},
+            "a study's arms are plans of models that are built",
+        ),
     ],
 )
 def test_wrong_studies_are_refused_in_a_sentence(tmp_path, changes, words):
