@@ -1,6 +1,7 @@
 """Which model families work: a tiny random model of each, checked; a table on screen and in docs/support.md.
 
     python benchmarks/grid.py                      # every family of tests/families.py, some minutes
+    python benchmarks/grid.py encoders             # or decoders: that section alone
     python benchmarks/grid.py llama vit mamba      # some of them, on screen only
 
 Each decoder is joined to CLIP and each encoder to Llama, with `sparsecut` in the pattern `sparse`. The checks are those of tests/checks.py.
@@ -19,8 +20,8 @@ import checks
 import torch
 import transformers
 from families import LANGUAGE, VISION
+from support_page import replace_section
 
-SUPPORT = Path(__file__).parents[1] / "docs" / "support.md"
 COLUMNS = {
     "gradients": checks.gradients,
     "cached = uncached": checks.cached,
@@ -30,20 +31,32 @@ COLUMNS = {
     "compiles": checks.compiles,
 }
 ENCODER_COLUMNS = {"taps": checks.taps, "stops early": checks.stops} | COLUMNS
+PARTS = {"vision": "encoders", "language": "decoders"}  # words of the command line
 INTRODUCTION = """\
 # Model families
 
-Made by `make grid` with transformers {transformers} and torch {torch}: a tiny random model of each family, joined to a tiny
-{partner} by `sparsecut` in the pattern `sparse`. Families that are not listed were not tried; most decoder-only transformers work.
+Which encoders and language models `build` joins, and more below, each section made by the command that it names. Families that are
+not listed were not tried; most decoder-only transformers work.
 
+"""
+MADE = """\
+Made by `make grid` with transformers {transformers} and torch {torch}: a tiny random model of each family, joined to a tiny
+{partner} by `sparsecut` in the pattern `sparse`. {green} of {tried} families pass every check.
+"""
+ENCODERS = """\
+Encoders that pack pictures of any size (Pixtral, SigLIP2-NaFlex, Qwen2-VL's and its successors') run on views of one size, here with
+more columns than rows; Whisper listens, without fine views.
+
+- *taps*: equal to the encoder's own hidden states, without class and register tokens; touching one patch moves the state in its place
+- *stops early*: blocks above the deepest tap do not run
+"""
+CHECKS = """\
 - *gradients*: a training step reaches every parameter of the fusion
 - *cached = uncached*: greedy decoding, the same tokens, and scores within 1e-4
 - *batch = single*: each row of a left-padded batch has the logits it has alone
 - *beams*: beam search with several returned sequences, equal to the rows alone
 - *checkpointing*: equal gradients with gradient checkpointing of both kinds
 - *compiles*: one full graph, forward and backward, equal to eager mode
-- *taps*: equal to the encoder's own hidden states, without class and register tokens
-- *stops early*: blocks above the deepest tap do not run
 """
 
 
@@ -72,35 +85,46 @@ def reason(error: Exception) -> str:
     )
 
 
-def table(kind: str, families: dict, columns: dict, wanted: list[str]) -> str:
-    """A Markdown table of families, and their reasons below it."""
+def table(kind: str, families: dict, columns: dict, wanted: list[str]) -> tuple[str, dict[str, int]]:
+    """A Markdown table of families, their reasons below it, and how many were tried and are green in every column."""
     pool = multiprocessing.get_context("fork").Pool(
         1, maxtasksperchild=1
     )  # what compilation keeps goes with each family
     lines = ["| family | builds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    notes = []
+    notes, counts = [], {"tried": 0, "green": 0}
     for name in [n for n in families if not wanted or n in wanted]:
         start = time.time()
         cells, reasons = pool.apply(try_family, (kind, name, columns))
         print(f"{name:28}", *(f"{c:4}" for c in cells), f"{time.time() - start:6.1f} s", *reasons, flush=True)
+        counts["tried"] += 1
+        counts["green"] += set(cells) == {"yes"}
         lines.append("| `" + name + "` | " + " | ".join(cells) + " |")
         notes += [f"- `{name}`: {r}" for r in reasons]
-    return "\n".join([*lines, "", *notes, ""])
+    return "\n".join([*lines, "", *notes, ""]), counts
 
 
 def main() -> None:
     """Run the grid; a full run is written to docs/support.md."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    wanted = sys.argv[1:]
+    only = [part for part in ("encoders", "decoders") if part in sys.argv[1:]]
+    wanted = [name for name in sys.argv[1:] if name not in only]
     if unknown := set(wanted) - set(LANGUAGE) - set(VISION):
         sys.exit(f"no such family: {', '.join(sorted(unknown))}; known are {', '.join([*LANGUAGE, *VISION])}")
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
-    text = INTRODUCTION.format(**versions, partner="CLIP (decoders) or Llama (encoders)")
-    text += "\n## Vision encoders\n\n" + table("vision", VISION, ENCODER_COLUMNS, wanted)
-    text += "\n## Language models\n\n" + table("language", LANGUAGE, COLUMNS, wanted)
+    sections = {}
+    for heading, kind, families, columns, partner, more in (
+        ("Vision encoders", "vision", VISION, ENCODER_COLUMNS, "Llama", ENCODERS + CHECKS),
+        ("Language models", "language", LANGUAGE, COLUMNS, "CLIP encoder", CHECKS),
+    ):
+        if only and PARTS[kind] not in only:
+            continue
+        rows, counts = table(kind, families, columns, wanted)
+        sections[heading] = "\n".join([MADE.format(**versions, **counts, partner=partner), more, rows])
     if not wanted:
-        SUPPORT.write_text(text)
+        replace_section("", INTRODUCTION)
+        for heading, text in sections.items():
+            replace_section(heading, text)
 
 
 if __name__ == "__main__":
