@@ -169,6 +169,13 @@ class TestSparseCut(ModelCases, unittest.TestCase):
 class TestUpgrade(ModelCases, unittest.TestCase):
     model_tester_class = UpgradeTester
 
+    @pytest.mark.xfail(
+        reason="saved under the names that weights have here, not under those of old files, for Trainers to read"
+    )
+    def test_reverse_loading_mapping(self):
+        """Expects weights to be saved under other names than they have here."""
+        super().test_reverse_loading_mapping()
+
 
 class ProcessorCases(ProcessorTesterMixin):
     @classmethod
