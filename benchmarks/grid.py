@@ -45,7 +45,9 @@ Made by `make grid` with transformers {transformers} and torch {torch}: a tiny r
 """
 ENCODERS = """\
 Encoders that pack pictures of any size (Pixtral, SigLIP2-NaFlex, Qwen2-VL's and its successors') run on views of one size, here with
-more columns than rows; Whisper listens, without fine views.
+more columns than rows; Whisper listens, without fine views. Hierarchical encoders (Swin, Hiera, ConvNeXt) change width and grid
+from stage to stage, so a patch has no one state per layer, and masked or detecting ones (MAE, YOLOS) have no state for every patch:
+both are refused by name. Qwen's encoders read the numbers of a picture's grid as they run, which one full graph cannot hold.
 
 - *taps*: equal to the encoder's own hidden states, without class and register tokens; touching one patch moves the state in its place
 - *stops early*: blocks above the deepest tap do not run

@@ -213,7 +213,7 @@ VISION = {
     },
     "swin": {},
     "swinv2": {},
-    "hiera": {},
+    "hiera": {"image_size": [16, 16], "patch_size": [8, 8]},
     "convnext": {},
 }
 VIEW_SIZES = {  # with more columns than rows, for the families that take pictures of any size
