@@ -32,6 +32,7 @@ check: style test  ## What CI runs
 grid: install  ## Run every model family and write docs/support.md (slow)
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/grid.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/upgrades.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compiling.py
 
 hf-suite: install  ## Run transformers' own tests on our classes and write docs/support.md (REPOSITORY=a checkout of it)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,hf-suite]'

@@ -153,8 +153,8 @@ class Fusion(nn.Module):
         found: dict[int, Tensor] = {}
         for path, members in zip(self.paths, self.groups, strict=True):
             mixed = path.mixer(torch.cat([self._of_shortcut(grains, i) for i in members]))
-            projected = path.project(mixed).chunk(len(members))
-            for i, m, z in zip(members, mixed.chunk(len(members)), projected, strict=True):
+            projected = path.project(mixed).unflatten(0, (len(members), -1)).unbind(0)
+            for i, m, z in zip(members, mixed.unflatten(0, (len(members), -1)).unbind(0), projected, strict=True):
                 found[i] = z + self.corrections[str(i)](m) if str(i) in self.corrections else z
         outputs: dict[int, list[Tensor]] = {}
         for i in sorted(found):

@@ -141,9 +141,9 @@ def _fuse(overlay: Overlay, taps: dict[int, Tensor], call: dict, pooled) -> dict
     shape = next(iter(taps.values())).shape
     index = overlay.family.index(overlay.parts.inner, shape, call)
     wanted = sum(rows.shape[0] if rows.dim() > 1 else 1 for rows in pooled)
-    if len(index) != wanted:
+    if index.shape[0] != wanted:
         raise RuntimeError(
-            f"{type(overlay.parts.inner).__name__} made {wanted} image tokens where {len(index)} were expected from its geometry, so it is "
+            f"{type(overlay.parts.inner).__name__} made {wanted} image tokens where {index.shape[0]} were expected from its geometry, so it is "
             "not known which patches lie under which token; this is a fault of SparseCut: please report the model and the pictures"
         )
     device = fusion.gates.device
