@@ -143,7 +143,7 @@ def _fuse(overlay: Overlay, taps: dict[int, Tensor], call: dict, pooled) -> dict
     wanted = sum(rows.shape[0] if rows.dim() > 1 else 1 for rows in pooled)
     if index.shape[0] != wanted:
         raise RuntimeError(
-            f"{type(overlay.parts.inner).__name__} made {wanted} image tokens where {index.shape[0]} were expected from its geometry, so it is "
+            f"{type(overlay.parts.inner).__name__} made {wanted} image tokens where {index.shape[0]} were expected by its geometry; it is "
             "not known which patches lie under which token; this is a fault of SparseCut: please report the model and the pictures"
         )
     device = fusion.gates.device
