@@ -77,7 +77,7 @@ def build(
     vision_config, text_config = _config_of(vision, "vision", hub), _config_of(language, "language", hub)
     if hasattr(vision_config, "vision_config"):  # a two-tower checkpoint such as CLIP's
         vision_config = vision_config.vision_config
-        vision = vision if isinstance(vision, str) else vision.vision_model
+        vision = vision if isinstance(vision, str) else _encoder_in(vision, vision_config)
     config = SparseCutConfig(
         vision_config=vision_config, text_config=text_config, plan=_as_dict(plan), view_size=view_size
     )
@@ -218,6 +218,16 @@ def _config_of(source, part: str, hub: dict):
         raise ValueError(
             f"the {part} model {source!r} could not be read; give a folder, a hub name, or 'world'. Hugging Face says: {error}"
         ) from error
+
+
+def _encoder_in(model: nn.Module, config) -> nn.Module:
+    """The encoder of a model of several parts: the outermost module that has this configuration."""
+    for module in model.modules():
+        if getattr(module, "config", None) is config:
+            return module
+    raise ValueError(
+        f"no part of {type(model).__name__} has its vision_config, so its encoder cannot be told; hand over the encoder itself"
+    )
 
 
 def _load_encoder(name: str, config, dtype, settings: dict) -> nn.Module:
