@@ -31,7 +31,7 @@ itself and upgraded by the default plan with random shortcuts. "yes" means logit
 - *export*: `torch.export.export(model, (), inputs, strict=False)` of the prompt pass
 
 Where the base says "no", it reads the sizes of its pictures as Python numbers to cut or pack them, so its prompt pass is not one
-graph, and an upgraded one cannot be either; its steps are, and so is most of the time of an answer.
+graph, and an upgraded one cannot be either; its steps after the prompt can.
 """
 
 
