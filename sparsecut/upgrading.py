@@ -104,7 +104,8 @@ def load_fusion(
         )
     if processor is None:
         own = (folder / PROCESSOR_FILE).is_file()  # training leaves the processor it used beside the shortcuts
-        processor = _read(AutoProcessor, folder if own else name)
+        where = folder if own else name
+        processor = _read(AutoProcessor, where) if where is not None else None  # a loaded base may come from nowhere
     model, processor = upgrade(inner, plan, processor=processor)
     problems = model.fusion.load_state_dict(weights, strict=False)
     if problems.missing_keys or problems.unexpected_keys:

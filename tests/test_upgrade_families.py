@@ -11,6 +11,7 @@ from sparsecut import upgrade
 from sparsecut.families import FAMILIES, family_of
 from sparsecut.graft import find_layers
 from sparsecut.overlay import depth_of
+from sparsecut.upgrading import load_fusion
 
 SHORT = {"max_new_tokens": 4, "min_new_tokens": 4}
 families = pytest.mark.parametrize("name", bases.NAMES)
@@ -222,3 +223,12 @@ def test_videos_are_the_bases_own_also_beside_pictures(name):
         if "mm_token_type_ids" in alone:
             alone["mm_token_type_ids"] = 2 * (alone["input_ids"] == bases.VIDEO).long()
         assert torch.equal(model(**alone).logits, base(**alone).logits), "no picture, no shortcut"
+
+
+def test_shortcuts_of_a_base_that_was_made_on_the_spot_need_no_processor(tmp_path):
+    _, model, inputs = made("qwen2_5_vl")
+    stir(model)
+    model.save_fusion(tmp_path)
+    again, processor = load_fusion(tmp_path, bases.base_of("qwen2_5_vl"))
+    with torch.no_grad():
+        assert processor is None and torch.equal(again(**inputs).logits, model(**inputs).logits)
