@@ -70,26 +70,6 @@ def show(
 
 
 @app.command()
-def build(
-    vision: Annotated[str, _opt("Vision encoder: hub name, folder, or world.")],
-    language: Annotated[str, _opt("Causal language model: hub name, folder, or world.")],
-    out: Annotated[Path, _opt("Folder to write the model to.")],
-    plan: Annotated[str, _opt("A method's name, or a file with a plan.")] = "sparsecut",
-    option: Method = None,
-) -> None:
-    """Join a vision encoder and a language model, the fusion untrained."""
-    from .sketch import describe, read_plan, refuse_model_in
-
-    spec = read_plan(plan, option or [])
-    refuse_model_in(out)
-    from .building import build, save
-
-    model, processor = build(vision, language, spec)
-    save(model, processor, out)
-    typer.echo(f"{describe(model)}\n\nwrote {out}; its fusion is untrained")
-
-
-@app.command()
 def train(
     recipe: Annotated[Path, _arg("A recipe file (YAML).")],
     overrides: Annotated[list[str] | None, _arg("Changes, as stages.0.args.max_steps=10 output=runs/b")] = None,
@@ -165,25 +145,6 @@ def chat(
     converse(conversation, shown, lambda: input("> " if typed else ""), lambda text: typer.echo(text, nl=False))
     if typed:
         typer.echo()
-
-
-@app.command()
-def convert(
-    checkpoint: Annotated[Path, _arg("Folder that the released code saved.")],
-    out: Annotated[Path, _arg("Folder to write our model to.")],
-    vision: Annotated[str, _opt("The vision tower it was trained with: hub name or folder.")],
-    fusion: Annotated[Text, _opt("cross_mlp, cross_attention or mlp2x_gelu; default: what config.json says.")] = None,
-    taps: Annotated[Text, _opt("Encoder blocks, 0 = after the first, as 0,3,6; or none. Default: as released.")] = None,
-    layers: Annotated[Text, _opt("The decoder layer of each tap, as 4,9,14; or none. Default: as released.")] = None,
-) -> None:
-    """Turn a checkpoint of the released SparseCut code into a model of ours."""
-    from .sketch import describe, numbers
-
-    pairs = {"taps": numbers("--taps", taps), "layers": numbers("--layers", layers)}
-    from .convert import convert
-
-    model, _ = convert(checkpoint, out, vision=vision, fusion=fusion, **pairs)
-    typer.echo(f"{describe(model)}\n\nwrote {out}")
 
 
 @app.command()
@@ -294,4 +255,4 @@ def _print_scores(result: dict, out: Path | None) -> None:
         typer.echo(f"wrote {out}/result.json and {out}/predictions.jsonl")
 
 
-from . import cli_study, cli_upgrade  # noqa: E402, F401  their commands join the app, whose options they share
+from . import cli_models, cli_study  # noqa: E402, F401  their commands join the app, whose options they share

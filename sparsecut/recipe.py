@@ -65,12 +65,14 @@ class Source:
 class Model:
     """Where training starts: a vision encoder and a language model to join, or a base, by hub name or folder.
 
-    base: a finished vision-language model, which is upgraded, or a model (or shortcuts) saved by this package.
+    base: a finished vision-language model, which is upgraded, or a model (or shortcuts) saved by this package. view_size: pixels of a
+    view, for vision encoders of pictures of any size.
     """
 
     vision: str | None = None
     language: str | None = None
     base: str | None = None
+    view_size: int | None = None
 
     def __post_init__(self):
         _check_types(self)
@@ -79,6 +81,10 @@ class Model:
             raise ValueError(
                 f"a model is either vision and language, or base, but {' and '.join(given) or 'none of them'} was given; "
                 "name an encoder and a language model to join, or a finished vision-language model to upgrade or go on from"
+            )
+        if self.base is not None and self.view_size is not None:
+            raise ValueError(
+                f"view_size={self.view_size} is for an encoder that is joined, but base={self.base} has its own; leave it out"
             )
 
 

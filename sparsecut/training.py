@@ -165,7 +165,8 @@ def _start(recipe: Recipe, arguments: list[TrainingArguments], model, processor)
     if model is not None:
         return (model, processor) if hasattr(model, "plan") else upgrade(model, recipe.fusion, processor=processor)
     if recipe.model.base is None:
-        return build(expand_path(recipe.model.vision), expand_path(recipe.model.language), recipe.fusion)
+        parts = expand_path(recipe.model.vision), expand_path(recipe.model.language)
+        return build(*parts, recipe.fusion, view_size=recipe.model.view_size)
     base = expand_path(recipe.model.base)
     if is_saved(base):
         return load(base)

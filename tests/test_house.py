@@ -50,7 +50,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
         "study_tables",
         "study_page",
     },
-    {"cli", "cli_study", "cli_upgrade"},
+    {"cli", "cli_study", "cli_models"},
 ]
 FAMILIES = [
     {"data", "labels", "base_labels", "records", "pictures", "states"},
@@ -72,7 +72,7 @@ FAMILIES = [
     {"charts", "plots"},
     {"report", "study_report", "study_figures", "study_tables", "study_page"},
     {"cost", "timing", "upgrade_cost"},
-    {"cli", "cli_study", "cli_upgrade"},
+    {"cli", "cli_study", "cli_models"},
 ]
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "__main__"))
 PRIVATE_TO_GRAFT = ("output_capturing", "modeling_layers", "masking_utils")

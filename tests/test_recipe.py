@@ -153,3 +153,11 @@ def test_a_base_comes_with_a_plan_or_without():
     assert parse_recipe(given).fusion == {"method": "sparsecut", "count": 8}
     del given["fusion"]
     assert parse_recipe(given).fusion is None and parse_recipe(given).stages[0].train == ("projector", "language")
+
+
+def test_a_view_size_is_for_encoders_that_are_joined():
+    from sparsecut.recipe import Model
+
+    assert Model(vision="a", language="b", view_size=56).view_size == 56
+    with pytest.raises(ValueError, match="view_size=56 is for an encoder that is joined"):
+        Model(base="c", view_size=56)
