@@ -6,7 +6,8 @@
 
 Nothing is downloaded: the model is a tiny random LLaVA or Qwen2.5-VL with its own processor and prompt format, made on the
 spot and saved to OUT/base. A recipe names that folder as its base and trains everything, shortcuts included. The same base is trained
-without shortcuts for as many steps. Records that were held out are then asked of both, and with shortcuts switched off.
+without shortcuts for as many steps, and with two controls: the same taps all at the input, and finer views alone. Records that were held
+out are then asked of all, and with shortcuts switched off.
 
 It shows how a recipe with `base:` is used, and how much of what was learned goes through which shortcut. It does not show what a large
 finished model gains, which starts from an encoder and a language model that know a lot: both here start from nothing, one seed each.
@@ -185,6 +186,9 @@ def train_plainly(model, processor, examples, steps: int, seed: int = 0) -> None
     model.eval()
 
 
+SHORTCUTS = {"method": "sparsecut", "count": 3}
+
+
 def main(kind: str, out: str, records: str, images: str, steps: int = 600) -> None:
     """Make a model, upgrade and train it by a recipe, ask it with and without its shortcuts, and print a table."""
     source = {"path": records, "images": images}
@@ -197,27 +201,12 @@ def main(kind: str, out: str, records: str, images: str, steps: int = 600) -> No
     base, processor = {"llava": llava, "qwen": qwen}[kind](texts)
     base.save_pretrained(f"{out}/base")
     processor.save_pretrained(f"{out}/base")
-    train_plainly(
-        base, processor, lessons, steps
-    )  # what it learns without shortcuts, from the same start in as many steps
+    train_plainly(base, processor, lessons, steps)  # from the same start, in as many steps
     rows = {"without shortcuts": ask(*sparsecut.upgrade(base, processor=processor), asked)}
 
-    recipe = parse_recipe(
-        {
-            "model": {"base": f"{out}/base"},
-            "fusion": {"method": "sparsecut", "count": 3},
-            "stages": [
-                {
-                    "name": "all",
-                    "data": {**source, "where": KINDS, "hold_out": TONES},
-                    "train": ["vision", "projector", "fusion", "language"],
-                    "args": settings(steps, 1e-3),
-                }
-            ],
-            "output": f"{out}/upgraded",
-        }
-    )
-    model, processor = sparsecut.train(recipe)
+    for name, spec in controls(kind).items():
+        rows[name] = ask(*upgraded(out, name.replace(" ", "-"), spec, source, steps), asked)
+    model, processor = upgraded(out, "upgraded", SHORTCUTS, source, steps)
     rows["upgraded"] = ask(model, processor, asked)
     with model.fusion.switched_off(*model.fusion.gated):
         rows["its shortcuts switched off"] = ask(model, processor, asked)
@@ -225,6 +214,28 @@ def main(kind: str, out: str, records: str, images: str, steps: int = 600) -> No
         with model.fusion.switched_off(number):
             rows[f"its shortcut {number} switched off"] = ask(model, processor, asked)
     show(rows)
+
+
+def controls(kind: str) -> dict[str, dict]:
+    """Plans that say what a gain is not owed to: the same taps all at the input and, where there are any, finer views alone."""
+    found = {"same taps at the input": {**SHORTCUTS, "method": "sparsecut_input"}}
+    if kind == "llava":
+        taps = {"taps": [-2], "layer": 0}
+        finer = {"tiles": 2, "gate": "zero_projector", "shortcuts": [taps, {**taps, "mix": "channels"}]}
+        found["finer views at the input"] = finer
+    return found
+
+
+def upgraded(out: str, folder: str, fusion: dict, source: dict, steps: int):
+    """The model of OUT/base, upgraded and trained whole by a recipe."""
+    stage = {
+        "name": "all",
+        "data": {**source, "where": KINDS, "hold_out": TONES},
+        "train": ["vision", "projector", "fusion", "language"],
+        "args": settings(steps, 1e-3),
+    }
+    plain = {"model": {"base": f"{out}/base"}, "fusion": fusion, "stages": [stage], "output": f"{out}/{folder}"}
+    return sparsecut.train(parse_recipe(plain))
 
 
 def ask(model, processor, asked) -> dict:

@@ -17,9 +17,10 @@ def test_a_model_is_upgraded_trained_and_asked(kind, tmp_path, monkeypatch, caps
     for name, pattern in {"KINDS": "", "TONES": "^[0-3]$", "GROUP": "^(.)"}.items():
         monkeypatch.setattr(example, name, pattern)
     example.main(kind, str(tmp_path / "out"), str(tmp_path / "data.json"), str(tmp_path), steps=1)
-    rows = capsys.readouterr().out.splitlines()[-6:]
+    rows = capsys.readouterr().out.splitlines()[-9:]
     named = [
         "without shortcuts",
+        *example.controls(kind),
         "upgraded",
         "its shortcuts switched off",
         *(f"its shortcut {i} switched off" for i in (1, 2)),
