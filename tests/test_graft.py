@@ -220,7 +220,7 @@ def test_states_that_are_not_one_row_of_patches_are_refused(model):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"pixel_values": None, "labels": torch.zeros(2, 11, dtype=torch.long)}, "the prompts hold 8 image tokens, but the pictures given make 0"),
+        ({"pixel_values": None, "labels": torch.zeros(2, 11, dtype=torch.long)}, "hold 8 image tokens, but the pictures given make 0"),
         ({"input_ids": torch.tensor([TEXT[1]]), "attention_mask": None}, "hold 0 image tokens, but the pictures given make 8"),
         ({"input_ids": torch.tensor([[5, *[IMAGE] * 7]]), "attention_mask": None}, "hold 7 image tokens.*make 8.*length limit"),
         ({"pixel_values": torch.zeros(2, 4, 3, 16, 16)}, r"shape \(2, 4, 3, 16, 16\), but .* need \(pictures, 5, 3, 16, 16\)"),
