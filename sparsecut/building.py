@@ -107,14 +107,17 @@ def build(
     config.vision_config, config.text_config = vision.config, language.config  # as they are now, the new size included
     model = SparseCutForConditionalGeneration(config, vision_tower=vision, language_model=language)
     model.fusion.to(next(language.parameters()).dtype)
-    model.generation_config = copy.deepcopy(language.generation_config)
-    model.generation_config.suppress_tokens = [
-        *(language.generation_config.suppress_tokens or []),
-        config.image_token_id,
-    ]
-    if model.generation_config.pad_token_id is None:
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = _generation_config(language, tokenizer, config.image_token_id)
     return model.eval(), _processor_for(config, image_processor, tokenizer, image_token, coarse)
+
+
+def _generation_config(language: nn.Module, tokenizer, image_token_id: int):
+    """The language model's own, which never says the placeholder and has a token to pad with."""
+    config = copy.deepcopy(language.generation_config)
+    config.suppress_tokens = [*(config.suppress_tokens or []), image_token_id]
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return config
 
 
 def _processor_for(config: SparseCutConfig, image_processor, tokenizer, image_token: str, coarse: str):
