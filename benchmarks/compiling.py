@@ -26,7 +26,8 @@ INTRODUCTION = """\
 Made by `python benchmarks/compiling.py` with transformers {transformers} and torch {torch}: a tiny random model of each family, by
 itself and upgraded by the default plan with random shortcuts. "yes" means logits equal those of eager mode within 1e-4.
 
-- *prompt*: `torch.compile(model, fullgraph=True, backend="eager")` (one graph, no kernels made of it) of a pass with two prompts and their pictures
+- *prompt*: `torch.compile(model, fullgraph=True, backend="eager")` (one graph, no kernels made of it) of a pass with two
+  prompts and their pictures
 - *step*: the same of the pass over the next word, with the cache of the prompt
 - *export*: `torch.export.export(model, (), inputs, strict=False)` of the prompt pass
 
