@@ -10,27 +10,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import get_args, get_origin, get_type_hints
 
 import yaml
 
-from .plan import nearest
+from .checked import as_tuples, build_checked, check_pattern, check_types, one_of
 from .yaml_text import override, read_yaml
 
 PARTS = ("vision", "projector", "fusion", "language", "head")
 TEMPLATES = ("chat", "plain")
 ON_ERROR = ("stop", "skip")
-KINDS = {
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    dict: "keys and values",
-    tuple: "a list",
-    NoneType: "nothing",
-}
 
 
 @dataclass(frozen=True)
@@ -51,10 +41,10 @@ class Source:
     keep: int | None = None
 
     def __post_init__(self):
-        _check_types(self)
-        _one_of("on_error", self.on_error, ON_ERROR)
+        check_types(self)
+        one_of("on_error", self.on_error, ON_ERROR)
         for name in ("where", "hold_out", "group"):
-            _check_pattern(name, getattr(self, name))
+            check_pattern(name, getattr(self, name))
         if self.group and re.compile(self.group).groups != 1:
             raise ValueError(f"group is {self.group!r}, but needs one pair of parentheses, around what names the group")
         if self.keep is not None and self.keep < 1:
@@ -75,7 +65,7 @@ class Model:
     view_size: int | None = None
 
     def __post_init__(self):
-        _check_types(self)
+        check_types(self)
         given = [name for name in ("vision", "language", "base") if getattr(self, name) is not None]
         if given not in (["vision", "language"], ["base"]):
             raise ValueError(
@@ -108,14 +98,14 @@ class Stage:
     gate_penalty: float | int = 0.0
 
     def __post_init__(self):
-        _as_tuples(self, "data", "train")
-        _check_types(self)
+        as_tuples(self, "data", "train")
+        check_types(self)
         if not re.fullmatch(r"[\w-]+", self.name) or self.name == "final":
             raise ValueError(
                 f"name is {self.name!r}, but it names a folder: use letters, digits, - and _, and not 'final'"
             )
         for part in self.train:
-            _one_of("train names a part that", part, PARTS)
+            one_of("train names a part that", part, PARTS)
         if not self.train or not self.data:
             raise ValueError(
                 f"stage {self.name} would train nothing; give it data and parts to train among {', '.join(PARTS)}"
@@ -128,7 +118,7 @@ class Stage:
                 )
             if isinstance(rate, bool) or not isinstance(rate, int | float) or rate < 0:
                 raise ValueError(f"lr.{part} is {rate!r}, but a learning rate is a number like 1e-3")
-        _one_of("template", self.template, TEMPLATES)
+        one_of("template", self.template, TEMPLATES)
         if self.gate_penalty < 0:
             raise ValueError(f"gate_penalty is {self.gate_penalty}, but a penalty is at least 0")
 
@@ -142,8 +132,8 @@ class Evaluation:
     batch_size: int = 16
 
     def __post_init__(self):
-        _as_tuples(self, "data")
-        _check_types(self)
+        as_tuples(self, "data")
+        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -163,8 +153,8 @@ class Recipe:
     states: str | None = None
 
     def __post_init__(self):
-        _as_tuples(self, "stages")
-        _check_types(self)
+        as_tuples(self, "stages")
+        check_types(self)
         if self.fusion is None and self.model.base is None:
             raise ValueError(
                 "a model of an encoder and a language model needs a plan, but fusion is not given; add one, for example "
@@ -204,7 +194,7 @@ def parse_recipe(plain: dict, overrides: Sequence[str] = (), *, name: str = "rec
     """A recipe from plain keys and values, as YAML holds them; `name` stands at the start of error messages."""
     for change in overrides:
         plain = override(plain, change)
-    return _build(Recipe, plain, name, "")
+    return build_checked(Recipe, plain, name, CHILDREN)
 
 
 def dump_recipe(recipe: Recipe, path: str | Path) -> None:
@@ -228,66 +218,7 @@ def expand_path(text: str) -> str:
     return expanded
 
 
-def _build(cls, plain, name: str, at: str):
-    """A dataclass from keys and values; `at` is the dotted place inside the file, for messages."""
-    names = [f.name for f in fields(cls)]
-    if not isinstance(plain, dict):
-        raise ValueError(f"{name}: {at or 'the file'} is {plain!r}, but keys and values are needed: {', '.join(names)}")
-    for key in plain:
-        if key not in names:
-            raise ValueError(
-                f"{name}: {_join(at, key)} is not known{nearest(key, names)}; allowed {'in ' + at if at else 'at the top'} "
-                f"are {', '.join(names)}"
-            )
-    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [key for key in needed if plain.get(key) is None]:
-        raise ValueError(f"{name}: {at or 'the file'} lacks {' and '.join(missing)}; add what is missing")
-    values = {key: value for key, value in plain.items() if value is not None}
-    for key, child in CHILDREN.get(cls, {}).items():
-        if isinstance(values.get(key), list):
-            values[key] = tuple(
-                _build(child, item, name, f"{_join(at, key)}.{i}") for i, item in enumerate(values[key])
-            )
-        elif key in values:
-            values[key] = _build(child, values[key], name, _join(at, key))
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise ValueError(f"{name}: {at + ': ' if at else ''}{error}") from None
-
-
-def _check_types(value) -> None:
-    for key, hint in get_type_hints(type(value)).items():
-        hints = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        kinds, given = tuple(get_origin(h) or h for h in hints), getattr(value, key)
-        if not isinstance(given, kinds) or isinstance(given, bool):
-            allowed = " or ".join(KINDS.get(kind, f"a {kind.__name__.lower()}") for kind in kinds)
-            raise ValueError(f"{key} is {given!r}, but must be {allowed}")
-
-
-def _check_pattern(key: str, pattern: str | None) -> None:
-    try:
-        re.compile(pattern or "")
-    except re.error as error:
-        raise ValueError(f"{key} is {pattern!r}, which is no regular expression: {error}") from None
-
-
-def _as_tuples(value, *names: str) -> None:
-    for name in names:
-        given = getattr(value, name)
-        object.__setattr__(value, name, tuple(given) if isinstance(given, list | tuple) else (given,))
-
-
-def _one_of(what: str, given, allowed) -> None:
-    if given not in allowed:
-        raise ValueError(f"{what} is {given!r}{nearest(given, allowed)}, but allowed are {', '.join(allowed)}")
-
-
 def _plain_lists(value):
     if isinstance(value, dict):
         return {key: _plain_lists(item) for key, item in value.items()}
     return [_plain_lists(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _join(at: str, key) -> str:
-    return f"{at}.{key}" if at else str(key)

@@ -14,7 +14,19 @@ PACKAGE = ROOT / "sparsecut"
 LAYERS = [  # a module imports from earlier rows, or from its own family; modules of a row do not import one another
     {"plan"},
     {"peers"},
-    {"methods", "recipe", "yaml_text", "drawing", "registration", "charts", "plots", "scoring", "statistics", "study"},
+    {
+        "methods",
+        "recipe",
+        "checked",
+        "yaml_text",
+        "drawing",
+        "registration",
+        "charts",
+        "plots",
+        "scoring",
+        "statistics",
+        "study",
+    },
     {"mixers", "outputs", "body", "identity", "encoders"},
     {"fusion", "graft", "world"},
     {"families"},
@@ -54,7 +66,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
 ]
 FAMILIES = [
     {"data", "labels", "base_labels", "records", "pictures", "states"},
-    {"recipe", "yaml_text", "study"},
+    {"recipe", "checked", "yaml_text", "study"},
     {"training", "stage_trainer", "progress"},
     {
         "demo",
