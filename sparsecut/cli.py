@@ -208,7 +208,7 @@ def main() -> None:
         if not told:
             raise
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
+        sys.exit(143 if isinstance(error, InterruptedError) else 2)  # 143: ended by SIGTERM, as a shell reports it
 
 
 def _load(model: str, device: str | None):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -17,6 +18,7 @@ from .records import Example, choose, read_examples, read_source
 
 __all__ = ["Collator", "Example", "TrainingData", "check_examples", "choose", "encode", "read_examples", "read_source"]
 CACHED_TOKENS = 20_000_000  # token ids kept from one epoch to the next: at most some 160 MB
+PICTURED = ("pictures", "pixel_values", "vision_states")  # where an item has its pictures
 NEAR = 0.5  # of a limit: records this long by estimate are measured
 logger = logging.getLogger(__name__)
 
@@ -118,12 +120,31 @@ class TrainingData(Dataset):
         return item
 
 
+def blank_item(processor, *, template: str = "chat", states=None, views: dict[int, int] | None = None) -> dict:
+    """An item with one grey picture and nothing to learn; arguments as `TrainingData` takes them.
+
+    Where weights are sharded all processes must run the same modules, so a batch of texts alone needs a picture that shows nothing.
+    """
+    turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "."}]
+    example = Example("blank", ["grey"], turns, source="the blank picture")
+    picture = Image.new("RGB", (64, 64), "grey")
+    if not is_fixed(processor):
+        return {"example": example, "pictures": [picture]}
+    item = {name: torch.tensor(ids) for name, ids in encode(example, processor, template).items()}
+    item["labels"].fill_(IGNORED)
+    if states is None:
+        return {**item, "pixel_values": processor.pixels([picture])}
+    return {**item, "vision_states": states.blank(views)}
+
+
 class Collator:
     """Items to a batch: input_ids, attention_mask and labels [B, L] padded on the right, pixel_values [pictures, ...].
 
     Pictures of all items follow one another in reading order; a batch without any has no pixel_values. Items with kept states
     give vision_states instead: tap -> [pictures, V, N, D]. A base's own processor names its inputs itself; template, max_length and
     limit (what the language model takes) are those of the stage, which only here are known to be kept.
+
+    blank: an item with a picture that follows those of a batch without one, where the engine needs it; none of its tokens is learned.
     """
 
     def __init__(self, processor, *, template: str = "chat", max_length: int | None = None, limit: int | None = None):
@@ -131,8 +152,16 @@ class Collator:
         self.pad_token_id = processor.tokenizer.eos_token_id if token is None else token
         self.processor = processor
         self.settings = {"template": template, "max_length": max_length, "limit": limit}
+        self.blank: dict | None = None
 
     def __call__(self, items: list[dict]) -> dict[str, Tensor]:
+        if self.blank is None or any(len(item.get(key, ())) for item in items for key in PICTURED):
+            return self._batch(items)
+        batch = self._batch([*items, self.blank])
+        batch["labels"][-1] = IGNORED
+        return batch
+
+    def _batch(self, items: list[dict]) -> dict[str, Tensor]:
         if "example" in items[0]:
             pictures = [item["pictures"] for item in items]
             return encode_batch([item["example"] for item in items], self.processor, pictures=pictures, **self.settings)

@@ -138,18 +138,18 @@ class Fusion(nn.Module):
         finally:
             self.off = before
 
-    def forward(self, features: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def forward(
+        self, features: Mapping[int, Tensor] | None = None, *, grains: Mapping[int, Tensor] | None = None
+    ) -> dict[int, Tensor]:
         """features: tap -> [B, V, N, D], V being 1 for taps of the coarse view alone.
 
+        grains: tap -> [B, G, N, D] instead, normed and in their places already, G being 1 for the coarse view alone.
         Returns layer -> [B, N', H], shortcuts of one layer summed; under context gates side by side, [B, N', S * H].
         """
-        normed = {tap: self.normed(x) for tap, x in features.items()}
-        return self.fuse(
-            {tap: grid(x, self.plan.tiles if x.shape[1] > 1 else 0, self.rows) for tap, x in normed.items()}
-        )
-
-    def fuse(self, grains: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """The same from grains that lie in their places already: tap -> [B, G, N, D], G being 1 for the coarse view alone."""
+        # One way in, because weights that are sharded between devices are whole inside this call alone.
+        if grains is None:
+            normed = {tap: self.normed(x) for tap, x in features.items()}
+            grains = {tap: grid(x, self.plan.tiles if x.shape[1] > 1 else 0, self.rows) for tap, x in normed.items()}
         found: dict[int, Tensor] = {}
         for path, members in zip(self.paths, self.groups, strict=True):
             mixed = path.mixer(torch.cat([self._of_shortcut(grains, i) for i in members]))

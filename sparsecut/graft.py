@@ -100,6 +100,11 @@ def check_language_model(module: nn.Module) -> None:
         )
 
 
+def whole_modules(model: nn.Module) -> set[str]:
+    """Of the classes that are never split between devices (`_no_split_modules`) those that the model has: FSDP refuses others."""
+    return set(model._no_split_modules or ()) & {type(module).__name__ for module in model.modules()}
+
+
 def connect_encoder(encoder: nn.Module, depth: int) -> None:
     """Hook every block, so that `read_taps` can keep any tap and end at the deepest one it wants.
 

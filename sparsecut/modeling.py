@@ -21,6 +21,7 @@ from .graft import (
     connect_encoder,
     inject,
     read_taps,
+    whole_modules,
 )
 from .outputs import (
     SparseCutCausalLMOutputWithPast,
@@ -55,7 +56,7 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _skip_keys_device_placement = ["past_key_values"]
-    _no_split_modules = ["Path"]
+    _no_split_modules = ["Fusion", "ContextGate"]
 
     def __init__(
         self, config: SparseCutConfig, vision_tower: nn.Module | None = None, language_model: nn.Module | None = None
@@ -79,6 +80,7 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
         connect_encoder(self.vision_tower, config.vision_depth)
         connect_decoder(self.language_model, config.language_depth)
         self.post_init()
+        self._no_split_modules = whole_modules(self)
 
     @property
     def base_model(self) -> SparseCutModel:

@@ -159,7 +159,7 @@ def _fuse(overlay: Overlay, taps: dict[int, Tensor], call: dict, pooled) -> dict
             grains[tap] = states.flatten(0, -2)[index.clamp(min=0)].flatten(1)[:, None, None]
     overlay.used = True
     blank = (index[:, 0] < 0).unsqueeze(-1)
-    return {layer: z[:, 0].masked_fill(blank, 0.0) for layer, z in fusion.fuse(grains).items()}
+    return {layer: z[:, 0].masked_fill(blank, 0.0) for layer, z in fusion(grains=grains).items()}
 
 
 def _with_fine(states: Tensor, fine: Tensor, index: Tensor, fusion: Fusion) -> Tensor:

@@ -10,10 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
+from .data import blank_item
 from .plan import nearest
 from .progress import StageLog
 from .recipe import Stage
+from .run_folder import check_continues, check_room, mark_whole, not_written
+from .stopping import StopOnSignal, Stopped
 
 MODULES = {"vision": "vision_tower", "fusion": "fusion", "language": "language_model"}
 OWN_ARGS = {"output_dir": "the recipe's `output`", "seed": "the recipe's `seed`"}
@@ -69,13 +73,53 @@ class StageTrainer(Trainer):
     """A Trainer for one stage: frozen parts stay in evaluation mode, parts have their own learning rates, bad losses stop it."""
 
     def __init__(self, *args, stage: Stage, log: StageLog, **kwargs):
-        super().__init__(*args, callbacks=[log], **kwargs)
+        self.stop = StopOnSignal()
+        super().__init__(*args, callbacks=[log, self.stop], **kwargs)
         self.stage, self.stage_log = stage, log
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                "args.fsdp is set, but the processes compute on CPUs, where accelerate would copy the model to each of them instead of "
+                "sharding it; remove args.fsdp, or run on accelerators"
+            )
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.frozen = frozen_modules(self.model, stage)
         parts = self.model.parts()
         self.pictured = [p for p in [*parts["vision"], *parts.get("projector", ())] if p.requires_grad]
+        if self.is_sharded:
+            data = self.train_dataset
+            self.data_collator.blank = blank_item(
+                data.processor, template=data.template, states=data.states, views=data.views
+            )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights lie in pieces on several processes (FSDP, DeepSpeed)."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @property
+    def batch_facts(self) -> dict[str, int]:
+        """What a run must have in common with its continuation, for the batches to be the same."""
+        args, processes = self.args, self.args.world_size
+        return {
+            "global_batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * processes,
+            "processes": processes,
+        }
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train, from a whole checkpoint on if there is one; Stopped where SIGTERM has ended it, with a checkpoint written."""
+        if checkpoint is not None:
+            check_continues(checkpoint, self.batch_facts, self.stage.name)
+        check_room(Path(self.args.output_dir), self._num_bytes(), self.stage.name)
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            self.stop.close()
+        if self.stop.received:
+            raise Stopped(
+                f"stage {self.stage.name}: SIGTERM came, stopped after step {self.state.global_step} of {self.state.max_steps}; its state is "
+                f"in {self.args.output_dir}; go on with --resume"
+            )
 
     def create_optimizer(self, model=None):
         """The usual optimizer, its groups divided by part so that each takes its own learning rate."""
@@ -124,18 +168,44 @@ class StageTrainer(Trainer):
             loss = (loss[0] + extra, loss[1]) if return_outputs else loss + extra
         return loss
 
+    def _save_checkpoint(self, model, trial):
+        """As the Trainer, but marked once it is whole, and only then are old ones removed."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                mark_whole(folder, self.batch_facts)
+                rotate_checkpoints(str(folder.parent), limit)
+        except Exception as error:  # safetensors, torch and the file system each have their own
+            raise not_written(error, folder, self.stage.name) from error
+        finally:
+            self.args.save_total_limit = limit
+
     def _save(self, output_dir=None, state_dict=None):
         """As the Trainer, but of an upgraded model whose base is untouched only the shortcuts, not the base's gigabytes."""
-        if not saves_fusion_only(self.model) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if not saves_fusion_only(self.model):
             return super()._save(output_dir, state_dict)
-        self.model.save_fusion(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            self.model.save_fusion(output_dir or self.args.output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """As the Trainer, and also from a checkpoint of shortcuts alone."""
         file = Path(resume_from_checkpoint) / "fusion.safetensors"
-        if not file.is_file():
+        if not file.is_file() or self.is_sharded:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.model.fusion.load_state_dict(load_file(file))
+
+    def _num_bytes(self) -> int:
+        """What the disk must hold: the stage's result and, where checkpoints are written, one of them."""
+        saved = self.model.fusion if saves_fusion_only(self.model) else self.model
+        weights = sum(p.numel() * p.element_size() for p in saved.parameters())
+        if self.args.save_strategy == "no":
+            return weights
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        states = 0 if self.args.save_only_model else 2 * 4 * trained  # Adam's two moments in single precision
+        return 2 * weights + states
 
     def floating_point_ops(self, inputs) -> int:
         """Not counted here: the Trainer's rule of thumb knows no pictures and walks all parameters at every step."""

@@ -45,6 +45,11 @@ class VisionStates:
         rows = [self.rows[key] for key in keys_of(example)]
         return {tap: torch.from_numpy(self.maps[tap][rows, :num]) for tap, num in views.items()}
 
+    def blank(self, views: dict[int, int]) -> dict[int, Tensor]:
+        """States of no picture: tap -> zeros [1, V, N, D]."""
+        rest = self.index["num_patches"], self.index["width"]
+        return {tap: torch.zeros(1, num, *rest, dtype=torch.float16) for tap, num in views.items()}
+
     def covers(self, encoder: str, keys: Iterable[str], views: dict[int, int]) -> bool:
         """Whether all of this is here, made by that encoder; fine views of another grid are others."""
         deep = all(num in (1, self.views.get(tap)) and tap in self.views for tap, num in views.items())

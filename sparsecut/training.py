@@ -13,19 +13,12 @@ Of an upgraded model whose base no stage has trained, only the shortcuts are wri
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import logging
-import os
-import platform
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging as hf_logging
 
 from .building import build, is_saved, load
 from .data import Collator, Example, TrainingData, check_examples, read_source
@@ -34,11 +27,11 @@ from .methods import make_plan
 from .progress import StageLog, report
 from .prompting import length_limit
 from .recipe import Recipe, Stage, dump_recipe, expand_path, load_recipe
+from .run_folder import check_output, clear_stage, finished, link_all, save_stage
 from .stage_trainer import StageTrainer, freeze, stage_arguments, trained_parts
 from .states import VisionStates, prepare_states, views_of
 from .upgrading import upgrade
 
-FINISHED = "versions.json"  # written last, so a stage that has it is whole
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the argument that asks for computing in it
 logger = logging.getLogger(__name__)
 
@@ -61,14 +54,14 @@ def train(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     output = Path(expand_path(recipe.output))
     arguments = [stage_arguments(stage, recipe.seed, output) for stage in recipe.stages]
-    _check_output(recipe, output)
+    check_output(recipe, output, resume=resume or check)
     problems: list[str] = []
     read = [[(source, read_source(source, problems)) for source in stage.data] for stage in recipe.stages]
     asked = [e for source in (recipe.evaluate.data if recipe.evaluate else ()) for e in read_source(source, problems)]
     for example in asked if check else ():
         example.pictures()
 
-    done = _finished(recipe, output) if resume and not check else 0
+    done = finished(recipe, output) if resume and not check else 0
     if done:
         model, processor = load(output / recipe.stages[done - 1].name)
     else:
@@ -92,13 +85,18 @@ def train(
             (output / "skipped.txt").write_text("".join(f"{sentence}\n" for sentence in problems))
     states = kept_states(recipe, model, processor, [e for examples in data for e in examples] + asked, arguments[0])
     for stage, args, examples in list(zip(recipe.stages, arguments, data, strict=True))[done:]:
-        checkpoint = _clear(Path(args.output_dir), keep=resume)
+        folder = Path(args.output_dir)
+        checkpoint = clear_stage(folder, resume=resume, main=args.should_save)
         trainer = train_stage(
             model, processor, stage, examples, args, checkpoint=checkpoint, shown=shown, states=states
         )
-        _save(trainer, processor, recipe, Path(args.output_dir))
+        save_stage(trainer, processor, recipe, folder)
+        if trainer.is_sharded:  # its weights lie in pieces on several processes; the next stage begins with whole ones
+            model, processor = load(folder)
+            if hasattr(model, "base"):
+                model.config.base_digest = digest(model.base)
     if arguments[-1].should_save:
-        _link_all(Path(arguments[-1].output_dir), output / "final")
+        link_all(Path(arguments[-1].output_dir), output / "final")
     return model, processor
 
 
@@ -124,28 +122,21 @@ def train_stage(
         model.config.base_name = None  # its base is no longer the one of that name
     views = views_of(model.plan, model.config.vision_depth)
     log = StageLog(stage.name, Path(args.output_dir), shown=shown)
-    trainer = StageTrainer(
-        model=model,
-        args=args,
-        stage=stage,
-        log=log,
-        train_dataset=TrainingData(
-            examples, processor, template=stage.template, max_length=stage.max_length, states=states, views=views
-        ),
-        data_collator=Collator(
-            processor, template=stage.template, max_length=stage.max_length, limit=length_limit(model)
-        ),
+    data = TrainingData(
+        examples, processor, template=stage.template, max_length=stage.max_length, states=states, views=views
     )
+    collator = Collator(processor, template=stage.template, max_length=stage.max_length, limit=length_limit(model))
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer = StageTrainer(model=model, args=args, stage=stage, log=log, train_dataset=data, data_collator=collator)
+        trainer.train_from(checkpoint)
+        if hasattr(model, "base") and not trainer.is_sharded:
+            model.config.base_digest = digest(model.base)
     except ValueError as error:
         if str(error).startswith("stage "):
             raise
         raise ValueError(f"stage {stage.name}: {error}") from error
     finally:
         log.close()
-        if hasattr(model, "base"):
-            model.config.base_digest = digest(model.base)
         model.requires_grad_(True)
         model.eval()
     return trainer
@@ -196,26 +187,6 @@ def _check_states(recipe: Recipe, model) -> None:
         )
 
 
-def _check_output(recipe: Recipe, output: Path) -> None:
-    """Refuse to write over another experiment; the same recipe may be run again, as it gives the same."""
-    written = output / "config.yaml"
-    if not written.is_file():
-        return
-    before, weights = load_recipe(written), ("model", "fusion", "stages", "seed")
-    changed = [name for name in weights if getattr(before, name) != getattr(recipe, name)]
-    if changed:
-        raise ValueError(
-            f"{output} holds a run of another recipe (it differs in {', '.join(changed)}); choose another folder (output=...) "
-            "or remove this one"
-        )
-
-
-def _finished(recipe: Recipe, output: Path) -> int:
-    """How many stages are whole on disk, from the first on."""
-    whole = [(output / stage.name / FINISHED).is_file() for stage in recipe.stages]
-    return whole.index(False) if False in whole else len(whole)
-
-
 def _checked(stage: Stage, sources, processor, *, limit, open_pictures: bool, problems: list[str]) -> list[Example]:
     """The good examples of all of a stage's sources."""
     examples = []
@@ -243,44 +214,3 @@ def _report(recipe: Recipe, data: list[list[Example]], problems: list[str], *, s
     for stage, examples in zip(recipe.stages, data, strict=True) if shown else ():
         pictures = sum(len(example.images) for example in examples)
         report(f"{stage.name}: {len(examples):,} records with {pictures:,} pictures, training {', '.join(stage.train)}")
-
-
-def _clear(folder: Path, *, keep: bool) -> str | None:
-    """The checkpoint to go on from; without resuming, leftovers of an earlier run of the same recipe are removed."""
-    if keep:
-        return get_last_checkpoint(folder) if folder.is_dir() else None
-    (folder / FINISHED).unlink(missing_ok=True)
-    for old in folder.glob("checkpoint-*"):
-        shutil.rmtree(old, ignore_errors=True)
-    return None
-
-
-def _save(trainer: StageTrainer, processor, recipe: Recipe, folder: Path) -> None:
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()  # a bar per shard would break ours
-    trainer.save_model(str(folder))
-    if shown:
-        hf_logging.enable_progress_bar()
-    if not trainer.is_world_process_zero():
-        return
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of what config.yaml says in words
-    processor.save_pretrained(folder)
-    dump_recipe(recipe, folder / "config.yaml")
-    (folder / "plan.json").write_text(json.dumps(trainer.model.plan.to_dict(), indent=1) + "\n")
-    packages = ("sparsecut", "torch", "transformers", "accelerate", "tokenizers", "pillow", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    versions |= {"python": platform.python_version(), "platform": platform.platform(), "seed": recipe.seed}
-    (folder / FINISHED).write_text(json.dumps(versions, indent=1) + "\n")
-
-
-def _link_all(source: Path, target: Path) -> None:
-    """The stage's files under a second name, without taking the space twice where the disk can do that."""
-    target.mkdir(exist_ok=True)
-    for path in source.iterdir():
-        if not path.is_file() or path.name == "log.jsonl":
-            continue
-        (target / path.name).unlink(missing_ok=True)
-        try:
-            os.link(path, target / path.name)
-        except OSError:
-            shutil.copy2(path, target / path.name)

@@ -18,6 +18,7 @@ from transformers.utils import can_return_tuple
 from .configuration_upgraded import SparseCutUpgradeConfig
 from .families import family_of
 from .fusion import Fusion
+from .graft import whole_modules
 from .overlay import Overlay, connect, depth_of, disconnect_all, riding, width_of
 from .plan import Plan
 
@@ -61,9 +62,10 @@ class SparseCutUpgrade(PreTrainedModel, GenerationMixin):
             rows=patch_rows(parts.vision.config) if self.plan.tiles else 1,
             num_under=self.family.patches_under(self.base),
         )
-        self._no_split_modules = [*(self.base._no_split_modules or ()), "Path"]
+        self._no_split_modules = ["Fusion", "ContextGate"]
         connect(parts)
         self.post_init()
+        self._no_split_modules = whole_modules(self)
 
     @property
     def generation_config(self):
@@ -189,15 +191,19 @@ class SparseCutUpgrade(PreTrainedModel, GenerationMixin):
         """Write the whole model, its weights named as they are here, not as in old files of the base; a Trainer reads them so."""
         return super().save_pretrained(folder, *args, save_original_format=save_original_format, **kwargs)
 
-    def save_fusion(self, folder: str | Path) -> None:
+    def save_fusion(self, folder: str | Path, state_dict: dict | None = None) -> None:
         """Write the shortcuts alone: fusion.safetensors (weights) and fusion.json (the plan, the base's name and its digest).
 
+        state_dict: the whole model's weights where its own are sharded between processes.
         Raises ValueError where an adapter stands inside the shortcuts.
         """
         fusion = self.fusion
         if hasattr(fusion, "modules_to_save"):  # PEFT's wrapper, which trains a copy for each adapter
             fusion = fusion.modules_to_save[fusion.active_adapter]
-        weights = {name: value.contiguous() for name, value in fusion.state_dict().items()}
+        weights = fusion.state_dict()
+        if state_dict is not None:
+            weights = {name: state_dict[f"fusion.{name}"] for name in weights}
+        weights = {name: value.contiguous() for name, value in weights.items()}
         if inside := [name for name in weights if "base_layer" in name]:
             raise ValueError(
                 f"an adapter stands inside the shortcuts (at {inside[0]}), whose weights are saved apart from any adapter; merge it "

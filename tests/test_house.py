@@ -39,6 +39,8 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
         "convert",
         "training",
         "stage_trainer",
+        "run_folder",
+        "stopping",
         "progress",
         "evaluation",
         "chat",
@@ -67,7 +69,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
 FAMILIES = [
     {"data", "labels", "base_labels", "records", "pictures", "states"},
     {"recipe", "checked", "yaml_text", "study"},
-    {"training", "stage_trainer", "progress"},
+    {"training", "stage_trainer", "run_folder", "stopping", "progress"},
     {
         "demo",
         "demo_report",
