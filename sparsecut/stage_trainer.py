@@ -76,11 +76,7 @@ class StageTrainer(Trainer):
         self.stop = StopOnSignal()
         super().__init__(*args, callbacks=[log, self.stop], **kwargs)
         self.stage, self.stage_log = stage, log
-        if self.args.fsdp and not self.is_fsdp_enabled:
-            raise ValueError(
-                "args.fsdp is set, but the processes compute on CPUs, where accelerate would copy the model to each of them instead of "
-                "sharding it; remove args.fsdp, or run on accelerators"
-            )
+        self._check_sharding()
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.frozen = frozen_modules(self.model, stage)
@@ -90,6 +86,18 @@ class StageTrainer(Trainer):
             data = self.train_dataset
             self.data_collator.blank = blank_item(
                 data.processor, template=data.template, states=data.states, views=data.views
+            )
+
+    def _check_sharding(self) -> None:
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                "args.fsdp is set, but the processes compute on CPUs, where accelerate would copy the model to each of them instead of "
+                "sharding it; remove args.fsdp, or run on accelerators"
+            )
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.activation_checkpointing:
+            raise ValueError(
+                "fsdp_config.activation_checkpointing would compute layers again without what shortcuts add to them, and give wrong "
+                "gradients; remove it and set args.activation_checkpointing: true"
             )
 
     @property
@@ -117,8 +125,8 @@ class StageTrainer(Trainer):
             self.stop.close()
         if self.stop.received:
             raise Stopped(
-                f"stage {self.stage.name}: SIGTERM came, stopped after step {self.state.global_step} of {self.state.max_steps}; its state is "
-                f"in {self.args.output_dir}; go on with --resume"
+                f"stage {self.stage.name}: stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}, "
+                f"which is kept in {self.args.output_dir}; go on with --resume"
             )
 
     def create_optimizer(self, model=None):
@@ -158,6 +166,7 @@ class StageTrainer(Trainer):
         for module, part in self.frozen:  # the Trainer has just put the whole model into training mode
             # Gradients pass through a frozen language model: where checkpointing is on, its layers must still be recomputed.
             module.training = part == "language" and getattr(module, "gradient_checkpointing", False)
+        inputs = {**inputs, "use_cache": False}  # a cache of keys and values is of no use here
         loss = super().compute_loss(model, inputs, return_outputs, **kwargs)
         if "pixel_values" not in inputs and self.pictured:
             # As in the model for fusion: a batch without pictures must still give every trained part a gradient.

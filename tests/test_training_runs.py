@@ -1,10 +1,6 @@
 """A run's folder: what is written, resumed, refused, skipped; what cannot be trained on stops with a sentence."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -136,21 +132,3 @@ def test_a_step_or_part_without_anything_to_learn_is_an_error(folder, monkeypatc
 def test_tensorboard_is_written_on_request(folder):
     run(folder, stage(folder, args={"report_to": "tensorboard"}))
     assert list((folder / "out" / "one").rglob("events.out.tfevents*"))
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(folder):
-    """Two ranks with one record each per step, text-only ones among them, give the losses of one process with two."""
-    args = {"max_steps": 6, "use_cpu": True}
-    run(folder, stage(folder, args={**args, "per_device_train_batch_size": 2}), output=str(folder / "alone"))
-    program = folder / "program.py"
-    program.write_text(
-        f"from pathlib import Path\nfrom runs import run, stage\nfolder = Path({str(folder)!r})\n"
-        f"run(folder, stage(folder, args={ {**args, 'per_device_train_batch_size': 1} }), output=str(folder / 'pair'))\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    alone, pair = ([line["loss"] for line in log(folder, output=name)] for name in ("alone", "pair"))
-    assert alone == pytest.approx(pair, abs=1e-5)

@@ -1,0 +1,72 @@
+"""Runs that a group of processes must do as one process does: a table, and the program that `torchrun` starts.
+
+torchrun --nproc-per-node 2 tests/engines.py FOLDER ddp|fsdp
+"""
+
+import sys
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from runs import recipe, run, stage
+from tiny import SPARSE
+
+from sparsecut import train
+
+BOTH = ["fusion", "language"]
+ALL = ["vision", "fusion", "language"]
+CONTEXT = {**SPARSE, "gate": "context"}
+# name -> plan, and changes of the stage; four records a step, text-only records among them.
+CASES = {
+    "parts": (SPARSE, {"train": ALL}),
+    "accumulated": (SPARSE, {"train": BOTH, "args": {"gradient_accumulation_steps": 2}}),
+    "recomputed": (SPARSE, {"train": BOTH, "args": {"activation_checkpointing": True}}),
+    "context": (CONTEXT, {"train": ["fusion"]}),
+    "texts": (SPARSE, {"train": BOTH, "data": "texts.json"}),
+}
+SHARDED = {"fsdp": True, "fsdp_config": {"version": 2}}
+
+
+def stage_of(folder: Path, name: str, processes: int, **args):
+    """The case's stage for so many processes; the batch of a step is the same for all."""
+    changes = dict(CASES[name][1])
+    args = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.1, "use_cpu": True, **changes.pop("args", {}), **args}
+    args["per_device_train_batch_size"] = 4 // args.get("gradient_accumulation_steps", 1) // processes
+    return stage(folder, **changes, args=args)
+
+
+def run_case(folder: Path, name: str, output: Path, processes: int, **args) -> None:
+    """Two stages: the case's own, and one more of the language model, which goes on from what the first has left."""
+    first = stage_of(folder, name, processes, **args)
+    second = {**first, "name": "two", "train": ["language"], "args": {**first["args"], "max_steps": 2}}
+    run(folder, first, second, plan=CASES[name][0], output=str(output / name))
+
+
+def run_upgrade(folder: Path, output: Path, processes: int, **args) -> None:
+    """Shortcuts on the base that lies in folder/base, trained alone and then with its language model."""
+    first = stage_of(folder, "parts", processes, **args) | {"train": ["fusion"]}
+    second = {**first, "name": "two", "train": BOTH}
+    changes = {"model": {"base": str(folder / "base")}, "fusion": {"method": "sparsecut", "count": 2, "rank": 8}}
+    train(recipe(folder, first, second, **changes, output=str(output / "upgrade")), shown=False)
+
+
+def shard_on_cpus() -> None:
+    """Have accelerate shard on CPUs, too, where it would silently copy the model to each process instead."""
+    place = PartialState.set_device
+
+    def set_device(self):
+        place(self)
+        self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.set_device = set_device
+
+
+if __name__ == "__main__":
+    folder, engine = Path(sys.argv[1]), sys.argv[2]
+    args = {}
+    if engine == "fsdp":
+        shard_on_cpus()
+        args = SHARDED
+    for name in CASES:
+        run_case(folder, name, folder / engine, 2, **args)
+    run_upgrade(folder, folder / engine, 2, **args)

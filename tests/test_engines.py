@@ -1,0 +1,78 @@
+"""Two processes train as one: the same losses and weights, whichever engine shares the work."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from engines import CASES, run_case, run_upgrade
+from runs import log, trainer_for, write_records
+from safetensors.torch import load_file
+from test_upgrade_training import base_of
+from tiny import tiny_model
+
+HERE = Path(__file__).parent
+ENGINES = ["ddp", "fsdp"]
+FILES = ["model.safetensors", "fusion.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder in which every case has run in one process (one/), in two with DDP (ddp/) and in two with FSDP2 (fsdp/)."""
+    folder = tmp_path_factory.mktemp("engines")
+    write_records(folder)
+    base, processor = base_of("llava")
+    base.save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    started = {
+        engine: subprocess.Popen(
+            [*launch, str(HERE / "engines.py"), str(folder), engine],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for engine in ENGINES
+    }
+    for name in CASES:
+        run_case(folder, name, folder / "one", 1)
+    run_upgrade(folder, folder / "one", 1)
+    for engine, process in started.items():
+        said, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, f"{engine}: {said[-3000:]}"
+    return folder
+
+
+@pytest.mark.parametrize("name", [*CASES, "upgrade"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_give_the_losses_and_weights_of_one(folder, engine, name):
+    for one_stage in ("one", "two"):
+        alone, together = (log(folder / way, one_stage, name) for way in ("one", engine))
+        assert len(alone) == len(together) >= 2
+        assert [x["loss"] for x in together] == pytest.approx([x["loss"] for x in alone], abs=2e-5)
+        files = [folder / way / name / one_stage / weights for way in ("one", engine) for weights in FILES]
+        one, two = (load_file(path) for path in files if path.is_file())
+        assert one.keys() == two.keys()
+        for key, values in one.items():
+            assert (values - two[key]).abs().max() < 2e-5, key
+
+
+def test_shortcuts_alone_are_saved_by_every_engine(folder):
+    for way in ("one", *ENGINES):
+        assert not (folder / way / "upgrade" / "one" / "model.safetensors").exists()
+
+
+def test_sharding_that_would_not_shard_or_train_wrongly_is_refused(folder, monkeypatch):
+    trainer = trainer_for(*tiny_model(), folder, args={"use_cpu": True})
+    trainer.args.fsdp = True
+    with pytest.raises(ValueError, match="the processes compute on CPUs"):
+        trainer._check_sharding()
+    plugin = SimpleNamespace(activation_checkpointing=True)
+    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match=r"set args\.activation_checkpointing"):
+        trainer._check_sharding()
