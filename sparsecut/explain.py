@@ -239,21 +239,21 @@ def _encoded(model, processor, chunk: Sequence[Example], states) -> tuple[list, 
 
 def _riding(model, processor, chunk: Sequence[Example], states) -> tuple[list, list]:
     """The same of an upgraded model, read during its base's own forward, [tokens, 1, H]; the input's own are in the hidden states."""
-    fusion, found, own = model.fusion, {}, model.fusion.fuse
+    fusion, found, own = model.fusion, {}, model.fusion.forward
 
-    def fuse(grains):
+    def forward(*, grains):
         for i in fusion.gated:
             with fusion.switched_off(*(j for j in fusion.gated if j != i)):
-                found[i] = own(grains)[fusion.plan.shortcuts[i].layer]
-        return own(grains)
+                found[i] = own(grains=grains)[fusion.plan.shortcuts[i].layer]
+        return own(grains=grains)
 
     prompts = [render(processor, _asked(e, processor)) for e in chunk]
     inputs = inputs_of(model, processor, prompts, [e.pictures() for e in chunk])
-    fusion.fuse = fuse
+    fusion.forward = forward
     try:
         hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
     finally:
-        del fusion.fuse
+        del fusion.forward
     mask = inputs["input_ids"] == model.config.image_token_id
     found[fusion.main] = hidden[0][mask].unsqueeze(1)
     return [found[i] for i in range(len(found))], [hidden[s.layer][mask] for s in model.plan.shortcuts]
