@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .base_labels import encode_batch, num_tokens_about
+from .base_labels import PER_TOKEN, encode_batch, num_tokens_about
 from .labels import IGNORED, TOO_LONG, encode, written
 from .prompting import is_fixed
 from .records import Example, choose, read_examples, read_source
@@ -135,6 +135,14 @@ def blank_item(processor, *, template: str = "chat", states=None, views: dict[in
     if states is None:
         return {**item, "pixel_values": processor.pixels([picture])}
     return {**item, "vision_states": states.blank(views)}
+
+
+def picture_inputs(item: dict, processor) -> dict[str, Tensor]:
+    """What `get_image_features` takes of the pictures of a blank item."""
+    if "example" not in item:
+        return {"pixel_values": item["pixel_values"]}
+    batch = encode_batch([item["example"]], processor, pictures=[item["pictures"]])
+    return {name: value for name, value in batch.items() if name not in PER_TOKEN}
 
 
 class Collator:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from .data import blank_item
+from .data import blank_item, picture_inputs
 from .plan import nearest
 from .progress import StageLog
 from .recipe import Stage
@@ -69,6 +69,21 @@ def frozen_modules(model: nn.Module, stage: Stage) -> list[tuple[nn.Module, str]
     return [(module, part) for part, found in modules.items() if part not in stage.train for module in found]
 
 
+def freeze_unread(model: nn.Module, parameters: list[nn.Parameter], pictures: dict[str, torch.Tensor]) -> None:
+    """Let those of the parameters rest that no picture's features depend on: an encoder's blocks above the deepest tap.
+
+    They would never have a gradient, which engines that share a model between processes take for a fault.
+    """
+    device = parameters[0].device
+    with torch.random.fork_rng(), torch.enable_grad():
+        found = model.get_image_features(**{name: value.to(device) for name, value in pictures.items()})
+        features = [*found.pooler_output, *(z for layer in found.get("deepstack_features") or () for z in layer)]
+        sum(z.float().sum() for z in features).backward()
+    for parameter in parameters:
+        parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
+    model.zero_grad(set_to_none=True)
+
+
 class StageTrainer(Trainer):
     """A Trainer for one stage: frozen parts stay in evaluation mode, parts have their own learning rates, bad losses stop it."""
 
@@ -81,12 +96,13 @@ class StageTrainer(Trainer):
             self.remove_callback(callback)
         self.frozen = frozen_modules(self.model, stage)
         parts = self.model.parts()
-        self.pictured = [p for p in [*parts["vision"], *parts.get("projector", ())] if p.requires_grad]
-        if self.is_sharded:
-            data = self.train_dataset
-            self.data_collator.blank = blank_item(
-                data.processor, template=data.template, states=data.states, views=data.views
-            )
+        pictured = [*parts["vision"], *parts.get("projector", ())]
+        data = self.train_dataset
+        blank = blank_item(data.processor, template=data.template, states=data.states, views=data.views)
+        if any(p.requires_grad for p in pictured):
+            freeze_unread(self.model, pictured, picture_inputs(blank, data.processor))
+        self.pictured = [p for p in pictured if p.requires_grad]
+        self.data_collator.blank = blank if self.is_sharded else None
 
     def _check_sharding(self) -> None:
         if self.args.fsdp and not self.is_fsdp_enabled:

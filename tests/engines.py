@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 tests/engines.py FOLDER ddp|fsdp
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from runs import recipe, run, stage
 from tiny import SPARSE
 
 from sparsecut import train
+from sparsecut.stage_trainer import StageTrainer
 
 BOTH = ["fusion", "language"]
 ALL = ["vision", "fusion", "language"]
@@ -42,6 +44,36 @@ def run_case(folder: Path, name: str, output: Path, processes: int, **args) -> N
     run(folder, first, second, plan=CASES[name][0], output=str(output / name))
 
 
+class Interrupted(Exception):
+    """Stands for a power cut."""
+
+
+def run_interrupted(folder: Path, output: Path, **args) -> None:
+    """The same six steps twice, with Adam: at a stretch, and cut off in step 4 and resumed."""
+    more = {
+        "max_steps": 6,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        **args,
+    }
+    one = stage_of(folder, "parts", 2, **more)
+    run(folder, one, output=str(output / "whole"))
+    step = StageTrainer.training_step
+
+    def fails(self, *arguments, **named):
+        if self.state.global_step == 3:
+            raise Interrupted
+        return step(self, *arguments, **named)
+
+    StageTrainer.training_step = fails
+    with contextlib.suppress(Interrupted):
+        run(folder, one, output=str(output / "resumed"))
+    StageTrainer.training_step = step
+    run(folder, one, output=str(output / "resumed"), resume=True)
+
+
 def run_upgrade(folder: Path, output: Path, processes: int, **args) -> None:
     """Shortcuts on the base that lies in folder/base, trained alone and then with its language model."""
     first = stage_of(folder, "parts", processes, **args) | {"train": ["fusion"]}
@@ -70,3 +102,4 @@ if __name__ == "__main__":
     for name in CASES:
         run_case(folder, name, folder / engine, 2, **args)
     run_upgrade(folder, folder / engine, 2, **args)
+    run_interrupted(folder, folder / engine, **args)

@@ -61,6 +61,14 @@ def test_two_processes_give_the_losses_and_weights_of_one(folder, engine, name):
             assert (values - two[key]).abs().max() < 2e-5, key
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_go_on_from_a_checkpoint_to_the_bit(folder, engine):
+    whole, resumed = ([x["loss"] for x in log(folder / engine, "one", name)] for name in ("whole", "resumed"))
+    assert whole == resumed and len(whole) == 6
+    files = [(folder / engine / name / "final" / FILES[0]).read_bytes() for name in ("whole", "resumed")]
+    assert files[0] == files[1]
+
+
 def test_shortcuts_alone_are_saved_by_every_engine(folder):
     for way in ("one", *ENGINES):
         assert not (folder / way / "upgrade" / "one" / "model.safetensors").exists()
