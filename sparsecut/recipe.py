@@ -20,6 +20,7 @@ from .yaml_text import override, read_yaml
 
 PARTS = ("vision", "projector", "fusion", "language", "head")
 TEMPLATES = ("chat", "plain")
+LOSSES = ("tokens", "batches")
 ON_ERROR = ("stop", "skip")
 
 
@@ -85,7 +86,9 @@ class Stage:
     args: `TrainingArguments` of transformers, nothing renamed. lr: a learning rate for some of the trained parts, the others
     take `args.learning_rate`. template: "chat" (the tokenizer's own) or "plain" (picture, then caption). max_length:
     longer records are cut to so many tokens; None takes the language model's limit and refuses longer ones. gate_penalty: this
-    times the sum of the gates' sizes is added to the loss (`sparsecut search` uses it).
+    times the sum of the gates' sizes is added to the loss (`sparsecut search` uses it). loss_over: "tokens" (the mean over all learned
+    tokens of a step, however they are divided into micro-batches and processes) or "batches" (the mean of each micro-batch's own mean,
+    as older training code has it: a token counts for less in a batch with long answers).
     """
 
     name: str
@@ -96,6 +99,7 @@ class Stage:
     template: str = "chat"
     max_length: int | None = None
     gate_penalty: float | int = 0.0
+    loss_over: str = "tokens"
 
     def __post_init__(self):
         as_tuples(self, "data", "train")
@@ -119,6 +123,7 @@ class Stage:
             if isinstance(rate, bool) or not isinstance(rate, int | float) or rate < 0:
                 raise ValueError(f"lr.{part} is {rate!r}, but a learning rate is a number like 1e-3")
         one_of("template", self.template, TEMPLATES)
+        one_of("loss_over", self.loss_over, LOSSES)
         if self.gate_penalty < 0:
             raise ValueError(f"gate_penalty is {self.gate_penalty}, but a penalty is at least 0")
 

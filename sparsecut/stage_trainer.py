@@ -92,6 +92,8 @@ class StageTrainer(Trainer):
         super().__init__(*args, callbacks=[log, self.stop], **kwargs)
         self.stage, self.stage_log = stage, log
         self._check_sharding()
+        if stage.loss_over == "batches":
+            self.model_accepts_loss_kwargs = False  # then the Trainer averages over micro-batches and processes
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.frozen = frozen_modules(self.model, stage)
@@ -266,6 +268,10 @@ def stage_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
     if stage.args.get("remove_unused_columns"):
         raise ValueError(
             f"stage {stage.name}: args.remove_unused_columns must stay false, or pictures would be dropped; remove it"
+        )
+    if stage.args.get("label_smoothing_factor"):
+        raise ValueError(
+            f"stage {stage.name}: args.label_smoothing_factor cannot be used: transformers would smooth wrong positions; remove it"
         )
     if stage.args.get("eval_strategy", "no") != "no":
         raise ValueError(

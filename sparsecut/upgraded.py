@@ -22,6 +22,7 @@ from .graft import whole_modules
 from .overlay import Overlay, connect, depth_of, disconnect_all, riding, width_of
 from .plan import Plan
 
+IGNORED = -100  # a label that is not learned
 WEIGHTS, FACTS = "fusion.safetensors", "fusion.json"
 
 
@@ -76,11 +77,6 @@ class SparseCutUpgrade(PreTrainedModel, GenerationMixin):
     def generation_config(self, value):
         if "base" in self._modules:  # while the base is not there yet, its own are to come
             self.base.generation_config = value
-
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether the base's loss is one per learned token of the global batch, which a Trainer must know."""
-        return getattr(self.base, "accepts_loss_kwargs", True)
 
     @property
     def base_model(self) -> nn.Module:
@@ -150,11 +146,13 @@ class SparseCutUpgrade(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ):
         """The base's own forward with the shortcuts' features added; arguments and result are the base's.
 
         fine_pixel_values [pictures, tiles^2, 3, S, S]: finer views of the pictures, from the processor, where the plan reads them.
+        num_items_in_batch: learned tokens of the whole step, over which the loss is then the mean, for every base.
         Raises ValueError where these are missing, RuntimeError where a shortcut did not fire exactly once.
         """
         named = {
@@ -168,9 +166,15 @@ class SparseCutUpgrade(PreTrainedModel, GenerationMixin):
             "output_attentions": output_attentions,
             "logits_to_keep": logits_to_keep,
         }
+        own = num_items_in_batch is not None and getattr(self.base, "accepts_loss_kwargs", True)
+        if own:
+            kwargs["num_items_in_batch"] = num_items_in_batch
         with self.riding(fine_pixel_values) as overlay:
             output = self.base(input_ids, *args, **{k: v for k, v in named.items() if v is not None}, **kwargs)
         loss = output.get("loss") if isinstance(output, dict) else None
+        if loss is not None and num_items_in_batch is not None and not own:
+            # This base knows only the mean over the tokens it is given.
+            loss = output["loss"] = loss * ((labels[:, 1:] != IGNORED).sum() / num_items_in_batch)
         if loss is not None and self.training and not overlay.used:
             # A text-only batch leaves fusion unused on this rank, but DDP needs a gradient from every rank.
             output["loss"] = loss + 0.0 * sum(p.sum() for p in self.fusion.parameters() if p.requires_grad)

@@ -1,5 +1,6 @@
 """Training: only named parts move, at their own rates, over all learned tokens, and the same twice."""
 
+import itertools
 import math
 
 import pytest
@@ -133,6 +134,23 @@ def test_the_loss_counts_every_learned_token_of_the_step_once(folder):
         )
     assert torch.allclose(weights[0][0], weights[1][0], atol=1e-6)
     assert weights[0][1] == pytest.approx(weights[1][1], abs=1e-5)
+
+
+def test_older_code_averages_the_means_of_micro_batches(folder):
+    """The switch for it does that; the usual loss is another one, as answers differ in length."""
+    args = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 1}
+    losses = {}
+    for over in ("tokens", "batches"):
+        run(folder, stage(folder, args=args, loss_over=over), output=str(folder / over))
+        losses[over] = log(folder, output=over)[0]["loss"]
+    trainer = trainer_for(*tiny_model(), folder, args=args)
+    batches = list(itertools.islice(trainer.get_train_dataloader(), 2))
+    alone = [trainer.compute_loss(trainer.model, batch).item() for batch in batches]
+    learned = [int((batch["labels"] != -100).sum()) for batch in batches]
+    assert losses["batches"] == pytest.approx(sum(alone) / 2, abs=1e-5)
+    weighted = sum(loss * num for loss, num in zip(alone, learned, strict=True)) / sum(learned)
+    assert losses["tokens"] == pytest.approx(weighted, abs=1e-5)
+    assert abs(losses["tokens"] - losses["batches"]) > 1e-4
 
 
 @pytest.mark.parametrize("parts", [["fusion"], ["vision"], ["fusion", "language"]])

@@ -101,6 +101,11 @@ def test_bad_records_are_skipped_and_listed_where_the_recipe_says_so(folder):
         ({"args": {"learning_rate": "fast"}}, "args.learning_rate is the text 'fast', but must be a number"),
         ({"args": {"remove_unused_columns": True}}, "must stay false"),
         ({"args": {"eval_strategy": "steps"}}, "evaluate after training"),
+        ({"args": {"label_smoothing_factor": 0.1}}, "would smooth wrong positions"),
+        (
+            {"loss_over": "token"},
+            "loss_over is 'token' .did you mean 'tokens'",
+        ),
         ({"args": {"save_strategy": "sometimes"}}, "TrainingArguments refuses args: .*sometimes"),
         ({"max_length": 5}, "record 0: the record has .* would cut off image tokens"),
         ({"data": {"path": "nowhere.json"}}, "nowhere.json is not a file of records"),

@@ -232,3 +232,14 @@ def test_shortcuts_of_a_base_that_was_made_on_the_spot_need_no_processor(tmp_pat
     again, processor = load_fusion(tmp_path, bases.base_of("qwen2_5_vl"))
     with torch.no_grad():
         assert processor is None and torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+@families
+def test_the_loss_is_per_token_of_the_whole_step(name):
+    """Some bases know only the mean over a micro-batch's own tokens; with 40 learned tokens in the step all count alike."""
+    _, model, inputs = made(name)
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    inputs["labels"][:, : inputs["labels"].shape[1] // 2] = -100
+    num = (inputs["labels"][:, 1:] != -100).sum()
+    mean, shared = (model(**inputs, **more).loss for more in ({}, {"num_items_in_batch": torch.tensor(40)}))
+    assert torch.allclose(shared, mean * num / 40, rtol=1e-5)
