@@ -84,6 +84,14 @@ def _like(summary: Tensor, num: int) -> Tensor:
     return F.layer_norm(summary, summary.shape[-1:]).unsqueeze(1).expand(-1, num, -1)
 
 
+class Numbered(int):
+    """A layer's number where DeepSpeed shards the model: it takes the keys of what a module returns for names."""
+
+    def startswith(self, prefix: str) -> bool:
+        """As a name would; no number starts with a letter or a dash."""
+        return str(self).startswith(prefix)
+
+
 class Fusion(nn.Module):
     """All shortcuts of a plan: `{tap: views} -> {layer: features}`, with one batched call for those that share weights.
 
@@ -164,7 +172,10 @@ class Fusion(nn.Module):
             outputs.setdefault(self.plan.shortcuts[i].layer, []).append(z)
         for layer, gate in self.context.items():
             gate.num_tokens = outputs[int(layer)][0].shape[1]
-        return {d: torch.cat(zs, -1) if str(d) in self.context else sum(zs[1:], zs[0]) for d, zs in outputs.items()}
+        number = Numbered if hasattr(self.paths[0].linear_1.weight, "ds_id") else int
+        return {
+            number(d): torch.cat(zs, -1) if str(d) in self.context else sum(zs[1:], zs[0]) for d, zs in outputs.items()
+        }
 
     def _of_shortcut(self, grains: Mapping[int, Tensor], i: int) -> Tensor:
         """[B, T, G, N, D] of one shortcut: its taps, means where they are means, and the grains it reads."""

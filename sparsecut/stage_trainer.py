@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -283,6 +284,7 @@ def stage_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
         "disable_tqdm": True,
         "save_strategy": "no",
         "logging_steps": 10,
+        "use_cpu": not torch.accelerator.is_available(),  # without it processes on CPUs would not know of one another
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     ours = {"remove_unused_columns": False, "logging_nan_inf_filter": False}  # the stage's trainer stops at such a loss
@@ -290,6 +292,11 @@ def stage_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
         args = TrainingArguments(output_dir=str(output / stage.name), seed=seed, **{**defaults, **stage.args, **ours})
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"stage {stage.name}: transformers' TrainingArguments refuses args: {error}") from None
+    if args.world_size != (started := int(os.environ.get("WORLD_SIZE", "1"))):
+        raise ValueError(
+            f"{started} processes were started, but each would train by itself as one of {args.world_size}; start them with torchrun or "
+            "accelerate launch, and leave args.use_cpu out"
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process, which would split pictures from their texts; start one process per GPU "

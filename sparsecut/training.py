@@ -84,7 +84,8 @@ def train(
         if problems:
             (output / "skipped.txt").write_text("".join(f"{sentence}\n" for sentence in problems))
     states = kept_states(recipe, model, processor, [e for examples in data for e in examples] + asked, arguments[0])
-    for stage, args, examples in list(zip(recipe.stages, arguments, data, strict=True))[done:]:
+    for stage, examples in list(zip(recipe.stages, data, strict=True))[done:]:
+        args = stage_arguments(stage, recipe.seed, output)  # anew: making them sets accelerate up for this stage
         folder = Path(args.output_dir)
         checkpoint = clear_stage(folder, resume=resume, main=args.should_save)
         trainer = train_stage(

@@ -1,5 +1,6 @@
 """Two processes train as one: the same losses and weights, whichever engine shares the work."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from safetensors.torch import load_file
 from test_upgrade_training import base_of
 from tiny import tiny_model
 
+from sparsecut import load
+
 HERE = Path(__file__).parent
+ZERO = ["zero2", "zero3"] if importlib.util.find_spec("deepspeed") else []  # it compiles a part of itself: run apart
 ENGINES = ["ddp", "fsdp"]
-FILES = ["model.safetensors", "fusion.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def folder(tmp_path_factory):
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for engine in ENGINES
+        for engine in ENGINES + ZERO
     }
     for name in CASES:
         run_case(folder, name, folder / "one", 1)
@@ -48,29 +51,36 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", [*CASES, "upgrade"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ENGINES + ZERO)
 def test_two_processes_give_the_losses_and_weights_of_one(folder, engine, name):
+    if (engine, name) == ("zero3", "upgrade"):
+        pytest.skip("a model that is made in pieces starts from other random numbers")
     for one_stage in ("one", "two"):
         alone, together = (log(folder / way, one_stage, name) for way in ("one", engine))
         assert len(alone) == len(together) >= 2
         assert [x["loss"] for x in together] == pytest.approx([x["loss"] for x in alone], abs=2e-5)
-        files = [folder / way / name / one_stage / weights for way in ("one", engine) for weights in FILES]
-        one, two = (load_file(path) for path in files if path.is_file())
+        one, two = (weights(folder / way / name / one_stage) for way in ("one", engine))
         assert one.keys() == two.keys()
         for key, values in one.items():
             assert (values - two[key]).abs().max() < 2e-5, key
+
+
+def weights(stage: Path) -> dict:
+    """What a stage has left, under the names it has in memory (DeepSpeed writes others)."""
+    alone = stage / "fusion.safetensors"
+    return load_file(alone) if alone.is_file() else load(stage)[0].state_dict()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_go_on_from_a_checkpoint_to_the_bit(folder, engine):
     whole, resumed = ([x["loss"] for x in log(folder / engine, "one", name)] for name in ("whole", "resumed"))
     assert whole == resumed and len(whole) == 6
-    files = [(folder / engine / name / "final" / FILES[0]).read_bytes() for name in ("whole", "resumed")]
+    files = [(folder / engine / name / "final" / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
     assert files[0] == files[1]
 
 
 def test_shortcuts_alone_are_saved_by_every_engine(folder):
-    for way in ("one", *ENGINES):
+    for way in ("one", *ENGINES, *ZERO[:1]):
         assert not (folder / way / "upgrade" / "one" / "model.safetensors").exists()
 
 
