@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments, set_seed
 
+from .arguments import stage_arguments
 from .building import build, is_saved, load
 from .data import Collator, Example, TrainingData, check_examples, read_source
 from .identity import digest
@@ -28,7 +29,7 @@ from .progress import StageLog, report
 from .prompting import length_limit
 from .recipe import Recipe, Stage, dump_recipe, expand_path, load_recipe
 from .run_folder import check_output, clear_stage, finished, link_all, save_stage
-from .stage_trainer import StageTrainer, freeze, stage_arguments, trained_parts
+from .stage_trainer import StageTrainer, freeze, trained_parts
 from .states import VisionStates, prepare_states, views_of
 from .upgrading import upgrade
 

@@ -39,6 +39,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
         "convert",
         "training",
         "stage_trainer",
+        "arguments",
         "run_folder",
         "stopping",
         "progress",
@@ -69,7 +70,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
 FAMILIES = [
     {"data", "labels", "base_labels", "records", "pictures", "states"},
     {"recipe", "checked", "yaml_text", "study"},
-    {"training", "stage_trainer", "run_folder", "stopping", "progress"},
+    {"training", "stage_trainer", "arguments", "run_folder", "stopping", "progress"},
     {
         "demo",
         "demo_report",

@@ -11,6 +11,7 @@ from PIL import Image
 from runs import log, stage, write_records
 
 from sparsecut import Chat, load, train, upgrade
+from sparsecut.arguments import stage_arguments
 from sparsecut.base_labels import encode_batch
 from sparsecut.data import read_examples
 from sparsecut.evaluation import evaluate
@@ -19,7 +20,7 @@ from sparsecut.explain_page import lines
 from sparsecut.prompting import features_of, parts_of, render
 from sparsecut.recipe import load_recipe, parse_recipe
 from sparsecut.records import IMAGE, Example
-from sparsecut.stage_trainer import StageTrainer, stage_arguments
+from sparsecut.stage_trainer import StageTrainer
 
 ROOT = Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location("upgrade_vlm", ROOT / "examples" / "upgrade_vlm.py")

@@ -1,0 +1,72 @@
+"""`TrainingArguments` from a stage: nothing renamed, everything checked, and what cannot work with a stage refused."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from .plan import nearest
+from .recipe import Stage
+
+OWN_ARGS = {"output_dir": "the recipe's `output`", "seed": "the recipe's `seed`"}
+
+
+def stage_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
+    """`TrainingArguments(**stage.args)` with what a stage needs besides; ValueError names an argument that cannot be taken.
+
+    Other than in transformers, nothing is reported anywhere, no checkpoint is written and every tenth step is logged unless args
+    say otherwise.
+    """
+    known = {f.name: f for f in fields(TrainingArguments) if f.init}
+    for key, value in stage.args.items():
+        if key not in known:
+            raise ValueError(
+                f"stage {stage.name}: args.{key} is no argument of transformers' TrainingArguments{nearest(key, known)}"
+            )
+        if key in OWN_ARGS:
+            raise ValueError(f"stage {stage.name}: args.{key} is set by {OWN_ARGS[key]}; set that instead")
+        if isinstance(known[key].default, int | float) and isinstance(value, str) and "str" not in str(known[key].type):
+            raise ValueError(
+                f"stage {stage.name}: args.{key} is the text {value!r}, but must be a number; write it without quotes"
+            )
+    if stage.args.get("remove_unused_columns"):
+        raise ValueError(
+            f"stage {stage.name}: args.remove_unused_columns must stay false, or pictures would be dropped; remove it"
+        )
+    if stage.args.get("label_smoothing_factor"):
+        raise ValueError(
+            f"stage {stage.name}: args.label_smoothing_factor cannot be used: transformers would smooth wrong positions; remove it"
+        )
+    if stage.args.get("eval_strategy", "no") != "no":
+        raise ValueError(
+            f"stage {stage.name}: args.eval_strategy is not used; evaluate after training with `sparsecut eval`"
+        )
+    defaults = {
+        "data_seed": seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 10,
+        "use_cpu": not torch.accelerator.is_available(),  # without it processes on CPUs would not know of one another
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    ours = {"remove_unused_columns": False, "logging_nan_inf_filter": False}  # the stage's trainer stops at such a loss
+    try:
+        args = TrainingArguments(output_dir=str(output / stage.name), seed=seed, **{**defaults, **stage.args, **ours})
+    except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"stage {stage.name}: transformers' TrainingArguments refuses args: {error}") from None
+    if args.world_size != (started := int(os.environ.get("WORLD_SIZE", "1"))):
+        raise ValueError(
+            f"{started} processes were started, but each would train by itself as one of {args.world_size}; start them with torchrun or "
+            "accelerate launch, and leave args.use_cpu out"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, which would split pictures from their texts; start one process per GPU "
+            f"(torchrun --nproc-per-node {args.n_gpu} -m sparsecut train ...) or show it one (CUDA_VISIBLE_DEVICES=0)"
+        )
+    return args
