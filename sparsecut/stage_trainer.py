@@ -109,6 +109,13 @@ class StageTrainer(Trainer):
                 "args.fsdp is set, but the processes compute on CPUs, where accelerate would copy the model to each of them instead of "
                 "sharding it; remove args.fsdp, or run on accelerators"
             )
+        zero = self.accelerator.deepspeed_plugin.deepspeed_config if self.is_deepspeed_enabled else {}
+        zero = zero.get("zero_optimization", {})
+        if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+            raise ValueError(
+                "DeepSpeed would not gather the weights that this stage has trained, so they could not be saved; set "
+                "zero_optimization.stage3_gather_16bit_weights_on_model_save to true in its configuration"
+            )
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.activation_checkpointing:
             raise ValueError(
                 "fsdp_config.activation_checkpointing would compute layers again without what shortcuts add to them, and give wrong "

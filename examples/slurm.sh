@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Training on several nodes under SLURM: one torchrun per node, one process per GPU.   sbatch examples/slurm.sh RECIPE [CHANGES]
+#SBATCH --job-name=sparsecut
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+# Five minutes before the time is up, every process gets SIGTERM: the step is finished and a checkpoint written. A job that is queued
+# again goes on from there, as --resume starts anew where there is nothing to resume.
+set -euo pipefail
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
+    --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID" \
+    -m sparsecut train "$@" --resume
