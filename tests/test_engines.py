@@ -92,7 +92,7 @@ def test_sharding_that_would_not_shard_or_train_wrongly_is_refused(folder, monke
     trainer.args.fsdp, trainer.is_deepspeed_enabled = None, True
     plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}})
     monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(deepspeed_plugin=plugin))
-    with pytest.raises(ValueError, match="set zero_optimization.stage3_gather"):
+    with pytest.raises(ValueError, match=r"set zero_optimization\.stage3_gather"):
         trainer._check_sharding()
     trainer.is_deepspeed_enabled = False
     plugin = SimpleNamespace(activation_checkpointing=True)
