@@ -255,4 +255,4 @@ def _print_scores(result: dict, out: Path | None) -> None:
         typer.echo(f"wrote {out}/result.json and {out}/predictions.jsonl")
 
 
-from . import cli_models, cli_study  # noqa: E402, F401  their commands join the app, whose options they share
+from . import cli_models, cli_serve, cli_study  # noqa: E402, F401  their commands join the app, whose options they share

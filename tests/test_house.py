@@ -34,7 +34,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
     {"modeling", "upgraded", "processing", "fine_views", "prompting"},
     {"audio"},
     {"upgrading"},
-    {"building", "official", "data", "labels", "base_labels", "records", "pictures", "states"},
+    {"building", "official", "data", "labels", "base_labels", "records", "pictures", "states", "answers", "kept"},
     {
         "convert",
         "training",
@@ -45,6 +45,9 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
         "progress",
         "evaluation",
         "chat",
+        "serving",
+        "fetching",
+        "wire",
         "sketch",
         "cost",
         "timing",
@@ -53,6 +56,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
     {
         "study_runner",
         "search",
+        "desk",
         "explain",
         "explain_page",
         "compare",
@@ -65,7 +69,8 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
         "study_tables",
         "study_page",
     },
-    {"cli", "cli_study", "cli_models"},
+    {"server"},
+    {"cli", "cli_study", "cli_models", "cli_serve"},
 ]
 FAMILIES = [
     {"data", "labels", "base_labels", "records", "pictures", "states"},
@@ -87,7 +92,7 @@ FAMILIES = [
     {"charts", "plots"},
     {"report", "study_report", "study_figures", "study_tables", "study_page"},
     {"cost", "timing", "upgrade_cost"},
-    {"cli", "cli_study", "cli_models"},
+    {"cli", "cli_study", "cli_models", "cli_serve"},
 ]
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "__main__"))
 PRIVATE_TO_GRAFT = ("output_capturing", "modeling_layers", "masking_utils")
