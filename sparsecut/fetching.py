@@ -13,8 +13,11 @@ import io
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from PIL import Image
@@ -23,6 +26,7 @@ from .pictures import upright
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")  # others would wake decoders that nobody needs here
 REDIRECTS = (301, 302, 303, 307, 308)
+SAFE = "/?%:@!$&'()*+,;=~[]"  # of a path and a query, what stays as it is
 BLOCK = 65536
 MIB = 2**20
 
@@ -140,46 +144,59 @@ def _get(url: str, limits: Limits, until: float) -> tuple[int, bytes | str | Non
         host, port = parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
         if not host or parts.username is not None:
             raise KeyError
-        path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (
-            f"?{parts.query}" if parts.query else ""
-        )
-        path.encode("ascii")
+        path = urllib.parse.quote(f"{parts.path or '/'}?{parts.query}".removesuffix("?"), safe=SAFE)
     except (KeyError, ValueError):
         raise ValueError(
             f"{_short(url)} is no http(s) URL of a picture; give one as https://host/picture.png"
         ) from None
     address = public_address(host, port)
     try:
-        connection = _connect(parts.scheme, host, port, address, until)
-        try:
+        with _connected(parts.scheme, host, port, address, until) as connection:
             connection.request("GET", path, headers={"User-Agent": "sparsecut", "Accept": "image/*"})
             answer = connection.getresponse()
             if answer.status != 200:
                 return answer.status, answer.getheader("Location")
-            return 200, _read(answer, connection, url, limits, until)
-        finally:
-            connection.close()
+            return 200, _read(answer, url, limits, until)
     except (OSError, http.client.HTTPException, UnicodeError) as error:
+        reason = str(error) or type(error).__name__ if time.monotonic() < until else "it took too long"
         raise ValueError(
-            f"the picture {_short(url)} could not be fetched ({str(error) or type(error).__name__}); send its bytes as a data URL"
+            f"the picture {_short(url)} could not be fetched ({reason}); send its bytes as a data URL"
         ) from None
 
 
-def _connect(scheme: str, host: str, port: int, address: str, until: float) -> http.client.HTTPConnection:
+@contextmanager
+def _connected(scheme: str, host: str, port: int, address: str, until: float) -> Iterator[http.client.HTTPConnection]:
     """A connection to the address that was checked, which a second look-up of the name could no longer change."""
     connection = http.client.HTTPConnection(host, port)
-    connection.sock = socket.create_connection((address, port), timeout=_left(until))
+    sock = socket.create_connection((address, port), timeout=_left(until))
     if scheme == "https":
-        connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
-    return connection
+        context = ssl.create_default_context()
+        sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+    # A timeout of the socket begins anew with every byte, so a slow site could hold on for hours: it is cut off.
+    watch = threading.Timer(_left(until), _cut_off, [sock])
+    watch.daemon = True
+    watch.start()
+    try:
+        if scheme == "https":
+            sock.do_handshake()
+        connection.sock = sock
+        yield connection
+    finally:
+        watch.cancel()
+        connection.close()
+        sock.close()
 
 
-def _read(answer, connection, url: str, limits: Limits, until: float) -> bytes:
+def _cut_off(sock: socket.socket) -> None:
+    with suppress(OSError):  # it may be closed by now
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _read(answer, url: str, limits: Limits, until: float) -> bytes:
     data = bytearray()
     while True:
-        if connection.sock is not None:
-            connection.sock.settimeout(_left(until))
         block = answer.read1(BLOCK)
+        _left(until)
         if not block:
             return bytes(data)
         data += block
