@@ -25,6 +25,7 @@ def serve(
     token: Annotated[
         Text, _opt(f"What clients must give as api_key; better in {TOKEN}, where ps does not show it.")
     ] = None,
+    ui: Annotated[bool, _opt("Also a page at / to chat in the browser and to switch shortcuts off.", "--ui")] = False,
     max_batch: Annotated[int, _opt("Answers written together.", min=1)] = 16,
     queue: Annotated[int, _opt("Requests that may wait; more are refused with 429.", min=1)] = 64,
     max_tokens: Annotated[int, _opt("Longest answer that a request may ask for.", min=1)] = 1024,
@@ -65,8 +66,12 @@ def serve(
     )
     engine = Engine(loaded, processor, max_batch=max_batch, max_queue=queue, cache_bytes=keep_mib * MIB)
     web = make_app(engine, settings)
+    if ui:
+        from .web_page import add_page
+
+        add_page(web, engine, settings)
     place = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-    typer.echo(f"{settings.name} answers at {place}/v1")
+    typer.echo(f"{settings.name} answers at {place}/v1" + (f", its page is {place}/" if ui else ""))
     if token is None and not _is_local(host):
         typer.echo(
             f"note: anyone who reaches {host} can ask; give --token, or {TOKEN}, to let in those who know it", err=True

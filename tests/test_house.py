@@ -69,7 +69,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
         "study_tables",
         "study_page",
     },
-    {"server"},
+    {"server", "web_page"},
     {"cli", "cli_study", "cli_models", "cli_serve"},
 ]
 FAMILIES = [
