@@ -27,13 +27,14 @@ def encode_batch(
     *,
     max_length: int | None = None,
     limit: int | None = None,
+    max_images: int | None = None,
     pictures: list[list[Image.Image]] | None = None,
 ) -> dict[str, Tensor]:
     """What a base's own processor makes of conversations and their pictures, padded on the right, and labels [B, L].
 
     The ids of a conversation are those that its text and pictures have at inference. Labels are found by characters of the text in which
     the processor has expanded the placeholders, so nothing is ever tokenised in pieces. limit: longer ones are refused; max_length:
-    longer ones are cut. Raises ValueError naming a record.
+    longer ones are cut; max_images: more image tokens are refused. Raises ValueError naming a record.
     """
     texts, spans = zip(*(written(example, processor, template) for example in examples), strict=True)
     pictures = pictures if pictures is not None else [example.pictures() for example in examples]
@@ -45,7 +46,7 @@ def encode_batch(
     mask = features["attention_mask"]
     for row, example in enumerate(examples):
         try:
-            check_row(features["input_ids"][row][mask[row] > 0].tolist(), processor, max_length, limit)
+            check_row(features["input_ids"][row][mask[row] > 0].tolist(), processor, max_length, limit, max_images)
             check_learned(features["labels"][row, :max_length].tolist(), int(mask[row].sum()), max_length)
         except ValueError as error:
             raise ValueError(f"{example.source or example.id}: {error}") from None

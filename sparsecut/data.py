@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .base_labels import PER_TOKEN, encode_batch, num_tokens_about
-from .labels import IGNORED, TOO_LONG, encode, written
+from .labels import IGNORED, check_row, encode, written
 from .prompting import is_fixed
 from .records import Example, choose, read_examples, read_source
 
@@ -30,18 +30,20 @@ def check_examples(
     template: str = "chat",
     max_length: int | None = None,
     limit: int | None = None,
+    max_images: int | None = None,
     open_pictures: bool = False,
     problems: list[str] | None = None,
 ) -> list[Example]:
     """The examples that a model can be trained on: all are written once, and with open_pictures every picture is opened.
 
-    max_length: cut there; limit: what the language model can take, longer records are refused. Raises ValueError at the first bad
+    max_length: cut there; limit: what the language model can take, longer records are refused, and those with more than max_images image
+    tokens. Raises ValueError at the first bad
     record or, where a list of problems is given, notes a sentence there and leaves the record out.
     """
     good = []
     for example in examples:
         try:
-            of_stage = template, max_length, limit
+            of_stage = template, max_length, limit, max_images
             _check(example, processor, *of_stage, open_pictures=open_pictures, first=not good)
             good.append(example)
         except ValueError as error:
@@ -51,7 +53,7 @@ def check_examples(
     return good
 
 
-def _check(example, processor, template, max_length, limit, *, open_pictures: bool, first: bool) -> None:
+def _check(example, processor, template, max_length, limit, max_images, *, open_pictures: bool, first: bool) -> None:
     """Raise ValueError naming the record that cannot be learned from.
 
     How many tokens pictures take is known to a base's processor only once it has prepared them, which for all would take as long as
@@ -59,15 +61,17 @@ def _check(example, processor, template, max_length, limit, *, open_pictures: bo
     """
     bound = min(max_length or math.inf, limit or math.inf)
     if is_fixed(processor):
-        length = len(encode(example, processor, template, max_length=max_length)["input_ids"])
-        if limit is not None and length > limit:
-            raise ValueError(f"{example.source}: {TOO_LONG.format(length=length, limit=limit)}")
+        ids = encode(example, processor, template, max_length=max_length)["input_ids"]
+        try:
+            check_row(ids, processor, None, limit, max_images)
+        except ValueError as error:
+            raise ValueError(f"{example.source}: {error}") from None
         if open_pictures:
             example.pictures()
     else:
         text, _ = written(example, processor, template)
         if first or (open_pictures and num_tokens_about(processor, text, example.pictures()) > NEAR * bound):
-            encode_batch([example], processor, template, max_length=max_length, limit=limit)
+            encode_batch([example], processor, template, max_length=max_length, limit=limit, max_images=max_images)
 
 
 class TrainingData(Dataset):
@@ -109,6 +113,20 @@ class TrainingData(Dataset):
             item["pixel_values"] = self.processor.pixels(example.pictures())
         return item
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every item; for a base's own processor those of its text, as pictures count only once they are prepared."""
+        if is_fixed(self.processor):
+            return [len(self._tokens(i)["input_ids"]) for i in range(len(self))]
+        texts = [written(example, self.processor, self.template)[0] for example in self.examples]
+        return [len(ids) for ids in self.processor.tokenizer(texts)["input_ids"]]
+
+    @property
+    def num_image_tokens(self) -> list[int]:
+        """Image tokens of every item; for a base's own processor the number of pictures."""
+        each = self.processor.num_image_tokens if is_fixed(self.processor) else 1
+        return [len(example.images) * each for example in self.examples]
+
     def _tokens(self, index: int) -> dict[str, Tensor]:
         if index in self._encoded:
             return self._encoded[index]
@@ -149,30 +167,56 @@ class Collator:
     """Items to a batch: input_ids, attention_mask and labels [B, L] padded on the right, pixel_values [pictures, ...].
 
     Pictures of all items follow one another in reading order; a batch without any has no pixel_values. Items with kept states
-    give vision_states instead: tap -> [pictures, V, N, D]. A base's own processor names its inputs itself; template, max_length and
-    limit (what the language model takes) are those of the stage, which only here are known to be kept.
+    give vision_states instead: tap -> [pictures, V, N, D]. A base's own processor names its inputs itself; settings are what
+    `base_labels.encode_batch` is to keep of the stage (template, max_length, limit, max_images), which is known only here. Rows of
+    items (`batching.Rows`) become one row each, with position_ids [B, L] in the attention_mask's place.
 
     blank: an item with a picture that follows those of a batch without one, where the engine needs it; none of its tokens is learned.
     """
 
-    def __init__(self, processor, *, template: str = "chat", max_length: int | None = None, limit: int | None = None):
+    def __init__(self, processor, **settings):
         token = processor.tokenizer.pad_token_id
         self.pad_token_id = processor.tokenizer.eos_token_id if token is None else token
         self.processor = processor
-        self.settings = {"template": template, "max_length": max_length, "limit": limit}
+        self.settings = settings
         self.blank: dict | None = None
 
-    def __call__(self, items: list[dict]) -> dict[str, Tensor]:
-        if self.blank is None or any(len(item.get(key, ())) for item in items for key in PICTURED):
+    def __call__(self, items: list) -> dict[str, Tensor]:
+        if isinstance(items[0], list):
+            return self._packed(items if self._has_pictures(_flat(items)) else [*items, [self.blank]])
+        if self._has_pictures(items):
             return self._batch(items)
         batch = self._batch([*items, self.blank])
         batch["labels"][-1] = IGNORED
         return batch
 
+    def _has_pictures(self, items: list[dict]) -> bool:
+        return self.blank is None or any(len(item.get(key, ())) for item in items for key in PICTURED)
+
+    def _packed(self, rows: list[list[dict]]) -> dict[str, Tensor]:
+        """Rows of several items each, [B, L]: position_ids start anew with every item, by which attention tells them apart."""
+        joined = []
+        for items in rows:
+            labels = torch.cat([item["labels"] for item in items])
+            starts = torch.tensor([len(item["labels"]) for item in items]).cumsum(0)[:-1]
+            labels[starts] = IGNORED  # no item's first token follows from the item before
+            ids = torch.cat([item["input_ids"] for item in items])
+            positions = torch.cat([torch.arange(len(item["input_ids"])) for item in items])
+            joined.append({"input_ids": ids, "labels": labels, "position_ids": positions})
+        batch = self._padded(joined)
+        batch["position_ids"] = torch.zeros_like(batch["input_ids"])
+        for row, item in enumerate(joined):
+            batch["position_ids"][row, : len(item["position_ids"])] = item["position_ids"]
+        del batch["attention_mask"]  # transformers looks for restarting positions only without one
+        return {**batch, **self._pictures(_flat(rows))}
+
     def _batch(self, items: list[dict]) -> dict[str, Tensor]:
         if "example" in items[0]:
             pictures = [item["pictures"] for item in items]
             return encode_batch([item["example"] for item in items], self.processor, pictures=pictures, **self.settings)
+        return {**self._padded(items), **self._pictures(items)}
+
+    def _padded(self, items: list[dict]) -> dict[str, Tensor]:
         if all(len(item["labels"]) == 0 or (item["labels"][1:] == IGNORED).all() for item in items):
             raise ValueError("no item of the batch has a token to learn: all labels are masked")
         shape = len(items), max(len(item["input_ids"]) for item in items)
@@ -186,9 +230,17 @@ class Collator:
             batch["input_ids"][row, :length] = item["input_ids"]
             batch["attention_mask"][row, :length] = 1
             batch["labels"][row, :length] = item["labels"]
+        return batch
+
+    def _pictures(self, items: list[dict]) -> dict[str, Tensor]:
+        found = {}
         pictures = [item["pixel_values"] for item in items if "pixel_values" in item]
         if pictures:
-            batch["pixel_values"] = torch.cat(pictures)
+            found["pixel_values"] = torch.cat(pictures)
         if kept := [item["vision_states"] for item in items if "vision_states" in item]:
-            batch["vision_states"] = {tap: torch.cat([states[tap] for states in kept]) for tap in kept[0]}
-        return batch
+            found["vision_states"] = {tap: torch.cat([states[tap] for states in kept]) for tap in kept[0]}
+        return found
+
+
+def _flat(rows: list[list[dict]]) -> list[dict]:
+    return [item for row in rows for item in row]

@@ -170,12 +170,18 @@ def _cut(ids: list[int], labels: list[int], processor, max_length: int | None) -
     return {"input_ids": ids, "labels": labels}
 
 
-def check_row(ids: list[int], processor, max_length: int | None, limit: int | None) -> None:
-    """Raise ValueError where a cut would split a picture, or a record is longer than the language model takes."""
+def check_row(
+    ids: list[int], processor, max_length: int | None, limit: int | None, max_images: int | None = None
+) -> None:
+    """Raise ValueError where a cut would split a picture, a record is longer than the model takes, or has more image tokens than that."""
+    image = [processor.image_token_id] if is_fixed(processor) else processor.image_token_ids
+    if max_images is not None and (num := sum(token in image for token in ids)) > max_images:
+        raise ValueError(
+            f"the record has {num} image tokens, but max_image_tokens={max_images}; raise it, or skip such records (on_error: skip)"
+        )
     if limit is not None and min(len(ids), max_length or len(ids)) > limit:
         raise ValueError(TOO_LONG.format(length=len(ids), limit=limit))
     if max_length is not None and len(ids) > max_length:
-        image = [processor.image_token_id] if is_fixed(processor) else processor.image_token_ids
         kept, total = (sum(token in image for token in some) for some in (ids[:max_length], ids))
         if kept < total:
             raise ValueError(

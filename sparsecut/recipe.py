@@ -88,7 +88,9 @@ class Stage:
     longer records are cut to so many tokens; None takes the language model's limit and refuses longer ones. gate_penalty: this
     times the sum of the gates' sizes is added to the loss (`sparsecut search` uses it). loss_over: "tokens" (the mean over all learned
     tokens of a step, however they are divided into micro-batches and processes) or "batches" (the mean of each micro-batch's own mean,
-    as older training code has it: a token counts for less in a batch with long answers).
+    as older training code has it: a token counts for less in a batch with long answers). group: true puts records of alike length into a
+    step, and records with pictures and texts into different ones. pack: rows of so many tokens, each with as many records as fit; none
+    sees another. max_image_tokens: a record with more is refused, and packed rows hold no more.
     """
 
     name: str
@@ -100,6 +102,9 @@ class Stage:
     max_length: int | None = None
     gate_penalty: float | int = 0.0
     loss_over: str = "tokens"
+    group: bool = False
+    pack: int | None = None
+    max_image_tokens: int | None = None
 
     def __post_init__(self):
         as_tuples(self, "data", "train")
@@ -124,6 +129,9 @@ class Stage:
                 raise ValueError(f"lr.{part} is {rate!r}, but a learning rate is a number like 1e-3")
         one_of("template", self.template, TEMPLATES)
         one_of("loss_over", self.loss_over, LOSSES)
+        for name in ("pack", "max_image_tokens", "max_length"):
+            if (given := getattr(self, name)) is not None and given < 1:
+                raise ValueError(f"{name} is {given}, but at least 1 token is needed; leave it out for no limit")
         if self.gate_penalty < 0:
             raise ValueError(f"gate_penalty is {self.gate_penalty}, but a penalty is at least 0")
 

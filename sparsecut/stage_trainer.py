@@ -11,7 +11,9 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from .batching import AlikeOrder, Rows, check_packing
 from .data import blank_item, picture_inputs
+from .labels import IGNORED
 from .progress import StageLog
 from .recipe import Stage
 from .run_folder import check_continues, check_room, mark_whole, not_written
@@ -98,7 +100,10 @@ class StageTrainer(Trainer):
         pictured = [*parts["vision"], *parts.get("projector", ())]
         data = self.train_dataset
         blank = blank_item(data.processor, template=data.template, states=data.states, views=data.views)
-        if any(p.requires_grad for p in pictured):
+        whole = not any(hasattr(p, "ds_id") for p in pictured)  # DeepSpeed may hold pieces from the start
+        if whole and isinstance(data, Rows):
+            check_packing(self.model, self.data_collator, data)
+        if whole and any(p.requires_grad for p in pictured):
             freeze_unread(self.model, pictured, picture_inputs(blank, data.processor))
         self.pictured = [p for p in pictured if p.requires_grad]
         self.data_collator.blank = blank if self.is_sharded else None
@@ -151,6 +156,13 @@ class StageTrainer(Trainer):
                 f"which is kept in {self.args.output_dir}; go on with --resume"
             )
 
+    def _get_train_sampler(self, train_dataset=None):
+        """The Trainer's random order, or one with alike records in a step."""
+        if not (self.stage.group or self.stage.pack):
+            return super()._get_train_sampler(train_dataset)
+        data, step = self.train_dataset, self.batch_facts["global_batch"]
+        return AlikeOrder(data.lengths, data.num_image_tokens, step, seed=self.args.data_seed, grouped=self.stage.group)
+
     def create_optimizer(self, model=None):
         """The usual optimizer, its groups divided by part so that each takes its own learning rate."""
         optimizer = super().create_optimizer(model)
@@ -174,7 +186,9 @@ class StageTrainer(Trainer):
                 f"{self._place()} has no token to learn: all its labels are masked; check template and data"
             )
         images = (inputs["input_ids"] == self.model.config.image_token_id).sum()
-        self.stage_log.count(inputs["attention_mask"].sum(), images)
+        # Packed rows have no mask; a padding token that is learned is an end token.
+        told = (inputs["labels"] != IGNORED) | (inputs["input_ids"] != self.data_collator.pad_token_id)
+        self.stage_log.count(inputs.get("attention_mask", told).sum(), images)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(loss):
             raise ValueError(

@@ -21,6 +21,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from .arguments import stage_arguments
+from .batching import in_rows
 from .building import build, is_saved, load
 from .data import Collator, Example, TrainingData, check_examples, read_source
 from .identity import digest
@@ -124,11 +125,11 @@ def train_stage(
         model.config.base_name = None  # its base is no longer the one of that name
     views = views_of(model.plan, model.config.vision_depth)
     log = StageLog(stage.name, Path(args.output_dir), shown=shown)
-    data = TrainingData(
-        examples, processor, template=stage.template, max_length=stage.max_length, states=states, views=views
-    )
-    collator = Collator(processor, template=stage.template, max_length=stage.max_length, limit=length_limit(model))
+    settings = {"template": stage.template, "max_length": stage.max_length}
+    data = TrainingData(examples, processor, **settings, states=states, views=views)
+    collator = Collator(processor, **settings, limit=length_limit(model), max_images=stage.max_image_tokens)
     try:
+        data = in_rows(data, model, stage)
         trainer = StageTrainer(model=model, args=args, stage=stage, log=log, train_dataset=data, data_collator=collator)
         trainer.train_from(checkpoint)
         if hasattr(model, "base") and not trainer.is_sharded:
@@ -200,6 +201,7 @@ def _checked(stage: Stage, sources, processor, *, limit, open_pictures: bool, pr
             template=stage.template,
             max_length=stage.max_length,
             limit=limit,
+            max_images=stage.max_image_tokens,
             open_pictures=open_pictures or skip,  # a broken picture can only be skipped if it is found now
             problems=problems if skip else None,
         )

@@ -27,6 +27,7 @@ CASES = {
     "recomputed": (SPARSE, {"train": BOTH, "args": {"activation_checkpointing": True}}),
     "context": (CONTEXT, {"train": ["fusion"]}),
     "texts": (SPARSE, {"train": BOTH, "data": "texts.json"}),
+    "packed": (SPARSE, {"train": BOTH, "pack": 30, "group": True}),
 }
 ZERO = {
     "zero_optimization": {"stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0},

@@ -40,6 +40,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
         "training",
         "stage_trainer",
         "arguments",
+        "batching",
         "run_folder",
         "stopping",
         "progress",
@@ -75,7 +76,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
 FAMILIES = [
     {"data", "labels", "base_labels", "records", "pictures", "states"},
     {"recipe", "checked", "yaml_text", "study"},
-    {"training", "stage_trainer", "arguments", "run_folder", "stopping", "progress"},
+    {"training", "stage_trainer", "arguments", "batching", "run_folder", "stopping", "progress"},
     {
         "demo",
         "demo_report",
