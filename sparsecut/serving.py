@@ -24,6 +24,8 @@ from .outputs import SparseCutImageFeatures
 from .prompting import check_length, greedy, inputs_of, is_fixed, length_limit, render
 
 MIB = 2**20
+KEEPING = ("llava", "qwen2_5_vl")  # bases of which a picture's features are known to be the same alone as in a batch
+PIXELS = ("pixel_values", "fine_pixel_values")
 
 
 class Busy(Exception):
@@ -61,7 +63,8 @@ class Engine:
     """A model that answers many requests at once, from any thread.
 
     max_batch: answers written together (each of a request's choices is one). max_queue: requests that may wait. cache_bytes: features
-    of pictures kept; 0 keeps none. Upgraded models encode every time, because what their bases make of pictures differs by family.
+    of pictures kept; 0 keeps none. Upgraded models of families beyond KEEPING encode every time, because what a base makes of pictures
+    differs by family.
     """
 
     def __init__(self, model, processor, *, max_batch: int = 16, max_queue: int = 64, cache_bytes: int = 256 * MIB):
@@ -79,7 +82,8 @@ class Engine:
             )
         self.model, self.processor = model.eval(), processor
         self.max_batch, self.max_queue = max_batch, max_queue
-        self.keeps = is_fixed(processor)
+        self.views = is_fixed(processor)
+        self.keeps = self.views or self.model.config.base_config.model_type in KEEPING
         self.kept = Kept(cache_bytes if self.keeps else 0)
         self.counts: Counter = Counter()
         self.num_running = 0
@@ -99,7 +103,7 @@ class Engine:
         Raises ValueError for what the chat template refuses, what is too long, and shortcuts or numbers that are not there.
         """
         # Views are much smaller than photographs, which would fill the memory while they wait.
-        shown = tuple(Picture.of(p, self.processor if self.keeps else None) for p in pictures)
+        shown = tuple(Picture.of(p, self.processor if self.views else None) for p in pictures)
         num_answers, off = more.pop("num_answers", 1), tuple(sorted(set(more.pop("off", ()))))
         if not 1 <= num_answers <= self.max_batch:
             raise ValueError(
@@ -116,7 +120,7 @@ class Engine:
 
     def _count(self, prompt: str, shown: Sequence[Picture]) -> int:
         """Tokens of the prompt, pictures included."""
-        images = None if self.keeps else [[p.image for p in shown]]
+        images = None if self.views else [[p.image for p in shown]]
         return inputs_of(self.model, self.processor, [prompt], images)["input_ids"].shape[1]
 
     def room(self, num_tokens: int = 0) -> int | None:
@@ -236,33 +240,37 @@ class Engine:
         """What `generate` takes: the padded prompts, and pixels or the pictures' features."""
         prompts = [q.prompt for q in questions]
         shown = [picture for q in questions for picture in q.pictures]
+        images = None if self.views else [[p.image for p in q.pictures] for q in questions]
         with self.words:
-            if not self.keeps:
-                self.counts["pictures"] += len(shown)
-                return dict(
-                    inputs_of(self.model, self.processor, prompts, [[p.image for p in q.pictures] for q in questions])
-                )
-            inputs = dict(inputs_of(self.model, self.processor, prompts, None))
-        if shown:
-            features = list(map(partial(self._features, questions[0].off), shown))
-            into, *above = (list(layer) for layer in zip(*features, strict=True))
-            inputs["mm_encoder_outputs"] = {
-                "image": SparseCutImageFeatures(pooler_output=into, deepstack_features=above or None)
-            }
-        return inputs
+            inputs = dict(inputs_of(self.model, self.processor, prompts, images))
+        if not shown or not self.keeps:
+            self.counts["pictures"] += len(shown)
+            return inputs
+        inputs = {name: value for name, value in inputs.items() if name not in PIXELS}
+        features = list(map(partial(self._features, questions[0].off), shown))
+        into, *above = (list(layer) for layer in zip(*features, strict=True))
+        output = SparseCutImageFeatures(pooler_output=into, deepstack_features=above or None)
+        return {**inputs, "mm_encoder_outputs": {"image": output}}
 
     def _features(self, off: tuple[int, ...], picture: Picture) -> list[torch.Tensor]:
         """Of one picture the features of every layer, from the input up: kept ones, or encoded now."""
         features = self.kept.get((picture.digest, off))
         self.counts["pictures"] += 1
         if features is None:
-            found = self.model.get_image_features(picture.views.to(self.model.device))
-            features = [found.pooler_output[0], *(layer[0] for layer in found.deepstack_features or ())]
-            features = [f.clone() for f in features]  # a view would keep more memory than is counted
+            features = [f.clone() for f in self._encoded(picture)]  # a view would keep more memory than is counted
             self.kept.put((picture.digest, off), features)
         else:
             self.counts["pictures_kept"] += 1
         return features
+
+    def _encoded(self, picture: Picture) -> list[torch.Tensor]:
+        if self.views:
+            found = self.model.get_image_features(picture.views.to(self.model.device))
+            return [found.pooler_output[0], *(layer[0] for layer in found.deepstack_features or ())]
+        with self.words:
+            made = inputs_of(self.model, self.processor, [self.processor.image_token], [[picture.image]])
+        seen = {name: value for name, value in made.items() if name in (*PIXELS, "image_grid_thw")}
+        return [torch.cat(list(self.model.get_image_features(**seen).pooler_output))]
 
 
 def _call(function: Callable[[], object], future: Future) -> None:

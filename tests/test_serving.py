@@ -65,6 +65,10 @@ def test_an_upgraded_model_answers_many_as_it_answers_one(kind):
         with model.fusion.switched_off(*model.fusion.gated):
             without = [alone(model, processor, *question, 8) for question in questions]
         assert together(engine, questions, 8, off=model.fusion.gated) == without != wanted
+        before = engine.counts.copy()
+        assert together(engine, questions, 8) == wanted  # the same pictures again
+        shown = engine.counts["pictures"] - before["pictures"]
+        assert engine.counts["pictures_kept"] - before["pictures_kept"] == shown > 8
     finally:
         engine.close()
 
