@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=400, help="different ones, drawn from the records")
     parser.add_argument("--length", type=int, default=16, help="most tokens of an answer")
     parser.add_argument("--max-batch", type=int, default=32)
+    parser.add_argument("--keep-mib", type=int, default=256, help="of pictures' features; 0 encodes every time")
     chosen = parser.parse_args()
     examples = read_examples(chosen.records)
     examples = random.Random(0).sample(examples, min(chosen.questions, len(examples)))
@@ -41,7 +42,14 @@ def main() -> None:
     questions = answered_alone(chosen.model, examples, chosen.length)
     print(f"{len(questions)} questions alone: {len(questions) / (time.perf_counter() - began):.1f} answers/s")
     command = [sys.executable, "-m", "sparsecut", "serve", chosen.model, "--port", "0", "--threads", "1"]
-    command += ["--max-batch", str(chosen.max_batch), "--queue", str(2 * chosen.clients)]
+    command += [
+        "--keep-mib",
+        str(chosen.keep_mib),
+        "--max-batch",
+        str(chosen.max_batch),
+        "--queue",
+        str(2 * chosen.clients),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             url = re.search(r"http://\S+", server.stdout.readline())[0]

@@ -157,6 +157,12 @@ def _content(content: object, where: str, token: str, urls: list[str], may_show:
                     f"{where}.content holds {token}, the model's mark for a picture; leave it out and send the picture as a part of type "
                     "image_url"
                 )
+            try:
+                part["text"].encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"{where}.content holds half a character (a lone surrogate); send whole ones"
+                ) from None
             text += part["text"]
         elif kind == "image_url":
             url = part.get("image_url")

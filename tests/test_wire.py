@@ -19,6 +19,7 @@ def client():
 
 BAD = {  # what is wrong with a request -> words of the sentence
     "messages must be a list": {"messages": []},
+    "half a character": {"messages": [{"role": "user", "content": "a \ud83d"}]},
     "allowed are system": {"messages": [{"role": "wizard", "content": "a"}]},
     "must be the user's": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     "mark for a picture": {"messages": [{"role": "user", "content": "<image> a"}]},
