@@ -70,6 +70,7 @@ def serve(
         from .web_page import add_page
 
         add_page(web, engine, settings)
+    listening.listen()  # so that who reads the next line can connect
     place = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     typer.echo(f"{settings.name} answers at {place}/v1" + (f", its page is {place}/" if ui else ""))
     if token is None and not _is_local(host):

@@ -32,6 +32,7 @@ const until = async test => { while (!test()) await new Promise(r => setTimeout(
   $("text").value = "are you <b>sure</b>";
   $("shortcut1").click();
   await ask();
+  document.body.dataset.over = document.documentElement.scrollWidth - document.documentElement.clientWidth;
   await fetch("finished");
 })();
 </script>"""
@@ -107,10 +108,11 @@ def test_strengths_of_no_picture_are_refused(client):
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_a_question_in_the_browser_is_answered_with_and_without_a_shortcut(client, tmp_path):
     url = str(client.base_url).removesuffix("v1/") + "driven"
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom"
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom --window-size=500,900"
     command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path}", url]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     assert 'data-done="2"' in dom, dom[-2000:]
+    assert 'data-over="0"' in dom  # as wide as a phone, nothing stands out
     assert dom.count('class="answer without"') == 1 and dom.count('class="answer"') == 2
     assert "are you &lt;b&gt;sure" in dom and 'class="error"' not in dom
     assert re.search(r"The answers differ|Both answers are the same", dom)
