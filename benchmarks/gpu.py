@@ -29,7 +29,7 @@ from transformers import StaticCache
 
 from sparsecut.cost import count
 from sparsecut.methods import METHODS
-from sparsecut.stage_trainer import freeze
+from sparsecut.parts import freeze
 from sparsecut.timing import random_models
 
 PLANS = ("llava", "hires_tokens", "deepstack", "official_7b_as_run", "sparsecut")

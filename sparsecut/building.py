@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import custom_object_save
 
+from .adapters import load_adapters
 from .audio import SparseCutAudioProcessor, check_extractor
 from .configuration import SparseCutConfig
 from .configuration_upgraded import SparseCutUpgradeConfig
@@ -140,10 +141,13 @@ def load(folder: str | Path, base=None, *, processor=None, **from_pretrained) ->
     """A saved model and its processor, in evaluation mode; a folder or a hub name.
 
     A folder of saved shortcuts (`save_fusion`) is loaded onto the base it names, or onto the one given with its processor; see
-    `upgrading.load_fusion`. Raises ValueError for what is no saved model, and for shortcuts of another base.
+    `upgrading.load_fusion`. Adapters kept beside a model come back on it. Raises ValueError for what is no saved model, and for
+    shortcuts of another base.
     """
     if (Path(folder) / FACTS).is_file():
-        return load_fusion(folder, base, processor=processor, **from_pretrained)
+        model, processor = load_fusion(folder, base, processor=processor, **from_pretrained)
+        load_adapters(model, Path(folder))
+        return model, processor
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
         raise ValueError(
             f"{folder} holds no config.json, so it is not a saved model; give the folder that training or save_pretrained wrote, "
@@ -161,6 +165,7 @@ def load(folder: str | Path, base=None, *, processor=None, **from_pretrained) ->
                 "sparsecut.upgrade, or an encoder and a language model to sparsecut.build"
             )
         model = AutoModelForImageTextToText.from_pretrained(folder, **from_pretrained)
+        load_adapters(model, Path(folder))
     except OSError as error:
         raise ValueError(
             f"there is no saved model {folder}: it is no folder here, or not a whole one, and Hugging Face says: {error}"

@@ -19,6 +19,7 @@ from .checked import as_tuples, build_checked, check_pattern, check_types, one_o
 from .yaml_text import override, read_yaml
 
 PARTS = ("vision", "projector", "fusion", "language", "head")
+ADAPTED = ("vision:lora", "language:lora")
 TEMPLATES = ("chat", "plain")
 LOSSES = ("tokens", "batches")
 ON_ERROR = ("stop", "skip")
@@ -80,17 +81,41 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Adapters of a stage that trains a part as `language:lora`: PEFT's rank, alpha, dropout and target modules.
+
+    merge: true adds them to the weights after the stage, false keeps them beside the model.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float | int = 0.0
+    targets: str | tuple = "all-linear"
+    merge: bool = True
+
+    def __post_init__(self):
+        if not isinstance(self.targets, str):
+            as_tuples(self, "targets")
+        check_types(self)
+        if self.r < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"r is {self.r} and dropout {self.dropout}, but r is at least 1 and dropout from 0 to below 1"
+            )
+
+
+@dataclass(frozen=True)
 class Stage:
     """One round of training: what it learns from (data), which parts learn (train), and how (args, lr).
 
-    args: `TrainingArguments` of transformers, nothing renamed. lr: a learning rate for some of the trained parts, the others
-    take `args.learning_rate`. template: "chat" (the tokenizer's own) or "plain" (picture, then caption). max_length:
-    longer records are cut to so many tokens; None takes the language model's limit and refuses longer ones. gate_penalty: this
-    times the sum of the gates' sizes is added to the loss (`sparsecut search` uses it). loss_over: "tokens" (the mean over all learned
-    tokens of a step, however they are divided into micro-batches and processes) or "batches" (the mean of each micro-batch's own mean,
-    as older training code has it: a token counts for less in a batch with long answers). group: true puts records of alike length into a
-    step, and records with pictures and texts into different ones. pack: rows of so many tokens, each with as many records as fit; none
-    sees another. max_image_tokens: a record with more is refused, and packed rows hold no more.
+    train: parts, or `language:lora` for an adapter on one that rests (lora: its settings). args: `TrainingArguments` of transformers,
+    nothing renamed. lr, weight_decay: for some of the trained parts, the others take those of `args`. template: "chat" (the
+    tokenizer's own) or "plain" (picture, then caption). max_length: longer records are cut to so many tokens; None takes the language
+    model's limit and refuses longer ones. gate_penalty: this times the sum of the gates' sizes is added to the loss (`sparsecut search`
+    uses it). loss_over: "tokens" (the mean over all learned tokens of a step, however they are divided into micro-batches and
+    processes) or "batches" (the mean of each micro-batch's own mean, as older training code has it: a token counts for less in a batch
+    with long answers). group: true puts records of alike length into a step, and records with pictures and texts into different ones.
+    pack: rows of so many tokens, each with as many records as fit; none sees another. max_image_tokens: a record with more is
+    refused, and packed rows hold no more.
     """
 
     name: str
@@ -105,6 +130,8 @@ class Stage:
     group: bool = False
     pack: int | None = None
     max_image_tokens: int | None = None
+    lora: Lora | None = None
+    weight_decay: dict = field(default_factory=dict)
 
     def __post_init__(self):
         as_tuples(self, "data", "train")
@@ -114,19 +141,28 @@ class Stage:
                 f"name is {self.name!r}, but it names a folder: use letters, digits, - and _, and not 'final'"
             )
         for part in self.train:
-            one_of("train names a part that", part, PARTS)
+            one_of("train names a part that", part, (*PARTS, *ADAPTED))
+        if twice := [part for part in self.train if f"{part}:lora" in self.train]:
+            raise ValueError(f"train names both {twice[0]} and {twice[0]}:lora; train the part, or its adapter")
+        if self.lora is None and set(self.train) & set(ADAPTED):
+            object.__setattr__(self, "lora", Lora())
+        if self.lora is not None and not set(self.train) & set(ADAPTED):
+            raise ValueError(
+                f"lora is set, but stage {self.name} trains {', '.join(self.train)}; train language:lora, or remove it"
+            )
         if not self.train or not self.data:
             raise ValueError(
                 f"stage {self.name} would train nothing; give it data and parts to train among {', '.join(PARTS)}"
             )
-        for part, rate in self.lr.items():
-            if part not in self.train and not (part == "head" and "language" in self.train):
-                raise ValueError(
-                    f"lr is set for {part!r}, but stage {self.name} trains {', '.join(self.train)}; "
-                    "add the part to `train` or remove its learning rate"
-                )
-            if isinstance(rate, bool) or not isinstance(rate, int | float) or rate < 0:
-                raise ValueError(f"lr.{part} is {rate!r}, but a learning rate is a number like 1e-3")
+        for name in ("lr", "weight_decay"):
+            for part, value in getattr(self, name).items():
+                if part not in self.train and not (part == "head" and "language" in self.train):
+                    raise ValueError(
+                        f"{name} is set for {part!r}, but stage {self.name} trains {', '.join(self.train)}; "
+                        f"add the part to `train` or remove its {name}"
+                    )
+                if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                    raise ValueError(f"{name}.{part} is {value!r}, but must be a number of at least 0, like 1e-3")
         one_of("template", self.template, TEMPLATES)
         one_of("loss_over", self.loss_over, LOSSES)
         for name in ("pack", "max_image_tokens", "max_length"):
@@ -190,7 +226,7 @@ class Recipe:
 
 CHILDREN = {
     Recipe: {"model": Model, "stages": Stage, "evaluate": Evaluation},
-    Stage: {"data": Source},
+    Stage: {"data": Source, "lora": Lora},
     Evaluation: {"data": Source},
 }
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from transformers.utils import logging as hf_logging
 
+from .adapters import FOLDER as ADAPTERS
 from .recipe import Recipe, dump_recipe, load_recipe
 
 FINISHED = "versions.json"  # written last, so a stage that has it is whole
@@ -159,15 +160,16 @@ def save_stage(trainer, processor, recipe: Recipe, folder: Path) -> None:
 
 def link_all(source: Path, target: Path) -> None:
     """The stage's files under a second name, without taking the space twice where the disk can do that."""
-    target.mkdir(exist_ok=True)
-    for path in source.iterdir():
+    for path in [*source.iterdir(), *(source / ADAPTERS).rglob("*")]:
         if not path.is_file() or path.name == "log.jsonl":
             continue
-        (target / path.name).unlink(missing_ok=True)
+        linked = target / path.relative_to(source)
+        linked.parent.mkdir(parents=True, exist_ok=True)
+        linked.unlink(missing_ok=True)
         try:
-            os.link(path, target / path.name)
+            os.link(path, linked)
         except OSError:
-            shutil.copy2(path, target / path.name)
+            shutil.copy2(path, linked)
 
 
 def _sync(path: Path) -> None:

@@ -5,82 +5,21 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from .adapters import adapters_of, read_weights, save_adapters, without_adapters
 from .batching import AlikeOrder, Rows, check_packing
 from .data import blank_item, picture_inputs
 from .labels import IGNORED
+from .parts import freeze_unread, frozen_modules, part_names
 from .progress import StageLog
 from .recipe import Stage
 from .run_folder import check_continues, check_room, mark_whole, not_written
 from .stopping import StopOnSignal, Stopped
-
-MODULES = {"vision": "vision_tower", "fusion": "fusion", "language": "language_model"}
-
-
-def trained_parts(model: nn.Module, train: tuple[str, ...]) -> list[nn.Parameter]:
-    """The parameters of the parts named; ValueError where the model has no such part, or these have no parameter."""
-    parts = model.parts()
-    if unknown := [name for name in train if name not in parts]:
-        raise ValueError(
-            f"the model has no part {unknown[0]}; its parts are {', '.join(parts)}, and only upgraded models have a projector of their own"
-        )
-    if not any(parts[name] for name in train):
-        sizes = {name: sum(p.numel() for p in parameters) for name, parameters in parts.items()}
-        raise ValueError(
-            f"training {', '.join(train)} would train nothing; the model's parts have so many parameters: {sizes}"
-        )
-    return [parameter for name in train for parameter in parts[name]]
-
-
-def freeze(model: nn.Module, train: tuple[str, ...]) -> None:
-    """Let gradients reach the named parts only; ValueError where these have no parameter."""
-    parameters = trained_parts(model, train)
-    model.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-
-
-def part_names(model: nn.Module, stage: Stage) -> dict[int, str]:
-    """id of every parameter -> the part it is trained as; the head counts by itself only where the stage names it."""
-    parts = model.parts()
-    names = [name for name in parts if name != "head"]
-    if "head" in stage.lr or "language" not in stage.train:
-        names.append("head")  # last, so that it takes its parameters from the language model
-    return {id(p): name for name in names for p in parts[name]}
-
-
-def frozen_modules(model: nn.Module, stage: Stage) -> list[tuple[nn.Module, str]]:
-    """Modules of the parts that a stage does not train, each with its part's name."""
-    if hasattr(model, "family"):
-        of = model.family.parts(model.base)
-        modules = {"vision": list(of.vision.modules()), "language": list(of.language.modules())}
-        known = {id(module) for part in modules.values() for module in part}
-        # What holds encoder or decoder is no part: its training mode belongs to the model.
-        rest = [m for m in model.base.modules() if not any(id(inside) in known for inside in m.modules())]
-        modules |= {"projector": rest, "fusion": list(model.fusion.modules())}
-    else:
-        modules = {part: list(getattr(model, name).modules()) for part, name in MODULES.items()}
-    return [(module, part) for part, found in modules.items() if part not in stage.train for module in found]
-
-
-def freeze_unread(model: nn.Module, parameters: list[nn.Parameter], pictures: dict[str, torch.Tensor]) -> None:
-    """Let those of the parameters rest that no picture's features depend on: an encoder's blocks above the deepest tap.
-
-    They would never have a gradient, which engines that share a model between processes take for a fault.
-    """
-    device = parameters[0].device
-    with torch.random.fork_rng(), torch.enable_grad():
-        found = model.get_image_features(**{name: value.to(device) for name, value in pictures.items()})
-        features = [*found.pooler_output, *(z for layer in found.get("deepstack_features") or () for z in layer)]
-        sum(z.float().sum() for z in features).backward()
-    for parameter in parameters:
-        parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
-    model.zero_grad(set_to_none=True)
+from .upgraded import WEIGHTS
 
 
 class StageTrainer(Trainer):
@@ -100,6 +39,10 @@ class StageTrainer(Trainer):
         pictured = [*parts["vision"], *parts.get("projector", ())]
         data = self.train_dataset
         blank = blank_item(data.processor, template=data.template, states=data.states, views=data.views)
+        if self.is_sharded and adapters_of(self.model):
+            raise ValueError(
+                "adapters are trained whole on every process; remove fsdp or deepspeed from args, the adapters are small"
+            )
         whole = not any(hasattr(p, "ds_id") for p in pictured)  # DeepSpeed may hold pieces from the start
         if whole and isinstance(data, Rows):
             check_packing(self.model, self.data_collator, data)
@@ -167,11 +110,16 @@ class StageTrainer(Trainer):
         """The usual optimizer, its groups divided by part so that each takes its own learning rate."""
         optimizer = super().create_optimizer(model)
         names, groups = part_names(self.model, self.stage), []
+        decaying = set(self.get_decay_parameter_names(self.model))
+        decayed = {id(p) for name, p in self.model.named_parameters() if name in decaying}
         for group in optimizer.param_groups:
             for part in dict.fromkeys(names[id(p)] for p in group["params"]):
                 parameters = [p for p in group["params"] if names[id(p)] == part]
                 rate = self.stage.lr.get(part, group["lr"])
-                groups.append({**group, "params": parameters, "lr": rate, "part": part})
+                decay = group["weight_decay"]
+                if id(parameters[0]) in decayed:
+                    decay = self.stage.weight_decay.get(part, decay)
+                groups.append({**group, "params": parameters, "lr": rate, "weight_decay": decay, "part": part})
         optimizer.param_groups = groups
         return optimizer
 
@@ -229,18 +177,25 @@ class StageTrainer(Trainer):
             self.args.save_total_limit = limit
 
     def _save(self, output_dir=None, state_dict=None):
-        """As the Trainer, but of an upgraded model whose base is untouched only the shortcuts, not the base's gigabytes."""
+        """As the Trainer, but of an upgraded model whose base is untouched only the shortcuts, and adapters in files of their own."""
+        folder = Path(output_dir or self.args.output_dir)
         if not saves_fusion_only(self.model):
-            return super()._save(output_dir, state_dict)
+            if adapters_of(self.model):
+                state_dict = without_adapters(state_dict or self.model.state_dict())
+            super()._save(str(folder), state_dict)
+        elif self.args.should_save:
+            self.model.save_fusion(folder, state_dict)
         if self.args.should_save:
-            self.model.save_fusion(output_dir or self.args.output_dir, state_dict)
+            save_adapters(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """As the Trainer, and also from a checkpoint of shortcuts alone."""
-        file = Path(resume_from_checkpoint) / "fusion.safetensors"
-        if not file.is_file() or self.is_sharded:
+        """As the Trainer, and also from a checkpoint of shortcuts alone, or with adapters."""
+        folder = Path(resume_from_checkpoint)
+        if self.is_sharded or not ((folder / WEIGHTS).is_file() or adapters_of(self.model)):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.model.fusion.load_state_dict(load_file(file))
+        if (folder / WEIGHTS).is_file():
+            self.model.fusion.load_state_dict(load_file(folder / WEIGHTS))
+        read_weights(self.model, folder)
 
     def _num_bytes(self) -> int:
         """What the disk must hold: the stage's result and, where checkpoints are written, one of them."""

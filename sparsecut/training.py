@@ -20,17 +20,19 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments, set_seed
 
+from .adapters import adapted, add_adapters, merge_adapters
 from .arguments import stage_arguments
 from .batching import in_rows
 from .building import build, is_saved, load
 from .data import Collator, Example, TrainingData, check_examples, read_source
 from .identity import digest
 from .methods import make_plan
+from .parts import check_parts, freeze
 from .progress import StageLog, report
 from .prompting import length_limit
 from .recipe import Recipe, Stage, dump_recipe, expand_path, load_recipe
 from .run_folder import check_output, clear_stage, finished, link_all, save_stage
-from .stage_trainer import StageTrainer, freeze, trained_parts
+from .stage_trainer import StageTrainer
 from .states import VisionStates, prepare_states, views_of
 from .upgrading import upgrade
 
@@ -71,7 +73,7 @@ def train(
     _check_plan(recipe, model)
     _check_states(recipe, model)
     for stage in recipe.stages:
-        trained_parts(model, stage.train)
+        check_parts(model, stage.train)
     data = [
         _checked(stage, sources, processor, limit=length_limit(model), open_pictures=check, problems=problems)
         for stage, sources in zip(recipe.stages, read, strict=True)
@@ -118,10 +120,11 @@ def train_stage(
 
     states: kept states of all the examples' pictures, read instead of running the encoder.
     """
+    add_adapters(model, stage.train, stage.lora)
     freeze(model, stage.train)
     if "fusion" in stage.train and hasattr(model, "base"):
         model.fusion.float()  # whatever its base is in: steps are lost in half precision
-    if set(stage.train) != {"fusion"} and hasattr(model, "base"):
+    if changes_base(stage) and hasattr(model, "base"):
         model.config.base_name = None  # its base is no longer the one of that name
     views = views_of(model.plan, model.config.vision_depth)
     log = StageLog(stage.name, Path(args.output_dir), shown=shown)
@@ -132,6 +135,8 @@ def train_stage(
         data = in_rows(data, model, stage)
         trainer = StageTrainer(model=model, args=args, stage=stage, log=log, train_dataset=data, data_collator=collator)
         trainer.train_from(checkpoint)
+        if stage.lora and stage.lora.merge:
+            merge_adapters(model)
         if hasattr(model, "base") and not trainer.is_sharded:
             model.config.base_digest = digest(model.base)
     except ValueError as error:
@@ -143,6 +148,12 @@ def train_stage(
         model.requires_grad_(True)
         model.eval()
     return trainer
+
+
+def changes_base(stage: Stage) -> bool:
+    """Whether a stage changes weights of an upgraded model's base; an adapter that is kept beside it does not."""
+    beside = stage.lora is not None and not stage.lora.merge
+    return any(not (name == "fusion" or (beside and adapted(name))) for name in stage.train)
 
 
 def kept_states(recipe: Recipe, model, processor, examples: list[Example], args=None) -> VisionStates | None:
@@ -165,7 +176,7 @@ def _start(recipe: Recipe, arguments: list[TrainingArguments], model, processor)
     if is_saved(base):
         return load(base)
     # A base that stays frozen takes the room of the precision it computes in; one that is trained too needs single precision.
-    frozen = all(set(stage.train) == {"fusion"} for stage in recipe.stages)
+    frozen = not any(changes_base(stage) for stage in recipe.stages)
     half = next((dtype for name, dtype in HALVES.items() if all(getattr(args, name) for args in arguments)), None)
     return upgrade(base, recipe.fusion, dtype=half if half and frozen else torch.float32)
 

@@ -8,7 +8,7 @@ import yaml
 
 from .plan import nearest
 
-OPEN = ("args", "lr")  # keys that an override may create, because a recipe may leave them out
+OPEN = ("args", "lr", "weight_decay", "lora")  # keys that an override may create, because a recipe may leave them out
 
 
 class _Loader(yaml.SafeLoader):

@@ -8,9 +8,10 @@ from tiny import SPARSE, tiny_model
 
 from sparsecut.arguments import stage_arguments
 from sparsecut.data import Collator, TrainingData, check_examples, read_examples
+from sparsecut.parts import freeze
 from sparsecut.progress import StageLog
 from sparsecut.recipe import parse_recipe
-from sparsecut.stage_trainer import StageTrainer, freeze
+from sparsecut.stage_trainer import StageTrainer
 from sparsecut.training import train
 
 ANSWERS = ["a cat", "a red dog", "blue", "yes ."]

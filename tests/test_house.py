@@ -33,7 +33,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
     {"configuration", "configuration_upgraded", "overlay"},
     {"modeling", "upgraded", "processing", "fine_views", "prompting"},
     {"audio"},
-    {"upgrading"},
+    {"upgrading", "adapters"},
     {"building", "official", "data", "labels", "base_labels", "records", "pictures", "states", "answers", "kept"},
     {
         "convert",
@@ -41,6 +41,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
         "stage_trainer",
         "arguments",
         "batching",
+        "parts",
         "run_folder",
         "stopping",
         "progress",
@@ -76,7 +77,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
 FAMILIES = [
     {"data", "labels", "base_labels", "records", "pictures", "states"},
     {"recipe", "checked", "yaml_text", "study"},
-    {"training", "stage_trainer", "arguments", "batching", "run_folder", "stopping", "progress"},
+    {"training", "stage_trainer", "arguments", "batching", "parts", "run_folder", "stopping", "progress"},
     {
         "demo",
         "demo_report",

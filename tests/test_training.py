@@ -159,6 +159,17 @@ def test_batches_without_pictures_train(folder, parts):
     assert all(math.isfinite(line["loss"]) and line["image_tokens"] == 0 for line in log(folder))
 
 
+def test_half_precision_computes_alike_and_keeps_single_precision_weights(folder):
+    losses = []
+    for half in (False, True):
+        model = run(
+            folder, stage(folder, train=["fusion", "language"], args={"bf16": half}), output=str(folder / str(half))
+        )[0]
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        losses.append([line["loss"] for line in log(folder, output=str(half))])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
+
+
 def test_checkpointing_works_through_frozen_layers(folder):
     losses, (model, processor) = [], tiny_model()
     for checkpointing in (False, True):

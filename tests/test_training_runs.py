@@ -9,8 +9,9 @@ from tiny import tiny_model
 
 from sparsecut.building import load
 from sparsecut.data import TrainingData
+from sparsecut.parts import freeze
 from sparsecut.recipe import load_recipe
-from sparsecut.stage_trainer import StageTrainer, freeze
+from sparsecut.stage_trainer import StageTrainer
 from sparsecut.training import train
 
 
