@@ -18,7 +18,7 @@ from . import wire
 from .fetching import MIB, Limits, picture_of
 from .serving import Engine
 
-READERS = 8  # requests whose pictures are fetched and read at once
+READERS = 4  # requests whose pictures are fetched and read at once
 UPLOAD = 60.0  # seconds in which a request must have arrived
 
 
@@ -106,7 +106,7 @@ class Desk:
                 f"there is no model {asked.model!r} here; this server has {settings.name!r}",
                 code="model_not_found",
             )
-        shown = [picture_of(url, settings.pictures) for url in asked.urls]
+        shown = [engine.look(picture_of(url, settings.pictures)) for url in asked.urls]
         more = {"num_answers": asked.num_answers, "off": asked.off}
         if asked.max_tokens is not None:
             return asked, engine.ask(asked.messages, shown, asked.sampled(0), **more)

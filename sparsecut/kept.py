@@ -21,8 +21,10 @@ class Picture:
     @classmethod
     def of(cls, image: Image.Image, processor=None) -> Picture:
         """A picture by the digest of its size and pixels; its views alone where a processor of ours is given."""
-        image = image.convert("RGB")
-        digest = sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        digest = sha256(repr(image.size).encode())
+        digest.update(image.tobytes())
+        digest = digest.hexdigest()
         return cls(digest, image) if processor is None else cls(digest, views=processor.pixels([image]))
 
 

@@ -97,13 +97,14 @@ class Engine:
         self.thread = threading.Thread(target=self._work, name="model", daemon=True)
         self.thread.start()
 
-    def ask(self, messages: list[dict], pictures: Sequence[Image.Image], sampling: Sampling, **more) -> Question:
+    def ask(
+        self, messages: list[dict], pictures: Sequence[Image.Image | Picture], sampling: Sampling, **more
+    ) -> Question:
         """A question from turns with one placeholder per picture; more: num_answers, off.
 
         Raises ValueError for what the chat template refuses, what is too long, and shortcuts or numbers that are not there.
         """
-        # Views are much smaller than photographs, which would fill the memory while they wait.
-        shown = tuple(Picture.of(p, self.processor if self.views else None) for p in pictures)
+        shown = tuple(p if isinstance(p, Picture) else self.look(p) for p in pictures)
         num_answers, off = more.pop("num_answers", 1), tuple(sorted(set(more.pop("off", ()))))
         if not 1 <= num_answers <= self.max_batch:
             raise ValueError(
@@ -117,6 +118,10 @@ class Engine:
             num_tokens = self._count(prompt, shown)
         check_length(self.model, num_tokens, sampling.max_new_tokens, "the prompt", "shorten it or lower max_tokens")
         return Question(prompt, shown, num_tokens, sampling, num_answers, off)
+
+    def look(self, image: Image.Image) -> Picture:
+        """A picture as it waits: its views where these are enough, because photographs would fill the memory."""
+        return Picture.of(image, self.processor if self.views else None)
 
     def _count(self, prompt: str, shown: Sequence[Picture]) -> int:
         """Tokens of the prompt, pictures included."""

@@ -1,7 +1,10 @@
 """Pictures from elsewhere: only from public addresses, redirects included, within bytes, pixels and seconds."""
 
 import io
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -174,3 +177,29 @@ def test_broken_files_and_other_formats_are_refused():
     for data in (b"", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", png(20, 20)[:60]):
         with pytest.raises(ValueError, match="cannot be read"):
             picture_in(data, ALLOWED)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_https_needs_a_certificate_of_that_host(site, tmp_path, monkeypatch):
+    settings = "req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=pictures.example -addext subjectAltName=DNS:pictures.example"
+    files = ["-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem"]
+    subprocess.run(["openssl", *settings.split(), *files], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    server.handle_error = lambda *args: None
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    monkeypatch.setattr(fetching, "public_address", lambda host, port: "127.0.0.1")
+    url = f"https://pictures.example:{server.server_port}/good"
+    with pytest.raises(ValueError, match=r"self.signed"):
+        fetch(url, ALLOWED)
+    trusting = ssl.create_default_context(cafile=tmp_path / "cert.pem")
+    monkeypatch.setattr(ssl, "create_default_context", lambda: trusting)
+    assert fetch(url, ALLOWED) == png(20, 10)
+    with pytest.raises(ValueError, match="mismatch"):
+        fetch(url.replace("pictures", "others"), ALLOWED)
+    with pytest.raises(ValueError, match="took too long"):
+        fetch(url.replace("good", "slow"), ALLOWED)
+    server.shutdown()
+    server.server_close()
