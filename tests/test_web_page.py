@@ -11,8 +11,10 @@ import pytest
 import torch
 from clients import data_url, openai, picture, served, turn
 from fastapi.responses import HTMLResponse
+from test_upgrade_training import base_of
 from tiny import tiny_model
 
+from sparsecut import upgrade
 from sparsecut.explain import measure_additions
 from sparsecut.records import Example
 from sparsecut.serving import Engine
@@ -105,6 +107,22 @@ def test_strengths_of_no_picture_are_refused(client):
     assert response.status_code == 400 and "hold no picture" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("kind", ["llava", "qwen"])
+def test_an_upgraded_model_has_a_page_too(kind):
+    base, processor = base_of(kind)
+    model, processor = upgrade(base, processor=processor)
+    engine = Engine(model, processor)
+    try:
+        with served(engine, add_page) as client:
+            shortcuts = get(client, "sparsecut/plan").json()["shortcuts"]
+            assert [s["can_be_off"] for s in shortcuts] == [s.mix != "base" for s in model.plan.shortcuts]
+            assert not all(s["can_be_off"] for s in shortcuts)  # what the base feeds to its input itself stays
+            found = get(client, "sparsecut/strengths", messages=turn("what is it", picture(5))).json()["shortcuts"]
+            assert [s["number"] for s in found] == list(range(len(shortcuts)))
+    finally:
+        engine.close()
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_a_question_in_the_browser_is_answered_with_and_without_a_shortcut(client, tmp_path):
     url = str(client.base_url).removesuffix("v1/") + "driven"
@@ -114,7 +132,7 @@ def test_a_question_in_the_browser_is_answered_with_and_without_a_shortcut(clien
     assert 'data-done="2"' in dom, dom[-2000:]
     assert 'data-over="0"' in dom  # as wide as a phone, nothing stands out
     assert dom.count('class="answer without"') == 1 and dom.count('class="answer"') == 2
-    assert "are you &lt;b&gt;sure" in dom and 'class="error"' not in dom
+    assert "are you &lt;b&gt;sure" in dom and '<span class="error"' not in dom and '"broken" class="error"></p>' in dom
     assert re.search(r"The answers differ|Both answers are the same", dom)
     assert len(re.findall(r'class="bar"', dom)) == len(client.engine.model.plan.shortcuts) - 1
     assert "<svg" in dom and " %</span>" in dom
