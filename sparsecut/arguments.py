@@ -41,10 +41,6 @@ def stage_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
         raise ValueError(
             f"stage {stage.name}: args.label_smoothing_factor cannot be used: transformers would smooth wrong positions; remove it"
         )
-    if stage.args.get("eval_strategy", "no") != "no":
-        raise ValueError(
-            f"stage {stage.name}: args.eval_strategy is not used; evaluate after training with `sparsecut eval`"
-        )
     defaults = {
         "data_seed": seed,
         "report_to": "none",

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -49,6 +50,7 @@ class Injection:
 # Each holds a dict with one entry, or nothing: transformers' own variables of this class hold dicts, and its tests read keys.
 _reading = CompileableContextVar("sparsecut_reading")
 _injection = CompileableContextVar("sparsecut_injection")
+_observers: list[Callable] = []  # of training, which has one pass at a time
 
 
 def _current_reading() -> Reading | None:
@@ -205,6 +207,16 @@ def inject(
     return output
 
 
+@contextmanager
+def observing(see: Callable) -> Iterator[None]:
+    """Inside the block, `see(layer, hidden states at image tokens, what is added to them)` is called for every addition."""
+    _observers.append(see)
+    try:
+        yield
+    finally:
+        _observers.remove(see)
+
+
 def _read_embeddings(module, args, kwargs):
     if (reading := _current_reading()) is not None and 0 in reading.wanted:
         reading.taps[0] = args[0] if args else kwargs["hidden_states"]
@@ -233,6 +245,8 @@ def _add_features(layer: int, module, args, kwargs):
     mask, features = injection.mask.to(hidden.device), injection.features[layer].to(hidden.device)
     if layer in injection.gates:
         features = injection.gates[layer](hidden[mask], features)
+    for see in _observers:
+        see(layer, hidden[mask], features)
     # Out of place, and on the layer's own device: in-place sums break autograd and recorded hidden states.
     spread = features.to(hidden).index_select(0, injection.rows.to(hidden.device)).view_as(hidden)
     hidden = torch.where(mask.unsqueeze(-1), hidden + spread, hidden)

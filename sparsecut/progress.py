@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
@@ -21,7 +23,9 @@ def report(sentence: str) -> None:
 class StageLog(TrainerCallback):
     """Losses to `folder/log.jsonl` and, if shown, a progress line; silent on all processes but the first.
 
-    A line holds step, loss (mean since the last line), lr by part, tokens (seen so far, without padding), image_tokens, seconds.
+    A line holds step, loss (mean since the last line), grad_norm, lr by part, tokens (seen so far, without padding), image_tokens,
+    seconds, memory_gib (the most that was taken), and shortcuts: what `ShortcutWatch` says of each. Where the stage is evaluated while
+    it trains, lines with step and eval_loss stand between.
     `count(tokens, image_tokens)` is called once per batch with sums that may still be on the device.
     """
 
@@ -29,7 +33,9 @@ class StageLog(TrainerCallback):
         self.stage, self.file, self.shown = stage, folder / "log.jsonl", shown
         self.tokens = self.image_tokens = 0
         self.rates: dict[str, float] = {}
+        self.shortcuts: list[dict] = []
         self.bar = self.task = None
+        self.held_out = ""
 
     def count(self, tokens, image_tokens) -> None:
         """Add one batch to what has been seen."""
@@ -38,16 +44,18 @@ class StageLog(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Start the file, or go on with the part of it that lies before the resumed step."""
         self.world_size, self.last = args.world_size, {"tokens": 0, "image_tokens": 0, "seconds": 0.0}
+        self.started = self.printed = time.perf_counter()
         if not state.is_world_process_zero:
             return
         lines = self.file.read_text().splitlines() if self.file.exists() and state.global_step else []
         lines = [line for line in lines if json.loads(line)["step"] <= state.global_step]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text("".join(line + "\n" for line in lines))
-        self.last = json.loads(lines[-1]) if lines else self.last
+        full = [line for line in map(json.loads, lines) if "loss" in line]
+        self.last = full[-1] if full else self.last
         self.tokens += self.last["tokens"] // self.world_size
         self.image_tokens += self.last["image_tokens"] // self.world_size
-        self.started = self.printed = time.perf_counter() - self.last["seconds"]
+        self.started = self.printed = self.started - self.last["seconds"]
         if self.shown:
             self._show(state)
 
@@ -62,29 +70,50 @@ class StageLog(TrainerCallback):
         control.should_log = control.should_log or state.global_step == state.max_steps
         return control
 
+    def figures(self) -> dict[str, float]:
+        """Speed since the last line, of this process's share of the work, and memory, for `report_to`."""
+        took = max(time.perf_counter() - self.started - self.last["seconds"], 1e-9)
+        return {
+            "tokens_per_second": (int(self.tokens) * self.world_size - self.last["tokens"]) / took,
+            "image_tokens_per_second": (int(self.image_tokens) * self.world_size - self.last["image_tokens"]) / took,
+            "memory_gib": _memory_gib(),
+        }
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Write a line and refresh the figures on screen."""
-        if "loss" not in logs or not state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            self._write({"step": state.global_step, "eval_loss": logs["eval_loss"]})
+            self.held_out = f"  held out {logs['eval_loss']:.3f}"
+        if "loss" not in logs:
             return
         line = {
             "step": state.global_step,
             "loss": logs["loss"],
+            "grad_norm": logs.get("grad_norm"),
             "lr": self.rates,
             "tokens": int(self.tokens) * self.world_size,
             "image_tokens": int(self.image_tokens) * self.world_size,
             "seconds": round(time.perf_counter() - self.started, 3),
+            "memory_gib": round(logs["memory_gib"], 3),
+            "shortcuts": self.shortcuts,
         }
-        with self.file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        took = max(line["seconds"] - self.last["seconds"], 1e-9)
-        speed = (line["tokens"] - self.last["tokens"]) / took
+        self._write(line)
         self.last = line
-        figures = f"loss {line['loss']:.3f}  {speed:,.0f} tokens/s"
+        figures = (
+            f"loss {line['loss']:.3f}{self.held_out}  {logs['tokens_per_second']:,.0f} tokens/s "
+            f"({logs['image_tokens_per_second']:,.0f} of pictures)  {line['memory_gib']:.1f} GiB"
+        )
         if self.bar:
             self.bar.update(self.task, figures=figures)
         elif self.shown and time.perf_counter() - self.printed > QUIET_SECONDS:
             self.printed = time.perf_counter()
             report(f"{self.stage}: step {state.global_step}/{state.max_steps}  {figures}")
+
+    def _write(self, line: dict) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def on_train_end(self, args, state, control, **kwargs):
         """Close the bar."""
@@ -115,3 +144,10 @@ class StageLog(TrainerCallback):
         )
         self.task = self.bar.add_task(self.stage, total=state.max_steps, completed=state.global_step, figures="")
         self.bar.start()
+
+
+def _memory_gib() -> float:
+    """The most memory taken so far: of the accelerator where there is one, of this process otherwise."""
+    if torch.accelerator.is_available():
+        return torch.accelerator.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

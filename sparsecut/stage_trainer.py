@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 
+import numpy as np
+import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer
@@ -18,6 +21,7 @@ from .parts import freeze_unread, frozen_modules, part_names
 from .progress import StageLog
 from .recipe import Stage
 from .run_folder import check_continues, check_room, mark_whole, not_written
+from .shortcut_watch import ShortcutWatch
 from .stopping import StopOnSignal, Stopped
 from .upgraded import WEIGHTS
 
@@ -34,6 +38,7 @@ class StageTrainer(Trainer):
             self.model_accepts_loss_kwargs = False  # then the Trainer averages over micro-batches and processes
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
+        self.watch = ShortcutWatch(self.model.fusion, stage.name, compiled=self.args.torch_compile)
         self.frozen = frozen_modules(self.model, stage)
         parts = self.model.parts()
         pictured = [*parts["vision"], *parts.get("projector", ())]
@@ -137,13 +142,39 @@ class StageTrainer(Trainer):
         # Packed rows have no mask; a padding token that is learned is an end token.
         told = (inputs["labels"] != IGNORED) | (inputs["input_ids"] != self.data_collator.pad_token_id)
         self.stage_log.count(inputs.get("attention_mask", told).sum(), images)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        steps = self.state.global_step + 1
+        logged = steps % self.state.logging_steps == 0 or steps in (1, self.state.max_steps)
+        with self.watch.watching(logged):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if logged and self.accelerator.sync_gradients:
+            scaler = self.accelerator.scaler
+            self.watch.take_gradients(bool(images), scaler.get_scale() if scaler is not None else 1.0)
         if not math.isfinite(loss):
             raise ValueError(
                 f"{self._place()} has the loss {loss.item()}, so training cannot go on; lower the learning rate, warm it up, "
                 "or clip gradients (args: learning_rate, warmup_steps, max_grad_norm)"
             )
         return loss
+
+    def log(self, logs, start_time=None):
+        """The Trainer's figures and those of the shortcuts, to log.jsonl and wherever `report_to` says."""
+        if "loss" in logs:
+            self.stage_log.shortcuts = self.watch.figures()
+            for of_one in self.stage_log.shortcuts:
+                for name in ("grad_norm", "ratio"):
+                    if name in of_one:
+                        logs[f"shortcuts/{of_one['number']}_into_layer_{of_one['layer']}/{name}"] = of_one[name]
+            logs |= self.stage_log.figures()
+        super().log(logs, start_time)
+
+    def evaluate(self, *args, **kwargs):
+        """As the Trainer, but the random numbers that training goes on with are the same as without it."""
+        states = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng():
+            metrics = super().evaluate(*args, **kwargs)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        return metrics
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         """The model's loss per learned token of the global batch."""

@@ -24,7 +24,7 @@ from .adapters import adapted, add_adapters, merge_adapters
 from .arguments import stage_arguments
 from .batching import in_rows
 from .building import build, is_saved, load
-from .data import Collator, Example, TrainingData, check_examples, read_source
+from .data import Collator, Example, TrainingData, check_examples, choose, read_source
 from .identity import digest
 from .methods import make_plan
 from .parts import check_parts, freeze
@@ -37,6 +37,7 @@ from .states import VisionStates, prepare_states, views_of
 from .upgrading import upgrade
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the argument that asks for computing in it
+HELD_OUT = 256  # records at most that are looked at while training
 logger = logging.getLogger(__name__)
 
 
@@ -78,6 +79,7 @@ def train(
         _checked(stage, sources, processor, limit=length_limit(model), open_pictures=check, problems=problems)
         for stage, sources in zip(recipe.stages, read, strict=True)
     ]
+    held_out = _held_out(arguments, asked, processor)
     _report(recipe, data, problems, shown=shown and arguments[0].should_log)
     if check:
         return model, processor
@@ -92,9 +94,8 @@ def train(
         args = stage_arguments(stage, recipe.seed, output)  # anew: making them sets accelerate up for this stage
         folder = Path(args.output_dir)
         checkpoint = clear_stage(folder, resume=resume, main=args.should_save)
-        trainer = train_stage(
-            model, processor, stage, examples, args, checkpoint=checkpoint, shown=shown, states=states
-        )
+        more = {"states": states, "held_out": held_out if args.eval_strategy != "no" else None}
+        trainer = train_stage(model, processor, stage, examples, args, checkpoint=checkpoint, shown=shown, **more)
         save_stage(trainer, processor, recipe, folder)
         if trainer.is_sharded:  # its weights lie in pieces on several processes; the next stage begins with whole ones
             model, processor = load(folder)
@@ -115,10 +116,12 @@ def train_stage(
     checkpoint=None,
     shown: bool = True,
     states: VisionStates | None = None,
+    held_out: list[Example] | None = None,
 ) -> StageTrainer:
     """Train the parts that a stage names on checked examples; the model is changed in place and left in evaluation mode.
 
-    states: kept states of all the examples' pictures, read instead of running the encoder.
+    states: kept states of all the examples' pictures, read instead of running the encoder. held_out: what the loss is told of while
+    training (args.eval_strategy).
     """
     add_adapters(model, stage.train, stage.lora)
     freeze(model, stage.train)
@@ -133,7 +136,9 @@ def train_stage(
     collator = Collator(processor, **settings, limit=length_limit(model), max_images=stage.max_image_tokens)
     try:
         data = in_rows(data, model, stage)
-        trainer = StageTrainer(model=model, args=args, stage=stage, log=log, train_dataset=data, data_collator=collator)
+        asked = TrainingData(held_out, processor, states=states, views=views) if held_out else None
+        sets = {"train_dataset": data, "eval_dataset": asked, "data_collator": collator}
+        trainer = StageTrainer(model=model, args=args, stage=stage, log=log, **sets)
         trainer.train_from(checkpoint)
         if stage.lora and stage.lora.merge:
             merge_adapters(model)
@@ -221,6 +226,17 @@ def _checked(stage: Stage, sources, processor, *, limit, open_pictures: bool, pr
             f"stage {stage.name}: no record is left to learn from; {len(problems)} were skipped, the last: {problems[-1]}"
         )
     return examples
+
+
+def _held_out(arguments: list[TrainingArguments], asked: list[Example], processor) -> list[Example]:
+    """A fixed choice of what the recipe evaluates on, for stages that look at it while they train."""
+    wanted = [args.output_dir for args in arguments if args.eval_strategy != "no"]
+    if wanted and not asked:
+        raise ValueError(
+            f"stage {Path(wanted[0]).name}: args.eval_strategy asks for a look at held-out data while training, but the recipe has no "
+            "`evaluate`; add one with its data, or remove args.eval_strategy"
+        )
+    return check_examples(choose(asked, keep=HELD_OUT), processor) if wanted else []
 
 
 def _report(recipe: Recipe, data: list[list[Example]], problems: list[str], *, shown: bool) -> None:

@@ -42,6 +42,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
         "arguments",
         "batching",
         "parts",
+        "shortcut_watch",
         "run_folder",
         "stopping",
         "progress",
@@ -77,7 +78,17 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
 FAMILIES = [
     {"data", "labels", "base_labels", "records", "pictures", "states"},
     {"recipe", "checked", "yaml_text", "study"},
-    {"training", "stage_trainer", "arguments", "batching", "parts", "run_folder", "stopping", "progress"},
+    {
+        "training",
+        "stage_trainer",
+        "arguments",
+        "batching",
+        "parts",
+        "shortcut_watch",
+        "run_folder",
+        "stopping",
+        "progress",
+    },
     {
         "demo",
         "demo_report",

@@ -107,7 +107,7 @@ def test_an_override_that_hits_nothing_says_so(file, override, sentence):
         (stage(data=[]), "would train nothing"),
         (stage(train=["fuson"]), "stages.0: train names a part that is 'fuson' .did you mean 'fusion'"),
         (stage(lr={"language": 1e-3}), "lr is set for 'language', but stage one trains fusion"),
-        (stage(lr={"fusion": "fast"}), "lr.fusion is 'fast', but a learning rate is a number"),
+        (stage(lr={"fusion": "fast"}), "lr.fusion is 'fast', but must be a number"),
         (stage(name="final"), "it names a folder"),
         (stage(name="a/b"), "it names a folder"),
         (stage(template="caption"), "template is 'caption', but allowed are chat, plain"),

@@ -101,7 +101,7 @@ def test_bad_records_are_skipped_and_listed_where_the_recipe_says_so(folder):
         ({"args": {"seed": 3}}, "args.seed is set by the recipe's `seed`"),
         ({"args": {"learning_rate": "fast"}}, "args.learning_rate is the text 'fast', but must be a number"),
         ({"args": {"remove_unused_columns": True}}, "must stay false"),
-        ({"args": {"eval_strategy": "steps"}}, "evaluate after training"),
+        ({"args": {"eval_strategy": "steps", "eval_steps": 1}}, "the recipe has no `evaluate`"),
         ({"args": {"label_smoothing_factor": 0.1}}, "would smooth wrong positions"),
         (
             {"loss_over": "token"},
