@@ -2,76 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .base_labels import PER_TOKEN, encode_batch, num_tokens_about
-from .labels import IGNORED, check_row, encode, written
+from .base_labels import PER_TOKEN, encode_batch
+from .checking import check_examples
+from .labels import IGNORED, encode, written
 from .prompting import is_fixed
 from .records import Example, choose, read_examples, read_source
 
 __all__ = ["Collator", "Example", "TrainingData", "check_examples", "choose", "encode", "read_examples", "read_source"]
 CACHED_TOKENS = 20_000_000  # token ids kept from one epoch to the next: at most some 160 MB
 PICTURED = ("pictures", "pixel_values", "vision_states")  # where an item has its pictures
-NEAR = 0.5  # of a limit: records this long by estimate are measured
-logger = logging.getLogger(__name__)
-
-
-def check_examples(
-    examples: Sequence[Example],
-    processor,
-    *,
-    template: str = "chat",
-    max_length: int | None = None,
-    limit: int | None = None,
-    max_images: int | None = None,
-    open_pictures: bool = False,
-    problems: list[str] | None = None,
-) -> list[Example]:
-    """The examples that a model can be trained on: all are written once, and with open_pictures every picture is opened.
-
-    max_length: cut there; limit: what the language model can take, longer records are refused, and those with more than max_images image
-    tokens. Raises ValueError at the first bad
-    record or, where a list of problems is given, notes a sentence there and leaves the record out.
-    """
-    good = []
-    for example in examples:
-        try:
-            of_stage = template, max_length, limit, max_images
-            _check(example, processor, *of_stage, open_pictures=open_pictures, first=not good)
-            good.append(example)
-        except ValueError as error:
-            if problems is None:
-                raise
-            problems.append(str(error))
-    return good
-
-
-def _check(example, processor, template, max_length, limit, max_images, *, open_pictures: bool, first: bool) -> None:
-    """Raise ValueError naming the record that cannot be learned from.
-
-    How many tokens pictures take is known to a base's processor only once it has prepared them, which for all would take as long as
-    an epoch's preparation: the first record and those near a limit are prepared, and the collator refuses what still is too long.
-    """
-    bound = min(max_length or math.inf, limit or math.inf)
-    if is_fixed(processor):
-        ids = encode(example, processor, template, max_length=max_length)["input_ids"]
-        try:
-            check_row(ids, processor, None, limit, max_images)
-        except ValueError as error:
-            raise ValueError(f"{example.source}: {error}") from None
-        if open_pictures:
-            example.pictures()
-    else:
-        text, _ = written(example, processor, template)
-        if first or (open_pictures and num_tokens_about(processor, text, example.pictures()) > NEAR * bound):
-            encode_batch([example], processor, template, max_length=max_length, limit=limit, max_images=max_images)
 
 
 class TrainingData(Dataset):
@@ -113,7 +60,7 @@ class TrainingData(Dataset):
             item["pixel_values"] = self.processor.pixels(example.pictures())
         return item
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Tokens of every item; for a base's own processor those of its text, as pictures count only once they are prepared."""
         if is_fixed(self.processor):

@@ -34,7 +34,19 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
     {"modeling", "upgraded", "processing", "fine_views", "prompting"},
     {"audio"},
     {"upgrading", "adapters"},
-    {"building", "official", "data", "labels", "base_labels", "records", "pictures", "states", "answers", "kept"},
+    {
+        "building",
+        "official",
+        "data",
+        "labels",
+        "base_labels",
+        "records",
+        "pictures",
+        "states",
+        "answers",
+        "kept",
+        "checking",
+    },
     {
         "convert",
         "training",
@@ -76,7 +88,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
     {"cli", "cli_study", "cli_models", "cli_serve"},
 ]
 FAMILIES = [
-    {"data", "labels", "base_labels", "records", "pictures", "states"},
+    {"data", "labels", "base_labels", "records", "pictures", "states", "checking"},
     {"recipe", "checked", "yaml_text", "study"},
     {
         "training",

@@ -1,0 +1,112 @@
+"""Every record of a stage is written and encoded once before the first step, so that nothing of it stops the run later.
+
+A record takes about a millisecond, so of large data sets each process checks a share of the records, where there are cores for it.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from .base_labels import encode_batch, num_tokens_about
+from .labels import check_row, encode, written
+from .prompting import is_fixed
+from .records import Example
+
+NEAR = 0.5  # of a limit: records this long by estimate are measured
+MANY = 20_000  # records from which on several processes are worth their start
+CHUNK = 500  # records that a process takes at a time
+_work: list = []  # in a process of the pool: what it checks, and how
+
+
+def check_examples(
+    examples: Sequence[Example],
+    processor,
+    *,
+    template: str = "chat",
+    max_length: int | None = None,
+    limit: int | None = None,
+    max_images: int | None = None,
+    open_pictures: bool = False,
+    problems: list[str] | None = None,
+) -> list[Example]:
+    """The examples that a model can be trained on: all are written once, and with open_pictures every picture is opened.
+
+    max_length: cut there; limit: what the language model can take, longer records are refused, and those with more than max_images image
+    tokens. Raises ValueError at the first bad record or, where a list of problems is given, notes a sentence there and leaves it out.
+    """
+    good, settings = [], (processor, template, max_length, limit, max_images, open_pictures)
+    for example, sentence in zip(examples, _sentences(examples, settings), strict=True):
+        if sentence is None:
+            good.append(example)
+        elif problems is None:
+            raise ValueError(sentence)
+        else:
+            problems.append(sentence)
+    return good
+
+
+def _sentences(examples: Sequence[Example], settings: tuple) -> Iterator[str | None]:
+    """What is wrong with each example, in order; None for a good one."""
+    num = num_processes() if len(examples) >= MANY and is_fixed(settings[0]) else 1
+    if num > 1:
+        # Forked processes see the examples and the tokenizer as they are: nothing is copied or written to a pipe but sentences.
+        chunks = range(0, len(examples), CHUNK)
+        with multiprocessing.get_context("fork").Pool(num, _begin, (examples, settings)) as pool:
+            for sentences in pool.imap(_of_chunk, chunks):
+                yield from sentences
+        return
+    first = True
+    for example in examples:
+        sentence = _sentence(example, settings, first=first)
+        first = first and sentence is not None
+        yield sentence
+
+
+def num_processes() -> int:
+    """How many processes share the check: this process's cores, divided among the processes that train on this machine."""
+    if sys.platform != "linux":
+        return 1
+    return len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _begin(examples: Sequence[Example], settings: tuple) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has a core of its own already
+    _work[:] = examples, settings
+
+
+def _of_chunk(start: int) -> list[str | None]:
+    examples, settings = _work
+    return [_sentence(example, settings, first=False) for example in examples[start : start + CHUNK]]
+
+
+def _sentence(example: Example, settings: tuple, *, first: bool) -> str | None:
+    try:
+        _check(example, *settings, first=first)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _check(example, processor, template, max_length, limit, max_images, open_pictures: bool, *, first: bool) -> None:
+    """Raise ValueError naming the record that cannot be learned from.
+
+    How many tokens pictures take is known to a base's processor only once it has prepared them, which for all would take as long as
+    an epoch's preparation: the first record and those near a limit are prepared, and the collator refuses what still is too long.
+    """
+    bound = min(max_length or math.inf, limit or math.inf)
+    if is_fixed(processor):
+        ids = encode(example, processor, template, max_length=max_length)["input_ids"]
+        try:
+            check_row(ids, processor, None, limit, max_images)
+        except ValueError as error:
+            raise ValueError(f"{example.source}: {error}") from None
+        if open_pictures:
+            example.pictures()
+    else:
+        text, _ = written(example, processor, template)
+        if first or (open_pictures and num_tokens_about(processor, text, example.pictures()) > NEAR * bound):
+            encode_batch([example], processor, template, max_length=max_length, limit=limit, max_images=max_images)
