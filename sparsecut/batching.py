@@ -5,6 +5,7 @@ Plans are made from lengths alone, before anything is opened, and by the seed: e
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -141,14 +142,22 @@ class AlikeOrder(Sampler):
 
     step: items of a step over all processes. Steps come in random order. What is left of each kind at the end shares the last steps,
     and the very last one is filled up with the epoch's first items, so that the order is the same for any number of processes.
-    grouped: without it the order is merely random.
+    grouped: without it the order is merely random. mixture: (items, weight) of sources that follow one another; an epoch then has as
+    many items as before, each source its share of them, and goes through a source anew once all of it has been seen.
     """
 
     def __init__(
-        self, lengths: Sequence[int], pictured: Sequence[bool], step: int, *, seed: int = 0, grouped: bool = True
+        self,
+        lengths: Sequence[int],
+        pictured: Sequence[bool],
+        step: int,
+        *,
+        seed: int = 0,
+        grouped: bool = True,
+        mixture: Sequence[tuple[int, float]] | None = None,
     ):
         self.lengths, self.pictured, self.step = lengths, pictured, step
-        self.seed, self.grouped, self.epoch = seed, grouped, 0
+        self.seed, self.grouped, self.mixture, self.epoch = seed, grouped, mixture, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle anew for this epoch."""
@@ -159,7 +168,7 @@ class AlikeOrder(Sampler):
 
     def __iter__(self) -> Iterator[int]:
         shuffled = random.Random(f"{self.seed} {self.epoch}")
-        order = list(range(len(self.lengths)))
+        order = self._chosen()
         shuffled.shuffle(order)
         if self.grouped:
             steps, rest = [], []
@@ -177,3 +186,20 @@ class AlikeOrder(Sampler):
         while len(order) < len(self):
             order += order[: len(self) - len(order)]
         return iter(order)
+
+    def _chosen(self) -> list[int]:
+        """The epoch's items: all, or every source's share of the mixture, taken where the epoch before left off."""
+        if self.mixture is None:
+            return list(range(len(self.lengths)))
+        total, first, chosen = sum(weight for _, weight in self.mixture), 0, []
+        edges = [0.0, *itertools.accumulate(weight / total for _, weight in self.mixture)]
+        marks = [round(edge * len(self.lengths)) for edge in edges]
+        for number, (size, _) in enumerate(self.mixture):
+            share = marks[number + 1] - marks[number]
+            for turn in range(self.epoch * share // size, -(-(self.epoch + 1) * share // size)):
+                items = list(range(first, first + size))
+                random.Random(f"{self.seed} {number} {turn}").shuffle(items)
+                start, end = self.epoch * share - turn * size, (self.epoch + 1) * share - turn * size
+                chosen += items[max(start, 0) : max(min(end, size), 0)]
+            first += size
+        return chosen

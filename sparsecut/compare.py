@@ -9,9 +9,8 @@ from pathlib import Path
 
 from .pictures import Pictures
 from .plan import Plan
-from .recipe import expand_path
 from .statistics import Answers, Contrast, difference, interval, seed_spread
-from .yaml_text import read_yaml
+from .yaml_text import expand_path, read_yaml
 
 RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
 

@@ -50,14 +50,23 @@ class TrainingData(Dataset):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict:
-        example = self.examples[index]
+        return self.item(self.examples[index], index)
+
+    def item(self, example: Example, index: int | None = None) -> dict:
+        """What one example gives; of one whose pictures are broken, and may be, only the sentence that says so ("broken")."""
+        try:
+            pictures = [] if self.states is not None else example.pictures()
+        except ValueError as error:
+            if not example.skip:
+                raise
+            return {"broken": str(error)}
         if not is_fixed(self.processor):
-            return {"example": example, "pictures": example.pictures()}
-        item = dict(self._tokens(index))
+            return {"example": example, "pictures": pictures}
+        item = dict(self._encode(example) if index is None else self._tokens(index))
         if example.images and self.states is not None:
             item["vision_states"] = self.states.read(example, self.views)
-        elif example.images:
-            item["pixel_values"] = self.processor.pixels(example.pictures())
+        elif pictures:
+            item["pixel_values"] = self.processor.pixels(pictures)
         return item
 
     @cached_property
@@ -77,12 +86,15 @@ class TrainingData(Dataset):
     def _tokens(self, index: int) -> dict[str, Tensor]:
         if index in self._encoded:
             return self._encoded[index]
-        encoded = encode(self.examples[index], self.processor, self.template, max_length=self.max_length)
-        item = {name: torch.tensor(values, dtype=torch.int32) for name, values in encoded.items()}
+        item = self._encode(self.examples[index])
         self._room -= len(item["input_ids"])
         if self._room >= 0:
             self._encoded[index] = item
         return item
+
+    def _encode(self, example: Example) -> dict[str, Tensor]:
+        encoded = encode(example, self.processor, self.template, max_length=self.max_length)
+        return {name: torch.tensor(values, dtype=torch.int32) for name, values in encoded.items()}
 
 
 def blank_item(processor, *, template: str = "chat", states=None, views: dict[int, int] | None = None) -> dict:
@@ -118,6 +130,7 @@ class Collator:
     `base_labels.encode_batch` is to keep of the stage (template, max_length, limit, max_images), which is known only here. Rows of
     items (`batching.Rows`) become one row each, with position_ids [B, L] in the attention_mask's place.
 
+    Items that are broken are left out, and their sentences stand in "broken", which the model does not take.
     blank: an item with a picture that follows those of a batch without one, where the engine needs it; none of its tokens is learned.
     """
 
@@ -128,8 +141,19 @@ class Collator:
         self.settings = settings
         self.blank: dict | None = None
 
-    def __call__(self, items: list) -> dict[str, Tensor]:
-        if isinstance(items[0], list):
+    def __call__(self, items: list) -> dict:
+        packed = isinstance(items[0], list)
+        broken = [item["broken"] for item in (_flat(items) if packed else items) if "broken" in item]
+        if not broken:
+            return self._whole(items, packed)
+        rows = [[item for item in row if "broken" not in item] for row in (items if packed else [items])]
+        good = [row for row in rows if row] if packed else rows[0]
+        if not good:
+            raise ValueError(f"every record of a batch is broken, the first: {broken[0]}")
+        return {**self._whole(good, packed), "broken": broken}
+
+    def _whole(self, items: list, packed: bool) -> dict[str, Tensor]:
+        if packed:
             return self._packed(items if self._has_pictures(_flat(items)) else [*items, [self.blank]])
         if self._has_pictures(items):
             return self._batch(items)

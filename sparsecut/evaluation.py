@@ -20,10 +20,11 @@ from . import __version__
 from .identity import fingerprint
 from .plan import nearest
 from .prompting import check_length, decode, greedy, inputs_of, is_fixed, render, template_of
-from .recipe import Recipe, expand_path
+from .recipe import Recipe
 from .records import IMAGE, Example, read_source
 from .scoring import METRICS, scores
 from .states import views_of
+from .yaml_text import expand_path
 
 SETTINGS, PREDICTIONS, RESULT = "settings.json", "predictions.jsonl", "result.json"
 

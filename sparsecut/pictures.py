@@ -8,7 +8,7 @@ import tarfile
 import zlib
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz")
 MEMORY_LIMIT = 256 * 2**20  # bytes of pictures that a compressed archive may hold in memory
@@ -54,7 +54,7 @@ class Pictures:
         try:
             return upright(io.BytesIO(self._read(name)))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"the picture {name} in {self.path} is broken: {error}") from None
+            raise ValueError(f"the picture {name} in {self.path} is broken: {_reason(error)}") from None
 
     def _read(self, name: str) -> bytes:
         if self.contents is not None:
@@ -78,7 +78,12 @@ def open_bytes(data: bytes) -> Image.Image:
     try:
         return upright(io.BytesIO(data))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the picture stored in the record is broken: {error}") from None
+        raise ValueError(f"the picture stored in the record is broken: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, without the address in memory that Pillow puts there: the same fault is the same sentence."""
+    return "it is of no format that is known" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _read_all(path: Path) -> dict[str, bytes]:

@@ -7,7 +7,6 @@ path is used. `dump_recipe` writes the recipe as it ran, so that this file alone
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,13 +15,14 @@ from pathlib import Path
 import yaml
 
 from .checked import as_tuples, build_checked, check_pattern, check_types, one_of
-from .yaml_text import override, read_yaml
+from .yaml_text import override, plain_lists, read_yaml
 
 PARTS = ("vision", "projector", "fusion", "language", "head")
 ADAPTED = ("vision:lora", "language:lora")
 TEMPLATES = ("chat", "plain")
 LOSSES = ("tokens", "batches")
 ON_ERROR = ("stop", "skip")
+CHOICES = ("where", "hold_out", "keep")  # what chooses among a source's records
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Source:
 
     images: None means the folder of `path`. on_error: "stop" at a bad record, or "skip" and count it. where: a regular
     expression that a record's id must contain; hold_out: one that it must not; group: one whose parentheses catch the group
-    of a record that names none. keep: at most so many, a fixed random choice.
+    of a record that names none. keep: at most so many, a fixed random choice. weight: the source's share of a mixture, against the
+    others' weights. streaming: records come from the files as they are read. max_broken: the share of records that may be skipped.
     """
 
     path: str
@@ -41,9 +42,20 @@ class Source:
     hold_out: str | None = None
     group: str | None = None
     keep: int | None = None
+    weight: float | int | None = None
+    streaming: bool = False
+    max_broken: float | int = 0.01
 
     def __post_init__(self):
         check_types(self)
+        if self.weight is not None and self.weight <= 0:
+            raise ValueError(f"weight is {self.weight}, but a share is above 0; remove the source to leave it out")
+        if not 0 <= self.max_broken <= 1:
+            raise ValueError(f"max_broken is {self.max_broken}, but a share is from 0 to 1")
+        if self.streaming and (chosen := [name for name in CHOICES if getattr(self, name) is not None]):
+            raise ValueError(
+                f"{chosen[0]} is set, but records of a stream are not chosen among: set streaming: false, or remove it"
+            )
         one_of("on_error", self.on_error, ON_ERROR)
         for name in ("where", "hold_out", "group"):
             check_pattern(name, getattr(self, name))
@@ -164,6 +176,7 @@ class Stage:
                 if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
                     raise ValueError(f"{name}.{part} is {value!r}, but must be a number of at least 0, like 1e-3")
         one_of("template", self.template, TEMPLATES)
+        _check_mixture(self)
         one_of("loss_over", self.loss_over, LOSSES)
         for name in ("pack", "max_image_tokens", "max_length"):
             if (given := getattr(self, name)) is not None and given < 1:
@@ -252,22 +265,27 @@ def dump_recipe(recipe: Recipe, path: str | Path) -> None:
     for holder in (*plain["stages"], plain.get("evaluate", {})):
         if len(holder.get("data", ())) == 1:
             holder["data"] = holder["data"][0]
-    text = yaml.safe_dump(_plain_lists(plain), sort_keys=False, allow_unicode=True, width=110)
+    text = yaml.safe_dump(plain_lists(plain), sort_keys=False, allow_unicode=True, width=110)
     Path(path).write_text(text, encoding="utf-8")
 
 
-def expand_path(text: str) -> str:
-    """A path with its environment variables and `~` filled in; ValueError for a variable that is not set."""
-    expanded = os.path.expanduser(os.path.expandvars(text))
-    if missing := re.search(r"\$\{?(\w+)", expanded):
+def _check_mixture(stage: Stage) -> None:
+    """Raise ValueError where a stage's sources cannot be mixed as they say."""
+    weights = {source.weight is not None for source in stage.data}
+    streams = {source.streaming for source in stage.data}
+    if len(streams) > 1:
         raise ValueError(
-            f"the path {text} names the environment variable {missing[1]}, which is not set; "
-            f"set it first (export {missing[1]}=...) or write the path in full"
+            f"stage {stage.name} mixes streams and files; set streaming: true for all of its data, or for none"
         )
-    return expanded
-
-
-def _plain_lists(value):
-    if isinstance(value, dict):
-        return {key: _plain_lists(item) for key, item in value.items()}
-    return [_plain_lists(item) for item in value] if isinstance(value, list | tuple) else value
+    if len(weights) > 1:
+        raise ValueError(f"stage {stage.name} gives a weight to some of its data only; give one to all, or to none")
+    if True in streams and stage.args.get("max_steps", -1) <= 0:
+        raise ValueError(
+            f"stage {stage.name} reads a stream, whose length is not known; say how long with args.max_steps"
+        )
+    if True in streams and (stage.group or stage.pack):
+        raise ValueError(
+            f"stage {stage.name} reads a stream, whose records are not known in advance; remove group and pack"
+        )
+    if True in weights and stage.pack:
+        raise ValueError(f"stage {stage.name} weighs its data and packs it into rows; remove pack, or the weights")

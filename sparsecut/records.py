@@ -7,9 +7,7 @@ A record is `{"id", "image": name or list of names, "conversations": [{"from": "
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +15,9 @@ from PIL import Image
 
 from .pictures import Pictures, open_bytes
 from .plan import nearest
-from .recipe import Source, expand_path
+from .recipe import Source
+from .shards import files_of, read_records, store_of
+from .yaml_text import expand_path
 
 IMAGE = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -27,7 +27,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 class Example:
     """One conversation: messages [{"role", "content"}] with `<image>` in user contents, and its pictures' names (or bytes).
 
-    source says where it stands, as in "train.jsonl line 7"; `pictures` opens what `images` names.
+    source says where it stands, as in "train.jsonl line 7"; `pictures` opens what `images` names. skip: a broken picture is no error.
     """
 
     id: str
@@ -37,6 +37,7 @@ class Example:
     level: str | None = None
     source: str = ""
     store: Pictures | None = field(default=None, repr=False, compare=False)
+    skip: bool = field(default=False, repr=False, compare=False)
 
     def pictures(self) -> list[Image.Image]:
         """The pictures in RGB, in order; ValueError naming the record where one is missing or broken."""
@@ -74,24 +75,24 @@ def read_source(source: Source, problems: list[str]) -> list[Example]:
 def read_examples(
     path: str | Path, images: str | Path | None = None, *, problems: list[str] | None = None
 ) -> list[Example]:
-    """All records of a file as examples; images: folder or tar archive of the pictures, None for the file's own folder.
+    """All records of a file, or of all that a pattern names, as examples.
 
-    Raises ValueError at the first bad record, or, where a list of problems is given, notes a sentence there and goes on.
+    images: folder or tar archive of the pictures; None for the file's own folder or, where it holds them itself, the file. Raises
+    ValueError at the first bad record, or, where a list of problems is given, notes a sentence there and goes on.
     """
-    path = Path(path)
-    if path.suffix not in READERS or not path.is_file():
-        raise ValueError(f"{path} is not a file of records; give an existing file that ends in {', '.join(READERS)}")
-    store, examples = Pictures(images if images is not None else path.parent), []
-    for place, record in READERS[path.suffix](path):
-        try:
-            example = _example(record() if callable(record) else record, place, store)
-            example.check_pictures()
-            examples.append(example)
-        except ValueError as error:
-            sentence = str(error) if str(error).startswith(place) else f"{place}: {error}"
-            if problems is None:
-                raise ValueError(sentence) from None
-            problems.append(sentence)
+    examples = []
+    for file in files_of(path):
+        store = store_of(file) if images is None else Pictures(images)
+        for place, record in read_records(file, kept=images is None):
+            try:
+                example = example_from(record, place, store, skip=problems is not None)
+                example.check_pictures()
+                examples.append(example)
+            except ValueError as error:
+                sentence = str(error) if str(error).startswith(place) else f"{place}: {error}"
+                if problems is None:
+                    raise ValueError(sentence) from None
+                problems.append(sentence)
     return examples
 
 
@@ -117,52 +118,9 @@ def _caught(pattern: str, text: str) -> str | None:
     return found[1] if found else None
 
 
-def _json(path: Path) -> Iterator[tuple[str, dict]]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno} column {error.colno}: malformed JSON, {error.msg}") from None
-    if not isinstance(records, list):
-        raise ValueError(
-            f"{path} holds {_kind(records)}, but a list of records is needed; a file with one record a line ends in .jsonl"
-        )
-    for i, record in enumerate(records):
-        yield f"{path} record {i}", record
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Callable]]:
-    def parse(line: str):
-        try:
-            return json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"malformed JSON at column {error.colno}, {error.msg}") from None
-
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{path} line {number}", lambda line=line: parse(line)
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {error}") from None
-    number = 0
-    for batch in file.iter_batches():
-        for record in batch.to_pylist():
-            yield f"{path} record {number}", record
-            number += 1
-
-
-READERS = {".json": _json, ".jsonl": _json_lines, ".parquet": _parquet}
-
-
-def _example(record, place: str, store: Pictures) -> Example:
-    """An example from a record; ValueError says what is wrong with it."""
+def example_from(record, place: str, store, *, skip: bool = False) -> Example:
+    """An example from a record, or from the function that reads it; ValueError says what is wrong with it."""
+    record = record() if callable(record) else record
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise ValueError(
             f"a record is an object with `conversations`, but this is {_kind(record)} without; see LLaVA's format"
@@ -182,7 +140,7 @@ def _example(record, place: str, store: Pictures) -> Example:
             f"the text has {places} {IMAGE} but the record names {len(images)} pictures; write one {IMAGE} for each picture"
         )
     group, level = (None if record.get(key) is None else str(record[key]) for key in ("group", "level"))
-    return Example(str(record.get("id", place)), images, messages, group, level, place, store)
+    return Example(str(record.get("id", place)), images, messages, group, level, place, store, skip)
 
 
 def _message(turn, number: int) -> dict[str, str]:

@@ -21,6 +21,7 @@ from .adapters import FOLDER as ADAPTERS
 from .recipe import Recipe, dump_recipe, load_recipe
 
 FINISHED = "versions.json"  # written last, so a stage that has it is whole
+SKIPPED = "skipped.txt"  # sentences about records that were left out
 WHOLE = "whole.json"  # the same for a checkpoint inside a stage
 
 

@@ -44,8 +44,8 @@ def search(
     """
     check_budget(count, ratio)
     from .building import depths_of
-    from .recipe import expand_path
     from .study_runner import run_study
+    from .yaml_text import expand_path
 
     model = study.recipe["model"]
     depths = depths_of(expand_path(model["vision"]), expand_path(model["language"]))

@@ -8,8 +8,8 @@ from pathlib import Path
 from .drawing import draw
 from .methods import METHODS, make_plan
 from .plan import Plan, nearest
-from .recipe import expand_path, parse_recipe
-from .yaml_text import read_yaml
+from .recipe import parse_recipe
+from .yaml_text import expand_path, read_yaml
 
 DEPTHS = 24, 32  # CLIP-L and a 7B language model
 FILES = (".yaml", ".yml", ".json")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -20,17 +20,20 @@ from .labels import IGNORED
 from .parts import freeze_unread, frozen_modules, part_names
 from .progress import StageLog
 from .recipe import Stage
-from .run_folder import check_continues, check_room, mark_whole, not_written
+from .run_folder import SKIPPED, check_continues, check_room, mark_whole, not_written
 from .shortcut_watch import ShortcutWatch
 from .stopping import StopOnSignal, Stopped
+from .streams import Stream
 from .upgraded import WEIGHTS
+
+FEW = 10  # broken records that any stage may have
 
 
 class StageTrainer(Trainer):
     """A Trainer for one stage: frozen parts stay in evaluation mode, parts have their own learning rates, bad losses stop it."""
 
-    def __init__(self, *args, stage: Stage, log: StageLog, **kwargs):
-        self.stop = StopOnSignal()
+    def __init__(self, *args, stage: Stage, log: StageLog, mixture=None, **kwargs):
+        self.stop, self.broken, self.mixture = StopOnSignal(), set(), mixture
         super().__init__(*args, callbacks=[log, self.stop], **kwargs)
         self.stage, self.stage_log = stage, log
         self._check_sharding()
@@ -76,6 +79,11 @@ class StageTrainer(Trainer):
             )
 
     @property
+    def num_seen(self) -> int:
+        """Records seen so far, over all processes."""
+        return (self.state.global_step + 1) * self.batch_facts["global_batch"]
+
+    @property
     def is_sharded(self) -> bool:
         """Whether weights lie in pieces on several processes (FSDP, DeepSpeed)."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -93,6 +101,10 @@ class StageTrainer(Trainer):
         """Train, from a whole checkpoint on if there is one; Stopped where SIGTERM has ended it, with a checkpoint written."""
         if checkpoint is not None:
             check_continues(checkpoint, self.batch_facts, self.stage.name)
+            if isinstance(self.train_dataset, Stream):
+                self.args.ignore_data_skip = True  # the stream passes over what was seen without opening it
+                steps = int(checkpoint.name.rpartition("-")[2])
+                self.train_dataset.start = steps * self.args.gradient_accumulation_steps
         check_room(Path(self.args.output_dir), self._num_bytes(), self.stage.name)
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -106,10 +118,21 @@ class StageTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         """The Trainer's random order, or one with alike records in a step."""
-        if not (self.stage.group or self.stage.pack):
+        if not (self.stage.group or self.stage.pack or self.mixture):
             return super()._get_train_sampler(train_dataset)
         data, step = self.train_dataset, self.batch_facts["global_batch"]
-        return AlikeOrder(data.lengths, data.num_image_tokens, step, seed=self.args.data_seed, grouped=self.stage.group)
+        lengths, images = (data.lengths, data.num_image_tokens) if self.stage.group else ([0] * len(data),) * 2
+        more = {"seed": self.args.data_seed, "grouped": self.stage.group, "mixture": self.mixture}
+        return AlikeOrder(lengths, images, step, **more)
+
+    def get_train_dataloader(self):
+        """The Trainer's; a stream divides itself between processes."""
+        data = self.train_dataset
+        if not isinstance(data, Stream):
+            return super().get_train_dataloader()
+        generator = torch.Generator().manual_seed(self.args.data_seed)  # or it would take random numbers of the model's
+        workers = {"num_workers": self.args.dataloader_num_workers, "pin_memory": self.args.dataloader_pin_memory}
+        return DataLoader(data, data.batch, collate_fn=self.data_collator, generator=generator, **workers)
 
     def create_optimizer(self, model=None):
         """The usual optimizer, its groups divided by part so that each takes its own learning rate."""
@@ -138,6 +161,7 @@ class StageTrainer(Trainer):
             raise ValueError(
                 f"{self._place()} has no token to learn: all its labels are masked; check template and data"
             )
+        self._note_broken(inputs.pop("broken", ()))
         images = (inputs["input_ids"] == self.model.config.image_token_id).sum()
         # Packed rows have no mask; a padding token that is learned is an end token.
         told = (inputs["labels"] != IGNORED) | (inputs["input_ids"] != self.data_collator.pad_token_id)
@@ -155,6 +179,22 @@ class StageTrainer(Trainer):
                 "or clip gradients (args: learning_rate, warmup_steps, max_grad_norm)"
             )
         return loss
+
+    def _note_broken(self, sentences) -> None:
+        """Count and name records that were left out; ValueError where they are more than their share."""
+        new = [sentence for sentence in sentences if sentence not in self.broken]
+        if not new:
+            return
+        self.broken.update(new)
+        with (Path(self.args.output_dir).parent / SKIPPED).open("a", encoding="utf-8") as file:
+            file.write("".join(f"{sentence}\n" for sentence in new))
+        seen = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else self.num_seen
+        share = max(source.max_broken for source in self.stage.data)
+        if len(self.broken) > max(FEW, share * seen):
+            raise ValueError(
+                f"{self._place()}: {len(self.broken)} of {seen:,} records were left out as broken, more than max_broken={share} allows; "
+                f"they are named in {SKIPPED}, the last: {new[-1]}; mend them, or raise max_broken"
+            )
 
     def log(self, logs, start_time=None):
         """The Trainer's figures and those of the shortcuts, to log.jsonl and wherever `report_to` says."""
@@ -246,6 +286,6 @@ class StageTrainer(Trainer):
         return f"stage {self.stage.name}: step {self.state.global_step + 1}"
 
 
-def saves_fusion_only(model: nn.Module) -> bool:
+def saves_fusion_only(model: torch.nn.Module) -> bool:
     """Whether the model is an upgraded one whose base is the one that its name stands for, so that the name is enough."""
     return hasattr(model, "save_fusion") and model.config.base_name is not None

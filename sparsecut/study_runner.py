@@ -80,9 +80,9 @@ def prepare(study: Study, say) -> None:
     from .building import build
     from .evaluation import asked_of
     from .methods import make_plan
-    from .recipe import expand_path
     from .records import read_source
     from .states import prepare_states, views_of
+    from .yaml_text import expand_path
 
     out = Path(study.output)
     if study.pictures is not None:

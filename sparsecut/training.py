@@ -30,11 +30,13 @@ from .methods import make_plan
 from .parts import check_parts, freeze
 from .progress import StageLog, report
 from .prompting import length_limit
-from .recipe import Recipe, Stage, dump_recipe, expand_path, load_recipe
-from .run_folder import check_output, clear_stage, finished, link_all, save_stage
+from .recipe import Recipe, Source, Stage, dump_recipe, load_recipe
+from .run_folder import SKIPPED, check_output, clear_stage, finished, link_all, save_stage
 from .stage_trainer import StageTrainer
 from .states import VisionStates, prepare_states, views_of
+from .streams import Stream, first_of
 from .upgrading import upgrade
+from .yaml_text import expand_path
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the argument that asks for computing in it
 HELD_OUT = 256  # records at most that are looked at while training
@@ -61,7 +63,10 @@ def train(
     arguments = [stage_arguments(stage, recipe.seed, output) for stage in recipe.stages]
     check_output(recipe, output, resume=resume or check)
     problems: list[str] = []
-    read = [[(source, read_source(source, problems)) for source in stage.data] for stage in recipe.stages]
+    read = [
+        [(source, None if source.streaming else read_source(source, problems)) for source in stage.data]
+        for stage in recipe.stages
+    ]
     asked = [e for source in (recipe.evaluate.data if recipe.evaluate else ()) for e in read_source(source, problems)]
     for example in asked if check else ():
         example.pictures()
@@ -76,7 +81,7 @@ def train(
     for stage in recipe.stages:
         check_parts(model, stage.train)
     data = [
-        _checked(stage, sources, processor, limit=length_limit(model), open_pictures=check, problems=problems)
+        _checked(stage, sources, processor, limits=_limits(stage, model), open_pictures=check, problems=problems)
         for stage, sources in zip(recipe.stages, read, strict=True)
     ]
     held_out = _held_out(arguments, asked, processor)
@@ -88,14 +93,15 @@ def train(
         output.mkdir(parents=True, exist_ok=True)
         dump_recipe(recipe, output / "config.yaml")
         if problems:
-            (output / "skipped.txt").write_text("".join(f"{sentence}\n" for sentence in problems))
-    states = kept_states(recipe, model, processor, [e for examples in data for e in examples] + asked, arguments[0])
-    for stage, examples in list(zip(recipe.stages, data, strict=True))[done:]:
+            (output / SKIPPED).write_text("".join(f"{sentence}\n" for sentence in problems))
+    kept = [e for found in data for _, examples in found for e in examples] + asked
+    states = kept_states(recipe, model, processor, kept, arguments[0])
+    for stage, found in list(zip(recipe.stages, data, strict=True))[done:]:
         args = stage_arguments(stage, recipe.seed, output)  # anew: making them sets accelerate up for this stage
         folder = Path(args.output_dir)
         checkpoint = clear_stage(folder, resume=resume, main=args.should_save)
         more = {"states": states, "held_out": held_out if args.eval_strategy != "no" else None}
-        trainer = train_stage(model, processor, stage, examples, args, checkpoint=checkpoint, shown=shown, **more)
+        trainer = train_stage(model, processor, stage, found, args, checkpoint=checkpoint, shown=shown, **more)
         save_stage(trainer, processor, recipe, folder)
         if trainer.is_sharded:  # its weights lie in pieces on several processes; the next stage begins with whole ones
             model, processor = load(folder)
@@ -110,7 +116,7 @@ def train_stage(
     model,
     processor,
     stage: Stage,
-    examples: list[Example],
+    found: list[tuple[Source, list[Example]]],
     args: TrainingArguments,
     *,
     checkpoint=None,
@@ -120,6 +126,7 @@ def train_stage(
 ) -> StageTrainer:
     """Train the parts that a stage names on checked examples; the model is changed in place and left in evaluation mode.
 
+    found: the stage's sources with their examples; of streams these are the first, and the rest is read while training goes on.
     states: kept states of all the examples' pictures, read instead of running the encoder. held_out: what the loss is told of while
     training (args.eval_strategy).
     """
@@ -132,13 +139,23 @@ def train_stage(
     views = views_of(model.plan, model.config.vision_depth)
     log = StageLog(stage.name, Path(args.output_dir), shown=shown)
     settings = {"template": stage.template, "max_length": stage.max_length}
+    limits = _limits(stage, model)
+    collator = Collator(processor, **settings, **limits)
+    examples = [example for _, of_source in found for example in of_source]
     data = TrainingData(examples, processor, **settings, states=states, views=views)
-    collator = Collator(processor, **settings, limit=length_limit(model), max_images=stage.max_image_tokens)
+    mixture = [(len(of_source), source.weight) for source, of_source in found] if stage.data[0].weight else None
     try:
+        if stage.data[0].streaming:
+            share = {
+                "batch": args.per_device_train_batch_size,
+                "rank": args.process_index,
+                "processes": args.world_size,
+            }
+            data = Stream(stage.data, data, {**settings, **limits}, seed=args.data_seed, **share)
         data = in_rows(data, model, stage)
         asked = TrainingData(held_out, processor, states=states, views=views) if held_out else None
         sets = {"train_dataset": data, "eval_dataset": asked, "data_collator": collator}
-        trainer = StageTrainer(model=model, args=args, stage=stage, log=log, **sets)
+        trainer = StageTrainer(model=model, args=args, stage=stage, log=log, mixture=mixture, **sets)
         trainer.train_from(checkpoint)
         if stage.lora and stage.lora.merge:
             merge_adapters(model)
@@ -206,26 +223,25 @@ def _check_states(recipe: Recipe, model) -> None:
         )
 
 
-def _checked(stage: Stage, sources, processor, *, limit, open_pictures: bool, problems: list[str]) -> list[Example]:
-    """The good examples of all of a stage's sources."""
-    examples = []
+def _limits(stage: Stage, model) -> dict:
+    return {"limit": length_limit(model), "max_images": stage.max_image_tokens}
+
+
+def _checked(stage: Stage, sources, processor, *, limits: dict, open_pictures: bool, problems: list[str]) -> list:
+    """Every source of a stage with its good examples, of a stream the first ones."""
+    settings = {"template": stage.template, "max_length": stage.max_length, **limits}
+    good = []
     for source, found in sources:
-        skip = source.on_error == "skip"
-        examples += check_examples(
-            found,
-            processor,
-            template=stage.template,
-            max_length=stage.max_length,
-            limit=limit,
-            max_images=stage.max_image_tokens,
-            open_pictures=open_pictures or skip,  # a broken picture can only be skipped if it is found now
-            problems=problems if skip else None,
-        )
-    if not examples:
+        if source.streaming:
+            good.append((source, first_of(source, processor, settings)))
+            continue
+        notes = problems if source.on_error == "skip" else None
+        good.append((source, check_examples(found, processor, **settings, open_pictures=open_pictures, problems=notes)))
+    if not all(examples for _, examples in good):
         raise ValueError(
-            f"stage {stage.name}: no record is left to learn from; {len(problems)} were skipped, the last: {problems[-1]}"
+            f"stage {stage.name}: a source has no record left to learn from; {len(problems)} were skipped, the last: {problems[-1:]}"
         )
-    return examples
+    return good
 
 
 def _held_out(arguments: list[TrainingArguments], asked: list[Example], processor) -> list[Example]:
@@ -239,9 +255,13 @@ def _held_out(arguments: list[TrainingArguments], asked: list[Example], processo
     return check_examples(choose(asked, keep=HELD_OUT), processor) if wanted else []
 
 
-def _report(recipe: Recipe, data: list[list[Example]], problems: list[str], *, shown: bool) -> None:
+def _report(recipe: Recipe, data: list, problems: list[str], *, shown: bool) -> None:
     if problems:
         logger.warning("%d records are skipped, the first: %s", len(problems), problems[0])
-    for stage, examples in zip(recipe.stages, data, strict=True) if shown else ():
+    for stage, found in zip(recipe.stages, data, strict=True) if shown else ():
+        examples = [example for _, of_source in found for example in of_source]
         pictures = sum(len(example.images) for example in examples)
-        report(f"{stage.name}: {len(examples):,} records with {pictures:,} pictures, training {', '.join(stage.train)}")
+        size = f"{len(examples):,} records with {pictures:,} pictures"
+        if stage.data[0].streaming:
+            size = f"a stream of {len(found)} sources"
+        report(f"{stage.name}: {size}, training {', '.join(stage.train)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import yaml
@@ -65,3 +66,21 @@ def _replace(node, keys: list[str], value, change: str, at: str):
             f"there {'is' if len(node) == 1 else 'are'} {', '.join(map(str, node))}"
         )
     return {**node, key: _replace(node.get(key, {}), keys[1:], value, change, place)}
+
+
+def expand_path(text: str) -> str:
+    """A path with its environment variables and `~` filled in; ValueError for a variable that is not set."""
+    expanded = os.path.expanduser(os.path.expandvars(text))
+    if missing := re.search(r"\$\{?(\w+)", expanded):
+        raise ValueError(
+            f"the path {text} names the environment variable {missing[1]}, which is not set; "
+            f"set it first (export {missing[1]}=...) or write the path in full"
+        )
+    return expanded
+
+
+def plain_lists(value):
+    """Keys and values with lists where tuples were, as YAML is written."""
+    if isinstance(value, dict):
+        return {key: plain_lists(item) for key, item in value.items()}
+    return [plain_lists(item) for item in value] if isinstance(value, list | tuple) else value

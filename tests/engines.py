@@ -27,6 +27,7 @@ CASES = {
     "recomputed": (SPARSE, {"train": BOTH, "args": {"activation_checkpointing": True}}),
     "context": (CONTEXT, {"train": ["fusion"]}),
     "texts": (SPARSE, {"train": BOTH, "data": "texts.json"}),
+    "streamed": (SPARSE, {"train": BOTH, "streaming": True}),
     "packed": (SPARSE, {"train": BOTH, "pack": 30, "group": True}),
 }
 ZERO = {
@@ -44,7 +45,9 @@ def stage_of(folder: Path, name: str, processes: int, **args):
     changes = dict(CASES[name][1])
     args = {"max_steps": 4, "optim": "sgd", "learning_rate": 0.1, "use_cpu": True, **changes.pop("args", {}), **args}
     args["per_device_train_batch_size"] = 4 // args.get("gradient_accumulation_steps", 1) // processes
-    return stage(folder, **changes, args=args)
+    streaming = changes.pop("streaming", False)
+    found = stage(folder, **changes, args=args)
+    return {**found, "data": {**found["data"], "streaming": streaming}}
 
 
 def run_case(folder: Path, name: str, output: Path, processes: int, **args) -> None:

@@ -41,8 +41,10 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
         "labels",
         "base_labels",
         "records",
+        "shards",
         "pictures",
         "states",
+        "streams",
         "answers",
         "kept",
         "checking",
@@ -88,7 +90,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
     {"cli", "cli_study", "cli_models", "cli_serve"},
 ]
 FAMILIES = [
-    {"data", "labels", "base_labels", "records", "pictures", "states", "checking"},
+    {"data", "labels", "base_labels", "records", "shards", "pictures", "states", "streams", "checking"},
     {"recipe", "checked", "yaml_text", "study"},
     {
         "training",

@@ -2,8 +2,8 @@
 
 import pytest
 
-from sparsecut.recipe import Recipe, Source, dump_recipe, expand_path, load_recipe, parse_recipe
-from sparsecut.yaml_text import read_yaml
+from sparsecut.recipe import Recipe, Source, dump_recipe, load_recipe, parse_recipe
+from sparsecut.yaml_text import expand_path, read_yaml
 
 TEXT = """
 model: {vision: some/encoder, language: some/llm}

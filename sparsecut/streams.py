@@ -1,0 +1,126 @@
+"""Records that are read from shards while training goes on: nothing is indexed or kept, and the order is the seed's.
+
+Every process and worker walks through the same stream of texts and takes its own share of it; pictures are opened only for that. So the
+order depends neither on the number of processes nor of workers, and a resumed run passes over what was seen without opening it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .data import check_examples
+from .labels import written
+from .pictures import Pictures
+from .prompting import is_fixed
+from .recipe import Source
+from .records import Example, example_from
+from .shards import files_of, read_records
+from .yaml_text import expand_path
+
+BUFFER = 1000  # records among which the next one is drawn
+
+
+class Stream(IterableDataset):
+    """Items of a stage's streaming sources without end, as `data` (a TrainingData) makes them of examples.
+
+    settings: what `check_examples` is to keep of the stage. batch, rank, processes: records of a process's micro-batch, which process
+    this is, and of how many; `start`: how many micro-batches each has seen. A bad record of a source with on_error "skip" is told of as
+    "broken" in the first process's next item, and any other stops the stream.
+    """
+
+    def __init__(
+        self, sources: tuple[Source, ...], data, settings: dict, *, seed: int, batch: int, rank: int, processes: int
+    ):
+        self.sources, self.data, self.settings, self.seed = sources, data, settings, seed
+        self.batch, self.rank, self.processes, self.start = batch, rank, processes, 0
+
+    def __getattr__(self, name: str):
+        if name not in ("processor", "template", "states", "views"):
+            raise AttributeError(name)
+        return getattr(self.data, name)
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        whole, place, broken = self.batch * self.processes, 0, []
+        own = range(self.rank * self.batch, (self.rank + 1) * self.batch)
+        for example in self.examples():
+            if isinstance(example, str):
+                broken.append(example)
+                continue
+            step, at = divmod(place, whole)
+            place += 1
+            mine = step >= self.start and (step - self.start) % workers == number
+            if mine and at in own:
+                yield self.data.item(example)
+            if mine and at == own[0] and self.rank == 0:
+                yield from ({"broken": sentence} for sentence in broken)
+            if step >= self.start:
+                broken = []
+
+    def examples(self) -> Iterator[Example | str]:
+        """The stage's examples in their order, without end: every source shuffled anew in each pass, and mixed by weight.
+
+        Between them sentences about records that are left out.
+        """
+        drawn = random.Random(f"{self.seed} sources")
+        streams = [self._of_source(source, i) for i, source in enumerate(self.sources)]
+        weights = [source.weight or 1.0 for source in self.sources]
+        while True:
+            yield next(streams[drawn.choices(range(len(streams)), weights)[0]])
+
+    def _of_source(self, source: Source, number: int) -> Iterator[Example | str]:
+        for turn in itertools.count():
+            order = random.Random(f"{self.seed} {number} {turn}")
+            shards = files_of(expand_path(source.path))
+            order.shuffle(shards)
+            found, buffer = False, []
+            for example in passing(source, shards, self.processor, self.settings):
+                if isinstance(example, str):
+                    yield example
+                    continue
+                found = True
+                if len(buffer) < BUFFER:
+                    buffer.append(example)
+                    continue
+                i = order.randrange(BUFFER)
+                yield buffer[i]
+                buffer[i] = example
+            order.shuffle(buffer)
+            yield from buffer
+            if not found:
+                raise ValueError(
+                    f"{source.path} gives no record to learn from in a whole pass through its {len(shards)} files"
+                )
+
+
+def passing(source: Source, shards: list[Path], processor, settings: dict) -> Iterator[Example | str]:
+    """A source's records in the order of its files, each checked as it passes; of bad ones that may be skipped, a sentence."""
+    skip = source.on_error == "skip"
+    for shard in shards:
+        store = Pictures(expand_path(source.images) if source.images else shard.parent)
+        for place, record in read_records(shard):
+            try:
+                example = example_from(record, place, store, skip=skip)
+                if is_fixed(processor):
+                    check_examples([example], processor, **settings)
+                else:  # more would mean to prepare its pictures
+                    written(example, processor, settings["template"])
+            except ValueError as error:
+                sentence = str(error) if place in str(error) else f"{place}: {error}"
+                if not skip:
+                    raise ValueError(sentence) from None
+                yield sentence
+                continue
+            yield example
+
+
+def first_of(source: Source, processor, settings: dict, num: int = 32) -> list[Example]:
+    """The first good records of a stream, so that what is wrong with all of them is told before the first step."""
+    found = passing(source, files_of(expand_path(source.path)), processor, settings)
+    return [example for example in itertools.islice(found, num) if not isinstance(example, str)]
