@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -18,6 +19,7 @@ from .records import Example, choose, read_examples, read_source
 
 __all__ = ["Collator", "Example", "TrainingData", "check_examples", "choose", "encode", "read_examples", "read_source"]
 CACHED_TOKENS = 20_000_000  # token ids kept from one epoch to the next: at most some 160 MB
+MANY = 100  # broken records in a row that are passed over
 PICTURED = ("pictures", "pixel_values", "vision_states")  # where an item has its pictures
 
 
@@ -50,16 +52,43 @@ class TrainingData(Dataset):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict:
-        return self.item(self.examples[index], index)
+        return self.item(self.examples[index], self._others(index), index)
 
-    def item(self, example: Example, index: int | None = None) -> dict:
-        """What one example gives; of one whose pictures are broken, and may be, only the sentence that says so ("broken")."""
-        try:
-            pictures = [] if self.states is not None else example.pictures()
-        except ValueError as error:
-            if not example.skip:
-                raise
-            return {"broken": str(error)}
+    def item(self, example: Example, others: Iterable[Example] = (), index: int | None = None) -> dict:
+        """What one example gives or, where its pictures are broken and may be, the first of the others whose pictures are not.
+
+        The item then has "broken": a sentence about each record that was passed over.
+        """
+        broken = []
+        for one in itertools.chain([example], itertools.islice(others, MANY)):
+            try:
+                item = self._item(one, index if one is example else None)
+                return {**item, "broken": broken} if broken else item
+            except ValueError as error:
+                if not one.skip:
+                    raise
+                broken.append(str(error))
+        raise ValueError(f"{len(broken)} records were broken, one after another, the first: {broken[0]}")
+
+    def _others(self, index: int) -> Iterator[Example]:
+        """Records to take instead, the best first: those that follow, with as many pictures and no more tokens, so that a row holds them.
+
+        Then those with fewer pictures, and texts; never any with more, so that a limit on image tokens holds.
+        """
+        images = len(self.examples[index].images)
+        for i in self._around(index):
+            if len(self.examples[i].images) == images and self._length(i) <= self._length(index):
+                yield self.examples[i]
+        yield from (self.examples[i] for i in self._around(index) if len(self.examples[i].images) < images)
+
+    def _around(self, index: int) -> Iterable[int]:
+        return itertools.chain(range(index + 1, len(self)), range(index))
+
+    def _length(self, index: int) -> int:
+        return len(self._tokens(index)["input_ids"]) if is_fixed(self.processor) else 0
+
+    def _item(self, example: Example, index: int | None) -> dict:
+        pictures = [] if self.states is not None else example.pictures()
         if not is_fixed(self.processor):
             return {"example": example, "pictures": pictures}
         item = dict(self._encode(example) if index is None else self._tokens(index))
@@ -130,7 +159,7 @@ class Collator:
     `base_labels.encode_batch` is to keep of the stage (template, max_length, limit, max_images), which is known only here. Rows of
     items (`batching.Rows`) become one row each, with position_ids [B, L] in the attention_mask's place.
 
-    Items that are broken are left out, and their sentences stand in "broken", which the model does not take.
+    Sentences about broken records, whose places others have taken, stand in "broken", which the model does not take.
     blank: an item with a picture that follows those of a batch without one, where the engine needs it; none of its tokens is learned.
     """
 
@@ -143,14 +172,9 @@ class Collator:
 
     def __call__(self, items: list) -> dict:
         packed = isinstance(items[0], list)
-        broken = [item["broken"] for item in (_flat(items) if packed else items) if "broken" in item]
-        if not broken:
-            return self._whole(items, packed)
-        rows = [[item for item in row if "broken" not in item] for row in (items if packed else [items])]
-        good = [row for row in rows if row] if packed else rows[0]
-        if not good:
-            raise ValueError(f"every record of a batch is broken, the first: {broken[0]}")
-        return {**self._whole(good, packed), "broken": broken}
+        broken = [sentence for item in (_flat(items) if packed else items) for sentence in item.get("broken", ())]
+        batch = self._whole(items, packed)
+        return {**batch, "broken": broken} if broken else batch
 
     def _whole(self, items: list, packed: bool) -> dict[str, Tensor]:
         if packed:

@@ -111,7 +111,8 @@ def clear_stage(folder: Path, *, resume: bool, main: bool) -> Path | None:
     kept = last_checkpoint(folder) if resume else None
     if main:
         if not resume:
-            (folder / FINISHED).unlink(missing_ok=True)
+            for left in (FINISHED, SKIPPED):
+                (folder / left).unlink(missing_ok=True)
         for old in folder.glob("checkpoint-*"):
             if not (resume and (old / WHOLE).is_file()):
                 shutil.rmtree(old, ignore_errors=True)

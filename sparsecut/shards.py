@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +17,11 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")  # members of a We
 
 
 def files_of(path: str | Path) -> list[Path]:
-    """The files that a path or a pattern (data/part-*.parquet) names, in order; ValueError where there are none of a known kind."""
-    found = [Path(name) for name in sorted(glob.glob(str(path)))] or [Path(path)]
+    """The files that a path or a pattern (data/part-*.parquet, data/{000..010}.tar) names, in order.
+
+    ValueError where one of them is missing, or of no known kind.
+    """
+    found = [Path(name) for one in _numbered(str(path)) for name in sorted(glob.glob(one)) or [one]]
     for file in found:
         if not (file.is_file() and file.suffix in READERS) and not (file / "dataset_info.json").is_file():
             raise ValueError(
@@ -25,6 +29,18 @@ def files_of(path: str | Path) -> list[Path]:
                 "that datasets' save_to_disk has written"
             )
     return found
+
+
+def _numbered(path: str) -> list[str]:
+    """A path for each number where there is {000..010} in it, written with as many digits."""
+    span = re.search(r"\{(\d+)\.\.(\d+)\}", path)
+    if span is None:
+        return [path]
+    first, last = span.groups()
+    if int(last) < int(first):
+        raise ValueError(f"{path} counts from {first} down to {last}; write the smaller number first")
+    numbers = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+    return [more for i in numbers for more in _numbered(path[: span.start()] + i + path[span.end() :])]
 
 
 def read_records(path: Path, *, kept: bool = False) -> Iterator[tuple[str, object]]:

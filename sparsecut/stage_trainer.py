@@ -33,7 +33,7 @@ class StageTrainer(Trainer):
     """A Trainer for one stage: frozen parts stay in evaluation mode, parts have their own learning rates, bad losses stop it."""
 
     def __init__(self, *args, stage: Stage, log: StageLog, mixture=None, **kwargs):
-        self.stop, self.broken, self.mixture = StopOnSignal(), set(), mixture
+        self.stop, self.mixture = StopOnSignal(), mixture
         super().__init__(*args, callbacks=[log, self.stop], **kwargs)
         self.stage, self.stage_log = stage, log
         self._check_sharding()
@@ -181,19 +181,24 @@ class StageTrainer(Trainer):
         return loss
 
     def _note_broken(self, sentences) -> None:
-        """Count and name records that were left out; ValueError where they are more than their share."""
-        new = [sentence for sentence in sentences if sentence not in self.broken]
+        """Count and name broken records, of all processes and of this run's beginning; ValueError where they are more than their share."""
+        if not sentences:
+            return
+        file = Path(self.args.output_dir) / SKIPPED
+        known = set(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else set()
+        new = [one for one in dict.fromkeys(" ".join(sentence.split()) for sentence in sentences) if one not in known]
         if not new:
             return
-        self.broken.update(new)
-        with (Path(self.args.output_dir).parent / SKIPPED).open("a", encoding="utf-8") as file:
-            file.write("".join(f"{sentence}\n" for sentence in new))
-        seen = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else self.num_seen
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write("".join(f"{sentence}\n" for sentence in new))
+        data, num = self.train_dataset, len(known) + len(new)
+        seen = self.num_seen if isinstance(data, Stream) else len(data.examples)
         share = max(source.max_broken for source in self.stage.data)
-        if len(self.broken) > max(FEW, share * seen):
+        if num > max(FEW, share * seen):
             raise ValueError(
-                f"{self._place()}: {len(self.broken)} of {seen:,} records were left out as broken, more than max_broken={share} allows; "
-                f"they are named in {SKIPPED}, the last: {new[-1]}; mend them, or raise max_broken"
+                f"{self._place()}: {num} of {seen:,} records were left out as broken, more than max_broken={share} allows; "
+                f"they are named in {file}, the last: {new[-1]}; mend them, or raise max_broken"
             )
 
     def log(self, logs, start_time=None):

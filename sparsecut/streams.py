@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .records import Example, example_from
 from .shards import files_of, read_records
 from .yaml_text import expand_path
 
+LAST = 100  # records that went by, which may take a broken one's place
 BUFFER = 1000  # records among which the next one is drawn
 
 
@@ -30,7 +32,7 @@ class Stream(IterableDataset):
 
     settings: what `check_examples` is to keep of the stage. batch, rank, processes: records of a process's micro-batch, which process
     this is, and of how many; `start`: how many micro-batches each has seen. A bad record of a source with on_error "skip" is told of as
-    "broken" in the first process's next item, and any other stops the stream.
+    "broken" in the item that comes next, and any other stops the stream.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class Stream(IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        whole, place, broken = self.batch * self.processes, 0, []
+        whole, place, broken, before = self.batch * self.processes, 0, [], deque(maxlen=LAST)
         own = range(self.rank * self.batch, (self.rank + 1) * self.batch)
         for example in self.examples():
             if isinstance(example, str):
@@ -55,13 +57,12 @@ class Stream(IterableDataset):
                 continue
             step, at = divmod(place, whole)
             place += 1
-            mine = step >= self.start and (step - self.start) % workers == number
-            if mine and at in own:
-                yield self.data.item(example)
-            if mine and at == own[0] and self.rank == 0:
-                yield from ({"broken": sentence} for sentence in broken)
-            if step >= self.start:
-                broken = []
+            if step >= self.start and (step - self.start) % workers == number and at in own:
+                item = self.data.item(example, reversed(before))
+                told = [*broken, *item.get("broken", ())]
+                yield {**item, "broken": told} if told else item
+            broken = []  # whoever has the record that follows tells of them
+            before.append(example)
 
     def examples(self) -> Iterator[Example | str]:
         """The stage's examples in their order, without end: every source shuffled anew in each pass, and mixed by weight.

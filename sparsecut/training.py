@@ -4,6 +4,7 @@ Written to the recipe's output folder:
 
     config.yaml                 the recipe as it ran; loading it repeats the run
     skipped.txt                 sentences about records left out (on_error: skip), if there are any
+    STAGE/skipped.txt           sentences about those that turned out to be broken while training, and were replaced
     STAGE/                      model and processor after the stage, config.yaml, plan.json, versions.json, log.jsonl
     STAGE/checkpoint-N/         only where args ask for it (save_strategy: steps), for resuming inside a stage
     final/                      the last stage's model again (hard links where the disk has them): what `load` takes
