@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -54,14 +54,24 @@ class TrainingData(Dataset):
     def __getitem__(self, index: int) -> dict:
         return self.item(self.examples[index], self._others(index), index)
 
-    def item(self, example: Example, others: Iterable[Example] = (), index: int | None = None) -> dict:
+    def item(
+        self,
+        example: Example,
+        others: Iterable[Example] = (),
+        index: int | None = None,
+        *,
+        check: Callable | None = None,
+    ) -> dict:
         """What one example gives or, where its pictures are broken and may be, the first of the others whose pictures are not.
 
-        The item then has "broken": a sentence about each record that was passed over.
+        check: raises ValueError for one that cannot be learned from, where none has been checked before. The item then has
+        "broken": a sentence about each record that was passed over.
         """
         broken = []
         for one in itertools.chain([example], itertools.islice(others, MANY)):
             try:
+                if check is not None:
+                    check(one)
                 item = self._item(one, index if one is example else None)
                 return {**item, "broken": broken} if broken else item
             except ValueError as error:

@@ -58,11 +58,14 @@ class Stream(IterableDataset):
             step, at = divmod(place, whole)
             place += 1
             if step >= self.start and (step - self.start) % workers == number and at in own:
-                item = self.data.item(example, reversed(before))
+                item = self.data.item(example, reversed(before), check=self._check)
                 told = [*broken, *item.get("broken", ())]
                 yield {**item, "broken": told} if told else item
             broken = []  # whoever has the record that follows tells of them
             before.append(example)
+
+    def _check(self, example: Example) -> None:
+        check_one(example, self.processor, self.settings)
 
     def examples(self) -> Iterator[Example | str]:
         """The stage's examples in their order, without end: every source shuffled anew in each pass, and mixed by weight.
@@ -81,7 +84,7 @@ class Stream(IterableDataset):
             shards = files_of(expand_path(source.path))
             order.shuffle(shards)
             found, buffer = False, []
-            for example in passing(source, shards, self.processor, self.settings):
+            for example in passing(source, shards):
                 if isinstance(example, str):
                     yield example
                     continue
@@ -100,28 +103,42 @@ class Stream(IterableDataset):
                 )
 
 
-def passing(source: Source, shards: list[Path], processor, settings: dict) -> Iterator[Example | str]:
-    """A source's records in the order of its files, each checked as it passes; of bad ones that may be skipped, a sentence."""
+def passing(source: Source, shards: list[Path]) -> Iterator[Example | str]:
+    """A source's records in the order of its files, each checked as far as its form goes; of bad ones that may be skipped, a sentence.
+
+    Whether there is something to learn in it is seen by who has its turn: every worker of every process passes over all records.
+    """
     skip = source.on_error == "skip"
     for shard in shards:
         store = Pictures(expand_path(source.images) if source.images else shard.parent)
         for place, record in read_records(shard):
             try:
-                example = example_from(record, place, store, skip=skip)
-                if is_fixed(processor):
-                    check_examples([example], processor, **settings)
-                else:  # more would mean to prepare its pictures
-                    written(example, processor, settings["template"])
+                yield example_from(record, place, store, skip=skip)
             except ValueError as error:
                 sentence = str(error) if place in str(error) else f"{place}: {error}"
                 if not skip:
                     raise ValueError(sentence) from None
                 yield sentence
-                continue
-            yield example
+
+
+def check_one(example: Example, processor, settings: dict) -> None:
+    """Raise ValueError where a record cannot be learned from; of a base's own processor, whose pictures count, only where it is written."""
+    if is_fixed(processor):
+        check_examples([example], processor, **settings)
+    else:
+        written(example, processor, settings["template"])
 
 
 def first_of(source: Source, processor, settings: dict, num: int = 32) -> list[Example]:
     """The first good records of a stream, so that what is wrong with all of them is told before the first step."""
-    found = passing(source, files_of(expand_path(source.path)), processor, settings)
-    return [example for example in itertools.islice(found, num) if not isinstance(example, str)]
+    good = []
+    for example in itertools.islice(passing(source, files_of(expand_path(source.path))), num):
+        if isinstance(example, str):
+            continue
+        try:
+            check_one(example, processor, settings)
+            good.append(example)
+        except ValueError:
+            if source.on_error != "skip":
+                raise
+    return good

@@ -221,3 +221,12 @@ def test_a_stream_with_broken_records_has_the_same_batches_after_resuming_and_na
     assert (
         sum("5.png" in sentence for sentence in told) >= 2 and sum("no gpt turn" in sentence for sentence in told) >= 1
     )
+
+
+def test_a_record_of_a_stream_that_is_too_long_stops_it_or_is_replaced(folder):
+    source = {"path": str(folder / "part-*.jsonl"), "streaming": True}
+    args = {"max_steps": 6}
+    with pytest.raises(ValueError, match=r"jsonl line \d: the record has 8 image tokens, but max_image_tokens=4"):
+        run(folder, stage(folder, max_image_tokens=4, args=args) | {"data": source})
+    run(folder, stage(folder, max_image_tokens=4, args=args) | {"data": {**source, "on_error": "skip"}})
+    assert "has 8 image tokens" in (folder / "out" / "one" / "skipped.txt").read_text()
