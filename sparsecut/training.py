@@ -81,8 +81,12 @@ def train(
     _check_states(recipe, model)
     for stage in recipe.stages:
         check_parts(model, stage.train)
+    skips = any(source.on_error == "skip" for stage in recipe.stages for source in stage.data)
+    opened = check or (
+        skips and recipe.states is not None
+    )  # states are kept of every good picture before training starts
     data = [
-        _checked(stage, sources, processor, limits=_limits(stage, model), open_pictures=check, problems=problems)
+        _checked(stage, sources, processor, limits=_limits(stage, model), open_pictures=opened, problems=problems)
         for stage, sources in zip(recipe.stages, read, strict=True)
     ]
     held_out = _held_out(arguments, asked, processor)
@@ -165,7 +169,9 @@ def train_stage(
     except ValueError as error:
         if str(error).startswith("stage "):
             raise
-        raise ValueError(f"stage {stage.name}: {error}") from error
+        # What a DataLoader puts around an error of its workers is of use to no one.
+        told = str(error).rpartition("ValueError: ")[2].strip() if str(error).startswith("Caught ") else error
+        raise ValueError(f"stage {stage.name}: {told}") from error
     finally:
         log.close()
         model.requires_grad_(True)

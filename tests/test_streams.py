@@ -230,3 +230,17 @@ def test_a_record_of_a_stream_that_is_too_long_stops_it_or_is_replaced(folder):
         run(folder, stage(folder, max_image_tokens=4, args=args) | {"data": source})
     run(folder, stage(folder, max_image_tokens=4, args=args) | {"data": {**source, "on_error": "skip"}})
     assert "has 8 image tokens" in (folder / "out" / "one" / "skipped.txt").read_text()
+
+
+def test_where_states_are_kept_broken_pictures_are_skipped_beforehand(folder):
+    (folder / "5.png").write_bytes(b"broken")
+    source = {"path": str(folder / "data.json"), "on_error": "skip"}
+    run(folder, stage(folder) | {"data": source}, states=str(folder / "states"))
+    assert "5.png" in (folder / "out" / "skipped.txt").read_text()
+
+
+def test_what_stops_a_worker_is_told_in_one_sentence(folder):
+    (folder / "1.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"^stage one: .*record \d: the picture 1.png in .* is broken") as caught:
+        run(folder, stage(folder, args={"max_steps": 6, "dataloader_num_workers": 1}))
+    assert "Traceback" not in str(caught.value)
