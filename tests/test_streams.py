@@ -244,3 +244,29 @@ def test_what_stops_a_worker_is_told_in_one_sentence(folder):
     with pytest.raises(ValueError, match=r"^stage one: .*record \d: the picture 1.png in .* is broken") as caught:
         run(folder, stage(folder, args={"max_steps": 6, "dataloader_num_workers": 1}))
     assert "Traceback" not in str(caught.value)
+
+
+def test_a_stream_with_a_broken_picture_goes_on_after_a_kill_with_other_workers(folder, monkeypatch):
+    (folder / "5.png").write_bytes(b"broken")
+    data = {"path": str(folder / "part-*.jsonl"), "streaming": True, "on_error": "skip"}
+
+    def go(output: str, workers: int, **more):
+        args = {"max_steps": 8, "save_strategy": "steps", "save_steps": 1, "dataloader_num_workers": workers}
+        run(folder, stage(folder, args=args) | {"data": data}, output=str(folder / output), **more)
+
+    go("whole", 0)
+    step = StageTrainer.training_step
+
+    def fails(self, *arguments, **named):
+        if self.state.global_step == 3:
+            raise InterruptedError
+        return step(self, *arguments, **named)
+
+    monkeypatch.setattr(StageTrainer, "training_step", fails)
+    with pytest.raises(InterruptedError):
+        go("cut", 2)
+    monkeypatch.setattr(StageTrainer, "training_step", step)
+    go("cut", 0, resume=True)
+    assert [x["loss"] for x in log(folder, output="cut")] == [x["loss"] for x in log(folder, output="whole")]
+    named = [(folder / output / "one" / "skipped.txt").read_text() for output in ("whole", "cut")]
+    assert named[0] == named[1] and named[0].count("\n") == 1
