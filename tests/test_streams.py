@@ -251,7 +251,7 @@ def test_a_stream_with_a_broken_picture_goes_on_after_a_kill_with_other_workers(
     data = {"path": str(folder / "part-*.jsonl"), "streaming": True, "on_error": "skip"}
 
     def go(output: str, workers: int, **more):
-        args = {"max_steps": 8, "save_strategy": "steps", "save_steps": 1, "dataloader_num_workers": workers}
+        args = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "dataloader_num_workers": workers}
         run(folder, stage(folder, args=args) | {"data": data}, output=str(folder / output), **more)
 
     go("whole", 0)
