@@ -75,11 +75,22 @@ def train(
     overrides: Annotated[list[str] | None, _arg("Changes, as stages.0.args.max_steps=10 output=runs/b")] = None,
     check: Annotated[bool, _opt("Read all records and pictures, and stop there.", "--check")] = False,
     resume: Annotated[bool, _opt("Go on after the last finished stage or checkpoint.", "--resume")] = False,
+    dry_run: Annotated[
+        bool, _opt("Print sizes, memory, steps and hours, and stop there; no weights.", "--dry-run")
+    ] = False,
+    devices: Annotated[int, _opt("Devices that the dry run counts with.", min=1)] = 1,
+    tflops: Annotated[float, _opt("TFLOP/s of a device, for the dry run's hours.")] = 989.0,
+    mfu: Annotated[float, _opt("Share of them that training reaches.")] = 0.4,
 ) -> None:
     """Train by a recipe, stage after stage, then ask what its `evaluate` names."""
     from .recipe import load_recipe
 
     chosen = load_recipe(recipe, overrides or [])
+    if dry_run:
+        from . import dry_run as paper
+
+        of = {"devices": devices, "tflops": tflops, "mfu": mfu}
+        return typer.echo("\n".join(paper.lines(paper.dry_run(chosen, **of), **of)))
     from .training import train
 
     model, processor = train(chosen, check=check, resume=resume)

@@ -138,12 +138,12 @@ def count(
     config = configuration_of(vision_config, text_config, plan)
     tokens = num_pictures * config.num_image_tokens
     with FakeTensorMode():
-        model = _pretended(config, dtype)
+        model = pretended(config, dtype)
         ids = torch.zeros(1, tokens + num_text_tokens, dtype=torch.long)
         pixels = torch.zeros(num_pictures, model.plan.num_views, *config.grid.view, dtype=dtype)
         flops, cache = _prompt_flops(model, ids, pixels, tokens)
         mask = torch.ones(batch_size, ids.shape[1], dtype=torch.long)
-        held = [_training_bytes(model, ids, pixels, mask, parts) for parts in (["fusion"], ["fusion", "language"])]
+        held = [saved_bytes(model, ids, pixels, mask, parts) for parts in (["fusion"], ["fusion", "language"])]
     numbers = {part: sum(p.numel() for p in values) for part, values in model.parts().items() if part != "head"}
     return Count(
         **{f"num_{part}_parameters": number for part, number in numbers.items()},
@@ -199,7 +199,7 @@ def lines_of(rows: Mapping[str, Mapping[str, str]]) -> str:
     return "\n".join(" | ".join([f"{row[0]:{left}}", *rest]) for row, rest in zip(cells, right, strict=True))
 
 
-class _Values(TorchDispatchMode):
+class Answers(TorchDispatchMode):
     """Answers the questions about values that a forward asks of pretended tensors: the number and the rows of image tokens."""
 
     def __init__(self, answer: int):
@@ -236,7 +236,7 @@ def configuration_of(vision_config, text_config, plan: str | dict | Plan) -> Spa
     return SparseCutConfig(vision_config=vision, text_config=text, plan=spec, image_token_id=last)
 
 
-def _pretended(config: SparseCutConfig, dtype: torch.dtype) -> SparseCutForConditionalGeneration:
+def pretended(config: SparseCutConfig, dtype: torch.dtype) -> SparseCutForConditionalGeneration:
     """The model in evaluation mode with all parameters in `dtype`, which pretended ones must be born with."""
     for part in (config.vision_config, config.text_config, config.text_config.get_text_config()):
         part.dtype = dtype
@@ -247,7 +247,7 @@ def _pretended(config: SparseCutConfig, dtype: torch.dtype) -> SparseCutForCondi
 def _prompt_flops(model: nn.Module, ids: Tensor, pixels: Tensor, tokens: int) -> tuple[dict[str, int], int]:
     """FLOPs by part, and the bytes of the cache after the prompt."""
     pictures = pixels if len(pixels) else None
-    with torch.no_grad(), _Values(tokens):
+    with torch.no_grad(), Answers(tokens):
         with counter() as whole:
             output = model(input_ids=ids, pixel_values=pictures, use_cache=True, logits_to_keep=1)
         held = _cache_bytes(output.past_key_values)
@@ -277,7 +277,7 @@ def _cache_bytes(cache) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _training_bytes(model: nn.Module, ids: Tensor, pixels: Tensor, mask: Tensor, parts: list[str]) -> int:
+def saved_bytes(model: nn.Module, ids: Tensor, pixels: Tensor, mask: Tensor, parts: list[str]) -> int:
     """Bytes of the storages autograd saves in a forward with a loss, weights left out; mask [batch, length]."""
     model.requires_grad_(False)
     for part in parts:
@@ -293,6 +293,6 @@ def _training_bytes(model: nn.Module, ids: Tensor, pixels: Tensor, mask: Tensor,
 
     ids, pixels = ids.repeat(len(mask), 1), pixels.repeat(len(mask), 1, 1, 1, 1)
     pictures, tokens = pixels if len(pixels) else None, len(pixels) * model.config.num_image_tokens
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _Values(tokens):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Answers(tokens):
         model(input_ids=ids, pixel_values=pictures, attention_mask=mask, labels=ids, use_cache=False)
     return sum(t.untyped_storage().nbytes() for t in saved.values())

@@ -123,7 +123,7 @@ def test_what_training_keeps_is_what_a_padded_batch_keeps(plan):
     mask = torch.ones(3, ids.shape[1], dtype=torch.long)
     mask[0, -1] = 0
     pixels = torch.randn(1, model.plan.num_views, 3, 16, 16)
-    real = [cost._training_bytes(model, ids, pixels, mask, parts) for parts in (["fusion"], ["fusion", "language"])]
+    real = [cost.saved_bytes(model, ids, pixels, mask, parts) for parts in (["fusion"], ["fusion", "language"])]
     assert [c.training_fusion_bytes, c.training_fusion_language_bytes] == real and real[0] < real[1]
 
 

@@ -85,6 +85,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
         "study_figures",
         "study_tables",
         "study_page",
+        "dry_run",
     },
     {"server", "web_page"},
     {"cli", "cli_study", "cli_models", "cli_serve"},
