@@ -31,11 +31,9 @@ from .modeling import SparseCutForConditionalGeneration
 from .plan import Plan
 from .processing import SparseCutProcessor
 from .upgraded import FACTS
-from .upgrading import load_fusion
+from .upgrading import HUB_ARGUMENTS, load_fusion
 
 WORLD = "world"  # names the built-in picture world's small backbones
-# Arguments that say how to reach the hub, and so go to configurations, tokenizers and image processors too.
-HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
 AUTO_MAPS = {  # where the Auto classes find the code that is saved with a model or a processor, by the module of its class
     "modeling": {
         "AutoConfig": "configuration.SparseCutConfig",

@@ -174,7 +174,8 @@ def train_stage(
         raise ValueError(f"stage {stage.name}: {told}") from error
     finally:
         log.close()
-        model.requires_grad_(True)
+        for parameter in model.parameters():  # those of a quantised base are whole numbers
+            parameter.requires_grad_(parameter.is_floating_point())
         model.eval()
     return trainer
 

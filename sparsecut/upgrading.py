@@ -24,6 +24,9 @@ from .upgraded import FACTS, WEIGHTS, SparseCutUpgrade
 
 NARROW = 16  # by default a shortcut's projector is this many times narrower inside than the language model
 
+# Arguments that say how to reach the hub, and so go to configurations, tokenizers and image processors too.
+HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
+
 
 def upgrade(
     base: str | Path | PreTrainedModel,
@@ -42,7 +45,8 @@ def upgrade(
     parts cannot be read, and for plans that do not fit.
     """
     if not isinstance(base, nn.Module):
-        processor = processor or _read(AutoProcessor, base, **from_pretrained)
+        hub = {name: value for name, value in from_pretrained.items() if name in HUB_ARGUMENTS}
+        processor = processor or _read(AutoProcessor, base, **hub)
         base = _read(AutoModelForImageTextToText, base, dtype=dtype, **from_pretrained)
     base = getattr(base, "get_base_model", lambda: base)()  # a model inside PEFT's wrapper
     if isinstance(base, SparseCutUpgrade):

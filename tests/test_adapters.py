@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_upgrade_training import base_of
 from tiny import tiny_model
 
-from sparsecut import load, train
+from sparsecut import load, train, upgrade
 from sparsecut.adapters import add_adapters, merge_adapters
 from sparsecut.parts import freeze
 from sparsecut.recipe import Lora, parse_recipe
@@ -186,3 +186,21 @@ def test_dropout_of_an_adapter_is_on_while_its_part_rests(folder):
 def test_what_cannot_be_adapted_is_refused_in_a_sentence(folder, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         run(folder, stage(folder, **changes))
+
+
+def test_a_base_in_eight_bits_trains_with_an_adapter_beside_it(folder):
+    """Where bitsandbytes is installed: the base stays as it is, and only shortcuts and adapter are written."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    base, processor = base_of("llava")
+    base.save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    plan, eight = {"method": "sparsecut", "rank": 8}, BitsAndBytesConfig(load_in_8bit=True)
+    model, processor = upgrade(str(folder / "base"), plan, quantization_config=eight, dtype=torch.float32)
+    given = stage(folder, train=BOTH, lora={**SMALL, "merge": False}, args={"use_cpu": True})
+    plain = {"model": {"base": str(folder / "base")}, "stages": [given], "output": str(folder / "out")}
+    train(parse_recipe(plain), model=model, processor=processor, shown=False)
+    written = {path.name for path in (folder / "out" / "final").rglob("*.safetensors")}
+    assert written == {"fusion.safetensors", "adapter_model.safetensors"}
+    assert len(log(folder)) == 3

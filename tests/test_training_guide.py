@@ -12,6 +12,7 @@ from sparsecut.cli import app
 from sparsecut.recipe import load_recipe
 from sparsecut.world.questions import split_scene
 from sparsecut.world.scenes import draw
+from sparsecut.yaml_text import read_yaml
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -45,12 +46,23 @@ def test_its_laptop_commands_run_as_they_stand(desk):
 
 
 def test_engines_it_names_are_arguments_of_a_stage(desk):
-    for line in blocks("yaml")[1].splitlines():
+    for line in blocks("yaml")[-1].splitlines():
         args = yaml.safe_load(line)["args"]
         if "deepspeed" in args:
             assert json.loads((ROOT / args["deepspeed"]).read_text())["zero_optimization"]["stage"] == 3
         changes = [f"stages.1.args.{key}={json.dumps(value)}" for key, value in args.items()]
         assert load_recipe("mine.yaml", changes).stages[1].args["bf16"] is True
+
+
+def test_its_adapters_are_a_stage(desk):
+    stage = load_recipe("mine.yaml", [f"stages.1={json.dumps(whole_stage())}"]).stages[1]
+    assert stage.train == ("fusion", "language:lora") and stage.lora.dropout == 0.05
+
+
+def whole_stage() -> dict:
+    """The guide's second stage with the lines on adapters in place."""
+    second = read_yaml(blocks("yaml")[0].split("stages:")[1].split("evaluate:")[0], "stages")[1]
+    return {**second, **read_yaml(blocks("yaml")[1], "stage")}
 
 
 def test_files_it_points_to_exist():
