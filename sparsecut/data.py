@@ -170,15 +170,17 @@ class Collator:
     items (`batching.Rows`) become one row each, with position_ids [B, L] in the attention_mask's place.
 
     Sentences about broken records, whose places others have taken, stand in "broken", which the model does not take.
+    pad_to: L is a multiple of it, so that few shapes occur and a compiled model is compiled seldom.
     blank: an item with a picture that follows those of a batch without one, where the engine needs it; none of its tokens is learned.
     """
 
-    def __init__(self, processor, **settings):
+    def __init__(self, processor, *, pad_to: int | None = None, **settings):
         token = processor.tokenizer.pad_token_id
         self.pad_token_id = processor.tokenizer.eos_token_id if token is None else token
         self.processor = processor
         self.settings = settings
         self.blank: dict | None = None
+        self.pad_to = pad_to or 1
 
     def __call__(self, items: list) -> dict:
         packed = isinstance(items[0], list)
@@ -224,7 +226,8 @@ class Collator:
     def _padded(self, items: list[dict]) -> dict[str, Tensor]:
         if all(len(item["labels"]) == 0 or (item["labels"][1:] == IGNORED).all() for item in items):
             raise ValueError("no item of the batch has a token to learn: all labels are masked")
-        shape = len(items), max(len(item["input_ids"]) for item in items)
+        longest = max(len(item["input_ids"]) for item in items)
+        shape = len(items), -(-longest // self.pad_to) * self.pad_to
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id),
             "attention_mask": torch.zeros(shape, dtype=torch.long),

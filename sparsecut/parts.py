@@ -86,3 +86,25 @@ def freeze_unread(model: nn.Module, parameters: list[nn.Parameter], pictures: di
 def _own_modules(module: nn.Module) -> list[nn.Module]:
     """A part's modules without those of its adapter, which may learn while the part rests."""
     return [inside for name, inside in module.named_modules() if "lora_" not in name]
+
+
+def apply_liger(model: nn.Module, settings: dict | None) -> None:
+    """Put Liger's kernels into the language model; transformers would look for the whole model's type, find none, and go on without.
+
+    settings: args.liger_kernel_config. Raises ValueError where the package is missing, or has no kernels for this language model.
+    """
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError:
+        raise ValueError(
+            "args.use_liger_kernel is set, but the package liger-kernel is not installed; install it, or remove the argument"
+        ) from None
+    module = model.family.parts(model.base).language if hasattr(model, "family") else model.language_model
+    if (kind := module.config.model_type) not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(
+            f"args.use_liger_kernel is set, but Liger has no kernels for {kind}; it has some for "
+            f"{', '.join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))}; remove the argument"
+        )
+    # The loss is computed from logits, so the kernel that fuses both would stay unused.
+    _apply_liger_kernel_to_instance(model=module, **{"fused_linear_cross_entropy": False, **(settings or {})})

@@ -28,7 +28,7 @@ from .building import build, is_saved, load
 from .data import Collator, Example, TrainingData, check_examples, choose, read_source
 from .identity import digest
 from .methods import make_plan
-from .parts import check_parts, freeze
+from .parts import apply_liger, check_parts, freeze
 from .progress import StageLog, report
 from .prompting import length_limit
 from .recipe import Recipe, Source, Stage, dump_recipe, load_recipe
@@ -145,7 +145,7 @@ def train_stage(
     log = StageLog(stage.name, Path(args.output_dir), shown=shown)
     settings = {"template": stage.template, "max_length": stage.max_length}
     limits = _limits(stage, model)
-    collator = Collator(processor, **settings, **limits)
+    collator = Collator(processor, **settings, **limits, pad_to=_pad_to(stage, model))
     examples = [example for _, of_source in found for example in of_source]
     data = TrainingData(examples, processor, **settings, states=states, views=views)
     mixture = [(len(of_source), source.weight) for source, of_source in found] if stage.data[0].weight else None
@@ -158,6 +158,9 @@ def train_stage(
             }
             data = Stream(stage.data, data, {**settings, **limits}, seed=args.data_seed, **share)
         data = in_rows(data, model, stage)
+        if args.use_liger_kernel:
+            apply_liger(model, args.liger_kernel_config)
+            args.use_liger_kernel = False  # the Trainer would look for kernels of the whole model's type, and find none
         asked = TrainingData(held_out, processor, states=states, views=views) if held_out else None
         sets = {"train_dataset": data, "eval_dataset": asked, "data_collator": collator}
         trainer = StageTrainer(model=model, args=args, stage=stage, log=log, mixture=mixture, **sets)
@@ -229,6 +232,14 @@ def _check_states(recipe: Recipe, model) -> None:
             f"states is {recipe.states!r}, but states cannot be kept of an upgraded model, whose base runs its encoder in its own way; "
             "remove `states`"
         )
+
+
+def _pad_to(stage: Stage, model) -> int | None:
+    if stage.pad_to is not None and hasattr(model, "base"):
+        raise ValueError(
+            f"pad_to is {stage.pad_to}, but an upgraded model's own processor pads its batches; remove pad_to"
+        )
+    return stage.pad_to
 
 
 def _limits(stage: Stage, model) -> dict:
