@@ -39,7 +39,7 @@ def add_adapters(model: nn.Module, train: tuple[str, ...], settings) -> None:
     for part in filter(None, map(adapted, train)):
         if part in adapters_of(model):
             continue
-        peft = _peft()
+        peft = need_peft()
         module = module_of(model, part)
         targets = list(settings.targets) if not isinstance(settings.targets, str) else settings.targets
         config = peft.LoraConfig(
@@ -75,7 +75,7 @@ def load_adapters(model: nn.Module, folder: Path) -> None:
     """Put the adapters saved with a model back on its parts."""
     for path in sorted((folder / FOLDER).glob("*/adapter_config.json")):
         module = module_of(model, path.parent.name)
-        adapter = _peft().PeftModel.from_pretrained(module, str(path.parent), is_trainable=True)
+        adapter = need_peft().PeftModel.from_pretrained(module, str(path.parent), is_trainable=True)
         adapters_of(model)[path.parent.name] = adapter.eval()
 
 
@@ -86,7 +86,7 @@ def read_weights(model: nn.Module, folder: Path) -> None:
         model.load_state_dict({names[name]: value for name, value in load_file(path).items()}, strict=False)
     for part, adapter in adapters_of(model).items():
         weights = load_file(folder / FOLDER / part / "adapter_model.safetensors")
-        _peft().set_peft_model_state_dict(adapter, weights)
+        need_peft().set_peft_model_state_dict(adapter, weights)
 
 
 def without_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -101,7 +101,8 @@ def module_of(model: nn.Module, part: str) -> nn.Module:
     return {"vision": model.vision_tower, "language": model.language_model}[part]
 
 
-def _peft():
+def need_peft():
+    """The package peft; ValueError where it is not installed."""
     try:
         import peft
     except ImportError:

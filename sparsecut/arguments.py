@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -36,6 +37,10 @@ def stage_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
     if stage.args.get("remove_unused_columns"):
         raise ValueError(
             f"stage {stage.name}: args.remove_unused_columns must stay false, or pictures would be dropped; remove it"
+        )
+    if stage.args.get("use_liger_kernel") and not importlib.util.find_spec("liger_kernel"):
+        raise ValueError(
+            f"stage {stage.name}: args.use_liger_kernel is set, but liger-kernel is not installed; install it, or remove the argument"
         )
     if stage.args.get("label_smoothing_factor"):
         raise ValueError(

@@ -91,15 +91,11 @@ def _own_modules(module: nn.Module) -> list[nn.Module]:
 def apply_liger(model: nn.Module, settings: dict | None) -> None:
     """Put Liger's kernels into the language model; transformers would look for the whole model's type, find none, and go on without.
 
-    settings: args.liger_kernel_config. Raises ValueError where the package is missing, or has no kernels for this language model.
+    settings: args.liger_kernel_config. Raises ValueError where there are no kernels for this language model.
     """
-    try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-    except ImportError:
-        raise ValueError(
-            "args.use_liger_kernel is set, but the package liger-kernel is not installed; install it, or remove the argument"
-        ) from None
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
     module = model.family.parts(model.base).language if hasattr(model, "family") else model.language_model
     if (kind := module.config.model_type) not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ValueError(

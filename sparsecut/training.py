@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments, set_seed
 
-from .adapters import adapted, add_adapters, merge_adapters
+from .adapters import adapted, add_adapters, merge_adapters, need_peft
 from .arguments import stage_arguments
 from .batching import in_rows
 from .building import build, is_saved, load
@@ -81,14 +81,16 @@ def train(
     _check_states(recipe, model)
     for stage in recipe.stages:
         check_parts(model, stage.train)
+        if stage.lora is not None:
+            need_peft()
     skips = any(source.on_error == "skip" for stage in recipe.stages for source in stage.data)
-    opened = check or (
-        skips and recipe.states is not None
-    )  # states are kept of every good picture before training starts
+    opened = check or (skips and recipe.states is not None)  # states are kept of every good picture before training
     data = [
         _checked(stage, sources, processor, limits=_limits(stage, model), open_pictures=opened, problems=problems)
         for stage, sources in zip(recipe.stages, read, strict=True)
     ]
+    for stage, found in zip(recipe.stages, data, strict=True):
+        _check_batches(stage, found, model, processor)
     held_out = _held_out(arguments, asked, processor)
     _report(recipe, data, problems, shown=shown and arguments[0].should_log)
     if check:
@@ -145,7 +147,7 @@ def train_stage(
     log = StageLog(stage.name, Path(args.output_dir), shown=shown)
     settings = {"template": stage.template, "max_length": stage.max_length}
     limits = _limits(stage, model)
-    collator = Collator(processor, **settings, **limits, pad_to=_pad_to(stage, model))
+    collator = Collator(processor, **settings, **limits, pad_to=stage.pad_to)
     examples = [example for _, of_source in found for example in of_source]
     data = TrainingData(examples, processor, **settings, states=states, views=views)
     mixture = [(len(of_source), source.weight) for source, of_source in found] if stage.data[0].weight else None
@@ -234,12 +236,15 @@ def _check_states(recipe: Recipe, model) -> None:
         )
 
 
-def _pad_to(stage: Stage, model) -> int | None:
+def _check_batches(stage: Stage, found: list, model, processor) -> None:
+    """Raise ValueError, before any stage is trained, where this one's batches cannot be made as it says."""
     if stage.pad_to is not None and hasattr(model, "base"):
         raise ValueError(
             f"pad_to is {stage.pad_to}, but an upgraded model's own processor pads its batches; remove pad_to"
         )
-    return stage.pad_to
+    if stage.pack is not None:
+        examples = [example for _, of_source in found for example in of_source]
+        in_rows(TrainingData(examples, processor, template=stage.template, max_length=stage.max_length), model, stage)
 
 
 def _limits(stage: Stage, model) -> dict:

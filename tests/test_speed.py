@@ -93,5 +93,5 @@ def test_liger_s_kernels_go_into_the_language_model(folder, monkeypatch):
 
 
 def test_liger_without_its_package_is_refused(folder):
-    with pytest.raises(ValueError, match="the package liger-kernel is not installed"):
+    with pytest.raises(ValueError, match="liger-kernel is not installed"):
         run(folder, stage(folder, args={"use_liger_kernel": True}))
