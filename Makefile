@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help install demo test style check grid hf-suite bench study gpu clean
+.PHONY: help install demo test style check docs grid hf-suite bench study gpu clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -28,6 +28,11 @@ style: install  ## Check formatting and lint
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
 
 check: style test  ## What CI runs
+
+docs: install  ## Build the documentation site into runs/site
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open runs/site/index.html"
 
 grid: install  ## Run every model family and write docs/support.md (slow)
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/grid.py

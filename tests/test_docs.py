@@ -1,0 +1,164 @@
+"""The documentation site: its navigation is whole, its links lead somewhere, its blocks run, and its tables are the code's."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+import yaml
+from test_upgrade import llava  # noqa: F401  a fixture
+
+import sparsecut
+from sparsecut import plan, recipe, study
+from sparsecut.world.questions import split_scene
+from sparsecut.world.scenes import draw
+from sparsecut.yaml_text import read_yaml
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+HOOK = importlib.util.spec_from_file_location("build_pages", DOCS / "build_pages.py")
+pages = importlib.util.module_from_spec(HOOK)
+HOOK.loader.exec_module(pages)
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / name).read_text(), re.S)
+
+
+def named(entry) -> list[str]:
+    if isinstance(entry, str):
+        return [entry]
+    return [name for one in (entry.values() if isinstance(entry, dict) else entry) for name in named(one)]
+
+
+def test_the_navigation_names_every_page_once():
+    nav = named(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(nav) == sorted([*(page.name for page in PAGES), *pages.GENERATED])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_between_files_lead_somewhere(page):
+    prose = re.sub(r"`[^`]*`", "", pages.with_readme(page.read_text()))
+    for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", prose):
+        assert target in pages.GENERATED or (DOCS / target).exists(), target
+
+
+def test_readme_sections_are_found_or_refused():
+    assert "make demo" in pages.with_readme("[Two commands](../README.md#two-commands)")
+    with pytest.raises(ValueError, match="no section #nothing"):
+        pages.readme_section("nothing")
+
+
+def test_every_command_and_option_is_on_its_page():
+    text = pages.commands_page()
+    help_text = subprocess.run([sys.executable, "-m", "sparsecut", "--help"], capture_output=True, text=True).stdout
+    for words, command in pages.commands():
+        assert f"## {words}\n" in text and words.split()[1] in help_text
+        for option in (name for p in command.params if not pages._is_argument(p) for name in p.opts):
+            assert option in text, f"{words} {option}"
+
+
+def test_every_method_is_drawn_and_every_public_name_documented():
+    text = pages.plans_page()
+    assert all(f"## {name}\n" in text for name in sparsecut.METHODS) and text.count("<svg") == len(sparsecut.METHODS)
+    assert all(f"{name}\n" in pages.api_page() for name in sparsecut.__all__)
+
+
+TABLES = {
+    "Recipe": recipe.Recipe,
+    "Model": recipe.Model,
+    "Stage": recipe.Stage,
+    "Source": recipe.Source,
+    "Adapter": recipe.Lora,
+    "Evaluate": recipe.Evaluation,
+    "A plan's keys": plan.Plan,
+    "A shortcut's keys": plan.Shortcut,
+    "Study": study.Study,
+    "Its pictures": study.WorldPictures,
+}
+
+
+@pytest.mark.parametrize("title", TABLES)
+def test_recipes_page_names_every_key_with_its_default(title):
+    text = (DOCS / "recipes.md").read_text()
+    after = re.split(rf"^(?:## )?{title}:?$", text, flags=re.M)[1]
+    table = re.search(r"^\|---\|---\|---\|\n((?:\|.*\n)+)", after, re.M)[1]
+    shown = dict(re.match(r"\| `(\w+)` \| *`?(.*?)`? *\|", row).groups() for row in table.splitlines())
+    wanted = {f.name: default_of(f) for f in fields(TABLES[title])}
+    assert shown == wanted
+
+
+def default_of(f) -> str:
+    if f.name == "budgets":
+        return "main: []"
+    value = (
+        f.default
+        if f.default is not MISSING
+        else f.default_factory()
+        if f.default_factory is not MISSING
+        else "required"
+    )
+    if value is None or value == "":
+        return ""
+    return (
+        str(value).lower() if isinstance(value, bool) else str(list(value)) if isinstance(value, tuple) else str(value)
+    )
+
+
+@pytest.mark.parametrize("page", ["recipes.md", "add-a-method.md", "upgrade.md"])
+def test_yaml_blocks_load(page):
+    found = [read_yaml(block, page) for block in blocks(page, "yaml")]
+    assert found
+    for plain in found:
+        if "arms" in plain:
+            assert study.parse_study(plain).runs()
+        elif "model" in plain:
+            assert recipe.parse_recipe(plain).stages
+        else:
+            assert sparsecut.make_plan(plain["fusion"], 24, 32)
+
+
+def test_a_method_of_20_lines_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sparsecut.methods.METHODS", sparsecut.METHODS)
+    draw(split_scene("test/0/0")).save("picture.png")
+    (block,) = blocks("add-a-method.md", "python")
+    assert len([line for line in block.splitlines() if line.strip()]) <= 20
+    try:
+        exec(compile(block, "add-a-method.md", "exec"), {})
+    finally:
+        sparsecut.METHODS.pop("twice", None)
+    assert "channels" in capsys.readouterr().out
+    assert sparsecut.load("twice")[0].plan.layers == (1, 3)
+
+
+def test_the_upgrade_walk_through_runs(tmp_path, monkeypatch, llava):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    draw(split_scene("test/0/0")).save("picture.png")
+    for part in llava:  # a tiny one in the place that is named
+        part.save_pretrained("llava-hf/llava-1.5-7b-hf")
+    room = {}
+    for block in blocks("upgrade.md", "python"):
+        exec(compile(block, "upgrade.md", "exec"), room)
+    assert type(room["base"]).__name__ == "LlavaForConditionalGeneration"
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    pytest.importorskip("material")
+    made = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == 0, made.stderr
+    assert "WARNING" not in made.stderr
+    assert {page.stem for page in (tmp_path / "site").glob("*.html")} >= {p.stem for p in PAGES}
