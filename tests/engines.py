@@ -23,8 +23,10 @@ CONTEXT = {**SPARSE, "gate": "context"}
 # name -> plan, and changes of the stage; four records a step, text-only records among them.
 CASES = {
     "parts": (SPARSE, {"train": ALL}),
-    "accumulated": (SPARSE, {"train": BOTH, "args": {"gradient_accumulation_steps": 2}}),
-    "recomputed": (SPARSE, {"train": BOTH, "args": {"activation_checkpointing": True}}),
+    "accumulated, recomputed": (
+        SPARSE,
+        {"train": BOTH, "args": {"gradient_accumulation_steps": 2, "activation_checkpointing": True}},
+    ),
     "context": (CONTEXT, {"train": ["fusion"]}),
     "texts": (SPARSE, {"train": BOTH, "data": "texts.json"}),
     "streamed": (SPARSE, {"train": BOTH, "streaming": True}),

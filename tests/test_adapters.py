@@ -13,6 +13,7 @@ from sparsecut import load, train, upgrade
 from sparsecut.adapters import add_adapters, merge_adapters
 from sparsecut.parts import freeze
 from sparsecut.recipe import Lora, parse_recipe
+from sparsecut.stage_trainer import StageTrainer
 
 peft = pytest.importorskip("peft")
 BOTH = ["fusion", "language:lora"]
@@ -107,8 +108,6 @@ def test_a_next_stage_goes_on_training_the_same_adapter(folder):
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("upgraded", [False, True])
 def test_a_stage_with_adapters_goes_on_from_a_checkpoint_to_the_bit(folder, monkeypatch, upgraded, merge):
-    from sparsecut.stage_trainer import StageTrainer
-
     args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
     given = stage(folder, train=BOTH, lora={**SMALL, "dropout": 0.2, "merge": merge}, args=args)
     if upgraded:

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
-from runs import log, run, stage, trainer_for, write_records
+from runs import log, recipe, run, stage, trainer_for, write_records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_model
 
+from sparsecut import train
 from sparsecut.shortcut_watch import PATIENCE
 
 ZERO = {"method": "sparsecut", "pattern": "sparse", "gate": "zero"}
@@ -96,10 +97,6 @@ def test_looking_at_held_out_data_changes_no_loss(folder):
         model, processor = tiny_model()
         for layer in model.language_model.model.layers:
             layer.self_attn.attention_dropout = 0.3
-        from runs import recipe
-
-        from sparsecut import train
-
         given = recipe(
             folder,
             stage(folder, train=["fusion", "language"], args=args),
