@@ -87,7 +87,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
         "study_page",
         "dry_run",
     },
-    {"server", "web_page"},
+    {"server", "web_page", "lmms"},
     {"cli", "cli_study", "cli_models", "cli_serve"},
 ]
 FAMILIES = [
