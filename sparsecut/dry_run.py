@@ -132,7 +132,9 @@ def _stage_plan(recipe: Recipe, stage: Stage, model, devices: int, dtype) -> Sta
     frozen = resting * (2 if half else 4)  # an upgraded base that rests in all stages is loaded in half precision
     width, layers = config.text_config.get_text_config().hidden_size, config.language_depth
     if stage.args.get("activation_checkpointing"):
-        held = held / layers + size * length * layers * width * dtype.itemsize
+        # The logits stay, in the model's format and in single precision for the loss and its gradient; layers are kept one at a time.
+        words = size * length * config.text_config.get_text_config().vocab_size * (dtype.itemsize + 8)
+        held = words + max(held - words, 0) / layers + size * length * layers * width * dtype.itemsize
     return StagePlan(
         name=stage.name,
         parameters=parts,

@@ -90,7 +90,7 @@ def test_arithmetic_of_steps_memory_and_hours(tmp_path):
     assert whole.memory["optimizer"] == 8 * sum(whole.trained.values())
 
 
-@pytest.mark.parametrize("name, devices, most", [("smol", 1, 8), ("sparsecut-7b", 8, 60)])
+@pytest.mark.parametrize("name, devices, most", [("smol", 1, 16), ("sparsecut-7b", 8, 60)])
 def test_recipes_pass_and_fit(name, devices, most, monkeypatch):
     monkeypatch.setenv("LLAVA_DATA", "/nowhere")
     plans = dry_run(load_recipe(CONFIGS / f"{name}.yaml"), devices=devices)
