@@ -9,7 +9,11 @@ import math
 import multiprocessing
 import os
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 
 from .base_labels import encode_batch, num_tokens_about
 from .labels import check_row, encode, written
@@ -39,13 +43,14 @@ def check_examples(
     tokens. Raises ValueError at the first bad record or, where a list of problems is given, notes a sentence there and leaves it out.
     """
     good, settings = [], (processor, template, max_length, limit, max_images, open_pictures)
-    for example, sentence in zip(examples, _sentences(examples, settings), strict=True):
-        if sentence is None:
-            good.append(example)
-        elif problems is None:
-            raise ValueError(sentence)
-        else:
-            problems.append(sentence)
+    with closing(_sentences(examples, settings)) as sentences:
+        for example, sentence in zip(examples, sentences, strict=True):
+            if sentence is None:
+                good.append(example)
+            elif problems is None:
+                raise ValueError(sentence)
+            else:
+                problems.append(sentence)
     return good
 
 
@@ -53,17 +58,37 @@ def _sentences(examples: Sequence[Example], settings: tuple) -> Iterator[str | N
     """What is wrong with each example, in order; None for a good one."""
     num = num_processes() if len(examples) >= MANY and is_fixed(settings[0]) else 1
     if num > 1:
-        # Forked processes see the examples and the tokenizer as they are: nothing is copied or written to a pipe but sentences.
-        chunks = range(0, len(examples), CHUNK)
-        with multiprocessing.get_context("fork").Pool(num, _begin, (examples, settings)) as pool:
-            for sentences in pool.imap(_of_chunk, chunks):
-                yield from sentences
+        yield from _shared_out(examples, settings, num)
         return
     first = True
     for example in examples:
         sentence = _sentence(example, settings, first=first)
         first = first and sentence is not None
         yield sentence
+
+
+def _shared_out(examples: Sequence[Example], settings: tuple, num: int) -> Iterator[str | None]:
+    """The same by num processes.
+
+    Forked, they see the examples and the tokenizer as they are: nothing is copied or written to a pipe but sentences. They are left to
+    end by themselves, after the chunk at hand: one that is killed while it holds a lock keeps everyone waiting for ever.
+    """
+    pool = ProcessPoolExecutor(num, multiprocessing.get_context("fork"), _begin, (examples, settings))
+    try:
+        running: deque = deque()
+        for start in range(0, len(examples), CHUNK):
+            running.append(pool.submit(_of_chunk, start))
+            if len(running) > 2 * num:
+                yield from running.popleft().result()
+        while running:
+            yield from running.popleft().result()
+    except BrokenProcessPool:
+        raise RuntimeError(
+            f"one of the {num} processes that check {len(examples):,} records was ended from outside, as happens where memory runs out; "
+            "close other programs, or split the data into smaller files"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def num_processes() -> int:

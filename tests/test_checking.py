@@ -1,5 +1,9 @@
 """The check of all records: several processes find what one finds, in the same order."""
 
+import multiprocessing
+import os
+import signal
+
 import pytest
 from tiny import tiny_model
 
@@ -40,6 +44,21 @@ def test_processes_find_what_one_finds_in_the_same_order(monkeypatch):
         found.append((good, problems))
     assert found[0] == found[1]
     assert len(found[0][0]) == 47 and [p.partition(":")[0] for p in found[0][1]] == [f"record {i}" for i in BAD]
+
+
+def test_a_process_that_is_killed_is_told_of_and_nobody_waits_for_it(monkeypatch):
+    """Many bad records end many checks in the middle, which has to leave no process that waits for another."""
+    processor = tiny_model()[1]
+    monkeypatch.setattr(checking, "MANY", 10)
+    monkeypatch.setattr(checking, "CHUNK", 2)
+    monkeypatch.setattr(checking, "num_processes", lambda: 2)
+    for _ in range(10):
+        with pytest.raises(ValueError, match="record 17"):
+            check_examples(records(), processor, limit=100)
+    assert not multiprocessing.active_children()
+    monkeypatch.setattr(checking, "_check", lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(RuntimeError, match="was ended from outside"):
+        check_examples(records(), processor, limit=100)
 
 
 def test_lengths_are_found_once(monkeypatch):
