@@ -73,6 +73,7 @@ def commands() -> list[tuple[str, object]]:
 def api_page() -> str:
     """The public names, as mkdocstrings directives."""
     import sparsecut
+    from sparsecut import tasks
 
     parts = [
         "# Python\n\nThe public names of `import sparsecut`. Everything else is reachable through its module, and may change."
@@ -88,6 +89,8 @@ def api_page() -> str:
         if name.startswith("SparseCut"):  # Hugging Face classes: what they have besides is Hugging Face's
             options = "    options: {members: false, show_bases: true}"
         parts.append(f"::: {home}\n{options}")
+    parts.append("## Scores of benchmarks\n\nWhat the benchmarks' own scripts compute ([the tasks](benchmarks.md)).")
+    parts += [f"::: sparsecut.tasks.{name}" for name in tasks.__all__]
     return "\n\n".join(parts) + "\n"
 
 

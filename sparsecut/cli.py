@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +39,7 @@ app = typer.Typer(
 world_app = typer.Typer(help="The built-in picture world: its pictures and its two small backbones.", **COMMON)
 app.add_typer(world_app, name="world")
 
+QUIET_SECONDS = 30  # between two lines of progress where the screen is a file
 Text, Number, File = str | None, int | None, Path | None
 Saved = Annotated[str, _arg("A saved model's folder, or its hub name.", "MODEL")]
 Method = Annotated[list[str] | None, _opt("An option of the method, key=value; may be repeated.", "--option", "-o")]
@@ -102,34 +104,6 @@ def train(
         with _bar("asking") as progress:
             result = evaluate_recipe(chosen, model, processor, resume=resume, progress=progress)
         _print_scores(result, Path(chosen.output) / "eval")
-
-
-@app.command("eval")
-def evaluate(
-    model: Saved,
-    data: Annotated[Path, _opt("Questions in LLaVA's format (.json, .jsonl, .parquet).")],
-    images: Annotated[File, _opt("Folder or tar archive of the pictures; by default the data's folder.")] = None,
-    out: Annotated[File, _opt("Folder for predictions and result; an interrupted run goes on there.")] = None,
-    batch_size: Annotated[int, _opt("Questions answered at once.", min=1)] = 16,
-    max_new_tokens: Annotated[int, _opt("Longest answer, in tokens.", min=1)] = 16,
-    limit: Annotated[Number, _opt("At most so many questions, a fixed random choice.", min=1)] = None,
-    where: Annotated[Text, _opt("Only questions whose id contains this regular expression.")] = None,
-    group: Annotated[Text, _opt("Regular expression whose parentheses catch the group in the id.")] = None,
-    fresh: Annotated[bool, _opt("Start over, even where --out has answers.", "--fresh")] = False,
-    device: Device = None,
-) -> None:
-    """Ask a model the questions of a file and count the right answers."""
-    from .recipe import Source
-    from .records import read_source
-
-    examples = read_source(Source(str(data), images and str(images), where=where, group=group, keep=limit), [])
-    from .evaluation import evaluate
-
-    chosen = {"out": out, "batch_size": batch_size, "max_new_tokens": max_new_tokens, "resume": not fresh}
-    loaded = _load(model, device)
-    with _bar("asking") as progress:
-        result = evaluate(*loaded, examples, **chosen, progress=progress)
-    _print_scores(result, out)
 
 
 @app.command()
@@ -253,7 +227,22 @@ def _bar(words: str):
 
     columns = TextColumn(words), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    shown, began = [time.monotonic()], []
+
+    def line(done: int, total: int) -> None:
+        """Where no bar can move, a line now and then."""
+        now = time.monotonic()
+        began.extend([] if began else [done, now])
+        first, since = began
+        if now - shown[0] > QUIET_SECONDS and done > first:
+            left = (now - since) / (done - first) * (total - done) / 60
+            console.print(f"{words}: {done:,} of {total:,}, about {left:.0f} minutes left", highlight=False)
+            shown[0] = now
+
+    if not console.is_terminal:
+        yield line
+        return
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(words, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
@@ -266,4 +255,4 @@ def _print_scores(result: dict, out: Path | None) -> None:
         typer.echo(f"wrote {out}/result.json and {out}/predictions.jsonl")
 
 
-from . import cli_models, cli_serve, cli_study  # noqa: E402, F401  their commands join the app, whose options they share
+from . import cli_eval, cli_models, cli_serve, cli_study  # noqa: E402, F401  their commands join the app, whose options they share

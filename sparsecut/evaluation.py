@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +39,7 @@ def evaluate(
     out: str | Path | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 16,
-    metric: str = "exact_match",
+    metric: str | None = "exact_match",
     resume: bool = True,
     states=None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -47,8 +48,9 @@ def evaluate(
 
     Returns accuracy (share right, with count and 95 % Wilson interval), the same per group and per level where examples
     name them, the mean over levels, decoding settings, prompt template, versions and seconds; written to `out` together with
-    the predictions. resume: keep the answers that `out` has for the same settings and prompts; False starts over. states: kept
-    states of the examples' pictures (`states.VisionStates`), read instead of running the encoder.
+    the predictions. metric: None keeps the answers without judging them. resume: keep the answers that `out` has for the same
+    settings and prompts; False starts over. states: kept states of the examples' pictures (`states.VisionStates`), read instead of
+    running the encoder.
     Raises ValueError for a missing picture, a prompt that is too long, or an `out` made with other settings.
     """
     began = time.perf_counter()
@@ -70,10 +72,10 @@ def evaluate(
         for i, answer in zip(chunk, answers, strict=True):
             records[i] |= _answered(records[i], answer, metric)
         if out is not None:
-            _write_lines(Path(out) / PREDICTIONS, [records[i] for i in chunk], "a")
+            write_lines(Path(out) / PREDICTIONS, [records[i] for i in chunk], "a")
         progress(len(records) - len(todo) + start + len(chunk), len(records))
     result = {
-        **scores(records),
+        **(scores(records) if metric else {"num_examples": len(records)}),
         **settings,
         "model": model.config._name_or_path,
         "batch_size": batch_size,
@@ -83,8 +85,8 @@ def evaluate(
         "versions": versions(),
     }
     if out is not None:
-        _write_lines(Path(out) / PREDICTIONS, records, "w")
-        _write_json(Path(out) / RESULT, result)
+        write_lines(Path(out) / PREDICTIONS, records, "w")
+        write_json(Path(out) / RESULT, result)
     return result
 
 
@@ -126,8 +128,8 @@ def _inputs(model, processor, prompts: list[str], examples: list[Example], state
     return {**inputs, "mm_encoder_outputs": {"image": model.get_image_features(vision_states=together)}}
 
 
-def _check(examples, batch_size: int, max_new_tokens: int, metric: str) -> None:
-    if metric not in METRICS:
+def _check(examples, batch_size: int, max_new_tokens: int, metric: str | None) -> None:
+    if metric is not None and metric not in METRICS:
         raise ValueError(f"metric {metric!r} is not known{nearest(metric, METRICS)}; allowed are {', '.join(METRICS)}")
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if not isinstance(value, int) or value < 1:
@@ -155,8 +157,8 @@ def _question(example: Example, processor) -> dict:
     }
 
 
-def _answered(record: dict, answer: str, metric: str) -> dict:
-    return {"prediction": answer, "correct": METRICS[metric](answer, record["reference"])}
+def _answered(record: dict, answer: str, metric: str | None) -> dict:
+    return {"prediction": answer, "correct": METRICS[metric](answer, record["reference"]) if metric else None}
 
 
 def _lengths(model, processor, examples, records, max_new_tokens: int) -> list[int]:
@@ -183,7 +185,7 @@ def _check_length(model, length: int, example: Example, max_new_tokens: int) -> 
     check_length(model, length, max_new_tokens, where, "leave it out or lower max_new_tokens")
 
 
-def settings_of(model, processor, max_new_tokens: int, metric: str) -> dict:
+def settings_of(model, processor, max_new_tokens: int, metric: str | None) -> dict:
     """Everything but the questions that predictions depend on."""
     decoding = greedy(model, max_new_tokens).to_diff_dict()
     decoding.pop("transformers_version", None)
@@ -224,7 +226,7 @@ def open_run(out: Path, settings: dict, records: list[dict], resume: bool) -> No
     file = out / PREDICTIONS
     if resume and file.is_file():
         _compare(out, settings)
-        old = {_key(line): line for line in _read_lines(file)}
+        old = {_key(line): line for line in read_lines(file)}
         unknown = set(old) - {_key(record) for record in records}
         if unknown:
             raise ValueError(
@@ -236,8 +238,8 @@ def open_run(out: Path, settings: dict, records: list[dict], resume: bool) -> No
                 record |= _answered(record, old[_key(record)]["prediction"], settings["metric"])
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULT).unlink(missing_ok=True)
-    _write_json(out / SETTINGS, settings)
-    _write_lines(file, [record for record in records if record["prediction"] is not None], "w")
+    write_json(out / SETTINGS, settings)
+    write_lines(file, [record for record in records if record["prediction"] is not None], "w")
 
 
 def _compare(out: Path, settings: dict) -> None:
@@ -263,7 +265,7 @@ def _key(record: dict) -> tuple:
     return record["id"], record["prompt"], tuple(record["images"])
 
 
-def _read_lines(file: Path) -> list[dict]:
+def read_lines(file: Path) -> list[dict]:
     """Records of a JSON Lines file; a last line that an interruption cut short is left out."""
     lines = file.read_bytes().split(b"\n")
     records = []
@@ -277,16 +279,19 @@ def _read_lines(file: Path) -> list[dict]:
     return records
 
 
-def _write_lines(file: Path, records: Sequence[dict], mode: str) -> None:
+def write_lines(file: Path, records: Sequence[dict], mode: str) -> None:
+    """Records as JSON Lines, appended ("a") or in place of the file ("w")."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     if mode == "a":
         with file.open("a", encoding="utf-8") as lines:
             lines.write(text)
         return
-    part = file.with_suffix(".part")  # replaced at once, so that an interruption leaves the old file or the new one
+    # Replaced at once, so that an interruption leaves the old file or the new one, and two processes do not meet.
+    part = file.with_suffix(f".{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(file)
 
 
-def _write_json(file: Path, value: dict) -> None:
+def write_json(file: Path, value: dict) -> None:
+    """A value as JSON that people can read."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

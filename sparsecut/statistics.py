@@ -27,7 +27,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Answers:
-    """What one arm answered: right [S seeds, I questions], and for every question its picture, level and id, each [I].
+    """What one arm answered: right [S seeds, I questions], 0 to 1, and for every question its picture, level and id, each [I].
 
     seeds: one number per row of right. A question without a level (None) is in no share. Raises ValueError where lengths differ.
     """
@@ -64,7 +64,7 @@ class Answers:
         if all(level is None for level in levels):
             levels = ["all"] * len(levels)
         pictures = ["\n".join(r["images"]) or r["id"] for r in first]
-        right = np.array([[bool(r["correct"]) for r in records] for records in runs.values()])
+        right = np.array([[float(r["correct"]) for r in records] for records in runs.values()])
         return cls(right, pictures, levels, ids, list(runs))
 
     @property

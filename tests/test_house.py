@@ -87,8 +87,8 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
         "study_page",
         "dry_run",
     },
-    {"server", "web_page", "lmms"},
-    {"cli", "cli_study", "cli_models", "cli_serve"},
+    {"server", "web_page", "lmms", "tasks"},
+    {"cli", "cli_eval", "cli_study", "cli_models", "cli_serve"},
 ]
 FAMILIES = [
     {"data", "labels", "base_labels", "records", "shards", "pictures", "states", "streams", "checking"},
@@ -120,9 +120,10 @@ FAMILIES = [
     {"charts", "plots"},
     {"report", "study_report", "study_figures", "study_tables", "study_page"},
     {"cost", "timing", "upgrade_cost"},
-    {"cli", "cli_study", "cli_models", "cli_serve"},
+    {"cli", "cli_eval", "cli_study", "cli_models", "cli_serve"},
 ]
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "__main__"))
+FOLDERS = sorted(p.parent.name for p in PACKAGE.glob("*/__init__.py"))
 PRIVATE_TO_GRAFT = ("output_capturing", "modeling_layers", "masking_utils")
 
 
@@ -130,11 +131,12 @@ def imports(path: Path) -> set[str]:
     """Modules of this package that a file imports, wherever in the file."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1 and path.parent == PACKAGE:
+        depth = len(path.relative_to(PACKAGE).parts)
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
             found |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sparsecut."):
             found.add(node.module.split(".")[1])
-    return found & {*MODULES, "world"}
+    return found & {*MODULES, *FOLDERS}
 
 
 def row(module: str) -> int:
@@ -155,6 +157,13 @@ def test_imports_go_one_way(module):
     for other in imports(PACKAGE / f"{module}.py") - {module}:
         family = any({module, other} <= f for f in FAMILIES)
         assert family or (module, other) in ALLOWED or row(other) < row(module), f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_of_folders_go_one_way(folder):
+    for path in (PACKAGE / folder).glob("*.py"):
+        for other in imports(path) - {folder}:
+            assert row(other) < row(folder), f"{path} imports {other}"
 
 
 def test_facts_know_nothing_of_torch():
