@@ -44,6 +44,8 @@ Text, Number, File = str | None, int | None, Path | None
 Saved = Annotated[str, _arg("A saved model's folder, or its hub name.", "MODEL")]
 Method = Annotated[list[str] | None, _opt("An option of the method, key=value; may be repeated.", "--option", "-o")]
 Device = Annotated[Text, _opt("Where to compute, as cpu or cuda:0; by default the accelerator, if there is one.")]
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+Dtype = Annotated[str, _opt("Numbers of the weights: auto (as they were saved), bfloat16, float16 or float32.")]
 
 
 @app.callback()
@@ -114,12 +116,13 @@ def chat(
     temperature: Annotated[float, _opt("0 takes the likeliest words, more draws at random.", min=0)] = 0.0,
     max_new_tokens: Annotated[int, _opt("Longest answer, in tokens.", min=1)] = 256,
     device: Device = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Talk with a model about pictures; /help in the conversation tells the commands."""
     from .chat import Chat, converse, open_picture
 
     shown = [open_picture(picture) for picture in pictures or []]
-    conversation = Chat(*_load(model, device), temperature=temperature, max_new_tokens=max_new_tokens)
+    conversation = Chat(*_load(model, device, dtype), temperature=temperature, max_new_tokens=max_new_tokens)
     if ask is not None:
         for piece in conversation.stream(ask, *shown):
             typer.echo(piece, nl=False)
@@ -196,12 +199,16 @@ def main() -> None:
         sys.exit(143 if isinstance(error, InterruptedError) else 2)  # 143: ended by SIGTERM, as a shell reports it
 
 
-def _load(model: str, device: str | None):
-    """A saved model on the device asked for, and its processor."""
+def _load(model: str, device: str | None, dtype: str = "auto"):
+    """A saved model on the device and with the numbers asked for, and its processor."""
+    from .plan import nearest
+
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype is {dtype!r}{nearest(dtype, DTYPES)}; allowed are {', '.join(DTYPES)}")
+    device = _device(device)
     from .building import load
 
-    device = _device(device)
-    loaded, processor = load(model)
+    loaded, processor = load(model, dtype=dtype)
     return loaded.to(device), processor
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .cli import Device, File, Number, Saved, Text, _bar, _load, _opt, _print_scores, app
+from .cli import Device, Dtype, File, Number, Saved, Text, _bar, _load, _opt, _print_scores, app
 
 
 @app.command("eval")
@@ -27,12 +27,13 @@ def evaluate(
     group: Annotated[Text, _opt("Regular expression whose parentheses catch the group in the id.")] = None,
     fresh: Annotated[bool, _opt("Start over, even where --out has answers.", "--fresh")] = False,
     device: Device = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Ask a model the questions of a file and count the right answers, or those of benchmarks and score them as they do."""
     if tasks is not None or data is None:
         mine = {"data": data, "images": images, "where": where, "group": group}
         given = {"out": out, "batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
-        return _ask(model, tasks, root, part, fresh=fresh, device=device, refused=mine, **given)
+        return _ask(model, tasks, root, part, fresh=fresh, device=device, dtype=dtype, refused=mine, **given)
     if root or part:
         raise ValueError("--root and --part belong to --tasks; leave them out, or name benchmarks in place of --data")
     from .recipe import Source
@@ -42,7 +43,7 @@ def evaluate(
     from .evaluation import evaluate
 
     chosen = {"out": out, "batch_size": batch_size, "max_new_tokens": max_new_tokens or 16, "resume": not fresh}
-    loaded = _load(model, device)
+    loaded = _load(model, device, dtype)
     with _bar("asking") as progress:
         result = evaluate(*loaded, examples, **chosen, progress=progress)
     _print_scores(result, out)
@@ -60,6 +61,7 @@ def _ask(
     limit: int | None,
     fresh: bool,
     device: str | None,
+    dtype: str,
     refused: dict,
 ) -> None:
     """Read the benchmarks named, ask a model their questions, print what they say of it.
@@ -83,7 +85,7 @@ def _ask(
     from .tasks.running import part_of, read_tasks, run_task, table
 
     mine, chosen = part_of(part), read_tasks(tasks, root, limit)
-    loaded = _load(model, device or _own_device())
+    loaded = _load(model, device or _own_device(), dtype)
     settings = {"part": mine, "batch_size": batch_size, "max_new_tokens": max_new_tokens, "resume": not fresh}
     results = []
     for one in chosen:

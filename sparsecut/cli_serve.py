@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .cli import Device, Number, Saved, Text, _load, _opt, app
+from .cli import Device, Dtype, Number, Saved, Text, _load, _opt, app
 
 TOKEN = "SPARSECUT_TOKEN"
 
@@ -36,6 +36,7 @@ def serve(
     remote: Annotated[bool, _opt("Also fetch pictures from public http(s) addresses.", "--remote")] = False,
     threads: Annotated[Number, _opt("Threads that compute; by default torch's.", min=1)] = None,
     device: Device = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Answer OpenAI-compatible chat completions about texts and pictures over HTTP."""
     try:
@@ -56,7 +57,7 @@ def serve(
 
         torch.set_num_threads(threads)
     listening = _listen(host, port)  # before the model is loaded, which takes longer
-    loaded, processor = _load(model, device)
+    loaded, processor = _load(model, device, dtype)
     settings = Settings(
         name=name or _name_of(Path(model)),
         bounds=Bounds(max_tokens=max_tokens, default_tokens=min(256, max_tokens), max_pictures=max_pictures),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli import Device, File, Method, Saved, Text, _arg, _bar, _device, _load, _opt, app
+from .cli import Device, Dtype, File, Method, Saved, Text, _arg, _bar, _device, _load, _opt, app
 
 Plans = Annotated[list[str], _arg("Methods' names or files with plans; ratios are to the first.", "PLAN...")]
 
@@ -128,6 +128,7 @@ def explain(
     batch_size: Annotated[int, _opt("Questions answered at once.", min=1)] = 64,
     max_new_tokens: Annotated[int, _opt("Longest answer, in tokens.", min=1)] = 16,
     device: Device = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Tell what each shortcut of a trained model is good for: answers without it, and how much it adds."""
     from .recipe import Source
@@ -137,7 +138,7 @@ def explain(
     from .explain import explain
     from .explain_page import lines
 
-    loaded, settings = _load(model, device), {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    loaded, settings = _load(model, device, dtype), {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     with _bar("asking") as progress:
         found = explain(*loaded, examples, out=out, **settings, progress=progress)
     typer.echo(lines(found))

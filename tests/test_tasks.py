@@ -253,6 +253,7 @@ def test_the_command_prints_scores_and_refuses_half_a_question(root, tiny, tmp_p
     assert run(asks[:-2]) == "--tasks needs --out, a folder for answers and scores, where an interrupted run goes on"
     assert "give --data, a file of questions, or --tasks" in run(base)
     assert "--images cannot go with --tasks" in run([*asks, "--images", "x"])
+    assert run([*asks, "--dtype", "bf16"]).startswith("--dtype is 'bf16'")
     assert "belong to --tasks" in run([*base, "--data", "x.json", "--part", "1/2"])
     assert not (tmp_path / "out").exists()
     assert run([*asks, "--part", "1/2"]) is None and "part 1 of 2 is answered" in capsys.readouterr().out
@@ -260,6 +261,8 @@ def test_the_command_prints_scores_and_refuses_half_a_question(root, tiny, tmp_p
     printed = capsys.readouterr().out
     assert "pope:split=random" in printed and "to be scored elsewhere: vizwiz_submission.json" in printed
     assert (tmp_path / "out" / "pope-split-random" / "result.json").is_file()
+    assert "made with another weights" in run([*asks[:-1], out, "--part", "1/2", "--dtype", "bfloat16"])
+    assert run([*asks[:-1], out + "-half", "--dtype", "bfloat16"]) is None
 
 
 def run(arguments: list[str]) -> str | None:
