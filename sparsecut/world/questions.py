@@ -86,6 +86,9 @@ def vocabulary(size: Size = SMALL) -> list[str]:
     return list(dict.fromkeys(words))
 
 
+FEW = 500  # pictures that one process has drawn before others have started
+
+
 def write_split(
     folder: str | Path,
     split: str,
@@ -101,13 +104,13 @@ def write_split(
     Training conversations ask `questions_per_picture` questions about one picture, turn by turn; in dev and test every
     question is an item of its own, with its `group` (kind) and `level`. Equal arguments give equal files; scenes of
     different splits differ by construction of their seeds and because equal ones are passed over. workers: processes that draw;
-    by default two or, for many pictures, one per core. size: "small" or "large". Returns name -> path.
+    by default one for few pictures and, for many, one per core. size: "small" or "large". Returns name -> path.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of the picture world's; allowed are {', '.join(SPLITS)}")
     size, folder = find_size(size), Path(folder)
     if workers is None:
-        workers = min(os.cpu_count() or 1, max(2, num_pictures // 500))
+        workers = min(os.cpu_count() or 1, 1 + num_pictures // FEW)
     (folder / split).mkdir(parents=True, exist_ok=True)
     keys = [f"{split}/{seed}/{i}" for i in range(num_pictures)]
     work = partial(_write_picture, folder, questions_per_picture, size)
