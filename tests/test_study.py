@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from runs import write_records
 
+from sparsecut import study_runner
 from sparsecut.study import Run, load_study, narrowed, parse_study
 from sparsecut.study_runner import claim, run_study
 
@@ -39,6 +40,14 @@ QUICK = {
 def study(tmp_path, **changes):
     """The quick study with its output inside the test's folder."""
     return parse_study({**QUICK, "output": str(tmp_path / "study"), **changes})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Costs are told at a small size instead of 7B's, which takes seconds for each plan."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_runner, "LARGE", ("world", "world"))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -110,14 +110,17 @@ def _mme_truth(folder: Path) -> dict[tuple[str, str], str]:
     apart = folder / "questions_answers_YN"
     files = sorted((apart if apart.is_dir() else the_file(folder)).glob("*.txt"))
     lines = [
-        (f.stem, line.split("\t")) for f in files for line in f.read_text(encoding="utf-8").splitlines() if line.strip()
+        (f.stem, line.strip().split("\t"))
+        for f in files
+        for line in f.read_text(encoding="utf-8").splitlines()
+        if line.strip()
     ]
     for name, parts in lines:
         if len(parts) != 2:
             raise ValueError(
                 f"{folder}/{name}.txt has a line that is not a question, a tab and an answer; download it again"
             )
-    return {(name, _squeezed(parts[0])): parts[1].strip() for name, parts in lines}
+    return {(name, _squeezed(parts[0])): parts[1] for name, parts in lines}
 
 
 def _squeezed(text: str) -> str:
