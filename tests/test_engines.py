@@ -41,12 +41,16 @@ def folder(tmp_path_factory):
         )
         for engine in ENGINES + ZERO
     }
-    for name in CASES:
-        run_case(folder, name, folder / "one", 1)
-    run_upgrade(folder, folder / "one", 1)
-    for engine, process in started.items():
-        said, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, f"{engine}: {said[-3000:]}"
+    try:
+        for name in CASES:
+            run_case(folder, name, folder / "one", 1)
+        run_upgrade(folder, folder / "one", 1)
+        for engine, process in started.items():
+            said, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, f"{engine}: {said[-3000:]}"
+    finally:
+        for process in started.values():
+            process.kill()
     return folder
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..evaluation import PREDICTIONS, RESULT, SETTINGS, evaluate, read_lines, write_json, write_lines
 from ..plan import nearest
 from ..records import IMAGE, Example
+from ..scoring import Z95, wilson
 from .choice_tasks import CHOICE_TASKS
 from .reading import Asked, NotThereError, Question, Score, Task
 from .text_tasks import TEXT_TASKS
@@ -226,8 +227,10 @@ def _share(score: Score | None) -> dict | None:
         return None
     values = list(score.each.values())
     mean = sum(values) / len(values)
+    if set(values) <= {0, 1}:
+        return {"value": mean, "interval": wilson(round(sum(values)), len(values))}
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values))
-    return {"value": mean, "interval": [max(0.0, mean - 1.96 * spread), min(1.0, mean + 1.96 * spread)]}
+    return {"value": mean, "interval": [max(0.0, mean - Z95 * spread), min(1.0, mean + Z95 * spread)]}
 
 
 def _digest(file: Path) -> str:
