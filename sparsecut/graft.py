@@ -252,3 +252,21 @@ def _add_features(layer: int, module, args, kwargs):
     hidden = torch.where(mask.unsqueeze(-1), hidden + spread, hidden)
     injection.fired.append(layer)
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+class RestingEncoder:
+    """Of a model whose layers are computed again for the backward pass: an encoder that does not learn has no backward pass."""
+
+    def enable_input_require_grads(self):
+        """Embeddings ask for a gradient, so that checkpointed layers pass one on; but not those of an encoder that does not learn.
+
+        transformers asks for both, and the encoder would keep its states and run backward for nothing.
+        """
+        self.disable_input_require_grads()
+        super().enable_input_require_grads()
+        encoder = {id(p) for p in self.parts()["vision"] if not p.requires_grad}
+        resting = [m for m in self.modules() if (own := [id(p) for p in m.parameters()]) and encoder.issuperset(own)]
+        asked = {id(module._forward_hooks) for module in resting}
+        for hook in self._require_grads_hooks:
+            if id(hook.hooks_dict_ref()) in asked:
+                hook.remove()

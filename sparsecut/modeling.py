@@ -14,6 +14,7 @@ from .configuration import SparseCutConfig
 from .encoders import feed, make_encoder
 from .fusion import Fusion
 from .graft import (
+    RestingEncoder,
     accepts,
     check_language_model,
     check_vision_tower,
@@ -36,7 +37,7 @@ RECORDS = ("hidden_states", "attentions")  # what an encoder keeps of its blocks
 UNRECORDED = {f"output_{name}": False for name in RECORDS}
 
 
-class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class SparseCutForConditionalGeneration(RestingEncoder, PreTrainedModel, GenerationMixin):
     r"""
     Any supported vision encoder and causal language model, joined by a plan of sparse shortcuts (arXiv 2602.00505).
 
@@ -255,7 +256,6 @@ class SparseCutForConditionalGeneration(PreTrainedModel, GenerationMixin):
             num_each = self.config.num_image_tokens if has_begun(past_key_values) else 0
             check_image_tokens(mask, images, bare=bare and not self.training, num_each=num_each)
         check_image_features(images, self.plan, inputs_embeds.shape[-1])
-
         features, image_hidden_states = {}, None
         if images is not None:
             image_hidden_states = torch.cat(list(images.pooler_output)).to(inputs_embeds)

@@ -18,7 +18,7 @@ from transformers.utils import can_return_tuple
 from .configuration_upgraded import SparseCutUpgradeConfig
 from .families import family_of
 from .fusion import Fusion
-from .graft import whole_modules
+from .graft import RestingEncoder, whole_modules
 from .overlay import Overlay, connect, depth_of, disconnect_all, riding, width_of
 from .plan import Plan
 
@@ -26,7 +26,7 @@ IGNORED = -100  # a label that is not learned
 WEIGHTS, FACTS = "fusion.safetensors", "fusion.json"
 
 
-class SparseCutUpgrade(PreTrainedModel, GenerationMixin):
+class SparseCutUpgrade(RestingEncoder, PreTrainedModel, GenerationMixin):
     r"""
     A finished vision-language model (`base`) whose decoder receives sparse shortcuts beside its own input (arXiv 2602.00505).
 

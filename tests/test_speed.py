@@ -6,8 +6,10 @@ from types import ModuleType
 import pytest
 import torch
 from runs import run, stage, trainer_for, write_records
+from test_upgrade_training import base_of
 from tiny import tiny_model, tiny_vision
 
+from sparsecut import upgrade
 from sparsecut.data import Collator
 from sparsecut.parts import apply_liger
 
@@ -56,10 +58,44 @@ def test_nothing_of_a_frozen_encoder_waits_for_the_backward_pass(folder):
     assert kept_values(folder, 6) == kept_values(folder, 12) > 0
 
 
-def kept_values(folder, depth: int) -> int:
-    """How many values autograd keeps of a step with an encoder of so many blocks, of which two are run."""
-    model, processor = tiny_model({"method": "llava", "tap": 2}, vision=tiny_vision(depth))
-    trainer = trainer_for(model, processor, folder)
+def test_checkpointing_does_not_wake_a_frozen_encoder(folder):
+    """transformers has the encoder's embeddings ask for a gradient, too; where the encoder learns, that is as it was."""
+    resting = [kept_values(folder, depth, tap=depth, checkpointing=True) for depth in (6, 12)]
+    assert resting[0] == resting[1] > 0
+    learning = [kept_values(folder, depth, tap=depth, checkpointing=True, vision=True) for depth in (6, 12)]
+    assert resting[0] < learning[0] < learning[1]
+
+
+@pytest.mark.parametrize("parts", [["fusion"], ["fusion", "vision"], ["vision"], ["language"]])
+@pytest.mark.parametrize("kind", ["built", "llava", "qwen"])
+def test_checkpointing_changes_no_gradient(folder, kind, parts):
+    found = []
+    for checkpointing in (False, True):
+        if kind == "built":
+            model, processor = tiny_model()
+        else:
+            base, processor = base_of(kind)
+            model, processor = upgrade(base, processor=processor)
+        torch.manual_seed(0)
+        for parameter in model.fusion.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        trainer = trainer_for(model, processor, folder, train=parts)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+        trainer.compute_loss(model.train(), batch).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 3
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], atol=1e-6), name
+
+
+def kept_values(folder, depth: int, tap: int = 2, checkpointing: bool = False, vision: bool = False) -> int:
+    """How many values autograd keeps of a step with an encoder of so many blocks, run up to the tap."""
+    model, processor = tiny_model({"method": "llava", "tap": tap}, vision=tiny_vision(depth))
+    trainer = trainer_for(model, processor, folder, **({"train": ["fusion", "vision"]} if vision else {}))
+    if checkpointing:
+        model.train().activation_checkpointing_enable()
     batch, sizes, ran = trainer.data_collator([trainer.train_dataset[i] for i in range(3)]), [], []
 
     def keep(tensor):
@@ -70,7 +106,7 @@ def kept_values(folder, depth: int) -> int:
         layer.mlp.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         trainer.compute_loss(model, batch)
-    assert max(ran) == 1  # tap 2 is what the second block gives
+    assert max(ran) == tap - 1  # tap 2 is what the second block gives
     return sum(sizes)
 
 
