@@ -56,6 +56,7 @@ def stage_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     ours = {"remove_unused_columns": False, "logging_nan_inf_filter": False}  # the stage's trainer stops at such a loss
+    ours["gradient_accumulation_steps"] = accumulation(stage, int(os.environ.get("WORLD_SIZE", "1")))
     try:
         args = TrainingArguments(output_dir=str(output / stage.name), seed=seed, **{**defaults, **stage.args, **ours})
     except (ValueError, TypeError, ImportError) as error:
@@ -71,3 +72,28 @@ def stage_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
             f"(torchrun --nproc-per-node {args.n_gpu} -m sparsecut train ...) or show it one (CUDA_VISIBLE_DEVICES=0)"
         )
     return args
+
+
+def accumulation(stage: Stage, processes: int) -> int:
+    """Micro-batches that a step of a stage adds up: as args say, or as many as make its global batch.
+
+    Raises ValueError with the arithmetic where they cannot.
+    """
+    size, given = stage.args.get("per_device_train_batch_size", 8), stage.args.get("gradient_accumulation_steps")
+    if stage.global_batch is None:
+        return 1 if given is None else given
+    many, left = divmod(stage.global_batch, size * processes)
+    if given is None and many and not left:
+        return many
+    if given is None or given * size * processes != stage.global_batch:
+        told = f"per_device_train_batch_size {size} x {processes} {'process' if processes == 1 else 'processes'}"
+        told += "" if given is None else f" x gradient_accumulation_steps {given} = {size * processes * given}"
+        remedy = (
+            "choose a divisor of it"
+            if given is None
+            else "leave gradient_accumulation_steps out, or correct one of them"
+        )
+        raise ValueError(
+            f"stage {stage.name}: global_batch is {stage.global_batch}, which {told} does not give; {remedy}"
+        )
+    return given

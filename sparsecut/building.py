@@ -207,7 +207,19 @@ def depths_of(vision: str | nn.Module, language: str | nn.Module, **hub) -> tupl
 
 
 def resolve(source, part: str):
-    """A source as given, or for "world" the shipped folder of the picture world's backbone (part: vision or language)."""
+    """A source as given, or for "world" the shipped folder of the picture world's backbone (part: vision or language).
+
+    Raises ValueError for a path that is no folder: a hub name has one slash at most.
+    """
+    if (
+        isinstance(source, str)
+        and (source.count("/") > 1 or source.startswith((".", "/")))
+        and not Path(source).is_dir()
+    ):
+        raise ValueError(
+            f"the {part} model {source!r} is a path, but there is no such folder; correct it, or make it first (a recipe that needs one "
+            "made says in its first lines how)"
+        )
     if source != WORLD:
         return source
     from . import world

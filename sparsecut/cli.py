@@ -85,6 +85,7 @@ def train(
     devices: Annotated[int, _opt("Devices that the dry run counts with.", min=1)] = 1,
     tflops: Annotated[float, _opt("TFLOP/s of a device, for the dry run's hours.")] = 989.0,
     mfu: Annotated[float, _opt("Share of them that training reaches.")] = 0.4,
+    json: Annotated[bool, _opt("Print the dry run as JSON.", "--json")] = False,
 ) -> None:
     """Train by a recipe, stage after stage, then ask what its `evaluate` names."""
     from .recipe import load_recipe
@@ -94,7 +95,10 @@ def train(
         from . import dry_run as paper
 
         of = {"devices": devices, "tflops": tflops, "mfu": mfu}
-        return typer.echo("\n".join(paper.lines(paper.dry_run(chosen, **of), **of)))
+        plans = paper.dry_run(chosen, **of)
+        return typer.echo(paper.as_json(plans) if json else "\n".join(paper.lines(plans, **of)))
+    if json:
+        raise ValueError("--json prints a dry run; give --dry-run too")
     from .training import train
 
     model, processor = train(chosen, check=check, resume=resume)

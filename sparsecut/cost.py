@@ -241,7 +241,9 @@ def pretended(config: SparseCutConfig, dtype: torch.dtype) -> SparseCutForCondit
     for part in (config.vision_config, config.text_config, config.text_config.get_text_config()):
         part.dtype = dtype
     with local_torch_dtype(dtype), no_init_weights():  # nothing is drawn: some ways of drawing look at values
-        return SparseCutForConditionalGeneration(config).eval()
+        model = SparseCutForConditionalGeneration(config).eval()
+    model.language_model.tie_weights()  # which transformers does after it has drawn them
+    return model
 
 
 def _prompt_flops(model: nn.Module, ids: Tensor, pixels: Tensor, tokens: int) -> tuple[dict[str, int], int]:

@@ -7,8 +7,9 @@ that no hub is asked; where data is absent, so are the figures that hang on it, 
 from __future__ import annotations
 
 import itertools
+import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,15 +19,14 @@ from transformers import AutoConfig, LlamaConfig, SiglipVisionConfig
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import adapted
+from .arguments import accumulation
 from .cost import REFERENCE, Answers, backbone_config, configuration_of, counter, pretended, saved_bytes
+from .dry_data import item_of, records_of
 from .parts import check_parts
 from .recipe import Recipe, Stage
-from .records import read_examples
 from .yaml_text import expand_path
 
 GIB = 2**30
-TEXT_TOKENS = 64  # of a record beside its picture, where no data says otherwise
-SAMPLE = 64  # records that are read to find out how long they are
 ADAM = 2  # moments of the optimizer, in single precision as weights and gradients are
 KNOWN = {  # sizes of models that recipes here name
     "openai/clip-vit-large-patch14-336": REFERENCE["vision"]["clip-l-336"],
@@ -51,29 +51,32 @@ KNOWN = {  # sizes of models that recipes here name
     ),
 }
 BASES = {"llava-hf/llava-1.5-7b-hf": ("openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5")}
-PUBLISHED = {"blip_laion_cc_sbu_558k.json": 558_128, "llava_v1_5_mix665k.json": 665_298}  # records of LLaVA-1.5's files
 
 
 @dataclass
 class StagePlan:
-    """One stage on paper; memory in bytes for one device, operations of one step over all devices."""
+    """One stage on paper; memory in bytes for one device at its longest batch, operations of a mean step over all devices.
+
+    tokens_per_record, image_tokens_per_record: in the mean; of packed records, those of a row divided by the records in it.
+    """
 
     name: str
     parameters: dict[str, int]
     trained: dict[str, int]
     records: int | None
     records_said: str
-    tokens_per_record: int
-    image_tokens_per_record: int
-    records_per_step: int
+    tokens_per_record: float
+    image_tokens_per_record: float
+    longest: int
+    records_per_step: float
     steps: int | None
-    flops_per_step: int
+    flops_per_step: float
     memory: dict[str, float]
     hours: float | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
-    def tokens_per_step(self) -> int:
+    def tokens_per_step(self) -> float:
         """Tokens of a step over all devices, without padding."""
         return self.tokens_per_record * self.records_per_step
 
@@ -104,8 +107,8 @@ def dry_run(recipe: Recipe, *, devices: int = 1, tflops: float = 989.0, mfu: flo
 
 
 def _stage_plan(recipe: Recipe, stage: Stage, model, devices: int, dtype) -> StagePlan:
-    config, notes, size = model.config, [], stage.args.get("per_device_train_batch_size", 8)
-    num, said, length, pictures = _records(stage, config.num_image_tokens, notes)
+    size, found = stage.args.get("per_device_train_batch_size", 8), records_of(stage)
+    item = item_of(stage, found, model.config.num_image_tokens)
     check_parts(model, tuple(p for p in stage.train if p != "projector"))
     parts = {name: sum(p.numel() for p in found) for name, found in model.parts().items()}
     trained = {name: _trained(model, name, stage) for name in stage.train if name != "projector"}
@@ -113,49 +116,90 @@ def _stage_plan(recipe: Recipe, stage: Stage, model, devices: int, dtype) -> Sta
     for name in stage.train:
         for parameter in model.parts().get(name, ()):
             parameter.requires_grad_(True)
-    ids = torch.zeros(1, length, dtype=torch.long)
-    pixels = torch.zeros(pictures, model.plan.num_views, *config.grid.view, dtype=dtype)
-    flops = _step_flops(model, ids, pixels, stage)
-    mask = torch.ones(size, length, dtype=torch.long)
-    held = saved_bytes(model, ids, pixels, mask, [name for name in stage.train if name in parts])
+    flops = sum(share * _step_flops(model, *_inputs(model, *of, dtype), stage) for share, of in item.kinds if share)
     if any(map(adapted, stage.train)):
-        notes.append("adapters' own operations and states between forward and backward are not counted; they are small")
-    step = size * stage.args.get("gradient_accumulation_steps", 1) * devices
+        found.notes.append(
+            "adapters' own operations and states between forward and backward are not counted; they are small"
+        )
+    rows = size * accumulation(stage, devices) * devices
     steps = stage.args.get("max_steps", -1)
     if steps <= 0:
-        steps = None if num is None else math.ceil(num / step * stage.args.get("num_train_epochs", 3))
+        epochs = stage.args.get("num_train_epochs", 3)
+        steps = None if found.number is None else math.ceil(found.number / (rows * item.records) * epochs)
     beside = any(adapted(name) for name in stage.train)
     resting = sum(v for k, v in parts.items() if k != "head") - (0 if beside else sum(trained.values()))
-    half = (
-        recipe.model.base is not None and dtype.itemsize == 2 and all(set(s.train) == {"fusion"} for s in recipe.stages)
-    )
-    frozen = resting * (2 if half else 4)  # an upgraded base that rests in all stages is loaded in half precision
-    width, layers = config.text_config.get_text_config().hidden_size, config.language_depth
-    if stage.args.get("activation_checkpointing"):
-        # The logits stay, in the model's format and in single precision for the loss and its gradient; layers are kept one at a time.
-        words = size * length * config.text_config.get_text_config().vocab_size * (dtype.itemsize + 8)
-        held = words + max(held - words, 0) / layers + size * length * layers * width * dtype.itemsize
+    base = recipe.model.base is not None and dtype.itemsize == 2
+    half = base and all(set(one.train) == {"fusion"} for one in recipe.stages)  # it rests in all stages
     return StagePlan(
         name=stage.name,
         parameters=parts,
         trained=trained,
-        records=num,
-        records_said=said,
-        tokens_per_record=length,
-        image_tokens_per_record=pictures * config.num_image_tokens,
-        records_per_step=step,
+        records=found.number,
+        records_said=found.said,
+        tokens_per_record=item.tokens / item.records,
+        image_tokens_per_record=item.image_tokens / item.records,
+        longest=item.longest[0],
+        records_per_step=rows * item.records,
         steps=steps,
-        flops_per_step=flops * step,
-        memory=_memory(stage, frozen, sum(trained.values()), held, devices),
-        notes=notes,
+        flops_per_step=flops * rows,
+        memory={
+            **_weights(stage, resting, sum(trained.values()), devices, half=half),
+            "activations": _activations(model, stage, size, item.longest, dtype),
+        },
+        notes=found.notes,
     )
 
 
-def _memory(stage: Stage, frozen: int, trained: int, held: float, devices: int) -> dict[str, float]:
-    """Bytes on one device: weights (frozen: bytes of those that rest), gradients, moments, and what waits for the backward pass."""
-    shared = devices if stage.args.get("fsdp") or stage.args.get("deepspeed") else 1
-    learned = {"gradients": 4 * trained / shared, "optimizer": 4 * ADAM * trained / shared}
-    return {"weights": (frozen + 4 * trained) / shared, **learned, "activations": float(held)}
+def _inputs(model, length: int, pictures: int, dtype) -> tuple:
+    pixels = torch.zeros(pictures, model.plan.num_views, *model.config.grid.view, dtype=dtype)
+    return torch.zeros(1, max(length, 2), dtype=torch.long), pixels
+
+
+def _activations(model, stage: Stage, size: int, longest: tuple[int, int], dtype) -> float:
+    """Bytes that wait for the backward pass of a micro-batch of the longest records."""
+    ids, pixels = _inputs(model, *longest, dtype)
+    length = ids.shape[1]
+    names = [name for name in stage.train if name in model.parts()]
+    held = saved_bytes(model, ids, pixels, torch.ones(size, length, dtype=torch.long), names)
+    if not stage.args.get("activation_checkpointing"):
+        return float(held)
+    # The logits stay, in the model's format and in single precision for the loss and its gradient; layers are kept one at a time.
+    text, layers = model.config.text_config.get_text_config(), model.config.language_depth
+    words = size * length * text.vocab_size * (dtype.itemsize + 8)
+    return words + max(held - words, 0) / layers + size * length * layers * text.hidden_size * dtype.itemsize
+
+
+def _weights(stage: Stage, resting: int, trained: int, devices: int, *, half: bool) -> dict[str, float]:
+    """Bytes on one device of weights, gradients and moments; what each engine shares out among devices is divided.
+
+    DeepSpeed keeps weights and gradients in half precision, and single precision with the moments (Rajbhandari et al. 2020, ZeRO).
+    """
+    level = _zero_stage(stage)
+    weights, gradients, moments = (devices if level >= least else 1 for least in (3, 2, 1))
+    if stage.args.get("deepspeed") and (stage.args.get("bf16") or stage.args.get("fp16")):
+        return {
+            "weights": 2 * (resting + trained) / weights,
+            "gradients": 2 * trained / gradients,
+            "optimizer": 4 * (1 + ADAM) * trained / moments,
+        }
+    return {
+        "weights": ((2 if half else 4) * resting + 4 * trained) / weights,
+        "gradients": 4 * trained / gradients,
+        "optimizer": 4 * ADAM * trained / moments,
+    }
+
+
+def _zero_stage(stage: Stage) -> int:
+    """What is shared out: 0 nothing, 1 the optimizer's moments, 2 gradients too, 3 weights too."""
+    if given := stage.args.get("fsdp"):
+        return 2 if "shard_grad_op" in str(given) else 3
+    given = stage.args.get("deepspeed")
+    if isinstance(given, str):
+        path = Path(expand_path(given))
+        if not path.is_file():
+            raise ValueError(f"stage {stage.name}: args.deepspeed names {path}, which is not there; correct the path")
+        given = json.loads(path.read_text(encoding="utf-8"))
+    return int((given or {}).get("zero_optimization", {}).get("stage", 0))
 
 
 def _step_flops(model: nn.Module, ids, pixels, stage: Stage) -> int:
@@ -165,7 +209,8 @@ def _step_flops(model: nn.Module, ids, pixels, stage: Stage) -> int:
         with counter() as forward:
             loss = model(**inputs).loss
         with counter() as backward:
-            loss.backward()
+            if loss.requires_grad:  # a text says nothing to the fusion
+                loss.backward()
     language = sum(forward.get_flop_counts().get(f"{type(model).__name__}.language_model", {}).values())
     again = language if stage.args.get("activation_checkpointing") else 0
     return forward.get_total_flops() + backward.get_total_flops() + again
@@ -179,30 +224,6 @@ def _trained(model: nn.Module, name: str, stage: Stage) -> int:
     linear = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
     chosen = [m for n, m in linear.items() if targets == "all-linear" or n.rpartition(".")[2] in targets]
     return sum(stage.lora.r * sum(m.weight.shape) for m in chosen)
-
-
-def _records(stage: Stage, num_image_tokens: int, notes: list[str]) -> tuple[int | None, str, int, int]:
-    """(records, where that is known from, tokens and pictures of a record)."""
-    total, said, seen = 0, [], []
-    for source in stage.data:
-        try:
-            path = Path(expand_path(source.path))
-            examples = read_examples(path, expand_path(source.images) if source.images else None, problems=[])
-            seen += list(itertools.islice(examples, SAMPLE))
-            total, said = total + len(examples), [*said, "read"]
-        except ValueError as error:
-            name = Path(source.path).name
-            if name not in PUBLISHED:
-                notes.append(f"no records of {source.path}: {error}")
-                return None, "absent", num_image_tokens + TEXT_TOKENS, 1
-            total, said = total + PUBLISHED[name], [*said, f"as published, {name} is not here"]
-    words = [sum(len(m["content"].split()) for m in e.messages) for e in seen]
-    text = round(1.5 * sum(words) / len(words)) if words else TEXT_TOKENS
-    pictures = max(1, round(sum(len(e.images) for e in seen) / len(seen))) if seen else 1
-    if words:
-        notes.append(f"{text} text tokens a record: 1.5 for a word, of the first {len(seen)} records")
-    length = min(text + pictures * num_image_tokens, stage.max_length or math.inf)
-    return total, ", ".join(dict.fromkeys(said)), length, pictures
 
 
 def _configurations(recipe: Recipe, notes: list[str]):
@@ -240,9 +261,9 @@ def lines(plans: list[StagePlan], *, devices: int, tflops: float, mfu: float) ->
             f"stage {plan.name}",
             f"  parameters   {sizes}; {total / 1e6:,.1f} M in all",
             f"  trained      {learns} ({100 * trained / total:.2f} %)",
-            f"  records      {records} ({plan.records_said}), {plan.tokens_per_record:,} tokens each, "
-            f"{plan.image_tokens_per_record:,} of them of pictures",
-            f"  a step       {plan.records_per_step:,} records, {plan.tokens_per_step:,} tokens, "
+            f"  records      {records} ({plan.records_said}), {plan.tokens_per_record:,.0f} tokens each, "
+            f"{plan.image_tokens_per_record:,.0f} of them of pictures; the longest {plan.longest:,}",
+            f"  a step       {plan.records_per_step:,.0f} records, {plan.tokens_per_step:,.0f} tokens, "
             f"{plan.flops_per_step / 1e12:,.2f} TFLOP; {steps} steps",
             f"  a device     {sum(plan.memory.values()) / GIB:,.1f} GiB: {memory}",
             f"  hours        {hours}, on {devices} x {tflops:,.0f} TFLOP/s of which {100 * mfu:.0f} % is reached",
@@ -250,3 +271,8 @@ def lines(plans: list[StagePlan], *, devices: int, tflops: float, mfu: float) ->
     for note in dict.fromkeys(itertools.chain(*(plan.notes for plan in plans))):
         out.append(f"note: {note}")
     return out
+
+
+def as_json(plans: list[StagePlan]) -> str:
+    """The plans as JSON: memory in bytes, operations in FLOPs."""
+    return json.dumps([{**asdict(plan), "tokens_per_step": plan.tokens_per_step} for plan in plans], indent=2)

@@ -127,7 +127,8 @@ class Stage:
     processes) or "batches" (the mean of each micro-batch's own mean, as older training code has it: a token counts for less in a batch
     with long answers). group: true puts records of alike length into a step, and records with pictures and texts into different ones.
     pack: rows of so many tokens, each with as many records as fit; none sees another. max_image_tokens: a record with more is
-    refused, and packed rows hold no more. pad_to: batches are as long as a multiple of it, for torch_compile.
+    refused, and packed rows hold no more. pad_to: batches are as long as a multiple of it, for torch_compile. global_batch: records of a
+    step over all processes; micro-batches are accumulated to that many, or the stage is refused.
     """
 
     name: str
@@ -145,6 +146,7 @@ class Stage:
     pad_to: int | None = None
     lora: Lora | None = None
     weight_decay: dict = field(default_factory=dict)
+    global_batch: int | None = None
 
     def __post_init__(self):
         as_tuples(self, "data", "train")
@@ -179,9 +181,9 @@ class Stage:
         one_of("template", self.template, TEMPLATES)
         _check_mixture(self)
         one_of("loss_over", self.loss_over, LOSSES)
-        for name in ("pack", "max_image_tokens", "max_length", "pad_to"):
+        for name in ("pack", "max_image_tokens", "max_length", "pad_to", "global_batch"):
             if (given := getattr(self, name)) is not None and given < 1:
-                raise ValueError(f"{name} is {given}, but at least 1 token is needed; leave it out for no limit")
+                raise ValueError(f"{name} is {given}, but must be at least 1; leave it out for no limit")
         if self.gate_penalty < 0:
             raise ValueError(f"gate_penalty is {self.gate_penalty}, but a penalty is at least 0")
 

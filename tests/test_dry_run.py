@@ -1,8 +1,6 @@
 """A dry run counts what the model really has, does and keeps, and tells what of it hangs on data that is not there."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +8,12 @@ import torch
 from runs import write_records
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsecut.arguments import accumulation
 from sparsecut.building import build
+from sparsecut.cli import app
 from sparsecut.cost import counter
-from sparsecut.dry_run import GIB, PUBLISHED, dry_run, lines
+from sparsecut.dry_data import PUBLISHED, records_of
+from sparsecut.dry_run import GIB, dry_run, lines
 from sparsecut.recipe import load_recipe, parse_recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -61,8 +62,8 @@ def test_operations_are_those_of_a_real_step(model, train):
     for name in train:
         for parameter in model.parts()[name]:
             parameter.requires_grad_(True)
-    ids = torch.zeros(1, plan.tokens_per_record, dtype=torch.long)
-    ids[:, : plan.image_tokens_per_record] = model.config.image_token_id
+    ids = torch.zeros(1, round(plan.tokens_per_record), dtype=torch.long)
+    ids[:, : round(plan.image_tokens_per_record)] = model.config.image_token_id
     pixels = torch.zeros(1, model.plan.num_views, *model.config.grid.view)
     with counter() as real:
         model(input_ids=ids, pixel_values=pixels, labels=ids, use_cache=False).loss.backward()
@@ -90,12 +91,19 @@ def test_arithmetic_of_steps_memory_and_hours(tmp_path):
     assert whole.memory["optimizer"] == 8 * sum(whole.trained.values())
 
 
-@pytest.mark.parametrize("name, devices, most", [("smol", 1, 16), ("sparsecut-7b", 8, 60)])
+@pytest.mark.parametrize(
+    ("name", "devices", "most"),
+    [("smol", 1, 16), ("sparsecut-7b", 8, 60), ("sparsecut-13b", 8, 70), ("upgrade-llava-7b", 8, 60)],
+)
 def test_recipes_pass_and_fit(name, devices, most, monkeypatch):
     monkeypatch.setenv("LLAVA_DATA", "/nowhere")
     plans = dry_run(load_recipe(CONFIGS / f"{name}.yaml"), devices=devices)
-    assert [plan.records for plan in plans] == list(PUBLISHED.values())
-    assert [plan.records_per_step for plan in plans] == [256, 128]  # LLaVA-1.5's
+    assert [plan.records for plan in plans] == list(PUBLISHED.values())[-len(plans) :]
+    assert [plan.records_per_step for plan in plans] == [256, 128][-len(plans) :]  # LLaVA-1.5's
+    assert (
+        name != "smol" or round(plans[0].parameters["language"] / 1e6, 1) == 134.5
+    )  # its head is tied, and counted once
+    assert plans[-1].longest == 2048 and "are assumed" in "".join(plans[-1].notes)
     assert all(sum(plan.memory.values()) < most * GIB and plan.hours > 0.01 for plan in plans)
     said = "\n".join(lines(plans, devices=devices, tflops=989.0, mfu=0.4))
     assert "as published" in said and "published sizes" in said
@@ -110,22 +118,23 @@ def test_recipes_of_the_paper_differ_in_what_they_should():
     )
     for recipe in (small, large):
         args = [stage.args for stage in recipe.stages]
-        steps = [8 * a["per_device_train_batch_size"] * a.get("gradient_accumulation_steps", 1) for a in args]
+        steps = [8 * s.args["per_device_train_batch_size"] * accumulation(s, 8) for s in recipe.stages]
         assert steps == [256, 128] and recipe.stages[1].max_length == 2048
         assert all(a["warmup_steps"] == 0.03 and a["lr_scheduler_type"] == "cosine" and a["bf16"] for a in args)
 
 
-def test_the_command_prints_it_and_writes_nothing(tmp_path):
+def test_the_command_prints_it_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(json.dumps({**WORLD, "stages": [one_stage()]}))
-    done = subprocess.run(
-        [sys.executable, "-m", "sparsecut", "train", str(recipe), "--dry-run"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "stage one" in done.stdout and "note: no records of nowhere.json" in done.stdout
+    app(args=["train", str(recipe), "--dry-run"], standalone_mode=False)
+    printed = capsys.readouterr().out
+    assert "stage one" in printed and "note: no records of nowhere.json" in printed
+    with pytest.raises(ValueError, match="give --dry-run too"):
+        app(args=["train", str(recipe), "--json"], standalone_mode=False)
+    app(args=["train", str(recipe), "--dry-run", "--json"], standalone_mode=False)
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert plan["name"] == "one" and plan["steps"] == 10 and plan["memory"]["optimizer"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 
@@ -141,3 +150,111 @@ def test_what_cannot_be_is_refused_in_a_sentence(changes, sentence):
     more = {name: changes.pop(name) for name in ("devices", "mfu") if name in changes}
     with pytest.raises(ValueError, match=sentence):
         dry_run(parse_recipe({**WORLD, "stages": [one_stage(**changes)]}), **more)
+
+
+def write(path: Path, words: dict[str, int], pictures: bool = True) -> dict:
+    """A file of records, each of so many words; what a stage's data says of it."""
+    shown = "<image>\n" if pictures else ""
+    records = [
+        {
+            "id": name,
+            **({"image": "one.png"} if pictures else {}),
+            "conversations": [{"from": "human", "value": shown + "a " * (n - 1)}, {"from": "gpt", "value": "b"}],
+        }
+        for name, n in words.items()
+    ]
+    path.write_text(json.dumps(records))
+    return {"path": str(path)}
+
+
+def test_records_are_those_that_the_stage_takes(tmp_path):
+    (tmp_path / "one.png").write_bytes(b"")
+    words = {f"{'keep' if i % 4 else 'out'}-{i}": 20 for i in range(40)} | {"keep-long": 400}
+    data = write(tmp_path / "a.json", words)
+    whole = records_of(parse_recipe({**WORLD, "stages": [one_stage(data=data)]}).stages[0])
+    assert (whole.number, whole.pictured, whole.longest, whole.most) == (41, 1.0, round(1.5 * 401), 1)
+    chosen = plan_of(data={**data, "where": "^keep", "keep": 10})
+    assert chosen.records == 10
+    held = plan_of(data={**data, "hold_out": "long"})
+    assert (held.records, held.longest) == (40, round(1.5 * 21) + 16)
+    with pytest.raises(ValueError, match="gives no record to use"):
+        plan_of(data={**data, "where": "nobody"})
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match=r"broken\.json"):
+        plan_of(data={"path": str(tmp_path / "broken.json")})
+    assert plan_of(data={**data, "streaming": True}).records_said == "a stream"
+
+
+def test_texts_have_no_picture_and_mixtures_count_by_weight(tmp_path):
+    (tmp_path / "one.png").write_bytes(b"")
+    texts = write(tmp_path / "texts.json", {f"t{i}": 40 for i in range(30)}, pictures=False)
+    shown = write(tmp_path / "shown.json", {f"s{i}": 40 for i in range(10)})
+    alone, both = plan_of(data=texts), plan_of(data=[texts, shown])
+    assert alone.image_tokens_per_record == 0 and both.image_tokens_per_record == 16 / 4
+    assert alone.flops_per_step < both.flops_per_step < plan_of(data=shown).flops_per_step
+    halves = plan_of(data=[{**texts, "weight": 1}, {**shown, "weight": 1}])
+    assert halves.image_tokens_per_record == 8 and halves.records == 40
+
+
+def test_the_longest_records_say_what_memory_is_needed(tmp_path):
+    (tmp_path / "one.png").write_bytes(b"")
+    even = write(tmp_path / "even.json", {f"e{i}": 30 for i in range(20)})
+    mixed = write(tmp_path / "mixed.json", {f"e{i}": 20 for i in range(19)} | {"long": 220})
+    one, two = plan_of(data=even), plan_of(data=mixed)
+    assert two.tokens_per_record == pytest.approx(one.tokens_per_record, abs=2)
+    assert two.memory["activations"] > 3 * one.memory["activations"]
+    assert plan_of(data=mixed, max_length=60).memory["activations"] < two.memory["activations"]
+    rows = plan_of(data=even, pack=300, args={"max_steps": -1, "num_train_epochs": 1})
+    assert rows.longest == 300 and rows.records_per_step == pytest.approx(4 * 300 / one.tokens_per_record, rel=0.01)
+    assert rows.steps == 2  # twenty records, nineteen a step
+
+
+@pytest.mark.parametrize(
+    ("level", "shared"),
+    [(1, {"optimizer"}), (2, {"optimizer", "gradients"}), (3, {"optimizer", "gradients", "weights"})],
+)
+def test_deepspeed_shares_out_what_its_stage_says(level, shared, tmp_path):
+    settings = tmp_path / "zero.json"
+    settings.write_text(json.dumps({"zero_optimization": {"stage": level}}))
+    one, four = (plan_of(args={"deepspeed": str(settings), "bf16": True}, devices=n).memory for n in (1, 4))
+    assert {name for name in ("weights", "gradients", "optimizer") if four[name] == one[name] / 4} == shared
+    assert all(four[name] == one[name] for name in {"weights", "gradients", "optimizer"} - shared)
+    with pytest.raises(ValueError, match="which is not there"):
+        plan_of(args={"deepspeed": str(tmp_path / "none.json")})
+
+
+@pytest.mark.parametrize(
+    ("processes", "args", "many"),
+    [(1, {}, 64), (8, {}, 8), (8, {"gradient_accumulation_steps": 8}, 8), (64, {}, 1)],
+)
+def test_a_global_batch_is_accumulated(processes, args, many):
+    one = parse_recipe({**WORLD, "stages": [one_stage(global_batch=256, args=args)]}).stages[0]
+    assert accumulation(one, processes) == many
+
+
+@pytest.mark.parametrize(
+    ("processes", "args", "sentence"),
+    [
+        (
+            3,
+            {},
+            "global_batch is 256, which per_device_train_batch_size 4 x 3 processes does not give; choose a divisor",
+        ),
+        (128, {}, "x 128 processes does not give"),
+        (
+            1,
+            {"gradient_accumulation_steps": 2},
+            "4 x 1 process x gradient_accumulation_steps 2 = 8 does not give; leave",
+        ),
+    ],
+)
+def test_a_global_batch_that_cannot_be_is_refused_with_its_arithmetic(processes, args, sentence):
+    one = parse_recipe({**WORLD, "stages": [one_stage(global_batch=256, args=args)]}).stages[0]
+    with pytest.raises(ValueError, match=sentence):
+        accumulation(one, processes)
+
+
+def test_a_folder_that_is_made_first_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="there is no such folder; correct it, or make it first"):
+        dry_run(load_recipe(CONFIGS / "nlvr.yaml"))

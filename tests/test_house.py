@@ -86,6 +86,7 @@ LAYERS = [  # a module imports from earlier rows, or from its own family; module
         "study_tables",
         "study_page",
         "dry_run",
+        "dry_data",
     },
     {"server", "web_page", "lmms", "tasks"},
     {"cli", "cli_eval", "cli_study", "cli_models", "cli_serve"},
