@@ -117,6 +117,7 @@ FAMILIES = [
         "study_page",
     },
     {"explain", "explain_page"},
+    {"dry_run", "dry_data"},
     {"compare", "compare_page", "report"},
     {"charts", "plots"},
     {"report", "study_report", "study_figures", "study_tables", "study_page"},
