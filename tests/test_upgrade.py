@@ -247,6 +247,13 @@ def test_refusals_name_what_is_wrong(llava, pictures, tmp_path):
         load(tmp_path)
 
 
+def test_a_tokenizer_in_place_of_a_processor_is_refused(llava, tmp_path, monkeypatch):
+    """transformers gives one without a word where the class of the processor is not known."""
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *args, **kwargs: llava[1].tokenizer)
+    with pytest.raises(ValueError, match="takes no pictures: what prepares them is not in the folder"):
+        upgrade(tmp_path)
+
+
 NOT_FOR_UPGRADES = {"llava", "hires_tokens", "hires_channels", "cli", "official_7b_as_run", "official_13b"}
 NOT_FOR_UPGRADES |= {"dense_connector_sti", "dense_connector_sci", "dense_connector_dci", "mmfuser"}  # the input alone
 
