@@ -260,11 +260,15 @@ class RestingEncoder:
     def enable_input_require_grads(self):
         """Embeddings ask for a gradient, so that checkpointed layers pass one on; but not those of an encoder that does not learn.
 
-        transformers asks for both, and the encoder would keep its states and run backward for nothing.
+        transformers asks for both, and the encoder would keep its states and run backward for nothing. One of which a part learns,
+        or an adapter on it, still asks: reentrant checkpointing gives no gradient to blocks whose input needs none.
         """
         self.disable_input_require_grads()
         super().enable_input_require_grads()
-        encoder = {id(p) for p in self.parts()["vision"] if not p.requires_grad}
+        vision = self.parts()["vision"]
+        if any(p.requires_grad for p in vision):
+            return
+        encoder = {id(p) for p in vision}
         resting = [m for m in self.modules() if (own := [id(p) for p in m.parameters()]) and encoder.issuperset(own)]
         asked = {id(module._forward_hooks) for module in resting}
         for hook in self._require_grads_hooks:

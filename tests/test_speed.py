@@ -11,7 +11,7 @@ from tiny import tiny_model, tiny_vision
 
 from sparsecut import upgrade
 from sparsecut.data import Collator
-from sparsecut.parts import apply_liger
+from sparsecut.parts import apply_liger, freeze
 
 
 @pytest.fixture
@@ -66,28 +66,48 @@ def test_checkpointing_does_not_wake_a_frozen_encoder(folder):
     assert resting[0] < learning[0] < learning[1]
 
 
-@pytest.mark.parametrize("parts", [["fusion"], ["fusion", "vision"], ["vision"], ["language"]])
+@pytest.mark.parametrize("parts", [["fusion"], ["fusion", "vision"], ["vision"], ["projector"], ["language"]])
 @pytest.mark.parametrize("kind", ["built", "llava", "qwen"])
 def test_checkpointing_changes_no_gradient(folder, kind, parts):
-    found = []
-    for checkpointing in (False, True):
-        if kind == "built":
-            model, processor = tiny_model()
-        else:
-            base, processor = base_of(kind)
-            model, processor = upgrade(base, processor=processor)
-        torch.manual_seed(0)
-        for parameter in model.fusion.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-        trainer = trainer_for(model, processor, folder, train=parts)
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
-        trainer.compute_loss(model.train(), batch).backward()
-        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys() and len(found[0]) > 3
-    for name, gradient in found[0].items():
-        assert torch.allclose(gradient, found[1][name], atol=1e-6), name
+    if parts == ["projector"] and kind != "llava":
+        pytest.skip("it has none beside its encoder and fusion")
+    same_gradients(gradients(folder, kind, parts), gradients(folder, kind, parts, {"use_reentrant": False}))
+
+
+@pytest.mark.parametrize("kind", ["built", "llava"])
+def test_an_encoder_of_which_a_part_learns_gets_its_gradients_from_reentrant_checkpointing_too(folder, kind):
+    """Its blocks get none unless their input asks for one, which embeddings that rest must do for them."""
+    found = [gradients(folder, kind, ["vision"], how, only="layers.0.mlp") for how in (None, {"use_reentrant": True})]
+    same_gradients(*found)
+
+
+def gradients(folder, kind: str, parts: list[str], checkpointing: dict | None = None, only: str = "") -> dict:
+    """Gradients of a batch by name, of those parameters of the parts whose name has `only` in it."""
+    if kind == "built":
+        model, processor = tiny_model()
+    else:
+        base, processor = base_of(kind)
+        model, processor = upgrade(base, processor=processor)
+    torch.manual_seed(0)
+    for parameter in model.fusion.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    # The recipe of a base alone may train its projector; either way the encoder rests.
+    trainer = trainer_for(model, processor, folder, train=["fusion"] if parts == ["projector"] else parts)
+    freeze(model, parts)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and only in name)
+    if checkpointing is not None:
+        model.activation_checkpointing_enable(checkpointing)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    trainer.compute_loss(model.train(), batch).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def same_gradients(plain: dict, checkpointed: dict) -> None:
+    """The same parameters have a gradient, and the same one."""
+    assert plain.keys() == checkpointed.keys() and len(plain) > 3
+    for name, gradient in plain.items():
+        assert torch.allclose(gradient, checkpointed[name], atol=1e-6), name
 
 
 def kept_values(folder, depth: int, tap: int = 2, checkpointing: bool = False, vision: bool = False) -> int:
