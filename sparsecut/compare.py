@@ -54,7 +54,7 @@ def read_runs(named: Sequence[str]) -> list[Compared]:
         lines = (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()
         run.records[seed] = [json.loads(line) for line in lines]
         if run.plan is None:
-            run.plan, run.depths, run.cost = _model_facts(folder)
+            run.plan, run.depths, run.cost = _model_facts(folder, run.results[seed].get("model"))
     runs = list(found.values())
     if len(runs) < 2:
         raise ValueError(
@@ -182,9 +182,11 @@ def _config(folder: Path) -> dict | None:
     return read_yaml(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
 
 
-def _model_facts(folder: Path) -> tuple[Plan | None, tuple[int, int] | None, dict | None]:
-    """Plan, depths and counted cost of the model that lies beside an evaluation, where there is one of ours."""
+def _model_facts(folder: Path, asked: str | None) -> tuple[Plan | None, tuple[int, int] | None, dict | None]:
+    """Plan, depths and counted cost of the model beside an evaluation, or of the one it says it asked, where it is one of ours."""
     place = folder.parent / "final"
+    if asked and not (place / "config.json").is_file():
+        place = Path(asked)
     if not (place / "config.json").is_file():
         return None, None, None
     from transformers import AutoConfig
@@ -270,15 +272,17 @@ def _items(runs: Sequence[Compared], number: int) -> list[dict]:
 
 
 def stores(runs: Sequence[Compared], images: str | Path | None = None) -> list[Pictures]:
-    """Where the items' pictures lie: the folder or archive given, or those that the runs' own recipes name and that are there."""
+    """Where the items' pictures lie: the folder or archive given, or those that the runs' own recipes, or their benchmarks, name."""
     if images is not None:
         return [Pictures(images)]
     places: dict[str, None] = {}
     for run in runs:
         config = _config(next(iter(run.folders.values()))) or {}
         sources = (config.get("evaluate") or {}).get("data") or []
-        for source in [sources] if isinstance(sources, dict) else sources:
-            place = expand_path(source.get("images") or str(Path(source["path"]).parent))
-            if Path(place).exists():
-                places[str(place)] = None
+        named = [
+            expand_path(source.get("images") or str(Path(source["path"]).parent))
+            for source in ([sources] if isinstance(sources, dict) else sources)
+        ]
+        named += [result["pictures"] for result in run.results.values() if result.get("pictures")]
+        places |= {str(place): None for place in named if Path(place).exists()}
     return [Pictures(place) for place in places]

@@ -8,8 +8,9 @@ import pandas
 import pytest
 from playground import LETTER, SHORT, make_root
 
+from sparsecut.building import load, save
 from sparsecut.cli import app
-from sparsecut.compare import figures, read_runs
+from sparsecut.compare import figures, read_runs, stores
 from sparsecut.tasks.running import TASKS, parse_tasks, part_of, read_tasks, run_task, table
 
 PERFECT = {  # what a task says of answers that are all right
@@ -176,8 +177,10 @@ def test_some_of_the_questions_keep_what_belongs_together(root, tiny, tmp_path):
 
 
 def test_worth_between_nothing_and_all_counts_as_much_in_a_comparison(root, tiny, tmp_path):
+    save(*tiny, tmp_path / "model")
+    asked = load(tmp_path / "model")
     for name in ("one", "two"):
-        run_task(*tiny, read(root, "vqav2:split=val"), tmp_path / name, max_new_tokens=3)
+        run_task(*asked, read(root, "vqav2:split=val"), tmp_path / name, max_new_tokens=3)
         file = tmp_path / name / "vqav2-split-val" / "predictions.jsonl"
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         file.write_text(
@@ -186,6 +189,8 @@ def test_worth_between_nothing_and_all_counts_as_much_in_a_comparison(root, tiny
     runs = read_runs([f"{name}={tmp_path / name / 'vqav2-split-val'}" for name in ("one", "two")])
     rows = figures(runs)["runs"]
     assert [rows[name]["share"]["average"]["value"] for name in ("one", "two")] == pytest.approx([0.3, 0.9])
+    assert [store.path for store in stores(runs)] == [root / "vqav2" / "val2014"]  # the page shows the pictures
+    assert runs[0].plan == asked[0].plan and runs[0].cost["num_image_tokens"] == asked[1].num_image_tokens
 
 
 @pytest.mark.parametrize(
@@ -244,8 +249,6 @@ def test_a_part_is_a_number_of_a_number(monkeypatch):
 
 
 def test_the_command_prints_scores_and_refuses_half_a_question(root, tiny, tmp_path, capsys):
-    from sparsecut.building import save
-
     save(*tiny, tmp_path / "model")
     model, out = str(tmp_path / "model"), str(tmp_path / "out")
     base = ["eval", model, "--max-new-tokens", "3", "--device", "cpu"]

@@ -214,6 +214,7 @@ def finish(chosen: Chosen, folder: Path, places: Sequence[Path]) -> dict:
         **{k: v for k, v in first.items() if k not in ("num_kept", "seconds", "metric", "num_examples")},
         "num_examples": len(lines),
         "limit": chosen.limit,
+        "pictures": str(chosen.asked.pictures.path) if chosen.asked.pictures else None,
         "question_files": {str(file): _digest(file) for file in chosen.asked.files},
     }
     write_lines(folder / PREDICTIONS, lines, "w")
