@@ -12,6 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DEPTHS = 24, 32  # CLIP-L and a 7B language model
 README_SECTION = re.compile(r"^\[[^\]]+\]\(\.\./README\.md#([\w-]+)\)$", re.M)
+EXPLAINED = re.compile(r"(<p>|[.;)\]] )([a-z]\w*(?:, [a-z]\w*)*): ")
+PAGE_NAME = re.compile(r"\[docs/([\w-]+)\.md\]|\[([\w-]+)\.md\]")
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]+\)")
 
 
@@ -23,8 +25,8 @@ def plans_page() -> str:
 
     parts = [
         "# Plans, drawn\n\nEvery way of fusion that has a name, at an encoder of 24 blocks and a language model of 32 layers (40 for "
-        "the 13B form). Encoder states are on the left and decoder layers on the right, both from the bottom up; dark ones are read or "
-        "written. [Add your own](add-a-method.md), or write one [in full](recipes.md#fusion)."
+        "the 13B form). Encoder states are on the left and decoder layers on the right, both from the bottom up; those with a "
+        "number are read or written. [Add your own](add-a-method.md), or write one [in full](recipes.md#fusion)."
     ]
     for name, method in METHODS.items():
         depths = (24, 40) if name == "official_13b" else DEPTHS
@@ -113,6 +115,27 @@ def readme_section(anchor: str) -> str:
     )
 
 
+def with_page_titles(markdown: str) -> str:
+    """Links that are called as a file of docs/ get the page's title instead."""
+
+    def title(found) -> str:
+        page = ROOT / "docs" / f"{found[1] or found[2]}.md"
+        return (
+            f"[{page.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}]" if page.is_file() else found[0]
+        )
+
+    return PAGE_NAME.sub(title, markdown)
+
+
+def with_arguments_apart(html: str) -> str:
+    """A docstring's "name: what it means. other: ..." as a line for each name."""
+
+    def apart(found) -> str:
+        return f'{found[1]}{"" if found[1] == "<p>" else "<br>"}<code class="given">{found[2]}</code>: '
+
+    return EXPLAINED.sub(apart, html)
+
+
 def on_files(files, config):
     """mkdocs: add the generated pages to the files."""
     from mkdocs.structure.files import File
@@ -124,7 +147,12 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     """mkdocs: put README sections in, and show links to files outside of docs/ as the words alone."""
-    return OUTSIDE.sub(r"`\1`", with_readme(markdown))
+    return OUTSIDE.sub(r"`\1`", with_page_titles(with_readme(markdown)))
+
+
+def on_page_content(html, page, config, files):
+    """mkdocs: on the page of Python names every argument that a docstring explains begins a line."""
+    return with_arguments_apart(html) if page.file.src_uri == "api.md" else html
 
 
 def _metavar(argument) -> str:

@@ -15,7 +15,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
 )
@@ -31,7 +30,7 @@ from .modeling import SparseCutForConditionalGeneration
 from .plan import Plan
 from .processing import SparseCutProcessor
 from .upgraded import FACTS
-from .upgrading import HUB_ARGUMENTS, load_fusion
+from .upgrading import HUB_ARGUMENTS, load_fusion, read_processor
 
 WORLD = "world"  # names the built-in picture world's small backbones
 AUTO_MAPS = {  # where the Auto classes find the code that is saved with a model or a processor, by the module of its class
@@ -168,7 +167,7 @@ def load(folder: str | Path, base=None, *, processor=None, **from_pretrained) ->
         raise ValueError(
             f"there is no saved model {folder}: it is no folder here, or not a whole one, and Hugging Face says: {error}"
         ) from error
-    return model.eval(), AutoProcessor.from_pretrained(folder)
+    return model.eval(), read_processor(folder)
 
 
 def is_saved(name: str | Path) -> bool:

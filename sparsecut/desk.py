@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from . import wire
 from .fetching import MIB, Limits, picture_of
@@ -89,6 +89,8 @@ class Desk:
                         raise Refused(
                             413, f"the request has more than {limit} bytes, this server's limit; send smaller pictures"
                         )
+        except ClientDisconnect:
+            raise Refused(499, "the client left before its request had arrived") from None
         except TimeoutError:
             raise Refused(408, f"the request did not arrive within {UPLOAD:.0f} seconds; send it again") from None
         try:

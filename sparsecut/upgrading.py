@@ -46,7 +46,7 @@ def upgrade(
     """
     if not isinstance(base, nn.Module):
         hub = {name: value for name, value in from_pretrained.items() if name in HUB_ARGUMENTS}
-        processor = processor or _read_processor(base, **hub)
+        processor = processor or read_processor(base, **hub)
         base = _read(AutoModelForImageTextToText, base, dtype=dtype, **from_pretrained)
     base = getattr(base, "get_base_model", lambda: base)()  # a model inside PEFT's wrapper
     if isinstance(base, SparseCutUpgrade):
@@ -109,7 +109,7 @@ def load_fusion(
     if processor is None:
         own = (folder / PROCESSOR_FILE).is_file()  # training leaves the processor it used beside the shortcuts
         where = folder if own else name
-        processor = _read_processor(where) if where is not None else None  # a loaded base may come from nowhere
+        processor = read_processor(where) if where is not None else None  # a loaded base may come from nowhere
     model, processor = upgrade(inner, plan, processor=processor)
     problems = model.fusion.load_state_dict(weights, strict=False)
     if problems.missing_keys or problems.unexpected_keys:
@@ -137,12 +137,13 @@ def _read(auto_class, name, **from_pretrained):
         ) from error
 
 
-def _read_processor(name, **hub):
-    """A base's own processor; ValueError where transformers silently gives its tokenizer alone."""
+def read_processor(name: str | Path, **hub):
+    """The processor saved under a name; ValueError where transformers silently gives its tokenizer alone."""
     processor = _read(AutoProcessor, name, **hub)
-    if not hasattr(processor, "image_processor"):
+    if not hasattr(processor, "tokenizer"):
+        wanted = getattr(processor, "init_kwargs", {}).get("processor_class") or "what prepares them"
         raise ValueError(
-            f"{name} gives {type(processor).__name__}, which takes no pictures: what prepares them is not in the folder, or needs a "
-            "package that is not installed (torchvision, say); install it, or hand over a processor"
+            f"{name} gives {type(processor).__name__}, which takes no pictures: {wanted} is not in the folder, not known here, or needs "
+            "a package that is not installed (torchvision, say); install it, or hand over a processor"
         )
     return processor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Sequence
@@ -29,17 +30,18 @@ NEUTRAL = {  # of what is not offered, the values that ask for nothing
     "tool_choice": ("none",),
     "modalities": (["text"],),
 }
-MAX_STOPS, MAX_TOP_LOGPROBS = 4, 20
+MAX_STOPS, MAX_STOP_LETTERS, MAX_TOP_LOGPROBS = 4, 255, 20
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one request may ask for: tokens of an answer (and how many where it does not say), pictures, turns."""
+    """What one request may ask for: tokens of an answer (and how many where it does not say), pictures, turns, letters of text."""
 
     max_tokens: int = 1024
     default_tokens: int = 256
     max_pictures: int = 8
     max_turns: int = 256
+    max_letters: int = 1_000_000  # more would only be read to be found too long, and others wait for that
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,10 @@ def read_messages(messages: object, image_token: str, bounds: Bounds) -> tuple[l
             raise ValueError(f"{where} has the role {_shown(role)}; allowed are {', '.join(ROLES)}")
         content = _content(message.get("content"), where, image_token, urls, message["role"] == "user")
         turns.append({"role": ROLES[message["role"]], "content": content})
+    if (letters := sum(len(turn["content"]) for turn in turns)) > bounds.max_letters:
+        raise ValueError(
+            f"the turns hold {letters} letters of text, but this server takes {bounds.max_letters}; shorten them"
+        )
     if turns[-1]["role"] != "user":
         raise ValueError(f"the last turn is the {turns[-1]['role']}'s, but must be the user's; end with a question")
     if len(urls) > bounds.max_pictures:
@@ -200,9 +206,11 @@ def _stops(stop: object) -> tuple[str, ...]:
     if (
         not isinstance(stops, list)
         or len(stops) > MAX_STOPS
-        or not all(isinstance(s, str) and 0 < len(s) < 256 for s in stops)
+        or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LETTERS for s in stops)
     ):
-        raise ValueError(f"stop is {_shown(stop)}, but must be a text or a list of 1 to {MAX_STOPS} texts, none empty")
+        raise ValueError(
+            f"stop is {_shown(stop)}, but must be a text or a list of up to {MAX_STOPS} texts of 1 to {MAX_STOP_LETTERS} letters"
+        )
     return tuple(stops)
 
 
@@ -240,7 +248,7 @@ def _text(body: dict, name: str) -> str | None:
 
 
 def _shown(value: object) -> str:
-    shown = repr(value)
+    shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)  # as the client wrote it
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 

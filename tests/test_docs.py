@@ -54,6 +54,15 @@ def test_readme_sections_are_found_or_refused():
         pages.readme_section("nothing")
 
 
+def test_links_get_their_pages_titles_and_arguments_lines_of_their_own():
+    assert pages.with_page_titles("[docs/data.md](data.md), [here.md](x)") == "[Data](data.md), [here.md](x)"
+    made = pages.with_arguments_apart("<p>tiles: 0 reads one view. shared, norm: both. Raises: nothing.</p>")
+    given = '<code class="given">'
+    assert (
+        made == f"<p>{given}tiles</code>: 0 reads one view. <br>{given}shared, norm</code>: both. Raises: nothing.</p>"
+    )
+
+
 def test_every_command_and_option_is_on_its_page():
     text = pages.commands_page()
     help_text = subprocess.run([sys.executable, "-m", "sparsecut", "--help"], capture_output=True, text=True).stdout

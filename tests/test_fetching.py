@@ -4,9 +4,11 @@ import io
 import shutil
 import socket
 import ssl
+import struct
 import subprocess
 import threading
 import time
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -87,6 +89,9 @@ PRIVATE = [
     "64:ff9b::7f00:1",
     "2002:7f00:1::",
     "2001:0:1::1",
+    "::127.0.0.1",
+    "::ffff:0:127.0.0.1",
+    "64:ff9b:1::7f00:1",
     "localhost",
     "2130706433",
     "0x7f.1",
@@ -174,7 +179,10 @@ def test_a_picture_is_refused_by_its_size_before_it_is_read(monkeypatch):
 
 
 def test_broken_files_and_other_formats_are_refused():
-    for data in (b"", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", png(20, 20)[:60]):
+    whole = png(20, 20)
+    text = b"zTXt" + b"a\0\0" + zlib.compress(b"a" * 2_000_000)  # two megabytes in two thousand bytes
+    bomb = whole[:33] + struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text)) + whole[33:]
+    for data in (b"", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", whole[:60], bomb):
         with pytest.raises(ValueError, match="cannot be read"):
             picture_in(data, ALLOWED)
 

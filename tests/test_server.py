@@ -1,6 +1,7 @@
 """The server, asked by OpenAI's own client: answers, streams, limits, and what happens when clients leave."""
 
 import asyncio
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -259,3 +260,20 @@ def test_the_async_client_works_too(engine, client):
             return await asyncio.gather(*[other.chat.completions.create(messages=turn("red"), **ASK) for _ in range(4)])
 
     assert {r.choices[0].message.content for r in asyncio.run(ask())} == {alone(engine, "red")}
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_failure(client, caplog):
+    root = client.base_url
+    before = _counted(client, 'responses_total{status="500"}')
+    with socket.create_connection((root.host, root.port)) as sent:
+        sent.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        )
+    while _counted(client, "requests_in_flight"):
+        time.sleep(0.01)
+    assert _counted(client, 'responses_total{status="500"}') == before and "Traceback" not in caplog.text
+
+
+def _counted(client, name: str) -> int:
+    text = openai.DefaultHttpxClient().get(str(client.base_url).replace("v1/", "metrics")).text
+    return sum(int(line.split()[-1]) for line in text.splitlines() if line.startswith(f"sparsecut_{name} "))

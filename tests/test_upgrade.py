@@ -284,3 +284,12 @@ def test_every_mixer_and_start_works(llava, pictures, mix):
         inputs = asked(processor, pictures)
         assert torch.equal(model(**inputs).logits, logits)
         assert (stir(model)(**inputs).logits - logits).abs().max() > 1e-3
+
+
+def test_a_processor_that_cannot_be_made_here_is_no_tokenizer(llava, tmp_path):
+    for part in llava:
+        part.save_pretrained(tmp_path)
+    for file in tmp_path.glob("*.json"):
+        file.write_text(file.read_text().replace("LlavaProcessor", "UnheardProcessor"))
+    with pytest.raises(ValueError, match="takes no pictures: UnheardProcessor is not in the folder, not known here"):
+        upgrade(tmp_path)

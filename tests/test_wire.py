@@ -34,6 +34,11 @@ BAD = {  # what is wrong with a request -> words of the sentence
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,####"}}]}
         ]
     },
+    "only ASCII": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,\u00e9"}}]}
+        ]
+    },
     "cannot be read": {
         "messages": [
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}]}
@@ -45,11 +50,13 @@ BAD = {  # what is wrong with a request -> words of the sentence
     "temperature is nan": {"temperature": float("nan")},
     "top_p is 0": {"top_p": 0},
     "n is 9": {"n": 9},
-    "n is True": {"n": True},
+    "n is true": {"n": True},
     "max_tokens is 0": {"max_tokens": 0},
     "from 1 to 1024": {"max_tokens": 99999},
     "lower max_tokens": {"max_tokens": 1024, "messages": [{"role": "user", "content": "a " * 1100}]},
-    "none empty": {"stop": [""]},
+    "1 to 255 letters": {"stop": [""]},
+    "up to 4 texts": {"stop": "a" * 256},
+    "1000001 letters of text": {"messages": [{"role": "user", "content": "a" * 1_000_001}]},
     "needs logprobs": {"top_logprobs": 2},
     "seed is 1.5": {"seed": 1.5},
     "beside stream": {"stream_options": {"include_usage": True}},
