@@ -81,10 +81,10 @@ def try_family(kind: str, name: str, columns: dict) -> tuple[list[str], list[str
 
 def reason(error: Exception) -> str:
     """The first sentence of an error, short enough for a table."""
-    text = str(error).strip().split("\n")[0].split(";")[0].replace("|", "/")
-    return (
-        f"{text[:200]}" if isinstance(error, ValueError | AssertionError) else f"{type(error).__name__}: {text[:200]}"
-    )
+    text = (
+        str(error).strip().split("\n")[0].split(";")[0].replace("|", "/")[:200].replace("*", "\\*")
+    )  # which Markdown would read as emphasis
+    return text if isinstance(error, ValueError | AssertionError) else f"{type(error).__name__}: {text}"
 
 
 def table(kind: str, families: dict, columns: dict, wanted: list[str]) -> tuple[str, dict[str, int]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DEPTHS = 24, 32  # CLIP-L and a 7B language model
 README_SECTION = re.compile(r"^\[[^\]]+\]\(\.\./README\.md#([\w-]+)\)$", re.M)
-EXPLAINED = re.compile(r"(<p>|[.;)\]] )([a-z]\w*(?:, [a-z]\w*)*): ")
+EXPLAINED = re.compile(r"(<p>|[.;)\]]\s)([a-z]\w*(?:, [a-z]\w*)*): ")
 PAGE_NAME = re.compile(r"\[docs/([\w-]+)\.md\]|\[([\w-]+)\.md\]")
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]+\)")
 

@@ -52,6 +52,8 @@ def serve(
     token = token or os.environ.get(TOKEN) or None
     if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
         raise ValueError("the token holds blanks or letters that no HTTP header can carry; use printable ASCII letters")
+    if name is not None and not (name.strip() and name.isprintable()):
+        raise ValueError(f"the name {name!r} is empty or holds line breaks; give one of printable letters")
     if threads is not None:
         import torch
 

@@ -50,7 +50,8 @@ def add_page(app: FastAPI, engine: Engine, settings: Settings) -> None:
         async with desk.seat():
             body = await desk.read(request)
             try:
-                example = await asyncio.to_thread(_example, engine, settings, body)
+                async with desk.readers:
+                    example = await asyncio.to_thread(_example, engine, settings, body)
                 found = await asyncio.wrap_future(engine.run(lambda: measured(engine, example)))
             except Busy as error:
                 raise busy(str(error)) from None

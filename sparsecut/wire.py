@@ -288,4 +288,5 @@ def chunk(heading: dict, piece: Piece, with_logprobs: bool) -> dict:
 
 def failure(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict:
     """An error as OpenAI's clients read it."""
+    message = message.encode("utf-8", "backslashreplace").decode()  # half characters of a request that it quotes
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}

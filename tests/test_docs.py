@@ -56,10 +56,10 @@ def test_readme_sections_are_found_or_refused():
 
 def test_links_get_their_pages_titles_and_arguments_lines_of_their_own():
     assert pages.with_page_titles("[docs/data.md](data.md), [here.md](x)") == "[Data](data.md), [here.md](x)"
-    made = pages.with_arguments_apart("<p>tiles: 0 reads one view. shared, norm: both. Raises: nothing.</p>")
+    made = pages.with_arguments_apart("<p>tiles: 0 reads one view.\nshared, norm: both. Raises: nothing.</p>")
     given = '<code class="given">'
     assert (
-        made == f"<p>{given}tiles</code>: 0 reads one view. <br>{given}shared, norm</code>: both. Raises: nothing.</p>"
+        made == f"<p>{given}tiles</code>: 0 reads one view.\n<br>{given}shared, norm</code>: both. Raises: nothing.</p>"
     )
 
 

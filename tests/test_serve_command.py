@@ -62,7 +62,7 @@ def test_a_server_for_every_network_without_a_token_is_warned_of(folder, asked, 
     assert "anyone who reaches 127.0.0.1 can ask" in capsys.readouterr().err
 
 
-def test_a_port_in_use_and_a_token_that_cannot_be_sent_are_refused(folder):
+def test_a_port_in_use_and_what_cannot_be_sent_are_refused(folder):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -70,3 +70,6 @@ def test_a_port_in_use_and_a_token_that_cannot_be_sent_are_refused(folder):
             cli.app(["serve", str(folder), "--port", str(taken.getsockname()[1])])
     with pytest.raises(ValueError, match="no HTTP header can carry"):
         cli.app(["serve", str(folder), "--token", "a b"])
+    for name in ("", "a\r\nX-Mine: b"):
+        with pytest.raises(ValueError, match="empty or holds line breaks"):
+            cli.app(["serve", str(folder), "--name", name])

@@ -34,6 +34,9 @@ BAD = {  # what is wrong with a request -> words of the sentence
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,####"}}]}
         ]
     },
+    "the picture \\ud83d is neither": {
+        "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "\ud83d"}}]}]
+    },
     "only ASCII": {
         "messages": [
             {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,\u00e9"}}]}
