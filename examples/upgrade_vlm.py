@@ -10,7 +10,7 @@ without shortcuts for as many steps, and with two controls: the same taps all at
 out are then asked of all, and with shortcuts switched off.
 
 It shows how a recipe with `base:` is used, and how much of what was learned goes through which shortcut. It does not show what a large
-finished model gains, which starts from an encoder and a language model that know a lot: both here start from nothing, one seed each.
+finished model gains, which starts from an encoder and a language model that know a lot: both here start from nothing. A sixth argument is the seed.
 """
 
 import re
@@ -189,24 +189,24 @@ def train_plainly(model, processor, examples, steps: int, seed: int = 0) -> None
 SHORTCUTS = {"method": "sparsecut", "count": 3}
 
 
-def main(kind: str, out: str, records: str, images: str, steps: int = 600) -> None:
+def main(kind: str, out: str, records: str, images: str, steps: int = 600, seed: int = 0) -> None:
     """Make a model, upgrade and train it by a recipe, ask it with and without its shortcuts, and print a table."""
     source = {"path": records, "images": images}
     lessons = read_source(Source(**source, where=KINDS, hold_out=TONES), [])
     asked = [e for e in read_source(Source(**source, where=KINDS, group=GROUP), []) if re.search(TONES, e.id)]
     print(f"{len(lessons)} records to learn, {len(asked)} to ask")
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     texts = [message["content"].replace("<image>", "") for example in lessons for message in example.messages]
     base, processor = {"llava": llava, "qwen": qwen}[kind](texts)
     base.save_pretrained(f"{out}/base")
     processor.save_pretrained(f"{out}/base")
-    train_plainly(base, processor, lessons, steps)  # from the same start, in as many steps
+    train_plainly(base, processor, lessons, steps, seed)  # from the same start, in as many steps
     rows = {"without shortcuts": ask(*sparsecut.upgrade(base, processor=processor), asked)}
 
     for name, spec in controls(kind).items():
-        rows[name] = ask(*upgraded(out, name.replace(" ", "-"), spec, source, steps), asked)
-    model, processor = upgraded(out, "upgraded", SHORTCUTS, source, steps)
+        rows[name] = ask(*upgraded(out, name.replace(" ", "-"), spec, source, steps, seed), asked)
+    model, processor = upgraded(out, "upgraded", SHORTCUTS, source, steps, seed)
     rows["upgraded"] = ask(model, processor, asked)
     with model.fusion.switched_off(*model.fusion.gated):
         rows["its shortcuts switched off"] = ask(model, processor, asked)
@@ -226,7 +226,7 @@ def controls(kind: str) -> dict[str, dict]:
     return found
 
 
-def upgraded(out: str, folder: str, fusion: dict, source: dict, steps: int):
+def upgraded(out: str, folder: str, fusion: dict, source: dict, steps: int, seed: int):
     """The model of OUT/base, upgraded and trained whole by a recipe."""
     stage = {
         "name": "all",
@@ -235,7 +235,7 @@ def upgraded(out: str, folder: str, fusion: dict, source: dict, steps: int):
         "args": settings(steps, 1e-3),
     }
     plain = {"model": {"base": f"{out}/base"}, "fusion": fusion, "stages": [stage], "output": f"{out}/{folder}"}
-    return sparsecut.train(parse_recipe(plain))
+    return sparsecut.train(parse_recipe({**plain, "seed": seed}))
 
 
 def ask(model, processor, asked) -> dict:
