@@ -10,7 +10,8 @@ without shortcuts for as many steps, and with two controls: the same taps all at
 out are then asked of all, and with shortcuts switched off.
 
 It shows how a recipe with `base:` is used, and how much of what was learned goes through which shortcut. It does not show what a large
-finished model gains, which starts from an encoder and a language model that know a lot: both here start from nothing. A sixth argument is the seed.
+finished model gains, which starts from an encoder and a language model that know a lot: both here start from nothing.
+A sixth argument is the seed.
 """
 
 import re

@@ -26,13 +26,20 @@ def evaluate(
     where: Annotated[Text, _opt("Only questions whose id contains this regular expression.")] = None,
     group: Annotated[Text, _opt("Regular expression whose parentheses catch the group in the id.")] = None,
     fresh: Annotated[bool, _opt("Start over, even where --out has answers.", "--fresh")] = False,
+    workers: Annotated[int, _opt("Processes that prepare pictures while a GPU answers.", min=0)] = 0,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Ask a model the questions of a file and count the right answers, or those of benchmarks and score them as they do."""
     if tasks is not None or data is None:
         mine = {"data": data, "images": images, "where": where, "group": group}
-        given = {"out": out, "batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
+        given = {
+            "out": out,
+            "batch_size": batch_size,
+            "max_new_tokens": max_new_tokens,
+            "limit": limit,
+            "workers": workers,
+        }
         return _ask(model, tasks, root, part, fresh=fresh, device=device, dtype=dtype, refused=mine, **given)
     if root or part:
         raise ValueError("--root and --part belong to --tasks; leave them out, or name benchmarks in place of --data")
@@ -42,7 +49,13 @@ def evaluate(
     examples = read_source(Source(str(data), images and str(images), where=where, group=group, keep=limit), [])
     from .evaluation import evaluate
 
-    chosen = {"out": out, "batch_size": batch_size, "max_new_tokens": max_new_tokens or 16, "resume": not fresh}
+    chosen = {
+        "out": out,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens or 16,
+        "resume": not fresh,
+        "workers": workers,
+    }
     loaded = _load(model, device, dtype)
     with _bar("asking") as progress:
         result = evaluate(*loaded, examples, **chosen, progress=progress)
@@ -59,6 +72,7 @@ def _ask(
     batch_size: int,
     max_new_tokens: int | None,
     limit: int | None,
+    workers: int,
     fresh: bool,
     device: str | None,
     dtype: str,
@@ -86,7 +100,13 @@ def _ask(
 
     mine, chosen = part_of(part), read_tasks(tasks, root, limit)
     loaded = _load(model, device or _own_device(), dtype)
-    settings = {"part": mine, "batch_size": batch_size, "max_new_tokens": max_new_tokens, "resume": not fresh}
+    settings = {
+        "part": mine,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "resume": not fresh,
+        "workers": workers,
+    }
     results = []
     for one in chosen:
         with _bar(one.label) as progress:

@@ -1,7 +1,6 @@
 """How often a model answers right: greedy answers to every question of a file, scored and kept beside their settings.
 
-An interrupted run goes on where it stopped. `out` holds settings.json (written first), predictions.jsonl (one line per
-question, written as they come and put into the order of the questions at the end) and result.json (written last).
+An interrupted run goes on where it stopped (eval_folder.py).
 """
 
 from __future__ import annotations
@@ -11,23 +10,24 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import transformers
+from torch.utils.data import DataLoader, Dataset
+from transformers import BatchFeature
 
 from . import __version__
+from .eval_folder import PREDICTIONS, RESULT, answered, open_run, write_json, write_lines
 from .identity import fingerprint
 from .plan import nearest
-from .prompting import check_length, decode, greedy, inputs_of, is_fixed, render, template_of
+from .prompting import check_length, decode, greedy, inputs_of, is_fixed, prepared, render, template_of
 from .recipe import Recipe
 from .records import IMAGE, Example, read_source
 from .scoring import METRICS, scores
 from .states import views_of
 from .yaml_text import expand_path
-
-SETTINGS, PREDICTIONS, RESULT = "settings.json", "predictions.jsonl", "result.json"
 
 
 @torch.inference_mode()
@@ -42,6 +42,7 @@ def evaluate(
     metric: str | None = "exact_match",
     resume: bool = True,
     states=None,
+    workers: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict:
     """Ask the model every example's last question and compare with the last assistant turn; earlier turns are context.
@@ -50,11 +51,11 @@ def evaluate(
     name them, the mean over levels, decoding settings, prompt template, versions and seconds; written to `out` together with
     the predictions. metric: None keeps the answers without judging them. resume: keep the answers that `out` has for the same
     settings and prompts; False starts over. states: kept states of the examples' pictures (`states.VisionStates`), read instead of
-    running the encoder.
+    running the encoder. workers: processes that prepare pictures while the model answers; worth it where a GPU would wait for them.
     Raises ValueError for a missing picture, a prompt that is too long, or an `out` made with other settings.
     """
     began = time.perf_counter()
-    _check(examples, batch_size, max_new_tokens, metric)
+    _check(examples, batch_size, max_new_tokens, metric, workers)
     records = [_question(example, processor) for example in examples]
     lengths = _lengths(model, processor, examples, records, max_new_tokens)
     settings = settings_of(model, processor, max_new_tokens, metric)
@@ -64,16 +65,18 @@ def evaluate(
     todo.sort(key=lambda i: -lengths[i])  # equal lengths together, and the longest first: memory fails early or never
     progress(len(records) - len(todo), len(records))
     config = greedy(model.eval(), max_new_tokens)
-    for start in range(0, len(todo), batch_size):
-        chunk = todo[start : start + batch_size]
-        inputs = _inputs(model, processor, [records[i]["prompt"] for i in chunk], [examples[i] for i in chunk], states)
+    chunks = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
+    asked = [([records[i]["prompt"] for i in chunk], [examples[i] for i in chunk]) for chunk in chunks]
+    done = len(records) - len(todo)
+    for chunk, inputs in zip(chunks, _prepared(model, processor, asked, states, workers), strict=True):
         _check_lengths(model, processor, inputs, [examples[i] for i in chunk], max_new_tokens)
         answers = decode(processor, inputs, model.generate(**inputs, generation_config=config))
         for i, answer in zip(chunk, answers, strict=True):
-            records[i] |= _answered(records[i], answer, metric)
+            records[i] |= answered(records[i], answer, metric)
         if out is not None:
             write_lines(Path(out) / PREDICTIONS, [records[i] for i in chunk], "a")
-        progress(len(records) - len(todo) + start + len(chunk), len(records))
+        done += len(chunk)
+        progress(done, len(records))
     result = {
         **(scores(records) if metric else {"num_examples": len(records)}),
         **settings,
@@ -115,11 +118,42 @@ def asked_of(recipe: Recipe) -> list[Example]:
     ]
 
 
-def _inputs(model, processor, prompts: list[str], examples: list[Example], states) -> dict:
-    """What `generate` takes: texts with pixels, or with the features made of kept states."""
+class Batches(Dataset):
+    """Model inputs of batches of (prompts, examples), prepared when they are asked for, in whatever process."""
+
+    def __init__(self, processor, asked: list[tuple[list[str], list[Example]]]):
+        self.processor, self.asked = processor, asked
+
+    def __len__(self) -> int:
+        return len(self.asked)
+
+    def __getitem__(self, number: int) -> dict:
+        prompts, examples = self.asked[number]
+        return dict(prepared(self.processor, prompts, [example.pictures() for example in examples]))
+
+
+def _prepared(model, processor, asked: list[tuple], states, workers: int) -> Iterator[dict]:
+    """What `generate` takes of each batch, on the model's device, in order; of kept states their features in place of pixels."""
     if states is not None and hasattr(model, "family"):
         raise ValueError("states of an upgraded model's encoder cannot be kept; ask it without states")
-    if states is None or not any(example.images for example in examples):
+    if states is not None:
+        yield from (_from_states(model, processor, *batch, states) for batch in asked)
+        return
+    batches = Batches(processor, asked)
+    try:
+        for inputs in DataLoader(batches, None, num_workers=workers, worker_init_fn=_alone) if workers else batches:
+            yield BatchFeature(inputs).to(model.device)
+    except ValueError as error:  # a DataLoader puts the trace of its worker around it
+        raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from None
+
+
+def _alone(worker: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker has a core, not the machine
+    torch.set_num_threads(1)
+
+
+def _from_states(model, processor, prompts: list[str], examples: list[Example], states) -> dict:
+    if not any(example.images for example in examples):
         return inputs_of(model, processor, prompts, [example.pictures() for example in examples])
     inputs = inputs_of(model, processor, prompts, None)
     views = views_of(model.plan, model.config.vision_depth)
@@ -128,12 +162,16 @@ def _inputs(model, processor, prompts: list[str], examples: list[Example], state
     return {**inputs, "mm_encoder_outputs": {"image": model.get_image_features(vision_states=together)}}
 
 
-def _check(examples, batch_size: int, max_new_tokens: int, metric: str | None) -> None:
+def _check(examples, batch_size: int, max_new_tokens: int, metric: str | None, workers: int) -> None:
     if metric is not None and metric not in METRICS:
         raise ValueError(f"metric {metric!r} is not known{nearest(metric, METRICS)}; allowed are {', '.join(METRICS)}")
-    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1")
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("max_new_tokens", max_new_tokens, 1),
+        ("workers", workers, 0),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}")
     if not examples:
         raise ValueError("there is nothing to ask: the list of examples is empty; give at least one")
     for example in examples:
@@ -155,10 +193,6 @@ def _question(example: Example, processor) -> dict:
         "group": example.group,
         "level": example.level,
     }
-
-
-def _answered(record: dict, answer: str, metric: str | None) -> dict:
-    return {"prediction": answer, "correct": METRICS[metric](answer, record["reference"]) if metric else None}
 
 
 def _lengths(model, processor, examples, records, max_new_tokens: int) -> list[int]:
@@ -219,79 +253,3 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-
-
-def open_run(out: Path, settings: dict, records: list[dict], resume: bool) -> None:
-    """Take over the answers that `out` has for these records, or begin there; ValueError where it holds another run."""
-    file = out / PREDICTIONS
-    if resume and file.is_file():
-        _compare(out, settings)
-        old = {_key(line): line for line in read_lines(file)}
-        unknown = set(old) - {_key(record) for record in records}
-        if unknown:
-            raise ValueError(
-                f"{file} holds {len(unknown)} answers to questions that are not asked now, such as {min(unknown)[0]!r}; "
-                "give another output folder, ask the same questions, or start over (--fresh, resume=False)"
-            )
-        for record in records:
-            if _key(record) in old:
-                record |= _answered(record, old[_key(record)]["prediction"], settings["metric"])
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RESULT).unlink(missing_ok=True)
-    write_json(out / SETTINGS, settings)
-    write_lines(file, [record for record in records if record["prediction"] is not None], "w")
-
-
-def _compare(out: Path, settings: dict) -> None:
-    """Raise ValueError unless the run in `out` had the same settings."""
-    file = out / SETTINGS
-    then = _flat(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-    now = _flat(json.loads(json.dumps(settings)))
-    differing = [name for name in {**now, **then} if then.get(name) != now.get(name)]
-    if differing:
-        told = [f"{n} ({then.get(n)!r} then, {now.get(n)!r} now)" if n != "prompt_template" else n for n in differing]
-        raise ValueError(
-            f"{out} holds answers made with another {' and another '.join(told)}; give another output folder, use the settings of "
-            "then, or start over (--fresh, resume=False)"
-        )
-
-
-def _flat(settings: dict) -> dict:
-    pairs = ((n, v if isinstance(v, dict) else {"": v}) for n, v in settings.items())
-    return {f"{n}.{k}".rstrip("."): value for n, inner in pairs for k, value in inner.items()}
-
-
-def _key(record: dict) -> tuple:
-    return record["id"], record["prompt"], tuple(record["images"])
-
-
-def read_lines(file: Path) -> list[dict]:
-    """Records of a JSON Lines file; a last line that an interruption cut short is left out."""
-    lines = file.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line end is nothing, or half a line
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            raise ValueError(
-                f"{file} line {number} is not JSON; remove it, or start over (--fresh, resume=False)"
-            ) from None
-    return records
-
-
-def write_lines(file: Path, records: Sequence[dict], mode: str) -> None:
-    """Records as JSON Lines, appended ("a") or in place of the file ("w")."""
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    if mode == "a":
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write(text)
-        return
-    # Replaced at once, so that an interruption leaves the old file or the new one, and two processes do not meet.
-    part = file.with_suffix(f".{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
-
-
-def write_json(file: Path, value: dict) -> None:
-    """A value as JSON that people can read."""
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -133,11 +133,16 @@ def prefix_of(processor, messages: list[dict]) -> str:
 
 def inputs_of(model, processor, prompts: list[str], pictures: list[list[Image.Image]] | None) -> BatchFeature:
     """Left-padded model inputs of prompts and each prompt's own pictures, on the model's device; None: the texts alone."""
+    return prepared(processor, prompts, pictures).to(model.device)
+
+
+def prepared(processor, prompts: list[str], pictures: list[list[Image.Image]] | None) -> BatchFeature:
+    """The same before they are on any device."""
     if pictures is None:
         settings = {"padding": True, "padding_side": "left", "add_special_tokens": adds_special(processor, prompts[0])}
         texts = [processor.expand(prompt) for prompt in prompts]
-        return processor.tokenizer(texts, return_tensors="pt", **settings).to(model.device)
-    return features_of(processor, prompts, pictures, padding_side="left").to(model.device)
+        return processor.tokenizer(texts, return_tensors="pt", **settings)
+    return features_of(processor, prompts, pictures, padding_side="left")
 
 
 def features_of(processor, texts: list[str], pictures: list[list[Image.Image]], **settings) -> BatchFeature:

@@ -39,10 +39,10 @@ def predictions(out) -> list[dict]:
 
 
 def test_batches_answer_as_single_questions_do(tiny, examples, tmp_path):
-    for name, batch_size in (("single", 1), ("batched", 5)):
-        evaluate(*tiny, examples, out=tmp_path / name, batch_size=batch_size, max_new_tokens=5)
-    single, batched = predictions(tmp_path / "single"), predictions(tmp_path / "batched")
-    assert single == batched
+    for name, batch_size, workers in (("single", 1, 0), ("batched", 5, 0), ("prepared", 5, 2)):
+        evaluate(*tiny, examples, out=tmp_path / name, batch_size=batch_size, max_new_tokens=5, workers=workers)
+    single, batched, prepared = (predictions(tmp_path / name) for name in ("single", "batched", "prepared"))
+    assert single == batched == prepared
     assert [line["id"] for line in batched] == [e.id for e in examples]
     assert len({line["prediction"] for line in batched}) > 3  # the model says different things
 
@@ -124,12 +124,21 @@ def test_what_cannot_be_asked_gets_a_sentence(tiny, examples, tmp_path):
     for options, words in (
         ({"metric": "exact"}, "did you mean 'exact_match'"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"workers": -1}, "workers is -1, but must be a whole number of at least 0"),
         ({"max_new_tokens": 10**5}, "is more than the 2048 the language model takes"),
     ):
         with pytest.raises(ValueError, match=words):
             evaluate(model, processor, examples, out=tmp_path / "run", **options)
     with pytest.raises(ValueError, match="nothing to ask"):
         evaluate(model, processor, [])
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "0.png").write_bytes(whole[:60])
+    for workers in (0, 1):
+        with pytest.raises(
+            ValueError, match=r"^.*questions.json record \d+: the picture 0.png in .* is broken: [^\n]*$"
+        ):
+            evaluate(model, processor, examples, workers=workers)
+    (tmp_path / "0.png").write_bytes(whole)
     (tmp_path / "1.png").unlink()
     with pytest.raises(ValueError, match=r"questions.json record 1: there is no picture 1.png"):
         evaluate(model, processor, examples, out=tmp_path / "run")

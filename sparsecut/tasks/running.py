@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..evaluation import PREDICTIONS, RESULT, SETTINGS, evaluate, read_lines, write_json, write_lines
+from ..eval_folder import PREDICTIONS, RESULT, SETTINGS, read_lines, write_json, write_lines
+from ..evaluation import evaluate
 from ..plan import nearest
 from ..records import IMAGE, Example
 from ..scoring import Z95, wilson
@@ -164,6 +165,7 @@ def run_task(
     batch_size: int = 16,
     max_new_tokens: int | None = None,
     resume: bool = True,
+    workers: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict | None:
     """Ask a part of a task's questions into `out`/label; the result once all parts are answered, or None.
@@ -181,7 +183,13 @@ def run_task(
         raise ValueError(
             f"{chosen.label} asks {len(chosen.asked.questions)} questions, too few for {many} processes; use fewer"
         )
-    settings = {"batch_size": batch_size, "max_new_tokens": longest, "resume": resume, "progress": progress}
+    settings = {
+        "batch_size": batch_size,
+        "max_new_tokens": longest,
+        "resume": resume,
+        "workers": workers,
+        "progress": progress,
+    }
     evaluate(model, processor, examples, out=place, metric=None, **settings)
     if many == 1:
         return finish(chosen, folder, [place])
