@@ -69,6 +69,8 @@ def records_of(stage: Stage) -> Records:
     every = [size for _, sizes in seen for size in sizes]
     with_some = [num for _, num in every if num]
     found.pictures = round(sum(with_some) / len(with_some)) if with_some else 0
+    if len(seen) < len(stage.data):
+        notes.append("records that are not here are taken to be like those that are")
     found.longest, found.most = max(text for text, _ in every), max(num for _, num in every)
     notes.append(f"{found.text:.0f} text tokens a record in the mean: {PER_WORD} for a word of {len(every):,} records")
     return found
@@ -93,20 +95,36 @@ def item_of(stage: Stage, found: Records, image_tokens: int) -> Item:
 
     Lengths are cut to the stage's max_length; of records that nobody has seen, the longest is taken to reach it.
     """
-    limit = stage.max_length or math.inf
+    limit, most = stage.max_length or math.inf, found.pictures if found.most is None else found.most
+    if stage.max_image_tokens is not None and most * image_tokens > stage.max_image_tokens:
+        found.notes.append(
+            f"a record has {most * image_tokens:,} image tokens, but max_image_tokens={stage.max_image_tokens}: training refuses it, or "
+            "skips it where its source says on_error: skip"
+        )
+        most = stage.max_image_tokens // image_tokens
     text, pictures = min(round(found.text), limit), found.pictures
     whole = min(round(found.text) + pictures * image_tokens, limit)
     mean, pictured = found.pictured * whole + (1 - found.pictured) * text, found.pictured * pictures * image_tokens
     if stage.pack:
-        many = max(1.0, stage.pack / mean)
-        shown = round(many * found.pictured * pictures)
-        found.notes.append(f"rows of {stage.pack:,} tokens hold {many:.1f} records in the mean, if they are full")
-        size = (stage.pack, min(shown, stage.pack // image_tokens))
-        return Item(many, mean * many, pictured * many, ((1.0, size),), size)
-    most = pictures if found.most is None else found.most
+        return _packed(stage, found, (whole, pictures * image_tokens), max(text, 1), mean, pictured)
     longest = (stage.max_length or whole) if found.longest is None else min(found.longest + most * image_tokens, limit)
+    longest = math.ceil(longest / (stage.pad_to or 1)) * (stage.pad_to or 1)
     kinds = (found.pictured, (whole, pictures)), (1 - found.pictured, (text, 0))
     return Item(1.0, mean, pictured, kinds, (longest, most))
+
+
+def _packed(stage: Stage, found: Records, shown: tuple[int, int], text: int, mean: float, pictured: float) -> Item:
+    """A full row: of records with pictures (shown: tokens and image tokens of one), as many as both limits allow, or of texts alone."""
+    tokens, images = shown
+    with_some, without = max(1.0, stage.pack / max(tokens, 1)), max(1.0, stage.pack / text)
+    if images and stage.max_image_tokens is not None:
+        with_some = max(1.0, min(with_some, stage.max_image_tokens / images))
+    rows = found.pictured / with_some, (1 - found.pictured) / without  # of a record
+    many = 1 / sum(rows)
+    found.notes.append(f"rows of {stage.pack:,} tokens hold {many:.1f} records in the mean, if they are full")
+    size = min(stage.pack, round(with_some * tokens)), round(with_some * found.pictures)
+    kinds = (rows[0] * many, size), (rows[1] * many, (stage.pack, 0))
+    return Item(many, mean * many, pictured * many, kinds, (stage.pack, size[1] if rows[0] else 0))
 
 
 def _size(example: Example) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """What a recipe will train, and what that takes, before any weight is loaded: parameters, memory, steps, operations, hours.
 
-The model is built of pretended tensors, in seconds at any size. Models that recipes here name are counted by their published sizes, so
-that no hub is asked; where data is absent, so are the figures that hang on it, or the published number of records stands in.
+The model is built of pretended tensors, in seconds at any size. Where data is absent, so are the figures that hang on it, or the published
+number of records stands in.
 """
 
 from __future__ import annotations
@@ -15,49 +15,26 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, LlamaConfig, SiglipVisionConfig
-from transformers.pytorch_utils import Conv1D
 
 from .adapters import adapted
 from .arguments import accumulation
-from .cost import REFERENCE, Answers, backbone_config, configuration_of, counter, pretended, saved_bytes
-from .dry_data import item_of, records_of
+from .cost import Answers, counter, pretended, saved_bytes
+from .dry_data import Item, item_of, records_of
+from .dry_model import OnPaper, on_paper, trained_number
 from .parts import check_parts
 from .recipe import Recipe, Stage
 from .yaml_text import expand_path
 
 GIB = 2**30
 ADAM = 2  # moments of the optimizer, in single precision as weights and gradients are
-KNOWN = {  # sizes of models that recipes here name
-    "openai/clip-vit-large-patch14-336": REFERENCE["vision"]["clip-l-336"],
-    "lmsys/vicuna-7b-v1.5": REFERENCE["language"]["llama-7b"],
-    "lmsys/vicuna-13b-v1.5": REFERENCE["language"]["llama-13b"],
-    "google/siglip-base-patch16-256": SiglipVisionConfig(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        image_size=256,
-        patch_size=16,
-    ),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    ),
-}
-BASES = {"llava-hf/llava-1.5-7b-hf": ("openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5")}
 
 
 @dataclass
 class StagePlan:
     """One stage on paper; memory in bytes for one device at its longest batch, operations of a mean step over all devices.
 
-    tokens_per_record, image_tokens_per_record: in the mean; of packed records, those of a row divided by the records in it.
+    tokens_per_record, image_tokens_per_record: in the mean; of packed records, those of a row divided by the records in it. Of a finished
+    model that takes pictures at sizes of their own, flops_per_step and hours are None, and memory has no activations.
     """
 
     name: str
@@ -70,7 +47,7 @@ class StagePlan:
     longest: int
     records_per_step: float
     steps: int | None
-    flops_per_step: float
+    flops_per_step: float | None
     memory: dict[str, float]
     hours: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -90,33 +67,39 @@ def dry_run(recipe: Recipe, *, devices: int = 1, tflops: float = 989.0, mfu: flo
         raise ValueError(
             f"devices is {devices}, tflops {tflops} and mfu {mfu}, but needed are at least 1, above 0, and from 0 to 1"
         )
-    notes: list[str] = []
-    vision, language = _configurations(recipe, notes)
-    plans, models, mode = [], {}, FakeTensorMode()
-    config = configuration_of(vision, language, recipe.fusion if recipe.fusion is not None else "sparsecut")
+    mode = FakeTensorMode()
+    paper, plans, models = on_paper(recipe, mode), [], {}
     for stage in recipe.stages:
         dtype = torch.bfloat16 if stage.args.get("bf16") or stage.args.get("fp16") else torch.float32
         with mode:
-            models[dtype] = models.get(dtype) or pretended(config, dtype)
-            plan = _stage_plan(recipe, stage, models[dtype], devices, dtype)
-        if plan.steps is not None:
+            if paper.config is not None and dtype not in models:
+                models[dtype] = pretended(paper.config, dtype)
+            plan = _stage_plan(recipe, stage, paper, models.get(dtype), devices, dtype)
+        if plan.steps is not None and plan.flops_per_step is not None:
             plan.hours = plan.steps * plan.flops_per_step / (devices * tflops * 1e12 * mfu) / 3600
-        plan.notes = notes + plan.notes
+        plan.notes = paper.notes + plan.notes
         plans.append(plan)
     return plans
 
 
-def _stage_plan(recipe: Recipe, stage: Stage, model, devices: int, dtype) -> StagePlan:
+def _stage_plan(recipe: Recipe, stage: Stage, paper: OnPaper, model, devices: int, dtype) -> StagePlan:
+    """The stage on paper; model: the one whose operations are counted, or None."""
     size, found = stage.args.get("per_device_train_batch_size", 8), records_of(stage)
-    item = item_of(stage, found, model.config.num_image_tokens)
-    check_parts(model, tuple(p for p in stage.train if p != "projector"))
-    parts = {name: sum(p.numel() for p in found) for name, found in model.parts().items()}
-    trained = {name: _trained(model, name, stage) for name in stage.train if name != "projector"}
-    model.requires_grad_(False)
-    for name in stage.train:
-        for parameter in model.parts().get(name, ()):
-            parameter.requires_grad_(True)
-    flops = sum(share * _step_flops(model, *_inputs(model, *of, dtype), stage) for share, of in item.kinds if share)
+    item, whole = item_of(stage, found, model.config.num_image_tokens if model else 0), paper.upgraded or model
+    check_parts(whole, stage.train)
+    if paper.upgraded is not None and (own := [name for name in ("pack", "pad_to") if getattr(stage, name)]):
+        raise ValueError(
+            f"{own[0]} is {getattr(stage, own[0])}, but a finished model makes its batches in its own way; remove {own[0]}"
+        )
+    parts = {name: sum(p.numel() for p in numbers) for name, numbers in whole.parts().items()}
+    trained = {name: trained_number(whole, name, stage) for name in stage.train}
+    if not any(trained.values()):
+        raise ValueError(
+            f"stage {stage.name} would train nothing: {', '.join(stage.train)} have no parameter in this model"
+        )
+    flops = held = None
+    if model is not None:
+        flops, held = _counted(model, stage, item, size, dtype)
     if any(map(adapted, stage.train)):
         found.notes.append(
             "adapters' own operations and states between forward and backward are not counted; they are small"
@@ -128,8 +111,9 @@ def _stage_plan(recipe: Recipe, stage: Stage, model, devices: int, dtype) -> Sta
         steps = None if found.number is None else math.ceil(found.number / (rows * item.records) * epochs)
     beside = any(adapted(name) for name in stage.train)
     resting = sum(v for k, v in parts.items() if k != "head") - (0 if beside else sum(trained.values()))
-    base = recipe.model.base is not None and dtype.itemsize == 2
-    half = base and all(set(one.train) == {"fusion"} for one in recipe.stages)  # it rests in all stages
+    fresh = paper.upgraded is not None and not paper.saved and dtype.itemsize == 2
+    half = fresh and all(set(one.train) == {"fusion"} for one in recipe.stages)  # it rests in all stages
+    memory = _weights(stage, resting, sum(trained.values()), devices, half=half)
     return StagePlan(
         name=stage.name,
         parameters=parts,
@@ -141,13 +125,22 @@ def _stage_plan(recipe: Recipe, stage: Stage, model, devices: int, dtype) -> Sta
         longest=item.longest[0],
         records_per_step=rows * item.records,
         steps=steps,
-        flops_per_step=flops * rows,
-        memory={
-            **_weights(stage, resting, sum(trained.values()), devices, half=half),
-            "activations": _activations(model, stage, size, item.longest, dtype),
-        },
+        flops_per_step=None if flops is None else flops * rows,
+        memory=memory if held is None else {**memory, "activations": held},
         notes=found.notes,
     )
+
+
+def _counted(model, stage: Stage, item: Item, size: int, dtype) -> tuple[float, float]:
+    """Operations of a row, and bytes that a micro-batch keeps for the backward pass."""
+    # A finished model's own projector has a projector of the fusion in its place.
+    learns = ["fusion" if name == "projector" else name for name in stage.train]
+    learns = [name for name in dict.fromkeys(learns) if name in model.parts()]
+    model.requires_grad_(False)
+    for parameter in (p for name in learns for p in model.parts()[name]):
+        parameter.requires_grad_(True)
+    flops = sum(share * _step_flops(model, *_inputs(model, *of, dtype), stage) for share, of in item.kinds if share)
+    return flops, _activations(model, stage, size, item.longest, learns, dtype)
 
 
 def _inputs(model, length: int, pictures: int, dtype) -> tuple:
@@ -155,12 +148,11 @@ def _inputs(model, length: int, pictures: int, dtype) -> tuple:
     return torch.zeros(1, max(length, 2), dtype=torch.long), pixels
 
 
-def _activations(model, stage: Stage, size: int, longest: tuple[int, int], dtype) -> float:
+def _activations(model, stage: Stage, size: int, longest: tuple[int, int], learns: list[str], dtype) -> float:
     """Bytes that wait for the backward pass of a micro-batch of the longest records."""
     ids, pixels = _inputs(model, *longest, dtype)
     length = ids.shape[1]
-    names = [name for name in stage.train if name in model.parts()]
-    held = saved_bytes(model, ids, pixels, torch.ones(size, length, dtype=torch.long), names)
+    held = saved_bytes(model, ids, pixels, torch.ones(size, length, dtype=torch.long), learns)
     if not stage.args.get("activation_checkpointing"):
         return float(held)
     # The logits stay, in the model's format and in single precision for the loss and its gradient; layers are kept one at a time.
@@ -216,36 +208,6 @@ def _step_flops(model: nn.Module, ids, pixels, stage: Stage) -> int:
     return forward.get_total_flops() + backward.get_total_flops() + again
 
 
-def _trained(model: nn.Module, name: str, stage: Stage) -> int:
-    if (part := adapted(name)) is None:
-        return sum(p.numel() for p in model.parts()[name])
-    module, head = {"vision": model.vision_tower, "language": model.language_model}[part], model.get_output_embeddings()
-    targets = stage.lora.targets
-    linear = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
-    chosen = [m for n, m in linear.items() if targets == "all-linear" or n.rpartition(".")[2] in targets]
-    return sum(stage.lora.r * sum(m.weight.shape) for m in chosen)
-
-
-def _configurations(recipe: Recipe, notes: list[str]):
-    """The configurations of encoder and language model, or sizes that are known of them."""
-    if recipe.model.base is None:
-        names = expand_path(recipe.model.vision), expand_path(recipe.model.language)
-    elif (base := expand_path(recipe.model.base)) in BASES and not Path(base).is_dir():
-        names = BASES[base]
-        notes.append(f"{base} is counted as {' and '.join(names)}, joined by the recipe's plan")
-    else:
-        config = AutoConfig.from_pretrained(base)
-        notes.append("a finished model is counted as its encoder and language model, joined by the recipe's plan")
-        inner = getattr(config, "base_config", config)
-        return inner.vision_config, inner.get_text_config()
-    found = []
-    for name, part in zip(names, ("vision", "language"), strict=True):
-        if name in KNOWN and not Path(name).is_dir():
-            notes.append(f"{name} is counted by its published sizes")
-        found.append(KNOWN[name] if name in KNOWN and not Path(name).is_dir() else backbone_config(name, part))
-    return found
-
-
 def lines(plans: list[StagePlan], *, devices: int, tflops: float, mfu: float) -> list[str]:
     """The plans as lines of text."""
     out = []
@@ -256,7 +218,8 @@ def lines(plans: list[StagePlan], *, devices: int, tflops: float, mfu: float) ->
         memory = ", ".join(f"{name} {value / GIB:,.1f}" for name, value in plan.memory.items())
         records = "unknown" if plan.records is None else f"{plan.records:,}"
         steps = "unknown" if plan.steps is None else f"{plan.steps:,}"
-        hours = "unknown, as the number of records is" if plan.hours is None else f"{plan.hours:,.2f}"
+        work = "unknown" if plan.flops_per_step is None else f"{plan.flops_per_step / 1e12:,.2f}"
+        hours = "unknown, as what they hang on is" if plan.hours is None else f"{plan.hours:,.2f}"
         out += [
             f"stage {plan.name}",
             f"  parameters   {sizes}; {total / 1e6:,.1f} M in all",
@@ -264,7 +227,7 @@ def lines(plans: list[StagePlan], *, devices: int, tflops: float, mfu: float) ->
             f"  records      {records} ({plan.records_said}), {plan.tokens_per_record:,.0f} tokens each, "
             f"{plan.image_tokens_per_record:,.0f} of them of pictures; the longest {plan.longest:,}",
             f"  a step       {plan.records_per_step:,.0f} records, {plan.tokens_per_step:,.0f} tokens, "
-            f"{plan.flops_per_step / 1e12:,.2f} TFLOP; {steps} steps",
+            f"{work} TFLOP; {steps} steps",
             f"  a device     {sum(plan.memory.values()) / GIB:,.1f} GiB: {memory}",
             f"  hours        {hours}, on {devices} x {tflops:,.0f} TFLOP/s of which {100 * mfu:.0f} % is reached",
         ]

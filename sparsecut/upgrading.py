@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from .configuration_upgraded import SparseCutUpgradeConfig
-from .families import family_of
+from .families import Family, family_of
 from .fine_views import PROCESSOR_FILE, with_fine_views
 from .identity import digest
 from .methods import make_plan
@@ -51,18 +51,8 @@ def upgrade(
     base = getattr(base, "get_base_model", lambda: base)()  # a model inside PEFT's wrapper
     if isinstance(base, SparseCutUpgrade):
         raise ValueError("this model is upgraded already; give its base (model.detach()) to choose other shortcuts")
-    family = family_of(base)
+    plan, family = plan_for(base, plan)
     parts = family.parts(base)
-    depths = depth_of(parts.vision), base.config.get_text_config().num_hidden_layers
-    if plan is None:
-        plan = {"method": "sparsecut", "rank": max(16, base.config.get_text_config().hidden_size // NARROW)}
-    plan = make_plan(plan, *depths)
-    plan = plan if plan.num_base else plan.upgrading(fine=family.has_one_view(base))
-    if plan.tiles and not family.has_one_view(base):
-        raise ValueError(
-            f"the plan has tiles={plan.tiles}, but {base.config.model_type} brings its own resolutions and takes no further views; "
-            "set tiles to 0"
-        )
     if not any(p.is_floating_point() for p in parts.language.parameters()):
         raise ValueError(
             f"the language model {type(parts.language).__name__} holds no floating-point weight, so features cannot be added to what its "
@@ -118,6 +108,22 @@ def load_fusion(
             f"{problems.unexpected_keys[:3]}); save the shortcuts again with save_fusion"
         )
     return model, processor
+
+
+def plan_for(base: PreTrainedModel, plan: str | dict | Plan | None) -> tuple[Plan, Family]:
+    """The plan that `upgrade` makes of its argument for a finished model, and the model's family; ValueError where it does not fit."""
+    family = family_of(base)
+    depths = depth_of(family.parts(base).vision), base.config.get_text_config().num_hidden_layers
+    if plan is None:
+        plan = {"method": "sparsecut", "rank": max(16, base.config.get_text_config().hidden_size // NARROW)}
+    plan = make_plan(plan, *depths)
+    plan = plan if plan.num_base else plan.upgrading(fine=family.has_one_view(base))
+    if plan.tiles and not family.has_one_view(base):
+        raise ValueError(
+            f"the plan has tiles={plan.tiles}, but {base.config.model_type} brings its own resolutions and takes no further views; "
+            "set tiles to 0"
+        )
+    return plan, family
 
 
 def _place(model: SparseCutUpgrade) -> None:

@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from runs import write_records
+from test_dry_data import write
+from test_upgrade_training import base_of
+from tiny import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsecut import upgrade
 from sparsecut.arguments import accumulation
-from sparsecut.building import build
+from sparsecut.building import build, save
 from sparsecut.cli import app
 from sparsecut.cost import counter
 from sparsecut.dry_data import PUBLISHED, records_of
@@ -152,21 +156,6 @@ def test_what_cannot_be_is_refused_in_a_sentence(changes, sentence):
         dry_run(parse_recipe({**WORLD, "stages": [one_stage(**changes)]}), **more)
 
 
-def write(path: Path, words: dict[str, int], pictures: bool = True) -> dict:
-    """A file of records, each of so many words; what a stage's data says of it."""
-    shown = "<image>\n" if pictures else ""
-    records = [
-        {
-            "id": name,
-            **({"image": "one.png"} if pictures else {}),
-            "conversations": [{"from": "human", "value": shown + "a " * (n - 1)}, {"from": "gpt", "value": "b"}],
-        }
-        for name, n in words.items()
-    ]
-    path.write_text(json.dumps(records))
-    return {"path": str(path)}
-
-
 def test_records_are_those_that_the_stage_takes(tmp_path):
     (tmp_path / "one.png").write_bytes(b"")
     words = {f"{'keep' if i % 4 else 'out'}-{i}": 20 for i in range(40)} | {"keep-long": 400}
@@ -258,3 +247,41 @@ def test_a_folder_that_is_made_first_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="there is no such folder; correct it, or make it first"):
         dry_run(load_recipe(CONFIGS / "nlvr.yaml"))
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen"])
+def test_a_finished_model_is_counted_as_it_will_be(kind, tmp_path):
+    base, processor = base_of(kind)
+    model, _ = upgrade(base, processor=processor)
+    real = {name: sum(p.numel() for p in found) for name, found in model.parts().items()}
+    model.save_pretrained(tmp_path / "saved")
+    model.detach().save_pretrained(tmp_path / "base")
+    for folder in ("base", "saved"):
+        (plan,) = finished(tmp_path / folder)
+        assert plan.parameters == real and plan.trained == {"fusion": real["fusion"]}
+        assert plan.memory["optimizer"] == 8 * real["fusion"]
+    if kind == "llava":
+        (plan,) = finished(tmp_path / "base", train=["projector"])
+        assert plan.trained == {"projector": real["projector"]} and plan.flops_per_step > 0
+    else:  # pictures of any size: what hangs on theirs is left out, in words
+        assert plan.flops_per_step is None and "activations" not in plan.memory
+        said = "\n".join(lines([plan], devices=1, tflops=989.0, mfu=0.4))
+        assert "unknown TFLOP" in said and "at sizes of their own" in said
+        with pytest.raises(ValueError, match="would train nothing"):
+            finished(tmp_path / "base", train=["projector"])
+    with pytest.raises(ValueError, match="pack is 64, but a finished model"):
+        finished(tmp_path / "base", pack=64)
+
+
+def finished(folder: Path, **changes):
+    """The dry run of a recipe with this base."""
+    return dry_run(parse_recipe({"model": {"base": str(folder)}, "output": "x", "stages": [one_stage(**changes)]}))
+
+
+def test_a_saved_model_brings_its_own_plan(tmp_path):
+    model, processor = tiny_model()
+    save(model, processor, tmp_path / "mine")
+    (plan,) = finished(tmp_path / "mine")
+    assert plan.parameters == {name: sum(p.numel() for p in found) for name, found in model.parts().items()}
+    with pytest.raises(ValueError, match="there is no model"):
+        finished(tmp_path / "none" / "such" / "folder")
