@@ -77,11 +77,19 @@ def stage_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
 def accumulation(stage: Stage, processes: int) -> int:
     """Micro-batches that a step of a stage adds up: as args say, or as many as make its global batch.
 
-    Raises ValueError with the arithmetic where they cannot.
+    Raises ValueError with the arithmetic where they cannot, and for a size that is no number of records.
     """
     size, given = stage.args.get("per_device_train_batch_size", 8), stage.args.get("gradient_accumulation_steps")
+    for name, value in (("per_device_train_batch_size", size), ("gradient_accumulation_steps", given)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"stage {stage.name}: args.{name} is {value!r}, but must be a whole number of at least 1")
     if stage.global_batch is None:
         return 1 if given is None else given
+    if stage.args.get("auto_find_batch_size"):
+        raise ValueError(
+            f"stage {stage.name}: global_batch is {stage.global_batch}, but args.auto_find_batch_size makes batches smaller "
+            "where memory is short, and the global one with them; remove one of them"
+        )
     many, left = divmod(stage.global_batch, size * processes)
     if given is None and many and not left:
         return many

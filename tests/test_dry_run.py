@@ -235,6 +235,9 @@ def test_a_global_batch_is_accumulated(processes, args, many):
             {"gradient_accumulation_steps": 2},
             "4 x 1 process x gradient_accumulation_steps 2 = 8 does not give; leave",
         ),
+        (1, {"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0, but must be a whole number"),
+        (1, {"gradient_accumulation_steps": -2}, "gradient_accumulation_steps is -2"),
+        (1, {"auto_find_batch_size": True}, "auto_find_batch_size makes batches smaller"),
     ],
 )
 def test_a_global_batch_that_cannot_be_is_refused_with_its_arithmetic(processes, args, sentence):
