@@ -26,6 +26,9 @@ DRIVER = """<img src="hold" alt="" hidden><script>
 const until = async test => { while (!test()) await new Promise(r => setTimeout(r, 20)); };
 (async () => {
   await until(() => plan);
+  add([new File(["a"], "notes.txt", {type: "text/plain"})]);
+  document.body.dataset.left = $("unread").textContent;
+  add([]);
   waiting = [PICTURE];
   showWaiting();
   $("text").value = "what is it";
@@ -131,6 +134,7 @@ def test_a_question_in_the_browser_is_answered_with_and_without_a_shortcut(clien
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     assert 'data-done="2"' in dom, dom[-2000:]
     assert 'data-over="0"' in dom  # as wide as a phone, nothing stands out
+    assert 'data-left="notes.txt: no picture, left out' in dom
     assert dom.count('class="answer without"') == 1 and dom.count('class="answer"') == 2
     assert "are you &lt;b&gt;sure" in dom and '<span class="error"' not in dom and '"broken" class="error"></p>' in dom
     assert re.search(r"The answers differ|Both answers are the same", dom)
