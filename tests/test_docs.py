@@ -1,8 +1,10 @@
 """The documentation site: its navigation is whole, its links lead somewhere, its blocks run, and its tables are the code's."""
 
 import importlib.util
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -155,6 +157,35 @@ def test_the_upgrade_walk_through_runs(tmp_path, monkeypatch, llava):  # noqa: F
     for block in blocks("upgrade.md", "python"):
         exec(compile(block, "upgrade.md", "exec"), room)
     assert type(room["base"]).__name__ == "LlavaForConditionalGeneration"
+
+
+@pytest.mark.skipif(not (shutil.which("curl") and shutil.which("base64")), reason="curl or base64 is not installed")
+def test_both_ways_of_asking_a_server_run(tmp_path, monkeypatch, capsys):
+    from clients import served
+    from tiny import tiny_model
+
+    from sparsecut.serving import Engine
+
+    monkeypatch.chdir(tmp_path)
+    Path("runs/demo/data/test").mkdir(parents=True)
+    draw(split_scene("test/0/0")).save("runs/demo/data/test/0.png")
+    engine = Engine(*tiny_model())
+    with served(engine) as client:
+
+        def here(block: str) -> str:
+            assert "http://127.0.0.1:8000/v1" in block
+            return block.replace("http://127.0.0.1:8000/v1", str(client.base_url).rstrip("/")).replace(
+                "sparsecut", "tiny"
+            )
+
+        (python,), (_, curl, _) = blocks("serving.md", "python"), blocks("serving.md", "bash")
+        exec(compile(here(python), "serving.md", "exec"), {})
+        answer = capsys.readouterr().out.strip()
+        told = subprocess.run(["bash", "-c", here(curl)], capture_output=True, text=True).stdout
+    engine.close()
+    events = [json.loads(line[6:]) for line in told.splitlines() if line.startswith("data: {")]
+    assert answer == "".join(event["choices"][0]["delta"].get("content", "") for event in events).strip()
+    assert events[-1]["choices"][0]["finish_reason"] and told.rstrip().endswith("[DONE]")
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
