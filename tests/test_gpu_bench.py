@@ -27,8 +27,9 @@ def gpu(monkeypatch):
 
 
 def test_every_plan_has_every_figure(gpu, tmp_path):
-    result = gpu.main(["--tiny", "--device=cpu", f"--out={tmp_path / 'bench'}"])
-    assert tuple(result["plans"]) == gpu.PLANS and result["attention"] == "sdpa"
+    some = ("llava", "hires_tokens", "sparsecut")  # of its plans, to be quick
+    result = gpu.main(["--tiny", "--device=cpu", f"--out={tmp_path / 'bench'}", "--plans", *some])
+    assert set(some) <= set(gpu.PLANS) and tuple(result["plans"]) == some and result["attention"] == "sdpa"
     for plan in result["plans"].values():
         assert not plan["missing"]
         for section in SECTIONS:
