@@ -174,7 +174,8 @@ def compare(
     shown = Table(*head, box=None, pad_edge=False)
     for row in rows:
         shown.add_row(*row)
-    Console().print(shown)
+    # As wide as it is: a narrow terminal wraps its lines, but loses nothing of them.
+    Console(width=Console(width=1000).measure(shown).maximum).print(shown, crop=False)
     typer.echo("\n".join(notes(found)))
     from .compare_page import write_comparison
 
