@@ -212,6 +212,11 @@ def test_names_and_options_are_checked(text, words):
 def test_what_is_missing_or_broken_is_told_before_anything_is_asked(root, tmp_path):
     copy = tmp_path / "eval"
     shutil.copytree(root, copy)
+    file = copy / "vizwiz" / "llava_test.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n\r\n"))  # as an editor may leave it
+    assert [q.text for q in read(copy, "vizwiz").asked.questions] == [
+        q.text for q in read(root, "vizwiz").asked.questions
+    ]
     (copy / "pope" / "val2014" / "COCO_val2014_000000000001.jpg").unlink()
     with pytest.raises(
         ValueError, match=r"llava_pope_test.jsonl line 2: there is no picture COCO_val2014_000000000001.jpg"

@@ -92,7 +92,7 @@ def the_file(*places: Path) -> Path:
 def read_json(path: Path):
     """What a JSON file holds; ValueError where it is missing or broken."""
     try:
-        return json.loads(the_file(path).read_text(encoding="utf-8"))
+        return json.loads(the_file(path).read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}); download it again") from None
 
@@ -100,7 +100,7 @@ def read_json(path: Path):
 def read_lines(path: Path, *keys: str) -> list[dict]:
     """The records of a JSON Lines file, each with the keys asked for; ValueError names the line that is broken."""
     records = []
-    with the_file(path).open(encoding="utf-8") as lines:
+    with the_file(path).open(encoding="utf-8-sig") as lines:  # some editors put a mark first
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
