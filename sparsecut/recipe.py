@@ -183,7 +183,8 @@ class Stage:
         one_of("loss_over", self.loss_over, LOSSES)
         for name in ("pack", "max_image_tokens", "max_length", "pad_to", "global_batch"):
             if (given := getattr(self, name)) is not None and given < 1:
-                raise ValueError(f"{name} is {given}, but must be at least 1; leave it out for no limit")
+                what = "record" if name == "global_batch" else "token"
+                raise ValueError(f"{name} is {given}, but at least 1 {what} is needed; leave it out for no limit")
         if self.gate_penalty < 0:
             raise ValueError(f"gate_penalty is {self.gate_penalty}, but a penalty is at least 0")
 
