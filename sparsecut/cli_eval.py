@@ -115,6 +115,7 @@ def _ask(
             typer.echo(f"{one.label}: part {mine[0] + 1} of {mine[1]} is answered; the scores come with the last part")
         else:
             results.append(result)
+            typer.echo(f"{one.label} is answered: {out / one.label}/result.json", err=True)
     if results:
         typer.echo(table(results))
         typer.echo(f"wrote result.json and predictions.jsonl of each into folders of {out}")

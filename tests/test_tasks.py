@@ -201,6 +201,7 @@ def test_worth_between_nothing_and_all_counts_as_much_in_a_comparison(root, tiny
         ("pope:split=advers", "did you mean 'adversarial'"),
         ("gqa:part=all", "its options are: none"),
         ("gqa,gqa", "named twice"),
+        ("pope:split=random:split=popular", "says split twice"),
         (" ,", "no task is named"),
     ],
 )
@@ -266,7 +267,8 @@ def test_the_command_prints_scores_and_refuses_half_a_question(root, tiny, tmp_p
     assert not (tmp_path / "out").exists()
     assert run([*asks, "--part", "1/2"]) is None and "part 1 of 2 is answered" in capsys.readouterr().out
     assert run([*asks, "--part", "2/2"]) is None
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert "vizwiz is answered: " in told
     assert "pope:split=random" in printed and "to be scored elsewhere: vizwiz_submission.json" in printed
     assert (tmp_path / "out" / "pope-split-random" / "result.json").is_file()
     assert "made with another weights" in run([*asks[:-1], out, "--part", "1/2", "--dtype", "bfloat16"])

@@ -65,6 +65,9 @@ def parse_tasks(text: str) -> list[tuple[str, dict[str, str]]]:
         if name not in TASKS:
             raise ValueError(f"there is no task {name!r}{nearest(name, TASKS)}; allowed are {', '.join(TASKS)}, or all")
         options = {key: values[0] for key, values in TASKS[name].options.items()}
+        keys = [pair.partition("=")[0] for pair in pairs]
+        if twice := [key for key in options if keys.count(key) > 1]:
+            raise ValueError(f"{part} says {twice[0]} twice; say it once, or name the task twice")
         for pair in pairs:
             key, _, value = pair.partition("=")
             if key not in options:
