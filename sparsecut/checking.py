@@ -83,7 +83,7 @@ def _shared_out(examples: Sequence[Example], settings: tuple, num: int) -> Itera
         while running:
             yield from running.popleft().result()
     except BrokenProcessPool:
-        raise RuntimeError(
+        raise ChildProcessError(
             f"one of the {num} processes that check {len(examples):,} records was ended from outside, as happens where memory runs out; "
             "close other programs, or split the data into smaller files"
         ) from None

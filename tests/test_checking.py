@@ -57,7 +57,7 @@ def test_a_process_that_is_killed_is_told_of_and_nobody_waits_for_it(monkeypatch
             check_examples(records(), processor, limit=100)
     assert not multiprocessing.active_children()
     monkeypatch.setattr(checking, "_check", lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(RuntimeError, match="was ended from outside"):
+    with pytest.raises(ChildProcessError, match="was ended from outside"):
         check_examples(records(), processor, limit=100)
 
 

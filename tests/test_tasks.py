@@ -162,6 +162,9 @@ def test_parts_of_two_models_are_not_put_together(root, tiny, tmp_path):
     run_task(*tiny, chosen, tmp_path, part=(0, 2), max_new_tokens=3)
     with pytest.raises(ValueError, match="answered by different models or settings"):
         run_task(*tiny, chosen, tmp_path, part=(1, 2), max_new_tokens=4)
+    (tmp_path / "vizwiz" / "part-1-of-2" / "predictions.jsonl").write_text("")
+    with pytest.raises(ValueError, match="hold no answer to 2 questions, such as 0"):
+        run_task(*tiny, chosen, tmp_path, part=(1, 2), max_new_tokens=3, resume=False)
     with pytest.raises(ValueError, match="too few for 9 processes"):
         run_task(*tiny, chosen, tmp_path, part=(5, 9), max_new_tokens=4)
 
@@ -234,6 +237,16 @@ def test_what_is_missing_or_broken_is_told_before_anything_is_asked(root, tmp_pa
     (copy / "mmbench" / "mmbench_dev_20230712.tsv").write_text("index\tquestion\n1\tx\n")
     with pytest.raises(ValueError, match="has no column A, image"):
         read(copy, "mmbench")
+    for content, words in (
+        ("", "cannot be read as a table"),
+        ("index\tquestion\tA\timage\nx\ty\tz\tw\n", "whose index is 'x'"),
+    ):
+        (copy / "mmbench" / "mmbench_dev_20230712.tsv").write_text(content)
+        with pytest.raises(ValueError, match=rf"mmbench_dev_20230712\.tsv .*{words}"):
+            read(copy, "mmbench")
+    (copy / "mm-vet" / "llava-mm-vet.jsonl").write_bytes(b"\xff{}")
+    with pytest.raises(ValueError, match=r"files of mmvet below .* are not what they should be"):
+        read(copy, "mmvet")
     (copy / "scienceqa" / "problems.json").write_text("[]")
     with pytest.raises(ValueError, match="asks problem 0, which is not of the test split"):
         read(copy, "scienceqa")

@@ -72,10 +72,17 @@ def read_mmbench(root: Path, options: Mapping[str, str], *, names: Mapping[str, 
         )
     file = the_file(root / "mmbench" / name, root / "mmbench_cn" / name)
     # As text, and with pandas' own idea of empty cells: it is what the released script reads, "None" and "NA" included.
-    rows = pandas.read_table(file, dtype=str).to_dict("records")
+    try:
+        rows = pandas.read_table(file, dtype=str).to_dict("records")
+    except ValueError as error:  # pandas' own are such
+        raise ValueError(f"{file} cannot be read as a table ({error}); download it again") from None
     missing = [column for column in ("index", "question", "A", "image") if column not in (rows or [{}])[0]]
     if missing:
         raise ValueError(f"{file} has no column {', '.join(missing)}; is it MMBench's table? download it again")
+    if odd := [row["index"] for row in rows if not str(row["index"]).isdigit()]:
+        raise ValueError(
+            f"{file} has a row whose index is {odd[0]!r}, no number; its columns are out of place: download it again"
+        )
     pictures = {row["index"]: row["image"] for row in rows}
     if options["circular"] == "off":
         rows = [row for row in rows if int(row["index"]) < ROTATIONS]

@@ -103,7 +103,7 @@ def read_tasks(text: str, root: str | Path, limit: int | None = None) -> list[Ch
             raise ValueError(
                 f"{name} needs {error.path}, which is not there; {TASKS[name].source} (docs/benchmarks.md)"
             ) from None
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"the files of {name} below {root} are not what they should be ({type(error).__name__}: {error}); download them again"
             ) from error
@@ -208,6 +208,11 @@ def finish(chosen: Chosen, folder: Path, places: Sequence[Path]) -> dict:
             f"the parts in {folder} were answered by different models or settings; give another output folder, or start over (--fresh)"
         )
     said = {line["id"]: line for place in places for line in read_lines(place / PREDICTIONS)}
+    if missing := [q.id for q in chosen.asked.questions if q.id not in said]:
+        raise ValueError(
+            f"the parts in {folder} hold no answer to {len(missing)} questions, such as {missing[0]}: some were asked other questions; "
+            "start over (--fresh) with all parts, or give another output folder"
+        )
     lines = [said[q.id] for q in chosen.asked.questions]
     answers = {line["id"]: line["prediction"] for line in lines}
     score = chosen.task.score(chosen.asked, answers) if chosen.task.score else None
