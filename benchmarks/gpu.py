@@ -9,7 +9,7 @@ with another, and ratios are to the first plan in the same round. Time that is l
 come; what was not reached is said to be so. Prompts: one picture and --text-tokens words each. Training: one picture and
 --train-text words per row, every word learned, without padding; activation checkpointing in the language model; AdamW whose
 weights, gradients and moments are all bfloat16, as 7 billion parameters with float32 masters do not fit one device. MFU:
-floating-point operations without the recomputed ones (sparsecut.cost; backward as much as forward for activations, and once more
+floating-point operations without the recomputed ones (sparsecut.profiling.counting; backward as much as forward for activations, and once more
 for trained weights) over the rate that this device reached in a bfloat16 matrix product in the same run.
 """
 
@@ -27,10 +27,10 @@ from gpu_parts import Arm, configs, machine, matmul_rate, size_of, step_flops
 from gpu_table import markdown
 from transformers import StaticCache
 
-from sparsecut.cost import count
+from sparsecut.profiling.counting import count
 from sparsecut.methods import METHODS
-from sparsecut.parts import freeze
-from sparsecut.timing import random_models
+from sparsecut.training.freezing import freeze
+from sparsecut.profiling.timing import random_models
 
 PLANS = ("llava", "hires_tokens", "deepstack", "official_7b_as_run", "sparsecut")
 STAGES = {"stage 1": ("fusion",), "stage 2": ("fusion", "language")}

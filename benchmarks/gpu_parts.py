@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from sparsecut.cost import backbone_config
+from sparsecut.profiling.counting import backbone_config
 
 
 @dataclass

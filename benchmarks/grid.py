@@ -16,10 +16,10 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import checks
+from helpers import checks
 import torch
 import transformers
-from families import LANGUAGE, VISION
+from helpers.families import LANGUAGE, VISION
 from support_page import replace_section
 
 COLUMNS = {

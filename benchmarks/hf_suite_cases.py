@@ -30,7 +30,7 @@ from sparsecut.configuration_upgraded import SparseCutUpgradeConfig
 from sparsecut.modeling import SparseCutForConditionalGeneration
 from sparsecut.plan import Plan, Shortcut
 from sparsecut.processing import SparseCutProcessor
-from sparsecut.upgraded import SparseCutUpgrade
+from sparsecut.modeling_upgraded import SparseCutUpgrade
 
 # The tests look here for the names of the classes that take labels; registering with the Auto classes does not reach it.
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["sparsecut"] = "SparseCutForConditionalGeneration"

@@ -38,8 +38,8 @@ def passes(a: argparse.Namespace, plans: list[str]) -> dict:
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig
 
-    from sparsecut.graft import inject
-    from sparsecut.timing import random_models
+    from sparsecut.hooks import inject
+    from sparsecut.profiling.timing import random_models
 
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)

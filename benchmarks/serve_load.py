@@ -20,8 +20,8 @@ import openai
 import torch
 
 import sparsecut
-from sparsecut.prompting import decode, greedy, inputs_of, render
-from sparsecut.records import IMAGE, read_examples
+from sparsecut.prompts import decode, greedy, inputs_of, render
+from sparsecut.data.examples import IMAGE, read_examples
 
 
 def main() -> None:

@@ -38,8 +38,8 @@ def parse() -> argparse.Namespace:
 
 def count(plans: list[str]) -> list[dict]:
     """Operations of a training step of one record per plan and stage, by pretended tensors, and their ratio to the first plan's."""
-    from sparsecut.dry_run import dry_run
-    from sparsecut.recipe import parse_recipe
+    from sparsecut.profiling.dry_run import dry_run
+    from sparsecut.config.recipe import parse_recipe
 
     rows = []
     for plan in plans:
@@ -86,8 +86,8 @@ def stepper(plan: str, parts: list[str], a: argparse.Namespace):
     """(a function that takes one step, tokens of a step, operations of a step)."""
     import torch
 
-    from sparsecut.cost import counter
-    from sparsecut.parts import freeze
+    from sparsecut.profiling.counting import counter
+    from sparsecut.training.freezing import freeze
 
     model, inputs = make(plan, a)
     freeze(model, tuple(parts))

@@ -19,7 +19,7 @@ OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]+\)")
 
 def plans_page() -> str:
     """Every method: what its docstring says, its drawing, and its command; at the depths of CLIP-L and a 7B model."""
-    from sparsecut.charts import plan_drawing
+    from sparsecut.reports.charts import plan_drawing
     from sparsecut.drawing import summary
     from sparsecut.methods import METHODS, make_plan
 
@@ -57,7 +57,7 @@ def commands() -> list[tuple[str, object]]:
     """(words, command) of every command, those of groups included: ("sparsecut world draw", ...)."""
     import typer
 
-    from sparsecut.cli import app
+    from sparsecut.cli.app import app
 
     found = []
 
@@ -75,7 +75,7 @@ def commands() -> list[tuple[str, object]]:
 def api_page() -> str:
     """The public names, as mkdocstrings directives."""
     import sparsecut
-    from sparsecut import tasks
+    from sparsecut.evaluation import tasks
 
     parts = [
         "# Python\n\nThe public names of `import sparsecut`. Everything else is reachable through its module, and may change."
@@ -92,7 +92,7 @@ def api_page() -> str:
             options = "    options: {members: false, show_bases: true}"
         parts.append(f"::: {home}\n{options}")
     parts.append("## Scores of benchmarks\n\nWhat the benchmarks' own scripts compute ([the tasks](benchmarks.md)).")
-    parts += [f"::: sparsecut.tasks.{name}" for name in tasks.__all__]
+    parts += [f"::: sparsecut.evaluation.tasks.{name}" for name in tasks.__all__]
     return "\n\n".join(parts) + "\n"
 
 

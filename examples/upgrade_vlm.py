@@ -36,9 +36,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.processing_utils import ProcessorMixin
 
 import sparsecut
-from sparsecut.data import Collator, TrainingData, read_source
-from sparsecut.evaluation import evaluate
-from sparsecut.recipe import Source, parse_recipe
+from sparsecut.data.dataset import Collator, TrainingData, read_source
+from sparsecut.evaluation.evaluator import evaluate
+from sparsecut.config.recipe import Source, parse_recipe
 
 LLAVA_TEMPLATE = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>\n' }}"

@@ -17,14 +17,14 @@ _HOMES = {
     "build": "building",
     "upgrade": "upgrading",
     "load": "building",
-    "train": "training",
-    "evaluate": "evaluation",
+    "train": "training.stages",
+    "evaluate": "evaluation.evaluator",
     "Chat": "chat",
     "draw": "drawing",
     "SparseCutConfig": "configuration",
     "SparseCutProcessor": "processing",
     "SparseCutForConditionalGeneration": "modeling",
-    "SparseCutUpgrade": "upgraded",
+    "SparseCutUpgrade": "modeling_upgraded",
     "SparseCutUpgradeConfig": "configuration_upgraded",
 }
 __all__ = sorted(_HOMES)

@@ -1,5 +1,5 @@
 """`python -m sparsecut` is the command `sparsecut`."""
 
-from .cli import main
+from .cli.app import main
 
 main()

@@ -21,15 +21,15 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 
 from .adapters import load_adapters
-from .audio import SparseCutAudioProcessor, check_extractor
+from .processing_audio import SparseCutAudioProcessor, check_extractor
 from .configuration import SparseCutConfig
 from .configuration_upgraded import SparseCutUpgradeConfig
 from .encoders import encoder_of, is_audio
-from .graft import check_language_model
+from .hooks import check_language_model
 from .modeling import SparseCutForConditionalGeneration
 from .plan import Plan
 from .processing import SparseCutProcessor
-from .upgraded import FACTS
+from .modeling_upgraded import FACTS
 from .upgrading import HUB_ARGUMENTS, load_fusion, read_processor
 
 WORLD = "world"  # names the built-in picture world's small backbones
@@ -38,13 +38,13 @@ AUTO_MAPS = {  # where the Auto classes find the code that is saved with a model
         "AutoConfig": "configuration.SparseCutConfig",
         "AutoModelForImageTextToText": "modeling.SparseCutForConditionalGeneration",
     },
-    "upgraded": {
+    "modeling_upgraded": {
         "AutoConfig": "configuration_upgraded.SparseCutUpgradeConfig",
-        "AutoModelForImageTextToText": "upgraded.SparseCutUpgrade",
+        "AutoModelForImageTextToText": "modeling_upgraded.SparseCutUpgrade",
     },
-    "audio": {"AutoProcessor": "audio.SparseCutAudioProcessor"},
+    "processing_audio": {"AutoProcessor": "processing_audio.SparseCutAudioProcessor"},
     "processing": {"AutoProcessor": "processing.SparseCutProcessor"},
-    "fine_views": {"AutoProcessor": "fine_views.SparseCutUpgradeProcessor"},
+    "processing_upgraded": {"AutoProcessor": "processing_upgraded.SparseCutUpgradeProcessor"},
 }
 
 
@@ -221,7 +221,7 @@ def resolve(source, part: str):
         )
     if source != WORLD:
         return source
-    from . import world
+    from . import shapes as world
 
     return str(world.vision_path() if part == "vision" else world.language_path())
 

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from transformers import TextIteratorStreamer
 
-from .pictures import upright
+from .data.images import upright
 from .plan import nearest
-from .prompting import check_length, decode, greedy, inputs_of, render
+from .prompts import check_length, decode, greedy, inputs_of, render
 
 Picture = Image.Image | str | Path
 

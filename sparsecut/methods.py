@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 
-from .peers import (
+from .baselines import (
     cli,
     deepstack,
     dense_connector_dci,

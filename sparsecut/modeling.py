@@ -9,11 +9,11 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
-from .body import SparseCutModel
+from .modeling_body import SparseCutModel
 from .configuration import SparseCutConfig
 from .encoders import feed, make_encoder
 from .fusion import Fusion
-from .graft import (
+from .hooks import (
     RestingEncoder,
     accepts,
     check_language_model,
@@ -24,7 +24,7 @@ from .graft import (
     read_taps,
     whole_modules,
 )
-from .outputs import (
+from .modeling_base import (
     SparseCutCausalLMOutputWithPast,
     SparseCutImageFeatures,
     check_image_features,

@@ -47,10 +47,10 @@ def register_processor() -> None:
     """Teach AutoProcessor our processors."""
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    from .audio import SparseCutAudioProcessor
+    from .processing_audio import SparseCutAudioProcessor
     from .configuration import SparseCutConfig
     from .configuration_upgraded import SparseCutUpgradeConfig
-    from .fine_views import SparseCutUpgradeProcessor
+    from .processing_upgraded import SparseCutUpgradeProcessor
     from .processing import SparseCutProcessor
 
     PROCESSOR_MAPPING.register(SparseCutConfig, SparseCutProcessor, exist_ok=True)
@@ -75,7 +75,7 @@ def register_upgraded() -> None:
     from transformers.models.auto import modeling_auto
 
     from .configuration_upgraded import SparseCutUpgradeConfig
-    from .upgraded import SparseCutUpgrade
+    from .modeling_upgraded import SparseCutUpgrade
 
     for mapping in (getattr(modeling_auto, name) for name in MAPPINGS):
         mapping.register(SparseCutUpgradeConfig, SparseCutUpgrade, exist_ok=True)

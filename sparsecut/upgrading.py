@@ -15,12 +15,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from .configuration_upgraded import SparseCutUpgradeConfig
 from .families import Family, family_of
-from .fine_views import PROCESSOR_FILE, with_fine_views
-from .identity import digest
+from .processing_upgraded import PROCESSOR_FILE, with_fine_views
+from .fingerprint import digest
 from .methods import make_plan
-from .overlay import depth_of
+from .upgrade_hooks import depth_of
 from .plan import Plan
-from .upgraded import FACTS, WEIGHTS, SparseCutUpgrade
+from .modeling_upgraded import FACTS, WEIGHTS, SparseCutUpgrade
 
 NARROW = 16  # by default a shortcut's projector is this many times narrower inside than the language model
 

@@ -4,16 +4,16 @@ import json
 
 import pytest
 import torch
-from runs import log, run, stage, trainer_for, write_records
+from helpers.runs import log, run, stage, trainer_for, write_records
 from safetensors.torch import load_file
 from test_upgrade_training import base_of
-from tiny import tiny_model
+from helpers.tiny import tiny_model
 
 from sparsecut import load, train, upgrade
 from sparsecut.adapters import add_adapters, merge_adapters
-from sparsecut.parts import freeze
-from sparsecut.recipe import Lora, parse_recipe
-from sparsecut.stage_trainer import StageTrainer
+from sparsecut.training.freezing import freeze
+from sparsecut.config.recipe import Lora, parse_recipe
+from sparsecut.training.trainer import StageTrainer
 
 peft = pytest.importorskip("peft")
 BOTH = ["fusion", "language:lora"]

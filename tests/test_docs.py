@@ -15,10 +15,12 @@ import yaml
 from test_upgrade import llava  # noqa: F401  a fixture
 
 import sparsecut
-from sparsecut import plan, recipe, study
-from sparsecut.world.questions import split_scene
-from sparsecut.world.scenes import draw
-from sparsecut.yaml_text import read_yaml
+from sparsecut import plan
+from sparsecut.config import recipe
+from sparsecut.experiments import study
+from sparsecut.shapes.questions import split_scene
+from sparsecut.shapes.scenes import draw
+from sparsecut.config.yaml_io import read_yaml
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -161,10 +163,10 @@ def test_the_upgrade_walk_through_runs(tmp_path, monkeypatch, llava):  # noqa: F
 
 @pytest.mark.skipif(not (shutil.which("curl") and shutil.which("base64")), reason="curl or base64 is not installed")
 def test_both_ways_of_asking_a_server_run(tmp_path, monkeypatch, capsys):
-    from clients import served
-    from tiny import tiny_model
+    from helpers.clients import served
+    from helpers.tiny import tiny_model
 
-    from sparsecut.serving import Engine
+    from sparsecut.serving.engine import Engine
 
     monkeypatch.chdir(tmp_path)
     Path("runs/demo/data/test").mkdir(parents=True)

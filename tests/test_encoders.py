@@ -3,19 +3,19 @@
 import importlib.util
 from pathlib import Path
 
-import checks
+from helpers import checks
 import numpy as np
 import pytest
 import torch
-from families import EVERYDAY_KINDS, family_vision, language_config, vision_config
+from helpers.families import EVERYDAY_KINDS, family_vision, language_config, vision_config
 from PIL import Image
-from tiny import tiny_language, tiny_tokenizer
+from helpers.tiny import tiny_language, tiny_tokenizer
 from transformers import CLIPImageProcessorPil
 
 from sparsecut import SparseCutConfig
 from sparsecut.building import build, load, save
 from sparsecut.encoders import feed, order, read_grid, unpack
-from sparsecut.graft import read_taps
+from sparsecut.hooks import read_taps
 from sparsecut.mixers import grid as under
 from sparsecut.processing import views
 

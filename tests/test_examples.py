@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from runs import write_records
+from helpers.runs import write_records
 
 
 @pytest.mark.parametrize("kind", ["llava", "qwen"])

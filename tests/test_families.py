@@ -3,10 +3,10 @@
 `make grid` runs the same checks, and compilation, on every family of `families.py`, and writes docs/support.md.
 """
 
-import checks
+from helpers import checks
 import pytest
 import torch
-from families import EVERYDAY_LANGUAGE, EVERYDAY_VISION, family_language, family_vision, language_config, vision_config
+from helpers.families import EVERYDAY_LANGUAGE, EVERYDAY_VISION, family_language, family_vision, language_config, vision_config
 from transformers import AutoConfig
 
 from sparsecut import METHODS, SparseCutConfig, make_plan

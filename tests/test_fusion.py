@@ -2,7 +2,7 @@
 
 import itertools
 
-import checks
+from helpers import checks
 import pytest
 import torch
 import torch.nn.functional as F

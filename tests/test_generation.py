@@ -1,10 +1,10 @@
 """Every way of decoding uses the features: once per prompt, for the right row, whatever the mode."""
 
-import checks
+from helpers import checks
 import pytest
 import torch
-from checks import GREEDY, IMAGE, batch, expanded
-from families import family_language
+from helpers.checks import GREEDY, IMAGE, batch, expanded
+from helpers.families import family_language
 
 ROWS = [[20, 21, 22], [5, IMAGE, 6, 7], [IMAGE, 8, IMAGE, 9, 10, 11], [23, 24], [12, 13, IMAGE, 14]]
 FULL = GREEDY | {"return_dict_in_generate": True, "output_logits": True}

@@ -205,7 +205,7 @@ def test_every_public_thing_has_a_docstring():
 
 
 def test_every_recipe_loads():
-    from sparsecut.recipe import load_recipe
+    from sparsecut.config.recipe import load_recipe
 
     found = sorted((ROOT / "configs").glob("*.yaml"))
     assert len(found) >= 4
@@ -215,7 +215,7 @@ def test_every_recipe_loads():
 
 def test_every_method_has_a_file_with_its_defaults():
     from sparsecut.methods import METHODS, make_plan
-    from sparsecut.sketch import read_plan
+    from sparsecut.cli.plan_argument import read_plan
 
     assert {path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml")} == set(METHODS)
     for name in METHODS:

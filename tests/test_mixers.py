@@ -1,6 +1,6 @@
 """What the peers' plans needed: means of taps, appended tokens, enriched patches, corrections, gates, switches, short fine passes."""
 
-import checks
+from helpers import checks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch import nn
 
 from sparsecut import Plan, Shortcut
 from sparsecut.fusion import grid
-from sparsecut.graft import read_taps
+from sparsecut.hooks import read_taps
 from sparsecut.methods import METHODS, make_plan
 from sparsecut.mixers import MIXERS
 
@@ -153,7 +153,7 @@ def test_fine_views_stop_at_the_deepest_tap_read_from_them_and_give_the_same_sta
     fine, taps = model.plan.fine_taps(depth), model.plan.resolved_taps(depth)
     assert fine and max(fine) <= depth / 2 < max(taps)
     passed = []
-    from sparsecut.graft import find_layers
+    from sparsecut.hooks import find_layers
 
     hooks = [
         block.register_forward_hook(lambda m, a, out, k=k: passed.append((k, len(a[0] if a else out[0]))))

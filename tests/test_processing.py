@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import tiny_tokenizer
+from helpers.tiny import tiny_tokenizer
 from transformers import CLIPImageProcessorPil
 
 from sparsecut.processing import SparseCutProcessor, views

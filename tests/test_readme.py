@@ -7,8 +7,8 @@ from pathlib import Path
 
 from test_upgrade import llava  # noqa: F401  a fixture
 
-from sparsecut.world.questions import split_scene
-from sparsecut.world.scenes import draw
+from sparsecut.shapes.questions import split_scene
+from sparsecut.shapes.scenes import draw
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

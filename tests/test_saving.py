@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import tiny_language, tiny_model
+from helpers.tiny import tiny_language, tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sparsecut.building import load, save

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_tokenizer
+from helpers.tiny import tiny_tokenizer
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -20,8 +20,8 @@ from transformers import (
 
 import sparsecut
 from sparsecut import load, upgrade
-from sparsecut.fine_views import fine_pixels
-from sparsecut.identity import digest
+from sparsecut.processing_upgraded import fine_pixels
+from sparsecut.fingerprint import digest
 
 IMAGE = "<image>"
 

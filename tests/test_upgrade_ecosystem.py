@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from ecosystem import SHORT, AnyProcessor, logits_of, tiny, trains, upgraded
+from helpers.ecosystem import SHORT, AnyProcessor, logits_of, tiny, trains, upgraded
 from transformers import AutoModelForImageTextToText
 
 from sparsecut import load, upgrade
-from sparsecut.identity import digest
+from sparsecut.fingerprint import digest
 
 LORA = {"target_modules": r".*language_model.*q_proj", "init_lora_weights": False}
 

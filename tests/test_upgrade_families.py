@@ -2,15 +2,15 @@
 
 import inspect
 
-import bases
+from helpers import bases
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from sparsecut import upgrade
 from sparsecut.families import FAMILIES, family_of
-from sparsecut.graft import find_layers
-from sparsecut.overlay import depth_of
+from sparsecut.hooks import find_layers
+from sparsecut.upgrade_hooks import depth_of
 from sparsecut.upgrading import load_fusion
 
 SHORT = {"max_new_tokens": 4, "min_new_tokens": 4}

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from ecosystem import SHORT, asked, logits_of, talk, upgraded, with_processor
+from helpers.ecosystem import SHORT, asked, logits_of, talk, upgraded, with_processor
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, pipeline
 from transformers.utils import hub

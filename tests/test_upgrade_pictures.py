@@ -1,6 +1,6 @@
 """Tables of patches under tokens, for pictures of awkward sizes as the families' own image processors prepare them."""
 
-import bases
+from helpers import bases
 import numpy as np
 import pytest
 import torch

@@ -3,10 +3,10 @@
 import copy
 from concurrent.futures import ThreadPoolExecutor
 
-import bases
+from helpers import bases
 import pytest
 import torch
-from ecosystem import SHORT, logits_of, stir, tiny, upgraded
+from helpers.ecosystem import SHORT, logits_of, stir, tiny, upgraded
 
 from sparsecut import upgrade
 

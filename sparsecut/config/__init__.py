@@ -1,0 +1,1 @@
+"""The files a user writes: recipes and studies, checked against their schema. Knows nothing of torch."""

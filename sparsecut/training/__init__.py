@@ -1,0 +1,1 @@
+"""Stages of training, one Hugging Face Trainer each."""

@@ -1,0 +1,281 @@
+"""The commands, as typed: what they print, what they write, and one line for every mistake."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from helpers.tiny import tiny_language, tiny_tokenizer, tiny_vision
+from transformers import CLIPImageProcessorPil
+
+from sparsecut.cli import app as cli
+from sparsecut import load
+from sparsecut.methods import make_plan
+from sparsecut.plan import Plan
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with an encoder, a language model, a built model, two pictures and eight questions."""
+    home = tmp_path_factory.mktemp("home")
+    torch.manual_seed(1)  # what the model answers must not hang on the tests before
+    tiny_vision().save_pretrained(home / "vision")
+    CLIPImageProcessorPil().save_pretrained(home / "vision")
+    tiny_language().save_pretrained(home / "language")
+    tiny_tokenizer().save_pretrained(home / "language")
+    (home / "pictures").mkdir()
+    for color in ("red", "blue"):
+        Image.new("RGB", (20, 30), color).save(home / "pictures" / f"{color}.png")
+    records = [question(i, ("red", "blue")[i % 2]) for i in range(8)]
+    (home / "questions.json").write_text(json.dumps(records))
+    (home / "recipe.yaml").write_text(RECIPE)
+    return home
+
+
+def question(number: int, color: str) -> dict:
+    turns = [{"from": "human", "value": "<image>\nwhat is it"}, {"from": "gpt", "value": color}]
+    kind = "ab"[number // 4]
+    return {
+        "id": f"{kind}.{number}",
+        "image": f"{color}.png",
+        "conversations": turns,
+        "level": ("low", "high")[number % 2],
+    }
+
+
+RECIPE = """
+model: {vision: vision, language: language}
+fusion: {method: sparsecut, count: 2, pattern: sparse}
+stages:
+  - name: align
+    data: {path: questions.json, images: pictures}
+    train: [fusion]
+    args: {max_steps: 2, per_device_train_batch_size: 2, learning_rate: 1.0e-3, use_cpu: true}
+evaluate: {data: {path: questions.json, images: pictures}, max_new_tokens: 2}
+output: trained
+"""
+
+
+@pytest.fixture
+def run(home, monkeypatch, capsys):
+    """Types a command in a copy-free home; returns (exit code, output, errors)."""
+
+    def run(*arguments: str, typed: str = "") -> tuple[int, str, str]:
+        monkeypatch.chdir(home)
+        monkeypatch.setattr(sys, "argv", ["sparsecut", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        with pytest.raises(SystemExit) as leaving:
+            cli.main()
+        return leaving.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def model(home, run):
+    """The name of a built model's folder."""
+    if not (home / "model").is_dir():
+        assert run("build", "--vision", "vision", "--language", "language", "--out", "model")[0] == 0
+    return "model"
+
+
+def test_help_is_quick_and_loads_no_model_library():
+    heavy = "import sys; from sparsecut import cli; sys.exit(bool({'torch', 'transformers', 'rich.progress'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", heavy]).returncode == 0
+    seconds = []  # of the processor, so that a busy machine does not count
+    for _ in range(3):
+        start = sum(os.times()[2:4])
+        out = subprocess.run([sys.executable, "-m", "sparsecut", "--help"], capture_output=True, text=True)
+        seconds.append(sum(os.times()[2:4]) - start)
+    assert out.returncode == 0 and min(seconds) < 0.7
+    for command in ("show", "build", "train", "eval", "chat", "convert", "demo", "cost", "study", "search", "world"):
+        assert f" {command} " in out.stdout
+
+
+def test_every_command_has_help(run):
+    for command in (
+        ["show"],
+        ["build"],
+        ["train"],
+        ["eval"],
+        ["chat"],
+        ["convert"],
+        ["demo"],
+        ["cost"],
+        ["study"],
+        ["search"],
+        ["world", "draw"],
+        ["world", "pretrain"],
+    ):
+        code, out, _ = run(*command, "--help")
+        assert code == 0 and "Usage: sparsecut " + " ".join(command) in out
+    assert run("--version")[1].startswith("sparsecut 0.")
+
+
+def test_show_draws_methods_files_recipes_and_models(run, home, model):
+    assert "4 shortcuts, 2x2 fine views" in run("show", "sparsecut")[1]
+    code, out, _ = run(
+        "show", "sparsecut", "-o", "count=2", "--option", "gate=zero", "--vision-depth", "6", "--language-depth", "4"
+    )
+    assert code == 0 and "2 shortcuts" in out and "gates that start at zero" in out
+    code, out, _ = run("show", "llava", "--json")
+    assert Plan.from_dict(json.loads(out)) == make_plan("llava", 24, 32)
+    (home / "plan.json").write_text(out)
+    assert "no shortcuts, coarse view only" in run("show", "plan.json")[1]
+    code, out, _ = run("show", "recipe.yaml")  # the depths are those of the recipe's models
+    assert code == 0 and "6 blocks" in out and "4 layers" in out
+    assert "4 per picture (4 patches per view)" in run("show", model)[1]
+
+
+def test_studies_and_searches_are_refused_in_a_sentence_before_anything_runs(run, home):
+    study = str(ROOT / "configs" / "study" / "world.yaml")
+    code, _, err = run("study", "nothing.yaml")
+    assert code == 2 and "there is no study nothing.yaml" in err
+    code, _, err = run("study", study, "seeds=[]")
+    assert code == 2 and "at least one whole number is needed" in err
+    code, _, err = run("study", study, f"output={home / 'none'}", "--report")
+    assert code == 2 and "holds no study.yaml" in err and not (home / "none").exists()
+    code, _, err = run("study", study, f"output={home / 'none'}", "--arm", "lava")
+    assert code == 2 and "no arm 'lava' (did you mean 'llava'?)" in err and not (home / "none").exists()
+    code, _, err = run("search", study, f"output={home / 'none'}")
+    assert code == 2 and "a search needs a budget" in err and not (home / "none").exists()
+
+
+def test_build_takes_a_plan_file_and_writes_what_load_reads(run, home):
+    (home / "own.yaml").write_text("tiles: 0\nshortcuts: [{taps: [-2], layer: 0}, {taps: [2], layer: 1}]\n")
+    code, out, _ = run("build", "--vision", "vision", "--language", "language", "--plan", "own.yaml", "--out", "own")
+    assert code == 0 and "parameters" in out and "wrote own" in out
+    built, processor = load(home / "own")
+    assert [s.layer for s in built.plan.shortcuts] == [0, 1] and processor.tiles == 0
+
+
+def test_train_checks_trains_and_evaluates(run, home):
+    code, out, _ = run("train", "recipe.yaml", "--check")
+    assert code == 0 and "recipe.yaml can be trained" in out and not (home / "trained").exists()
+    code, out, _ = run("train", "recipe.yaml", "stages.0.args.max_steps=1", "output=other")
+    assert code == 0 and "mean over levels" in out
+    assert json.loads((home / "other" / "eval" / "result.json").read_text())["num_examples"] == 8
+    assert load(home / "other" / "final")[0].plan.layers == (1, 3)
+    assert run("train", "recipe.yaml", "stages.0.args.max_steps=1", "output=other", "--resume")[0] == 0
+
+
+def test_eval_scores_writes_and_goes_on(run, home, model):
+    asked = [
+        "eval",
+        model,
+        "--data",
+        "questions.json",
+        "--images",
+        "pictures",
+        "--out",
+        "answers",
+        "--max-new-tokens",
+        "3",
+    ]
+    code, out, _ = run(*asked)
+    assert code == 0 and "level high" in out and "wrote answers/result.json" in out
+    assert len((home / "answers" / "predictions.jsonl").read_text().splitlines()) == 8
+    assert run(*asked)[0] == 0
+    assert json.loads((home / "answers" / "result.json").read_text())["num_kept"] == 8
+    code, _, err = run(*asked[:-1], "4")
+    assert code == 2 and "another decoding.max_new_tokens (3 then, 4 now)" in err
+    assert run(*asked[:-1], "4", "--fresh")[0] == 0
+    part = [*asked[:-4], "--where", "^a", "--group", r"^(.)\.", "--limit", "3", "--batch-size", "2"]
+    code, out, _ = run(*[a for a in part if a not in ("--out", "answers")])
+    assert code == 0 and "group a" in out and "/     3" in out and "wrote" not in out
+
+
+def test_chat_asks_once_and_talks_through_a_pipe(run, model):
+    code, out, _ = run("chat", model, "pictures/red.png", "--ask", "what is it", "--max-new-tokens", "4")
+    assert code == 0 and len(out.strip()) > 1
+    talk = (
+        "what is it\n/image pictures/blue.png\n/image none.png\nis it blue\n/history\n/reset\n/history\n/quit\nnever\n"
+    )
+    code, said, _ = run("chat", model, "pictures/red.png", "--max-new-tokens", "4", typed=talk)
+    assert code == 0 and said.startswith(out)
+    assert "error: there is no picture none.png" in said and "user: [picture]\nis it blue" in said
+    assert said.endswith("forgotten\nnothing was said yet\n")
+    assert run("chat", model, typed="")[:2] == (0, "")
+
+
+def test_convert_reads_a_released_folder(run, home):
+    from test_convert import released_folder, tower_folder
+    from test_official import released
+
+    weights, configs, _ = released("cross_mlp", depth=6)
+    released_folder(home / "checkpoint", weights, configs["text_config"].to_dict(), tower=False)
+    tower_folder(home / "tower", weights, configs["vision_config"])
+    code, out, _ = run("convert", "checkpoint", "converted", "--vision", "tower", "--taps", "0,3", "--layers", "1,4")
+    assert code == 0 and "2 shortcuts, 2x2 fine views, one shared projector" in out and "wrote converted" in out
+    assert load(home / "converted")[0].plan.layers == (1, 4)
+    code, out, _ = run("convert", "checkpoint", "plain", "--vision", "tower", "--taps", "none", "--layers", "none")
+    assert code == 0 and "no shortcuts" in out
+    code, _, err = run("convert", "checkpoint", "third", "--vision", "tower", "--taps", "0;3")
+    assert code == 2 and "--taps is '0;3', but must be whole numbers with commas" in err
+
+
+def test_world_draws_pictures(run, home):
+    code, out, _ = run("world", "draw", "drawn", "--train", "2", "--dev", "1", "--test", "0", "--questions", "1")
+    assert code == 0 and out == "train: 2 pictures, drawn/train.json\ndev: 1 pictures, drawn/dev.json\n"
+    assert (home / "drawn" / "train_captions.json").is_file() and not (home / "drawn" / "test.json").exists()
+    assert "did you mean" in run("world", "drw")[2].lower()
+
+
+def test_numbers_out_of_range_are_refused_before_anything_is_loaded(run):
+    for option in ("--batch-size=0", "--max-new-tokens=0", "--limit=0"):
+        code, _, err = run("eval", "nothing", "--data", "nothing", option)
+        assert code == 2 and option.partition("=")[0] in err and "Invalid value" in err
+    assert "Invalid value" in run("chat", "nothing", "--temperature=-1")[2]
+
+
+MISTAKES = {
+    "show sparcut": "did you mean 'sparsecut'",
+    "show sparsecut -o pattrn=top": "did you mean 'pattern'",
+    "show sparsecut -o count": "is not key=value",
+    "show sparsecut --vision-depth 0": "must be at least 1",
+    "show official_13b": "layers 0 to 31",
+    "show nothing.yaml": "there is no file nothing.yaml",
+    "show questions.json": "holds neither a recipe",
+    "show pictures": "holds no config.json",
+    "show model -o count=2": "leave out depths and options",
+    "build --vision pictures --language language --out new": "the vision model 'pictures' could not be read",
+    "build --vision vision --language vision --out new": "vision has no tokenizer that can be read",
+    "build --vision vision --language language --out model": "holds a model already",
+    "train nothing.yaml": "there is no recipe nothing.yaml",
+    "train recipe.yaml stages.0.args.max_stps=1": "max_steps",
+    "eval pictures --data questions.json --images pictures": "holds no config.json",
+    "eval model --data questions.json": "there is no picture red.png",
+    "eval model --data nothing.json": "nothing.json is not a file of records",
+    "eval model --data questions.json --images pictures --where (": "no regular expression",
+    "eval model --data questions.json --images pictures --where zzz": "gives no record to use",
+    "eval model --data questions.json --images pictures --device nothing": "--device nothing cannot be used here",
+    "chat model nothing.png": "there is no picture nothing.png",
+    "convert pictures new --vision vision": "holds no config.json",
+}
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_is_told_in_one_line(run, home, model, typed):
+    code, out, err = run(*typed.split())
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert code == 2 and not out and len(lines) == 1, err
+    assert lines[0].startswith("error: ") and MISTAKES[typed] in lines[0]
+    assert not (home / "new").exists()
+
+
+def test_the_whole_traceback_is_there_on_request(home, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "argv", ["sparsecut", "show", "nothing", "--traceback"])
+    with pytest.raises(ValueError, match="is no method"):
+        cli.main()
+    monkeypatch.setattr(sys, "argv", ["sparsecut", "show", "nothing"])
+    monkeypatch.setenv("SPARSECUT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="is no method"):
+        cli.main()

@@ -1,0 +1,71 @@
+"""The commands around finished vision-language models, as typed."""
+
+import json
+
+import pytest
+import torch
+from test_upgrade import llava  # noqa: F401  a fixture
+from typer.testing import CliRunner
+
+from sparsecut.cli import app as cli
+from sparsecut import load
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'].upper() + ' : ' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{{ '<image> ' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endif %} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT :{% endif %}"
+)
+
+
+@pytest.fixture
+def base(llava, tmp_path, monkeypatch):  # noqa: F811
+    """A saved tiny LLaVA, `base`, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    model, processor = llava
+    processor.chat_template = TEMPLATE
+    model.save_pretrained("base")
+    processor.save_pretrained("base")
+    return model
+
+
+def run(*typed: str) -> str:
+    """What a command prints; its error, where it has one, is raised."""
+    result = CliRunner().invoke(cli.app, list(typed), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_upgrade_writes_shortcuts_and_says_what_they_cost(base, tmp_path):
+    said = run("upgrade", "base", "--out", "shortcuts")
+    model, _ = load("shortcuts")
+    number = sum(p.numel() for p in model.fusion.parameters())
+    assert (
+        f"{number:,} parameters" in said and "49,568 parameters, left as they are" in said and "wrote shortcuts" in said
+    )
+    assert sum(f.stat().st_size for f in (tmp_path / "shortcuts").iterdir()) < 4 * number + 4000
+    assert "base + channels" in run("show", "shortcuts") and "shortcuts of base" in run("show", "shortcuts")
+    run("upgrade", "base", "--out", "whole", "--whole", "--plan", "qwen3_vl")
+    whole, _ = load("whole")
+    assert whole.plan.layers == (1, 2, 3) and "base" in run("show", "whole")
+    for name, value in base.state_dict().items():
+        assert torch.equal(whole.base.state_dict()[name], value)
+
+
+def test_cost_compares_plans_on_a_base(base, tmp_path):
+    said = run("cost", "sparsecut", "qwen3_vl", "--base", "base", "--json", "costs.json")
+    costs = json.loads((tmp_path / "costs.json").read_text())
+    ours, theirs = (costs[name]["count"] for name in ("sparsecut", "qwen3_vl"))
+    assert ours["base_flops"] == theirs["base_flops"] < theirs["upgraded_flops"] < ours["upgraded_flops"]
+    assert ours["num_image_tokens"] == 4 and f"{ours['num_fusion_parameters']:,} parameters" in said
+    with pytest.raises(ValueError, match="leave out --measure or --base"):
+        run("cost", "sparsecut", "--base", "base", "--measure")
+
+
+def test_mistakes_are_told_before_anything_is_written(base, tmp_path):
+    with pytest.raises(ValueError, match="upgraded by shortcuts beside its own input"):
+        run("upgrade", "base", "--out", "new", "--plan", "llava")
+    with pytest.raises(ValueError, match="holds a model already"):
+        run("upgrade", "base", "--out", "base")
+    with pytest.raises(ValueError, match="could not be read as a vision-language model"):
+        run("upgrade", "nothing", "--out", "new")
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,72 @@
+"""Small training runs for the tests: twelve records, the tiny model, a recipe made on the spot."""
+
+import json
+
+import numpy as np
+from PIL import Image
+from helpers.tiny import SPARSE, tiny_model
+
+from sparsecut.training.arguments import stage_arguments
+from sparsecut.data.dataset import Collator, TrainingData, check_examples, read_examples
+from sparsecut.training.freezing import freeze
+from sparsecut.training.progress import StageLog
+from sparsecut.config.recipe import parse_recipe
+from sparsecut.training.trainer import StageTrainer
+from sparsecut.training.stages import train
+
+ANSWERS = ["a cat", "a red dog", "blue", "yes ."]
+
+
+def write_records(folder) -> None:
+    """Twelve records: one in four is text only, one has two pictures; texts.json holds text-only records."""
+    records, texts, rng = [], [], np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        images = [] if i % 4 == 3 else [f"{i}.png", "0.png"] if i == 6 else [f"{i}.png"]
+        question = {"from": "human", "value": "<image> " * len(images) + "what is it"}
+        answer = {"from": "gpt", "value": ANSWERS[i % 4]}
+        record = {"id": str(i), "image": images or None, "conversations": [question, answer]}
+        (records if images else texts).append(record)
+    (folder / "data.json").write_text(json.dumps(records + texts))
+    (folder / "texts.json").write_text(json.dumps(texts))
+    return folder
+
+
+def stage(folder, data="data.json", **changes):
+    """One stage of three steps in a recipe's plain form."""
+    args = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "logging_steps": 1}
+    args |= changes.pop("args", {})
+    return {"name": "one", "data": {"path": str(folder / data)}, "train": ["fusion"], "args": args, **changes}
+
+
+def recipe(folder, *stages, **changes):
+    """A recipe around the stages."""
+    base = {"model": {"vision": "tiny", "language": "tiny"}, "fusion": SPARSE, "output": str(folder / "out")}
+    return parse_recipe({**base, "stages": list(stages) or [stage(folder)], **changes})
+
+
+def run(folder, *stages, plan=SPARSE, resume=False, **changes):
+    """Train the tiny model; returns (model, processor)."""
+    model, processor = tiny_model(plan)
+    changes = {"fusion": plan, **changes}
+    return train(recipe(folder, *stages, **changes), model=model, processor=processor, shown=False, resume=resume)
+
+
+def log(folder, name="one", output="out"):
+    """The lines of a stage's log."""
+    return [json.loads(line) for line in (folder / output / name / "log.jsonl").read_text().splitlines()]
+
+
+def trainer_for(model, processor, folder, **changes):
+    """A trainer of one stage that has not started."""
+    one = recipe(folder, stage(folder, **changes)).stages[0]
+    freeze(model, one.train)
+    examples = check_examples(read_examples(folder / "data.json"), processor)
+    return StageTrainer(
+        model=model,
+        args=stage_arguments(one, 0, folder / "out"),
+        stage=one,
+        log=StageLog("one", folder / "out", shown=False),
+        train_dataset=TrainingData(examples, processor),
+        data_collator=Collator(processor),
+    )

@@ -1,0 +1,283 @@
+"""Where features are read and where they arrive: against a decoder run by hand, whatever stands around a picture."""
+
+import copy
+import io
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+from helpers import checks
+import pytest
+import torch
+from helpers.checks import IMAGE, batch, expanded
+from helpers.families import family_language
+from torch import nn
+
+from sparsecut.hooks import connect_decoder, connect_encoder, find_layers, read_taps
+
+TEXT = [[20, 21], [22, 23, 24, 25, 26, 27, 28, 29, 30, 31]]
+WITH_PICTURES = {
+    "start": [IMAGE, 5, 6],
+    "middle": [5, 6, IMAGE, 7],
+    "end": [5, 6, 7, IMAGE],
+    "two in a row": [5, IMAGE, IMAGE, 6],
+    "three apart": [IMAGE, 5, 6, IMAGE, 7, IMAGE, 8],
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return checks.join()
+
+
+def single(model, row, pixels):
+    """Logits of one prompt, alone and without padding."""
+    return model(input_ids=torch.tensor([expanded(model, row)]), pixel_values=pixels if len(pixels) else None).logits[0]
+
+
+def by_hand(model, row, pixels):
+    """The method in plain steps: encode each view, fuse, and run the decoder layer by layer, adding at image positions."""
+    ids = expanded(model, row)
+    states = [model.vision_tower(views, output_hidden_states=True).hidden_states for views in pixels]
+    depth = model.config.vision_depth
+    taps = {t: torch.stack([s[t][:, 1:] for s in states]) for t in range(depth + 1)}  # without the class token
+    fused = model.fusion({t: taps[t] for t in model.plan.resolved_taps(depth)})
+    spots = [i for i, token in enumerate(ids) if token == IMAGE]
+    decoder = model.language_model.model
+    h = decoder.embed_tokens(torch.tensor([ids])).clone()
+    h[0, spots] = 0
+    rope = decoder.rotary_emb(h, torch.arange(len(ids))[None])
+    for number, layer in enumerate(decoder.layers):
+        if number in fused:
+            h[0, spots] += fused[number].flatten(0, 1)
+        h = layer(h, position_embeddings=rope)
+    return model.language_model.lm_head(decoder.norm(h))[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["llava", "hires_tokens", "hires_channels", "sparsecut", "sparsecut_input"])
+@pytest.mark.parametrize("row", WITH_PICTURES.values(), ids=WITH_PICTURES)
+def test_features_reach_exactly_the_image_positions_of_the_planned_layers(method, row):
+    model = checks.join(plan=method)
+    pixels = batch(model, [row])["pixel_values"]
+    torch.testing.assert_close(single(model, row, pixels), by_hand(model, row, pixels), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_two_shortcuts_into_one_layer_and_none_into_others(row=(5, IMAGE, 6)):
+    shortcuts = [{"taps": [2], "layer": 0}, {"taps": [1], "layer": 2}, {"taps": [0, 3], "layer": 2, "mix": "channels"}]
+    model = checks.join(plan={"shortcuts": shortcuts, "tiles": 2})
+    pixels = batch(model, [row])["pixel_values"]
+    torch.testing.assert_close(single(model, row, pixels), by_hand(model, row, pixels), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_no_row_depends_on_its_neighbours_or_padding(model, side):
+    rows = [TEXT[0], *WITH_PICTURES.values(), TEXT[1], WITH_PICTURES["middle"], TEXT[0]]
+    inputs = batch(model, rows, side)
+    logits, real = model(**inputs).logits, inputs["attention_mask"].bool()
+    taken = 0
+    for i, row in enumerate(rows):
+        pixels = inputs["pixel_values"][taken : taken + row.count(IMAGE)]
+        taken += row.count(IMAGE)
+        torch.testing.assert_close(logits[i][real[i]], single(model, row, pixels), atol=1e-4, rtol=1e-4)
+    assert taken == len(inputs["pixel_values"])
+
+
+@torch.no_grad()
+def test_text_only_rows_are_the_language_model_untouched(model):
+    ids = torch.tensor([TEXT[1]])
+    assert torch.equal(model(input_ids=ids).logits, model.language_model(input_ids=ids).logits)
+    together = batch(model, [TEXT[1], WITH_PICTURES["end"]])
+    alone = model.language_model(input_ids=ids).logits[0]
+    torch.testing.assert_close(model(**together).logits[0, -len(TEXT[1]) :], alone, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_only_tapped_states_are_kept_and_prefix_tokens_removed(model):
+    pixels = torch.randn(2, 3, 16, 16)
+    found = read_taps(model.vision_tower, pixels, 4, [0, 2])
+    states = model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    assert sorted(found) == [0, 2] and states[0].shape[1] == 5
+    assert all(torch.equal(found[t], states[t][:, 1:]) for t in found)
+
+
+@torch.no_grad()
+def test_reading_ends_at_the_deepest_tap_and_leaves_the_encoder_as_it_was(model):
+    checks.stops(model)
+
+
+@torch.no_grad()
+def test_models_with_other_plans_share_one_encoder_and_one_decoder(model):
+    inputs = batch(model)
+    before = model(**inputs).logits
+    shallow = {"shortcuts": [{"taps": [1], "layer": 0}, {"taps": [1], "layer": 3}], "tiles": 2}
+    other = checks.join(model.vision_tower, model.language_model, shallow)
+    assert not torch.allclose(other(**inputs).logits, before, atol=1e-2)
+    assert torch.equal(model(**inputs).logits, before)
+    layer, block = model.language_model.model.layers[1], model.vision_tower.encoder.layers[0]
+    counts = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in (layer, block)]
+    checks.join(model.vision_tower, model.language_model)
+    assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in (layer, block)] == counts
+    assert torch.equal(model(**inputs).logits, before)
+
+
+@torch.no_grad()
+def test_eight_threads_answer_as_one_does(model):
+    rows = [[5 + i] * i + [IMAGE, 6 + i] for i in range(7)] + [TEXT[1]]
+    inputs = [batch(model, [row]) for row in rows]
+    for i, given in enumerate(inputs):
+        given["pixel_values"] = given["pixel_values"] + i
+    inputs[-1].pop("pixel_values")
+    expected = [model(**given).logits for given in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            answers = list(pool.map(lambda given: model(**given).logits, inputs))
+            assert all(torch.equal(a, e) for a, e in zip(answers, expected, strict=True))
+
+
+@torch.no_grad()
+def test_copies_compute_the_same_and_stand_on_their_own():
+    model = checks.join()  # one that never gave hidden states: transformers' own hooks for those cannot be pickled
+    inputs = batch(model)
+    before, buffer = model(**inputs).logits, io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin(**inputs).logits, before)
+        for p in [*twin.vision_tower.parameters(), *twin.language_model.parameters()]:
+            p.zero_()
+        assert twin(**inputs).logits.abs().sum() == 0
+        assert torch.equal(model(**inputs).logits, before)
+
+
+@torch.no_grad()
+def test_a_forward_that_fails_inside_leaves_nothing_behind():
+    model, text = checks.join(), torch.tensor([TEXT[1]])
+    before, tower = model(input_ids=text).logits, torch.randn(1, 3, 16, 16)
+    states = model.vision_tower(tower).last_hidden_state
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    for module in (model.language_model.model.layers[2], model.vision_tower.encoder.layers[1]):
+        handle = module.register_forward_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch(model))
+        handle.remove()
+        assert torch.equal(model(input_ids=text).logits, before)
+        assert torch.equal(model.vision_tower(tower).last_hidden_state, states)
+
+
+def test_a_replaced_decoder_layer_is_an_error_until_connected_again():
+    model = checks.join()
+    layers, inputs = model.language_model.model.layers, batch(model)
+    expected = model(**inputs).logits
+    fresh = type(layers[3])(model.config.text_config, 3)
+    fresh.load_state_dict(layers[3].state_dict())
+    layers[3] = fresh
+    with pytest.raises(RuntimeError, match=r"layers \[1, 3\] should each fire once, but layers \[1\] fired.*connect"):
+        model(**inputs)
+    assert model(input_ids=torch.tensor([TEXT[1]])).logits.isfinite().all()
+    connect_decoder(model.language_model, 4)
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_a_layer_that_runs_twice_is_an_error():
+    model = checks.join()
+    layers = model.language_model.model.layers
+    layers[2] = layers[1]
+    with pytest.raises(RuntimeError, match=r"layers \[1, 1, 3\] fired"):
+        model(**batch(model), use_cache=False)
+
+
+def test_replaced_encoder_blocks_are_an_error_until_connected_again():
+    model = checks.join()
+    blocks = model.vision_tower.encoder.layers
+    expected = model(**batch(model)).logits
+    for i, block in enumerate(blocks):
+        fresh = type(block)(model.config.vision_config)
+        fresh.load_state_dict(block.state_dict())
+        blocks[i] = fresh
+    with pytest.raises(
+        RuntimeError, match=r"taps \[1, 3\] were not reached in CLIPVisionModel.*connect the encoder again"
+    ):
+        model(**batch(model))
+    connect_encoder(model.vision_tower, 4)
+    assert torch.equal(model.eval()(**batch(model)).logits, expected)
+
+
+def test_blocks_that_are_no_list_are_refused():
+    with pytest.raises(ValueError, match="the language model Linear has no list of 3 layers"):
+        find_layers(nn.Linear(2, 2), 3, "the language model")
+
+
+def test_states_that_are_not_one_row_of_patches_are_refused(model):
+    with pytest.raises(ValueError, match=r"states of shape \(1, 5, 16\) for 1 views, but \[1 views, 9 or more tokens"):
+        read_taps(model.vision_tower, torch.randn(1, 3, 16, 16), 9, [1])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"pixel_values": None, "labels": torch.zeros(2, 11, dtype=torch.long)}, "hold 8 image tokens, but the pictures given make 0"),
+        ({"input_ids": torch.tensor([TEXT[1]]), "attention_mask": None}, "hold 0 image tokens, but the pictures given make 8"),
+        ({"input_ids": torch.tensor([[5, *[IMAGE] * 7]]), "attention_mask": None}, "hold 7 image tokens.*make 8.*length limit"),
+        ({"pixel_values": torch.zeros(2, 4, 3, 16, 16)}, r"shape \(2, 4, 3, 16, 16\), but .* need \(pictures, 5, 3, 16, 16\)"),
+        ({"pixel_values": torch.zeros(2, 3, 16, 16)}, r"shape \(2, 3, 16, 16\), but .* need \(pictures, 5, 3, 16, 16\)"),
+        ({"pixel_values": torch.zeros(2, 5, 3, 32, 32)}, r"need \(pictures, 5, 3, 16, 16\), coarse view first"),
+        ({"inputs_embeds": torch.zeros(2, 11, 32)}, "either input_ids or inputs_embeds, and not both"),
+        ({"input_ids": None}, "either input_ids or inputs_embeds"),
+        ({"mm_encoder_outputs": {"image": object()}}, "one of pixel_values, vision_states and mm_encoder_outputs"),
+    ],
+)  # fmt: skip
+def test_pictures_that_do_not_match_the_prompt_are_refused_in_a_sentence(model, change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        model(**batch(model) | change)
+
+
+@torch.no_grad()
+def test_a_bare_pass_without_pictures_warns_and_reads_placeholders_as_words(model):
+    ids = batch(model)["input_ids"]
+    with pytest.warns(UserWarning, match="the prompts hold 8 image tokens, but the pictures given make 0"):
+        logits = model(input_ids=ids).logits
+    assert torch.equal(logits, model.language_model(input_ids=ids).logits)
+    with pytest.raises(ValueError, match="the prompts hold 8 image tokens"):
+        model.generate(input_ids=ids, max_new_tokens=1)
+
+
+def test_features_of_another_model_are_refused_in_a_sentence(model):
+    inputs = batch(model)
+    for language, plan in ((family_language("llama", hidden_size=16), "sparsecut"), ("llama", "llava")):
+        other = checks.join(language=language, plan=plan)
+        images = other.get_image_features(batch(other)["pixel_values"])
+        with pytest.raises(
+            ValueError, match=r"have width \d+ and \d layers above the input, but this model needs width 32 and 2"
+        ):
+            model(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": images})
+
+
+@torch.no_grad()
+def test_a_batch_of_no_pictures_is_a_batch_of_texts(model):
+    ids, none = torch.tensor([TEXT[1]]), torch.empty(0, 5, 3, 16, 16)
+    assert torch.equal(model(input_ids=ids, pixel_values=none).logits, model(input_ids=ids).logits)
+    for beams in (1, 2):
+        settings = {"max_new_tokens": 3, "do_sample": False, "num_beams": beams}
+        expected = model.generate(input_ids=ids, **settings)
+        assert torch.equal(model.generate(input_ids=ids, pixel_values=none, **settings), expected)
+    with pytest.raises(ValueError, match="hold 8 image tokens, but the pictures given make 0"):
+        model(**batch(model) | {"pixel_values": none})
+
+
+def test_a_plan_of_one_view_takes_plain_pixels():
+    model = checks.join(plan="llava")
+    inputs = batch(model)
+    plain = inputs | {"pixel_values": inputs["pixel_values"].squeeze(1)}
+    assert torch.equal(model(**plain).logits, model(**inputs).logits)
+
+
+def test_a_text_only_training_batch_gives_fusion_zero_gradients():
+    model = checks.join().train()
+    ids = torch.tensor([TEXT[1]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.fusion.parameters())
