@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
-from .encoders import Grid, is_audio, read_grid
+from .encoders import PatchGrid, is_audio, read_grid
 from .methods import make_plan
 from .plan import Plan
 from .registration import register_configuration, register_model
@@ -73,7 +73,7 @@ class SparseCutConfig(PreTrainedConfig):
         return self.text_config.get_text_config().num_hidden_layers
 
     @property
-    def grid(self) -> Grid:
+    def grid(self) -> PatchGrid:
         """What a view is and how its patches lie, from sizes of the encoder's configuration, never a length of something."""
         return read_grid(self.vision_config, self.view_size)
 
@@ -94,7 +94,7 @@ class SparseCutConfig(PreTrainedConfig):
         return self.get_plan().image_tokens(self.num_patches)
 
 
-def check_fine_views(vision_config, grid: Grid, plan: Plan) -> None:
+def check_fine_views(vision_config, grid: PatchGrid, plan: Plan) -> None:
     """Refuse fine views of a sound, which has one view."""
     if plan.tiles and is_audio(vision_config):
         raise ValueError(

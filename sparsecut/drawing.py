@@ -139,7 +139,7 @@ def remarks(plan: Plan, vision_depth: int, num_patches: int | None) -> list[str]
     taps, deep = plan.resolved_taps(vision_depth), plan.fine_taps(vision_depth)
     if deep and max(deep) < max(taps):
         fine += f", the fine ones as far as block {max(deep)}"
-    if plan.num_base:
+    if plan.has_base_input:
         tokens = "the base's own, as many as before"
     elif num_patches is None:
         tokens = f"{plan.image_tokens(8) / 8:g} for each coarse patch"

@@ -1,6 +1,6 @@
 """The one contract for an encoder: views go in, and every block's states come out as [views, N, D], patch by patch in raster order.
 
-A `Grid` says what a view is and how its patches lie; `feed` makes of ordinary views what an encoder takes, `unpack` puts what its
+A `PatchGrid` says what a view is and how its patches lie; `encoder_inputs` makes of ordinary views what an encoder takes, `to_raster_order` puts what its
 blocks return into raster order. Encoders that pack pictures of any size run on views of one size. For an audio encoder a view is a
 spectrogram, and its patches are one row of moments.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Grid:
+class PatchGrid:
     """A view and its patches: view, its shape [channels, height, width] or [mels, frames]; rows and columns of patches; width D.
 
     patch: height and width of a patch in pixels. merge: patches come in squares of merge x merge; window: these squares come in
@@ -77,7 +77,7 @@ UNSUPPORTED_ENCODERS = (
 SQUARE_ENCODERS = ("dinov2", "dinov2_with_registers", "dpt", "internvl_vision", "pixio", "tipsv2_vision_model")
 
 
-def read_grid(config, view_size: int | list | tuple | None = None) -> Grid:
+def read_grid(config, view_size: int | list | tuple | None = None) -> PatchGrid:
     """The grid of an encoder's configuration; view_size: the size of a view in pixels, or (height, width), where it is free.
 
     Raises ValueError for an encoder whose blocks are not known to put out one fixed grid of patches, for views that are no whole
@@ -102,7 +102,7 @@ def read_grid(config, view_size: int | list | tuple | None = None) -> Grid:
     merge = getattr(config, "spatial_merge_size", 1) if kind == "qwen" else 1
     view = _view_of(config, own, view_size, tuple(side * merge for side in patch), free)
     window = getattr(config, "window_size", 0) // merge // patch[0] if config.model_type == "qwen2_5_vl_vision" else 0
-    return Grid(
+    return PatchGrid(
         kind,
         (getattr(config, "num_channels", getattr(config, "in_channels", 3)), *view),
         view[0] // patch[0],
@@ -159,7 +159,7 @@ def own_view_size(config) -> tuple:
     return (None, None) if KINDS.get(config.model_type) == "qwen" else pair(getattr(config, "image_size", None))
 
 
-def _audio_grid(config, view_size) -> Grid:
+def _audio_grid(config, view_size) -> PatchGrid:
     if view_size is not None:
         raise ValueError(
             f"view_size is {view_size!r}, but {config.model_type} listens to {config.max_source_positions} moments; leave it out"
@@ -171,7 +171,7 @@ def _audio_grid(config, view_size) -> Grid:
         )
     moments = config.max_source_positions
     view = config.num_mel_bins, 2 * moments  # the second convolution halves the frames
-    return Grid("audio", view, 1, moments, config.d_model, (config.num_mel_bins, 2))
+    return PatchGrid("audio", view, 1, moments, config.d_model, (config.num_mel_bins, 2))
 
 
 def is_audio(config) -> bool:
@@ -206,12 +206,12 @@ def make_encoder(config) -> nn.Module:
     return encoder_of(AutoModel.from_config(config))
 
 
-def plain(grid: Grid, views: Tensor) -> dict:
+def plain(grid: PatchGrid, views: Tensor) -> dict:
     """[views, 3, height, width] as they are."""
     return {"pixel_values": views}
 
 
-def qwen(grid: Grid, views: Tensor) -> dict:
+def qwen(grid: PatchGrid, views: Tensor) -> dict:
     """Patches as rows, merge x merge squares together, each picture repeated as often as a video has frames to a patch."""
     (height, width), m = grid.patch, grid.merge
     pattern = "v c (y my h) (x mx w) -> (v y x my mx) (c t h w)"
@@ -220,12 +220,12 @@ def qwen(grid: Grid, views: Tensor) -> dict:
     return {"hidden_states": rows, "grid_thw": shape.expand(len(views), -1)}
 
 
-def pixtral(grid: Grid, views: Tensor) -> dict:
+def pixtral(grid: PatchGrid, views: Tensor) -> dict:
     """[views, 3, height, width] and the size of each."""
     return {"pixel_values": views, "image_sizes": [grid.view[1:]] * len(views)}
 
 
-def naflex(grid: Grid, views: Tensor) -> dict:
+def naflex(grid: PatchGrid, views: Tensor) -> dict:
     """Patches as rows of each view, a mask that hides none, and rows and columns."""
     height, width = grid.patch
     rows = rearrange(views, "v c (y h) (x w) -> v (y x) (h w c)", h=height, w=width)
@@ -234,7 +234,7 @@ def naflex(grid: Grid, views: Tensor) -> dict:
     return {"pixel_values": rows, "pixel_attention_mask": mask, "spatial_shapes": shape}
 
 
-def audio(grid: Grid, views: Tensor) -> dict:
+def audio(grid: PatchGrid, views: Tensor) -> dict:
     """Spectrograms [views, mels, frames] under the name that speech encoders know."""
     return {"input_features": views}
 
@@ -242,12 +242,12 @@ def audio(grid: Grid, views: Tensor) -> dict:
 FEEDS = {"plain": plain, "qwen": qwen, "pixtral": pixtral, "naflex": naflex, "map": plain, "audio": audio}
 
 
-def feed(grid: Grid, views: Tensor) -> dict:
+def encoder_inputs(grid: PatchGrid, views: Tensor) -> dict:
     """What an encoder's forward takes for views [views, *grid.view]: names and tensors."""
     return FEEDS[grid.kind](grid, views)
 
 
-def order(grid: Grid) -> Tensor:
+def order(grid: PatchGrid) -> Tensor:
     """Which patch, counted row by row, stands at each place of what the encoder's blocks return for one view: long [N]."""
     numbers = torch.arange(grid.num_patches)
     squares = rearrange(numbers, "(y my x mx) -> y x (my mx)", y=grid.rows // grid.merge, my=grid.merge, mx=grid.merge)
@@ -258,7 +258,7 @@ def order(grid: Grid) -> Tensor:
     return torch.cat([band[:, x : x + side].flatten() for band in bands for x in range(0, band.shape[1], side)])
 
 
-def unpack(grid: Grid, states: Tensor, num_views: int) -> Tensor:
+def to_raster_order(grid: PatchGrid, states: Tensor, num_views: int) -> Tensor:
     """States as a block returns them to [views, N, D] in raster order, class and register tokens removed.
 
     Raises ValueError for states that are not of this grid.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Parts:
+class VLMParts:
     """Where a model keeps things: the module with get_image_features, the encoder whose blocks are read, the decoder."""
 
     inner: nn.Module
@@ -24,7 +24,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Family:
+class VLMFamily:
     """How a family is laid out.
 
     parts(model) -> Parts. patches_under(model): patches under one image token. index(inner, shape, call) -> [tokens, patches], for
@@ -33,22 +33,22 @@ class Family:
     none. has_one_view(model): whether a picture is one view of a fixed size, to which finer ones can be added.
     """
 
-    parts: Callable[[nn.Module], Parts]
+    parts: Callable[[nn.Module], VLMParts]
     patches_under: Callable[[nn.Module], int]
     index: Callable[[nn.Module, tuple, dict], Tensor]
     has_one_view: Callable[[nn.Module], bool] = lambda model: False
 
 
-def _tower(model: nn.Module) -> Parts:
-    return Parts(model.model, model.model.vision_tower, model.model.language_model)
+def _tower(model: nn.Module) -> VLMParts:
+    return VLMParts(model.model, model.model.vision_tower, model.model.language_model)
 
 
-def _idefics_parts(model: nn.Module) -> Parts:
-    return Parts(model.model, model.model.vision_model, model.model.text_model)
+def _idefics_parts(model: nn.Module) -> VLMParts:
+    return VLMParts(model.model, model.model.vision_model, model.model.text_model)
 
 
-def _qwen_parts(model: nn.Module) -> Parts:
-    return Parts(model.model, model.model.visual, model.model.language_model)
+def _qwen_parts(model: nn.Module) -> VLMParts:
+    return VLMParts(model.model, model.model.visual, model.model.language_model)
 
 
 def _one(model: nn.Module) -> int:
@@ -230,23 +230,23 @@ def _qwen_under(model: nn.Module) -> int:
 
 
 FAMILIES = {
-    "llava": Family(_tower, _one, _llava, _has_one_view),
-    "vipllava": Family(_tower, _one, _vipllava, _has_one_view),
-    "paligemma": Family(_tower, _one, _paligemma, _has_one_view),
-    "gemma3": Family(_tower, _gemma3_under, _gemma3, _has_one_view),
-    "llava_next": Family(_tower, _one, _llava_next),
-    "llava_onevision": Family(_tower, _one, _llava_onevision),
-    "mistral3": Family(_tower, _mistral3_under, _mistral3),
-    "idefics3": Family(_idefics_parts, _idefics3_under, _idefics3),
-    "smolvlm": Family(_idefics_parts, _idefics3_under, _idefics3),
-    "internvl": Family(_tower, _internvl_under, _internvl),
-    "qwen2_vl": Family(_qwen_parts, _qwen_under, _qwen),
-    "qwen2_5_vl": Family(_qwen_parts, _qwen_under, _qwen2_5),
-    "qwen3_vl": Family(_qwen_parts, _qwen_under, _qwen),
+    "llava": VLMFamily(_tower, _one, _llava, _has_one_view),
+    "vipllava": VLMFamily(_tower, _one, _vipllava, _has_one_view),
+    "paligemma": VLMFamily(_tower, _one, _paligemma, _has_one_view),
+    "gemma3": VLMFamily(_tower, _gemma3_under, _gemma3, _has_one_view),
+    "llava_next": VLMFamily(_tower, _one, _llava_next),
+    "llava_onevision": VLMFamily(_tower, _one, _llava_onevision),
+    "mistral3": VLMFamily(_tower, _mistral3_under, _mistral3),
+    "idefics3": VLMFamily(_idefics_parts, _idefics3_under, _idefics3),
+    "smolvlm": VLMFamily(_idefics_parts, _idefics3_under, _idefics3),
+    "internvl": VLMFamily(_tower, _internvl_under, _internvl),
+    "qwen2_vl": VLMFamily(_qwen_parts, _qwen_under, _qwen),
+    "qwen2_5_vl": VLMFamily(_qwen_parts, _qwen_under, _qwen2_5),
+    "qwen3_vl": VLMFamily(_qwen_parts, _qwen_under, _qwen),
 }
 
 
-def family_of(model: nn.Module) -> Family:
+def family_of(model: nn.Module) -> VLMFamily:
     """The family of a loaded model; ValueError for others, and where the model has not the parts that its family has."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:

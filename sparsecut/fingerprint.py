@@ -12,7 +12,7 @@ SPREAD = 256  # values of each tensor that a fingerprint reads
 SAMPLED = 64  # values of each that a digest reads
 
 
-def fingerprint(module: nn.Module) -> str:
+def weights_hash(module: nn.Module) -> str:
     """A hash over up to 256 values of each weight, spread evenly, with names, shapes and number formats."""
     total = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
@@ -21,7 +21,7 @@ def fingerprint(module: nn.Module) -> str:
     return total.hexdigest()[:16]
 
 
-def digest(base: nn.Module) -> str:
+def base_hash(base: nn.Module) -> str:
     """A hash of some values of a language model's norms, biases and input embeddings, as bfloat16, and of its model type.
 
     These are the same in every number format a model is loaded in, quantised ones included, and beside adapters.

@@ -19,7 +19,7 @@ from .mixers import MIXERS, Enrich, grid
 from .plan import Plan
 
 
-class Path(nn.Module):
+class ShortcutProjector(nn.Module):
     """A mixer and its two-layer projector (exact GELU): [B, T, G, N, D] -> [B, N', H], inner width `inner`."""
 
     def __init__(self, mixer: nn.Module, inner: int, language_dim: int):
@@ -36,7 +36,7 @@ class Path(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(mixed)))
 
 
-class Correction(nn.Module):
+class LowRankCorrection(nn.Module):
     """What one shortcut adds to a shared projector: two linear maps through `rank` channels, nothing at the start."""
 
     def __init__(self, mixed_dim: int, rank: int, language_dim: int):
@@ -97,7 +97,7 @@ class Fusion(nn.Module):
 
     plan: a plan checked against both depths; vision_depth turns negative taps into absolute ones; rows: patch rows of a view;
     num_under: patches under one image token, side by side where they are several (models that merge patches).
-    Parameters: one `Path` per shortcut, or per kind where the plan is shared, `corrections` and `gates` (of every shortcut but
+    Parameters: one `ShortcutProjector` per shortcut, or per kind where the plan is shared, `corrections` and `gates` (of every shortcut but
     the first into the input), and `context` gates. Constant gates are a buffer, so that a stage that trains fusion cannot move them.
     """
 
@@ -116,10 +116,10 @@ class Fusion(nn.Module):
         for first, *_ in self.groups:
             mixer = MIXERS[plan.shortcuts[first].mix](plan.shortcuts[first], plan, num_under * vision_dim, rows)
             narrow = plan.rank is not None and not plan.shared and first != self.main
-            self.paths.append(Path(mixer, plan.rank if narrow else language_dim, language_dim))
+            self.paths.append(ShortcutProjector(mixer, plan.rank if narrow else language_dim, language_dim))
         widths = {i: p.mixer.out_dim for p, members in zip(self.paths, self.groups, strict=True) for i in members}
         corrected = self.gated if plan.shared and plan.rank is not None else []
-        self.corrections = nn.ModuleDict({str(i): Correction(widths[i], plan.rank, language_dim) for i in corrected})
+        self.corrections = nn.ModuleDict({str(i): LowRankCorrection(widths[i], plan.rank, language_dim) for i in corrected})
         above = [s.layer for s in plan.shortcuts if s.layer and plan.gate == "context"]
         self.context = nn.ModuleDict({str(d): ContextGate(above.count(d), language_dim) for d in sorted(set(above))})
         vector = (language_dim,) if plan.gate in ("zero_vector", "one_vector") else ()

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.output_capturing import CompileableContextVar
 
-from .encoders import FEEDS, Grid, feed, unpack
+from .encoders import FEEDS, PatchGrid, encoder_inputs, to_raster_order
 
 
 @dataclass
-class Reading:
+class TapCapture:
     """One pass through an encoder: the wanted taps, and those found so far."""
 
     wanted: frozenset[int]
@@ -53,7 +53,7 @@ _injection = CompileableContextVar("sparsecut_injection")
 _observers: list[Callable] = []  # of training, which has one pass at a time
 
 
-def _current_reading() -> Reading | None:
+def _current_reading() -> TapCapture | None:
     return None if (held := _reading.get()) is None else held["reading"]
 
 
@@ -82,7 +82,7 @@ def accepts(module: nn.Module, name: str, *, by_name: bool = False) -> bool:
     return bool(known_arguments(module) & ({name} if by_name else {name, "kwargs"}))
 
 
-def check_vision_tower(module: nn.Module, grid: Grid) -> None:
+def check_vision_tower(module: nn.Module, grid: PatchGrid) -> None:
     """Refuse an encoder that needs more than is made of views for its grid, before anything is connected to it."""
     parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -147,16 +147,16 @@ def _disconnect(layer: nn.Module) -> None:
             layer.forward = forward
 
 
-def read_taps(encoder: nn.Module, views: Tensor, grid: Grid | int, wanted: Iterable[int]) -> dict[int, Tensor]:
+def read_taps(encoder: nn.Module, views: Tensor, grid: PatchGrid | int, wanted: Iterable[int]) -> dict[int, Tensor]:
     """Run the encoder on views [views, *grid.view] and return tap -> [views, N, D], row by row, prefix tokens removed.
 
     grid: the encoder's, or N alone for one that takes its views as they are. Raises ValueError for states of another grid.
     """
-    grid = Grid("plain", (), 1, grid, 0, (1, 1)) if isinstance(grid, int) else grid
-    reading = Reading(frozenset(wanted))
+    grid = PatchGrid("plain", (), 1, grid, 0, (1, 1)) if isinstance(grid, int) else grid
+    reading = TapCapture(frozenset(wanted))
     token = _reading.set({"reading": reading})
     try:
-        encoder(**feed(grid, views))
+        encoder(**encoder_inputs(grid, views))
     finally:
         _reading.reset(token)
     if missing := sorted(reading.wanted - set(reading.taps)):
@@ -164,12 +164,12 @@ def read_taps(encoder: nn.Module, views: Tensor, grid: Grid | int, wanted: Itera
             f"taps {missing} were not reached in {type(encoder).__name__}: its blocks are not the ones that were connected; "
             "connect the encoder again after replacing modules in it"
         )
-    return {tap: unpack(grid, states, len(views)) for tap, states in reading.taps.items()}
+    return {tap: to_raster_order(grid, states, len(views)) for tap, states in reading.taps.items()}
 
 
-def watch_taps(run: Callable, wanted: Iterable[int]) -> tuple[object, dict[int, Tensor]]:
+def capture_taps(run: Callable, wanted: Iterable[int]) -> tuple[object, dict[int, Tensor]]:
     """Call `run()`, which passes once through a connected encoder, and return its result and tap -> states as blocks give them."""
-    reading = Reading(frozenset(wanted), whole=True)
+    reading = TapCapture(frozenset(wanted), whole=True)
     token = _reading.set({"reading": reading})
     try:
         return run(), reading.taps
@@ -208,7 +208,7 @@ def inject(
 
 
 @contextmanager
-def observing(see: Callable) -> Iterator[None]:
+def observe_injections(see: Callable) -> Iterator[None]:
     """Inside the block, `see(layer, hidden states at image tokens, what is added to them)` is called for every addition."""
     _observers.append(see)
     try:
@@ -254,7 +254,7 @@ def _add_features(layer: int, module, args, kwargs):
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
-class RestingEncoder:
+class FrozenEncoderMixin:
     """Of a model whose layers are computed again for the backward pass: an encoder that does not learn has no backward pass."""
 
     def enable_input_require_grads(self):
@@ -265,7 +265,7 @@ class RestingEncoder:
         """
         self.disable_input_require_grads()
         super().enable_input_require_grads()
-        vision = self.parts()["vision"]
+        vision = self.parameter_groups()["vision"]
         if any(p.requires_grad for p in vision):
             return
         encoder = {id(p) for p in vision}

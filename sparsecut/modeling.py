@@ -11,10 +11,10 @@ from transformers.utils import can_return_tuple
 
 from .modeling_body import SparseCutModel
 from .configuration import SparseCutConfig
-from .encoders import feed, make_encoder
+from .encoders import encoder_inputs, make_encoder
 from .fusion import Fusion
 from .hooks import (
-    RestingEncoder,
+    FrozenEncoderMixin,
     accepts,
     check_language_model,
     check_vision_tower,
@@ -37,7 +37,7 @@ RECORDS = ("hidden_states", "attentions")  # what an encoder keeps of its blocks
 UNRECORDED = {f"output_{name}": False for name in RECORDS}
 
 
-class SparseCutForConditionalGeneration(RestingEncoder, PreTrainedModel, GenerationMixin):
+class SparseCutForConditionalGeneration(FrozenEncoderMixin, PreTrainedModel, GenerationMixin):
     r"""
     Any supported vision encoder and causal language model, joined by a plan of sparse shortcuts (arXiv 2602.00505).
 
@@ -103,7 +103,7 @@ class SparseCutForConditionalGeneration(RestingEncoder, PreTrainedModel, Generat
     def get_decoder(self):
         return self.language_model.get_decoder()
 
-    def parts(self) -> dict[str, list[nn.Parameter]]:
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the names a recipe trains: vision, fusion, language (its head included) and head alone."""
         head = self.get_output_embeddings()
         return {
@@ -178,7 +178,7 @@ class SparseCutForConditionalGeneration(RestingEncoder, PreTrainedModel, Generat
         if wanted and pixel_values is not None:
             coarse = pixel_values if pixel_values.dim() == 1 + len(self.grid.view) else pixel_values[:, 0]
             flags = {f"output_{name}": True for name in wanted}
-            inputs = feed(self.grid, coarse.to(self.vision_tower.dtype))
+            inputs = encoder_inputs(self.grid, coarse.to(self.vision_tower.dtype))
             outputs = self.vision_tower(**inputs, return_dict=True, **flags)
             whole = {name: outputs.get(name) for name in wanted}
         return SparseCutImageFeatures(

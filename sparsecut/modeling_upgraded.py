@@ -18,15 +18,15 @@ from transformers.utils import can_return_tuple
 from .configuration_upgraded import SparseCutUpgradeConfig
 from .families import family_of
 from .fusion import Fusion
-from .hooks import RestingEncoder, whole_modules
-from .upgrade_hooks import Overlay, connect, depth_of, disconnect_all, riding, width_of
+from .hooks import FrozenEncoderMixin, whole_modules
+from .upgrade_hooks import UpgradeCall, connect, depth_of, disconnect_all, shortcuts_active, width_of
 from .plan import Plan
 
 IGNORED = -100  # a label that is not learned
 WEIGHTS, FACTS = "fusion.safetensors", "fusion.json"
 
 
-class SparseCutUpgrade(RestingEncoder, PreTrainedModel, GenerationMixin):
+class SparseCutUpgrade(FrozenEncoderMixin, PreTrainedModel, GenerationMixin):
     r"""
     A finished vision-language model (`base`) whose decoder receives sparse shortcuts beside its own input (arXiv 2602.00505).
 
@@ -98,7 +98,7 @@ class SparseCutUpgrade(RestingEncoder, PreTrainedModel, GenerationMixin):
     def get_decoder(self):
         return self.base.get_decoder()
 
-    def parts(self) -> dict[str, list[nn.Parameter]]:
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the names a recipe trains: vision, projector, fusion, language (its head included) and head alone."""
         of = self.family.parts(self.base)
         head = self.get_output_embeddings()
@@ -128,9 +128,9 @@ class SparseCutUpgrade(RestingEncoder, PreTrainedModel, GenerationMixin):
             init.ones_(module.weight)
             init.zeros_(module.bias)
 
-    def riding(self, fine_pixel_values: torch.Tensor | None = None):
+    def shortcuts_active(self, fine_pixel_values: torch.Tensor | None = None):
         """A block inside which the base's own calls have the shortcuts, in this thread; yields what is known of the call."""
-        return riding(Overlay(self.family, self.family.parts(self.base), self.fusion, fine_pixel_values))
+        return shortcuts_active(UpgradeCall(self.family, self.family.parts(self.base), self.fusion, fine_pixel_values))
 
     def forward(
         self,
@@ -169,7 +169,7 @@ class SparseCutUpgrade(RestingEncoder, PreTrainedModel, GenerationMixin):
         own = num_items_in_batch is not None and getattr(self.base, "accepts_loss_kwargs", True)
         if own:
             kwargs["num_items_in_batch"] = num_items_in_batch
-        with self.riding(fine_pixel_values) as overlay:
+        with self.shortcuts_active(fine_pixel_values) as overlay:
             output = self.base(input_ids, *args, **{k: v for k, v in named.items() if v is not None}, **kwargs)
         loss = output.get("loss") if isinstance(output, dict) else None
         if loss is not None and num_items_in_batch is not None and not own:
@@ -183,12 +183,12 @@ class SparseCutUpgrade(RestingEncoder, PreTrainedModel, GenerationMixin):
     @can_return_tuple
     def get_image_features(self, *args, fine_pixel_values: torch.Tensor | None = None, **kwargs):
         """The base's own image features with the shortcuts' beside them in pooler_output, for `mm_encoder_outputs`."""
-        with self.riding(fine_pixel_values):
+        with self.shortcuts_active(fine_pixel_values):
             return self.base.get_image_features(*args, **kwargs)
 
     def generate(self, *args, fine_pixel_values: torch.Tensor | None = None, **kwargs):
         """The base's own `generate`, in every mode it has, with the shortcuts' features added to the prompt."""
-        with self.riding(fine_pixel_values):
+        with self.shortcuts_active(fine_pixel_values):
             return self.base.generate(*args, **kwargs)
 
     def save_pretrained(self, folder: str | Path, *args, save_original_format: bool = False, **kwargs):

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 MIXES = ("pick", "channels", "tokens", "append", "attend", "enrich", "base")
 GATES = (None, "zero", "one", "zero_vector", "one_vector", "context", "zero_projector")
-STARTS_AT_NOTHING = (
+ZERO_INIT_GATES = (
     "zero",
     "zero_vector",
     "zero_projector",
@@ -126,7 +126,7 @@ class Plan:
                 "no shortcut of the plan adds to layer 0, so image positions would enter the language model as zeros; "
                 "add one, e.g. Shortcut(taps=(-2,), layer=0)"
             )
-        if any(s.layer for s in self.shortcuts if s.mix == "base") or self.num_base > 1:
+        if any(s.layer for s in self.shortcuts if s.mix == "base") or sum(s.mix == "base" for s in self.shortcuts) > 1:
             raise ValueError(
                 "mix='base' stands for a model's own input, so it is used once, with layer=0; correct the plan"
             )
@@ -153,9 +153,9 @@ class Plan:
         return num_patches * (self.num_grains if shortcut.mix == "tokens" else 1)
 
     @property
-    def num_base(self) -> int:
-        """1 in the plan of a model that was upgraded, whose input is its own, else 0."""
-        return sum(s.mix == "base" for s in self.shortcuts)
+    def has_base_input(self) -> bool:
+        """Whether the plan belongs to an upgraded model, whose input is its own."""
+        return any(s.mix == "base" for s in self.shortcuts)
 
     @property
     def num_grains(self) -> int:
@@ -204,7 +204,7 @@ class Plan:
                 )
         return self
 
-    def upgrading(self, *, fine: bool) -> Plan:
+    def for_upgrade(self, *, fine: bool) -> Plan:
         """The plan for a model that feeds its input by itself: without weights there, and without effect until trained.
 
         The first shortcut into the input becomes the model's own. Where there is no gate, the others' projectors start at zero,
@@ -215,7 +215,7 @@ class Plan:
         shortcuts = (own, *(s for i, s in enumerate(self.shortcuts) if i != main))
         tiles = self.tiles if fine and any(not s.is_coarse for s in shortcuts) else 0
         gate = self.gate or ("zero" if self.shared else "zero_projector")
-        if not shortcuts[1:] or gate not in STARTS_AT_NOTHING or {s.mix for s in shortcuts} & {"tokens", "append"}:
+        if not shortcuts[1:] or gate not in ZERO_INIT_GATES or {s.mix for s in shortcuts} & {"tokens", "append"}:
             raise ValueError(
                 f"a finished model can only be upgraded by shortcuts beside its own input that start without effect and leave the prompt "
                 f"as it is, but the plan has {len(shortcuts) - 1} of them, gate={self.gate!r} and the mixers "

@@ -2,7 +2,7 @@
 
 Methods of the model's inner module are wrapped where it stands: `get_image_features`, whose encoder pass is watched and
 whose patches are gathered under the image tokens they belong to, and `forward`, around which the features are added to
-the decoder. They do what they always did unless an `Overlay` is at work, which `riding` sets for one call.
+the decoder. They do what they always did unless an `UpgradeCall` is at work, which `shortcuts_active` sets for one call.
 
 `generate` encodes pictures before the prompt pass, and expands and cuts what comes out for beams and chunks. There the features
 travel beside the model's own, [N, H] -> [N, (1 + layers) * H], and are taken off before the model sees them.
@@ -20,22 +20,22 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .families import Family, Parts
+from .families import VLMFamily, VLMParts
 from .fusion import Fusion
-from .hooks import CompileableContextVar, connect_decoder, connect_encoder, disconnect, inject, read_taps, watch_taps
+from .hooks import CompileableContextVar, connect_decoder, connect_encoder, disconnect, inject, read_taps, capture_taps
 from .mixers import grid
 
 
 @dataclass
-class Overlay:
+class UpgradeCall:
     """One call into an upgraded model: whose shortcuts, and what is known of its pictures.
 
     fine: finer views of the call's pictures, [P, tiles^2, 3, S, S]. features: while a forward is under way, layer -> [tokens, H].
     used: whether the fusion has been used. paused: while the model encodes a video, which shortcuts do not read.
     """
 
-    family: Family
-    parts: Parts
+    family: VLMFamily
+    parts: VLMParts
     fusion: Fusion
     fine: Tensor | None = None
     features: dict[int, Tensor] | None = None
@@ -62,7 +62,7 @@ def width_of(vision: nn.Module) -> int:
     return getattr(vision.config, "embed_dim", None) or vision.config.hidden_size
 
 
-def connect(parts: Parts) -> None:
+def connect(parts: VLMParts) -> None:
     """Hook encoder and decoder, and wrap the inner module's two methods; connecting again only renews this."""
     language = parts.language.config.get_text_config()
     disconnect_all(parts)
@@ -76,7 +76,7 @@ def connect(parts: Parts) -> None:
         setattr(parts.inner, name, wrapped)
 
 
-def disconnect_all(parts: Parts) -> None:
+def disconnect_all(parts: VLMParts) -> None:
     """Take hooks and wraps off, so that nothing of ours is left on the model."""
     disconnect(parts.vision)
     disconnect(parts.language)
@@ -86,7 +86,7 @@ def disconnect_all(parts: Parts) -> None:
 
 
 @contextmanager
-def riding(overlay: Overlay) -> Iterator[Overlay]:
+def shortcuts_active(overlay: UpgradeCall) -> Iterator[UpgradeCall]:
     """Inside the block the overlay's model has its shortcuts, in this thread."""
     token = _overlay.set({"overlay": overlay})  # a dict, as transformers' own variables of this class hold
     try:
@@ -95,7 +95,7 @@ def riding(overlay: Overlay) -> Iterator[Overlay]:
         _overlay.reset(token)
 
 
-def _ours(inner: nn.Module) -> Overlay | None:
+def _ours(inner: nn.Module) -> UpgradeCall | None:
     held = _overlay.get()
     ours = held is not None and held["overlay"].parts.inner is inner and not held["overlay"].paused
     return held["overlay"] if ours else None
@@ -109,7 +109,7 @@ def _get_image_features(inner: nn.Module, own: Callable, *args, **kwargs):
     call = inspect.signature(own).bind(*args, **kwargs).arguments
     call = {**call.pop("kwargs", {}), **call}
     wanted = overlay.fusion.plan.resolved_taps(depth_of(overlay.parts.vision))
-    output, taps = watch_taps(lambda: own(*args, **kwargs), wanted)
+    output, taps = capture_taps(lambda: own(*args, **kwargs), wanted)
     if missing := set(wanted) - set(taps):
         raise RuntimeError(
             f"taps {sorted(missing)} were not reached in {type(overlay.parts.vision).__name__}: it was called in another way than "
@@ -135,11 +135,11 @@ def _get_video_features(inner: nn.Module, own: Callable, *args, **kwargs):
         overlay.paused = False
 
 
-def _fuse(overlay: Overlay, taps: dict[int, Tensor], call: dict, pooled) -> dict[int, Tensor]:
+def _fuse(overlay: UpgradeCall, taps: dict[int, Tensor], call: dict, pooled) -> dict[int, Tensor]:
     """Layer -> [tokens, H] for the tokens of the pooled features, zeros where a token shows no patch."""
     fusion, vision = overlay.fusion, overlay.parts.vision
     shape = next(iter(taps.values())).shape
-    index = overlay.family.index(overlay.parts.inner, shape, call)
+    index = overlay.family.patch_index(overlay.parts.inner, shape, call)
     wanted = sum(rows.shape[0] if rows.dim() > 1 else 1 for rows in pooled)
     if index.shape[0] != wanted:
         raise RuntimeError(
@@ -173,7 +173,7 @@ def _with_fine(states: Tensor, fine: Tensor, index: Tensor, fusion: Fusion) -> T
     return under[picture, :, patch].transpose(1, 2).flatten(2).unsqueeze(2)
 
 
-def _fine_states(overlay: Overlay, call: dict, taps: tuple[int, ...]) -> dict[int, Tensor]:
+def _fine_states(overlay: UpgradeCall, call: dict, taps: tuple[int, ...]) -> dict[int, Tensor]:
     """The states of the call's finer views: tap -> [P, tiles^2, N, D]; the encoder runs no further than the deepest tap."""
     pixels, fine = call["pixel_values"], overlay.fine
     num = overlay.fusion.plan.tiles**2

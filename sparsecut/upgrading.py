@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from .configuration_upgraded import SparseCutUpgradeConfig
-from .families import Family, family_of
+from .families import VLMFamily, family_of
 from .processing_upgraded import PROCESSOR_FILE, with_fine_views
-from .fingerprint import digest
+from .fingerprint import base_hash
 from .methods import make_plan
 from .upgrade_hooks import depth_of
 from .plan import Plan
@@ -61,7 +61,7 @@ def upgrade(
     name = getattr(base.config, "_name_or_path", None) or None
     for module in base.modules():
         module._is_hf_initialized = True  # ready weights are not drawn anew
-    model = SparseCutUpgrade(SparseCutUpgradeConfig.of(base, plan, name, digest(base)), base=base)
+    model = SparseCutUpgrade(SparseCutUpgradeConfig.of(base, plan, name, base_hash(base)), base=base)
     _place(model)
     if plan.tiles and processor is not None:
         processor = with_fine_views(processor, plan.tiles)
@@ -89,11 +89,11 @@ def load_fusion(
     name = base if isinstance(base, str | Path) else facts["base"]
     base = base if isinstance(base, nn.Module) else _read(AutoModelForImageTextToText, name, **from_pretrained)
     inner = getattr(base, "get_base_model", lambda: base)()
-    if inner.config.model_type != facts["base_type"] or (check_base and digest(inner) != facts["base_digest"]):
+    if inner.config.model_type != facts["base_type"] or (check_base and base_hash(inner) != facts["base_digest"]):
         given = getattr(inner.config, "_name_or_path", "") or "a model"
         raise ValueError(
             f"the shortcuts in {folder} were trained on {facts['base']} ({facts['base_type']}, digest {facts['base_digest']}), but "
-            f"the base given is {given} ({inner.config.model_type}, digest {digest(inner)}); give that base, or say check_base=False "
+            f"the base given is {given} ({inner.config.model_type}, digest {base_hash(inner)}); give that base, or say check_base=False "
             "if the two are the same model in another number format"
         )
     if processor is None:
@@ -110,14 +110,14 @@ def load_fusion(
     return model, processor
 
 
-def plan_for(base: PreTrainedModel, plan: str | dict | Plan | None) -> tuple[Plan, Family]:
+def plan_for(base: PreTrainedModel, plan: str | dict | Plan | None) -> tuple[Plan, VLMFamily]:
     """The plan that `upgrade` makes of its argument for a finished model, and the model's family; ValueError where it does not fit."""
     family = family_of(base)
     depths = depth_of(family.parts(base).vision), base.config.get_text_config().num_hidden_layers
     if plan is None:
         plan = {"method": "sparsecut", "rank": max(16, base.config.get_text_config().hidden_size // NARROW)}
     plan = make_plan(plan, *depths)
-    plan = plan if plan.num_base else plan.upgrading(fine=family.has_one_view(base))
+    plan = plan if plan.has_base_input else plan.for_upgrade(fine=family.has_one_view(base))
     if plan.tiles and not family.has_one_view(base):
         raise ValueError(
             f"the plan has tiles={plan.tiles}, but {base.config.model_type} brings its own resolutions and takes no further views; "

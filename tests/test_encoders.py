@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessorPil
 
 from sparsecut import SparseCutConfig
 from sparsecut.building import build, load, save
-from sparsecut.encoders import feed, order, read_grid, unpack
+from sparsecut.encoders import encoder_inputs, order, read_grid, to_raster_order
 from sparsecut.hooks import read_taps
 from sparsecut.mixers import grid as under
 from sparsecut.processing import views
@@ -64,7 +64,7 @@ def test_windows_are_undone_as_the_encoder_makes_them(size):
 
     encoder = family_vision("qwen2_5_vl_vision")
     grid = read_grid(encoder.config, size)
-    inputs = feed(grid, torch.randn(3, *grid.view))
+    inputs = encoder_inputs(grid, torch.randn(3, *grid.view))
     index, _ = get_vision_window_index(inputs["grid_thw"], spatial_merge_size=2, window_size=32, patch_size=8)
     squares = torch.arange(3 * grid.num_patches).view(-1, 4)[index].flatten()  # places in the order that is fed
     fed = read_grid(family_vision("qwen2_vl_vision").config, size)
@@ -82,7 +82,7 @@ def test_a_packed_encoder_gives_what_its_own_picture_processor_leads_to():
     limits = {"size": {"shortest_edge": 1, "longest_edge": 10**6}, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     processor = Qwen2VLImageProcessorPil(patch_size=8, temporal_patch_size=2, merge_size=2, **limits)
     theirs = processor(images=list(pixels.numpy()), return_tensors="pt", input_data_format="channels_first")
-    ours = feed(grid, pixels / 255)
+    ours = encoder_inputs(grid, pixels / 255)
     assert torch.equal(ours["grid_thw"], theirs["image_grid_thw"])
     torch.testing.assert_close(ours["hidden_states"], theirs["pixel_values"])
 
@@ -121,7 +121,7 @@ def test_a_grid_that_cannot_be_is_refused_in_a_sentence(name, settings, size, se
 def test_states_of_another_grid_are_refused():
     grid = read_grid(vision_config("qwen3_vl_vision"), [32, 48])
     with pytest.raises(ValueError, match=r"gave states of shape \(1, 8, 16\) for 1 views"):
-        unpack(grid, torch.zeros(1, 8, 16), 1)
+        to_raster_order(grid, torch.zeros(1, 8, 16), 1)
     with pytest.raises(ValueError, match="this encoder's blocks change the grid"):
         read_taps(checks.join().vision_tower, torch.zeros(1, 3, 16, 16), 9, [1])
 

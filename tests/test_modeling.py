@@ -91,7 +91,7 @@ def test_the_loss_looks_one_token_ahead_and_ignores_minus_100(model):
 
 
 def test_parts_are_the_whole_model_under_the_names_a_recipe_trains(model):
-    parts = model.parts()
+    parts = model.parameter_groups()
     assert list(parts) == ["vision", "fusion", "language", "head"]
     together = [p for name in ("vision", "fusion", "language") for p in parts[name]]
     assert {id(p) for p in together} == {id(p) for p in model.parameters()}

@@ -21,7 +21,7 @@ from transformers import (
 import sparsecut
 from sparsecut import load, upgrade
 from sparsecut.processing_upgraded import fine_pixels
-from sparsecut.fingerprint import digest
+from sparsecut.fingerprint import base_hash
 
 IMAGE = "<image>"
 
@@ -206,7 +206,7 @@ def test_another_base_is_refused_and_nothing_left_on_it(llava, tmp_path):
         load(tmp_path, other, processor=own)
     assert not left_on(other)
     assert load(tmp_path, other, processor=own, check_base=False)[0].base is other
-    assert digest(base) == digest(copy.deepcopy(base).to(torch.bfloat16)) != digest(other)
+    assert base_hash(base) == base_hash(copy.deepcopy(base).to(torch.bfloat16)) != base_hash(other)
 
 
 REFUSED = {

@@ -9,7 +9,7 @@ from helpers.ecosystem import SHORT, AnyProcessor, logits_of, tiny, trains, upgr
 from transformers import AutoModelForImageTextToText
 
 from sparsecut import load, upgrade
-from sparsecut.fingerprint import digest
+from sparsecut.fingerprint import base_hash
 
 LORA = {"target_modules": r".*language_model.*q_proj", "init_lora_weights": False}
 
@@ -24,12 +24,12 @@ def test_a_base_with_an_adapter_answers_as_before_and_takes_saved_shortcuts(how,
     trained, inputs, _ = upgraded()
     trained.save_fusion(tmp_path)
     base, own = tiny()
-    plain, known = logits_of(base, own), digest(base)
+    plain, known = logits_of(base, own), base_hash(base)
     given = peft().get_peft_model(base, settings) if how == "wrapped" else base
     if how == "added":
         base.add_adapter(settings)
     adapted = logits_of(base, own)
-    assert not torch.equal(adapted, plain) and digest(base) == known
+    assert not torch.equal(adapted, plain) and base_hash(base) == known
     model, _ = upgrade(given)
     assert model.base is base and torch.equal(logits_of(model, inputs), adapted)
     assert torch.equal(model.generate(**inputs, **SHORT), base.generate(**own, **SHORT))
@@ -114,10 +114,10 @@ def test_saved_shortcuts_load_on_a_quantised_base_and_learn_there(quantise, tmp_
     trained, inputs, _ = upgraded()
     trained.save_fusion(tmp_path / "shortcuts")
     base, own = tiny()
-    plain, known = logits_of(base, own), digest(base)
+    plain, known = logits_of(base, own), base_hash(base)
     base = quantise(base, tmp_path / "base")
     quantised = logits_of(base, own)
-    assert digest(base) == known and not torch.equal(quantised, plain)
+    assert base_hash(base) == known and not torch.equal(quantised, plain)
     model, _ = upgrade(base)
     assert torch.equal(logits_of(model, inputs), quantised)
     assert torch.equal(model.generate(**inputs, **SHORT), base.generate(**own, **SHORT))
@@ -153,7 +153,7 @@ def test_an_offloaded_model_answers_as_one_in_memory(offload, tmp_path):
 
 def test_a_device_map_over_memory_and_disk(tmp_path):
     model, inputs, want = upgraded()
-    answer, known = model.generate(**inputs, **SHORT), digest(model.base)
+    answer, known = model.generate(**inputs, **SHORT), base_hash(model.base)
     model.save_pretrained(tmp_path / "whole")
     model.save_fusion(tmp_path / "shortcuts")
     plain, own = tiny()
@@ -166,7 +166,7 @@ def test_a_device_map_over_memory_and_disk(tmp_path):
     how = {"offload_folder": tmp_path / "offloaded"}
     whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole", device_map=whole_places, **how).eval()
     base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", device_map=places, **how).eval()
-    assert base.model.language_model.layers[0].mlp.up_proj.weight.is_meta and digest(base) == known
+    assert base.model.language_model.layers[0].mlp.up_proj.weight.is_meta and base_hash(base) == known
     fresh, _ = upgrade(base)
     assert torch.equal(logits_of(fresh, inputs), logits_of(plain, own))
     placed, _ = load(tmp_path / "shortcuts", fresh.detach(), processor=AnyProcessor())

@@ -69,7 +69,7 @@ def patches_that_count(base, inputs: dict, layer: int) -> tuple[list[set[int]], 
         )
         reached = [] if gradient is None else gradient.flatten(0, -2).abs().sum(-1).nonzero().flatten().tolist()
         found.append(set(reached))
-    return found, family.index(parts.inner, kept["states"].shape, call)
+    return found, family.patch_index(parts.inner, kept["states"].shape, call)
 
 
 LAYER = {"llava": -2, "vipllava": -2, "llava_next": -2}  # the block that the base reads
@@ -103,7 +103,7 @@ def test_class_and_register_tokens_in_the_prompt_show_no_patch(registers):
     assert [{number} for number in shown] == [found[i] for i in range(len(found)) if i % (16 + prefix) >= prefix]
     model, _ = upgrade(base)
     stir(model)
-    with torch.no_grad(), model.riding(torch.randn(2, 4, 3, 16, 16)):
+    with torch.no_grad(), model.shortcuts_active(torch.randn(2, 4, 3, 16, 16)):
         beside = base.get_image_features(**row).pooler_output
     beside = torch.stack(list(beside))[..., 32:]
     assert (beside[:, :prefix] == 0).all() and (beside[:, prefix:] != 0).any(-1).all()

@@ -75,7 +75,7 @@ def test_a_token_reads_the_fine_views_that_lie_over_its_place(name):
     stir(model)
     row = bases.pictures(name)[1]  # two pictures
     fine = bases.fine_of(model, row)["fine_pixel_values"].requires_grad_()
-    with model.riding(fine):
+    with model.shortcuts_active(fine):
         beside = torch.stack(list(base.get_image_features(**row).pooler_output))[..., 32:]
     side = round(beside.shape[1] ** 0.5)
     for picture in range(2):

@@ -182,7 +182,7 @@ def world_pretrain(
     """Make the picture world's encoder and language model from scratch."""
     from ..shapes import pretrain
 
-    pretrain(out, seed=seed, noise=noise, quick=quick, size=size, device=_device(device), say=typer.echo)
+    pretrain(out, seed=seed, noise=noise, quick=quick, size=size, device=_device(device), log=typer.echo)
 
 
 def main() -> None:

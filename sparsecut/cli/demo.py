@@ -23,7 +23,7 @@ ARMS = {  # of demo.yaml: title and meaning
 }
 
 
-def run(out: str | Path = "runs/demo", *, seed: int = 0, quick: bool = False, say=print) -> Path:
+def run(out: str | Path = "runs/demo", *, seed: int = 0, quick: bool = False, log=print) -> Path:
     """Draw pictures, train and evaluate every arm (two at a time), print some answers and write out/report.html.
 
     seed: draws the pictures, starts the fusion and orders the batches. quick: a small part of everything, to see that it
@@ -34,11 +34,11 @@ def run(out: str | Path = "runs/demo", *, seed: int = 0, quick: bool = False, sa
     from ..experiments.runner import run_study
 
     start, study = time.monotonic(), demo_study(out, seed, quick)
-    run_study(study, report=False, say=say)
+    run_study(study, report=False, log=log)
     minutes = (time.monotonic() - start) / 60
     page = write_page(study, ARMS, minutes)
-    answer_aloud(study, ARMS, say)
-    say(f"\n{minutes:.1f} minutes in all. The report with pictures, intervals and costs: {page}")
+    answer_aloud(study, ARMS, log)
+    log(f"\n{minutes:.1f} minutes in all. The report with pictures, intervals and costs: {page}")
     return page
 
 

@@ -51,7 +51,7 @@ def describe(model) -> str:
     config = model.config
     patches = getattr(config, "num_patches", None)  # a base that was upgraded has a geometry of its own
     drawing = draw(model.plan, config.vision_depth, config.language_depth, num_patches=patches)
-    counts = {part: sum(p.numel() for p in values) for part, values in model.parts().items() if part != "head"}
+    counts = {part: sum(p.numel() for p in values) for part, values in model.parameter_groups().items() if part != "head"}
     return "\n".join([drawing, *(f"  {part:13} {count:,} parameters" for part, count in counts.items())])
 
 

@@ -42,12 +42,12 @@ def serve(
     try:
         import uvicorn
 
-        from ..serving.server import Settings, make_app
+        from ..serving.server import ServerConfig, make_app
     except ImportError as error:
         raise ValueError(f"serving needs {error.name}; install it with pip install 'sparsecut[serve]'") from None
-    from ..serving.image_fetching import MIB, Limits
+    from ..serving.image_fetching import MIB, ImageLimits
     from ..serving.engine import Engine
-    from ..serving.protocol import Bounds
+    from ..serving.protocol import RequestLimits
 
     token = token or os.environ.get(TOKEN) or None
     if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
@@ -60,10 +60,10 @@ def serve(
         torch.set_num_threads(threads)
     listening = _listen(host, port)  # before the model is loaded, which takes longer
     loaded, processor = _load(model, device, dtype)
-    settings = Settings(
+    settings = ServerConfig(
         name=name or _name_of(Path(model)),
-        bounds=Bounds(max_tokens=max_tokens, default_tokens=min(256, max_tokens), max_pictures=max_pictures),
-        pictures=Limits(max_bytes=max_mib * MIB, max_pixels=max_pixels, remote=remote),
+        bounds=RequestLimits(max_tokens=max_tokens, default_tokens=min(256, max_tokens), max_pictures=max_pictures),
+        pictures=ImageLimits(max_bytes=max_mib * MIB, max_pixels=max_pixels, remote=remote),
         max_request_bytes=max_mib * MIB,
         token=token,
     )

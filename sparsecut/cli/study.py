@@ -82,7 +82,7 @@ def study(
     else:
         from ..experiments.runner import run_study
 
-        page = run_study(chosen, workers=workers, arms=arm or (), seeds=seed or (), say=typer.echo)
+        page = run_study(chosen, workers=workers, arms=arm or (), seeds=seed or (), log=typer.echo)
     typer.echo(
         f"\nThe report: {page}, with tables in {page.with_suffix('.md')} and figures in {page.with_suffix('.json')}"
     )
@@ -107,7 +107,7 @@ def search(
     from ..experiments.search import search
 
     settings = {"count": count, "ratio": ratio, "seeds": tuple(seed or (0,)), "rank": rank, "penalty": penalty}
-    plan, pairs = search(chosen, **settings, workers=workers, say=typer.echo)
+    plan, pairs = search(chosen, **settings, workers=workers, log=typer.echo)
     depths = max(p["tap"] for p in pairs), max(p["layer"] for p in pairs) + 1
     best = "\n".join(
         f"  tap {p['tap']:2} -> layer {p['layer']:2}   worth {p['worth']:.4f}   gate {p['gate']:.2f}"

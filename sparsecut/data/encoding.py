@@ -164,13 +164,13 @@ def _tokens(text: str, spans, processor, max_length: int | None) -> dict[str, li
 
 
 def _cut(ids: list[int], labels: list[int], processor, max_length: int | None) -> dict[str, list[int]]:
-    check_row(ids, processor, max_length, None)
+    check_length(ids, processor, max_length, None)
     ids, labels = ids[:max_length], labels[:max_length]
     check_learned(labels, len(ids), max_length)
     return {"input_ids": ids, "labels": labels}
 
 
-def check_row(
+def check_length(
     ids: list[int], processor, max_length: int | None, limit: int | None, max_images: int | None = None
 ) -> None:
     """Raise ValueError where a cut would split a picture, a record is longer than the model takes, or has more image tokens than that."""

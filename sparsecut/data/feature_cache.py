@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..fingerprint import fingerprint
+from ..fingerprint import weights_hash
 from .examples import Example
 
 INDEX = "index.json"
 
 
-class VisionStates:
+class VisionFeatureCache:
     """The states that a folder holds: `read` gives those of some pictures as the model's forward takes them."""
 
     def __init__(self, folder: str | Path):
@@ -38,7 +38,7 @@ class VisionStates:
         }
 
     def __reduce__(self):
-        return VisionStates, (self.folder,)  # other processes map the files again instead of being sent their contents
+        return VisionFeatureCache, (self.folder,)  # other processes map the files again instead of being sent their contents
 
     def read(self, example: Example, views: dict[int, int]) -> dict[int, Tensor]:
         """tap -> float16 [pictures of the example, V, N, D], for the taps and numbers of views asked for."""
@@ -76,8 +76,8 @@ def prepare_states(
     views: dict[int, int] | None = None,
     *,
     batch_size: int = 32,
-    say=lambda line: None,
-) -> VisionStates:
+    log=lambda line: None,
+) -> VisionFeatureCache:
     """Encode all pictures of the examples into `folder`, unless it holds them already, and open it.
 
     views: tap -> number of views (by default what the model's plan reads; a processor with as many tiles is needed). A folder that
@@ -94,14 +94,14 @@ def prepare_states(
         )
     pictures = {key: (e, i) for e in examples for i, key in enumerate(keys_of(e))}
     encoder = _encoder_name(model, processor)
-    if (folder / INDEX).is_file() and (found := VisionStates(folder)).covers(encoder, pictures, views):
+    if (folder / INDEX).is_file() and (found := VisionFeatureCache(folder)).covers(encoder, pictures, views):
         return found
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     grid = model.config.grid
     patches, width = grid.num_patches, grid.width
     size = 2 * len(pictures) * sum(views.values()) * patches * width
-    say(f"keeping states of {len(pictures):,} pictures and {len(views)} taps: {size / 2**20:,.0f} MiB in {folder}")
+    log(f"keeping states of {len(pictures):,} pictures and {len(views)} taps: {size / 2**20:,.0f} MiB in {folder}")
     if size > (free := shutil.disk_usage(folder).free):
         raise ValueError(
             f"the states need {size:,} bytes, but {folder} has {free:,} free; choose another disk, or train without keeping states"
@@ -128,7 +128,7 @@ def prepare_states(
     for file in files.values():
         file.close()
     (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")  # last: a folder that has it is whole
-    return VisionStates(folder)
+    return VisionFeatureCache(folder)
 
 
 def _encoder_name(model, processor) -> str:
@@ -136,7 +136,7 @@ def _encoder_name(model, processor) -> str:
     image = processor.image_processor
     settings = [image.do_rescale, image.rescale_factor, image.do_normalize, image.image_mean, image.image_std]
     settings += [processor.image_size, processor.coarse]
-    return hashlib.sha256(f"{fingerprint(model.vision_tower)} {json.dumps(settings)}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{weights_hash(model.vision_tower)} {json.dumps(settings)}".encode()).hexdigest()[:16]
 
 
 def _file(folder: Path, tap: int) -> Path:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .encoding import IGNORED, check_learned, check_row, written
+from .encoding import IGNORED, check_learned, check_length, written
 from ..prompts import features_of, takes_suffix
 from .examples import Example
 
@@ -46,7 +46,7 @@ def encode_batch(
     mask = features["attention_mask"]
     for row, example in enumerate(examples):
         try:
-            check_row(features["input_ids"][row][mask[row] > 0].tolist(), processor, max_length, limit, max_images)
+            check_length(features["input_ids"][row][mask[row] > 0].tolist(), processor, max_length, limit, max_images)
             check_learned(features["labels"][row, :max_length].tolist(), int(mask[row].sum()), max_length)
         except ValueError as error:
             raise ValueError(f"{example.source or example.id}: {error}") from None

@@ -61,10 +61,10 @@ def in_rows(data, model, stage):
             f"{record.source or record.id}: the record has {longest} tokens, but pack={stage.pack} makes rows of so many; raise pack, or "
             "set max_length to cut records"
         )
-    return Rows(data, pack_rows(lengths, data.num_image_tokens, stage.pack, max_images=stage.max_image_tokens))
+    return PackedDataset(data, pack_rows(lengths, data.num_image_tokens, stage.pack, max_images=stage.max_image_tokens))
 
 
-class Rows(Dataset):
+class PackedDataset(Dataset):
     """Training data in rows: an item is the list of a row's items."""
 
     def __init__(self, data, rows: Sequence[Sequence[int]]):
@@ -95,7 +95,7 @@ class Rows(Dataset):
 
 
 @torch.no_grad()
-def check_packing(model, collator, data: Rows) -> None:
+def check_packing(model, collator, data: PackedDataset) -> None:
     """Raise ValueError where the language model lets a record see the one before it in its row, or counts positions on.
 
     Two records are packed, and packed again with other words in the first, which must change nothing in the second; and the second
@@ -137,7 +137,7 @@ def _moved(value, device):
     return {key: x.to(device) for key, x in value.items()} if isinstance(value, dict) else value.to(device)
 
 
-class AlikeOrder(Sampler):
+class LengthGroupedSampler(Sampler):
     """Numbers of items in an order whose steps are of alike length, and of pictures or of text alone; every item once an epoch.
 
     step: items of a step over all processes. Steps come in random order. What is left of each kind at the end shares the last steps,

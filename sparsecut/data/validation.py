@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 
 from .native_encoding import encode_batch, num_tokens_about
-from .encoding import check_row, encode, written
+from .encoding import check_length, encode, written
 from ..prompts import is_fixed
 from .examples import Example
 
@@ -126,7 +126,7 @@ def _check(example, processor, template, max_length, limit, max_images, open_pic
     if is_fixed(processor):
         ids = encode(example, processor, template, max_length=max_length)["input_ids"]
         try:
-            check_row(ids, processor, None, limit, max_images)
+            check_length(ids, processor, None, limit, max_images)
         except ValueError as error:
             raise ValueError(f"{example.source}: {error}") from None
         if open_pictures:

@@ -20,7 +20,7 @@ from transformers import BatchFeature
 
 from .. import __version__
 from .output_dir import PREDICTIONS, RESULT, answered, open_run, write_json, write_lines
-from ..fingerprint import fingerprint
+from ..fingerprint import weights_hash
 from ..plan import nearest
 from ..prompts import check_length, decode, greedy, inputs_of, is_fixed, prepared, render, template_of
 from ..config.recipe import Recipe
@@ -101,7 +101,7 @@ def evaluate_recipe(
     return evaluate(
         model,
         processor,
-        asked_of(recipe),
+        evaluation_examples(recipe),
         out=Path(expand_path(recipe.output)) / "eval",
         batch_size=asked.batch_size,
         max_new_tokens=asked.max_new_tokens,
@@ -111,7 +111,7 @@ def evaluate_recipe(
     )
 
 
-def asked_of(recipe: Recipe) -> list[Example]:
+def evaluation_examples(recipe: Recipe) -> list[Example]:
     """What a recipe's `evaluate` asks; nothing where it has none."""
     return [
         example for source in (recipe.evaluate.data if recipe.evaluate else ()) for example in read_source(source, [])
@@ -228,7 +228,7 @@ def settings_of(model, processor, max_new_tokens: int, metric: str | None) -> di
         "decoding": {**decoding, "do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens},
         "prompt_template": template_of(processor),
         "views": _views(processor),
-        "weights": fingerprint(model),
+        "weights": weights_hash(model),
     }
 
 

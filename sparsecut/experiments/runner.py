@@ -28,7 +28,7 @@ from .study import Run, Study, dump_study, load_study, narrowed
 LARGE = "clip-l-336", "llama-7b"  # the size that costs are also told at
 
 
-def run_study(study: Study, *, workers: int = 2, arms=(), seeds=(), report: bool = True, say=print) -> Path:
+def run_study(study: Study, *, workers: int = 2, arms=(), seeds=(), report: bool = True, log=print) -> Path:
     """Do what is left of a study and write its report; returns the report's path.
 
     arms, seeds: only these now. Raises ValueError where the folder holds another study or an arm cannot be built (before anything
@@ -39,13 +39,13 @@ def run_study(study: Study, *, workers: int = 2, arms=(), seeds=(), report: bool
     part = narrowed(study, arms, seeds)
     out.mkdir(parents=True, exist_ok=True)
     dump_study(study, out / "study.yaml")
-    prepare(study, say)
+    prepare(study, log)
     todo = [run for run in part.runs() if not run.finished(out)]
-    say(f"{len(part.runs())} runs: {len(part.runs()) - len(todo)} finished, {len(todo)} to do in {workers} processes")
+    log(f"{len(part.runs())} runs: {len(part.runs()) - len(todo)} finished, {len(todo)} to do in {workers} processes")
     for run in todo:
         (run.folder(out) / "failed.txt").unlink(missing_ok=True)
     if todo:
-        _supervise(part, out, min(workers, len(todo)), say)
+        _supervise(part, out, min(workers, len(todo)), log)
     if failed := [run for run in part.runs() if (run.folder(out) / "failed.txt").is_file()]:
         tail = (failed[0].folder(out) / "failed.txt").read_text().strip().splitlines()[-1]
         names = ", ".join(f"{r.budget}/{r.arm}/{r.seed}" for r in failed)
@@ -75,10 +75,10 @@ def check_folder(study: Study, out: Path) -> None:
         )
 
 
-def prepare(study: Study, say) -> None:
+def prepare(study: Study, log) -> None:
     """Everything runs have in common: pictures, the plans checked, costs, and the encoder's states."""
     from ..building import build
-    from ..evaluation.evaluator import asked_of
+    from ..evaluation.evaluator import evaluation_examples
     from ..methods import make_plan
     from ..data.examples import read_source
     from ..data.feature_cache import prepare_states, views_of
@@ -86,14 +86,14 @@ def prepare(study: Study, say) -> None:
 
     out = Path(study.output)
     if study.pictures is not None:
-        draw_pictures(study, say)
+        draw_pictures(study, log)
     recipes = {arm: study.recipe_of(Run(study.main, arm, study.seeds[0])) for arm in study.arms}
     first = next(iter(recipes.values()))
     vision, language = expand_path(first.model.vision), expand_path(first.model.language)
     widest, processor = build(vision, language, {"method": "hires_channels", "tiles": _tiles(study, vision, language)})
     depths = widest.config.vision_depth, widest.config.language_depth
     plans = {arm: make_plan(spec, *depths) for arm, spec in study.arms.items()}
-    write_costs({arm: (plans[arm], study.arms[arm]) for arm in plans}, widest.config, out / "costs.json", say)
+    write_costs({arm: (plans[arm], study.arms[arm]) for arm in plans}, widest.config, out / "costs.json", log)
     if first.states is None:
         return
     views: dict[int, int] = {}
@@ -101,10 +101,10 @@ def prepare(study: Study, say) -> None:
         for tap, num in views_of(plan, depths[0]).items():
             views[tap] = max(num, views.get(tap, 0))
     examples = [e for stage in first.stages for source in stage.data for e in read_source(source, [])]
-    examples += asked_of(first)
+    examples += evaluation_examples(first)
     if max(views.values()) == 1:
         processor.tiles = 0
-    prepare_states(first.states, widest, processor, examples, views, say=say)
+    prepare_states(first.states, widest, processor, examples, views, log=log)
 
 
 def _tiles(study: Study, vision, language) -> int:
@@ -122,7 +122,7 @@ def _tiles(study: Study, vision, language) -> int:
     return next(iter(tiles), 2)
 
 
-def draw_pictures(study: Study, say) -> None:
+def draw_pictures(study: Study, log) -> None:
     """The training and test pictures of a study of the built-in world, unless they are there."""
     from ..shapes import write_split
 
@@ -130,14 +130,14 @@ def draw_pictures(study: Study, say) -> None:
     done, settings = data / "drawn.json", json.loads(json.dumps(study.to_dict()["pictures"]))
     if done.is_file() and json.loads(done.read_text()) == settings:
         return
-    say(f"drawing {p.train:,} training and {p.ask:,} {p.split} pictures ...")
+    log(f"drawing {p.train:,} training and {p.ask:,} {p.split} pictures ...")
     size = {} if p.size == "small" else {"size": p.size}
     write_split(data, "train", p.train, p.train_questions, seed=p.seed, **size)
     write_split(data, p.split, p.ask, p.questions, seed=p.seed, **size)
     done.write_text(json.dumps(settings))
 
 
-def write_costs(plans: dict, config, path: Path, say) -> None:
+def write_costs(plans: dict, config, path: Path, log) -> None:
     """Count every plan that is not counted yet, at the study's size and, if it is a method and scales, at the large one."""
     from ..profiling.counting import backbone_config, count
     from ..methods import make_plan
@@ -145,7 +145,7 @@ def write_costs(plans: dict, config, path: Path, say) -> None:
     known = json.loads(path.read_text()) if path.is_file() else {}
     large = [backbone_config(name, part) for name, part in zip(LARGE, ("vision", "language"), strict=True)]
     large_depths = large[0].num_hidden_layers, large[1].num_hidden_layers
-    say(f"counting what {len(plans)} plans cost ...")
+    log(f"counting what {len(plans)} plans cost ...")
     for arm, (plan, spec) in plans.items():
         if arm in known and known[arm]["plan"] == plan.to_dict():
             continue
@@ -160,24 +160,24 @@ def write_costs(plans: dict, config, path: Path, say) -> None:
         path.write_text(json.dumps(known, indent=1))
 
 
-def _supervise(study: Study, out: Path, workers: int, say) -> None:
+def _supervise(study: Study, out: Path, workers: int, log) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     asked = [*(f"arm={arm}" for arm in study.arms), *(f"seed={seed}" for seed in study.seeds)]
     command = [sys.executable, "-m", "sparsecut.experiments.runner", str(out), *asked]
     processes, shown, told = [], time.monotonic(), {run for run in study.runs() if run.finished(out)}
     try:
         for number in range(workers):
-            with (out / f"worker-{number}.txt").open("w") as log:
-                processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
+            with (out / f"worker-{number}.txt").open("w") as log_file:
+                processes.append(subprocess.Popen(command, stdout=log_file, stderr=subprocess.STDOUT, env=environment))
         while any(process.poll() is None for process in processes):
             time.sleep(0.5)
             for run in [run for run in study.runs() if run not in told and run.finished(out)]:
                 told.add(run)
-                say(f"{len(told)}/{len(study.runs())}  {run.budget} {run.arm} seed {run.seed}: {_scores(run, out)}")
+                log(f"{len(told)}/{len(study.runs())}  {run.budget} {run.arm} seed {run.seed}: {_scores(run, out)}")
             if time.monotonic() - shown > 30:
                 shown = time.monotonic()
                 if lines := [f"{run.arm} {progress_of(study, run)}" for run in study.runs() if _is_running(run, out)]:
-                    say("  " + "   ".join(lines))
+                    log("  " + "   ".join(lines))
     finally:
         for process in processes:
             process.terminate()
@@ -261,14 +261,14 @@ def _is_running(run: Run, out: Path) -> bool:
 
 def do(study: Study, run: Run) -> None:
     """Train and evaluate one run, from the start or from its last whole stage."""
-    from ..evaluation.evaluator import asked_of, evaluate_recipe
+    from ..evaluation.evaluator import evaluation_examples, evaluate_recipe
     from ..training.stages import kept_states, train
 
     out = Path(study.output)
     recipe, folder = study.recipe_of(run), run.folder(out)
     model, processor = train(recipe, resume=True)
     trained = [json.loads((folder / s.name / "log.jsonl").read_text().splitlines()[-1]) for s in recipe.stages]
-    states = kept_states(recipe, model, processor, asked_of(recipe))
+    states = kept_states(recipe, model, processor, evaluation_examples(recipe))
     result = evaluate_recipe(recipe, model, processor, resume=True, states=states)
     facts = {
         "arm": run.arm,
@@ -276,7 +276,7 @@ def do(study: Study, run: Run) -> None:
         "seed": run.seed,
         "plan": model.plan.to_dict(),
         "depths": [model.config.vision_depth, model.config.language_depth],
-        "parameters": {part: sum(p.numel() for p in tensors) for part, tensors in model.parts().items()},
+        "parameters": {part: sum(p.numel() for p in tensors) for part, tensors in model.parameter_groups().items()},
         "image_tokens": processor.num_image_tokens,
         "views": processor.num_views,
         "train_seconds": sum(line["seconds"] for line in trained),

@@ -34,7 +34,7 @@ def search(
     rank: int = 8,
     penalty: float = 0.01,
     workers: int = 2,
-    say=print,
+    log=print,
 ) -> tuple[Plan, list[dict]]:
     """Find a plan for a study's models and data, by training a supernet once per seed; its arms are not used.
 
@@ -52,8 +52,8 @@ def search(
     plan = supernet_plan(*depths, rank=rank)
     out = Path(study.output) / "search"
     nets = supernet_study(study, plan, out, seeds, penalty)
-    run_study(nets, workers=workers, report=False, say=say)
-    worth = [pair_worth(nets, seed) for seed in seeds]
+    run_study(nets, workers=workers, report=False, log=log)
+    worth = [pair_importance(nets, seed) for seed in seeds]
     together = [sum(values) / len(values) for values in zip(*(w for w, _ in worth), strict=True)]
     gates = [sum(values) / len(values) for values in zip(*(g for _, g in worth), strict=True)]
     pairs = [
@@ -100,14 +100,14 @@ def supernet_study(study: Study, plan: Plan, out: Path, seeds: tuple[int, ...], 
     return parse_study(plain)
 
 
-def pair_worth(study: Study, seed: int, batches: int = 16) -> tuple[list[float], list[float]]:
+def pair_importance(study: Study, seed: int, batches: int = 16) -> tuple[list[float], list[float]]:
     """Of a trained supernet: |g * dL/dg| of every gate, summed over batches of the last stage's data, and the gates."""
     import torch
 
     from ..building import load
     from ..data.dataset import Collator, TrainingData
     from ..data.examples import read_source
-    from ..data.feature_cache import VisionStates, views_of
+    from ..data.feature_cache import VisionFeatureCache, views_of
 
     run = Run(study.main, SUPERNET, seed)
     recipe = study.recipe_of(run)
@@ -115,7 +115,7 @@ def pair_worth(study: Study, seed: int, batches: int = 16) -> tuple[list[float],
     stage = recipe.stages[-1]
     examples = [e for source in stage.data for e in read_source(source, [])]
     size = stage.args.get("per_device_train_batch_size", 8)
-    kept = {"states": VisionStates(recipe.states), "views": views_of(model.plan, model.config.vision_depth)}
+    kept = {"states": VisionFeatureCache(recipe.states), "views": views_of(model.plan, model.config.vision_depth)}
     data = TrainingData(
         examples[: size * batches],
         processor,

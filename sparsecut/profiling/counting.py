@@ -138,13 +138,13 @@ def count(
     config = configuration_of(vision_config, text_config, plan)
     tokens = num_pictures * config.num_image_tokens
     with FakeTensorMode():
-        model = pretended(config, dtype)
+        model = build_fake_model(config, dtype)
         ids = torch.zeros(1, tokens + num_text_tokens, dtype=torch.long)
         pixels = torch.zeros(num_pictures, model.plan.num_views, *config.grid.view, dtype=dtype)
         flops, cache = _prompt_flops(model, ids, pixels, tokens)
         mask = torch.ones(batch_size, ids.shape[1], dtype=torch.long)
         held = [saved_bytes(model, ids, pixels, mask, parts) for parts in (["fusion"], ["fusion", "language"])]
-    numbers = {part: sum(p.numel() for p in values) for part, values in model.parts().items() if part != "head"}
+    numbers = {part: sum(p.numel() for p in values) for part, values in model.parameter_groups().items() if part != "head"}
     return Count(
         **{f"num_{part}_parameters": number for part, number in numbers.items()},
         num_total_parameters=sum(numbers.values()),
@@ -199,7 +199,7 @@ def lines_of(rows: Mapping[str, Mapping[str, str]]) -> str:
     return "\n".join(" | ".join([f"{row[0]:{left}}", *rest]) for row, rest in zip(cells, right, strict=True))
 
 
-class Answers(TorchDispatchMode):
+class FakeScalarMode(TorchDispatchMode):
     """Answers the questions about values that a forward asks of pretended tensors: the number and the rows of image tokens."""
 
     def __init__(self, answer: int):
@@ -236,7 +236,7 @@ def configuration_of(vision_config, text_config, plan: str | dict | Plan) -> Spa
     return SparseCutConfig(vision_config=vision, text_config=text, plan=spec, image_token_id=last)
 
 
-def pretended(config: SparseCutConfig, dtype: torch.dtype) -> SparseCutForConditionalGeneration:
+def build_fake_model(config: SparseCutConfig, dtype: torch.dtype) -> SparseCutForConditionalGeneration:
     """The model in evaluation mode with all parameters in `dtype`, which pretended ones must be born with."""
     for part in (config.vision_config, config.text_config, config.text_config.get_text_config()):
         part.dtype = dtype
@@ -249,7 +249,7 @@ def pretended(config: SparseCutConfig, dtype: torch.dtype) -> SparseCutForCondit
 def _prompt_flops(model: nn.Module, ids: Tensor, pixels: Tensor, tokens: int) -> tuple[dict[str, int], int]:
     """FLOPs by part, and the bytes of the cache after the prompt."""
     pictures = pixels if len(pixels) else None
-    with torch.no_grad(), Answers(tokens):
+    with torch.no_grad(), FakeScalarMode(tokens):
         with counter() as whole:
             output = model(input_ids=ids, pixel_values=pictures, use_cache=True, logits_to_keep=1)
         held = _cache_bytes(output.past_key_values)
@@ -283,7 +283,7 @@ def saved_bytes(model: nn.Module, ids: Tensor, pixels: Tensor, mask: Tensor, par
     """Bytes of the storages autograd saves in a forward with a loss, weights left out; mask [batch, length]."""
     model.requires_grad_(False)
     for part in parts:
-        for parameter in model.parts()[part]:
+        for parameter in model.parameter_groups()[part]:
             parameter.requires_grad_(True)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     saved: dict[int, Tensor] = {}  # by storage; held, so that no number is used twice
@@ -295,6 +295,6 @@ def saved_bytes(model: nn.Module, ids: Tensor, pixels: Tensor, mask: Tensor, par
 
     ids, pixels = ids.repeat(len(mask), 1), pixels.repeat(len(mask), 1, 1, 1, 1)
     pictures, tokens = pixels if len(pixels) else None, len(pixels) * model.config.num_image_tokens
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Answers(tokens):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), FakeScalarMode(tokens):
         model(input_ids=ids, pixel_values=pictures, attention_mask=mask, labels=ids, use_cache=False)
     return sum(t.untyped_storage().nbytes() for t in saved.values())

@@ -18,9 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..adapters import adapted
 from ..training.arguments import accumulation
-from .counting import Answers, counter, pretended, saved_bytes
+from .counting import FakeScalarMode, counter, build_fake_model, saved_bytes
 from .dry_run_data import Item, item_of, records_of
-from .dry_run_model import OnPaper, on_paper, trained_number
+from .dry_run_model import EstimatedModel, on_paper, trained_number
 from ..training.freezing import check_parts
 from ..config.recipe import Recipe, Stage
 from ..config.yaml_io import expand_path
@@ -73,7 +73,7 @@ def dry_run(recipe: Recipe, *, devices: int = 1, tflops: float = 989.0, mfu: flo
         dtype = torch.bfloat16 if stage.args.get("bf16") or stage.args.get("fp16") else torch.float32
         with mode:
             if paper.config is not None and dtype not in models:
-                models[dtype] = pretended(paper.config, dtype)
+                models[dtype] = build_fake_model(paper.config, dtype)
             plan = _stage_plan(recipe, stage, paper, models.get(dtype), devices, dtype)
         if plan.steps is not None and plan.flops_per_step is not None:
             plan.hours = plan.steps * plan.flops_per_step / (devices * tflops * 1e12 * mfu) / 3600
@@ -82,7 +82,7 @@ def dry_run(recipe: Recipe, *, devices: int = 1, tflops: float = 989.0, mfu: flo
     return plans
 
 
-def _stage_plan(recipe: Recipe, stage: Stage, paper: OnPaper, model, devices: int, dtype) -> StagePlan:
+def _stage_plan(recipe: Recipe, stage: Stage, paper: EstimatedModel, model, devices: int, dtype) -> StagePlan:
     """The stage on paper; model: the one whose operations are counted, or None."""
     size, found = stage.args.get("per_device_train_batch_size", 8), records_of(stage)
     item, whole = item_of(stage, found, model.config.num_image_tokens if model else 0), paper.upgraded or model
@@ -91,7 +91,7 @@ def _stage_plan(recipe: Recipe, stage: Stage, paper: OnPaper, model, devices: in
         raise ValueError(
             f"{own[0]} is {getattr(stage, own[0])}, but a finished model makes its batches in its own way; remove {own[0]}"
         )
-    parts = {name: sum(p.numel() for p in numbers) for name, numbers in whole.parts().items()}
+    parts = {name: sum(p.numel() for p in numbers) for name, numbers in whole.parameter_groups().items()}
     trained = {name: trained_number(whole, name, stage) for name in stage.train}
     if not any(trained.values()):
         raise ValueError(
@@ -135,9 +135,9 @@ def _counted(model, stage: Stage, item: Item, size: int, dtype) -> tuple[float, 
     """Operations of a row, and bytes that a micro-batch keeps for the backward pass."""
     # A finished model's own projector has a projector of the fusion in its place.
     learns = ["fusion" if name == "projector" else name for name in stage.train]
-    learns = [name for name in dict.fromkeys(learns) if name in model.parts()]
+    learns = [name for name in dict.fromkeys(learns) if name in model.parameter_groups()]
     model.requires_grad_(False)
-    for parameter in (p for name in learns for p in model.parts()[name]):
+    for parameter in (p for name in learns for p in model.parameter_groups()[name]):
         parameter.requires_grad_(True)
     flops = sum(share * _step_flops(model, *_inputs(model, *of, dtype), stage) for share, of in item.kinds if share)
     return flops, _activations(model, stage, size, item.longest, learns, dtype)
@@ -196,7 +196,7 @@ def _zero_stage(stage: Stage) -> int:
 
 def _step_flops(model: nn.Module, ids, pixels, stage: Stage) -> int:
     """Operations of one record, forward and backward; with checkpointing the decoder's layers run forward twice."""
-    with Answers(len(pixels) * model.config.num_image_tokens):
+    with FakeScalarMode(len(pixels) * model.config.num_image_tokens):
         inputs = {"input_ids": ids, "pixel_values": pixels if len(pixels) else None, "labels": ids, "use_cache": False}
         with counter() as forward:
             loss = model(**inputs).loss

@@ -59,7 +59,7 @@ BASES = {"llava-hf/llava-1.5-7b-hf": ("openai/clip-vit-large-patch14-336", "lmsy
 
 
 @dataclass
-class OnPaper:
+class EstimatedModel:
     """config: of the model that is built, or that stands in for a finished one (None where none can); upgraded: a finished one's parts.
 
     saved: whether this package saved it, so that it is loaded as it is.
@@ -71,7 +71,7 @@ class OnPaper:
     notes: list[str] = field(default_factory=list)
 
 
-def on_paper(recipe: Recipe, mode: FakeTensorMode) -> OnPaper:
+def on_paper(recipe: Recipe, mode: FakeTensorMode) -> EstimatedModel:
     """The recipe's model without weights, as training will have it; ValueError for parts or a plan that cannot be."""
     if recipe.model.base is not None:
         return _finished(recipe, expand_path(recipe.model.base), mode)
@@ -82,20 +82,20 @@ def on_paper(recipe: Recipe, mode: FakeTensorMode) -> OnPaper:
         if known:
             notes.append(f"{name} is counted by its published sizes")
         found.append(KNOWN[name] if known else backbone_config(name, part))
-    return OnPaper(configuration_of(*found, recipe.fusion), notes=notes)
+    return EstimatedModel(configuration_of(*found, recipe.fusion), notes=notes)
 
 
 def trained_number(model: nn.Module, name: str, stage: Stage) -> int:
     """How many numbers of a part the stage trains, or of the adapter on it."""
     if (part := adapted(name)) is None:
-        return sum(p.numel() for p in model.parts()[name])
+        return sum(p.numel() for p in model.parameter_groups()[name])
     module, head, targets = module_of(model, part), model.get_output_embeddings(), stage.lora.targets
     linear = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
     chosen = [m for n, m in linear.items() if targets == "all-linear" or n.rpartition(".")[2] in targets]
     return sum(stage.lora.r * sum(m.weight.shape) for m in chosen)
 
 
-def _finished(recipe: Recipe, base: str, mode: FakeTensorMode) -> OnPaper:
+def _finished(recipe: Recipe, base: str, mode: FakeTensorMode) -> EstimatedModel:
     """A finished model under its plan; a saved one brings its own."""
     spec, notes, saved = recipe.fusion, [], False
     if (Path(base) / FACTS).is_file():
@@ -107,7 +107,7 @@ def _finished(recipe: Recipe, base: str, mode: FakeTensorMode) -> OnPaper:
         base, spec, saved = facts["base"], facts["plan"], True
     config = _configuration(base, notes)
     if isinstance(config, SparseCutConfig):
-        return OnPaper(config, notes=notes)
+        return EstimatedModel(config, notes=notes)
     if isinstance(config, SparseCutUpgradeConfig):
         config, spec, saved = config.base_config, config.plan, True
     with mode, no_init_weights():
@@ -120,14 +120,14 @@ def _finished(recipe: Recipe, base: str, mode: FakeTensorMode) -> OnPaper:
             f"{base} takes pictures at sizes of their own: image tokens, operations, hours and what waits for the backward pass are not "
             "counted, and tokens are those of the text"
         )
-        return OnPaper(None, model, saved, notes)
+        return EstimatedModel(None, model, saved, notes)
     notes.append(
         f"operations, and what waits for the backward pass, of {base} are those of a model built of its encoder and language model, with a "
         "projector of the plan's in place of its own"
     )
     tap = getattr(config, "vision_feature_layer", -1)
     plan = _without_base(plan, tap if isinstance(tap, int) else -1)
-    return OnPaper(configuration_of(config.vision_config, config.get_text_config(), plan), model, saved, notes)
+    return EstimatedModel(configuration_of(config.vision_config, config.get_text_config(), plan), model, saved, notes)
 
 
 def _configuration(base: str, notes: list[str]) -> PreTrainedConfig:

@@ -20,21 +20,21 @@ The encoder was deliberately trained so that its top speaks of shape and colour 
 that. <b>One seed is one seed</b>: this page shows that the software works, it is no evidence about the method.</p>"""
 
 
-def answer_aloud(study: Study, arms: dict[str, tuple[str, str]], say, number: int = 6) -> None:
+def answer_aloud(study: Study, arms: dict[str, tuple[str, str]], log, number: int = 6) -> None:
     """Print the table of scores and some questions with every arm's answer."""
     results = {
         title: json.loads((_folder(study, arm) / "eval" / "result.json").read_text())
         for arm, (title, _) in arms.items()
     }
     width = max(map(len, results))
-    say(f"\n{'accuracy in per cent':{width}}   average   " + "   ".join(f"{level:>5}" for level in LEVELS))
+    log(f"\n{'accuracy in per cent':{width}}   average   " + "   ".join(f"{level:>5}" for level in LEVELS))
     for name, result in results.items():
         cells = "   ".join(f"{100 * result['levels'][level]['accuracy']:5.1f}" for level in LEVELS)
-        say(f"{name:{width}}   {100 * result['mean_over_levels']:7.1f}   {cells}")
-    say("one seed is one seed: other seeds move every figure by some points\n")
+        log(f"{name:{width}}   {100 * result['mean_over_levels']:7.1f}   {cells}")
+    log("one seed is one seed: other seeds move every figure by some points\n")
     for sample in choose_samples(study, arms, number):
         answers = ", ".join(f"{arm}: {answer}" for arm, answer in sample.answers.items())
-        say(f"{sample.picture.name}: {sample.question}? ({sample.reference})\n    {answers}")
+        log(f"{sample.picture.name}: {sample.question}? ({sample.reference})\n    {answers}")
 
 
 def write_page(study: Study, arms: dict[str, tuple[str, str]], minutes: float) -> Path:

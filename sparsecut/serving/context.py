@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 
 from . import protocol as wire
-from .image_fetching import MIB, Limits, picture_of
+from .image_fetching import MIB, ImageLimits, picture_of
 from .engine import Engine
 
 READERS = 4  # requests whose pictures are fetched and read at once
@@ -23,17 +23,17 @@ UPLOAD = 60.0  # seconds in which a request must have arrived
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerConfig:
     """How the server answers: the model's name, what a request and a picture may be, and the token that is asked for, if any."""
 
     name: str
-    bounds: wire.Bounds = field(default_factory=wire.Bounds)
-    pictures: Limits = field(default_factory=Limits)
+    bounds: wire.RequestLimits = field(default_factory=wire.RequestLimits)
+    pictures: ImageLimits = field(default_factory=ImageLimits)
     max_request_bytes: int = 32 * MIB
     token: str | None = None
 
 
-class Refused(Exception):
+class APIError(Exception):
     """A request that is answered with an error: status, sentence, OpenAI's type and code."""
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None):
@@ -41,10 +41,10 @@ class Refused(Exception):
         self.status, self.kind, self.code = status, kind, code
 
 
-class Desk:
+class ServerContext:
     """What the routes share: the engine, the settings, and what is counted."""
 
-    def __init__(self, engine: Engine, settings: Settings):
+    def __init__(self, engine: Engine, settings: ServerConfig):
         self.engine, self.settings = engine, settings
         self.counts: Counter = Counter()
         self.began = time.time()
@@ -57,7 +57,7 @@ class Desk:
             return
         given = request.headers.get("authorization", "").encode()
         if not hmac.compare_digest(given, f"Bearer {self.settings.token}".encode()):
-            raise Refused(
+            raise APIError(
                 401,
                 "the bearer token is missing or wrong; give the server's as api_key",
                 "authentication_error",
@@ -65,7 +65,7 @@ class Desk:
             )
 
     @asynccontextmanager
-    async def seat(self) -> AsyncIterator[None]:
+    async def admit(self) -> AsyncIterator[None]:
         """A place among the requests that are read and answered at once, so that their bodies do not fill the memory."""
         most = self.engine.max_queue + self.engine.max_batch
         if self.in_flight >= most:
@@ -79,36 +79,36 @@ class Desk:
     async def read(self, request: Request) -> object:
         """The JSON of a request; Refused where it is none, too large or too slow."""
         if "application/json" not in request.headers.get("content-type", ""):
-            raise Refused(415, "the request must be JSON; send the header Content-Type: application/json")
+            raise APIError(415, "the request must be JSON; send the header Content-Type: application/json")
         limit, data = self.settings.max_request_bytes, bytearray()
         try:
             async with asyncio.timeout(UPLOAD):
                 async for block in request.stream():
                     data += block
                     if len(data) > limit:
-                        raise Refused(
+                        raise APIError(
                             413, f"the request has more than {limit} bytes, this server's limit; send smaller pictures"
                         )
         except ClientDisconnect:
-            raise Refused(499, "the client left before its request had arrived") from None
+            raise APIError(499, "the client left before its request had arrived") from None
         except TimeoutError:
-            raise Refused(408, f"the request did not arrive within {UPLOAD:.0f} seconds; send it again") from None
+            raise APIError(408, f"the request did not arrive within {UPLOAD:.0f} seconds; send it again") from None
         try:
             return json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise Refused(400, f"the request is not JSON: {error}") from None
+            raise APIError(400, f"the request is not JSON: {error}") from None
 
     def prepare(self, body: object):
         """(request, question) of a request's JSON; ValueError or Refused for what cannot be asked."""
         engine, settings = self.engine, self.settings
         asked = wire.read_request(body, engine.processor.image_token, settings.bounds)
         if asked.model is not None and asked.model != settings.name:
-            raise Refused(
+            raise APIError(
                 404,
                 f"there is no model {asked.model!r} here; this server has {settings.name!r}",
                 code="model_not_found",
             )
-        shown = [engine.look(picture_of(url, settings.pictures)) for url in asked.urls]
+        shown = [engine.preprocess_image(picture_of(url, settings.pictures)) for url in asked.urls]
         more = {"num_answers": asked.num_answers, "off": asked.off}
         if asked.max_tokens is not None:
             return asked, engine.ask(asked.messages, shown, asked.sampled(0), **more)
@@ -124,20 +124,20 @@ class Desk:
             async with self.readers:
                 return await run_in_threadpool(self.prepare, body)
         except ValueError as error:
-            raise Refused(400, str(error)) from None
+            raise APIError(400, str(error)) from None
 
 
-def busy(message: str) -> Refused:
+def busy(message: str) -> APIError:
     """A request that finds no place."""
-    return Refused(429, message, "rate_limit_error", "queue_full")
+    return APIError(429, message, "rate_limit_error", "queue_full")
 
 
-def model_entry(desk: Desk) -> dict:
+def model_entry(desk: ServerContext) -> dict:
     """The served model as OpenAI's clients read it."""
     return {"id": desk.settings.name, "object": "model", "created": int(desk.began), "owned_by": "sparsecut"}
 
 
-def metrics_text(desk: Desk) -> str:
+def metrics_text(desk: ServerContext) -> str:
     """What was counted, in Prometheus' text format."""
     engine, counts = desk.engine, desk.counts
     rows = [

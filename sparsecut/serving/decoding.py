@@ -16,7 +16,7 @@ UNFINISHED = "\ufffd"  # what a tokenizer writes for the first bytes of a charac
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How an answer is drawn and where it ends; temperature 0 takes the likeliest token. top_logprobs: None for none at all."""
 
     max_new_tokens: int
@@ -28,7 +28,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextDelta:
     """Some more of an answer's text, the tokens it is made of where these are asked for, and at the end the reason."""
 
     index: int
@@ -37,14 +37,14 @@ class Piece:
     finish_reason: str | None = None
 
 
-class Answer:
-    """One answer being written; `tell` receives its text in pieces, the last one with a finish_reason.
+class GenerationRow:
+    """One answer being written; `on_delta` receives its text in pieces, the last one with a finish_reason.
 
     Outer blanks are left out, as evaluation and chat do, so that the pieces together are what those would show.
     """
 
-    def __init__(self, index: int, sampling: Sampling, tokenizer, ends: set[int], tell: Callable[[Piece], None]):
-        self.index, self.sampling, self.tokenizer, self.ends, self.tell = index, sampling, tokenizer, ends, tell
+    def __init__(self, index: int, sampling: SamplingParams, tokenizer, ends: set[int], on_delta: Callable[[TextDelta], None]):
+        self.index, self.sampling, self.tokenizer, self.ends, self.on_delta = index, sampling, tokenizer, ends, on_delta
         self.ids: list[int] = []
         self.text, self.sent = "", 0
         self.tokens: list[tuple[int, dict]] = []  # not told yet, each with the place in the text where it begins
@@ -99,7 +99,7 @@ class Answer:
         if ready > self.sent:
             piece = self.text[self.sent : ready]
             self.sent = ready
-            self.tell(Piece(self.index, piece, self._tokens_before(ready)))
+            self.on_delta(TextDelta(self.index, piece, self._tokens_before(ready)))
 
     def _ready(self) -> int:
         """How much of the text is sure: not outer blanks, half a character, or what may become a stop string."""
@@ -116,20 +116,20 @@ class Answer:
         cut = reason == "stop" and (not self.ids or self.ids[-1] not in self.ends)
         tokens = self._tokens_before(len(self.text) if cut else len(self.text) + 1)
         self.text, self.finish_reason = self.text.rstrip(), reason
-        self.tell(Piece(self.index, self.text[self.sent :], tokens, reason))
+        self.on_delta(TextDelta(self.index, self.text[self.sent :], tokens, reason))
 
     def abandon(self) -> None:
         """End it where it is: nobody reads it any more."""
         self.finish_reason = self.finish_reason or "abandoned"
 
 
-class Chooser:
+class PerRowSampler:
     """For `generate`: as a logits processor it lets every row choose its token, as a stopping criterion it ends rows.
 
     is_wanted(row) says whether somebody still reads that row.
     """
 
-    def __init__(self, answers: list[Answer], is_wanted: Callable[[int], bool]):
+    def __init__(self, answers: list[GenerationRow], is_wanted: Callable[[int], bool]):
         self.answers, self.is_wanted = answers, is_wanted
 
     def choose(self, ids: Tensor, scores: Tensor) -> Tensor:
@@ -148,11 +148,11 @@ class Chooser:
         return torch.tensor([answer.finish_reason is not None for answer in self.answers], device=ids.device)
 
 
-def joined(pieces: Sequence[Piece], num_answers: int) -> list[Piece]:
+def joined(pieces: Sequence[TextDelta], num_answers: int) -> list[TextDelta]:
     """One Piece per choice, in order, of all its pieces."""
     of = [[piece for piece in pieces if piece.index == i] for i in range(num_answers)]
     return [
-        Piece(i, "".join(p.text for p in one), tuple(t for p in one for t in p.tokens), one[-1].finish_reason)
+        TextDelta(i, "".join(p.text for p in one), tuple(t for p in one for t in p.tokens), one[-1].finish_reason)
         for i, one in enumerate(of)
         if one
     ]

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from .decoding import Answer, Chooser, Piece, Sampling, joined
-from .image_cache import Kept, Picture
+from .decoding import GenerationRow, PerRowSampler, TextDelta, SamplingParams, joined
+from .image_cache import ImageFeatureCache, Picture
 from ..modeling_base import SparseCutImageFeatures
 from ..prompts import check_length, greedy, inputs_of, is_fixed, length_limit, render
 
@@ -28,28 +28,28 @@ KEEPING = ("llava", "qwen2_5_vl")  # bases of which a picture's features are kno
 PIXELS = ("pixel_values", "fine_pixel_values")
 
 
-class Busy(Exception):
+class QueueFullError(Exception):
     """The queue is full, or the engine is closed."""
 
 
 @dataclass(frozen=True)
-class Question:
+class GenerationRequest:
     """What is asked: prompt with its pictures in order, how to answer, how often, and which shortcuts are off."""
 
     prompt: str
     pictures: tuple[Picture, ...]
     num_tokens: int
-    sampling: Sampling
+    sampling: SamplingParams
     num_answers: int = 1
     off: tuple[int, ...] = ()
 
 
 @dataclass
-class Job:
-    """A question on its way; `tell` receives every Piece, then None, or the exception that ended it."""
+class RequestHandle:
+    """A question on its way; `on_delta` receives every Piece, then None, or the exception that ended it."""
 
-    question: Question
-    tell: Callable[[Piece | Exception | None], None]
+    question: GenerationRequest
+    on_delta: Callable[[TextDelta | Exception | None], None]
     num_generated: int = 0
     cancelled: bool = False
     ended: bool = False
@@ -84,13 +84,13 @@ class Engine:
         self.max_batch, self.max_queue = max_batch, max_queue
         self.views = is_fixed(processor)
         self.keeps = self.views or self.model.config.base_config.model_type in KEEPING
-        self.kept = Kept(cache_bytes if self.keeps else 0)
+        self.kept = ImageFeatureCache(cache_bytes if self.keeps else 0)
         self.counts: Counter = Counter()
         self.num_running = 0
         ends = self.model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends]) - {None}
         self.words = threading.Lock()  # a tokenizer changes its padding while it works
-        self.waiting: deque[Job] = deque()
+        self.waiting: deque[RequestHandle] = deque()
         self.tasks: queue.SimpleQueue = queue.SimpleQueue()
         self.changed = threading.Condition()
         self.closed = False
@@ -98,13 +98,13 @@ class Engine:
         self.thread.start()
 
     def ask(
-        self, messages: list[dict], pictures: Sequence[Image.Image | Picture], sampling: Sampling, **more
-    ) -> Question:
+        self, messages: list[dict], pictures: Sequence[Image.Image | Picture], sampling: SamplingParams, **more
+    ) -> GenerationRequest:
         """A question from turns with one placeholder per picture; more: num_answers, off.
 
         Raises ValueError for what the chat template refuses, what is too long, and shortcuts or numbers that are not there.
         """
-        shown = tuple(p if isinstance(p, Picture) else self.look(p) for p in pictures)
+        shown = tuple(p if isinstance(p, Picture) else self.preprocess_image(p) for p in pictures)
         num_answers, off = more.pop("num_answers", 1), tuple(sorted(set(more.pop("off", ()))))
         if not 1 <= num_answers <= self.max_batch:
             raise ValueError(
@@ -117,9 +117,9 @@ class Engine:
             prompt = render(self.processor, messages)
             num_tokens = self._count(prompt, shown)
         check_length(self.model, num_tokens, sampling.max_new_tokens, "the prompt", "shorten it or lower max_tokens")
-        return Question(prompt, shown, num_tokens, sampling, num_answers, off)
+        return GenerationRequest(prompt, shown, num_tokens, sampling, num_answers, off)
 
-    def look(self, image: Image.Image) -> Picture:
+    def preprocess_image(self, image: Image.Image) -> Picture:
         """A picture as it waits: its views where these are enough, because photographs would fill the memory."""
         return Picture.of(image, self.processor if self.views else None)
 
@@ -133,24 +133,24 @@ class Engine:
         limit = length_limit(self.model)
         return None if limit is None else limit - num_tokens
 
-    def submit(self, question: Question, tell: Callable[[Piece | Exception | None], None]) -> Job:
-        """Queue a question; `tell` is called from the model's thread and must not block. Raises Busy where the queue is full."""
-        job = Job(question, tell)
+    def submit(self, question: GenerationRequest, on_delta: Callable[[TextDelta | Exception | None], None]) -> RequestHandle:
+        """Queue a question; `on_delta` is called from the model's thread and must not block. Raises Busy where the queue is full."""
+        job = RequestHandle(question, on_delta)
         with self.changed:
             if self.closed:
-                raise Busy("the server is shutting down; ask another one")
+                raise QueueFullError("the server is shutting down; ask another one")
             if len(self.waiting) >= self.max_queue:
                 self.counts["refused"] += 1
-                raise Busy(f"{len(self.waiting)} requests wait already, which is the limit; try again in a moment")
+                raise QueueFullError(f"{len(self.waiting)} requests wait already, which is the limit; try again in a moment")
             self.waiting.append(job)
             self.changed.notify()
         return job
 
-    def answer(self, question: Question) -> list[Piece]:
+    def answer(self, question: GenerationRequest) -> list[TextDelta]:
         """The finished answers to a question, waited for: one Piece per choice with its whole text, tokens and reason."""
         told: queue.SimpleQueue = queue.SimpleQueue()
         self.submit(question, told.put)
-        pieces: list[Piece] = []
+        pieces: list[TextDelta] = []
         while (piece := told.get()) is not None:
             if isinstance(piece, Exception):
                 raise piece
@@ -162,7 +162,7 @@ class Engine:
         future: Future = Future()
         with self.changed:
             if self.closed or self.tasks.qsize() >= self.max_queue:
-                raise Busy("the server has too much to do or is shutting down; try again in a moment")
+                raise QueueFullError("the server has too much to do or is shutting down; try again in a moment")
             self.tasks.put((function, future))
             self.changed.notify()
         return future
@@ -189,11 +189,11 @@ class Engine:
                 self._answer(jobs)
             self.num_running = 0
         for job in self.waiting:
-            job.tell(Busy("the server is shutting down; ask another one"))
+            job.on_delta(QueueFullError("the server is shutting down; ask another one"))
         while not self.tasks.empty():
-            self.tasks.get()[1].set_exception(Busy("the server is shutting down; ask another one"))
+            self.tasks.get()[1].set_exception(QueueFullError("the server is shutting down; ask another one"))
 
-    def _next_batch(self) -> list[Job]:
+    def _next_batch(self) -> list[RequestHandle]:
         """The longest waiting request and, in their order, those that fit beside it: the same shortcuts off, enough rows."""
         jobs, left, rows = [], [], 0
         for job in self.waiting:
@@ -209,24 +209,24 @@ class Engine:
         self.waiting = deque(left)
         return jobs
 
-    def _answer(self, jobs: list[Job]) -> None:
+    def _answer(self, jobs: list[RequestHandle]) -> None:
         try:
             self._generate(jobs)
-            outcome = [Busy("the server is shutting down; ask another one") if self.closed else None] * len(jobs)
+            outcome = [QueueFullError("the server is shutting down; ask another one") if self.closed else None] * len(jobs)
         except Exception as error:  # told to those who asked; the next batch may go well
             self.counts["failed"] += len(jobs)
             outcome = [error] * len(jobs)
         for job, end in zip(jobs, outcome, strict=True):
             self.counts["cancelled"] += job.cancelled
             job.ended = True
-            job.tell(end)
+            job.on_delta(end)
 
     @torch.inference_mode()
-    def _generate(self, jobs: list[Job]) -> None:
+    def _generate(self, jobs: list[RequestHandle]) -> None:
         rows = [(job, i) for job in jobs for i in range(job.question.num_answers)]
         tokenizer, ends = self.processor.tokenizer, self.ends
-        answers = [Answer(i, job.question.sampling, tokenizer, ends, job.tell) for job, i in rows]
-        chooser = Chooser(answers, lambda row: not (self.closed or rows[row][0].cancelled))
+        answers = [GenerationRow(i, job.question.sampling, tokenizer, ends, job.on_delta) for job, i in rows]
+        chooser = PerRowSampler(answers, lambda row: not (self.closed or rows[row][0].cancelled))
         config = greedy(self.model, max(job.question.sampling.max_new_tokens for job in jobs))
         questions = [job.question for job, _ in rows]
         with self.model.fusion.switched_off(*jobs[0].question.off):
@@ -241,7 +241,7 @@ class Engine:
         for (job, _), answer in zip(rows, answers, strict=True):
             job.num_generated += len(answer.ids)
 
-    def _inputs(self, questions: list[Question]) -> dict:
+    def _inputs(self, questions: list[GenerationRequest]) -> dict:
         """What `generate` takes: the padded prompts, and pixels or the pictures' features."""
         prompts = [q.prompt for q in questions]
         shown = [picture for q in questions for picture in q.pictures]

@@ -29,7 +29,7 @@ class Picture:
 
 
 @dataclass
-class Kept:
+class ImageFeatureCache:
     """Features of pictures under a limit of bytes; the longest unused go first."""
 
     limit: int

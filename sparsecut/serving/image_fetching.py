@@ -32,7 +32,7 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Limits:
+class ImageLimits:
     """What one picture may be: bytes of its file, pixels, and whether and how it may be fetched from elsewhere."""
 
     max_bytes: int = 20 * MIB
@@ -42,7 +42,7 @@ class Limits:
     max_redirects: int = 3
 
 
-def picture_of(url: str, limits: Limits) -> Image.Image:
+def picture_of(url: str, limits: ImageLimits) -> Image.Image:
     """The picture of a data URL, or of a remote one where these are allowed, in RGB and upright; ValueError for any other."""
     scheme = url.split(":", 1)[0].lower() if ":" in url[:16] else ""
     if scheme == "data":
@@ -74,7 +74,7 @@ def data_of(url: str) -> bytes:
         ) from None
 
 
-def picture_in(data: bytes, limits: Limits) -> Image.Image:
+def picture_in(data: bytes, limits: ImageLimits) -> Image.Image:
     """The picture of a file's bytes; ValueError where it is none, broken or too large, before its pixels are read."""
     if len(data) > limits.max_bytes:
         raise ValueError(
@@ -94,7 +94,7 @@ def picture_in(data: bytes, limits: Limits) -> Image.Image:
     )
 
 
-def fetch(url: str, limits: Limits) -> bytes:
+def fetch(url: str, limits: ImageLimits) -> bytes:
     """The bytes behind a public http(s) URL; ValueError for private addresses and where a limit is passed."""
     until = time.monotonic() + limits.seconds
     for _ in range(limits.max_redirects + 1):
@@ -138,7 +138,7 @@ def _is_public(address) -> bool:
     return given_out and address.is_global and not address.is_multicast
 
 
-def _get(url: str, limits: Limits, until: float) -> tuple[int, bytes | str | None]:
+def _get(url: str, limits: ImageLimits, until: float) -> tuple[int, bytes | str | None]:
     """One request: (200, bytes), or another status with where it redirects to."""
     try:
         parts = urllib.parse.urlsplit(url)
@@ -193,7 +193,7 @@ def _cut_off(sock: socket.socket) -> None:
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
-def _read(answer, url: str, limits: Limits, until: float) -> bytes:
+def _read(answer, url: str, limits: ImageLimits, until: float) -> bytes:
     data = bytearray()
     while True:
         block = answer.read1(BLOCK)

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .decoding import Piece, Sampling
+from .decoding import TextDelta, SamplingParams
 from ..plan import nearest
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -34,7 +34,7 @@ MAX_STOPS, MAX_STOP_LETTERS, MAX_TOP_LOGPROBS = 4, 255, 20
 
 
 @dataclass(frozen=True)
-class Bounds:
+class RequestLimits:
     """What one request may ask for: tokens of an answer (and how many where it does not say), pictures, turns, letters of text."""
 
     max_tokens: int = 1024
@@ -58,9 +58,9 @@ class Request:
     stream: bool = False
     usage: bool = False
 
-    def sampled(self, default_tokens: int) -> Sampling:
+    def sampled(self, default_tokens: int) -> SamplingParams:
         """How to answer, in at most so many tokens where the request does not say."""
-        return Sampling(max_new_tokens=self.max_tokens or default_tokens, **self.sampling)
+        return SamplingParams(max_new_tokens=self.max_tokens or default_tokens, **self.sampling)
 
 
 KNOWN = (
@@ -81,7 +81,7 @@ KNOWN = (
 )
 
 
-def read_request(body: object, image_token: str, bounds: Bounds) -> Request:
+def read_request(body: object, image_token: str, bounds: RequestLimits) -> Request:
     """A request from its JSON; shortcuts_off (a list of numbers) is ours. Raises ValueError with a sentence for anything else."""
     if not isinstance(body, dict):
         raise ValueError(f"the request is {_shown(body)}, but must be an object with messages")
@@ -120,7 +120,7 @@ def read_request(body: object, image_token: str, bounds: Bounds) -> Request:
     )
 
 
-def read_messages(messages: object, image_token: str, bounds: Bounds) -> tuple[list[dict], list[str]]:
+def read_messages(messages: object, image_token: str, bounds: RequestLimits) -> tuple[list[dict], list[str]]:
     """Turns with one placeholder per picture, and the pictures' URLs in order; ValueError with a sentence."""
     if not isinstance(messages, list) or not messages:
         raise ValueError('messages must be a list of turns, as [{"role": "user", "content": "What is this?"}]')
@@ -187,7 +187,7 @@ def _content(content: object, where: str, token: str, urls: list[str], may_show:
     return text
 
 
-def _length(body: dict, bounds: Bounds) -> int | None:
+def _length(body: dict, bounds: RequestLimits) -> int | None:
     for name in ("max_completion_tokens", "max_tokens"):
         if name in body:
             return _whole(body, name, None, 1, bounds.max_tokens)
@@ -264,7 +264,7 @@ def usage_of(prompt_tokens: int, completion_tokens: int) -> dict:
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
 
 
-def completion(heading: dict, answers: Sequence[Piece], usage: dict, with_logprobs: bool) -> dict:
+def completion(heading: dict, answers: Sequence[TextDelta], usage: dict, with_logprobs: bool) -> dict:
     """The response to a request that does not stream."""
     choices = [
         {
@@ -278,7 +278,7 @@ def completion(heading: dict, answers: Sequence[Piece], usage: dict, with_logpro
     return {**heading, "choices": choices, "usage": usage}
 
 
-def chunk(heading: dict, piece: Piece, with_logprobs: bool) -> dict:
+def chunk(heading: dict, piece: TextDelta, with_logprobs: bool) -> dict:
     """One event of a stream."""
     delta = {"content": piece.text} if piece.text or piece.finish_reason is None else {}
     logprobs = {"content": list(piece.tokens), "refusal": None} if with_logprobs else None

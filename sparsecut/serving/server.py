@@ -14,9 +14,9 @@ from starlette.exceptions import HTTPException
 
 from .. import __version__
 from . import protocol as wire
-from .decoding import Piece, joined
-from .context import Desk, Refused, Settings, busy, metrics_text, model_entry
-from .engine import Busy, Engine, Job
+from .decoding import TextDelta, joined
+from .context import ServerContext, APIError, ServerConfig, busy, metrics_text, model_entry
+from .engine import QueueFullError, Engine, RequestHandle
 
 POLL = 0.5  # seconds between two looks whether the client is still there
 NOTHING = object()  # has been told since
@@ -37,10 +37,10 @@ class Counting:
         await self.app(scope, receive, counted)
 
 
-class Stream(StreamingResponse):
+class EventStream(StreamingResponse):
     """Server-sent events of one job, which is cancelled where they are not read to their end."""
 
-    def __init__(self, content, desk: Desk, job: Job):
+    def __init__(self, content, desk: ServerContext, job: RequestHandle):
         super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self.desk, self.job = desk, job
 
@@ -53,16 +53,16 @@ class Stream(StreamingResponse):
             self.job.cancel()
 
 
-def make_app(engine: Engine, settings: Settings) -> FastAPI:
+def make_app(engine: Engine, settings: ServerConfig) -> FastAPI:
     """The web application: /v1/chat/completions, /v1/models, /health and /metrics; the engine is closed by its owner."""
     app = FastAPI(title="SparseCut", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    desk = Desk(engine, settings)
+    desk = ServerContext(engine, settings)
     app.state.desk = desk
 
     app.add_middleware(Counting, counts=desk.counts)
 
-    @app.exception_handler(Refused)
-    async def refused(request: Request, error: Refused) -> Response:
+    @app.exception_handler(APIError)
+    async def refused(request: Request, error: APIError) -> Response:
         headers = {"Retry-After": "1"} if error.status == 429 else None
         return JSONResponse(wire.failure(str(error), error.kind, error.code), error.status, headers)
 
@@ -89,7 +89,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     async def model(request: Request, name: str) -> dict:
         desk.check_token(request)
         if name != settings.name:
-            raise Refused(
+            raise APIError(
                 404, f"there is no model {name!r} here; this server has {settings.name!r}", code="model_not_found"
             )
         return model_entry(desk)
@@ -102,13 +102,13 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         desk.check_token(request)
-        async with desk.seat():
+        async with desk.admit():
             asked, question = await desk.prepared(await desk.read(request))
             events: asyncio.Queue = asyncio.Queue()
             job = _submit(engine, question, events)
             if asked.stream:
                 heading = wire.new_heading(settings.name, stream=True)
-                return Stream(_stream(desk, request, asked, job, events, heading), desk, job)
+                return EventStream(_stream(desk, request, asked, job, events, heading), desk, job)
             pieces = [piece async for piece in _pieces(request, job, events)]
         if job.cancelled:
             return Response(status_code=499)  # nobody reads it
@@ -120,20 +120,20 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     return app
 
 
-def _submit(engine: Engine, question, events: asyncio.Queue) -> Job:
+def _submit(engine: Engine, question, events: asyncio.Queue) -> RequestHandle:
     loop = asyncio.get_running_loop()
 
-    def tell(piece) -> None:
+    def on_delta(piece) -> None:
         if not loop.is_closed():  # else the server has ended before its engine
             loop.call_soon_threadsafe(events.put_nowait, piece)
 
     try:
-        return engine.submit(question, tell)
-    except Busy as error:
+        return engine.submit(question, on_delta)
+    except QueueFullError as error:
         raise busy(str(error)) from None
 
 
-async def _pieces(request: Request, job: Job, events: asyncio.Queue) -> AsyncIterator[Piece]:
+async def _pieces(request: Request, job: RequestHandle, events: asyncio.Queue) -> AsyncIterator[TextDelta]:
     """What the engine tells, until its end or until the client leaves, which cancels the job."""
     looked = time.monotonic()
     try:
@@ -156,16 +156,16 @@ async def _pieces(request: Request, job: Job, events: asyncio.Queue) -> AsyncIte
         job.cancel()
 
 
-def _broken(error: Exception) -> Refused:
-    if isinstance(error, Busy):
-        return Refused(503, str(error), "server_error")
+def _broken(error: Exception) -> APIError:
+    if isinstance(error, QueueFullError):
+        return APIError(503, str(error), "server_error")
     if isinstance(error, ValueError):
-        return Refused(400, str(error))
-    return Refused(500, f"the model failed ({type(error).__name__}: {error}); try again", "server_error")
+        return APIError(400, str(error))
+    return APIError(500, f"the model failed ({type(error).__name__}: {error}); try again", "server_error")
 
 
 async def _stream(
-    desk: Desk, request: Request, asked, job: Job, events: asyncio.Queue, heading: dict
+    desk: ServerContext, request: Request, asked, job: RequestHandle, events: asyncio.Queue, heading: dict
 ) -> AsyncIterator[str]:
     """Server-sent events: a first one per choice with the role, one per piece, usage where it is wanted, and [DONE]."""
     with_logprobs = asked.sampling["top_logprobs"] is not None
@@ -176,7 +176,7 @@ async def _stream(
     try:
         async for piece in _pieces(request, job, events):
             yield _event({**wire.chunk(heading, piece, with_logprobs), **more})
-    except Refused as error:
+    except APIError as error:
         yield _event(wire.failure(str(error), error.kind, error.code))
         return
     usage = _usage(desk, job)
@@ -189,7 +189,7 @@ def _event(value: dict) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-def _usage(desk: Desk, job: Job) -> dict:
+def _usage(desk: ServerContext, job: RequestHandle) -> dict:
     desk.counts["prompt_tokens"] += job.question.num_tokens
     desk.counts["completion_tokens"] += job.num_generated
     return wire.usage_of(job.question.num_tokens, job.num_generated)

@@ -10,13 +10,13 @@ from importlib.resources import files
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse
 
-from .decoding import Sampling
-from .context import Desk, Refused, Settings, busy
+from .decoding import SamplingParams
+from .context import ServerContext, APIError, ServerConfig, busy
 from ..drawing import MIXERS, summary
 from ..evaluation.ablation import measure_additions
 from .image_fetching import picture_of
 from ..data.examples import Example
-from .engine import Busy, Engine
+from .engine import QueueFullError, Engine
 from .protocol import read_messages
 
 # Nothing is loaded from elsewhere, and what a model writes could not load anything either.
@@ -31,9 +31,9 @@ def page() -> str:
     return (files(__package__) / "ui.html").read_text(encoding="utf-8")
 
 
-def add_page(app: FastAPI, engine: Engine, settings: Settings) -> None:
+def add_page(app: FastAPI, engine: Engine, settings: ServerConfig) -> None:
     """Give the application its page at / and what the page asks beside chat: the plan, and how much its shortcuts add."""
-    desk: Desk = app.state.desk
+    desk: ServerContext = app.state.desk
 
     @app.get("/")
     async def start() -> HTMLResponse:
@@ -47,20 +47,20 @@ def add_page(app: FastAPI, engine: Engine, settings: Settings) -> None:
     @app.post("/sparsecut/strengths")
     async def strengths(request: Request) -> dict:
         desk.check_token(request)
-        async with desk.seat():
+        async with desk.admit():
             body = await desk.read(request)
             try:
                 async with desk.readers:
                     example = await asyncio.to_thread(_example, engine, settings, body)
                 found = await asyncio.wrap_future(engine.run(lambda: measured(engine, example)))
-            except Busy as error:
+            except QueueFullError as error:
                 raise busy(str(error)) from None
             except ValueError as error:
-                raise Refused(400, str(error)) from None
+                raise APIError(400, str(error)) from None
         return {"shortcuts": found}
 
 
-def plan_facts(model, settings: Settings) -> dict:
+def plan_facts(model, settings: ServerConfig) -> dict:
     """What the page draws: depths, and of each shortcut its taps (absolute), layer and mixer in words."""
     plan, depth = model.plan, model.config.vision_depth
     return {
@@ -85,14 +85,14 @@ def plan_facts(model, settings: Settings) -> dict:
     }
 
 
-def _example(engine: Engine, settings: Settings, body: object) -> Example:
+def _example(engine: Engine, settings: ServerConfig, body: object) -> Example:
     """The conversation of a request, its pictures as files' bytes; ValueError where it has none."""
     messages = body.get("messages") if isinstance(body, dict) else None
     turns, urls = read_messages(messages, engine.processor.image_token, settings.bounds)
     if not urls:
         raise ValueError("the turns hold no picture, and shortcuts add nothing without one; send a picture")
     pictures = [picture_of(url, settings.pictures) for url in urls]
-    engine.ask(turns, pictures, Sampling(1))  # what is too long is refused before the model sees it
+    engine.ask(turns, pictures, SamplingParams(1))  # what is too long is refused before the model sees it
     contents = []
     for picture in pictures:
         file = io.BytesIO()

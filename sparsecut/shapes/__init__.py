@@ -46,9 +46,9 @@ def pretrain(
     quick: bool = False,
     size: str = "small",
     device: str = "cpu",
-    say=print,
+    log=print,
 ) -> Path:
     """Make both backbones anew and write them to `out`/vision and `out`/language; see `pretraining.pretrain`."""
     from .pretraining import pretrain
 
-    return pretrain(out, seed=seed, noise=noise, quick=quick, size=size, device=device, say=say)
+    return pretrain(out, seed=seed, noise=noise, quick=quick, size=size, device=device, log=log)

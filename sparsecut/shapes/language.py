@@ -32,7 +32,7 @@ def pretrain_language(
     size: Size = SMALL,
     training: LanguageTraining | None = None,
     device: str = "cpu",
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast, dict[str, float]]:
     """Train the model; returns it with its tokenizer and its share of right answers to unseen scenes.
 
@@ -65,7 +65,7 @@ def pretrain_language(
             optimizer.step()
             schedule.step()
             if step % 100 == 99 or step == steps - 1:
-                say(f"language: step {step + 1} of {steps}, loss {loss.item():.2f}")
+                log(f"language: step {step + 1} of {steps}, loss {loss.item():.2f}")
         shares = _share(model, tokenizer, size, training)
     return model.eval().cpu(), tokenizer, shares
 

@@ -34,7 +34,7 @@ def pretrain(
     quick: bool = False,
     size: str | Size = SMALL,
     device: str = "cpu",
-    say=print,
+    log=print,
 ) -> Path:
     """Train the encoder and the language model, both from `seed`, and write out/vision, out/language and out/README.md.
 
@@ -46,13 +46,13 @@ def pretrain(
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         runs = [pool.submit(_vision, out, noise=noise, **kept), pool.submit(_language, out, **kept)]
         time = "; about ten minutes" if size == SMALL and not quick else ""
-        say(f"training the encoder and the language model, one process each{time}; how far: {out}/*.log")
+        log(f"training the encoder and the language model, one process each{time}; how far: {out}/*.log")
         shares = {name: run.result() for name, run in zip(("vision", "language"), runs, strict=True)}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     more = "" if size == SMALL else f" --size {size.name} --device {device}"
     told = NOTE.format(seed=seed, noise=noise, more=more, shares=json.dumps(shares, indent=2), **versions)
     (out / "README.md").write_text(told)
-    say(f"wrote {out}")
+    log(f"wrote {out}")
     return out
 
 
@@ -63,7 +63,7 @@ def _vision(out: Path, *, seed: int, noise: float, quick: bool, size: Size, devi
 
     torch.set_num_threads(1)
     chosen = {"seed": seed, "size": size, "training": size.quick[0] if quick else None, "device": device}
-    model, shares = pretrain_vision(noise=noise, say=_log(out, "vision"), **chosen)
+    model, shares = pretrain_vision(noise=noise, log=_log(out, "vision"), **chosen)
     side = model.config.image_size
     model.half().save_pretrained(out / "vision")
     square = {"height": side, "width": side}
@@ -77,7 +77,7 @@ def _language(out: Path, *, seed: int, quick: bool, size: Size, device: str) -> 
 
     torch.set_num_threads(1)
     chosen = {"seed": seed, "size": size, "training": size.quick[1] if quick else None, "device": device}
-    model, tokenizer, shares = pretrain_language(say=_log(out, "language"), **chosen)
+    model, tokenizer, shares = pretrain_language(log=_log(out, "language"), **chosen)
     model.half().save_pretrained(out / "language")
     tokenizer.save_pretrained(out / "language")
     return shares
@@ -88,8 +88,8 @@ def _log(out: Path, name: str):
     path = out / f"{name}.log"
     path.unlink(missing_ok=True)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         with path.open("a") as file:
             file.write(line + "\n")
 
-    return say
+    return log

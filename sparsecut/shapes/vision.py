@@ -90,7 +90,7 @@ def pretrain_vision(
     size: Size = SMALL,
     training: VisionTraining | None = None,
     device: str = "cpu",
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> tuple[CLIPVisionModel, dict[str, float]]:
     """Train the encoder; returns it with the running share of right readings of every attribute, coarse and fine.
 
@@ -104,18 +104,18 @@ def pretrain_vision(
     top, shallow = Readout(TOP, dim).to(device), Readout(SHALLOW, dim).to(device)
     parts = [(top, -1), (shallow, size.shallow_state)]
     with torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda"):
-        _train(encoder, parts, views, training, 0, 0.0, lambda s: say(f"vision, naming: {s}"))
+        _train(encoder, parts, views, training, 0, 0.0, lambda s: log(f"vision, naming: {s}"))
         shares = _shares(encoder, parts, views, training.checked)
         encoder.requires_grad_(False)
         blocks = next(m for m in encoder.modules() if isinstance(m, nn.ModuleList))
         blocks[len(blocks) // 2 :].requires_grad_(True)
         parts = [(Readout(TOP, dim).to(device), -1), (Readout(TOP, dim).to(device), -2)]
         if noise:
-            _train(encoder, parts, views, training, 1, noise, lambda s: say(f"vision, captions only: {s}"))
+            _train(encoder, parts, views, training, 1, noise, lambda s: log(f"vision, captions only: {s}"))
     return encoder.requires_grad_(True).eval().cpu(), shares
 
 
-def _train(encoder, parts, views, training: VisionTraining, phase: int, noise, say) -> None:
+def _train(encoder, parts, views, training: VisionTraining, phase: int, noise, log) -> None:
     steps, warmup = training.steps[phase], training.warmup
     parameters = [p for m in (encoder, *(readout for readout, _ in parts)) for p in m.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=training.rate, weight_decay=0.02)
@@ -133,7 +133,7 @@ def _train(encoder, parts, views, training: VisionTraining, phase: int, noise, s
         optimizer.step()
         schedule.step()
         if step % 100 == 99 or step == steps - 1:
-            say(f"step {step + 1} of {steps}, loss {loss.item():.2f}")
+            log(f"step {step + 1} of {steps}, loss {loss.item():.2f}")
 
 
 def _readings(encoder, parts, views: Views, batch: int, noise: float):

@@ -13,12 +13,12 @@ MODULES = {"vision": "vision_tower", "fusion": "fusion", "language": "language_m
 
 def all_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Parameters by every name that `train` may hold: the model's parts, and adapters that are on them."""
-    return model.parts() | {f"{part}{LORA}": adapter_parameters(model, part) for part in adapters_of(model)}
+    return model.parameter_groups() | {f"{part}{LORA}": adapter_parameters(model, part) for part in adapters_of(model)}
 
 
 def check_parts(model: nn.Module, train: tuple[str, ...]) -> None:
     """Raise ValueError where the model has no such part; whether an adapter is there already does not count."""
-    parts = model.parts()
+    parts = model.parameter_groups()
     if unknown := [name for name in train if (adapted(name) or name) not in parts]:
         raise ValueError(
             f"the model has no part {unknown[0]}; its parts are {', '.join(parts)}, and only upgraded models have a projector of their own"
@@ -68,7 +68,7 @@ def frozen_modules(model: nn.Module, stage: Stage) -> list[tuple[nn.Module, str]
     return [(module, part) for part, found in modules.items() if part not in stage.train for module in found]
 
 
-def freeze_unread(model: nn.Module, parameters: list[nn.Parameter], pictures: dict[str, torch.Tensor]) -> None:
+def freeze_unused_vision_blocks(model: nn.Module, parameters: list[nn.Parameter], pictures: dict[str, torch.Tensor]) -> None:
     """Let those of the parameters rest that no picture's features depend on: an encoder's blocks above the deepest tap.
 
     They would never have a gradient, which engines that share a model between processes take for a fault.

@@ -10,11 +10,11 @@ from torch import distributed
 from transformers import TrainerCallback
 
 
-class Stopped(InterruptedError):
+class TrainingInterrupted(InterruptedError):
     """Training was asked to stop, and what it had reached is on disk."""
 
 
-class StopOnSignal(TrainerCallback):
+class SigtermCallback(TrainerCallback):
     """After the step in which SIGTERM arrives, on whichever process, all processes write a checkpoint and stop.
 
     Outside the main thread signals cannot be caught, and nothing is changed.

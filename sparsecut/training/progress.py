@@ -24,7 +24,7 @@ class StageLog(TrainerCallback):
     """Losses to `folder/log.jsonl` and, if shown, a progress line; silent on all processes but the first.
 
     A line holds step, loss (mean since the last line), grad_norm, lr by part, tokens (seen so far, without padding), image_tokens,
-    seconds, memory_gib (the most that was taken), and shortcuts: what `ShortcutWatch` says of each. Where the stage is evaluated while
+    seconds, memory_gib (the most that was taken), and shortcuts: what `ShortcutMonitor` says of each. Where the stage is evaluated while
     it trains, lines with step and eval_loss stand between.
     `count(tokens, image_tokens)` is called once per batch with sums that may still be on the device.
     """

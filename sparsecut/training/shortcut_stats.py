@@ -11,13 +11,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..hooks import observing
+from ..hooks import observe_injections
 
 PATIENCE = 3  # logged steps with pictures and no gradient before a shortcut is called dead
 logger = logging.getLogger(__name__)
 
 
-class ShortcutWatch:
+class ShortcutMonitor:
     """Figures of a fusion's shortcuts, one dict for each: number, layer, grad_norm and, above the input, ratio.
 
     grad_norm: of its own parameters (of its group's where the plan is shared) and its gate, over the whole step, before clipping.
@@ -38,7 +38,7 @@ class ShortcutWatch:
             yield
             return
         self.ratios = {}
-        with observing(self._see):
+        with observe_injections(self._see):
             yield
 
     def _see(self, layer: int, hidden: Tensor, features: Tensor) -> None:

@@ -26,7 +26,7 @@ from .arguments import stage_arguments
 from ..data.packing import in_rows
 from ..building import build, is_saved, load
 from ..data.dataset import Collator, Example, TrainingData, check_examples, choose, read_source
-from ..fingerprint import digest
+from ..fingerprint import base_hash
 from ..methods import make_plan
 from .freezing import apply_liger, check_parts, freeze
 from .progress import StageLog, report
@@ -34,7 +34,7 @@ from ..prompts import length_limit
 from ..config.recipe import Recipe, Source, Stage, dump_recipe, load_recipe
 from .run_dir import SKIPPED, check_output, clear_stage, finished, link_all, save_stage
 from .trainer import StageTrainer
-from ..data.feature_cache import VisionStates, prepare_states, views_of
+from ..data.feature_cache import VisionFeatureCache, prepare_states, views_of
 from ..data.streaming import Stream, first_of
 from ..upgrading import upgrade
 from ..config.yaml_io import expand_path
@@ -113,7 +113,7 @@ def train(
         if trainer.is_sharded:  # its weights lie in pieces on several processes; the next stage begins with whole ones
             model, processor = load(folder)
             if hasattr(model, "base"):
-                model.config.base_digest = digest(model.base)
+                model.config.base_digest = base_hash(model.base)
     if arguments[-1].should_save:
         link_all(Path(arguments[-1].output_dir), output / "final")
     return model, processor
@@ -128,7 +128,7 @@ def train_stage(
     *,
     checkpoint=None,
     shown: bool = True,
-    states: VisionStates | None = None,
+    states: VisionFeatureCache | None = None,
     held_out: list[Example] | None = None,
 ) -> StageTrainer:
     """Train the parts that a stage names on checked examples; the model is changed in place and left in evaluation mode.
@@ -170,7 +170,7 @@ def train_stage(
         if stage.lora and stage.lora.merge:
             merge_adapters(model)
         if hasattr(model, "base") and not trainer.is_sharded:
-            model.config.base_digest = digest(model.base)
+            model.config.base_digest = base_hash(model.base)
     except ValueError as error:
         if str(error).startswith("stage "):
             raise
@@ -191,12 +191,12 @@ def changes_base(stage: Stage) -> bool:
     return any(not (name == "fusion" or (beside and adapted(name))) for name in stage.train)
 
 
-def kept_states(recipe: Recipe, model, processor, examples: list[Example], args=None) -> VisionStates | None:
+def kept_states(recipe: Recipe, model, processor, examples: list[Example], args=None) -> VisionFeatureCache | None:
     """The recipe's folder of encoder states, filled for these examples; None where it names none."""
     if recipe.states is None:
         return None
     with args.main_process_first(desc="keeping states of the encoder") if args else nullcontext():
-        return prepare_states(expand_path(recipe.states), model, processor, examples, say=report)
+        return prepare_states(expand_path(recipe.states), model, processor, examples, log=report)
 
 
 def _start(recipe: Recipe, arguments: list[TrainingArguments], model, processor):
@@ -220,8 +220,8 @@ def _check_plan(recipe: Recipe, model) -> None:
     if recipe.fusion is None:
         return
     plan = make_plan(recipe.fusion, model.config.vision_depth, model.config.language_depth)
-    if hasattr(model, "family") and not plan.num_base:
-        plan = plan.upgrading(fine=model.family.has_one_view(model.base))
+    if hasattr(model, "family") and not plan.has_base_input:
+        plan = plan.for_upgrade(fine=model.family.has_one_view(model.base))
     if plan != model.plan:
         raise ValueError(
             f"the recipe's fusion gives the plan {plan}, but the model given has {model.plan}; make them the same, or leave fusion out"

@@ -14,15 +14,15 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..adapters import adapters_of, read_weights, save_adapters, without_adapters
-from ..data.packing import AlikeOrder, Rows, check_packing
+from ..data.packing import LengthGroupedSampler, PackedDataset, check_packing
 from ..data.dataset import blank_item, picture_inputs
 from ..data.encoding import IGNORED
-from .freezing import freeze_unread, frozen_modules, part_names
+from .freezing import freeze_unused_vision_blocks, frozen_modules, part_names
 from .progress import StageLog
 from ..config.recipe import Stage
 from .run_dir import SKIPPED, check_continues, check_room, mark_whole, not_written
-from .shortcut_stats import ShortcutWatch
-from .preemption import StopOnSignal, Stopped
+from .shortcut_stats import ShortcutMonitor
+from .preemption import SigtermCallback, TrainingInterrupted
 from ..data.streaming import Stream
 from ..modeling_upgraded import WEIGHTS
 
@@ -33,7 +33,7 @@ class StageTrainer(Trainer):
     """A Trainer for one stage: frozen parts stay in evaluation mode, parts have their own learning rates, bad losses stop it."""
 
     def __init__(self, *args, stage: Stage, log: StageLog, mixture=None, **kwargs):
-        self.stop, self.mixture = StopOnSignal(), mixture
+        self.stop, self.mixture = SigtermCallback(), mixture
         super().__init__(*args, callbacks=[log, self.stop], **kwargs)
         self.stage, self.stage_log = stage, log
         self._check_sharding()
@@ -41,9 +41,9 @@ class StageTrainer(Trainer):
             self.model_accepts_loss_kwargs = False  # then the Trainer averages over micro-batches and processes
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.watch = ShortcutWatch(self.model.fusion, stage.name, compiled=self.args.torch_compile)
+        self.watch = ShortcutMonitor(self.model.fusion, stage.name, compiled=self.args.torch_compile)
         self.frozen = frozen_modules(self.model, stage)
-        parts = self.model.parts()
+        parts = self.model.parameter_groups()
         pictured = [*parts["vision"], *parts.get("projector", ())]
         data = self.train_dataset
         blank = blank_item(data.processor, template=data.template, states=data.states, views=data.views)
@@ -52,10 +52,10 @@ class StageTrainer(Trainer):
                 "adapters are trained whole on every process; remove fsdp or deepspeed from args, the adapters are small"
             )
         whole = not any(hasattr(p, "ds_id") for p in pictured)  # DeepSpeed may hold pieces from the start
-        if whole and isinstance(data, Rows):
+        if whole and isinstance(data, PackedDataset):
             check_packing(self.model, self.data_collator, data)
         if whole and any(p.requires_grad for p in pictured):
-            freeze_unread(self.model, pictured, picture_inputs(blank, data.processor))
+            freeze_unused_vision_blocks(self.model, pictured, picture_inputs(blank, data.processor))
         self.pictured = [p for p in pictured if p.requires_grad]
         self.data_collator.blank = blank if self.is_sharded else None
 
@@ -111,7 +111,7 @@ class StageTrainer(Trainer):
         finally:
             self.stop.close()
         if self.stop.received:
-            raise Stopped(
+            raise TrainingInterrupted(
                 f"stage {self.stage.name}: stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}, "
                 f"which is kept in {self.args.output_dir}; go on with --resume"
             )
@@ -123,7 +123,7 @@ class StageTrainer(Trainer):
         data, step = self.train_dataset, self.batch_facts["global_batch"]
         lengths, images = (data.lengths, data.num_image_tokens) if self.stage.group else ([0] * len(data),) * 2
         more = {"seed": self.args.data_seed, "grouped": self.stage.group, "mixture": self.mixture}
-        return AlikeOrder(lengths, images, step, **more)
+        return LengthGroupedSampler(lengths, images, step, **more)
 
     def get_train_dataloader(self):
         """The Trainer's; a stream divides itself between processes."""

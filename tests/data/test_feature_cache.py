@@ -10,7 +10,7 @@ from helpers.tiny import tiny_model
 
 from sparsecut.data.dataset import read_examples
 from sparsecut.evaluation.evaluator import evaluate
-from sparsecut.data.feature_cache import VisionStates, keys_of, prepare_states, views_of
+from sparsecut.data.feature_cache import VisionFeatureCache, keys_of, prepare_states, views_of
 
 PLANS = ["llava", {"method": "sparsecut", "pattern": "bottom", "fine": 0.5}, "hires_tokens", "dense_connector_dci"]
 
@@ -68,11 +68,11 @@ def test_a_folder_is_used_again_only_where_it_has_everything(tmp_path, monkeypat
     assert len(pickle.dumps(states)) < 1000 and pickle.loads(pickle.dumps(states)).rows == states.rows
     prepare_states(tmp_path / "kept", model, processor, examples)
     assert (tmp_path / "kept" / "index.json").stat().st_mtime_ns != before
-    assert len(VisionStates(tmp_path / "kept").rows) == 9
+    assert len(VisionFeatureCache(tmp_path / "kept").rows) == 9
     other, _ = tiny_model("hires_channels", seed=1)
     prepare_states(tmp_path / "kept", other, processor, examples)
     pixels = processor.pixels(examples[0].pictures())
-    kept = VisionStates(tmp_path / "kept").read(examples[0], views_of(other.plan, 6))
+    kept = VisionFeatureCache(tmp_path / "kept").read(examples[0], views_of(other.plan, 6))
     torch.testing.assert_close(kept[5].float(), other.encode(pixels)[5], atol=2e-3, rtol=1e-3)
 
 

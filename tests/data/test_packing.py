@@ -9,7 +9,7 @@ from helpers.families import family_language
 from helpers.runs import log, run, stage, write_records
 from helpers.tiny import tiny_model, tiny_tokenizer
 
-from sparsecut.data.packing import AlikeOrder, Rows, check_packing, pack_rows
+from sparsecut.data.packing import LengthGroupedSampler, PackedDataset, check_packing, pack_rows
 from sparsecut.data.dataset import Collator, TrainingData, read_examples
 
 RNG = random.Random(1)
@@ -41,7 +41,7 @@ def test_rows_hold_every_record_once_within_their_limits(max_images):
 
 
 def test_an_order_holds_every_item_once_an_epoch_and_is_alike_in_each_step():
-    order = AlikeOrder(LENGTHS, IMAGES, 8, seed=3)
+    order = LengthGroupedSampler(LENGTHS, IMAGES, 8, seed=3)
     epochs = []
     for epoch in (0, 1, 0):
         order.set_epoch(epoch)
@@ -53,7 +53,7 @@ def test_an_order_holds_every_item_once_an_epoch_and_is_alike_in_each_step():
     mixed = [step for step in steps if len({bool(IMAGES[i]) for i in step}) > 1]
     assert len(mixed) <= 2
     assert sum(max(LENGTHS[i] for i in step) * 8 for step in steps) < 1.2 * sum(LENGTHS)
-    plain = list(AlikeOrder(LENGTHS, IMAGES, 8, grouped=False))
+    plain = list(LengthGroupedSampler(LENGTHS, IMAGES, 8, grouped=False))
     assert sum(max(LENGTHS[i] for i in plain[at : at + 8]) * 8 for at in range(0, 208, 8)) > 1.5 * sum(LENGTHS)
 
 
@@ -61,7 +61,7 @@ def test_an_order_holds_every_item_once_an_epoch_and_is_alike_in_each_step():
 def test_packed_rows_give_the_loss_and_gradients_of_the_records_alone(folder, name):
     model, processor = tiny_model(language=language(name))
     data = TrainingData(read_examples(folder / "data.json"), processor)
-    rows, collator = Rows(data, [[0, 5, 1], [6, 2, 10]]), Collator(processor)
+    rows, collator = PackedDataset(data, [[0, 5, 1], [6, 2, 10]]), Collator(processor)
     check_packing(model, collator, rows)
     found = []
     for batch in (collator([rows[0], rows[1]]), collator([data[i] for i in (0, 5, 1, 6, 2, 10)])):
@@ -80,7 +80,7 @@ def test_a_language_model_that_would_mix_packed_records_is_refused(folder, name)
     with pytest.raises(
         ValueError, match=r"does not keep packed records apart .a record changes what the next one says"
     ):
-        check_packing(model, Collator(processor), Rows(data, [[0, 1]]))
+        check_packing(model, Collator(processor), PackedDataset(data, [[0, 1]]))
 
 
 def test_packed_and_grouped_stages_have_the_loss_of_single_records(folder):

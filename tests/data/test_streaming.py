@@ -12,7 +12,7 @@ from helpers.shards import write_shards
 from helpers.tiny import tiny_model
 
 from sparsecut import train
-from sparsecut.data.packing import AlikeOrder
+from sparsecut.data.packing import LengthGroupedSampler
 from sparsecut.data.dataset import Collator, TrainingData
 from sparsecut.config.recipe import Source
 from sparsecut.data.examples import read_examples
@@ -117,7 +117,7 @@ def test_a_stream_that_was_cut_off_goes_on_to_the_bit(folder, monkeypatch):
 
 
 def test_a_mixture_keeps_its_shares_and_repeats_nothing_before_all_was_seen():
-    order = AlikeOrder([0] * 100, [0] * 100, 10, seed=1, grouped=False, mixture=[(80, 1.0), (20, 1.0)])
+    order = LengthGroupedSampler([0] * 100, [0] * 100, 10, seed=1, grouped=False, mixture=[(80, 1.0), (20, 1.0)])
     seen = []
     for epoch in range(8):
         order.set_epoch(epoch)

@@ -69,7 +69,7 @@ def test_a_search_writes_a_plan_that_keeps_its_budget(tmp_path):
     from sparsecut.profiling.counting import backbone_config, count
 
     study = parse_study({**QUICK, "output": str(tmp_path), "budgets": {"short": []}})
-    plan, pairs = search(study, count=2, ratio=1.6, rank=2, workers=1, say=lambda line: None)
+    plan, pairs = search(study, count=2, ratio=1.6, rank=2, workers=1, log=lambda line: None)
     assert 1 <= len(plan.shortcuts) - 1 <= 2 and len(pairs) == 48
     assert [p["worth"] for p in pairs] == sorted((p["worth"] for p in pairs), reverse=True) and pairs[0]["worth"] > 0
     written = Plan.from_dict(yaml.safe_load((tmp_path / "search" / "plan.yaml").read_text()))

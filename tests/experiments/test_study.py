@@ -54,7 +54,7 @@ def small():
 def finished(tmp_path_factory):
     """(study, its folder), run to its end in two processes."""
     one = study(tmp_path_factory.mktemp("finished"))
-    run_study(one, say=lambda line: None)
+    run_study(one, log=lambda line: None)
     return one, Path(one.output)
 
 
@@ -105,7 +105,7 @@ def test_a_study_leaves_what_its_report_reads_and_nothing_is_run_twice(finished)
     assert all((out / f"report.{kind}").is_file() for kind in ("html", "md", "json"))
     before = {run: (run.folder(out) / "facts.json").stat().st_mtime_ns for run in one.runs()}
     again = []
-    run_study(one, say=again.append)
+    run_study(one, log=again.append)
     assert "5 runs: 5 finished, 0 to do in 2 processes" in again and not any("drawing" in line for line in again)
     assert before == {run: (run.folder(out) / "facts.json").stat().st_mtime_ns for run in one.runs()}
     assert load_study(out / "study.yaml") == one
@@ -123,14 +123,14 @@ def test_more_arms_and_seeds_may_join_but_no_other_study_may_take_the_folder(fin
         ({"budgets": {"short": ["stages.0.args.max_steps=3"]}}, "differs in budgets.short"),
     ):
         with pytest.raises(ValueError, match=words):
-            run_study(parse_study({**QUICK, "output": str(out), **changes}), say=print)
+            run_study(parse_study({**QUICK, "output": str(out), **changes}), log=print)
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path):
     bad = study(tmp_path, seeds=[0], budgets={"short": []})
     bad.recipe["stages"][0]["args"] = {**bad.recipe["stages"][0]["args"], "learning_rate": 1e30, "max_steps": 6}
     with pytest.raises(ChildProcessError, match=r"runs failed \(short/plain/0.*that training cannot go on|runs failed"):
-        run_study(bad, workers=1, say=lambda line: None)
+        run_study(bad, workers=1, log=lambda line: None)
     failed = [run for run in bad.runs() if (run.folder(tmp_path / "study") / "failed.txt").is_file()]
     assert failed and "loss" in (failed[0].folder(tmp_path / "study") / "failed.txt").read_text()
 

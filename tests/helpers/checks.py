@@ -9,7 +9,7 @@ import torch
 from helpers.families import IMAGE, VIEW_SIZES, family_language, family_vision, language_config, vision_config
 
 from sparsecut import SparseCutConfig, SparseCutForConditionalGeneration
-from sparsecut.encoders import feed, is_audio, unpack
+from sparsecut.encoders import encoder_inputs, is_audio, to_raster_order
 from sparsecut.hooks import find_layers, read_taps
 
 PROMPTS = [[5, IMAGE, 6, 7], [8, 9, 10, IMAGE, 11, 12, 13]]  # one placeholder per picture
@@ -146,11 +146,11 @@ def taps(model):
     """The taps are the encoder's own hidden states, their prefix tokens removed, and each stands where its patch does."""
     grid, depth = model.config.grid, model.config.vision_depth
     views = torch.randn(2, *grid.view)
-    states = model.vision_tower(**feed(grid, views), output_hidden_states=True).hidden_states
+    states = model.vision_tower(**encoder_inputs(grid, views), output_hidden_states=True).hidden_states
     for deepest in (0, 1, depth - 1):  # the last one is normalised in some families
         found = read_taps(model.vision_tower, views, grid, range(deepest + 1))
         for tap in range(deepest + 1):
-            assert torch.equal(found[tap], unpack(grid, states[tap], 2)), f"tap {tap}"
+            assert torch.equal(found[tap], to_raster_order(grid, states[tap], 2)), f"tap {tap}"
             torch.testing.assert_close(
                 read_taps(model.vision_tower, views[1:], grid, [tap])[tap], found[tap][1:], atol=1e-5, rtol=1e-4
             )
@@ -173,7 +173,7 @@ def stops(model):
     """Blocks above the deepest wanted tap do not run while taps are read, and run as ever otherwise."""
     depth, grid, runs = model.config.vision_depth, model.config.grid, []
     views = torch.randn(1, *grid.view)
-    before = model.vision_tower(**feed(grid, views)).last_hidden_state
+    before = model.vision_tower(**encoder_inputs(grid, views)).last_hidden_state
     inner = [
         next(m for m in block.modules() if not list(m.children()))
         for block in find_layers(model.vision_tower, depth, "")
@@ -181,7 +181,7 @@ def stops(model):
     handles = [m.register_forward_hook(lambda *_, i=i: runs.append(i)) for i, m in enumerate(inner)]
     read_taps(model.vision_tower, views, grid, [1, 2])
     assert set(runs) == {0, 1}, f"blocks {sorted(set(runs))} ran"
-    assert torch.equal(model.vision_tower(**feed(grid, views)).last_hidden_state, before)
+    assert torch.equal(model.vision_tower(**encoder_inputs(grid, views)).last_hidden_state, before)
     assert set(runs) == set(range(depth))
     for handle in handles:
         handle.remove()

@@ -13,14 +13,14 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
-from sparsecut.serving.context import Settings  # noqa: E402
+from sparsecut.serving.context import ServerConfig  # noqa: E402
 from sparsecut.serving.server import make_app  # noqa: E402
 
 
 @contextmanager
 def served(engine, add=lambda app, engine, settings: None, **settings):
     """A client of a server of this engine on a free port."""
-    chosen = Settings(name="tiny", **settings)
+    chosen = ServerConfig(name="tiny", **settings)
     app = make_app(engine, chosen)
     add(app, engine, chosen)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))

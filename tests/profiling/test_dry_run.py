@@ -46,7 +46,7 @@ def model():
 @pytest.mark.parametrize("train", [["fusion"], ["fusion", "language"], ["fusion", "language:lora"]])
 def test_parameters_are_those_of_the_model(model, train):
     plan = plan_of(train=train)
-    real = {name: sum(p.numel() for p in found) for name, found in model.parts().items()}
+    real = {name: sum(p.numel() for p in found) for name, found in model.parameter_groups().items()}
     assert abs(sum(plan.parameters.values()) / sum(real.values()) - 1) < 0.01  # the built one has a word more
     assert plan.trained["fusion"] == real["fusion"]
     if "language:lora" in train:
@@ -64,7 +64,7 @@ def test_operations_are_those_of_a_real_step(model, train):
     plan = plan_of(train=train)
     model.requires_grad_(False)
     for name in train:
-        for parameter in model.parts()[name]:
+        for parameter in model.parameter_groups()[name]:
             parameter.requires_grad_(True)
     ids = torch.zeros(1, round(plan.tokens_per_record), dtype=torch.long)
     ids[:, : round(plan.image_tokens_per_record)] = model.config.image_token_id
@@ -256,7 +256,7 @@ def test_a_folder_that_is_made_first_is_asked_for(tmp_path, monkeypatch):
 def test_a_finished_model_is_counted_as_it_will_be(kind, tmp_path):
     base, processor = base_of(kind)
     model, _ = upgrade(base, processor=processor)
-    real = {name: sum(p.numel() for p in found) for name, found in model.parts().items()}
+    real = {name: sum(p.numel() for p in found) for name, found in model.parameter_groups().items()}
     model.save_pretrained(tmp_path / "saved")
     model.detach().save_pretrained(tmp_path / "base")
     for folder in ("base", "saved"):
@@ -285,6 +285,6 @@ def test_a_saved_model_brings_its_own_plan(tmp_path):
     model, processor = tiny_model()
     save(model, processor, tmp_path / "mine")
     (plan,) = finished(tmp_path / "mine")
-    assert plan.parameters == {name: sum(p.numel() for p in found) for name, found in model.parts().items()}
+    assert plan.parameters == {name: sum(p.numel() for p in found) for name, found in model.parameter_groups().items()}
     with pytest.raises(ValueError, match="there is no model"):
         finished(tmp_path / "none" / "such" / "folder")

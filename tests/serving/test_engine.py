@@ -8,7 +8,7 @@ from helpers.clients import picture
 from test_upgrade_training import base_of
 
 from sparsecut import build, upgrade
-from sparsecut.serving.decoding import Sampling, joined
+from sparsecut.serving.decoding import SamplingParams, joined
 from sparsecut.prompts import decode, greedy, inputs_of, render
 from sparsecut.serving.engine import Engine
 
@@ -34,7 +34,7 @@ def together(engine, questions, length: int, **more) -> list[str]:
     told = []
     for messages, shown in questions:
         told.append(queue.SimpleQueue())
-        engine.submit(engine.ask(messages, shown, Sampling(length, temperature=0), **more), told[-1].put)
+        engine.submit(engine.ask(messages, shown, SamplingParams(length, temperature=0), **more), told[-1].put)
     answers = []
     for one in told:
         pieces = []

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from sparsecut.serving import image_fetching as fetching
-from sparsecut.serving.image_fetching import Limits, fetch, picture_in, picture_of, public_address
+from sparsecut.serving.image_fetching import ImageLimits, fetch, picture_in, picture_of, public_address
 
-ALLOWED = Limits(remote=True, max_bytes=5000, max_pixels=900, seconds=0.5)
+ALLOWED = ImageLimits(remote=True, max_bytes=5000, max_pixels=900, seconds=0.5)
 
 
 def png(*size: int) -> bytes:

@@ -12,10 +12,10 @@ from helpers.clients import ASK, create, openai, picture, post, served, turn
 from PIL import Image
 from helpers.tiny import tiny_model
 
-from sparsecut.serving.image_fetching import Limits
+from sparsecut.serving.image_fetching import ImageLimits
 from sparsecut.prompts import decode, greedy, inputs_of, render
 from sparsecut.serving.engine import Engine
-from sparsecut.serving.protocol import Bounds
+from sparsecut.serving.protocol import RequestLimits
 
 
 def alone(engine, text: str, *pictures: Image.Image, length: int = 6) -> str:
@@ -185,8 +185,8 @@ def test_limits_and_token():
     settings = {
         "token": "secret",
         "max_request_bytes": 20000,
-        "pictures": Limits(max_pixels=1000),
-        "bounds": Bounds(max_tokens=400),
+        "pictures": ImageLimits(max_pixels=1000),
+        "bounds": RequestLimits(max_tokens=400),
     }
     try:
         with served(engine, **settings) as client:

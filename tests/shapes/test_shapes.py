@@ -91,7 +91,7 @@ def test_an_unknown_split_is_refused(tmp_path):
 
 
 def test_the_backbones_can_be_made_anew(tmp_path):
-    pretrain(tmp_path, quick=True, say=lambda line: None)
+    pretrain(tmp_path, quick=True, log=lambda line: None)
     model, processor = build(str(tmp_path / "vision"), str(tmp_path / "language"))
     assert model.config.vision_depth == 8 and processor.num_image_tokens == 16
     assert "sparsecut world pretrain --seed 0 --noise 3.0" in (tmp_path / "README.md").read_text()

@@ -14,7 +14,7 @@ from .multiple_choice_metrics import LETTERS, ROTATIONS, is_empty, mmbench, scie
 from .task import (
     EVAL_ZIP,
     LETTER,
-    Asked,
+    TaskData,
     Question,
     Score,
     Task,
@@ -29,7 +29,7 @@ SHORTEST_PICTURE = 64  # characters of base64; a shorter cell is the index of th
 DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")  # columns that a submission leaves out
 
 
-def read_scienceqa(root: Path, options: Mapping[str, str]) -> Asked:
+def read_scienceqa(root: Path, options: Mapping[str, str]) -> TaskData:
     """The test split, or its questions with a picture."""
     folder = root / "scienceqa"
     file, truth, splits = folder / "llava_test_CQM-A.json", folder / "problems.json", folder / "pid_splits.json"
@@ -46,10 +46,10 @@ def read_scienceqa(root: Path, options: Mapping[str, str]) -> Asked:
         facts = {"problem": problem}
         right = LETTERS[problem["answer"]]
         questions.append(Question(key, f"{text}\n{LETTER}", image, facts, "", right, problem["subject"], source))
-    return Asked(questions, Pictures(the_file(folder / "images" / "test")), [file, truth, splits])
+    return TaskData(questions, Pictures(the_file(folder / "images" / "test")), [file, truth, splits])
 
 
-def score_scienceqa(asked: Asked, answers: Mapping[str, str]) -> Score:
+def score_scienceqa(asked: TaskData, answers: Mapping[str, str]) -> Score:
     """Accuracy of questions with a picture (the paper's ScienceQA-IMG) and of all, in per cent."""
     problems = {q.id: q.facts["problem"] for q in asked.questions}
     shown = {q.id: "<image>" if q.image is not None else "" for q in asked.questions}
@@ -61,7 +61,7 @@ def score_scienceqa(asked: Asked, answers: Mapping[str, str]) -> Score:
     return Score({name: value for name, value in main.items() if value is not None}, found, each)
 
 
-def read_mmbench(root: Path, options: Mapping[str, str], *, names: Mapping[str, str], last: str) -> Asked:
+def read_mmbench(root: Path, options: Mapping[str, str], *, names: Mapping[str, str], last: str) -> TaskData:
     """All rows of the table, rotations too, or with circular=off the first of each question."""
     import pandas
 
@@ -96,7 +96,7 @@ def read_mmbench(root: Path, options: Mapping[str, str], *, names: Mapping[str, 
         truth = facts.get("answer", "")
         text, picture = _mmbench_text(row, last), _picture(row, pictures, source)
         questions.append(Question(row["index"], text, picture, facts, unit, truth, kind, source))
-    return Asked(questions, None, [file], {"circular": options["circular"] == "on", "columns": list(rows[0])})
+    return TaskData(questions, None, [file], {"circular": options["circular"] == "on", "columns": list(rows[0])})
 
 
 def _mmbench_text(row: Mapping, last: str) -> str:
@@ -123,7 +123,7 @@ def _picture(row: Mapping, pictures: Mapping[str, str], source: str) -> bytes:
         raise ValueError(f"{source} has no picture in base64; download the table again") from None
 
 
-def score_mmbench(asked: Asked, answers: Mapping[str, str]) -> Score | None:
+def score_mmbench(asked: TaskData, answers: Mapping[str, str]) -> Score | None:
     """Circular accuracy, or plain accuracy of the first rows, in per cent; None where the table has no answers (test split)."""
     if not all("answer" in q.facts for q in asked.questions):
         return None
@@ -139,7 +139,7 @@ def score_mmbench(asked: Asked, answers: Mapping[str, str]) -> Score | None:
     return Score({"circular accuracy": 100 * found["circular_accuracy"]["Overall"], **plain}, found, each)
 
 
-def submit_mmbench(asked: Asked, answers: Mapping[str, str], folder: Path) -> list[Path]:
+def submit_mmbench(asked: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
     """The table that MMBench's server takes: the rows with a column `prediction`, as .xlsx, which needs the package openpyxl."""
     import pandas
 
@@ -154,7 +154,7 @@ def submit_mmbench(asked: Asked, answers: Mapping[str, str], folder: Path) -> li
     return [path]
 
 
-def read_seed(root: Path, options: Mapping[str, str]) -> Asked:
+def read_seed(root: Path, options: Mapping[str, str]) -> TaskData:
     """SEED-Bench: pictures, the middle frames of videos, or both."""
     folder = root / "seed_bench"
     file, truth = folder / "llava-seed-bench.jsonl", folder / "SEED-Bench.json"
@@ -172,10 +172,10 @@ def read_seed(root: Path, options: Mapping[str, str]) -> Asked:
             questions.append(Question(q.id, q.text, q.image, more, "", one["answer"], kind, q.source))
     if not questions:
         raise ValueError(f"{file} holds no {options['part']} questions; download it again, or ask seed:part=all")
-    return Asked(questions, Pictures(folder), [file, truth], {"question_type": facts["question_type"]})
+    return TaskData(questions, Pictures(folder), [file, truth], {"question_type": facts["question_type"]})
 
 
-def score_seed(asked: Asked, answers: Mapping[str, str]) -> Score:
+def score_seed(asked: TaskData, answers: Mapping[str, str]) -> Score:
     """Share of exactly right letters, in per cent, of images, of videos and of all."""
     truth = {q.id: q.facts["truth"] for q in asked.questions}
     found = seed(
@@ -185,7 +185,7 @@ def score_seed(asked: Asked, answers: Mapping[str, str]) -> Score:
     return Score(main, found, {key: float(answers[key] == one["answer"]) for key, one in truth.items()})
 
 
-def submit_seed(asked: Asked, answers: Mapping[str, str], folder: Path) -> list[Path]:
+def submit_seed(asked: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
     """What SEED-Bench's leaderboard takes."""
     rows = [{"question_id": q.facts["truth"]["question_id"], "prediction": answers[q.id]} for q in asked.questions]
     return [write_lines(folder / "seed_submission.jsonl", rows)]

@@ -10,7 +10,7 @@ from ...data.images import Pictures
 from .task import (
     EVAL_ZIP,
     SHORT,
-    Asked,
+    TaskData,
     Question,
     Score,
     Task,
@@ -26,7 +26,7 @@ from .open_ended_metrics import textvqa, textvqa_text, vqa, vqa_score
 OCR = "Reference OCR token:"  # begins the line of a prompt that names what a text recogniser read
 
 
-def read_vqav2(root: Path, options: Mapping[str, str]) -> Asked:
+def read_vqav2(root: Path, options: Mapping[str, str]) -> TaskData:
     """test-dev and test from LLaVA's question files, or the validation split from the official ones, whose answers are public."""
     folder, split = root / "vqav2", options["split"]
     if split == "val":
@@ -34,10 +34,10 @@ def read_vqav2(root: Path, options: Mapping[str, str]) -> Asked:
     asked = folder / f"llava_vqav2_mscoco_{'test2015' if split == 'test' else 'test-dev2015'}.jsonl"
     whole = folder / "llava_vqav2_mscoco_test2015.jsonl"
     ids = [record["question_id"] for record in read_lines(whole, "question_id")]
-    return Asked(llava_questions(asked), Pictures(the_file(folder / "test2015")), [asked, whole], {"submitted": ids})
+    return TaskData(llava_questions(asked), Pictures(the_file(folder / "test2015")), [asked, whole], {"submitted": ids})
 
 
-def _read_vqav2_val(folder: Path) -> Asked:
+def _read_vqav2_val(folder: Path) -> TaskData:
     asked, truth = folder / "v2_OpenEnded_mscoco_val2014_questions.json", folder / "v2_mscoco_val2014_annotations.json"
     annotations = {one["question_id"]: one for one in read_json(truth)["annotations"]}
     questions = [
@@ -52,10 +52,10 @@ def _read_vqav2_val(folder: Path) -> Asked:
         )
         for one in read_json(asked)["questions"]
     ]
-    return Asked(questions, Pictures(the_file(folder / "val2014")), [asked, truth])
+    return TaskData(questions, Pictures(the_file(folder / "val2014")), [asked, truth])
 
 
-def score_vqav2(asked: Asked, answers: Mapping[str, str]) -> Score | None:
+def score_vqav2(asked: TaskData, answers: Mapping[str, str]) -> Score | None:
     """VQA accuracy of the validation split, of answers as a submission holds them; None for test splits."""
     if "submitted" in asked.facts:
         return None
@@ -67,7 +67,7 @@ def score_vqav2(asked: Asked, answers: Mapping[str, str]) -> Score | None:
     return Score({"accuracy": found["overall"]}, found, each)
 
 
-def submit_vqav2(asked: Asked, answers: Mapping[str, str], folder: Path) -> list[Path]:
+def submit_vqav2(asked: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
     """What eval.ai takes: an answer for every question of the test split, empty where it was not asked."""
     if "submitted" not in asked.facts:
         return []
@@ -76,19 +76,19 @@ def submit_vqav2(asked: Asked, answers: Mapping[str, str], folder: Path) -> list
     return [write_json(folder / "vqav2_submission.json", rows)]
 
 
-def read_vizwiz(root: Path, options: Mapping[str, str]) -> Asked:
+def read_vizwiz(root: Path, options: Mapping[str, str]) -> TaskData:
     """The test split; its prompts allow "Unanswerable"."""
     file = root / "vizwiz" / "llava_test.jsonl"
-    return Asked(llava_questions(file), Pictures(the_file(root / "vizwiz" / "test")), [file])
+    return TaskData(llava_questions(file), Pictures(the_file(root / "vizwiz" / "test")), [file])
 
 
-def submit_vizwiz(asked: Asked, answers: Mapping[str, str], folder: Path) -> list[Path]:
+def submit_vizwiz(asked: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
     """What eval.ai takes: picture and answer of each question."""
     rows = [{"image": q.image, "answer": textvqa_text(answers[q.id])} for q in asked.questions]
     return [write_json(folder / "vizwiz_submission.json", rows)]
 
 
-def read_textvqa(root: Path, options: Mapping[str, str]) -> Asked:
+def read_textvqa(root: Path, options: Mapping[str, str]) -> TaskData:
     """The validation split, with or without the line that names what a text recogniser read in the picture."""
     folder = root / "textvqa"
     file, truth = folder / "llava_textvqa_val_v051_ocr.jsonl", folder / "TextVQA_0.5.1_val.json"
@@ -107,10 +107,10 @@ def read_textvqa(root: Path, options: Mapping[str, str]) -> Asked:
         questions.append(replace(q, text=text, facts={**q.facts, "answers": answers}, reference=_most(answers)))
     if options["ocr"] == "on" and not any(OCR in q.text for q in questions):
         raise ValueError(f"{file} holds no line that begins with {OCR!r}; ask without, as textvqa:ocr=off")
-    return Asked(questions, Pictures(the_file(folder / "train_images")), [file, truth])
+    return TaskData(questions, Pictures(the_file(folder / "train_images")), [file, truth])
 
 
-def score_textvqa(asked: Asked, answers: Mapping[str, str]) -> Score:
+def score_textvqa(asked: TaskData, answers: Mapping[str, str]) -> Score:
     """TextVQA accuracy by the M4C evaluator, in per cent."""
     pairs = [{"pred_answer": answers[q.id], "gt_answers": q.facts["answers"]} for q in asked.questions]
     found = textvqa(pairs)
@@ -122,29 +122,29 @@ def _most(answers: list[str]) -> str:
     return max(answers, key=answers.count)
 
 
-def read_mmvet(root: Path, options: Mapping[str, str]) -> Asked:
+def read_mmvet(root: Path, options: Mapping[str, str]) -> TaskData:
     """All questions; the released script and its instructions name the folder differently, either is taken."""
     folder = the_file(root / "mm-vet", root / "mmvet")
     file = folder / "llava-mm-vet.jsonl"
-    return Asked(llava_questions(file), Pictures(the_file(folder / "images")), [file])
+    return TaskData(llava_questions(file), Pictures(the_file(folder / "images")), [file])
 
 
-def submit_mmvet(asked: Asked, answers: Mapping[str, str], folder: Path) -> list[Path]:
+def submit_mmvet(asked: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
     """What MM-Vet's notebook and evaluation server take."""
     rows = {f"v1_{q.facts['question_id']}": answers[q.id] for q in asked.questions}
     return [write_json(folder / "mmvet_submission.json", rows, indent=2)]
 
 
-def read_llava_bench(root: Path, options: Mapping[str, str]) -> Asked:
+def read_llava_bench(root: Path, options: Mapping[str, str]) -> TaskData:
     """LLaVA-Bench (in the wild); its kinds of question are groups."""
     folder = root / "llava-bench-in-the-wild"
     file = folder / "questions.jsonl"
-    return Asked(
+    return TaskData(
         llava_questions(file, group=lambda one: one.get("category")), Pictures(the_file(folder / "images")), [file]
     )
 
 
-def submit_llava_bench(asked: Asked, answers: Mapping[str, str], folder: Path) -> list[Path]:
+def submit_llava_bench(asked: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
     """What LLaVA's eval_gpt_review_bench.py takes as one of its --answer-list."""
     rows = [
         {

@@ -16,7 +16,7 @@ from ...plan import nearest
 from ...data.examples import IMAGE, Example
 from ..scoring import Z95, wilson
 from .multiple_choice import CHOICE_TASKS
-from .task import Asked, NotThereError, Question, Score, Task
+from .task import TaskData, MissingFileError, Question, Score, Task
 from .open_ended import TEXT_TASKS
 from .single_word import WORD_TASKS
 
@@ -35,7 +35,7 @@ class Chosen:
 
     name: str
     options: Mapping[str, str]
-    asked: Asked
+    asked: TaskData
     limit: int | None = None
 
     @property
@@ -99,7 +99,7 @@ def read_tasks(text: str, root: str | Path, limit: int | None = None) -> list[Ch
     for name, options in parse_tasks(text):
         try:
             asked = TASKS[name].read(root, options)
-        except NotThereError as error:
+        except MissingFileError as error:
             raise ValueError(
                 f"{name} needs {error.path}, which is not there; {TASKS[name].source} (docs/benchmarks.md)"
             ) from None
@@ -130,7 +130,7 @@ def _limited(questions: Sequence[Question], limit: int | None) -> Sequence[Quest
     return [q for q in questions if (q.unit or q.id) in kept]
 
 
-def examples_of(asked: Asked) -> list[Example]:
+def examples_of(asked: TaskData) -> list[Example]:
     """The questions as they are put to a model: the picture before the prompt, as the released scripts do."""
     return [
         Example(

@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...data.images import Pictures
-from .task import EVAL_ZIP, SHORT, Asked, Question, Score, Task, llava_questions, read_json, read_lines, the_file
+from .task import EVAL_ZIP, SHORT, TaskData, Question, Score, Task, llava_questions, read_json, read_lines, the_file
 from .single_word_metrics import gqa, is_no, mme, pope, yes_or_no
 
 POPE_SPLITS = ("random", "popular", "adversarial")
 YES_NO = "Please answer yes or no."
 
 
-def read_gqa(root: Path, options: Mapping[str, str]) -> Asked:
+def read_gqa(root: Path, options: Mapping[str, str]) -> TaskData:
     """The balanced test-dev split, whose answers are public; choices, if there, give validity and plausibility."""
     folder = root / "gqa"
     file, truth = folder / "llava_gqa_testdev_balanced.jsonl", folder / "data" / "testdev_balanced_questions.json"
@@ -28,10 +28,10 @@ def read_gqa(root: Path, options: Mapping[str, str]) -> Asked:
         questions.append(replace(q, reference=facts[q.id]["answer"], group=kind, facts={"truth": facts[q.id]}))
     files = [file, truth, *([choices] if choices.exists() else [])]
     more = {"choices": read_json(choices) if choices.exists() else None}
-    return Asked(questions, Pictures(the_file(folder / "data" / "images")), files, more)
+    return TaskData(questions, Pictures(the_file(folder / "data" / "images")), files, more)
 
 
-def score_gqa(asked: Asked, answers: Mapping[str, str]) -> Score:
+def score_gqa(asked: TaskData, answers: Mapping[str, str]) -> Score:
     """GQA's scores of answers in small letters without full stops at the end, as convert_gqa_for_eval.py hands them over."""
     said = {q.id: answers[q.id].rstrip(".").lower() for q in asked.questions}
     truth = {q.id: q.facts["truth"] for q in asked.questions}
@@ -42,7 +42,7 @@ def score_gqa(asked: Asked, answers: Mapping[str, str]) -> Score:
     )
 
 
-def read_pope(root: Path, options: Mapping[str, str]) -> Asked:
+def read_pope(root: Path, options: Mapping[str, str]) -> TaskData:
     """POPE on COCO: one split or all three. Labels are in the official files, in the order of LLaVA's questions."""
     folder, questions, files = root / "pope", [], []
     file = folder / "llava_pope_test.jsonl"
@@ -60,10 +60,10 @@ def read_pope(root: Path, options: Mapping[str, str]) -> Asked:
                 raise ValueError(f"{q.source} is not what {label['source']} asks; download both files again")
             questions.append(replace(q, reference=label["label"], facts={**q.facts, "label": label["label"]}))
         files.append(truth)
-    return Asked(questions, Pictures(the_file(folder / "val2014")), [file, *files])
+    return TaskData(questions, Pictures(the_file(folder / "val2014")), [file, *files])
 
 
-def score_pope(asked: Asked, answers: Mapping[str, str]) -> Score:
+def score_pope(asked: TaskData, answers: Mapping[str, str]) -> Score:
     """F1 in per cent, averaged over the splits asked, and everything by split."""
     splits = {}
     for split in dict.fromkeys(q.group for q in asked.questions):
@@ -76,7 +76,7 @@ def score_pope(asked: Asked, answers: Mapping[str, str]) -> Score:
     return Score({"F1": means["f1"], "accuracy": means["accuracy"], "yes": means["yes_ratio"]}, splits, each)
 
 
-def read_mme(root: Path, options: Mapping[str, str]) -> Asked:
+def read_mme(root: Path, options: Mapping[str, str]) -> TaskData:
     """All fourteen tasks, the questions of a picture after each other; the truth lies beside the pictures."""
     folder = root / "MME"
     file, release = folder / "llava_mme.jsonl", the_file(folder / "MME_Benchmark_release_version")
@@ -102,7 +102,7 @@ def read_mme(root: Path, options: Mapping[str, str]) -> Asked:
             raise ValueError(
                 f"{file} asks {len(pair)} questions of {unit}, but MME asks two of a picture; download it again"
             )
-    return Asked([q for pair in questions.values() for q in pair], Pictures(release), [file])
+    return TaskData([q for pair in questions.values() for q in pair], Pictures(release), [file])
 
 
 def _mme_truth(folder: Path) -> dict[tuple[str, str], str]:
@@ -128,7 +128,7 @@ def _squeezed(text: str) -> str:
     return " ".join(text.split())
 
 
-def score_mme(asked: Asked, answers: Mapping[str, str]) -> Score:
+def score_mme(asked: TaskData, answers: Mapping[str, str]) -> Score:
     """Totals of perception (2000 at most) and cognition (800 at most), and every task."""
     results: dict[str, list] = {}
     for q in asked.questions:
@@ -139,7 +139,7 @@ def score_mme(asked: Asked, answers: Mapping[str, str]) -> Score:
     return Score({"perception": found["perception_total"], "cognition": found["cognition_total"]}, found, each)
 
 
-def submit_mme(asked: Asked, answers: Mapping[str, str], folder: Path) -> list[Path]:
+def submit_mme(asked: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
     """A text file for each task, as MME's eval_tool takes them: picture, question, truth and answer, between tabs."""
     rows: dict[str, list[str]] = {}
     for q in asked.questions:

@@ -37,7 +37,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Asked:
+class TaskData:
     """What a task asks: questions, their pictures, the files that they came from, and what else the score needs."""
 
     questions: Sequence[Question]
@@ -65,15 +65,15 @@ class Task:
     """
 
     title: str
-    read: Callable[[Path, Mapping[str, str]], Asked]
+    read: Callable[[Path, Mapping[str, str]], TaskData]
     source: str
-    score: Callable[[Asked, Mapping[str, str]], Score | None] | None = None
-    submit: Callable[[Asked, Mapping[str, str], Path], list[Path]] | None = None
+    score: Callable[[TaskData, Mapping[str, str]], Score | None] | None = None
+    submit: Callable[[TaskData, Mapping[str, str], Path], list[Path]] | None = None
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     max_new_tokens: int = 128
 
 
-class NotThereError(ValueError):
+class MissingFileError(ValueError):
     """A file of a benchmark is missing; the runner adds where to get it."""
 
     def __init__(self, path: Path):
@@ -85,7 +85,7 @@ def the_file(*places: Path) -> Path:
     """The first of some places that exists; NotThereError names the first where none does."""
     found = next((place for place in places if place.exists()), None)
     if found is None:
-        raise NotThereError(places[0])
+        raise MissingFileError(places[0])
     return found
 
 
