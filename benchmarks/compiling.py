@@ -1,4 +1,5 @@
-"""Which upgraded models can be compiled as one graph and exported: a tiny random one of each family, beside its base.
+"""Which upgraded models can be compiled as one graph and exported: a tiny random one of each
+family, beside its base.
 
 python benchmarks/compiling.py                  # every family, some minutes; a section of docs/support.md
 python benchmarks/compiling.py llava gemma3     # some of them, on screen only
@@ -13,10 +14,10 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from helpers import bases
 import torch
 import transformers
 from grid import reason
+from helpers import bases
 from support_page import replace_section
 
 from sparsecut import upgrade
@@ -56,13 +57,18 @@ def close(found, expected) -> None:
 
 def prompt(model, inputs):
     """The prompt pass is one graph."""
-    close(torch.compile(model, fullgraph=True, backend="eager")(**inputs, use_cache=False), model(**inputs))
+    close(
+        torch.compile(model, fullgraph=True, backend="eager")(**inputs, use_cache=False),
+        model(**inputs),
+    )
 
 
 def step(model, inputs):
     """The pass over the next word, as `generate` calls it, is one graph."""
     calls, base = [], getattr(model, "base", model)
-    keep = base.register_forward_pre_hook(lambda m, args, named: calls.append(copy.deepcopy(named)), with_kwargs=True)
+    keep = base.register_forward_pre_hook(
+        lambda m, args, named: calls.append(copy.deepcopy(named)), with_kwargs=True
+    )
     model.generate(**inputs, max_new_tokens=2, min_new_tokens=2)
     keep.remove()
     expected = model(**copy.deepcopy(calls[-1]))
@@ -80,7 +86,9 @@ CHECKS = {"prompt": prompt, "step": step, "export": export}
 
 @torch.no_grad()
 def try_family(name: str) -> tuple[list[str], list[str]]:
-    """Cells of a family, and a sentence for each way in which the upgraded model fails where its base does not."""
+    """Cells of a family, and a sentence for each way in which the upgraded model fails where its
+    base does not.
+    """
     cells, reasons = [], []
     for column, check in CHECKS.items():
         for upgraded in (False, True):
@@ -108,12 +116,18 @@ def main():
     titles = [f"{column}, {which}" for column in CHECKS for which in ("base", "upgraded")]
     table = ["| family | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|", *lines]
     if not sys.argv[1:]:
-        introduction = INTRODUCTION.format(transformers=transformers.__version__, torch=torch.__version__)
+        introduction = INTRODUCTION.format(
+            transformers=transformers.__version__, torch=torch.__version__
+        )
         text = "\n".join(
             [
                 introduction,
                 *table,
-                *(["", "Where an upgraded model fails and its base does not:", "", *reasons] if reasons else []),
+                *(
+                    ["", "Where an upgraded model fails and its base does not:", "", *reasons]
+                    if reasons
+                    else []
+                ),
             ]
         )
         replace_section(HEADING, text)

@@ -1,8 +1,10 @@
-"""Plans at CLIP-L/336 + 7B Llama size with random weights, on one GPU: prompts, new tokens, and steps of both stages.
+"""Plans at CLIP-L/336 + 7B Llama size with random weights, on one GPU: prompts, new tokens, and
+steps of both stages.
 
-    python benchmarks/gpu.py --out runs/gpu/bench                  # writes bench.json and bench.md; at most nine minutes
-    python benchmarks/gpu.py --plans llava sparsecut --skip-training --compile
-    python benchmarks/gpu.py --tiny --device cpu --out runs/bench  # that it runs; its figures mean nothing
+    python benchmarks/gpu.py --out runs/gpu/bench                  # writes bench.json and bench.md;
+    at most nine minutes python benchmarks/gpu.py --plans llava sparsecut --skip-training --compile
+    python benchmarks/gpu.py --tiny --device cpu --out runs/bench  # that it runs; its figures mean
+    nothing
 
 One process, both backbones shared by all plans and made on the device in bfloat16; the plans take turns, every round begins
 with another, and ratios are to the first plan in the same round. Time that is left is shared out over the sections still to
@@ -27,10 +29,10 @@ from gpu_parts import Arm, configs, machine, matmul_rate, size_of, step_flops
 from gpu_table import markdown
 from transformers import StaticCache
 
-from sparsecut.profiling.counting import count
 from sparsecut.methods import METHODS
-from sparsecut.training.freezing import freeze
+from sparsecut.profiling.counting import count
 from sparsecut.profiling.timing import random_models
+from sparsecut.training.freezing import freeze
 
 PLANS = ("llava", "hires_tokens", "deepstack", "official_7b_as_run", "sparsecut")
 STAGES = {"stage 1": ("fusion",), "stage 2": ("fusion", "language")}
@@ -47,10 +49,17 @@ TINY = {
 
 def parse(words=None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu/bench"), help="path without its ending")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--plans", nargs="+", default=list(PLANS), help="methods; the first is what others are compared with"
+        "--out", type=Path, default=Path("runs/gpu/bench"), help="path without its ending"
+    )
+    parser.add_argument(
+        "--plans",
+        nargs="+",
+        default=list(PLANS),
+        help="methods; the first is what others are compared with",
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     for name, default in (
@@ -64,9 +73,15 @@ def parse(words=None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--budget-seconds", type=float, default=540)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--compile", action="store_true", help="compile the step that makes a new token; minutes more")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the step that makes a new token; minutes more",
+    )
     parser.add_argument("--skip-training", action="store_true")
-    parser.add_argument("--tiny", action="store_true", help="a few layers' widths and rounds, for a CPU")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a few layers' widths and rounds, for a CPU"
+    )
     a = parser.parse_args(words)
     for name, value in TINY.items() if a.tiny else ():
         setattr(a, name, value)
@@ -74,10 +89,17 @@ def parse(words=None) -> argparse.Namespace:
 
 
 class Bench:
-    """All arms, a clock that counts down, and the sections that are measured one after the other."""
+    """All arms, a clock that counts down, and the sections that are measured one after the
+    other.
+    """
 
     def __init__(self, a: argparse.Namespace):
-        self.a, self.start, self.device, self.notes = a, time.monotonic(), torch.device(a.device), []
+        self.a, self.start, self.device, self.notes = (
+            a,
+            time.monotonic(),
+            torch.device(a.device),
+            [],
+        )
         torch.manual_seed(0)
         unknown = [name for name in a.plans if name not in METHODS]
         self.notes += [f"{name} is no method of this version and was left out." for name in unknown]
@@ -85,7 +107,9 @@ class Bench:
         if not self.names:
             raise SystemExit(f"none of the plans is known; allowed are {', '.join(METHODS)}")
         self.vision, self.language = configs(a.tiny)
-        models = random_models(self.vision, self.language, {n: n for n in self.names}, device=self.device)
+        models = random_models(
+            self.vision, self.language, {n: n for n in self.names}, device=self.device
+        )
         self.arms = {name: Arm(model) for name, (model, _) in models.items()}
         self.left = 2 * len(a.batches) + (0 if a.skip_training else len(STAGES))
         self.shared_optimizer, self.counts = None, {}
@@ -113,15 +137,23 @@ class Bench:
             "seconds": time.monotonic() - self.start,
             "notes": self.notes,
             "plans": {
-                name: {"image_tokens": arm.model.config.num_image_tokens, **arm.results, "missing": arm.missing}
+                name: {
+                    "image_tokens": arm.model.config.num_image_tokens,
+                    **arm.results,
+                    "missing": arm.missing,
+                }
                 for name, arm in self.arms.items()
             },
         }
 
-    def section(self, name: str, work: dict, items: int, flops: dict | None = None, rate: float = 1.0) -> None:
-        """Time work {arm: (prepare, run)} in turns, until --repeats rounds are made or its share of the time is spent.
+    def section(
+        self, name: str, work: dict, items: int, flops: dict | None = None, rate: float = 1.0
+    ) -> None:
+        """Time work {arm: (prepare, run)} in turns, until --repeats rounds are made or its share of
+        the time is spent.
 
-        items: what one run makes, for a rate per second. flops: of one run; rate: what the device can do.
+        items: what one run makes, for a rate per second. flops: of one run; rate: what the device
+        can do.
         """
         spare = self.start + self.a.budget_seconds - time.monotonic()
         until = time.monotonic() + spare / max(1, self.left)
@@ -138,7 +170,9 @@ class Bench:
                     seconds, peak = self.timed(arm, *work[arm])
                 except torch.OutOfMemoryError:
                     self.arms[arm].missing[name] = "out of memory"
-                if seconds is None:  # only now does nothing hold the tensors of the pass that failed
+                if (
+                    seconds is None
+                ):  # only now does nothing hold the tensors of the pass that failed
                     del times[arm], work[arm]
                     self.free()
                     continue
@@ -152,7 +186,9 @@ class Bench:
                 continue
             middle = statistics.median(own)
             low, _, high = (
-                statistics.quantiles(own, n=4, method="inclusive") if len(own) > 1 else (middle, middle, middle)
+                statistics.quantiles(own, n=4, method="inclusive")
+                if len(own) > 1
+                else (middle, middle, middle)
             )
             row = {
                 "ms": 1e3 * middle,
@@ -170,7 +206,9 @@ class Bench:
         self.free()
 
     def timed(self, arm: str, prepare, run) -> tuple[float, int]:
-        """Seconds of one run, and the most bytes then held: weights included, other arms' own left out."""
+        """Seconds of one run, and the most bytes then held: weights included, other arms' own left
+        out.
+        """
         if prepare is not None:
             prepare()
         cuda = self.device.type == "cuda"
@@ -180,7 +218,10 @@ class Bench:
         start = time.perf_counter()
         run()
         if not cuda:
-            return time.perf_counter() - start, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return (
+                time.perf_counter() - start,
+                1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            )
         torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - start
         others = sum(other.own_bytes() for name, other in self.arms.items() if name != arm)
@@ -200,7 +241,10 @@ class Bench:
         pictures = torch.full((batch, config.num_image_tokens), config.image_token_id)
         shape = batch, model.plan.num_views, *config.grid.view
         pixels = torch.randn(shape, generator=chance).to(self.device, model.vision_tower.dtype)
-        return {"input_ids": torch.cat([pictures, words], 1).to(self.device), "pixel_values": pixels}
+        return {
+            "input_ids": torch.cat([pictures, words], 1).to(self.device),
+            "pixel_values": pixels,
+        }
 
     def prefill(self, name: str, batch: int) -> tuple:
         """From pixels and token ids on the device to the first token's number."""
@@ -213,8 +257,14 @@ class Bench:
         return None, run
 
     def decode(self, name: str, batch: int) -> tuple:
-        """Greedy tokens after a prompt, in a cache of fixed shape; the prompt is not timed. A run makes --new-tokens of them."""
-        model, prompt, held = self.arms[name].model, self.prompt(name, batch, self.a.text_tokens), {}
+        """Greedy tokens after a prompt, in a cache of fixed shape; the prompt is not timed. A run
+        makes --new-tokens of them.
+        """
+        model, prompt, held = (
+            self.arms[name].model,
+            self.prompt(name, batch, self.a.text_tokens),
+            {},
+        )
         length = prompt["input_ids"].shape[1] + self.a.new_tokens + 1
 
         def step(token, cache):
@@ -226,8 +276,12 @@ class Bench:
 
         @torch.no_grad()
         def prepare():
-            held.setdefault("cache", StaticCache(model.language_model.config, max_cache_len=length)).reset()
-            output = model(**prompt, past_key_values=held["cache"], use_cache=True, logits_to_keep=1)
+            held.setdefault(
+                "cache", StaticCache(model.language_model.config, max_cache_len=length)
+            ).reset()
+            output = model(
+                **prompt, past_key_values=held["cache"], use_cache=True, logits_to_keep=1
+            )
             held["token"] = output.logits[:, -1:].argmax(-1)
 
         @torch.no_grad()
@@ -250,12 +304,16 @@ class Bench:
             arm.model.language_model.train()
             arm.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
             if name not in self.counts:
-                self.counts[name] = count(self.vision, self.language, arm.model.plan, num_text_tokens=self.a.train_text)
+                self.counts[name] = count(
+                    self.vision, self.language, arm.model.plan, num_text_tokens=self.a.train_text
+                )
             flops[name] = self.a.train_batch * step_flops(self.counts[name], self.language, parts)
             items[name] = self.a.train_batch * self.counts[name].num_prompt_tokens
             work[name] = None, self.step(arm)
         language = self.arms[self.names[0]].model.language_model.parameters()
-        self.shared_optimizer = torch.optim.AdamW(language, **fused) if "language" in parts else None
+        self.shared_optimizer = (
+            torch.optim.AdamW(language, **fused) if "language" in parts else None
+        )
         self.section(stage, work, items, flops, rate)
         self.shared_optimizer = None
         for arm in self.arms.values():

@@ -1,4 +1,6 @@
-"""What benchmarks/gpu.py needs besides its clock: sizes, the device's own speed, and operations of a training step."""
+"""What benchmarks/gpu.py needs besides its clock: sizes, the device's own speed, and operations of
+a training step.
+"""
 
 import platform
 import statistics
@@ -29,14 +31,25 @@ class Arm:
 
 
 def step_flops(counted, language, parts: tuple[str, ...]) -> int:
-    """Operations of one row's training step: the encoder forward only, trained weights three times, frozen ones passed twice."""
-    head = 2 * language.hidden_size * language.vocab_size * (counted.num_prompt_tokens - 1)  # counted at one position
+    """Operations of one row's training step: the encoder forward only, trained weights three times,
+    frozen ones passed twice.
+    """
+    head = (
+        2 * language.hidden_size * language.vocab_size * (counted.num_prompt_tokens - 1)
+    )  # counted at one position
     decoder = (3 if "language" in parts else 2) * (counted.language_prefill_flops + head)
-    return counted.encoder_coarse_flops + counted.encoder_fine_flops + 3 * counted.fusion_flops + decoder
+    return (
+        counted.encoder_coarse_flops
+        + counted.encoder_fine_flops
+        + 3 * counted.fusion_flops
+        + decoder
+    )
 
 
 def matmul_rate(device: torch.device, tiny: bool) -> float:
-    """Operations per second of a square matrix product in bfloat16: the best median over some sizes."""
+    """Operations per second of a square matrix product in bfloat16: the best median over some
+    sizes.
+    """
     rates = []
     for side in (128,) if tiny else (4096, 8192, 12288):
         a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -56,7 +69,12 @@ def machine(device: torch.device) -> dict:
     """What the figures were measured on."""
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "system": platform.platform()}
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "system": platform.platform(),
+    }
 
 
 def size_of(config) -> str:
@@ -65,7 +83,9 @@ def size_of(config) -> str:
 
 
 def configs(tiny: bool):
-    """Configurations of encoder and language model: CLIP-L/336 and a 7B Llama, or tiny ones as deep."""
+    """Configurations of encoder and language model: CLIP-L/336 and a 7B Llama, or tiny ones as
+    deep.
+    """
     if not tiny:
         return backbone_config("clip-l-336", "vision"), backbone_config("llama-7b", "language")
     small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}

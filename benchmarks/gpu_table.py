@@ -9,34 +9,48 @@ from pathlib import Path
 
 
 def markdown(result: dict) -> str:
-    """The page: machine and date, a table of prompts and new tokens, one of training steps, and notes."""
+    """The page: machine and date, a table of prompts and new tokens, one of training steps, and
+    notes.
+    """
     settings, machine, plans = result["settings"], result["machine"], result["plans"]
     batches, first = settings["batches"], next(iter(plans))
     lines = [
         f"# Plans on {machine['device']}, {result['date']}",
         "",
-        f"Encoder {result['vision']}, language model {result['language']}, random weights, {result['dtype']}, attention "
-        f"{result['attention']}, torch {machine['torch']}, CUDA {machine['cuda']}. A bfloat16 matrix product reached "
-        f"{result['matmul_tflops']:.4g} TFLOP/s. Medians over rounds in turns, spread between quartiles; x is the ratio to {first} "
-        "in the same rounds, of times. Memory includes the weights.",
+        (
+            f"Encoder {result['vision']}, language model {result['language']}, random weights,"
+            f" {result['dtype']}, attention {result['attention']}, torch {machine['torch']}, CUDA"
+            f" {machine['cuda']}. A bfloat16 matrix product reached {result['matmul_tflops']:.4g}"
+            " TFLOP/s. Medians over rounds in turns, spread between quartiles; x is the ratio to"
+            f" {first} in the same rounds, of times. Memory includes the weights."
+        ),
         "",
         *_table(plans, _inference_columns(batches, settings)),
         "",
     ]
     if not settings["skip_training"]:
         lines += [
-            f"Training: {settings['train_batch']} rows of one picture and {settings['train_text']} words, activation checkpointing, "
-            "AdamW with weights, gradients and moments in the dtype above; tokens count pictures and words.",
+            (
+                f"Training: {settings['train_batch']} rows of one picture and"
+                f" {settings['train_text']} words, activation checkpointing, AdamW with weights,"
+                " gradients and moments in the dtype above; tokens count pictures and words."
+            ),
             "",
             *_table(plans, _training_columns()),
             "",
         ]
-    missing = [f"{name}, {part}: {why}." for name, plan in plans.items() for part, why in plan["missing"].items()]
+    missing = [
+        f"{name}, {part}: {why}."
+        for name, plan in plans.items()
+        for part, why in plan["missing"].items()
+    ]
     lines += [f"- {sentence}" for sentence in (*result["notes"], *missing)]
     if settings["tiny"]:
         lines += ["- Tiny sizes, to see that it runs: these figures mean nothing."]
     if machine["cuda"] is None:
-        lines += ["- Without CUDA, memory is the process's highest so far, whichever plan needed it."]
+        lines += [
+            "- Without CUDA, memory is the process's highest so far, whichever plan needed it."
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -44,7 +58,9 @@ def _inference_columns(batches: list[int], settings: dict) -> dict:
     columns = {"image tokens": lambda plan: str(plan["image_tokens"])}
     for b in batches:
         part = f"prefill {b}"
-        columns[f"prefill ms, batch {b}"] = _cell(part, lambda r: f"{r['ms']:.4g} ± {r['spread_ms']:.2g}{_ratio(r)}")
+        columns[f"prefill ms, batch {b}"] = _cell(
+            part, lambda r: f"{r['ms']:.4g} ± {r['spread_ms']:.2g}{_ratio(r)}"
+        )
         columns[f"GiB, batch {b}"] = _cell(part, lambda r: f"{r['peak_gib']:.2f}")
     for b in batches:
         new = settings["new_tokens"]
@@ -57,7 +73,9 @@ def _inference_columns(batches: list[int], settings: dict) -> dict:
 def _training_columns() -> dict:
     columns = {}
     for stage, trained in (("stage 1", "fusion"), ("stage 2", "fusion, language")):
-        columns[f"{stage} ({trained}) ms"] = _cell(stage, lambda r: f"{r['ms']:.4g} ± {r['spread_ms']:.2g}{_ratio(r)}")
+        columns[f"{stage} ({trained}) ms"] = _cell(
+            stage, lambda r: f"{r['ms']:.4g} ± {r['spread_ms']:.2g}{_ratio(r)}"
+        )
         columns[f"{stage} tokens/s"] = _cell(stage, lambda r: f"{r['per_second']:.4g}")
         columns[f"{stage} MFU"] = _cell(stage, lambda r: f"{100 * r['mfu']:.3g} %")
         columns[f"{stage} GiB"] = _cell(stage, lambda r: f"{r['peak_gib']:.2f}")
@@ -65,7 +83,9 @@ def _training_columns() -> dict:
 
 
 def _cell(part: str, show):
-    return lambda plan: show(plan[part]) if part in plan else plan["missing"].get(part, "not measured")
+    return lambda plan: (
+        show(plan[part]) if part in plan else plan["missing"].get(part, "not measured")
+    )
 
 
 def _ratio(row: dict) -> str:

@@ -1,4 +1,5 @@
-"""Which model families work: a tiny random model of each, checked; a table on screen and in docs/support.md.
+"""Which model families work: a tiny random model of each, checked; a table on screen and in
+docs/support.md.
 
     python benchmarks/grid.py                      # every family of tests/families.py, some minutes
     python benchmarks/grid.py encoders             # or decoders: that section alone
@@ -16,9 +17,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from helpers import checks
 import torch
 import transformers
+from helpers import checks
 from helpers.families import LANGUAGE, VISION
 from support_page import replace_section
 
@@ -84,11 +85,19 @@ def reason(error: Exception) -> str:
     text = (
         str(error).strip().split("\n")[0].split(";")[0].replace("|", "/")[:200].replace("*", "\\*")
     )  # which Markdown would read as emphasis
-    return text if isinstance(error, ValueError | AssertionError) else f"{type(error).__name__}: {text}"
+    return (
+        text
+        if isinstance(error, ValueError | AssertionError)
+        else f"{type(error).__name__}: {text}"
+    )
 
 
-def table(kind: str, families: dict, columns: dict, wanted: list[str]) -> tuple[str, dict[str, int]]:
-    """A Markdown table of families, their reasons below it, and how many were tried and are green in every column."""
+def table(
+    kind: str, families: dict, columns: dict, wanted: list[str]
+) -> tuple[str, dict[str, int]]:
+    """A Markdown table of families, their reasons below it, and how many were tried and are green
+    in every column.
+    """
     pool = multiprocessing.get_context("fork").Pool(
         1, maxtasksperchild=1
     )  # what compilation keeps goes with each family
@@ -97,7 +106,13 @@ def table(kind: str, families: dict, columns: dict, wanted: list[str]) -> tuple[
     for name in [n for n in families if not wanted or n in wanted]:
         start = time.time()
         cells, reasons = pool.apply(try_family, (kind, name, columns))
-        print(f"{name:28}", *(f"{c:4}" for c in cells), f"{time.time() - start:6.1f} s", *reasons, flush=True)
+        print(
+            f"{name:28}",
+            *(f"{c:4}" for c in cells),
+            f"{time.time() - start:6.1f} s",
+            *reasons,
+            flush=True,
+        )
         counts["tried"] += 1
         counts["green"] += set(cells) == {"yes"}
         lines.append("| `" + name + "` | " + " | ".join(cells) + " |")
@@ -112,7 +127,10 @@ def main() -> None:
     only = [part for part in ("encoders", "decoders") if part in sys.argv[1:]]
     wanted = [name for name in sys.argv[1:] if name not in only]
     if unknown := set(wanted) - set(LANGUAGE) - set(VISION):
-        sys.exit(f"no such family: {', '.join(sorted(unknown))}; known are {', '.join([*LANGUAGE, *VISION])}")
+        sys.exit(
+            f"no such family: {', '.join(sorted(unknown))}; known are"
+            f" {', '.join([*LANGUAGE, *VISION])}"
+        )
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
     sections = {}
     for heading, kind, families, columns, partner, more in (
@@ -122,7 +140,9 @@ def main() -> None:
         if only and PARTS[kind] not in only:
             continue
         rows, counts = table(kind, families, columns, wanted)
-        sections[heading] = "\n".join([MADE.format(**versions, **counts, partner=partner), more, rows])
+        sections[heading] = "\n".join(
+            [MADE.format(**versions, **counts, partner=partner), more, rows]
+        )
     if not wanted:
         replace_section("", INTRODUCTION)
         for heading, text in sections.items():

@@ -1,8 +1,10 @@
-"""transformers' own tests, run on our classes and on the stock LLaVA; counts and reasons go into docs/support.md.
+"""transformers' own tests, run on our classes and on the stock LLaVA; counts and reasons go into
+docs/support.md.
 
-    python benchmarks/hf_suite.py                                  # all of it, about two minutes after the downloads
-    python benchmarks/hf_suite.py --repository ../transformers     # what only the repository has, from a folder
-    python benchmarks/hf_suite.py -k test_beam                     # some tests, on screen only
+    python benchmarks/hf_suite.py                                  # all of it, about two minutes
+    after the downloads python benchmarks/hf_suite.py --repository ../transformers     # what only
+    the repository has, from a folder python benchmarks/hf_suite.py -k test_beam
+    # some tests, on screen only
 
 The release's source archive, from the package index, holds the common tests. Those of generation, export and pipelines and
 the base classes for vision-language models are in the repository alone: in a checkout of the release's tag (--repository or
@@ -26,7 +28,13 @@ from support_page import replace_section
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "hf-suite"
 ARCHIVE = "https://github.com/huggingface/transformers/archive/refs/tags/v{}.tar.gz"
-NEEDED = ("generation", "exporters", "pipelines", "utils", "fixtures")  # folders of tests/ that the common tests import
+NEEDED = (
+    "generation",
+    "exporters",
+    "pipelines",
+    "utils",
+    "fixtures",
+)  # folders of tests/ that the common tests import
 ORDER = ("skipped", "passed", "xfailed", "failed")  # a test is the worst of its parts
 CLASSES = {
     "TestLlava": "`LlavaForConditionalGeneration`",
@@ -35,7 +43,11 @@ CLASSES = {
     "TestLlavaProcessor": "`LlavaProcessor`",
     "TestSparseCutProcessor": "`SparseCutProcessor`",
 }
-STOCK = {"TestSparseCut": "TestLlava", "TestUpgrade": "TestLlava", "TestSparseCutProcessor": "TestLlavaProcessor"}
+STOCK = {
+    "TestSparseCut": "TestLlava",
+    "TestUpgrade": "TestLlava",
+    "TestSparseCutProcessor": "TestLlavaProcessor",
+}
 
 
 def source_archive(release: str) -> Path:
@@ -56,8 +68,8 @@ def source_archive(release: str) -> Path:
         ]
         if subprocess.run([*pip, f"transformers=={release}"]).returncode:
             raise SystemExit(
-                f"the source archive of transformers {release} could not be downloaded (pip says why above); put "
-                f"transformers-{release}.tar.gz, unpacked, at {folder}"
+                f"the source archive of transformers {release} could not be downloaded (pip says"
+                f" why above); put transformers-{release}.tar.gz, unpacked, at {folder}"
             )
         with tarfile.open(WORK / f"transformers-{release}.tar.gz") as archive:
             archive.extractall(WORK, filter="data")
@@ -65,13 +77,15 @@ def source_archive(release: str) -> Path:
 
 
 def repository(release: str, given: str | None) -> Path:
-    """A folder with the repository's tests: the one given, or GitHub's archive of the release's tag."""
+    """A folder with the repository's tests: the one given, or GitHub's archive of the release's
+    tag.
+    """
     if given is not None:
         folder = Path(given)
         if not (folder / "tests" / "vlm_tester.py").is_file():
             raise SystemExit(
-                f"{folder} holds no tests/vlm_tester.py, so it is no checkout of transformers; give the folder of one, "
-                f"best at tag v{release}"
+                f"{folder} holds no tests/vlm_tester.py, so it is no checkout of transformers; give"
+                f" the folder of one, best at tag v{release}"
             )
         return folder
     folder = WORK / "repository" / f"transformers-{release}"
@@ -81,8 +95,9 @@ def repository(release: str, given: str | None) -> Path:
             name, _ = urllib.request.urlretrieve(ARCHIVE.format(release))
         except OSError as error:
             raise SystemExit(
-                f"{ARCHIVE.format(release)} could not be downloaded ({error}); give a checkout of transformers at tag v{release} "
-                "with --repository FOLDER or TRANSFORMERS_REPOSITORY"
+                f"{ARCHIVE.format(release)} could not be downloaded ({error}); give a checkout of"
+                f" transformers at tag v{release} with --repository FOLDER or"
+                " TRANSFORMERS_REPOSITORY"
             ) from error
         with tarfile.open(name) as archive:
             archive.extractall(folder.parent, filter="data")
@@ -90,7 +105,9 @@ def repository(release: str, given: str | None) -> Path:
 
 
 def assemble(release: str, checkout: Path) -> Path:
-    """Lay out a folder in which the tests run: the repository's, and the release's own where it has them."""
+    """Lay out a folder in which the tests run: the repository's, and the release's own where it has
+    them.
+    """
     import transformers
 
     folder, archive = WORK / "run", source_archive(release)
@@ -107,7 +124,9 @@ def assemble(release: str, checkout: Path) -> Path:
     # The tests take a picture from here before they look for it on the hub.
     coco = folder / "tests" / "fixtures" / "tests_samples" / "COCO" / "000000039769.png"
     shutil.copy(coco, folder / "coco_sample.png")
-    (folder / "pytest.ini").write_text("[pytest]\naddopts = -p no:cacheprovider -W ignore --import-mode=importlib\n")
+    (folder / "pytest.ini").write_text(
+        "[pytest]\naddopts = -p no:cacheprovider -W ignore --import-mode=importlib\n"
+    )
     return folder
 
 
@@ -125,17 +144,38 @@ def run(folder: Path, chosen: str | None) -> dict[str, tuple[str, str]]:
     """Run the cases in a process of their own and return test -> (outcome, reason)."""
     out = folder / "outcomes.jsonl"
     paths = os.pathsep.join(str(p) for p in (folder, ROOT, Path(__file__).parent))
-    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "HF_SUITE_OUTCOMES": str(out)}
+    environment = os.environ | {
+        "PYTHONPATH": paths,
+        "HF_HUB_OFFLINE": "1",
+        "HF_SUITE_OUTCOMES": str(out),
+    }
     environment.setdefault("OMP_NUM_THREADS", "1")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "hf_suite_outcomes", "-c", "pytest.ini", "hf_suite_cases.py"]
-    subprocess.run([*command, *(["-k", chosen] if chosen else []), "--tb=short"], cwd=folder, env=environment)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "hf_suite_outcomes",
+        "-c",
+        "pytest.ini",
+        "hf_suite_cases.py",
+    ]
+    subprocess.run(
+        [*command, *(["-k", chosen] if chosen else []), "--tb=short"], cwd=folder, env=environment
+    )
     if not out.is_file():
-        raise SystemExit(f"no test ran; the reason stands above. Try it by hand: cd {folder} && {' '.join(command)}")
+        raise SystemExit(
+            f"no test ran; the reason stands above. Try it by hand: cd {folder} &&"
+            f" {' '.join(command)}"
+        )
     return fold(json.loads(line) for line in out.read_text().splitlines())
 
 
 def fold(reports) -> dict[str, tuple[str, str]]:
-    """One outcome per test of its phases and subtests: the worst; reports are (test, phase, outcome, reason)."""
+    """One outcome per test of its phases and subtests: the worst; reports are (test, phase,
+    outcome, reason).
+    """
     outcomes = {}
     for test, phase, outcome, reason in reports:
         if phase != "call" and outcome == "passed":
@@ -155,8 +195,12 @@ def by_class(outcomes: dict) -> dict[str, dict[str, tuple[str, str]]]:
 
 
 def section(classes: dict, release: str, checkout: str) -> str:
-    """What docs/support.md says: counts, and each test that fails, is expected to, or is skipped for us alone, with its reason."""
-    origin = "the release's tag" if checkout == release else f"a checkout that says it is {checkout}"
+    """What docs/support.md says: counts, and each test that fails, is expected to, or is skipped
+    for us alone, with its reason.
+    """
+    origin = (
+        "the release's tag" if checkout == release else f"a checkout that says it is {checkout}"
+    )
     text = f"""\
 Made by `make hf-suite`: the common model, generation, export, training, processor and pipeline tests of transformers {release}, on
 tiny random models, for our classes and, with the same settings, for the stock LLaVA. Offline, on a CPU. Common tests from the
@@ -167,7 +211,9 @@ release's source archive; generation, export and pipeline tests from {origin}.
 """
     for name, tests in classes.items():
         counts = Counter(outcome for outcome, _ in tests.values())
-        cells = " | ".join(str(counts[outcome]) for outcome in ("passed", "skipped", "xfailed", "failed"))
+        cells = " | ".join(
+            str(counts[outcome]) for outcome in ("passed", "skipped", "xfailed", "failed")
+        )
         text += f"| {CLASSES[name]} | {cells} |\n"
     lists = {
         "Failed": lambda name, test, outcome: outcome == "failed",
@@ -184,7 +230,9 @@ release's source archive; generation, export and pipeline tests from {origin}.
             for test, (outcome, reason) in sorted(tests.items()):
                 if belongs(name, test, outcome):
                     groups[CLASSES[name], reason].append(f"`{test}`")
-        lines = [f"- {name}: {', '.join(tests)}: {reason}" for (name, reason), tests in groups.items()]
+        lines = [
+            f"- {name}: {', '.join(tests)}: {reason}" for (name, reason), tests in groups.items()
+        ]
         text += f"\n{title}:" + (" none.\n" if not lines else "\n\n" + "\n".join(lines) + "\n")
     return text
 
@@ -193,11 +241,17 @@ def main():
     """Put the tests together, run them, and write the section."""
     import transformers
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--repository", default=os.environ.get("TRANSFORMERS_REPOSITORY"), help="a checkout of transformers"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-k", dest="chosen", help="only tests whose names match; nothing is written")
+    parser.add_argument(
+        "--repository",
+        default=os.environ.get("TRANSFORMERS_REPOSITORY"),
+        help="a checkout of transformers",
+    )
+    parser.add_argument(
+        "-k", dest="chosen", help="only tests whose names match; nothing is written"
+    )
     options = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     release = transformers.__version__
@@ -207,7 +261,9 @@ def main():
     print(text)
     if not options.chosen:
         replace_section("transformers' own tests", text)
-    sys.exit(any(outcome == "failed" for tests in classes.values() for outcome, _ in tests.values()))
+    sys.exit(
+        any(outcome == "failed" for tests in classes.values() for outcome, _ in tests.values())
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What transformers' own tests need to know of our classes: tiny settings of each, and the same of the stock LLaVA.
+"""What transformers' own tests need to know of our classes: tiny settings of each, and the same of
+the stock LLaVA.
 
 Run by benchmarks/hf_suite.py, which puts transformers' `tests` folder on the path; not collected by our own suite.
 Models are random, tokenizers and pictures are made on the spot, and nothing is fetched.
@@ -28,33 +29,42 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from sparsecut.configuration import SparseCutConfig
 from sparsecut.configuration_upgraded import SparseCutUpgradeConfig
 from sparsecut.modeling import SparseCutForConditionalGeneration
+from sparsecut.modeling_upgraded import SparseCutUpgrade
 from sparsecut.plan import Plan, Shortcut
 from sparsecut.processing import SparseCutProcessor
-from sparsecut.modeling_upgraded import SparseCutUpgrade
 
-# The tests look here for the names of the classes that take labels; registering with the Auto classes does not reach it.
+# The tests look here for the names of the classes that take labels; registering with the Auto
+# classes does not reach it.
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["sparsecut"] = "SparseCutForConditionalGeneration"
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["sparsecut_upgrade"] = "SparseCutUpgrade"
 TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-    "{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
-    "{% for item in message['content'] %}{% if item['type'] == 'image' %}{{ '<image>\n' }}{% endif %}{% endfor %}"
-    "{% for item in message['content'] %}{% if item['type'] == 'text' %}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ item['text'] + ' ' }}{% endgeneration %}"
-    "{% else %}{{ item['text'] + ' ' }}{% endif %}"
-    "{% endif %}{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% if message['content'] is"
+    " string %}{{ message['content'] + ' ' }}{% else %}{% for item in message['content'] %}{% if"
+    " item['type'] == 'image' %}{{ '<image>\n' }}{% endif %}{% endfor %}{% for item in"
+    " message['content'] %}{% if item['type'] == 'text' %}{% if message['role'] == 'assistant' %}{%"
+    " generation %}{{ item['text'] + ' ' }}{% endgeneration %}{% else %}{{ item['text'] + ' ' }}{%"
+    " endif %}{% endif %}{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}{{"
+    " 'ASSISTANT:' }}{% endif %}"
 )
 
-# The stock tests of LLaVA expect this failure too: a checkpoint's last block or norm is not always read.
+# The stock tests of LLaVA expect this failure too: a checkpoint's last block or norm is not always
+# read.
 UNREAD = pytest.mark.xfail(reason="the encoder's last layers are not read, so they get no gradient")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer that has a token for every byte, three special ones and the placeholder: 260 in all."""
+    """A tokenizer that has a token for every byte, three special ones and the placeholder: 260 in
+    all.
+    """
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({word: i for i, word in enumerate([*special.values(), *alphabet])}, []))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core = Tokenizer(
+        models.BPE({word: i for i, word in enumerate([*special.values(), *alphabet])}, [])
+    )
+    core.pre_tokenizer, core.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
     return tokenizer
@@ -62,12 +72,21 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 class LlavaTester(VLMModelTester):
     base_model_class = LlavaForConditionalGeneration
-    config_class, text_config_class, vision_config_class = LlavaConfig, LlamaConfig, CLIPVisionConfig
+    config_class, text_config_class, vision_config_class = (
+        LlavaConfig,
+        LlamaConfig,
+        CLIPVisionConfig,
+    )
     conditional_generation_class = None
-    image_settings = {"patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    image_settings = {
+        "patch_size": 4,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    }
 
     def __init__(self, parent, **settings):
-        # The training test reads 1 to 19 without pictures, and one about resizing cuts 15 words off the vocabulary.
+        # The training test reads 1 to 19 without pictures, and one about resizing cuts 15 words off
+        # the vocabulary.
         super().__init__(parent, vocab_size=99, image_token_id=30, **settings)
 
     def _check_required_attributes(self):
@@ -77,7 +96,9 @@ class LlavaTester(VLMModelTester):
         """A processor for the tester's models, with a vocabulary of bytes."""
         size = {"height": self.image_size, "width": self.image_size}
         images = CLIPImageProcessorPil(size=size, crop_size=size)
-        return LlavaProcessor(images, byte_tokenizer(), chat_template=TEMPLATE, **self.image_settings)
+        return LlavaProcessor(
+            images, byte_tokenizer(), chat_template=TEMPLATE, **self.image_settings
+        )
 
 
 class SparseCutTester(LlavaTester):
@@ -87,7 +108,9 @@ class SparseCutTester(LlavaTester):
     def create_pixel_values(self):
         """Pictures of as many views as the plan has."""
         views = self.get_config().get_plan().num_views
-        return floats_tensor([self.batch_size, views, self.num_channels, self.image_size, self.image_size])
+        return floats_tensor(
+            [self.batch_size, views, self.num_channels, self.image_size, self.image_size]
+        )
 
     image_settings = {"image_size": 8, "tiles": 2, "num_image_tokens": 4}
 
@@ -126,7 +149,9 @@ class ModelCases(VLMModelTest, TrainingTesterMixin):
 
     @property
     def pipeline_model_mapping(self):
-        """No task: the tests of a task fetch models by name, so the one that concerns us is run below."""
+        """No task: the tests of a task fetch models by name, so the one that concerns us is run
+        below.
+        """
         return {}
 
     @pipeline_model_mapping.setter
@@ -134,7 +159,9 @@ class ModelCases(VLMModelTest, TrainingTesterMixin):
         """What a test's `setUp` sets is not used."""
 
     def test_training_overfit(self):
-        """As it stands, on texts alone; it looks for the size of the vocabulary in a configuration that is not composite."""
+        """As it stands, on texts alone; it looks for the size of the vocabulary in a configuration
+        that is not composite.
+        """
         settings = self.model_tester.get_config()
         object.__setattr__(settings, "vocab_size", self.model_tester.vocab_size)
         self.model_tester.get_config = lambda: settings
@@ -170,7 +197,10 @@ class TestUpgrade(ModelCases, unittest.TestCase):
     model_tester_class = UpgradeTester
 
     @pytest.mark.xfail(
-        reason="saved under the names that weights have here, not under those of old files, for Trainers to read"
+        reason=(
+            "saved under the names that weights have here, not under those of old files, for"
+            " Trainers to read"
+        )
     )
     def test_reverse_loading_mapping(self):
         """Expects weights to be saved under other names than they have here."""

@@ -1,4 +1,6 @@
-"""A pytest plugin: one JSON line per finished phase or subtest, [test, phase, outcome, reason], into HF_SUITE_OUTCOMES."""
+"""A pytest plugin: one JSON line per finished phase or subtest, [test, phase, outcome, reason],
+into HF_SUITE_OUTCOMES.
+"""
 
 import json
 import os
@@ -14,7 +16,9 @@ def pytest_runtest_logreport(report):
     elif report.skipped:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     elif report.failed:
-        reason = str(getattr(getattr(report.longrepr, "reprcrash", None), "message", report.longrepr))
+        reason = str(
+            getattr(getattr(report.longrepr, "reprcrash", None), "message", report.longrepr)
+        )
     reason = re.sub(r"\s+", " ", reason.removeprefix("Skipped: ").removeprefix("reason: "))[:300]
     with open(os.environ["HF_SUITE_OUTCOMES"], "a") as file:
         file.write(json.dumps([report.nodeid, report.when, outcome, reason]) + "\n")

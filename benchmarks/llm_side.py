@@ -1,4 +1,5 @@
-"""What added features cost the language model: the same prompt with and without them, in turns, in one process.
+"""What added features cost the language model: the same prompt with and without them, in turns, in
+one process.
 
     python benchmarks/llm_side.py                           # a mid size; some minutes
     python benchmarks/llm_side.py --plan deepstack --layers 24 --width 1024 --repeats 60
@@ -18,8 +19,12 @@ import time
 
 def parse() -> argparse.Namespace:
     """Plans, and the size of the language model and of the prompt."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", action="append", help="a method's name; may be repeated (default: sparsecut)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--plan", action="append", help="a method's name; may be repeated (default: sparsecut)"
+    )
     for name, default in (
         ("layers", 16),
         ("width", 512),
@@ -34,7 +39,9 @@ def parse() -> argparse.Namespace:
 
 
 def passes(a: argparse.Namespace, plans: list[str]) -> dict:
-    """{name: function that runs the language model once}, one for LLaVA and one per plan, on shared weights."""
+    """{name: function that runs the language model once}, one for LLaVA and one per plan, on shared
+    weights.
+    """
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig
 
@@ -52,22 +59,35 @@ def passes(a: argparse.Namespace, plans: list[str]) -> dict:
     }
     language = LlamaConfig(**sizes, num_hidden_layers=a.layers, vocab_size=a.vocabulary)
     dtype = torch.float32 if a.device == "cpu" else torch.bfloat16
-    models = random_models(vision, language, {n: n for n in ["llava", *plans]}, device=a.device, dtype=dtype)
+    models = random_models(
+        vision, language, {n: n for n in ["llava", *plans]}, device=a.device, dtype=dtype
+    )
     llava = models["llava"][0]
     num_image_tokens = llava.config.num_image_tokens
     length = num_image_tokens + a.text_tokens
     embeddings = torch.randn(1, length, a.width, device=a.device, dtype=dtype)
     mask = torch.arange(length, device=a.device).unsqueeze(0) < num_image_tokens
-    arguments = {"inputs_embeds": embeddings, "use_cache": True, "logits_to_keep": 1, "return_dict": True}
+    arguments = {
+        "inputs_embeds": embeddings,
+        "use_cache": True,
+        "logits_to_keep": 1,
+        "return_dict": True,
+    }
 
     def side(model):
         if model.config.num_image_tokens != num_image_tokens:
             raise SystemExit(
-                f"the plan has {model.config.num_image_tokens} image tokens, LLaVA {num_image_tokens}: not comparable"
+                f"the plan has {model.config.num_image_tokens} image tokens, LLaVA"
+                f" {num_image_tokens}: not comparable"
             )
         if any(model.plan.layers) and model.plan.gate == "context":
-            raise SystemExit("gates that look at hidden states are no plain additions; choose another plan")
-        rows = {d: torch.randn(num_image_tokens, a.width, device=a.device, dtype=dtype) for d in model.plan.layers}
+            raise SystemExit(
+                "gates that look at hidden states are no plain additions; choose another plan"
+            )
+        rows = {
+            d: torch.randn(num_image_tokens, a.width, device=a.device, dtype=dtype)
+            for d in model.plan.layers
+        }
 
         def run():
             with torch.no_grad():
@@ -77,11 +97,17 @@ def passes(a: argparse.Namespace, plans: list[str]) -> dict:
 
         return run
 
-    return {"control": side(llava), **{name: side(models[name][0]) for name in plans}, "llava": side(llava)}
+    return {
+        "control": side(llava),
+        **{name: side(models[name][0]) for name in plans},
+        "llava": side(llava),
+    }
 
 
 def compare(runs: dict, repeats: int) -> dict[str, list[tuple]]:
-    """Pairs (own, LLaVA's beside it), each (seconds by the clock, seconds of processor); which runs first alternates."""
+    """Pairs (own, LLaVA's beside it), each (seconds by the clock, seconds of processor); which runs
+    first alternates.
+    """
     pairs: dict[str, list[tuple]] = {name: [] for name in runs if name != "llava"}
 
     def seconds(name: str) -> tuple[float, float]:
@@ -104,7 +130,9 @@ def compare(runs: dict, repeats: int) -> dict[str, list[tuple]]:
 
 
 def summary(pairs: list[tuple[float, float]]) -> dict:
-    """Median of the pairs' ratios, its 95 % bootstrap interval, the quartiles of single ratios, and both medians in ms."""
+    """Median of the pairs' ratios, its 95 % bootstrap interval, the quartiles of single ratios, and
+    both medians in ms.
+    """
     ratios = [own / base for own, base in pairs]
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))

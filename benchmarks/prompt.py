@@ -1,8 +1,9 @@
 """Peak memory and CPU time of one prompt pass: a plan on random weights of a given size.
 
-    python benchmarks/prompt.py                                   # the size of the reference's timing run
-    python benchmarks/prompt.py --plan llava --plan sparsecut     # several plans, each in a fresh process
-    python benchmarks/prompt.py --vision-width 1024 --language-width 4096 --language-depth 32
+    python benchmarks/prompt.py                                   # the size of the reference's
+    timing run python benchmarks/prompt.py --plan llava --plan sparsecut     # several plans, each
+    in a fresh process python benchmarks/prompt.py --vision-width 1024 --language-width 4096
+    --language-depth 32
 
 Prints the shape and the figures as one JSON line per plan. Memory is the process's own peak, weights included.
 """
@@ -18,8 +19,12 @@ import time
 
 def parse() -> argparse.Namespace:
     """The size of the two models and of the prompt."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", action="append", help="a method's name; may be repeated (default: official_13b)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--plan", action="append", help="a method's name; may be repeated (default: official_13b)"
+    )
     for name, default in (
         ("vision-depth", 24),
         ("vision-width", 256),
@@ -57,11 +62,18 @@ def measure(plan: str, a: argparse.Namespace) -> dict:
         num_hidden_layers=a.language_depth,
         vocab_size=a.vocabulary,
     )
-    config = SparseCutConfig(vision_config=vision, text_config=text, plan=plan, image_token_id=a.vocabulary - 1)
-    parts = {"vision_tower": AutoModel.from_config(vision), "language_model": AutoModelForCausalLM.from_config(text)}
+    config = SparseCutConfig(
+        vision_config=vision, text_config=text, plan=plan, image_token_id=a.vocabulary - 1
+    )
+    parts = {
+        "vision_tower": AutoModel.from_config(vision),
+        "language_model": AutoModelForCausalLM.from_config(text),
+    }
     model = SparseCutForConditionalGeneration(config, **parts).eval()
     pixels = torch.randn(1, model.plan.num_views, 3, 336, 336)
-    ids = torch.tensor([[1, *[a.vocabulary - 1] * config.num_image_tokens, *range(2, a.text_tokens + 1)]])
+    ids = torch.tensor(
+        [[1, *[a.vocabulary - 1] * config.num_image_tokens, *range(2, a.text_tokens + 1)]]
+    )
     times = []
     with torch.no_grad():
         for _ in range(a.repeats + 1):
@@ -81,13 +93,17 @@ def measure(plan: str, a: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    """One plan here, several in a process each, so that one's memory is not counted as another's."""
+    """One plan here, several in a process each, so that one's memory is not counted as
+    another's.
+    """
     arguments = parse()
     plans = arguments.plan or ["official_13b"]
     if len(plans) == 1:
         print(json.dumps(measure(plans[0], arguments)), flush=True)
         return
-    others = [x for i, x in enumerate(sys.argv[1:], 1) if x != "--plan" and sys.argv[i - 1] != "--plan"]
+    others = [
+        x for i, x in enumerate(sys.argv[1:], 1) if x != "--plan" and sys.argv[i - 1] != "--plan"
+    ]
     for plan in plans:
         subprocess.run([sys.executable, __file__, *others, "--plan", plan], check=True)
 

@@ -1,6 +1,7 @@
 """Many clients at once against `sparsecut serve`: errors, wrong answers, memory and throughput.
 
-    python benchmarks/serve_load.py runs/demo/sparsecut/final runs/demo/data/test.json --clients 32 --seconds 60
+    python benchmarks/serve_load.py runs/demo/sparsecut/final runs/demo/data/test.json --clients 32
+    --seconds 60
 
 Every answer is compared with what the model's own `generate` says to that question alone. The server is a process of its own, whose
 memory is read from /proc every second (elsewhere it is not told).
@@ -20,28 +21,49 @@ import openai
 import torch
 
 import sparsecut
-from sparsecut.prompts import decode, greedy, inputs_of, render
 from sparsecut.data.examples import IMAGE, read_examples
+from sparsecut.prompts import decode, greedy, inputs_of, render
 
 
 def main() -> None:
-    """Answer alone, start the server, ask from all sides, print what came of it; exit 1 for an error or a wrong answer."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Answer alone, start the server, ask from all sides, print what came of it; exit 1 for an
+    error or a wrong answer.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("records", help="LLaVA-format records with pictures")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--questions", type=int, default=400, help="different ones, drawn from the records")
+    parser.add_argument(
+        "--questions", type=int, default=400, help="different ones, drawn from the records"
+    )
     parser.add_argument("--length", type=int, default=16, help="most tokens of an answer")
     parser.add_argument("--max-batch", type=int, default=32)
-    parser.add_argument("--keep-mib", type=int, default=256, help="of pictures' features; 0 encodes every time")
+    parser.add_argument(
+        "--keep-mib", type=int, default=256, help="of pictures' features; 0 encodes every time"
+    )
     chosen = parser.parse_args()
     examples = read_examples(chosen.records)
     examples = random.Random(0).sample(examples, min(chosen.questions, len(examples)))
     began = time.perf_counter()
     questions = answered_alone(chosen.model, examples, chosen.length)
-    print(f"{len(questions)} questions alone: {len(questions) / (time.perf_counter() - began):.1f} answers/s")
-    command = [sys.executable, "-m", "sparsecut", "serve", chosen.model, "--port", "0", "--threads", "1"]
+    print(
+        f"{len(questions)} questions alone: {len(questions) / (time.perf_counter() - began):.1f}"
+        " answers/s"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "sparsecut",
+        "serve",
+        chosen.model,
+        "--port",
+        "0",
+        "--threads",
+        "1",
+    ]
     command += [
         "--keep-mib",
         str(chosen.keep_mib),
@@ -68,10 +90,15 @@ def answered_alone(path: str, examples, length: int) -> list[tuple[list[dict], s
     questions = []
     for example in examples:
         text = example.messages[0]["content"]
-        prompt = render(processor, [{"role": "user", "content": text.replace(IMAGE, processor.image_token)}])
+        prompt = render(
+            processor, [{"role": "user", "content": text.replace(IMAGE, processor.image_token)}]
+        )
         inputs = inputs_of(model, processor, [prompt], [example.pictures()])
         ids = model.generate(**inputs, generation_config=greedy(model, length))
-        parts = [{"type": "image_url", "image_url": {"url": data_url(example, name)}} for name in example.images]
+        parts = [
+            {"type": "image_url", "image_url": {"url": data_url(example, name)}}
+            for name in example.images
+        ]
         parts.append({"type": "text", "text": text.replace(IMAGE, "").strip()})
         questions.append(([{"role": "user", "content": parts}], decode(processor, inputs, ids)[0]))
     return questions
@@ -84,7 +111,9 @@ def data_url(example, name: str) -> str:
 
 
 async def ask_all(url: str, questions, pid: int, chosen) -> dict:
-    """What all clients saw in the time given: every other request streams, every tenth is left in its middle."""
+    """What all clients saw in the time given: every other request streams, every tenth is left in
+    its middle.
+    """
     found = {"answers": 0, "wrong": [], "errors": [], "left": 0, "seconds": [], "memory": []}
     until = time.monotonic() + chosen.seconds
     settings = {"model": openai.omit, "temperature": 0, "max_tokens": chosen.length}
@@ -125,9 +154,15 @@ async def ask_all(url: str, questions, pid: int, chosen) -> dict:
 async def ask(client, messages, chance: float, settings: dict) -> str | None:
     """An answer, streamed or not by chance; None where the stream was left."""
     if chance < 0.5:
-        return (await client.chat.completions.create(messages=messages, **settings)).choices[0].message.content
+        return (
+            (await client.chat.completions.create(messages=messages, **settings))
+            .choices[0]
+            .message.content
+        )
     text = ""
-    async with await client.chat.completions.create(messages=messages, stream=True, **settings) as stream:
+    async with await client.chat.completions.create(
+        messages=messages, stream=True, **settings
+    ) as stream:
         async for event in stream:
             text += event.choices[0].delta.content or ""
             if chance > 0.9:
@@ -148,7 +183,8 @@ def told(found: dict, chosen) -> None:
     seconds, memory = sorted(found["seconds"]), found["memory"]
     middle = memory[len(memory) // 3 :]
     print(
-        f"{chosen.clients} clients for {chosen.seconds:.0f} s: {found['answers']} answers, {found['left']} left in their middle"
+        f"{chosen.clients} clients for {chosen.seconds:.0f} s: {found['answers']} answers,"
+        f" {found['left']} left in their middle"
     )
     print(f"errors {len(found['errors'])}, wrong answers {len(found['wrong'])}")
     for example in [*found["errors"][:3], *found["wrong"][:3]]:
@@ -156,10 +192,12 @@ def told(found: dict, chosen) -> None:
     if seconds:
         at = [seconds[int(share * (len(seconds) - 1))] for share in (0.5, 0.95)]
         print(
-            f"{len(seconds) / chosen.seconds:.1f} answers/s, {at[0]:.2f} s in the middle, {at[1]:.2f} s at the 95th percentile"
+            f"{len(seconds) / chosen.seconds:.1f} answers/s, {at[0]:.2f} s in the middle,"
+            f" {at[1]:.2f} s at the 95th percentile"
         )
     print(
-        f"memory MiB: {memory[0]:.0f} at first, {middle[0]:.0f} after a third, {max(memory):.0f} at most, {memory[-1]:.0f} at the end"
+        f"memory MiB: {memory[0]:.0f} at first, {middle[0]:.0f} after a third, {max(memory):.0f} at"
+        f" most, {memory[-1]:.0f} at the end"
     )
     print("\n".join(found["metrics"]))
 

@@ -1,8 +1,10 @@
-"""Training steps of ways of fusion, side by side: tokens per second, use of the machine, memory; or their operations on paper.
+"""Training steps of ways of fusion, side by side: tokens per second, use of the machine, memory; or
+their operations on paper.
 
-    python benchmarks/train.py                      # measured here, models of one size in one run, taking turns
-    python benchmarks/train.py --count              # counted at CLIP-L/336 + 7B, both stages of LLaVA-1.5; no weights
-    python benchmarks/train.py --device cuda --bf16 --vision-width 1024 --language-width 4096 --language-depth 32
+    python benchmarks/train.py                      # measured here, models of one size in one run,
+    taking turns python benchmarks/train.py --count              # counted at CLIP-L/336 + 7B, both
+    stages of LLaVA-1.5; no weights python benchmarks/train.py --device cuda --bf16 --vision-width
+    1024 --language-width 4096 --language-depth 32
 
 Plain fusion (llava) comes first and is what the ratios are to; hires_channels and sparsecut_input are the controls: finer views, or
 the same taps, at the input alone. A step is forward, backward and AdamW on pictures that have a text each; the encoder is frozen.
@@ -22,24 +24,44 @@ STAGES = {"fusion": ["fusion"], "fusion and language model": ["fusion", "languag
 
 def parse() -> argparse.Namespace:
     """Sizes, plans and what to do."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", action="store_true", help="operations on paper, at CLIP-L/336 + 7B")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--plan", action="append", help=f"a method's name; may be repeated (default: {', '.join(PLANS)})"
+        "--count", action="store_true", help="operations on paper, at CLIP-L/336 + 7B"
+    )
+    parser.add_argument(
+        "--plan",
+        action="append",
+        help=f"a method's name; may be repeated (default: {', '.join(PLANS)})",
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 (autocast)")
     parser.add_argument("--json", type=Path, help="file for all figures")
-    sizes = {"vision-depth": 12, "vision-width": 128, "language-depth": 12, "language-width": 512, "batch": 2}
-    for name, default in {**sizes, "text-tokens": 64, "vocabulary": 8000, "repeats": 5, "threads": 1}.items():
+    sizes = {
+        "vision-depth": 12,
+        "vision-width": 128,
+        "language-depth": 12,
+        "language-width": 512,
+        "batch": 2,
+    }
+    for name, default in {
+        **sizes,
+        "text-tokens": 64,
+        "vocabulary": 8000,
+        "repeats": 5,
+        "threads": 1,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()
 
 
 def count(plans: list[str]) -> list[dict]:
-    """Operations of a training step of one record per plan and stage, by pretended tensors, and their ratio to the first plan's."""
-    from sparsecut.profiling.dry_run import dry_run
+    """Operations of a training step of one record per plan and stage, by pretended tensors, and
+    their ratio to the first plan's.
+    """
     from sparsecut.config.recipe import parse_recipe
+    from sparsecut.profiling.dry_run import dry_run
 
     rows = []
     for plan in plans:
@@ -66,13 +88,24 @@ def make(plan: str, a: argparse.Namespace):
     torch.manual_seed(0)
     sizes = {"num_attention_heads": a.vision_width // 64, "num_hidden_layers": a.vision_depth}
     vision = CLIPVisionConfig(
-        hidden_size=a.vision_width, intermediate_size=4 * a.vision_width, image_size=336, patch_size=14, **sizes
+        hidden_size=a.vision_width,
+        intermediate_size=4 * a.vision_width,
+        image_size=336,
+        patch_size=14,
+        **sizes,
     )
     sizes = {"num_attention_heads": a.language_width // 64, "num_hidden_layers": a.language_depth}
     inner = a.language_width * 43 // 16
-    text = LlamaConfig(hidden_size=a.language_width, intermediate_size=inner, vocab_size=a.vocabulary, **sizes)
-    config = SparseCutConfig(vision_config=vision, text_config=text, plan=plan, image_token_id=a.vocabulary - 1)
-    parts = {"vision_tower": AutoModel.from_config(vision), "language_model": AutoModelForCausalLM.from_config(text)}
+    text = LlamaConfig(
+        hidden_size=a.language_width, intermediate_size=inner, vocab_size=a.vocabulary, **sizes
+    )
+    config = SparseCutConfig(
+        vision_config=vision, text_config=text, plan=plan, image_token_id=a.vocabulary - 1
+    )
+    parts = {
+        "vision_tower": AutoModel.from_config(vision),
+        "language_model": AutoModelForCausalLM.from_config(text),
+    }
     model = SparseCutForConditionalGeneration(config, **parts).to(a.device).train()
     row = [1, *[a.vocabulary - 1] * config.num_image_tokens, *range(2, a.text_tokens + 1)]
     ids = torch.tensor([row] * a.batch, device=a.device)
@@ -128,7 +161,9 @@ def matmul_rate(a: argparse.Namespace) -> float:
 
 
 def measure(plans: list[str], a: argparse.Namespace) -> list[dict]:
-    """Every plan takes a step in turn, `repeats` times; medians, and the spread of the ratios within turns."""
+    """Every plan takes a step in turn, `repeats` times; medians, and the spread of the ratios
+    within turns.
+    """
     import torch
 
     torch.set_num_threads(a.threads)
@@ -140,7 +175,9 @@ def measure(plans: list[str], a: argparse.Namespace) -> list[dict]:
             for plan, (step, _, _) in steps.items():
                 took[plan].append(seconds(step, a.device))
         for plan, (_, tokens, flops) in steps.items():
-            ratios = sorted(first / own for first, own in zip(took[plans[0]], took[plan], strict=True))
+            ratios = sorted(
+                first / own for first, own in zip(took[plans[0]], took[plan], strict=True)
+            )
             middle = statistics.median(took[plan])
             facts = {
                 "plan": plan,
@@ -148,7 +185,14 @@ def measure(plans: list[str], a: argparse.Namespace) -> list[dict]:
                 "tokens_per_second": tokens / middle,
                 "speed": statistics.median(ratios),
             }
-            rows.append({**facts, "least": ratios[0], "most": ratios[-1], "utilisation": flops / middle / rate})
+            rows.append(
+                {
+                    **facts,
+                    "least": ratios[0],
+                    "most": ratios[-1],
+                    "utilisation": flops / middle / rate,
+                }
+            )
     return rows
 
 
@@ -159,23 +203,38 @@ def main() -> None:
     rows = count(plans) if a.count else measure(plans, a)
     print(
         f"{'stage':26} {'plan':16} "
-        + ("TFLOP a record   speed" if a.count else "tokens/s   speed (least to most)   utilisation")
+        + (
+            "TFLOP a record   speed"
+            if a.count
+            else "tokens/s   speed (least to most)   utilisation"
+        )
     )
     for row in rows:
         if a.count:
             figures = f"{row['tflop']:14.2f}   {row['speed']:5.3f}"
         else:
             spread = f"{row['speed']:5.3f} ({row['least']:.3f} to {row['most']:.3f})"
-            figures = f"{row['tokens_per_second']:8,.0f}   {spread:22}  {100 * row['utilisation']:5.1f} %"
+            figures = (
+                f"{row['tokens_per_second']:8,.0f}   {spread:22}  {100 * row['utilisation']:5.1f} %"
+            )
         print(f"{row['stage']:26} {row['plan']:16} {figures}")
     if not a.count:
         import torch
 
         cuda = torch.cuda.is_available() and a.device != "cpu"
-        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(f"speed: of {plans[0]} = 1, ratios within turns; memory of the whole run at most {peak / 2**20:,.0f} MiB")
+        peak = (
+            torch.cuda.max_memory_allocated()
+            if cuda
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+        print(
+            f"speed: of {plans[0]} = 1, ratios within turns; memory of the whole run at most"
+            f" {peak / 2**20:,.0f} MiB"
+        )
     if a.json:
-        a.json.write_text(json.dumps({"settings": vars(a) | {"json": None}, "rows": rows}, indent=2) + "\n")
+        a.json.write_text(
+            json.dumps({"settings": vars(a) | {"json": None}, "rows": rows}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

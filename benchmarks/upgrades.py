@@ -1,4 +1,5 @@
-"""Which vision-language models can be upgraded: a tiny random one of each family, checked; a table in docs/support.md.
+"""Which vision-language models can be upgraded: a tiny random one of each family, checked; a table
+in docs/support.md.
 
     python benchmarks/upgrades.py                  # every family, about a minute
     python benchmarks/upgrades.py llava gemma3     # some of them, on screen only
@@ -13,11 +14,11 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from helpers import bases
 import test_upgrade_families as checks
 import torch
 import transformers
 from grid import reason
+from helpers import bases
 from support_page import replace_section
 
 from sparsecut.families import FAMILIES
@@ -66,17 +67,26 @@ def main() -> None:
     wanted = sys.argv[1:] or list(bases.NAMES)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    lines = ["| family | patches | finer views | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 3) + "|"]
+    lines = [
+        "| family | patches | finer views | " + " | ".join(COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 3) + "|",
+    ]
     reasons = []
     for name in wanted:
         cells, found = try_family(name)
         family, model = FAMILIES[name], bases.base_of(name)
-        facts = [f"`{name}`", str(family.patches_under(model)), "yes" if family.has_one_view(model) else "own"]
+        facts = [
+            f"`{name}`",
+            str(family.patches_under(model)),
+            "yes" if family.has_one_view(model) else "own",
+        ]
         lines.append("| " + " | ".join([*facts, *cells]) + " |")
         reasons += found
         print(lines[-1], *found, sep="\n")
     if not sys.argv[1:]:
-        head = INTRODUCTION.format(transformers=transformers.__version__, torch=torch.__version__.split("+")[0])
+        head = INTRODUCTION.format(
+            transformers=transformers.__version__, torch=torch.__version__.split("+")[0]
+        )
         replace_section(HEADING, "\n".join([head, *lines, "", *reasons]))
 
 

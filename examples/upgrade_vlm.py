@@ -1,8 +1,10 @@
-"""Upgrade a vision-language model by a recipe, train it, and see in numbers what its shortcuts do; some minutes on a CPU.
+"""Upgrade a vision-language model by a recipe, train it, and see in numbers what its shortcuts do;
+some minutes on a CPU.
 
-    D=$SPARSECUT_DATA/emoji-vqa
-    python examples/upgrade_vlm.py llava runs/upgraded $D/train.json $D/train_images.tar.gz      (or qwen in place of llava)
-    sparsecut explain runs/upgraded/upgraded/final --data ... --images ...                       (each shortcut, with intervals)
+    D=$SPARSECUT_DATA/emoji-vqa python examples/upgrade_vlm.py llava runs/upgraded $D/train.json
+    $D/train_images.tar.gz      (or qwen in place of llava) sparsecut explain
+    runs/upgraded/upgraded/final --data ... --images ...                       (each shortcut, with
+    intervals)
 
 Nothing is downloaded: the model is a tiny random LLaVA or Qwen2.5-VL with its own processor and prompt format, made on the
 spot and saved to OUT/base. A recipe names that folder as its base and trains everything, shortcuts included. The same base is trained
@@ -36,28 +38,33 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.processing_utils import ProcessorMixin
 
 import sparsecut
+from sparsecut.config.recipe import Source, parse_recipe
 from sparsecut.data.dataset import Collator, TrainingData, read_source
 from sparsecut.evaluation.evaluator import evaluate
-from sparsecut.config.recipe import Source, parse_recipe
 
-LLAVA_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>\n' }}"
-    "{% endfor %}{% for c in m['content'] if c['type'] == 'text' %}{% if m['role'] == 'assistant' %}{% generation %}"
-    "{{ c['text'] + ' ' }}{% endgeneration %}{% else %}{{ c['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)  # as of llava-hf/llava-1.5-7b-hf
-QWEN_TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}"
-    "{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% endif %}"
-)  # as of Qwen/Qwen2.5-VL, without tools, videos and numbered pictures
+LLAVA_TEMPLATE = (  # as of llava-hf/llava-1.5-7b-hf
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] if c['type'] =="
+    " 'image' %}{{ '<image>\n' }}{% endfor %}{% for c in m['content'] if c['type'] == 'text' %}{%"
+    " if m['role'] == 'assistant' %}{% generation %}{{ c['text'] + ' ' }}{% endgeneration %}{% else"
+    " %}{{ c['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{"
+    " 'ASSISTANT:' }}{% endif %}"
+)
+QWEN_TEMPLATE = (  # as of Qwen/Qwen2.5-VL, without tools, videos and numbered pictures
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string"
+    " %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image'"
+    " %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor"
+    " %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{"
+    " '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def tokenizer_for(texts, size: int, *special: str) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer learned from texts."""
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.pre_tokenizer, core.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     if "<|im_end|>" in special:
         names = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
@@ -71,12 +78,26 @@ def tokenizer_for(texts, size: int, *special: str) -> PreTrainedTokenizerFast:
 
 
 def llava(texts, *, width: int = 96, view: int = 48, vocabulary: int = 1500):
-    """(model, processor): a LLaVA of one view per picture, patches of 8 x 8 pixels, random weights."""
+    """(model, processor): a LLaVA of one view per picture, patches of 8 x 8 pixels, random
+    weights.
+    """
     tokenizer = tokenizer_for(texts, vocabulary, "<image>")
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 4, "num_attention_heads": 4}
-    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
+    ids = {
+        name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
+    }
     config = LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", **sizes, "image_size": view, "patch_size": 8},
+        vision_config={
+            "model_type": "clip_vision_model",
+            **sizes,
+            "image_size": view,
+            "patch_size": 8,
+        },
         text_config={
             "model_type": "llama",
             **sizes,
@@ -87,7 +108,9 @@ def llava(texts, *, width: int = 96, view: int = 48, vocabulary: int = 1500):
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(view // 8) ** 2,
     )
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": view}, crop_size={"height": view, "width": view})
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": view}, crop_size={"height": view, "width": view}
+    )
     processor = LlavaProcessor(
         image_processor,
         tokenizer,
@@ -100,28 +123,50 @@ def llava(texts, *, width: int = 96, view: int = 48, vocabulary: int = 1500):
 
 
 class Qwen2_5_VLPictureProcessor(Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's processor without its videos, which need torchvision even where there are none."""
+    """Qwen2.5-VL's processor without its videos, which need torchvision even where there are
+    none.
+    """
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(
+            [self.image_token, self.video_token]
+        )
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
     @property
     def model_input_names(self):
         """Names of what it returns."""
-        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names, "mm_token_type_ids"]
+        return [
+            *self.tokenizer.model_input_names,
+            *self.image_processor.model_input_names,
+            "mm_token_type_ids",
+        ]
 
 
 AutoProcessor.register(Qwen2_5_VLConfig, Qwen2_5_VLPictureProcessor, exist_ok=True)
 
 
 def qwen(texts, *, width: int = 96, view: int = 64, vocabulary: int = 1500):
-    """(model, processor): a Qwen2.5-VL, 2 x 2 patches of 8 x 8 pixels under a token, pictures of about view x view pixels, random."""
-    tokens = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    """(model, processor): a Qwen2.5-VL, 2 x 2 patches of 8 x 8 pixels under a token, pictures of
+    about view x view pixels, random.
+    """
+    tokens = (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+    )
     tokenizer = tokenizer_for(texts, vocabulary, *tokens)
     start, end, image, video = tokenizer.convert_tokens_to_ids(list(tokens[2:]))
-    text = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 4, "num_attention_heads": 4}
+    text = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     rope = {
         "rope_type": "default",
         "mrope_section": [width // 4 // 8, width // 4 // 8, width // 4 // 4],
@@ -135,7 +180,12 @@ def qwen(texts, *, width: int = 96, view: int = 64, vocabulary: int = 1500):
         "out_hidden_size": width,
     }
     config = Qwen2_5_VLConfig(
-        vision_config={**vision, "patch_size": 8, "window_size": 32, "fullatt_block_indexes": [1, 3]},
+        vision_config={
+            **vision,
+            "patch_size": 8,
+            "window_size": 32,
+            "fullatt_block_indexes": [1, 3],
+        },
         text_config={
             **text,
             "num_key_value_heads": 4,
@@ -158,7 +208,8 @@ def qwen(texts, *, width: int = 96, view: int = 64, vocabulary: int = 1500):
     return Qwen2_5_VLForConditionalGeneration(config).eval(), processor
 
 
-# Which questions; and for every person or hand one skin tone, as in configs/emoji.yaml, is held out to be asked.
+# Which questions; and for every person or hand one skin tone, as in configs/emoji.yaml, is held out
+# to be asked.
 KINDS = r"^train\.(skin_tone|skin_tone_pair|gender|facing_right|hair)\."
 TONES = r"\.[0-9a-f]*([0-2]-1f3fb|[3-5]-1f3fc|[6-8]-1f3fd|[9ab]-1f3fe|[c-f]-1f3ff)"
 GROUP = r"^train\.(\w+)\."
@@ -166,8 +217,18 @@ GROUP = r"^train\.(\w+)\."
 
 def settings(steps: int, rate: float) -> dict:
     """TrainingArguments that all trainings here have."""
-    schedule = {"lr_scheduler_type": "cosine", "warmup_steps": steps // 20, "weight_decay": 0.05, "logging_steps": 50}
-    return {"max_steps": steps, "learning_rate": rate, "per_device_train_batch_size": 32, **schedule}
+    schedule = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": steps // 20,
+        "weight_decay": 0.05,
+        "logging_steps": 50,
+    }
+    return {
+        "max_steps": steps,
+        "learning_rate": rate,
+        "per_device_train_batch_size": 32,
+        **schedule,
+    }
 
 
 def train_plainly(model, processor, examples, steps: int, seed: int = 0) -> None:
@@ -182,7 +243,10 @@ def train_plainly(model, processor, examples, steps: int, seed: int = 0) -> None
         dataloader_pin_memory=False,
         **settings(steps, 1e-3),
     )
-    data = {"train_dataset": TrainingData(examples, processor), "data_collator": Collator(processor)}
+    data = {
+        "train_dataset": TrainingData(examples, processor),
+        "data_collator": Collator(processor),
+    }
     Trainer(model.train(), args, **data).train()
     model.eval()
 
@@ -191,14 +255,24 @@ SHORTCUTS = {"method": "sparsecut", "count": 3}
 
 
 def main(kind: str, out: str, records: str, images: str, steps: int = 600, seed: int = 0) -> None:
-    """Make a model, upgrade and train it by a recipe, ask it with and without its shortcuts, and print a table."""
+    """Make a model, upgrade and train it by a recipe, ask it with and without its shortcuts, and
+    print a table.
+    """
     source = {"path": records, "images": images}
     lessons = read_source(Source(**source, where=KINDS, hold_out=TONES), [])
-    asked = [e for e in read_source(Source(**source, where=KINDS, group=GROUP), []) if re.search(TONES, e.id)]
+    asked = [
+        e
+        for e in read_source(Source(**source, where=KINDS, group=GROUP), [])
+        if re.search(TONES, e.id)
+    ]
     print(f"{len(lessons)} records to learn, {len(asked)} to ask")
 
     torch.manual_seed(seed)
-    texts = [message["content"].replace("<image>", "") for example in lessons for message in example.messages]
+    texts = [
+        message["content"].replace("<image>", "")
+        for example in lessons
+        for message in example.messages
+    ]
     base, processor = {"llava": llava, "qwen": qwen}[kind](texts)
     base.save_pretrained(f"{out}/base")
     processor.save_pretrained(f"{out}/base")
@@ -218,11 +292,17 @@ def main(kind: str, out: str, records: str, images: str, steps: int = 600, seed:
 
 
 def controls(kind: str) -> dict[str, dict]:
-    """Plans that say what a gain is not owed to: the same taps all at the input and, where there are any, finer views alone."""
+    """Plans that say what a gain is not owed to: the same taps all at the input and, where there
+    are any, finer views alone.
+    """
     found = {"same taps at the input": {**SHORTCUTS, "method": "sparsecut_input"}}
     if kind == "llava":
         taps = {"taps": [-2], "layer": 0}
-        finer = {"tiles": 2, "gate": "zero_projector", "shortcuts": [taps, {**taps, "mix": "channels"}]}
+        finer = {
+            "tiles": 2,
+            "gate": "zero_projector",
+            "shortcuts": [taps, {**taps, "mix": "channels"}],
+        }
         found["finer views at the input"] = finer
     return found
 
@@ -235,14 +315,22 @@ def upgraded(out: str, folder: str, fusion: dict, source: dict, steps: int, seed
         "train": ["vision", "projector", "fusion", "language"],
         "args": settings(steps, 1e-3),
     }
-    plain = {"model": {"base": f"{out}/base"}, "fusion": fusion, "stages": [stage], "output": f"{out}/{folder}"}
+    plain = {
+        "model": {"base": f"{out}/base"},
+        "fusion": fusion,
+        "stages": [stage],
+        "output": f"{out}/{folder}",
+    }
     return sparsecut.train(parse_recipe({**plain, "seed": seed}))
 
 
 def ask(model, processor, asked) -> dict:
     """Share of right answers, overall and by kind of question."""
     found = evaluate(model, processor, asked, max_new_tokens=12, batch_size=64)
-    return {"all": found["accuracy"], **{name: group["accuracy"] for name, group in found["groups"].items()}}
+    return {
+        "all": found["accuracy"],
+        **{name: group["accuracy"] for name, group in found["groups"].items()},
+    }
 
 
 def show(rows: dict[str, dict]) -> None:

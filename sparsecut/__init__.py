@@ -32,7 +32,10 @@ __all__ = sorted(_HOMES)
 
 def __getattr__(name: str):
     if name not in _HOMES:
-        raise AttributeError(f"module 'sparsecut' has no attribute {name!r}; its public names are {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'sparsecut' has no attribute {name!r}; its public names are"
+            f" {', '.join(__all__)}"
+        )
     return getattr(importlib.import_module(f"sparsecut.{_HOMES[name]}"), name)
 
 

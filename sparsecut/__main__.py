@@ -1,5 +1,5 @@
 """`python -m sparsecut` is the command `sparsecut`."""
 
-from .cli.app import main
+from .cli.main import main
 
 main()

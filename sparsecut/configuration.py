@@ -1,4 +1,6 @@
-"""The configuration of a SparseCut model: an encoder's, a language model's, and the plan that connects them."""
+"""The configuration of a SparseCut model: an encoder's, a language model's, and the plan that
+connects them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from .encoders import PatchGrid, is_audio, read_grid
 from .methods import make_plan
 from .plan import Plan
 from .registration import register_configuration, register_model
+from .schema import UserError
 
 
 @strict
@@ -19,12 +22,17 @@ class SparseCutConfig(PreTrainedConfig):
     r"""
     Configuration of [`SparseCutForConditionalGeneration`].
 
-    vision_config, text_config: configurations (or their dicts) of any supported encoder and causal language model.
-    plan: a method's name, a method with options, or a plan in full; kept in full, and refused if it does not fit the depths.
-    view_size: pixels of a view, or (height, width), for encoders that take pictures of any size; else the encoder's own.
+    vision_config, text_config: configurations (or their dicts) of any supported encoder and causal
+    language model.
+    plan: a method's name, a method with options, or a plan in full; kept in full, and refused if it
+    does not fit the depths.
+    view_size: pixels of a view, or (height, width), for encoders that take pictures of any size;
+    else the encoder's own.
     image_token_id: the placeholder that stands once per image token in `input_ids`.
-    mask_image_token: give the placeholder's logit the lowest value, so that neither loss nor decoding knows of it. Set by
-        conversions, whose vocabulary never had the placeholder; elsewhere the generation config suppresses it.
+    mask_image_token: give the placeholder's logit the lowest value, so that neither loss nor
+    decoding knows of it. Set by
+        conversions, whose vocabulary never had the placeholder; elsewhere the generation config
+        suppresses it.
     """
 
     model_type = "sparsecut"
@@ -42,8 +50,11 @@ class SparseCutConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        # The base class resets how sub-configurations compute attention and experts, also of models that already run with it.
-        ready = [c for c in (self.vision_config, self.text_config) if isinstance(c, PreTrainedConfig)]
+        # The base class resets how sub-configurations compute attention and experts, also of models
+        # that already run with it.
+        ready = [
+            c for c in (self.vision_config, self.text_config) if isinstance(c, PreTrainedConfig)
+        ]
         names = ("_attn_implementation", "_experts_implementation")
         kept = [(config, name, getattr(config, name)) for config in ready for name in names]
         super().__post_init__(**kwargs)
@@ -74,7 +85,9 @@ class SparseCutConfig(PreTrainedConfig):
 
     @property
     def grid(self) -> PatchGrid:
-        """What a view is and how its patches lie, from sizes of the encoder's configuration, never a length of something."""
+        """What a view is and how its patches lie, from sizes of the encoder's configuration, never
+        a length of something.
+        """
         return read_grid(self.vision_config, self.view_size)
 
     @property
@@ -84,7 +97,9 @@ class SparseCutConfig(PreTrainedConfig):
 
     @property
     def image_size(self) -> int | tuple[int, int]:
-        """Side of one view in pixels, or height and width where they differ; of a sound, mels and frames."""
+        """Side of one view in pixels, or height and width where they differ; of a sound, mels and
+        frames.
+        """
         height, width = self.grid.view[-2:]
         return height if height == width and not is_audio(self.vision_config) else (height, width)
 
@@ -97,25 +112,31 @@ class SparseCutConfig(PreTrainedConfig):
 def check_fine_views(vision_config, grid: PatchGrid, plan: Plan) -> None:
     """Refuse fine views of a sound, which has one view."""
     if plan.tiles and is_audio(vision_config):
-        raise ValueError(
-            f"the plan has tiles={plan.tiles}, but {vision_config.model_type} listens to sounds, which have no finer views; "
-            "choose a plan without, for example {'method': 'sparsecut', 'tiles': 0}"
+        raise UserError(
+            f"the plan has tiles={plan.tiles}, but {vision_config.model_type} listens to sounds,"
+            " which have no finer views; choose a plan without, for example {'method':"
+            " 'sparsecut', 'tiles': 0}"
         )
 
 
 def check_text_config(config) -> None:
-    """Refuse language models that cannot read a prompt of embeddings from left to right, where a configuration tells."""
+    """Refuse language models that cannot read a prompt of embeddings from left to right, where a
+    configuration tells.
+    """
     text, reasons = config.get_text_config(), []
-    if config.is_encoder_decoder or any(hasattr(text, f"{n}_layers") for n in ("encoder", "num_encoder", "decoder")):
+    if config.is_encoder_decoder or any(
+        hasattr(text, f"{n}_layers") for n in ("encoder", "num_encoder", "decoder")
+    ):
         reasons.append("belongs to a pair of encoder and decoder")
     elif hasattr(text, "add_cross_attention") and not getattr(text, "is_decoder", True):
         reasons.append("looks at later tokens too (is_decoder is false)")
     if getattr(text, "hidden_size_per_layer_input", 0):
         reasons.append("reads the token ids again in every layer (hidden_size_per_layer_input)")
     if reasons:
-        raise ValueError(
-            f"the language model {config.model_type} {' and '.join(reasons)}, but image features can only be given to a decoder "
-            "that reads embeddings from left to right; use a decoder-only transformer such as Llama, Qwen or Mistral"
+        raise UserError(
+            f"the language model {config.model_type} {' and '.join(reasons)}, but image features"
+            " can only be given to a decoder that reads embeddings from left to right; use a"
+            " decoder-only transformer such as Llama, Qwen or Mistral"
         )
 
 

@@ -18,12 +18,15 @@ class SparseCutUpgradeConfig(PreTrainedConfig):
     r"""
     Configuration of [`SparseCutUpgrade`].
 
-    base_config: configuration (or its dict) of the vision-language model that was upgraded. plan: the shortcuts, in full.
+    base_config: configuration (or its dict) of the vision-language model that was upgraded. plan:
+    the shortcuts, in full.
     base_name: where the base came from. base_digest: what `upgrading.digest` says of it.
     """
 
     model_type = "sparsecut_upgrade"
-    sub_configs_defaults: ClassVar[dict] = {"base_config": SubConfigSpec(config_class=AutoConfig, model_type="llava")}
+    sub_configs_defaults: ClassVar[dict] = {
+        "base_config": SubConfigSpec(config_class=AutoConfig, model_type="llava")
+    }
 
     base_config: dict | PreTrainedConfig | None = None
     plan: dict | None = None
@@ -37,8 +40,15 @@ class SparseCutUpgradeConfig(PreTrainedConfig):
 
     @classmethod
     def of(cls, base, plan: Plan, name: str | None, digest: str | None) -> SparseCutUpgradeConfig:
-        """The configuration of a base under a plan; the base's own is copied, as sub-configurations are reset when handed over."""
-        return cls(base_config=copy.deepcopy(base.config), plan=plan.to_dict(), base_name=name, base_digest=digest)
+        """The configuration of a base under a plan; the base's own is copied, as sub-configurations
+        are reset when handed over.
+        """
+        return cls(
+            base_config=copy.deepcopy(base.config),
+            plan=plan.to_dict(),
+            base_name=name,
+            base_digest=digest,
+        )
 
     def get_plan(self) -> Plan:
         """The plan as data of this package."""

@@ -1,4 +1,5 @@
-"""A plan drawn for the terminal: encoder on the left, language model on the right, an arrow for every shortcut.
+"""A plan drawn for the terminal: encoder on the left, language model on the right, an arrow for
+every shortcut.
 
 Both stacks grow upwards. Shortcuts in the same order on both sides are straight arrows; the others, and those into the
 input, run along a track between the stacks, one track for each layer they reach. A track that meets an arrow without a
@@ -56,7 +57,9 @@ Item = int | str  # a layer's number, dots for folded ones, or nothing
 
 @dataclass
 class Wires:
-    """The space between the stacks: the arms of the lines in every cell, where lines cross, and where they are joined."""
+    """The space between the stacks: the arms of the lines in every cell, where lines cross, and
+    where they are joined.
+    """
 
     width: int
     arms: Counter = field(default_factory=Counter)
@@ -66,7 +69,9 @@ class Wires:
     def across(self, y: int, start: int, stop: int) -> None:
         """A horizontal line from column `start` to `stop`, open at the edges of the space."""
         for x in range(start, stop + 1):
-            self._add(x, y, LEFT * (x > start or x == 0) | RIGHT * (x < stop or x == self.width - 1))
+            self._add(
+                x, y, LEFT * (x > start or x == 0) | RIGHT * (x < stop or x == self.width - 1)
+            )
 
     def upright(self, x: int, low: int, high: int) -> None:
         """A vertical line between two rows, which are counted upwards."""
@@ -86,14 +91,22 @@ class Wires:
 
 
 def draw(
-    plan: Plan, vision_depth: int, language_depth: int, *, num_patches: int | None = None, title: str | None = None
+    plan: Plan,
+    vision_depth: int,
+    language_depth: int,
+    *,
+    num_patches: int | None = None,
+    title: str | None = None,
 ) -> str:
     """The plan as lines of text; `num_patches` of one view, where known, gives the image tokens."""
     plan.check(vision_depth, language_depth)
     flat = [
         sorted({t % (vision_depth + 1) for t in s.flat_taps}) for s in plan.shortcuts
     ]  # a mean is drawn as its states
-    shortcuts = [Shortcut(taps, s.layer, s.mix, s.grain) for taps, s in zip(flat, plan.shortcuts, strict=True)]
+    shortcuts = [
+        Shortcut(taps, s.layer, s.mix, s.grain)
+        for taps, s in zip(flat, plan.shortcuts, strict=True)
+    ]
     used = {tap for s in shortcuts for tap in s.taps}, {s.layer for s in shortcuts}
     straight = straight_pairs(shortcuts)
     rows = align(fold(used[0], vision_depth + 1), fold(used[1], language_depth), straight, used)
@@ -111,7 +124,9 @@ def draw(
     lines.append("  " + space.join([LINES[RIGHT | DOWN] + beam + LINES[LEFT | DOWN]] * 2))
     for y, (tap, layer) in reversed(list(enumerate(rows))):
         edge = LINES[UP | DOWN | RIGHT * (tap in used[0])]
-        arrow = f" {labels[layer]} ".center(room, LINE) + ARROW if layer in labels else " " * (room + 1)
+        arrow = (
+            f" {labels[layer]} ".center(room, LINE) + ARROW if layer in labels else " " * (room + 1)
+        )
         left, right = NAMES[0].get(tap, tap), NAMES[1].get(layer, layer)
         lines.append(f"  {POST}{left:^{BOX}}{edge}{wires.line(y)}{arrow}{POST}{right:^{BOX}}{POST}")
     lines.append("  " + space.join([LINES[RIGHT | UP] + beam + LINES[LEFT | UP]] * 2))
@@ -121,7 +136,10 @@ def draw(
 def summary(plan: Plan) -> str:
     """The plan in one line of words."""
     count = len(plan.shortcuts) - 1
-    words = [f"{count or 'no'} shortcut{'s' * (count != 1)}{' into the input' * (count > 0 and not plan.layers)}"]
+    words = [
+        f"{count or 'no'}"
+        f" shortcut{'s' * (count != 1)}{' into the input' * (count > 0 and not plan.layers)}"
+    ]
     words.append(f"{plan.tiles}x{plan.tiles} fine views" if plan.tiles else "coarse view only")
     if count:
         rank = f" of rank {plan.rank}" if plan.rank else ""
@@ -156,7 +174,9 @@ def remarks(plan: Plan, vision_depth: int, num_patches: int | None) -> list[str]
 
 
 def straight_pairs(shortcuts: Sequence[Shortcut]) -> list[tuple[int, int]]:
-    """(tap, layer) of the longest run of shortcuts that climb both stacks together; none where most would not join it."""
+    """(tap, layer) of the longest run of shortcuts that climb both stacks together; none where most
+    would not join it.
+    """
     pairs = sorted((s.layer, s.taps[0]) for s in shortcuts if s.layer > 0 and len(s.taps) == 1)
     chains: list[list[tuple[int, int]]] = []
     for layer, tap in pairs:
@@ -178,8 +198,12 @@ def fold(used: set[int], count: int) -> list[Item]:
     return items
 
 
-def align(left: list[Item], right: list[Item], straight, used: tuple[set, set]) -> list[tuple[Item, Item]]:
-    """Put both stacks on common rows: straight pairs on one row, and no other tap beside a layer, where wires would meet."""
+def align(
+    left: list[Item], right: list[Item], straight, used: tuple[set, set]
+) -> list[tuple[Item, Item]]:
+    """Put both stacks on common rows: straight pairs on one row, and no other tap beside a layer,
+    where wires would meet.
+    """
     rows: list[tuple[Item, Item]] = []
     for tap, layer in [*straight, (None, None)]:
         i, j = (left.index(tap), right.index(layer)) if tap is not None else (len(left), len(right))
@@ -198,13 +222,16 @@ def align(left: list[Item], right: list[Item], straight, used: tuple[set, set]) 
         left, right = left[i + 1 :], right[j + 1 :]
     for y in range(1, len(rows)):  # folded layers fill the height that the other stack takes
         rows[y] = tuple(
-            DOTS if (item, below) == ("", DOTS) else item for item, below in zip(rows[y], rows[y - 1], strict=True)
+            DOTS if (item, below) == ("", DOTS) else item
+            for item, below in zip(rows[y], rows[y - 1], strict=True)
         )
     return rows
 
 
 def connect(rows: list[tuple[Item, Item]], shortcuts: Sequence[Shortcut], straight) -> Wires:
-    """The wires of all shortcuts; lower layers have their track further left, so that wires of one tap do not cross."""
+    """The wires of all shortcuts; lower layers have their track further left, so that wires of one
+    tap do not cross.
+    """
     of_tap = {tap: y for y, (tap, _) in enumerate(rows)}
     of_layer = {layer: y for y, (_, layer) in enumerate(rows)}
     routed = [s for s in shortcuts if (s.taps[0], s.layer) not in straight or len(s.taps) > 1]
@@ -229,7 +256,11 @@ def arrivals(shortcuts: Sequence[Shortcut]) -> dict[int, str]:
     """What arrives at each layer, in words: mixers, with their number where several add up."""
     words: dict[int, Counter] = {}
     for s in shortcuts:
-        name = s.mix + f" of {len(s.taps)} taps" * (len(s.taps) > 1) + f" grain {s.grain}" * (s.grain > 0)
+        name = (
+            s.mix
+            + f" of {len(s.taps)} taps" * (len(s.taps) > 1)
+            + f" grain {s.grain}" * (s.grain > 0)
+        )
         words.setdefault(s.layer, Counter())[name] += 1
     return {
         layer: " + ".join(f"{n} x {name}" if n > 1 else name for name, n in names.items())

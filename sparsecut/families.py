@@ -1,4 +1,5 @@
-"""Families of vision-language models that can be upgraded: where they keep their parts, and which patches lie under a token.
+"""Families of vision-language models that can be upgraded: where they keep their parts, and which
+patches lie under a token.
 
 The answer to the second question is an index table for one call of `get_image_features`. Wherever a family has a
 rearrangement of its own, the table is what that makes of the patches' numbers, so that nothing is worked out twice.
@@ -13,10 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .schema import UserError
+
 
 @dataclass(frozen=True)
 class VLMParts:
-    """Where a model keeps things: the module with get_image_features, the encoder whose blocks are read, the decoder."""
+    """Where a model keeps things: the module with get_image_features, the encoder whose blocks are
+    read, the decoder.
+    """
 
     inner: nn.Module
     vision: nn.Module
@@ -27,15 +32,17 @@ class VLMParts:
 class VLMFamily:
     """How a family is laid out.
 
-    parts(model) -> Parts. patches_under(model): patches under one image token. index(inner, shape, call) -> [tokens, patches], for
-    one call of get_image_features (`call`: its arguments) in which a block put out states of `shape`: for every token of the
-    concatenated pooler_output the numbers of the patches under it, in the flattened states and in raster order, -1 where it shows
-    none. has_one_view(model): whether a picture is one view of a fixed size, to which finer ones can be added.
+    parts(model) -> VLMParts. patches_under(model): patches under one image token.
+    patch_index(inner, shape, call) -> [tokens, patches], for one call of get_image_features
+    (`call`: its arguments) in which a block put out states of `shape`: for every token of the
+    concatenated pooler_output the numbers of the patches under it, in the flattened states and in
+    raster order, -1 where it shows none. has_one_view(model): whether a picture is one view of a
+    fixed size, to which finer ones can be added.
     """
 
     parts: Callable[[nn.Module], VLMParts]
     patches_under: Callable[[nn.Module], int]
-    index: Callable[[nn.Module, tuple, dict], Tensor]
+    patch_index: Callable[[nn.Module, tuple, dict], Tensor]
     has_one_view: Callable[[nn.Module], bool] = lambda model: False
 
 
@@ -56,18 +63,24 @@ def _one(model: nn.Module) -> int:
 
 
 def _has_one_view(model: nn.Module) -> bool:
-    return model.config.vision_config.model_type != "pixtral"  # a LLaVA may have an encoder of pictures of any size
+    return (
+        model.config.vision_config.model_type != "pixtral"
+    )  # a LLaVA may have an encoder of pictures of any size
 
 
 def _numbers(shape: tuple, prefix: int = 0) -> Tensor:
-    """Numbers of all patches of states [views, tokens, D], without `prefix` tokens in front of each view: [views, N]."""
+    """Numbers of all patches of states [views, tokens, D], without `prefix` tokens in front of each
+    view: [views, N].
+    """
     views, length = shape[0], shape[1]
     return torch.arange(views * length).view(views, length)[:, prefix:]
 
 
 def _prefix(inner: nn.Module, call: dict) -> int:
     """Class tokens that a LLaVA leaves out, by its way of selecting features."""
-    strategy = call.get("vision_feature_select_strategy") or inner.config.vision_feature_select_strategy
+    strategy = (
+        call.get("vision_feature_select_strategy") or inner.config.vision_feature_select_strategy
+    )
     return 1 if strategy == "default" else 0
 
 
@@ -77,7 +90,9 @@ def _llava(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
         patch = inner.config.vision_config.patch_size
         high, wide = (patch, patch) if isinstance(patch, int) else patch
         height, width = call["pixel_values"].shape[-2:]
-        numbers = numbers.masked_fill(numbers % shape[1] < shape[1] - height // high * (width // wide), -1)
+        numbers = numbers.masked_fill(
+            numbers % shape[1] < shape[1] - height // high * (width // wide), -1
+        )
     return numbers.reshape(-1, 1)
 
 
@@ -96,7 +111,9 @@ def _gemma3(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
 
 
 def _windows(maps: Tensor, size: int) -> Tensor:
-    """Numbers [views, rows, columns] -> [tokens, size^2], windows in raster order and raster order within."""
+    """Numbers [views, rows, columns] -> [tokens, size^2], windows in raster order and raster order
+    within.
+    """
     views, rows, columns = maps.shape
     maps = maps.view(views, rows // size, size, columns // size, size)
     return maps.transpose(2, 3).reshape(-1, size * size)
@@ -111,13 +128,20 @@ def _llava_next(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
 
     sizes = call["image_sizes"]
     tiles = [
-        image_size_to_num_patches(size, inner.config.image_grid_pinpoints, inner.config.vision_config.image_size)
+        image_size_to_num_patches(
+            size, inner.config.image_grid_pinpoints, inner.config.vision_config.image_size
+        )
         for size in sizes
     ]
-    strategy = call.get("vision_feature_select_strategy") or inner.config.vision_feature_select_strategy
+    strategy = (
+        call.get("vision_feature_select_strategy") or inner.config.vision_feature_select_strategy
+    )
     numbers = _numbers(shape, _prefix(inner, call)).double().unsqueeze(-1)
     packed, _ = inner.pack_image_features(
-        torch.split(numbers, tiles), sizes, vision_feature_select_strategy=strategy, image_newline=_none(inner)
+        torch.split(numbers, tiles),
+        sizes,
+        vision_feature_select_strategy=strategy,
+        image_newline=_none(inner),
     )
     return torch.cat(list(packed)).round().long()
 
@@ -142,16 +166,22 @@ def _llava_onevision(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
     ]
     numbers = _numbers(shape, _prefix(inner, call))
     side = size // config.vision_config.patch_size
-    # Too many tokens are interpolated: numbers cannot be, but places can. Each patch sends its row and column in the
-    # tiles put together, which come out as those of the nearest patch.
+    # Too many tokens are interpolated: numbers cannot be, but places can. Each patch sends its row
+    # and column in the tiles put together, which come out as those of the nearest patch.
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     places, grids = [], []
     for s, n in zip(sizes, tiles, strict=True):
-        rows, columns = get_anyres_image_grid_shape(s, config.image_grid_pinpoints, size) if n > 1 else (1, 1)
+        rows, columns = (
+            get_anyres_image_grid_shape(s, config.image_grid_pinpoints, size) if n > 1 else (1, 1)
+        )
         grids.append((rows, columns))
         tile = torch.arange(max(n - 1, 1))
         of_tile = torch.stack(
-            [y.flatten() + (tile // columns * side)[:, None], x.flatten() + (tile % columns * side)[:, None]], dim=-1
+            [
+                y.flatten() + (tile // columns * side)[:, None],
+                x.flatten() + (tile % columns * side)[:, None],
+            ],
+            dim=-1,
         )
         coarse = torch.stack([y.flatten(), x.flatten()], -1)[None]
         places.append(torch.cat([coarse, of_tile]) if n > 1 else coarse)
@@ -221,7 +251,9 @@ def _qwen2_5(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
 
     vision = inner.visual
     sizes = {"spatial_merge_size": vision.spatial_merge_size, "window_size": vision.window_size}
-    order, _ = get_vision_window_index(call["image_grid_thw"].cpu(), **sizes, patch_size=vision.patch_size, kwargs={})
+    order, _ = get_vision_window_index(
+        call["image_grid_thw"].cpu(), **sizes, patch_size=vision.patch_size, kwargs={}
+    )
     return _qwen(inner, shape, call)[torch.argsort(torch.as_tensor(order))]
 
 
@@ -247,20 +279,23 @@ FAMILIES = {
 
 
 def family_of(model: nn.Module) -> VLMFamily:
-    """The family of a loaded model; ValueError for others, and where the model has not the parts that its family has."""
+    """The family of a loaded model; ValueError for others, and where the model has not the parts
+    that its family has.
+    """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:
-        raise ValueError(
-            f"{type(model).__name__} ({kind}) is not a vision-language model that can be upgraded; known are "
-            f"{', '.join(sorted(FAMILIES))}. An encoder and a language model can be joined with sparsecut.build"
+        raise UserError(
+            f"{type(model).__name__} ({kind}) is not a vision-language model that can be upgraded;"
+            f" known are {', '.join(sorted(FAMILIES))}. An encoder and a language model can be"
+            " joined with sparsecut.build"
         )
     family = FAMILIES[kind]
     try:
         parts, _ = family.parts(model), family.patches_under(model)
         parts.inner.get_image_features, parts.vision.config, parts.language.config  # noqa: B018  they must be there
     except AttributeError as error:
-        raise ValueError(
-            f"{type(model).__name__} says it is a {kind}, but the parts of one cannot be read from it ({error}); give the whole model, "
-            "as AutoModelForImageTextToText loads it"
+        raise UserError(
+            f"{type(model).__name__} says it is a {kind}, but the parts of one cannot be read from"
+            f" it ({error}); give the whole model, as AutoModelForImageTextToText loads it"
         ) from error
     return family

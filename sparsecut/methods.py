@@ -1,4 +1,6 @@
-"""The methods: each a function of the two depths that returns a plan. Adding one is a function here and a YAML."""
+"""The methods: each a function of the two depths that returns a plan. Adding one is a function here
+and a YAML.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,24 @@ from .baselines import (
     mmfuser,
     qwen3_vl,
 )
-from .plan import Plan, Shortcut, nearest
+from .plan import Plan, Shortcut
+from .schema import UserError, nearest
 
-PATTERNS = ("sparse", "dense", "bottom", "top", "reversed", "reversed_dense", "early")  # the paper's six, and ours
+PATTERNS = (
+    "sparse",
+    "dense",
+    "bottom",
+    "top",
+    "reversed",
+    "reversed_dense",
+    "early",
+)  # the paper's six, and ours
 
 
 def make_plan(spec: str | dict | Plan, vision_depth: int, language_depth: int) -> Plan:
-    """Turn a method's name, `{"method": name, **options}` or a plan in full into a plan checked against both depths."""
+    """Turn a method's name, `{"method": name, **options}` or a plan in full into a plan checked
+    against both depths.
+    """
     if isinstance(spec, Plan):
         return spec.check(vision_depth, language_depth)
     if isinstance(spec, dict) and "method" not in spec:
@@ -34,14 +47,20 @@ def make_plan(spec: str | dict | Plan, vision_depth: int, language_depth: int) -
     options = {"method": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("method")
     if name not in METHODS:
-        raise ValueError(f"method {name!r} is not known{nearest(name, METHODS)}; allowed are {', '.join(METHODS)}")
+        raise UserError(
+            f"method {name!r} is not known{nearest(name, METHODS)}; allowed are"
+            f" {', '.join(METHODS)}"
+        )
     allowed = [p for p in inspect.signature(METHODS[name]).parameters if not p.endswith("_depth")]
     for key in options:
         if key not in allowed:
-            raise ValueError(
-                f"method {name} has no option {key!r}{nearest(key, allowed)}; allowed are {', '.join(allowed) or 'none'}"
+            raise UserError(
+                f"method {name} has no option {key!r}{nearest(key, allowed)}; allowed are"
+                f" {', '.join(allowed) or 'none'}"
             )
-    return METHODS[name](vision_depth, language_depth, **options).check(vision_depth, language_depth)
+    return METHODS[name](vision_depth, language_depth, **options).check(
+        vision_depth, language_depth
+    )
 
 
 def sparsecut(
@@ -58,20 +77,28 @@ def sparsecut(
     rank: int | None = None,
     fine: float | None = None,
 ) -> Plan:
-    """SparseCut (arXiv 2602.00505): several encoder layers, each into its own decoder layer, coarse and fine.
+    """SparseCut (arXiv 2602.00505): several encoder layers, each into its own decoder layer, coarse
+    and fine.
 
-    count, pattern: see `shortcut_positions`. fine: share of the encoder's depth that fine views run through; deeper taps are read
-    from the coarse view alone. By default all taps are read from both, but under "early" the last block but one is
-    coarse, so that fine views stop after three eighths of the encoder. gate: by default projectors of "early" start at zero,
-    unless they are shared, and other patterns have no gates. With `pattern="sparse", shared=True, norm=False` and 24
-    and 40 layers this is the released form, `official_13b`; what is different here did better (docs/results.md).
+    count, pattern: see `shortcut_positions`. fine: share of the encoder's depth that fine views run
+    through; deeper taps are read from the coarse view alone. By default all taps are read from
+    both, but under "early" the last block but one is coarse, so that fine views stop after three
+    eighths of the encoder. gate: by default projectors of "early" start at zero, unless they are
+    shared, and other patterns have no gates. With `pattern="sparse", shared=True, norm=False` and
+    24 and 40 layers this is the released form, `official_13b`; what is different here did better
+    (docs/results.md).
     """
     taps, layers = shortcut_positions(vision_depth, language_depth, count, pattern)
-    if fine is not None and (isinstance(fine, bool) or not isinstance(fine, int | float) or not 0 <= fine <= 1):
-        raise ValueError(
-            f"fine is {fine!r}, but is a share of the encoder's depth, from 0 to 1; use for example fine=0.4"
+    if fine is not None and (
+        isinstance(fine, bool) or not isinstance(fine, int | float) or not 0 <= fine <= 1
+    ):
+        raise UserError(
+            f"fine is {fine!r}, but is a share of the encoder's depth, from 0 to 1; use for example"
+            " fine=0.4"
         )
-    deepest = (max(taps) if pattern == "early" else vision_depth) if fine is None else fine * vision_depth
+    deepest = (
+        (max(taps) if pattern == "early" else vision_depth) if fine is None else fine * vision_depth
+    )
     if gate == "default":
         gate = "zero_projector" if pattern == "early" and not shared else None
     mixes = [mix if tap <= deepest else "pick" for tap in (vision_depth - 1, *taps)]
@@ -81,18 +108,26 @@ def sparsecut(
 
 
 def sparsecut_input(vision_depth: int, language_depth: int, **options) -> Plan:
-    """The control for depth: `sparsecut` with the same taps and parameters, all added to the input instead."""
+    """The control for depth: `sparsecut` with the same taps and parameters, all added to the input
+    instead.
+    """
     plan = sparsecut(vision_depth, language_depth, **options)
     return replace(plan, shortcuts=tuple(replace(s, layer=0) for s in plan.shortcuts))
 
 
 def official_13b(vision_depth: int, language_depth: int, *, mix: str = "channels") -> Plan:
-    """The released code on its 40-layer decoder: eight shortcuts, one shared path, no norm and no gate."""
-    return _official(zip((1, 4, 7, 10, 13, 16, 19, 22), (4, 9, 14, 19, 24, 29, 34, 39), strict=True), mix)
+    """The released code on its 40-layer decoder: eight shortcuts, one shared path, no norm and no
+    gate.
+    """
+    return _official(
+        zip((1, 4, 7, 10, 13, 16, 19, 22), (4, 9, 14, 19, 24, 29, 34, 39), strict=True), mix
+    )
 
 
 def official_7b_as_run(vision_depth: int, language_depth: int, *, mix: str = "channels") -> Plan:
-    """The released code as its scripts run it on 32 layers: the last two of eight shortcuts never fire, so six are listed."""
+    """The released code as its scripts run it on 32 layers: the last two of eight shortcuts never
+    fire, so six are listed.
+    """
     return _official(zip((1, 4, 7, 10, 13, 16), (4, 9, 14, 19, 24, 29), strict=True), mix)
 
 
@@ -130,38 +165,50 @@ def shortcut_positions(
 ) -> tuple[list[int], list[int]]:
     """Taps and decoder layers of `count` shortcuts under a pattern, both `count` long.
 
-    "sparse" spreads them evenly, "dense" adds to every decoder layer (as far as there are encoder layers), "bottom" and "top"
-    crowd the low or the high layers on both sides, "reversed" sends the deepest encoder layer to the lowest decoder layer, and
-    "reversed_dense" does both; these are the paper's. "early" is ours: taps of the encoder's first three eighths, the deepest of
-    them first, into the first half of the decoder from the input on. By default count is 8 (4 for "early"), or half the shallower
-    depth if that is less.
+    "sparse" spreads them evenly, "dense" adds to every decoder layer (as far as there are encoder
+    layers), "bottom" and "top" crowd the low or the high layers on both sides, "reversed" sends the
+    deepest encoder layer to the lowest decoder layer, and "reversed_dense" does both; these are the
+    paper's. "early" is ours: taps of the encoder's first three eighths, the deepest of them first,
+    into the first half of the decoder from the input on. By default count is 8 (4 for "early"), or
+    half the shallower depth if that is less.
 
-    The even spread floor(k V / K) + 1 and floor((k + 1) L / K) - 1 gives the released lists for 24 and 40 layers. The skews
-    follow the alternatives left in the released code's comments, which begin with layer 0: the power 1.6 gives its encoder
-    list exactly and its decoder lists to within two layers.
+    The even spread floor(k V / K) + 1 and floor((k + 1) L / K) - 1 gives the released lists for 24
+    and 40 layers. The skews follow the alternatives left in the released code's comments, which
+    begin with layer 0: the power 1.6 gives its encoder list exactly and its decoder lists to within
+    two layers.
     """
     if pattern not in PATTERNS:
-        raise ValueError(
-            f"pattern {pattern!r} is not known{nearest(pattern, PATTERNS)}; allowed are {', '.join(PATTERNS)}"
+        raise UserError(
+            f"pattern {pattern!r} is not known{nearest(pattern, PATTERNS)}; allowed are"
+            f" {', '.join(PATTERNS)}"
         )
     most = min(vision_depth, language_depth)
     if count is None:
-        count = most if pattern.endswith("dense") else min(4 if pattern == "early" else 8, max(1, most // 2))
+        count = (
+            most
+            if pattern.endswith("dense")
+            else min(4 if pattern == "early" else 8, max(1, most // 2))
+        )
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
-        raise ValueError(
-            f"count is {count!r}, but {vision_depth} encoder and {language_depth} decoder layers allow 1 to {most} shortcuts "
-            "with a layer each; choose a count in that range"
+        raise UserError(
+            f"count is {count!r}, but {vision_depth} encoder and {language_depth} decoder layers"
+            f" allow 1 to {most} shortcuts with a layer each; choose a count in that range"
         )
     if pattern.endswith("dense") and count != most:
-        raise ValueError(
-            f"pattern {pattern!r} uses all {most} shortcuts these depths allow; leave count out or use 'sparse'"
+        raise UserError(
+            f"pattern {pattern!r} uses all {most} shortcuts these depths allow; leave count out or"
+            " use 'sparse'"
         )
     if pattern == "early":
         reach = max(count, 3 * vision_depth // 8)
         depth = max(count, language_depth // 2)
-        return [reach - k * reach // count for k in range(count)], [k * depth // count for k in range(count)]
+        return [reach - k * reach // count for k in range(count)], [
+            k * depth // count for k in range(count)
+        ]
     if pattern in ("bottom", "top"):
-        return [b + 1 for b in _skewed(vision_depth, count, pattern)], _skewed(language_depth, count, pattern)
+        return [b + 1 for b in _skewed(vision_depth, count, pattern)], _skewed(
+            language_depth, count, pattern
+        )
     taps = [k * vision_depth // count + 1 for k in range(count)]
     layers = [(k + 1) * language_depth // count - 1 for k in range(count)]
     return (taps[::-1] if pattern.startswith("reversed") else taps), layers

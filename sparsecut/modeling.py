@@ -1,4 +1,6 @@
-"""The model: a vision encoder, the fusion, and a causal language model that is used exactly as it is."""
+"""The model: a vision encoder, the fusion, and a causal language model that is used exactly as it
+is.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
-from .modeling_body import SparseCutModel
 from .configuration import SparseCutConfig
 from .encoders import encoder_inputs, make_encoder
 from .fusion import Fusion
@@ -31,18 +32,21 @@ from .modeling_base import (
     check_image_tokens,
     has_begun,
 )
+from .modeling_body import SparseCutModel
 from .plan import Plan
+from .schema import UserError
 
 RECORDS = ("hidden_states", "attentions")  # what an encoder keeps of its blocks when it is asked to
 UNRECORDED = {f"output_{name}": False for name in RECORDS}
 
 
 class SparseCutForConditionalGeneration(FrozenEncoderMixin, PreTrainedModel, GenerationMixin):
-    r"""
-    Any supported vision encoder and causal language model, joined by a plan of sparse shortcuts (arXiv 2602.00505).
+    r"""Any supported vision encoder and causal language model, joined by a plan of sparse
+    shortcuts (arXiv 2602.00505).
 
-    Features of layer 0 replace the placeholders' embeddings; features of a layer above are added to the hidden states that
-    enter it, at the placeholders' positions, once per prompt. Ready modules can be handed over instead of being made anew.
+    Features of layer 0 replace the placeholders' embeddings; features of a layer above are added to
+    the hidden states that enter it, at the placeholders' positions, once per prompt. Ready modules
+    can be handed over instead of being made anew.
     """
 
     config: SparseCutConfig
@@ -60,14 +64,21 @@ class SparseCutForConditionalGeneration(FrozenEncoderMixin, PreTrainedModel, Gen
     _no_split_modules = ["Fusion", "ContextGate"]
 
     def __init__(
-        self, config: SparseCutConfig, vision_tower: nn.Module | None = None, language_model: nn.Module | None = None
+        self,
+        config: SparseCutConfig,
+        vision_tower: nn.Module | None = None,
+        language_model: nn.Module | None = None,
     ):
         super().__init__(config)
         self.plan: Plan = config.get_plan()
         self.grid = config.grid
-        self.vision_tower = vision_tower if vision_tower is not None else make_encoder(config.vision_config)
+        self.vision_tower = (
+            vision_tower if vision_tower is not None else make_encoder(config.vision_config)
+        )
         self.language_model = (
-            language_model if language_model is not None else AutoModelForCausalLM.from_config(config.text_config)
+            language_model
+            if language_model is not None
+            else AutoModelForCausalLM.from_config(config.text_config)
         )
         check_vision_tower(self.vision_tower, self.grid)
         check_language_model(self.language_model)
@@ -104,7 +115,9 @@ class SparseCutForConditionalGeneration(FrozenEncoderMixin, PreTrainedModel, Gen
         return self.language_model.get_decoder()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by the names a recipe trains: vision, fusion, language (its head included) and head alone."""
+        """Parameters by the names a recipe trains: vision, fusion, language (its head included) and
+        head alone.
+        """
         head = self.get_output_embeddings()
         return {
             "vision": list(self.vision_tower.parameters()),
@@ -115,33 +128,41 @@ class SparseCutForConditionalGeneration(FrozenEncoderMixin, PreTrainedModel, Gen
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """No: our `_init_weights` keeps transformers' rules. In custom code it would pass over modules like CLIP's attention."""
+        """No: our `_init_weights` keeps transformers' rules. In custom code it would pass over
+        modules like CLIP's attention.
+        """
         return False
 
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, Fusion):
             for values, start in module.initial_values():
-                init.uniform_(values, *start) if isinstance(start, tuple) else init.constant_(values, start)
+                (
+                    init.uniform_(values, *start)
+                    if isinstance(start, tuple)
+                    else init.constant_(values, start)
+                )
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
 
     def encode(self, pixel_values: Tensor) -> dict[int, Tensor]:
-        """The encoder's states that the plan reads, of pictures [P, 1 + tiles^2, 3, h, w]: tap -> [P, V, N, D].
+        """The encoder's states that the plan reads, of pictures [P, 1 + tiles^2, 3, h, w]: tap ->
+        [P, V, N, D].
 
-        Sounds come as spectrograms [P, 1, mels, frames]. V is 1 for taps that are read from the coarse view alone; the fine views run
-        no further than the deepest tap read from them. A plan without fine views also takes [P, 3, h, w]. Raises ValueError on any
-        other shape.
+        Sounds come as spectrograms [P, 1, mels, frames]. V is 1 for taps that are read from the
+        coarse view alone; the fine views run no further than the deepest tap read from them. A plan
+        without fine views also takes [P, 3, h, w]. Raises ValueError on any other shape.
         """
         view, num_views, depth = self.grid.view, self.plan.num_views, self.config.vision_depth
         if tuple(pixel_values.shape[1:]) == view and num_views == 1:
             pixel_values = pixel_values.unsqueeze(1)
         if tuple(pixel_values.shape[1:]) != (num_views, *view):
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, but this model's plan (tiles={self.plan.tiles}) and encoder "
-                f"need (pictures, {num_views}, {', '.join(map(str, view))}), coarse view first; prepare pictures with the model's own "
-                "processor"
+            raise UserError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, but this model's plan"
+                f" (tiles={self.plan.tiles}) and encoder need (pictures, {num_views},"
+                f" {', '.join(map(str, view))}), coarse view first; prepare pictures with the"
+                " model's own processor"
             )
         pixels = pixel_values.to(self.vision_tower.dtype)
         taps, fine = self.plan.resolved_taps(depth), self.plan.fine_taps(depth)
@@ -149,7 +170,10 @@ class SparseCutForConditionalGeneration(FrozenEncoderMixin, PreTrainedModel, Gen
             states = self._read(pixels if fine else pixels[:, :1], taps)
             return {tap: x if tap in fine else x[:, :1] for tap, x in states.items()}
         coarse, finer = self._read(pixels[:, :1], taps), self._read(pixels[:, 1:], fine)
-        return {tap: torch.cat([x, finer[tap]], dim=1) if tap in fine else x for tap, x in coarse.items()}
+        return {
+            tap: torch.cat([x, finer[tap]], dim=1) if tap in fine else x
+            for tap, x in coarse.items()
+        }
 
     def _read(self, pixels: Tensor, taps: tuple[int, ...]) -> dict[int, Tensor]:
         states = read_taps(self.vision_tower, pixels.flatten(0, 1), self.grid, taps)
@@ -157,26 +181,37 @@ class SparseCutForConditionalGeneration(FrozenEncoderMixin, PreTrainedModel, Gen
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor | None = None, vision_states: dict[int, Tensor] | None = None, **kwargs
+        self,
+        pixel_values: Tensor | None = None,
+        vision_states: dict[int, Tensor] | None = None,
+        **kwargs,
     ) -> SparseCutImageFeatures:
-        """Encode pictures [P, 1 + tiles^2, 3, h, w], coarse view first, and fuse their taps for every layer of the plan.
+        """Encode pictures [P, 1 + tiles^2, 3, h, w], coarse view first, and fuse their taps for
+        every layer of the plan.
 
-        vision_states: what `encode` returned for them, instead of pixels. output_hidden_states and output_attentions (here or in
-        the configuration) add the encoder's own for the coarse views of pixels, at the price of another pass through every block.
-        Raises ValueError on another shape, or for both or none.
+        vision_states: what `encode` returned for them, instead of pixels. output_hidden_states and
+        output_attentions (here or in the configuration) add the encoder's own for the coarse views
+        of pixels, at the price of another pass through every block. Raises ValueError on another
+        shape, or for both or none.
         """
         if (pixel_values is None) == (vision_states is None):
-            raise ValueError("give either pixel_values or vision_states, and not both")
+            raise UserError("give either pixel_values or vision_states, and not both")
         given = pixel_values if vision_states is None else next(iter(vision_states.values()))
         if not len(given):
             return SparseCutImageFeatures(pooler_output=[])
         states = self.encode(pixel_values) if vision_states is None else vision_states
         fused, whole = self.fusion(states), {}
         wanted = [
-            name for name in RECORDS if kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False))
+            name
+            for name in RECORDS
+            if kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False))
         ]
         if wanted and pixel_values is not None:
-            coarse = pixel_values if pixel_values.dim() == 1 + len(self.grid.view) else pixel_values[:, 0]
+            coarse = (
+                pixel_values
+                if pixel_values.dim() == 1 + len(self.grid.view)
+                else pixel_values[:, 0]
+            )
             flags = {f"output_{name}": True for name in wanted}
             inputs = encoder_inputs(self.grid, coarse.to(self.vision_tower.dtype))
             outputs = self.vision_tower(**inputs, return_dict=True, **flags)
@@ -190,20 +225,30 @@ class SparseCutForConditionalGeneration(FrozenEncoderMixin, PreTrainedModel, Gen
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, inputs_embeds=None, is_first_iteration=False, **kwargs
+        self,
+        input_ids,
+        past_key_values=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
     ):
         """What `generate` gives to `forward` at each step: pictures with the prompt only."""
         kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
-        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, **kwargs
+        )
         images = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         inputs["continued"] = not is_first_iteration and has_begun(past_key_values)
-        # In assisted decoding transformers calls the assistant's prompt a continuation and leaves the pictures out.
+        # In assisted decoding transformers calls the assistant's prompt a continuation and leaves
+        # the pictures out.
         if images is not None and "mm_encoder_outputs" not in inputs and not inputs["continued"]:
             inputs["mm_encoder_outputs"] = {"image": self.get_image_features(images.pixel_values)}
         return inputs
 
     def image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """Where image tokens stand, [B, L]: by id, or by embedding where only embeddings are given."""
+        """Where image tokens stand, [B, L]: by id, or by embedding where only embeddings are
+        given.
+        """
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
@@ -229,20 +274,23 @@ class SparseCutForConditionalGeneration(FrozenEncoderMixin, PreTrainedModel, Gen
     ) -> SparseCutCausalLMOutputWithPast:
         """One pass over a prompt, its continuation, or a training batch.
 
-        input_ids [B, L] with `config.image_token_id` once per image token; pixel_values [P, 1 + tiles^2, 3, h, w] for the pictures
-        that are there, in reading order over the batch; vision_states (of `encode`) or mm_encoder_outputs ({"image":
-        get_image_features(...)}) instead of pixels.
-        continued: input_ids were generated or guessed, so that placeholders among them stand for no picture (`generate` says so,
-        None elsewhere). Raises ValueError where image tokens and features do not match (a bare pass without labels, cache and
-        pictures warns), RuntimeError where a shortcut did not fire exactly once.
+        input_ids [B, L] with `config.image_token_id` once per image token; pixel_values [P, 1 +
+        tiles^2, 3, h, w] for the pictures that are there, in reading order over the batch;
+        vision_states (of `encode`) or mm_encoder_outputs ({"image": get_image_features(...)})
+        instead of pixels.
+        continued: input_ids were generated or guessed, so that placeholders among them stand for no
+        picture (`generate` says so, None elsewhere). Raises ValueError where image tokens and
+        features do not match (a bare pass without labels, cache and pictures warns), RuntimeError
+        where a shortcut did not fire exactly once.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, and not both")
+            raise UserError("give either input_ids or inputs_embeds, and not both")
         images = (mm_encoder_outputs or {}).get("image")
         num_given = sum(pictures is not None for pictures in (pixel_values, vision_states, images))
         if num_given > 1:
-            raise ValueError(
-                "give one of pixel_values, vision_states and mm_encoder_outputs: they are the same pictures"
+            raise UserError(
+                "give one of pixel_values, vision_states and mm_encoder_outputs: they are the same"
+                " pictures"
             )
         if pixel_values is not None or vision_states is not None:
             images = self.get_image_features(pixel_values, vision_states, **UNRECORDED)
@@ -251,8 +299,12 @@ class SparseCutForConditionalGeneration(FrozenEncoderMixin, PreTrainedModel, Gen
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         mask = self.image_mask(input_ids, inputs_embeds)
-        if not torch.compiler.is_compiling() and (images is not None or (input_ids is not None and not continued)):
-            bare = not num_given and labels is None and past_key_values is None and continued is None
+        if not torch.compiler.is_compiling() and (
+            images is not None or (input_ids is not None and not continued)
+        ):
+            bare = (
+                not num_given and labels is None and past_key_values is None and continued is None
+            )
             num_each = self.config.num_image_tokens if has_begun(past_key_values) else 0
             check_image_tokens(mask, images, bare=bare and not self.training, num_each=num_each)
         check_image_features(images, self.plan, inputs_embeds.shape[-1])
@@ -261,35 +313,57 @@ class SparseCutForConditionalGeneration(FrozenEncoderMixin, PreTrainedModel, Gen
             image_hidden_states = torch.cat(list(images.pooler_output)).to(inputs_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_hidden_states)
             features = {
-                d: torch.cat(list(f)) for d, f in zip(self.plan.layers, images.deepstack_features or (), strict=True)
+                d: torch.cat(list(f))
+                for d, f in zip(self.plan.layers, images.deepstack_features or (), strict=True)
             }
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[
+                :, -inputs_embeds.shape[1] :
+            ]
 
-        arguments = {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
+        arguments = {
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            **kwargs,
+        }
         arguments["output_attentions"] = output_attentions
-        arguments = {k: v for k, v in arguments.items() if v is not None and accepts(self.language_model, k)}
+        arguments = {
+            k: v for k, v in arguments.items() if v is not None and accepts(self.language_model, k)
+        }
         if accepts(self.language_model, "logits_to_keep", by_name=True):
             arguments["logits_to_keep"] = logits_to_keep
 
         def run():
             return self.language_model(
-                inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **arguments
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                return_dict=True,
+                **arguments,
             )
 
-        gates = {int(layer): gate for layer, gate in self.fusion.context.items()} if features else {}
+        gates = (
+            {int(layer): gate for layer, gate in self.fusion.context.items()} if features else {}
+        )
         outputs = inject(run, mask, features, gates)
         logits = outputs.logits
         if self.config.mask_image_token:
             logits = logits.index_fill(
-                -1, torch.tensor([self.config.image_token_id], device=logits.device), torch.finfo(logits.dtype).min
+                -1,
+                torch.tensor([self.config.image_token_id], device=logits.device),
+                torch.finfo(logits.dtype).min,
             )
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs
+            )
             if images is None and self.training:
-                # A text-only batch leaves fusion unused on this rank, but DDP needs a gradient from every rank.
-                loss = loss + 0.0 * sum(p.sum() for p in self.fusion.parameters() if p.requires_grad)
+                # A text-only batch leaves fusion unused on this rank, but DDP needs a gradient from
+                # every rank.
+                loss = loss + 0.0 * sum(
+                    p.sum() for p in self.fusion.parameters() if p.requires_grad
+                )
         return SparseCutCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

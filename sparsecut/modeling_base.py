@@ -10,14 +10,17 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 from .plan import Plan
+from .schema import UserError
 
 
 @dataclass
 class SparseCutImageFeatures(BaseModelOutputWithPooling):
-    """Fused features of pictures, under the names that `generate` expands for beams and cuts for chunked prefill.
+    """Fused features of pictures, under the names that `generate` expands for beams and cuts for
+    chunked prefill.
 
     last_hidden_state: the deepest states read from the coarse views, [P, N, D].
-    pooler_output: per picture the input feature [N', H]; deepstack_features: for each layer of `plan.layers`, the same.
+    pooler_output: per picture the input feature [N', H]; deepstack_features: for each layer of
+    `plan.layers`, the same.
     pixel_values: what they were made from, for an assistant model that makes features of its own.
     """
 
@@ -27,7 +30,9 @@ class SparseCutImageFeatures(BaseModelOutputWithPooling):
 
 @dataclass
 class SparseCutCausalLMOutputWithPast(ModelOutput):
-    """Loss, logits [B, L, vocabulary], cache, optional states, and the pictures' input features [tokens, H]."""
+    """Loss, logits [B, L, vocabulary], cache, optional states, and the pictures' input features
+    [tokens, H].
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -47,29 +52,37 @@ def check_image_tokens(
 ) -> None:
     """Raise ValueError unless features and image tokens are equally many; bare: only warn.
 
-    num_each: tokens of one picture, where a prompt goes on: fewer of them without a picture were written by the model.
-    A warning is what a pass is worth that neither trains nor generates nor continues and was given no pictures: transformers' own
-    classes take such passes, and its tests compare ways of computing attention by them.
+    num_each: tokens of one picture, where a prompt goes on: fewer of them without a picture were
+    written by the model. A warning is what a pass is worth that neither trains nor generates nor
+    continues and was given no pictures: transformers' own classes take such passes, and its tests
+    compare ways of computing attention by them.
     """
-    wanted, given = int(mask.sum()), 0 if images is None else sum(len(f) for f in images.pooler_output)
+    wanted, given = (
+        int(mask.sum()),
+        (0 if images is None else sum(len(f) for f in images.pooler_output)),
+    )
     if wanted == given or (images is None and wanted < num_each):
         return
     message = (
-        f"the prompts hold {wanted} image tokens, but the pictures given make {given}; every picture's placeholder must be "
-        "expanded to all of its image tokens and none cut off (a length limit?): use the model's processor, one placeholder per picture"
+        f"the prompts hold {wanted} image tokens, but the pictures given make {given}; every"
+        " picture's placeholder must be expanded to all of its image tokens and none cut off (a"
+        " length limit?): use the model's processor, one placeholder per picture"
     )
     if not bare:
-        raise ValueError(message)
+        raise UserError(message)
     warnings.warn(f"{message}. They are read as ordinary tokens here", stacklevel=3)
 
 
 def check_image_features(images: SparseCutImageFeatures | None, plan: Plan, width: int) -> None:
-    """Raise ValueError where features that were handed over come from a model of another width or plan."""
+    """Raise ValueError where features that were handed over come from a model of another width or
+    plan.
+    """
     if images is None:
         return
     given = images.pooler_output[0].shape[-1], len(images.deepstack_features or ())
     if given != (width, len(plan.layers)):
-        raise ValueError(
-            f"the image features given have width {given[0]} and {given[1]} layers above the input, but this model needs width {width} "
-            f"and {len(plan.layers)} layers; make them with this model's get_image_features, or give pixel_values"
+        raise UserError(
+            f"the image features given have width {given[0]} and {given[1]} layers above the input,"
+            f" but this model needs width {width} and {len(plan.layers)} layers; make them with"
+            " this model's get_image_features, or give pixel_values"
         )

@@ -1,4 +1,6 @@
-"""A finished vision-language model with shortcuts on top: the base's own object, untouched, and the fusion beside it."""
+"""A finished vision-language model with shortcuts on top: the base's own object, untouched, and the
+fusion beside it.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +21,29 @@ from .configuration_upgraded import SparseCutUpgradeConfig
 from .families import family_of
 from .fusion import Fusion
 from .hooks import FrozenEncoderMixin, whole_modules
-from .upgrade_hooks import UpgradeCall, connect, depth_of, disconnect_all, shortcuts_active, width_of
 from .plan import Plan
+from .schema import UserError
+from .upgrade_hooks import (
+    UpgradeCall,
+    connect,
+    depth_of,
+    disconnect_all,
+    shortcuts_active,
+    width_of,
+)
 
 IGNORED = -100  # a label that is not learned
 WEIGHTS, FACTS = "fusion.safetensors", "fusion.json"
 
 
 class SparseCutUpgrade(FrozenEncoderMixin, PreTrainedModel, GenerationMixin):
-    r"""
-    A finished vision-language model (`base`) whose decoder receives sparse shortcuts beside its own input (arXiv 2602.00505).
+    r"""A finished vision-language model (`base`) whose decoder receives sparse shortcuts beside
+    its own input (arXiv 2602.00505).
 
-    It takes the inputs of its base, and `fine_pixel_values` where the plan reads finer views; forward, generate, cache and
-    prompt format are the base's own. Until the fusion is trained it answers as the base does, bit for bit. The base itself
-    goes without shortcuts when it is called directly.
+    It takes the inputs of its base, and `fine_pixel_values` where the plan reads finer views;
+    forward, generate, cache and prompt format are the base's own. Until the fusion is trained it
+    answers as the base does, bit for bit. The base itself goes without shortcuts when it is called
+    directly.
     """
 
     config: SparseCutUpgradeConfig
@@ -52,7 +63,11 @@ class SparseCutUpgrade(FrozenEncoderMixin, PreTrainedModel, GenerationMixin):
         self.plan: Plan = config.get_plan()
         if base is None and config.tie_word_embeddings:
             config.base_config.tie_word_embeddings = True
-        self.base = base if base is not None else AutoModelForImageTextToText.from_config(config.base_config)
+        self.base = (
+            base
+            if base is not None
+            else AutoModelForImageTextToText.from_config(config.base_config)
+        )
         self.family = family_of(self.base)
         parts = self.family.parts(self.base)
         self.fusion = Fusion(
@@ -99,7 +114,9 @@ class SparseCutUpgrade(FrozenEncoderMixin, PreTrainedModel, GenerationMixin):
         return self.base.get_decoder()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by the names a recipe trains: vision, projector, fusion, language (its head included) and head alone."""
+        """Parameters by the names a recipe trains: vision, projector, fusion, language (its head
+        included) and head alone.
+        """
         of = self.family.parts(self.base)
         head = self.get_output_embeddings()
         head = list(head.parameters()) if head is not None else []
@@ -116,21 +133,31 @@ class SparseCutUpgrade(FrozenEncoderMixin, PreTrainedModel, GenerationMixin):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """No: our `_init_weights` keeps transformers' rules. In custom code it would pass over modules like CLIP's attention."""
+        """No: our `_init_weights` keeps transformers' rules. In custom code it would pass over
+        modules like CLIP's attention.
+        """
         return False
 
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, Fusion):
             for values, start in module.initial_values():
-                init.uniform_(values, *start) if isinstance(start, tuple) else init.constant_(values, start)
+                (
+                    init.uniform_(values, *start)
+                    if isinstance(start, tuple)
+                    else init.constant_(values, start)
+                )
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
 
     def shortcuts_active(self, fine_pixel_values: torch.Tensor | None = None):
-        """A block inside which the base's own calls have the shortcuts, in this thread; yields what is known of the call."""
-        return shortcuts_active(UpgradeCall(self.family, self.family.parts(self.base), self.fusion, fine_pixel_values))
+        """A block inside which the base's own calls have the shortcuts, in this thread; yields what
+        is known of the call.
+        """
+        return shortcuts_active(
+            UpgradeCall(self.family, self.family.parts(self.base), self.fusion, fine_pixel_values)
+        )
 
     def forward(
         self,
@@ -149,11 +176,14 @@ class SparseCutUpgrade(FrozenEncoderMixin, PreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ):
-        """The base's own forward with the shortcuts' features added; arguments and result are the base's.
+        """The base's own forward with the shortcuts' features added; arguments and result are the
+        base's.
 
-        fine_pixel_values [pictures, tiles^2, 3, S, S]: finer views of the pictures, from the processor, where the plan reads them.
-        num_items_in_batch: learned tokens of the whole step, over which the loss is then the mean, for every base.
-        Raises ValueError where these are missing, RuntimeError where a shortcut did not fire exactly once.
+        fine_pixel_values [pictures, tiles^2, 3, S, S]: finer views of the pictures, from the
+        processor, where the plan reads them.
+        num_items_in_batch: learned tokens of the whole step, over which the loss is then the mean,
+        for every base. Raises ValueError where these are missing, RuntimeError where a shortcut did
+        not fire exactly once.
         """
         named = {
             "pixel_values": pixel_values,
@@ -170,48 +200,67 @@ class SparseCutUpgrade(FrozenEncoderMixin, PreTrainedModel, GenerationMixin):
         if own:
             kwargs["num_items_in_batch"] = num_items_in_batch
         with self.shortcuts_active(fine_pixel_values) as overlay:
-            output = self.base(input_ids, *args, **{k: v for k, v in named.items() if v is not None}, **kwargs)
+            output = self.base(
+                input_ids, *args, **{k: v for k, v in named.items() if v is not None}, **kwargs
+            )
         loss = output.get("loss") if isinstance(output, dict) else None
         if loss is not None and num_items_in_batch is not None and not own:
             # This base knows only the mean over the tokens it is given.
             loss = output["loss"] = loss * ((labels[:, 1:] != IGNORED).sum() / num_items_in_batch)
         if loss is not None and self.training and not overlay.used:
-            # A text-only batch leaves fusion unused on this rank, but DDP needs a gradient from every rank.
-            output["loss"] = loss + 0.0 * sum(p.sum() for p in self.fusion.parameters() if p.requires_grad)
+            # A text-only batch leaves fusion unused on this rank, but DDP needs a gradient from
+            # every rank.
+            output["loss"] = loss + 0.0 * sum(
+                p.sum() for p in self.fusion.parameters() if p.requires_grad
+            )
         return output
 
     @can_return_tuple
     def get_image_features(self, *args, fine_pixel_values: torch.Tensor | None = None, **kwargs):
-        """The base's own image features with the shortcuts' beside them in pooler_output, for `mm_encoder_outputs`."""
+        """The base's own image features with the shortcuts' beside them in pooler_output, for
+        `mm_encoder_outputs`.
+        """
         with self.shortcuts_active(fine_pixel_values):
             return self.base.get_image_features(*args, **kwargs)
 
     def generate(self, *args, fine_pixel_values: torch.Tensor | None = None, **kwargs):
-        """The base's own `generate`, in every mode it has, with the shortcuts' features added to the prompt."""
+        """The base's own `generate`, in every mode it has, with the shortcuts' features added to
+        the prompt.
+        """
         with self.shortcuts_active(fine_pixel_values):
             return self.base.generate(*args, **kwargs)
 
-    def save_pretrained(self, folder: str | Path, *args, save_original_format: bool = False, **kwargs):
-        """Write the whole model, its weights named as they are here, not as in old files of the base; a Trainer reads them so."""
-        return super().save_pretrained(folder, *args, save_original_format=save_original_format, **kwargs)
+    def save_pretrained(
+        self, folder: str | Path, *args, save_original_format: bool = False, **kwargs
+    ):
+        """Write the whole model, its weights named as they are here, not as in old files of the
+        base; a Trainer reads them so.
+        """
+        return super().save_pretrained(
+            folder, *args, save_original_format=save_original_format, **kwargs
+        )
 
     def save_fusion(self, folder: str | Path, state_dict: dict | None = None) -> None:
-        """Write the shortcuts alone: fusion.safetensors (weights) and fusion.json (the plan, the base's name and its digest).
+        """Write the shortcuts alone: fusion.safetensors (weights) and fusion.json (the plan, the
+        base's name and its digest).
 
         state_dict: the whole model's weights where its own are sharded between processes.
         Raises ValueError where an adapter stands inside the shortcuts.
         """
         fusion = self.fusion
-        if hasattr(fusion, "modules_to_save"):  # PEFT's wrapper, which trains a copy for each adapter
+        if hasattr(
+            fusion, "modules_to_save"
+        ):  # PEFT's wrapper, which trains a copy for each adapter
             fusion = fusion.modules_to_save[fusion.active_adapter]
         weights = fusion.state_dict()
         if state_dict is not None:
             weights = {name: state_dict[f"fusion.{name}"] for name in weights}
         weights = {name: value.contiguous() for name, value in weights.items()}
         if inside := [name for name in weights if "base_layer" in name]:
-            raise ValueError(
-                f"an adapter stands inside the shortcuts (at {inside[0]}), whose weights are saved apart from any adapter; merge it "
-                "(merge_and_unload), or leave the fusion out of it (exclude_modules=r'.*fusion.*')"
+            raise UserError(
+                f"an adapter stands inside the shortcuts (at {inside[0]}), whose weights are saved"
+                " apart from any adapter; merge it (merge_and_unload), or leave the fusion out of"
+                " it (exclude_modules=r'.*fusion.*')"
             )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -222,12 +271,16 @@ class SparseCutUpgrade(FrozenEncoderMixin, PreTrainedModel, GenerationMixin):
             "base_digest": self.config.base_digest,
             "plan": self.plan.to_dict(),
             "depths": [self.config.vision_depth, self.config.language_depth],
-            "version": getattr(sys.modules[__package__], "__version__", None),  # none where this is remote code
+            "version": getattr(
+                sys.modules[__package__], "__version__", None
+            ),  # none where this is remote code
         }
         (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
 
     def detach(self) -> PreTrainedModel:
-        """The base as it was given, with nothing of ours left on it; this model is of no use afterwards."""
+        """The base as it was given, with nothing of ours left on it; this model is of no use
+        afterwards.
+        """
         disconnect_all(self.family.parts(self.base))
         return self.base
 

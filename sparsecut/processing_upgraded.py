@@ -1,4 +1,5 @@
-"""The processor of an upgraded model that reads finer views: the base's own, which also cuts the finer views of each picture.
+"""The processor of an upgraded model that reads finer views: the base's own, which also cuts the
+finer views of each picture.
 
 The base's image processor makes the coarse view by some resizing, cropping and normalising. Asked for tiles times its size, it
 makes the same picture finer, and the tiles of that lie exactly under the coarse view, whatever the steps are.
@@ -18,11 +19,15 @@ from transformers import BatchFeature
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_utils import make_flat_list_of_images
 
+from .schema import UserError
+
 PROCESSOR_FILE = "processor_config.json"
 
 
 def fine_pixels(image_processor, images, tiles: int) -> Tensor:
-    """The finer views of pictures, float [P, tiles^2, 3, S, S], row by row, cut as the image processor cuts the coarse one."""
+    """The finer views of pictures, float [P, tiles^2, 3, S, S], row by row, cut as the image
+    processor cuts the coarse one.
+    """
     sizes = {}
     for name in ("size", "crop_size"):
         if (size := getattr(image_processor, name, None)) is not None:
@@ -34,9 +39,12 @@ def fine_pixels(image_processor, images, tiles: int) -> Tensor:
 
 
 class SparseCutUpgradeProcessor:
-    """Loads a processor saved with an upgraded model: the base's own class, made to add `fine_pixel_values`."""
+    """Loads a processor saved with an upgraded model: the base's own class, made to add
+    `fine_pixel_values`.
+    """
 
-    _auto_class = None  # set where this file was loaded as remote code, which is then saved with every processor
+    # set where this file was loaded as remote code, which is then saved with every processor
+    _auto_class = None
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
@@ -52,7 +60,9 @@ class SparseCutUpgradeProcessor:
 
 
 def with_fine_views(processor, tiles: int):
-    """A copy of a base's processor (its parts shared) that also returns the pictures' finer views; tiles per side."""
+    """A copy of a base's processor (its parts shared) that also returns the pictures' finer views;
+    tiles per side.
+    """
     processor = copy.copy(processor)
     base = getattr(type(processor), "base_processor_class", type(processor))
     processor.__class__ = _with_fine_views(base)
@@ -67,9 +77,10 @@ def _with_fine_views(base: type) -> type:
         if images is not None and "pixel_values" in features:
             fine = fine_pixels(self.image_processor, images, self.sparsecut_tiles)
             if fine.shape[0] != len(features["pixel_values"]):
-                raise ValueError(
-                    f"the processor made {len(features['pixel_values'])} views of {fine.shape[0]} pictures, but finer views need one "
-                    "fixed-size view for each; turn off cutting pictures into crops (do_pan_and_scan=False)"
+                raise UserError(
+                    f"the processor made {len(features['pixel_values'])} views of {fine.shape[0]}"
+                    " pictures, but finer views need one fixed-size view for each; turn off"
+                    " cutting pictures into crops (do_pan_and_scan=False)"
                 )
             features["fine_pixel_values"] = fine.to(features["pixel_values"])
         return features
@@ -78,7 +89,10 @@ def _with_fine_views(base: type) -> type:
         saved = base.save_pretrained(self, folder, **kwargs)
         path = Path(folder) / PROCESSOR_FILE
         values = json.loads(path.read_text())
-        values |= {"processor_class": "SparseCutUpgradeProcessor", "base_processor_class": base.__name__}
+        values |= {
+            "processor_class": "SparseCutUpgradeProcessor",
+            "base_processor_class": base.__name__,
+        }
         values["sparsecut_tiles"] = self.sparsecut_tiles
         if (auto_class := SparseCutUpgradeProcessor._auto_class) is not None:
             custom_object_save(self, folder)
@@ -94,8 +108,15 @@ def _with_fine_views(base: type) -> type:
         plain.__dict__.update(self.__dict__)
         return with_fine_views, (plain, self.sparsecut_tiles)
 
-    names = {"__call__": call, "save_pretrained": save_pretrained, "base_processor_class": base, "__reduce__": reduce}
-    names["__doc__"] = f"{base.__name__}, which also returns the pictures' finer views as fine_pixel_values."
+    names = {
+        "__call__": call,
+        "save_pretrained": save_pretrained,
+        "base_processor_class": base,
+        "__reduce__": reduce,
+    }
+    names["__doc__"] = (
+        f"{base.__name__}, which also returns the pictures' finer views as fine_pixel_values."
+    )
     if isinstance(getattr(base, "model_input_names", None), property):
         names["model_input_names"] = property(model_input_names)
     return type(base.__name__, (base,), names)

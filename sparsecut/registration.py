@@ -1,4 +1,5 @@
-"""Make transformers' Auto classes know SparseCut, without importing transformers before the user does.
+"""Make transformers' Auto classes know SparseCut, without importing transformers before the user
+does.
 
 `import sparsecut` must stay light, yet `AutoModelForImageTextToText.from_pretrained(folder)` must work after it. So a
 finder waits for the Auto modules and registers the configuration and the processor as each has been imported; the model
@@ -14,7 +15,11 @@ import sys
 
 CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 PROCESSORS = "transformers.models.auto.processing_auto"
-MAPPINGS = ("MODEL_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING")
+MAPPINGS = (
+    "MODEL_MAPPING",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+)
 
 
 def register_configuration() -> None:
@@ -23,7 +28,9 @@ def register_configuration() -> None:
 
     from . import configuration
 
-    if hasattr(configuration, "SparseCutConfig"):  # else it is being imported, and registers itself at its end
+    if hasattr(
+        configuration, "SparseCutConfig"
+    ):  # else it is being imported, and registers itself at its end
         CONFIG_MAPPING.register("sparsecut", configuration.SparseCutConfig, exist_ok=True)
 
 
@@ -34,7 +41,9 @@ def register_upgraded_configuration() -> None:
     from . import configuration_upgraded
 
     if hasattr(configuration_upgraded, "SparseCutUpgradeConfig"):
-        CONFIG_MAPPING.register("sparsecut_upgrade", configuration_upgraded.SparseCutUpgradeConfig, exist_ok=True)
+        CONFIG_MAPPING.register(
+            "sparsecut_upgrade", configuration_upgraded.SparseCutUpgradeConfig, exist_ok=True
+        )
 
 
 def register_configurations() -> None:
@@ -47,14 +56,15 @@ def register_processor() -> None:
     """Teach AutoProcessor our processors."""
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    from .processing_audio import SparseCutAudioProcessor
     from .configuration import SparseCutConfig
     from .configuration_upgraded import SparseCutUpgradeConfig
-    from .processing_upgraded import SparseCutUpgradeProcessor
     from .processing import SparseCutProcessor
+    from .processing_audio import SparseCutAudioProcessor
+    from .processing_upgraded import SparseCutUpgradeProcessor
 
     PROCESSOR_MAPPING.register(SparseCutConfig, SparseCutProcessor, exist_ok=True)
-    # One configuration has both processors, and processors are found by their names; a key of its own is all that is needed.
+    # One configuration has both processors, and processors are found by their names; a key of its
+    # own is all that is needed.
     PROCESSOR_MAPPING.register(SparseCutAudioProcessor, SparseCutAudioProcessor, exist_ok=True)
     PROCESSOR_MAPPING.register(SparseCutUpgradeConfig, SparseCutUpgradeProcessor, exist_ok=True)
 

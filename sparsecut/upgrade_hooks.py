@@ -1,4 +1,5 @@
-"""How shortcuts ride through a finished vision-language model that keeps its own forward and generate.
+"""How shortcuts ride through a finished vision-language model that keeps its own forward and
+generate.
 
 Methods of the model's inner module are wrapped where it stands: `get_image_features`, whose encoder pass is watched and
 whose patches are gathered under the image tokens they belong to, and `forward`, around which the features are added to
@@ -22,16 +23,27 @@ from torch import Tensor, nn
 
 from .families import VLMFamily, VLMParts
 from .fusion import Fusion
-from .hooks import CompileableContextVar, connect_decoder, connect_encoder, disconnect, inject, read_taps, capture_taps
+from .hooks import (
+    CompileableContextVar,
+    capture_taps,
+    connect_decoder,
+    connect_encoder,
+    disconnect,
+    inject,
+    read_taps,
+)
 from .mixers import grid
+from .schema import UserError
 
 
 @dataclass
 class UpgradeCall:
     """One call into an upgraded model: whose shortcuts, and what is known of its pictures.
 
-    fine: finer views of the call's pictures, [P, tiles^2, 3, S, S]. features: while a forward is under way, layer -> [tokens, H].
-    used: whether the fusion has been used. paused: while the model encodes a video, which shortcuts do not read.
+    fine: finer views of the call's pictures, [P, tiles^2, 3, S, S]. features: while a forward is
+    under way, layer -> [tokens, H].
+    used: whether the fusion has been used. paused: while the model encodes a video, which shortcuts
+    do not read.
     """
 
     family: VLMFamily
@@ -63,7 +75,9 @@ def width_of(vision: nn.Module) -> int:
 
 
 def connect(parts: VLMParts) -> None:
-    """Hook encoder and decoder, and wrap the inner module's two methods; connecting again only renews this."""
+    """Hook encoder and decoder, and wrap the inner module's two methods; connecting again only
+    renews this.
+    """
     language = parts.language.config.get_text_config()
     disconnect_all(parts)
     connect_encoder(parts.vision, depth_of(parts.vision))
@@ -88,7 +102,9 @@ def disconnect_all(parts: VLMParts) -> None:
 @contextmanager
 def shortcuts_active(overlay: UpgradeCall) -> Iterator[UpgradeCall]:
     """Inside the block the overlay's model has its shortcuts, in this thread."""
-    token = _overlay.set({"overlay": overlay})  # a dict, as transformers' own variables of this class hold
+    token = _overlay.set(
+        {"overlay": overlay}
+    )  # a dict, as transformers' own variables of this class hold
     try:
         yield overlay
     finally:
@@ -102,7 +118,9 @@ def _ours(inner: nn.Module) -> UpgradeCall | None:
 
 
 def _get_image_features(inner: nn.Module, own: Callable, *args, **kwargs):
-    """The model's own features, shortcuts' features beside them or, inside a forward, put where the decoder finds them."""
+    """The model's own features, shortcuts' features beside them or, inside a forward, put where the
+    decoder finds them.
+    """
     overlay = _ours(inner)
     if overlay is None:
         return own(*args, **kwargs)
@@ -112,8 +130,9 @@ def _get_image_features(inner: nn.Module, own: Callable, *args, **kwargs):
     output, taps = capture_taps(lambda: own(*args, **kwargs), wanted)
     if missing := set(wanted) - set(taps):
         raise RuntimeError(
-            f"taps {sorted(missing)} were not reached in {type(overlay.parts.vision).__name__}: it was called in another way than "
-            "expected, or modules in it were replaced; upgrade the model again"
+            f"taps {sorted(missing)} were not reached in {type(overlay.parts.vision).__name__}: it"
+            " was called in another way than expected, or modules in it were replaced; upgrade the"
+            " model again"
         )
     features = _fuse(overlay, taps, call, output.pooler_output)
     if overlay.features is None:
@@ -124,7 +143,9 @@ def _get_image_features(inner: nn.Module, own: Callable, *args, **kwargs):
 
 
 def _get_video_features(inner: nn.Module, own: Callable, *args, **kwargs):
-    """The model's own: some models encode videos through their get_image_features, which is not to be taken for a picture."""
+    """The model's own: some models encode videos through their get_image_features, which is not to
+    be taken for a picture.
+    """
     overlay = _ours(inner)
     if overlay is None:
         return own(*args, **kwargs)
@@ -136,15 +157,19 @@ def _get_video_features(inner: nn.Module, own: Callable, *args, **kwargs):
 
 
 def _fuse(overlay: UpgradeCall, taps: dict[int, Tensor], call: dict, pooled) -> dict[int, Tensor]:
-    """Layer -> [tokens, H] for the tokens of the pooled features, zeros where a token shows no patch."""
+    """Layer -> [tokens, H] for the tokens of the pooled features, zeros where a token shows no
+    patch.
+    """
     fusion, vision = overlay.fusion, overlay.parts.vision
     shape = next(iter(taps.values())).shape
     index = overlay.family.patch_index(overlay.parts.inner, shape, call)
     wanted = sum(rows.shape[0] if rows.dim() > 1 else 1 for rows in pooled)
     if index.shape[0] != wanted:
         raise RuntimeError(
-            f"{type(overlay.parts.inner).__name__} made {wanted} image tokens where {index.shape[0]} were expected by its geometry; it is "
-            "not known which patches lie under which token; this is a fault of SparseCut: please report the model and the pictures"
+            f"{type(overlay.parts.inner).__name__} made {wanted} image tokens where"
+            f" {index.shape[0]} were expected by its geometry; it is not known which patches lie"
+            " under which token; this is a fault of SparseCut: please report the model and the"
+            " pictures"
         )
     device = fusion.gates.device
     index = index.to(device)
@@ -163,7 +188,9 @@ def _fuse(overlay: UpgradeCall, taps: dict[int, Tensor], call: dict, pooled) -> 
 
 
 def _with_fine(states: Tensor, fine: Tensor, index: Tensor, fusion: Fusion) -> Tensor:
-    """Coarse states [P, L, D], fine ones [P, tiles^2, N, D], index [K, U] into P * L -> grains [K, G, 1, U * D]."""
+    """Coarse states [P, L, D], fine ones [P, tiles^2, N, D], index [K, U] into P * L -> grains [K,
+    G, 1, U * D].
+    """
     length, num_patches = states.shape[1], fine.shape[2]
     prefix = length - num_patches
     views = torch.cat([states[:, None, prefix:], fine], dim=1)
@@ -174,14 +201,21 @@ def _with_fine(states: Tensor, fine: Tensor, index: Tensor, fusion: Fusion) -> T
 
 
 def _fine_states(overlay: UpgradeCall, call: dict, taps: tuple[int, ...]) -> dict[int, Tensor]:
-    """The states of the call's finer views: tap -> [P, tiles^2, N, D]; the encoder runs no further than the deepest tap."""
+    """The states of the call's finer views: tap -> [P, tiles^2, N, D]; the encoder runs no further
+    than the deepest tap.
+    """
     pixels, fine = call["pixel_values"], overlay.fine
     num = overlay.fusion.plan.tiles**2
     if fine is None or fine.shape[:2] != (len(pixels), num):
-        given = "none were given" if fine is None else f"fine_pixel_values of shape {tuple(fine.shape)} were given"
-        raise ValueError(
-            f"this model's shortcuts read {num} finer views of each of the {len(pixels)} pictures, but {given}; prepare pictures with "
-            "the processor that came with the upgraded model (its fine_pixel_values go to the model with the rest)"
+        given = (
+            "none were given"
+            if fine is None
+            else f"fine_pixel_values of shape {tuple(fine.shape)} were given"
+        )
+        raise UserError(
+            f"this model's shortcuts read {num} finer views of each of the {len(pixels)} pictures,"
+            f" but {given}; prepare pictures with the processor that came with the upgraded model"
+            " (its fine_pixel_values go to the model with the rest)"
         )
     vision = overlay.parts.vision
     states = read_taps(vision, fine.flatten(0, 1).to(pixels), overlay.fusion.rows**2, taps)
@@ -194,18 +228,24 @@ def _beside(pooled, features: dict[int, Tensor]):
     if isinstance(pooled, Tensor):
         return torch.cat([pooled, extra.to(pooled).view(*pooled.shape[:-1], -1)], dim=-1)
     parts = extra.split([len(rows) for rows in pooled])
-    return [torch.cat([rows, part.to(rows)], dim=-1) for rows, part in zip(pooled, parts, strict=True)]
+    return [
+        torch.cat([rows, part.to(rows)], dim=-1) for rows, part in zip(pooled, parts, strict=True)
+    ]
 
 
 def _apart(pooled, width: int):
-    """The model's own pooled features as they came, and what stood beside them, [tokens, layers * H]."""
+    """The model's own pooled features as they came, and what stood beside them, [tokens, layers *
+    H].
+    """
     if isinstance(pooled, Tensor):
         return pooled[..., :width], pooled[..., width:].flatten(0, -2)
     return [rows[:, :width] for rows in pooled], torch.cat([rows[:, width:] for rows in pooled])
 
 
 def _forward(inner: nn.Module, own: Callable, *args, **kwargs):
-    """The model's own forward, with the features of its pictures added before the decoder layers of the plan."""
+    """The model's own forward, with the features of its pictures added before the decoder layers of
+    the plan.
+    """
     overlay = _ours(inner)
     if overlay is None:
         return own(*args, **kwargs)
@@ -216,9 +256,10 @@ def _forward(inner: nn.Module, own: Callable, *args, **kwargs):
     if images is not None:
         pooled, beside = _apart(images.pooler_output, width)
         if beside.shape[-1] != len(overlay.layers) * width:
-            raise ValueError(
-                f"the image features given have {beside.shape[-1]} channels beside the model's own {width}, but {len(overlay.layers)} "
-                f"layers of {width} are needed; make them with the upgraded model's get_image_features, or give pixel_values"
+            raise UserError(
+                f"the image features given have {beside.shape[-1]} channels beside the model's own"
+                f" {width}, but {len(overlay.layers)} layers of {width} are needed; make them with"
+                " the upgraded model's get_image_features, or give pixel_values"
             )
         features = dict(zip(overlay.layers, beside.split(width, dim=-1), strict=True))
         images = copy.copy(images)
@@ -232,18 +273,23 @@ def _forward(inner: nn.Module, own: Callable, *args, **kwargs):
         overlay.features = None
     if call.get("pixel_values") is not None and not features:
         raise RuntimeError(
-            f"{type(inner).__name__} was given pictures but did not encode them through get_image_features, so no shortcut fired; upgrade "
-            "the model again after replacing its modules"
+            f"{type(inner).__name__} was given pictures but did not encode them through"
+            " get_image_features, so no shortcut fired; upgrade the model again after replacing"
+            " its modules"
         )
     return output
 
 
 def _image_mask(inner: nn.Module, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-    """Where image tokens stand, [B, L]: by id, or by embedding where only embeddings are given, as the models do it."""
+    """Where image tokens stand, [B, L]: by id, or by embedding where only embeddings are given, as
+    the models do it.
+    """
     token = inner.config.image_token_id
     if input_ids is not None:
         return input_ids == token
-    return (embeds == inner.get_input_embeddings()(torch.tensor(token, device=embeds.device))).all(-1)
+    return (embeds == inner.get_input_embeddings()(torch.tensor(token, device=embeds.device))).all(
+        -1
+    )
 
 
 WRAPPERS = {

@@ -15,7 +15,9 @@ def picture(tmp_path):
 
 
 def talk(chat, *lines, pictures=()) -> str:
-    """What the terminal shows when these lines are typed; an exception in place of a line is raised."""
+    """What the terminal shows when these lines are typed; an exception in place of a line is
+    raised.
+    """
     lines, shown = iter(lines), []
 
     def read():
@@ -43,12 +45,23 @@ def test_history_is_part_of_the_next_prompt(tiny, picture):
     chat = Chat(model, processor, max_new_tokens=3)
     first = chat.ask("what is it", picture, picture)
     second = chat.ask("are you sure")
-    assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 2 and len(chat.pictures) == 2
-    assert chat.messages[0]["content"] == "<image>\n<image>\nwhat is it" and chat.messages[-1]["content"] == second
-    text = f"USER : <image>\n<image>\nwhat is it ASSISTANT : {first} </s> USER : are you sure ASSISTANT :"
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 2 and len(
+        chat.pictures
+    ) == 2
+    assert (
+        chat.messages[0]["content"] == "<image>\n<image>\nwhat is it"
+        and chat.messages[-1]["content"] == second
+    )
+    text = (
+        f"USER : <image>\n<image>\nwhat is it ASSISTANT : {first} </s> USER : are you sure"
+        " ASSISTANT :"
+    )
     inputs = processor(images=chat.pictures, text=text, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-    assert processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == second
+    assert (
+        processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        == second
+    )
     chat.reset()
     assert chat.messages == [] and chat.pictures == []
 
@@ -116,8 +129,13 @@ def test_the_terminal_answers_and_knows_commands(tiny, picture):
     expected = Chat(*tiny, max_new_tokens=3).ask("what is it", picture)
     shown = talk(chat, "what is it", "", "/history", pictures=[picture])
     assert shown == f"{expected}\nuser: [picture]\nwhat is it\nassistant: {expected}\n"
-    assert "1 picture for the next question\n2 pictures" in talk(chat, f"/image {picture}", f"/image {picture}")
-    assert talk(chat, "/reset", "/history", "/quit", "never read") == "forgotten\nnothing was said yet\n"
+    assert "1 picture for the next question\n2 pictures" in talk(
+        chat, f"/image {picture}", f"/image {picture}"
+    )
+    assert (
+        talk(chat, "/reset", "/history", "/quit", "never read")
+        == "forgotten\nnothing was said yet\n"
+    )
     assert "/image PATH" in talk(chat, "/help")
     assert "error: /imgae is not a command (did you mean '/image'?)" in talk(chat, "/imgae x")
     assert "error: there is no picture nowhere.png" in talk(chat, "/image nowhere.png")

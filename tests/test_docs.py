@@ -1,4 +1,6 @@
-"""The documentation site: its navigation is whole, its links lead somewhere, its blocks run, and its tables are the code's."""
+"""The documentation site: its navigation is whole, its links lead somewhere, its blocks run, and
+its tables are the code's.
+"""
 
 import importlib.util
 import json
@@ -17,10 +19,10 @@ from test_upgrade import llava  # noqa: F401  a fixture
 import sparsecut
 from sparsecut import plan
 from sparsecut.config import recipe
+from sparsecut.config.yaml_io import read_yaml
 from sparsecut.experiments import study
 from sparsecut.shapes.questions import split_scene
 from sparsecut.shapes.scenes import draw
-from sparsecut.config.yaml_io import read_yaml
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -37,7 +39,11 @@ def blocks(name: str, language: str) -> list[str]:
 def named(entry) -> list[str]:
     if isinstance(entry, str):
         return [entry]
-    return [name for one in (entry.values() if isinstance(entry, dict) else entry) for name in named(one)]
+    return [
+        name
+        for one in (entry.values() if isinstance(entry, dict) else entry)
+        for name in named(one)
+    ]
 
 
 def test_the_navigation_names_every_page_once():
@@ -59,26 +65,38 @@ def test_readme_sections_are_found_or_refused():
 
 
 def test_links_get_their_pages_titles_and_arguments_lines_of_their_own():
-    assert pages.with_page_titles("[docs/data.md](data.md), [here.md](x)") == "[Data](data.md), [here.md](x)"
-    made = pages.with_arguments_apart("<p>tiles: 0 reads one view.\nshared, norm: both. Raises: nothing.</p>")
+    assert (
+        pages.with_page_titles("[docs/data.md](data.md), [here.md](x)")
+        == "[Data](data.md), [here.md](x)"
+    )
+    made = pages.with_arguments_apart(
+        "<p>tiles: 0 reads one view.\nshared, norm: both. Raises: nothing.</p>"
+    )
     given = '<code class="given">'
     assert (
-        made == f"<p>{given}tiles</code>: 0 reads one view.\n<br>{given}shared, norm</code>: both. Raises: nothing.</p>"
+        made == f"<p>{given}tiles</code>: 0 reads one view.\n<br>{given}shared, norm</code>: both."
+        " Raises: nothing.</p>"
     )
 
 
 def test_every_command_and_option_is_on_its_page():
     text = pages.commands_page()
-    help_text = subprocess.run([sys.executable, "-m", "sparsecut", "--help"], capture_output=True, text=True).stdout
+    help_text = subprocess.run(
+        [sys.executable, "-m", "sparsecut", "--help"], capture_output=True, text=True
+    ).stdout
     for words, command in pages.commands():
         assert f"## {words}\n" in text and words.split()[1] in help_text
-        for option in (name for p in command.params if not pages._is_argument(p) for name in p.opts):
+        for option in (
+            name for p in command.params if not pages._is_argument(p) for name in p.opts
+        ):
             assert option in text, f"{words} {option}"
 
 
 def test_every_method_is_drawn_and_every_public_name_documented():
     text = pages.plans_page()
-    assert all(f"## {name}\n" in text for name in sparsecut.METHODS) and text.count("<svg") == len(sparsecut.METHODS)
+    assert all(f"## {name}\n" in text for name in sparsecut.METHODS) and text.count("<svg") == len(
+        sparsecut.METHODS
+    )
     assert all(f"{name}\n" in pages.api_page() for name in sparsecut.__all__)
 
 
@@ -101,7 +119,9 @@ def test_recipes_page_names_every_key_with_its_default(title):
     text = (DOCS / "recipes.md").read_text()
     after = re.split(rf"^(?:## )?{title}:?$", text, flags=re.M)[1]
     table = re.search(r"^\|---\|---\|---\|\n((?:\|.*\n)+)", after, re.M)[1]
-    shown = dict(re.match(r"\| `(\w+)` \| *`?(.*?)`? *\|", row).groups() for row in table.splitlines())
+    shown = dict(
+        re.match(r"\| `(\w+)` \| *`?(.*?)`? *\|", row).groups() for row in table.splitlines()
+    )
     wanted = {f.name: default_of(f) for f in fields(TABLES[title])}
     assert shown == wanted
 
@@ -119,7 +139,11 @@ def default_of(f) -> str:
     if value is None or value == "":
         return ""
     return (
-        str(value).lower() if isinstance(value, bool) else str(list(value)) if isinstance(value, tuple) else str(value)
+        str(value).lower()
+        if isinstance(value, bool)
+        else str(list(value))
+        if isinstance(value, tuple)
+        else str(value)
     )
 
 
@@ -161,7 +185,9 @@ def test_the_upgrade_walk_through_runs(tmp_path, monkeypatch, llava):  # noqa: F
     assert type(room["base"]).__name__ == "LlavaForConditionalGeneration"
 
 
-@pytest.mark.skipif(not (shutil.which("curl") and shutil.which("base64")), reason="curl or base64 is not installed")
+@pytest.mark.skipif(
+    not (shutil.which("curl") and shutil.which("base64")), reason="curl or base64 is not installed"
+)
 def test_both_ways_of_asking_a_server_run(tmp_path, monkeypatch, capsys):
     from helpers.clients import served
     from helpers.tiny import tiny_model
@@ -176,9 +202,9 @@ def test_both_ways_of_asking_a_server_run(tmp_path, monkeypatch, capsys):
 
         def here(block: str) -> str:
             assert "http://127.0.0.1:8000/v1" in block
-            return block.replace("http://127.0.0.1:8000/v1", str(client.base_url).rstrip("/")).replace(
-                "sparsecut", "tiny"
-            )
+            return block.replace(
+                "http://127.0.0.1:8000/v1", str(client.base_url).rstrip("/")
+            ).replace("sparsecut", "tiny")
 
         (python,), (_, curl, _) = blocks("serving.md", "python"), blocks("serving.md", "bash")
         exec(compile(here(python), "serving.md", "exec"), {})
@@ -186,7 +212,10 @@ def test_both_ways_of_asking_a_server_run(tmp_path, monkeypatch, capsys):
         told = subprocess.run(["bash", "-c", here(curl)], capture_output=True, text=True).stdout
     engine.close()
     events = [json.loads(line[6:]) for line in told.splitlines() if line.startswith("data: {")]
-    assert answer == "".join(event["choices"][0]["delta"].get("content", "") for event in events).strip()
+    assert (
+        answer
+        == "".join(event["choices"][0]["delta"].get("content", "") for event in events).strip()
+    )
     assert events[-1]["choices"][0]["finish_reason"] and told.rstrip().endswith("[DONE]")
 
 
@@ -195,7 +224,16 @@ def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocstrings")
     pytest.importorskip("material")
     made = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],
+        [
+            sys.executable,
+            "-m",
+            "mkdocs",
+            "build",
+            "--strict",
+            "--quiet",
+            "--site-dir",
+            tmp_path / "site",
+        ],
         cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,

@@ -23,12 +23,21 @@ def test_every_layer_that_receives_features_has_one_arrow(spec, depths):
     assert labels == [str(layer) if layer else "0 = input" for layer in layers]
     assert max(map(len, text.splitlines())) <= 100
     for tap in plan.resolved_taps(depths[0]):  # a wire leaves every tap that is read
-        assert sum(f" {tap} " in line.split("\u251c")[0] for line in text.splitlines() if "\u251c" in line) == 1
+        assert (
+            sum(
+                f" {tap} " in line.split("\u251c")[0]
+                for line in text.splitlines()
+                if "\u251c" in line
+            )
+            == 1
+        )
 
 
 def test_a_small_drawing_by_heart():
     text = draw(make_plan({"method": "sparsecut", "pattern": "reversed", "count": 2}, 4, 4), 4, 4)
-    plain = str.maketrans("\u2500\u2502\u25b6\u22ee", "-|>:") | dict.fromkeys(range(9484, 9533), "+")
+    plain = str.maketrans("\u2500\u2502\u25b6\u22ee", "-|>:") | dict.fromkeys(
+        range(9484, 9533), "+"
+    )
     assert text.translate(plain).splitlines()[4:12] == [
         "  +-------------+                       +-------------+",
         "  |             |   +----- channels --->|      3      |",
@@ -54,15 +63,28 @@ def test_unused_layers_are_folded_and_single_ones_are_not():
 
 
 def test_the_words_beside_the_picture():
-    plan = Plan((Shortcut((-2,), 0), Shortcut((3, 5), 4, "attend")), tiles=2, shared=True, norm=False, gate="zero")
+    plan = Plan(
+        (Shortcut((-2,), 0), Shortcut((3, 5), 4, "attend")),
+        tiles=2,
+        shared=True,
+        norm=False,
+        gate="zero",
+    )
     text = draw(plan, 6, 8, num_patches=9)
-    assert text.splitlines()[0] == "1 shortcut, 2x2 fine views, one shared projector, no norm, gates that start at zero"
-    assert "9 per picture (9 patches per view)" in text and "5 views: 1 coarse and 2 x 2 fine" in text
+    assert (
+        text.splitlines()[0]
+        == "1 shortcut, 2x2 fine views, one shared projector, no norm, gates that start at zero"
+    )
+    assert (
+        "9 per picture (9 patches per view)" in text and "5 views: 1 coarse and 2 x 2 fine" in text
+    )
     assert "attend of 2 taps" in text
     tokens = draw(make_plan("hires_tokens", 6, 8), 6, 8)
     assert "5 for each coarse patch" in tokens
     assert draw(make_plan("sparsecut_input", 6, 8), 6, 8).startswith("3 shortcuts into the input, ")
-    assert draw(make_plan("llava", 6, 8), 6, 8).startswith("no shortcuts, coarse view only, no norm\n")
+    assert draw(make_plan("llava", 6, 8), 6, 8).startswith(
+        "no shortcuts, coarse view only, no norm\n"
+    )
 
 
 def test_a_plan_that_cannot_fire_is_not_drawn():

@@ -1,15 +1,17 @@
-"""One contract for encoders: any grid, packed pictures, windows and sounds come out as patches row by row, or a sentence says why not."""
+"""One contract for encoders: any grid, packed pictures, windows and sounds come out as patches row
+by row, or a sentence says why not.
+"""
 
 import importlib.util
 from pathlib import Path
 
-from helpers import checks
 import numpy as np
 import pytest
 import torch
+from helpers import checks
 from helpers.families import EVERYDAY_KINDS, family_vision, language_config, vision_config
-from PIL import Image
 from helpers.tiny import tiny_language, tiny_tokenizer
+from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from sparsecut import SparseCutConfig
@@ -25,7 +27,9 @@ def encoder(request):
     return checks.join(vision=request.param)
 
 
-@pytest.mark.parametrize("check", [checks.taps, checks.stops, checks.gradients, checks.cached, checks.padded])
+@pytest.mark.parametrize(
+    "check", [checks.taps, checks.stops, checks.gradients, checks.cached, checks.padded]
+)
 def test_every_kind_of_encoder(encoder, check):
     check(encoder)
 
@@ -38,7 +42,11 @@ def oblong():
 @pytest.mark.parametrize("check", [checks.taps, checks.gradients, checks.cached, checks.padded])
 def test_views_and_patches_need_not_be_square(check):
     model = checks.join(vision=oblong())
-    assert (model.config.grid.rows, model.config.grid.columns, model.config.num_image_tokens) == (2, 6, 12)
+    assert (model.config.grid.rows, model.config.grid.columns, model.config.num_image_tokens) == (
+        2,
+        6,
+        12,
+    )
     assert model.config.image_size == (16, 24)
     check(model)
 
@@ -52,7 +60,11 @@ def test_every_mixer_takes_an_oblong_grid(mix):
 def test_fine_patches_lie_under_the_coarse_one_of_an_oblong_grid():
     rows, columns, tiles = 2, 3, 2
     places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()
-    fine = [places / tiles + torch.tensor([y * rows, x * columns]) / tiles for y in range(tiles) for x in range(tiles)]
+    fine = [
+        places / tiles + torch.tensor([y * rows, x * columns]) / tiles
+        for y in range(tiles)
+        for x in range(tiles)
+    ]
     grains = under(torch.stack([places, *fine])[None], tiles, rows)
     assert torch.equal(grains[0, 1:].floor(), places.expand(4, -1, -1))
 
@@ -65,11 +77,17 @@ def test_windows_are_undone_as_the_encoder_makes_them(size):
     encoder = family_vision("qwen2_5_vl_vision")
     grid = read_grid(encoder.config, size)
     inputs = encoder_inputs(grid, torch.randn(3, *grid.view))
-    index, _ = get_vision_window_index(inputs["grid_thw"], spatial_merge_size=2, window_size=32, patch_size=8)
-    squares = torch.arange(3 * grid.num_patches).view(-1, 4)[index].flatten()  # places in the order that is fed
+    index, _ = get_vision_window_index(
+        inputs["grid_thw"], spatial_merge_size=2, window_size=32, patch_size=8
+    )
+    squares = (
+        torch.arange(3 * grid.num_patches).view(-1, 4)[index].flatten()
+    )  # places in the order that is fed
     fed = read_grid(family_vision("qwen2_vl_vision").config, size)
     expected = torch.cat([order(fed) + view * grid.num_patches for view in range(3)])[squares]
-    assert torch.equal(torch.cat([order(grid) + view * grid.num_patches for view in range(3)]), expected)
+    assert torch.equal(
+        torch.cat([order(grid) + view * grid.num_patches for view in range(3)]), expected
+    )
 
 
 @torch.no_grad()
@@ -79,9 +97,17 @@ def test_a_packed_encoder_gives_what_its_own_picture_processor_leads_to():
     encoder = family_vision("qwen2_vl_vision")
     grid = read_grid(encoder.config, [32, 48])
     pixels = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
-    limits = {"size": {"shortest_edge": 1, "longest_edge": 10**6}, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
-    processor = Qwen2VLImageProcessorPil(patch_size=8, temporal_patch_size=2, merge_size=2, **limits)
-    theirs = processor(images=list(pixels.numpy()), return_tensors="pt", input_data_format="channels_first")
+    limits = {
+        "size": {"shortest_edge": 1, "longest_edge": 10**6},
+        "image_mean": [0.0] * 3,
+        "image_std": [1.0] * 3,
+    }
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=8, temporal_patch_size=2, merge_size=2, **limits
+    )
+    theirs = processor(
+        images=list(pixels.numpy()), return_tensors="pt", input_data_format="channels_first"
+    )
     ours = encoder_inputs(grid, pixels / 255)
     assert torch.equal(ours["grid_thw"], theirs["image_grid_thw"])
     torch.testing.assert_close(ours["hidden_states"], theirs["pixel_values"])
@@ -90,23 +116,44 @@ def test_a_packed_encoder_gives_what_its_own_picture_processor_leads_to():
 @torch.no_grad()
 def test_a_configuration_without_a_view_size_is_asked_for_one():
     text = language_config("llama")
-    with pytest.raises(ValueError, match=r"takes pictures of any size.*view_size=256 .a multiple of 16 pixels"):
+    with pytest.raises(
+        ValueError, match=r"takes pictures of any size.*view_size=256 .a multiple of 16 pixels"
+    ):
         SparseCutConfig(vision_config=vision_config("qwen2_vl_vision"), text_config=text)
     again = SparseCutConfig.from_dict(
-        SparseCutConfig(vision_config=vision_config("qwen2_vl_vision"), text_config=text, view_size=[32, 48]).to_dict()
+        SparseCutConfig(
+            vision_config=vision_config("qwen2_vl_vision"), text_config=text, view_size=[32, 48]
+        ).to_dict()
     )
     assert again.grid.view == (3, 32, 48)
-    assert SparseCutConfig(vision_config=vision_config("pixtral"), text_config=text).image_size == 32  # has its own
+    assert (
+        SparseCutConfig(vision_config=vision_config("pixtral"), text_config=text).image_size == 32
+    )  # has its own
 
 
 REFUSED = [
-    ("clip_vision_model", {}, 32, "views of clip_vision_model are 16 x 16 pixels; leave view_size out"),
+    (
+        "clip_vision_model",
+        {},
+        32,
+        "views of clip_vision_model are 16 x 16 pixels; leave view_size out",
+    ),
     ("qwen2_5_vl_vision", {}, 24, "view_size 24, which is not a multiple of its patch_size 16"),
     ("qwen2_5_vl_vision", {}, "large", "view_size is 'large', but must be pixels"),
     ("qwen2_5_vl_vision", {}, (16, 0), "but must be pixels"),
     ("pixtral", {}, 64, "positions of pixtral reach 32 pixels"),
-    ("internvl_vision", {"patch_size": [7, 7]}, None, "image_size 16, which is not a multiple of its patch_size 7"),
-    ("dinov2", {"image_size": [16, 24]}, None, "has views of 16 x 24 pixels .* positions are a square"),
+    (
+        "internvl_vision",
+        {"patch_size": [7, 7]},
+        None,
+        "image_size 16, which is not a multiple of its patch_size 7",
+    ),
+    (
+        "dinov2",
+        {"image_size": [16, 24]},
+        None,
+        "has views of 16 x 24 pixels .* positions are a square",
+    ),
     ("whisper", {}, 16, "whisper listens to 6 moments; leave it out"),
     ("whisper", {"encoder_layerdrop": 0.1}, None, "skips blocks at random"),
 ]
@@ -130,13 +177,17 @@ def test_an_encoder_that_needs_more_than_views_is_refused():
     encoder = family_vision("siglip2_vision_model")
     encoder.config.model_type = "siglip_vision_model"  # as if it were an unknown one
     encoder.config.image_size = 16
-    with pytest.raises(ValueError, match="needs pixel_attention_mask and spatial_shapes besides pixels"):
+    with pytest.raises(
+        ValueError, match="needs pixel_attention_mask and spatial_shapes besides pixels"
+    ):
         checks.join(vision=encoder)
 
 
 def tones():
     """Words and the sounds of two pitches, as examples/audio.py makes them."""
-    spec = importlib.util.spec_from_file_location("audio_example", Path(__file__).parents[1] / "examples" / "audio.py")
+    spec = importlib.util.spec_from_file_location(
+        "audio_example", Path(__file__).parents[1] / "examples" / "audio.py"
+    )
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
 
@@ -146,7 +197,9 @@ def test_sounds_in_and_words_out_from_building_to_loading(tmp_path):
     torch.manual_seed(0)
     encoder, extractor, language, tokenizer = example.parts()
     plan = {"method": "sparsecut", "tiles": 0}
-    model, processor = build(encoder, language, plan, image_processor=extractor, tokenizer=tokenizer)
+    model, processor = build(
+        encoder, language, plan, image_processor=extractor, tokenizer=tokenizer
+    )
     losses = example.train(model, processor, 60, batch_size=8)
     assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
     sounds, _ = example.tones(4, seed=0)
@@ -156,7 +209,12 @@ def test_sounds_in_and_words_out_from_building_to_loading(tmp_path):
     again = load(tmp_path)
     assert type(again[1]) is type(processor) and type(again[0].vision_tower) is type(encoder)
     assert example.answers(*again, sounds) == said
-    talk = [{"role": "user", "content": [{"type": "audio", "audio": "x"}, {"type": "text", "text": "how"}]}]
+    talk = [
+        {
+            "role": "user",
+            "content": [{"type": "audio", "audio": "x"}, {"type": "text", "text": "how"}],
+        }
+    ]
     assert again[1].apply_chat_template(talk, tokenize=False).count("<audio>") == 1
 
 
@@ -164,11 +222,16 @@ def test_sounds_that_do_not_fit_the_encoder_are_refused():
     example = tones()
     encoder, extractor, language, tokenizer = example.parts()
     parts = {"image_processor": extractor, "tokenizer": tokenizer}
-    with pytest.raises(ValueError, match="tiles=2, but whisper listens to sounds, which have no finer views"):
+    with pytest.raises(
+        ValueError, match="tiles=2, but whisper listens to sounds, which have no finer views"
+    ):
         build(encoder, language, **parts)
     plan = {"method": "sparsecut", "tiles": 0}
     wide = type(extractor)(feature_size=80, chunk_length=1)
-    with pytest.raises(ValueError, match="makes 80 mels and 100 frames of a sound, but the encoder takes 40 and 100"):
+    with pytest.raises(
+        ValueError,
+        match="makes 80 mels and 100 frames of a sound, but the encoder takes 40 and 100",
+    ):
         build(encoder, language, plan, **parts | {"image_processor": wide})
     _, processor = build(encoder, language, plan, **parts)
     with pytest.raises(ValueError, match="has 16001 samples, but the encoder listens to 16000"):
@@ -191,17 +254,22 @@ def test_oblong_views_are_made_of_pictures_and_kept_when_saved(tmp_path):
     save(model, processor, tmp_path)
     again, other = load(tmp_path)
     assert torch.equal(
-        other(images=[picture], text="<image> what is it", return_tensors="pt")["pixel_values"], batch["pixel_values"]
+        other(images=[picture], text="<image> what is it", return_tensors="pt")["pixel_values"],
+        batch["pixel_values"],
     )
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model(**batch).logits)
 
 
 def test_fine_views_of_an_oblong_size_lie_under_the_coarse_one():
-    picture = Image.fromarray(np.kron(np.array([[0, 80], [160, 240]], np.uint8), np.ones((30, 50), np.uint8)))
+    picture = Image.fromarray(
+        np.kron(np.array([[0, 80], [160, 240]], np.uint8), np.ones((30, 50), np.uint8))
+    )
     coarse, *fine = (np.asarray(v)[..., 0] for v in views(picture, 2, (16, 24)))
     assert coarse.shape == (16, 24)
-    for view, quarter in zip(fine, [coarse[:8, :12], coarse[:8, 12:], coarse[8:, :12], coarse[8:, 12:]], strict=True):
+    for view, quarter in zip(
+        fine, [coarse[:8, :12], coarse[:8, 12:], coarse[8:, :12], coarse[8:, 12:]], strict=True
+    ):
         assert abs(float(np.median(view)) - float(np.median(quarter))) < 1
     cropped = views(picture, 0, (16, 24), "crop")[0]
     assert cropped.size == (24, 16)
@@ -213,9 +281,9 @@ def test_an_encoder_without_weights_of_its_own_in_a_folder_is_refused(tmp_path):
     encoder, language = family_vision("vit"), tiny_language()
     encoder.config.save_pretrained(tmp_path)
     config = encoder.config
-    LlamaModel(LlamaConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=8)).save_pretrained(
-        tmp_path
-    )
+    LlamaModel(
+        LlamaConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=8)
+    ).save_pretrained(tmp_path)
     config.save_pretrained(tmp_path)
     parts = {"image_processor": CLIPImageProcessorPil(), "tokenizer": tiny_tokenizer()}
     with pytest.raises(ValueError, match=r"holds no weights for .* parts of the encoder vit"):

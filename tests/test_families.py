@@ -1,12 +1,20 @@
-"""Any encoder, any decoder: tiny random models of many families, and a sentence for those that cannot be joined.
+"""Any encoder, any decoder: tiny random models of many families, and a sentence for those that
+cannot be joined.
 
 `make grid` runs the same checks, and compilation, on every family of `families.py`, and writes docs/support.md.
 """
 
-from helpers import checks
 import pytest
 import torch
-from helpers.families import EVERYDAY_LANGUAGE, EVERYDAY_VISION, family_language, family_vision, language_config, vision_config
+from helpers import checks
+from helpers.families import (
+    EVERYDAY_LANGUAGE,
+    EVERYDAY_VISION,
+    family_language,
+    family_vision,
+    language_config,
+    vision_config,
+)
 from transformers import AutoConfig
 
 from sparsecut import METHODS, SparseCutConfig, make_plan
@@ -22,12 +30,16 @@ def encoder(request):
     return checks.join(vision=request.param)
 
 
-@pytest.mark.parametrize("check", [checks.gradients, checks.cached, checks.padded, checks.beams, checks.checkpointing])
+@pytest.mark.parametrize(
+    "check", [checks.gradients, checks.cached, checks.padded, checks.beams, checks.checkpointing]
+)
 def test_every_decoder_family(decoder, check):
     check(decoder)
 
 
-@pytest.mark.parametrize("check", [checks.taps, checks.stops, checks.gradients, checks.cached, checks.padded])
+@pytest.mark.parametrize(
+    "check", [checks.taps, checks.stops, checks.gradients, checks.cached, checks.padded]
+)
 def test_every_encoder_family(encoder, check):
     check(encoder)
 
@@ -40,7 +52,10 @@ def test_no_method_leaves_a_parameter_without_gradient(method):
         family_language("llama", num_hidden_layers=depths[1]),
     )
     model = checks.join(vision, language, make_plan(method, *depths).to_dict())
-    for values, start in model.fusion.initial_values():  # away from starts that hold others still, as zero gates do
+    for (
+        values,
+        start,
+    ) in model.fusion.initial_values():  # away from starts that hold others still, as zero gates do
         if start in (0.0, (0.0, 0.0)):
             torch.nn.init.normal_(values, std=0.3)
     checks.gradients(model)
@@ -64,7 +79,9 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_language_models_that_cannot_read_embeddings_from_left_to_right_are_refused(name):
     with pytest.raises(ValueError, match=f"the language model {name} {REFUSED[name]}"):
-        SparseCutConfig(vision_config=vision_config("clip_vision_model"), text_config=AutoConfig.for_model(name))
+        SparseCutConfig(
+            vision_config=vision_config("clip_vision_model"), text_config=AutoConfig.for_model(name)
+        )
     if name == "bart":  # also where its decoder was cut out
         with pytest.raises(ValueError, match=REFUSED[name]):
             checks.join(language=family_language("bart"))

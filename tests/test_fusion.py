@@ -2,10 +2,10 @@
 
 import itertools
 
-from helpers import checks
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import checks
 from torch import nn
 
 from sparsecut import Plan, Shortcut
@@ -29,14 +29,19 @@ def features(taps, *, pictures=2, tiles=2, rows=2) -> dict:
 
 @pytest.mark.parametrize(("tiles", "rows"), [(2, 2), (2, 3), (3, 2), (3, 5), (4, 1)])
 def test_fine_patches_lie_under_their_coarse_patch(tiles, rows):
-    places = torch.empty(1, 1 + tiles**2, rows**2, 2)  # of every fine patch: its row and column in the whole picture
+    places = torch.empty(
+        1, 1 + tiles**2, rows**2, 2
+    )  # of every fine patch: its row and column in the whole picture
     for ty, tx, y, x in itertools.product(range(tiles), range(tiles), range(rows), range(rows)):
         places[0, 1 + ty * tiles + tx, y * rows + x] = torch.tensor([ty * rows + y, tx * rows + x])
     places[0, 0] = -1
     grains = grid(places, tiles, rows)
     assert (grains[0, 0] == -1).all()
     for y, x, wy, wx in itertools.product(range(rows), range(rows), range(tiles), range(tiles)):
-        assert grains[0, 1 + wy * tiles + wx, y * rows + x].tolist() == [y * tiles + wy, x * tiles + wx]
+        assert grains[0, 1 + wy * tiles + wx, y * rows + x].tolist() == [
+            y * tiles + wy,
+            x * tiles + wx,
+        ]
 
 
 @pytest.mark.parametrize(("tiles", "rows"), [(2, 2), (2, 5), (3, 3)])
@@ -45,7 +50,9 @@ def test_under_an_averaging_encoder_the_fine_grains_average_to_the_coarse_one(ti
     size = rows * patch
     big = torch.randn(3, 1, tiles * size, tiles * size, dtype=torch.float64)
     tiled = [
-        big[..., y : y + size, x : x + size] for y in range(0, tiles * size, size) for x in range(0, tiles * size, size)
+        big[..., y : y + size, x : x + size]
+        for y in range(0, tiles * size, size)
+        for x in range(0, tiles * size, size)
     ]
     views = torch.stack([F.avg_pool2d(big, tiles), *tiled], dim=1)
     encoded = F.avg_pool2d(views.flatten(0, 1), patch).flatten(2).mT.unflatten(0, (3, -1))
@@ -63,7 +70,9 @@ def mixer(mix, taps=(1, 2), tiles=2, rows=2, grain=0):
     torch.manual_seed(0)
     shortcut = Shortcut(taps, 0, mix, grain)
     plan = Plan((shortcut,), tiles=tiles)
-    return MIXERS[mix](shortcut, plan, DIM, rows), torch.randn(2, len(taps), plan.num_grains, rows**2, DIM)
+    return MIXERS[mix](shortcut, plan, DIM, rows), torch.randn(
+        2, len(taps), plan.num_grains, rows**2, DIM
+    )
 
 
 @pytest.mark.parametrize("grain", range(5))
@@ -106,7 +115,9 @@ def test_attend_is_one_post_norm_block_whose_queries_are_coarse_and_are_no_keys(
     reference.out_proj.load_state_dict(module.output.state_dict())
     for b in range(2):
         coarse = x[b, -1, 0]
-        others = [x[b, t, g] for t in range(len(taps)) for g in range(5) if (t, g) != (len(taps) - 1, 0)]
+        others = [
+            x[b, t, g] for t in range(len(taps)) for g in range(5) if (t, g) != (len(taps) - 1, 0)
+        ]
         keys = torch.cat(others)
         attended, _ = reference(coarse[None], keys[None], keys[None])
         middle = module.norm1(coarse + attended[0])
@@ -114,7 +125,9 @@ def test_attend_is_one_post_norm_block_whose_queries_are_coarse_and_are_no_keys(
         torch.testing.assert_close(module(x)[b], expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("dim", "heads"), [(6, 1), (64, 1), (100, 1), (128, 2), (1024, 16), (1152, 18), (1408, 22)])
+@pytest.mark.parametrize(
+    ("dim", "heads"), [(6, 1), (64, 1), (100, 1), (128, 2), (1024, 16), (1152, 18), (1408, 22)]
+)
 def test_attention_heads_divide_the_width_and_have_about_64_channels(dim, heads):
     shortcut = Shortcut((1, 2), 0, "attend")
     with torch.device("meta"):
@@ -132,23 +145,37 @@ def test_shared_shortcuts_in_one_batched_call_equal_separate_calls(mix):
 
 
 def test_only_shortcuts_of_one_kind_share_a_path():
-    kinds = [((1,), "pick", 0), ((2,), "pick", 0), ((2,), "pick", 1), ((2,), "channels", 0), ((1, 2), "channels", 0)]
+    kinds = [
+        ((1,), "pick", 0),
+        ((2,), "pick", 0),
+        ((2,), "pick", 1),
+        ((2,), "channels", 0),
+        ((1, 2), "channels", 0),
+    ]
     shortcuts = [Shortcut(taps, i, mix, grain) for i, (taps, mix, grain) in enumerate(kinds)]
-    assert fusion(*shortcuts, shared=True).groups == [[0, 1, 2], [3], [4]]  # grains of `pick` take the same weights
+    assert fusion(*shortcuts, shared=True).groups == [
+        [0, 1, 2],
+        [3],
+        [4],
+    ]  # grains of `pick` take the same weights
     assert len(fusion(*shortcuts).paths) == 5
 
 
 def test_a_norm_gives_every_tapped_feature_mean_zero_and_deviation_one():
     shortcut, x = Shortcut((1,), 0, "channels"), features((1,))
     scaled = {1: 7 * x[1] + 3}
-    assert torch.allclose(fusion(shortcut, norm=True)(x)[0], fusion(shortcut, norm=True)(scaled)[0], atol=1e-3)
+    assert torch.allclose(
+        fusion(shortcut, norm=True)(x)[0], fusion(shortcut, norm=True)(scaled)[0], atol=1e-3
+    )
     assert not torch.allclose(fusion(shortcut)(x)[0], fusion(shortcut)(scaled)[0], atol=1e-1)
 
 
 def test_gates_are_parameters_only_where_the_plan_trains_them():
     shortcuts = [Shortcut((1,), 0), Shortcut((2,), 1), Shortcut((3,), 3)]
     constant, zero, one = (fusion(*shortcuts, gate=gate) for gate in (None, "zero", "one"))
-    assert "gates" in dict(constant.named_buffers()) and "gates" not in dict(constant.named_parameters())
+    assert "gates" in dict(constant.named_buffers()) and "gates" not in dict(
+        constant.named_parameters()
+    )
     assert [g.gates.tolist() for g in (constant, zero, one)] == [[1, 1], [0, 0], [1, 1]]
     assert all("gates" in dict(g.named_parameters()) and g.gates.shape == (2,) for g in (zero, one))
 
@@ -166,7 +193,10 @@ def test_a_gate_scales_its_own_shortcut_and_never_the_input():
 def test_two_shortcuts_into_one_layer_add_up():
     module = fusion(Shortcut((1,), 0), Shortcut((2,), 2), Shortcut((3,), 2))
     x = features((1, 2, 3))
-    parts = [path(grid(x[tap], 2, 2).unsqueeze(1)) for path, tap in zip(module.paths, (1, 2, 3), strict=True)]
+    parts = [
+        path(grid(x[tap], 2, 2).unsqueeze(1))
+        for path, tap in zip(module.paths, (1, 2, 3), strict=True)
+    ]
     out = module(x)
     assert set(out) == {0, 2}
     torch.testing.assert_close(out[2], parts[1] + parts[2], atol=1e-6, rtol=1e-5)
@@ -183,7 +213,9 @@ def test_features_of_a_picture_do_not_depend_on_the_others():
 
 @pytest.mark.parametrize("mix", ["channels", "attend"])
 def test_a_zero_gate_is_the_model_without_shortcuts_bit_for_bit(mix):
-    gated = checks.join(plan={"method": "sparsecut", "pattern": "bottom", "mix": mix, "gate": "zero"})
+    gated = checks.join(
+        plan={"method": "sparsecut", "pattern": "bottom", "mix": mix, "gate": "zero"}
+    )
     plain = checks.join(plan={"method": "hires_channels", "mix": mix})
     plain.fusion.paths[0].load_state_dict(gated.fusion.paths[0].state_dict())
     inputs = checks.batch(plain)

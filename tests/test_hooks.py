@@ -1,13 +1,15 @@
-"""Where features are read and where they arrive: against a decoder run by hand, whatever stands around a picture."""
+"""Where features are read and where they arrive: against a decoder run by hand, whatever stands
+around a picture.
+"""
 
 import copy
 import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
-from helpers import checks
 import pytest
 import torch
+from helpers import checks
 from helpers.checks import IMAGE, batch, expanded
 from helpers.families import family_language
 from torch import nn
@@ -31,15 +33,23 @@ def model():
 
 def single(model, row, pixels):
     """Logits of one prompt, alone and without padding."""
-    return model(input_ids=torch.tensor([expanded(model, row)]), pixel_values=pixels if len(pixels) else None).logits[0]
+    return model(
+        input_ids=torch.tensor([expanded(model, row)]), pixel_values=pixels if len(pixels) else None
+    ).logits[0]
 
 
 def by_hand(model, row, pixels):
-    """The method in plain steps: encode each view, fuse, and run the decoder layer by layer, adding at image positions."""
+    """The method in plain steps: encode each view, fuse, and run the decoder layer by layer, adding
+    at image positions.
+    """
     ids = expanded(model, row)
-    states = [model.vision_tower(views, output_hidden_states=True).hidden_states for views in pixels]
+    states = [
+        model.vision_tower(views, output_hidden_states=True).hidden_states for views in pixels
+    ]
     depth = model.config.vision_depth
-    taps = {t: torch.stack([s[t][:, 1:] for s in states]) for t in range(depth + 1)}  # without the class token
+    taps = {
+        t: torch.stack([s[t][:, 1:] for s in states]) for t in range(depth + 1)
+    }  # without the class token
     fused = model.fusion({t: taps[t] for t in model.plan.resolved_taps(depth)})
     spots = [i for i, token in enumerate(ids) if token == IMAGE]
     decoder = model.language_model.model
@@ -54,20 +64,30 @@ def by_hand(model, row, pixels):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["llava", "hires_tokens", "hires_channels", "sparsecut", "sparsecut_input"])
+@pytest.mark.parametrize(
+    "method", ["llava", "hires_tokens", "hires_channels", "sparsecut", "sparsecut_input"]
+)
 @pytest.mark.parametrize("row", WITH_PICTURES.values(), ids=WITH_PICTURES)
 def test_features_reach_exactly_the_image_positions_of_the_planned_layers(method, row):
     model = checks.join(plan=method)
     pixels = batch(model, [row])["pixel_values"]
-    torch.testing.assert_close(single(model, row, pixels), by_hand(model, row, pixels), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        single(model, row, pixels), by_hand(model, row, pixels), atol=1e-5, rtol=1e-4
+    )
 
 
 @torch.no_grad()
 def test_two_shortcuts_into_one_layer_and_none_into_others(row=(5, IMAGE, 6)):
-    shortcuts = [{"taps": [2], "layer": 0}, {"taps": [1], "layer": 2}, {"taps": [0, 3], "layer": 2, "mix": "channels"}]
+    shortcuts = [
+        {"taps": [2], "layer": 0},
+        {"taps": [1], "layer": 2},
+        {"taps": [0, 3], "layer": 2, "mix": "channels"},
+    ]
     model = checks.join(plan={"shortcuts": shortcuts, "tiles": 2})
     pixels = batch(model, [row])["pixel_values"]
-    torch.testing.assert_close(single(model, row, pixels), by_hand(model, row, pixels), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        single(model, row, pixels), by_hand(model, row, pixels), atol=1e-5, rtol=1e-4
+    )
 
 
 @torch.no_grad()
@@ -80,7 +100,9 @@ def test_no_row_depends_on_its_neighbours_or_padding(model, side):
     for i, row in enumerate(rows):
         pixels = inputs["pixel_values"][taken : taken + row.count(IMAGE)]
         taken += row.count(IMAGE)
-        torch.testing.assert_close(logits[i][real[i]], single(model, row, pixels), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            logits[i][real[i]], single(model, row, pixels), atol=1e-4, rtol=1e-4
+        )
     assert taken == len(inputs["pixel_values"])
 
 
@@ -90,7 +112,9 @@ def test_text_only_rows_are_the_language_model_untouched(model):
     assert torch.equal(model(input_ids=ids).logits, model.language_model(input_ids=ids).logits)
     together = batch(model, [TEXT[1], WITH_PICTURES["end"]])
     alone = model.language_model(input_ids=ids).logits[0]
-    torch.testing.assert_close(model(**together).logits[0, -len(TEXT[1]) :], alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        model(**together).logits[0, -len(TEXT[1]) :], alone, atol=1e-4, rtol=1e-4
+    )
 
 
 @torch.no_grad()
@@ -138,12 +162,18 @@ def test_eight_threads_answer_as_one_does(model):
 
 @torch.no_grad()
 def test_copies_compute_the_same_and_stand_on_their_own():
-    model = checks.join()  # one that never gave hidden states: transformers' own hooks for those cannot be pickled
+    model = (
+        checks.join()
+    )  # one that never gave hidden states: transformers' own hooks for those cannot be pickled
     inputs = batch(model)
     before, buffer = model(**inputs).logits, io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+    for twin in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(buffer, weights_only=False),
+    ):
         assert torch.equal(twin(**inputs).logits, before)
         for p in [*twin.vision_tower.parameters(), *twin.language_model.parameters()]:
             p.zero_()
@@ -176,7 +206,10 @@ def test_a_replaced_decoder_layer_is_an_error_until_connected_again():
     fresh = type(layers[3])(model.config.text_config, 3)
     fresh.load_state_dict(layers[3].state_dict())
     layers[3] = fresh
-    with pytest.raises(RuntimeError, match=r"layers \[1, 3\] should each fire once, but layers \[1\] fired.*connect"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"layers \[1, 3\] should each fire once, but layers \[1\] fired.*connect",
+    ):
         model(**inputs)
     assert model(input_ids=torch.tensor([TEXT[1]])).logits.isfinite().all()
     connect_decoder(model.language_model, 4)
@@ -200,7 +233,8 @@ def test_replaced_encoder_blocks_are_an_error_until_connected_again():
         fresh.load_state_dict(block.state_dict())
         blocks[i] = fresh
     with pytest.raises(
-        RuntimeError, match=r"taps \[1, 3\] were not reached in CLIPVisionModel.*connect the encoder again"
+        RuntimeError,
+        match=r"taps \[1, 3\] were not reached in CLIPVisionModel.*connect the encoder again",
     ):
         model(**batch(model))
     connect_encoder(model.vision_tower, 4)
@@ -213,7 +247,10 @@ def test_blocks_that_are_no_list_are_refused():
 
 
 def test_states_that_are_not_one_row_of_patches_are_refused(model):
-    with pytest.raises(ValueError, match=r"states of shape \(1, 5, 16\) for 1 views, but \[1 views, 9 or more tokens"):
+    with pytest.raises(
+        ValueError,
+        match=r"states of shape \(1, 5, 16\) for 1 views, but \[1 views, 9 or more tokens",
+    ):
         read_taps(model.vision_tower, torch.randn(1, 3, 16, 16), 9, [1])
 
 
@@ -239,7 +276,9 @@ def test_pictures_that_do_not_match_the_prompt_are_refused_in_a_sentence(model, 
 @torch.no_grad()
 def test_a_bare_pass_without_pictures_warns_and_reads_placeholders_as_words(model):
     ids = batch(model)["input_ids"]
-    with pytest.warns(UserWarning, match="the prompts hold 8 image tokens, but the pictures given make 0"):
+    with pytest.warns(
+        UserWarning, match="the prompts hold 8 image tokens, but the pictures given make 0"
+    ):
         logits = model(input_ids=ids).logits
     assert torch.equal(logits, model.language_model(input_ids=ids).logits)
     with pytest.raises(ValueError, match="the prompts hold 8 image tokens"):
@@ -248,11 +287,17 @@ def test_a_bare_pass_without_pictures_warns_and_reads_placeholders_as_words(mode
 
 def test_features_of_another_model_are_refused_in_a_sentence(model):
     inputs = batch(model)
-    for language, plan in ((family_language("llama", hidden_size=16), "sparsecut"), ("llama", "llava")):
+    for language, plan in (
+        (family_language("llama", hidden_size=16), "sparsecut"),
+        ("llama", "llava"),
+    ):
         other = checks.join(language=language, plan=plan)
         images = other.get_image_features(batch(other)["pixel_values"])
         with pytest.raises(
-            ValueError, match=r"have width \d+ and \d layers above the input, but this model needs width 32 and 2"
+            ValueError,
+            match=(
+                r"have width \d+ and \d layers above the input, but this model needs width 32 and 2"
+            ),
         ):
             model(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": images})
 

@@ -1,8 +1,9 @@
-"""The house rules: who imports whom, how long files are, which names are public, and that documents hold what they show."""
+"""The house rules: who imports whom, how long files are, which names are public, and that documents
+hold what they show.
+"""
 
 import ast
 import importlib
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,181 +12,102 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sparsecut"
-LAYERS = [  # a module imports from earlier rows, or from its own family; modules of a row do not import one another
-    {"plan"},
-    {"peers"},
-    {
-        "methods",
-        "recipe",
-        "checked",
-        "yaml_text",
-        "drawing",
-        "registration",
-        "charts",
-        "plots",
-        "scoring",
-        "statistics",
-        "study",
-    },
-    {"mixers", "outputs", "body", "identity", "encoders"},
-    {"fusion", "graft", "world"},
-    {"families"},
-    {"configuration", "configuration_upgraded", "overlay"},
-    {"modeling", "upgraded", "processing", "fine_views", "prompting"},
-    {"audio"},
-    {"upgrading", "adapters"},
-    {
-        "building",
-        "official",
-        "data",
-        "labels",
-        "base_labels",
-        "records",
-        "shards",
-        "pictures",
-        "states",
-        "streams",
-        "answers",
-        "kept",
-        "checking",
-    },
-    {
-        "convert",
-        "training",
-        "stage_trainer",
-        "arguments",
-        "batching",
-        "parts",
-        "shortcut_watch",
-        "run_folder",
-        "stopping",
-        "progress",
-        "evaluation",
-        "eval_folder",
-        "chat",
-        "serving",
-        "fetching",
-        "wire",
-        "sketch",
-        "cost",
-        "timing",
-        "upgrade_cost",
-    },
-    {
-        "study_runner",
-        "search",
-        "desk",
-        "explain",
-        "explain_page",
-        "compare",
-        "compare_page",
-        "report",
-        "demo",
-        "demo_report",
-        "study_report",
-        "study_figures",
-        "study_tables",
-        "study_page",
-        "dry_run",
-        "dry_data",
-        "dry_model",
-    },
-    {"server", "web_page", "lmms", "tasks"},
-    {"cli", "cli_eval", "cli_study", "cli_models", "cli_serve"},
-]
-FAMILIES = [
-    {"data", "labels", "base_labels", "records", "shards", "pictures", "states", "streams", "checking"},
-    {"recipe", "checked", "yaml_text", "study"},
-    {
-        "training",
-        "stage_trainer",
-        "arguments",
-        "batching",
-        "parts",
-        "shortcut_watch",
-        "run_folder",
-        "stopping",
-        "progress",
-    },
-    {
-        "demo",
-        "demo_report",
-        "report",
-        "study_runner",
-        "search",
-        "study_report",
-        "study_figures",
-        "study_tables",
-        "study_page",
-    },
-    {"explain", "explain_page"},
-    {"dry_run", "dry_data", "dry_model"},
-    {"compare", "compare_page", "report"},
-    {"charts", "plots"},
-    {"evaluation", "eval_folder"},
-    {"report", "study_report", "study_figures", "study_tables", "study_page"},
-    {"cost", "timing", "upgrade_cost"},
-    {"cli", "cli_eval", "cli_study", "cli_models", "cli_serve"},
-]
-MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem not in ("__init__", "__main__"))
-FOLDERS = sorted(p.parent.name for p in PACKAGE.glob("*/__init__.py"))
-PRIVATE_TO_GRAFT = ("output_capturing", "modeling_layers", "masking_utils")
+# A module imports from its own room and from rooms to its left, never from the right.
+ROOMS = ["method", "model", "assembly", "config", "data", "evaluation", "training", "profiling", "conversion", "serving", "shapes", "experiments", "reports", "cli"]
+METHOD = ["schema", "plan", "methods", "baselines", "mixers", "fusion"]
+ASSEMBLY = ["building", "upgrading", "adapters", "fingerprint", "prompts", "chat", "drawing", "imaging"]
+# The lazy registration of the Auto classes: a configuration's end registers its model class.
+AGAINST_THE_GRAIN = {"registration"}
+PRIVATE_TO_HOOKS = ("output_capturing", "modeling_layers", "masking_utils")
 
 
-def imports(path: Path) -> set[str]:
-    """Modules of this package that a file imports, wherever in the file."""
+def name_of(path: Path) -> str:
+    """The dotted name of a file below the package, without `sparsecut.`; "" for its own init."""
+    return (
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        .removesuffix("__init__")
+        .strip(".")
+    )
+
+
+MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports(name: str) -> set[str]:
+    """Modules of this package that a module imports, wherever in its file."""
+    path = MODULES[name]
+    home = path.parent.relative_to(PACKAGE).parts
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        depth = len(path.relative_to(PACKAGE).parts)
-        if isinstance(node, ast.ImportFrom) and node.level == depth:
-            found |= {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sparsecut."):
-            found.add(node.module.split(".")[1])
-    return found & {*MODULES, *FOLDERS}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        if node.level:
+            base = home[: len(home) - node.level + 1]
+        elif (node.module or "").split(".")[0] == "sparsecut":
+            base = ()
+        else:
+            continue
+        module = (node.module or "").removeprefix("sparsecut").strip(".")
+        source = ".".join([*base, module]).strip(".")
+        for alias in node.names:
+            inner = f"{source}.{alias.name}".strip(".")
+            found.add(inner if inner in MODULES else source)
+    return found - {name, ""}
 
 
-def row(module: str) -> int:
-    places = [i for i, names in enumerate(LAYERS) if module in names]
-    assert places, f"{module} stands in no layer of tests/test_house.py; give it one"
-    return places[0]
+def room_of(name: str) -> str:
+    """The room of a module: its folder, or one of the three that the flat library is made of."""
+    if "." in name or MODULES[name].name == "__init__.py":
+        return name.split(".")[0]
+    if name in METHOD:
+        return "method"
+    return "assembly" if name in ASSEMBLY else "model"
 
 
-# The lazy registration of the Auto classes is the one import that goes against the grain, and says so.
-ALLOWED = {
-    ("registration", name)
-    for name in ("configuration", "modeling", "processing", "configuration_upgraded", "upgraded", "fine_views", "audio")
-}
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"", "__main__"}))
+def test_imports_go_one_way(name):
+    place = ROOMS.index(room_of(name))
+    upward = {other for other in imports(name) if ROOMS.index(room_of(other)) > place}
+    assert not upward, f"{name} ({room_of(name)}) imports from the right: {sorted(upward)}"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_one_way(module):
-    for other in imports(PACKAGE / f"{module}.py") - {module}:
-        family = any({module, other} <= f for f in FAMILIES)
-        assert family or (module, other) in ALLOWED or row(other) < row(module), f"{module} imports {other}"
+def test_no_modules_import_one_another_in_a_circle():
+    graph = {name: imports(name) - AGAINST_THE_GRAIN for name in MODULES if name}
+    finished = set()
 
+    def visit(name, path):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in finished:
+            for other in graph[name]:
+                visit(other, [*path, name])
+            finished.add(name)
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_imports_of_folders_go_one_way(folder):
-    for path in (PACKAGE / folder).glob("*.py"):
-        for other in imports(path) - {folder}:
-            assert row(other) < row(folder), f"{path} imports {other}"
+    for name in graph:
+        visit(name, [])
 
 
 def test_facts_know_nothing_of_torch():
-    code = "import sparsecut, sparsecut.plan, sparsecut.methods, sparsecut.recipe, sparsecut.drawing, sys;"
+    code = (
+        "import sparsecut, sparsecut.plan, sparsecut.methods, sparsecut.config.recipe, sparsecut.drawing,"
+        " sys;"
+    )
     code += "sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_private_names_of_transformers_stay_in_graft():
+def test_private_names_of_transformers_stay_in_hooks():
     for path in PACKAGE.rglob("*.py"):
-        if path.name != "graft.py":
-            assert not any(name in path.read_text() for name in PRIVATE_TO_GRAFT), path
+        if path.name != "hooks.py":
+            assert not any(name in path.read_text() for name in PRIVATE_TO_HOOKS), path
 
 
 def test_files_can_be_read_in_one_sitting():
-    for path in [*ROOT.glob("sparsecut/**/*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]:
-        assert len(path.read_text().splitlines()) <= 300, path
+    for path in [
+        *ROOT.glob("sparsecut/**/*.py"),
+        *ROOT.glob("tests/**/*.py"),
+        *ROOT.glob("benchmarks/*.py"),
+    ]:
+        assert len(path.read_text().splitlines()) <= 450, path
 
 
 def test_the_public_names_are_there():
@@ -214,8 +136,8 @@ def test_every_recipe_loads():
 
 
 def test_every_method_has_a_file_with_its_defaults():
-    from sparsecut.methods import METHODS, make_plan
     from sparsecut.cli.plan_argument import read_plan
+    from sparsecut.methods import METHODS, make_plan
 
     assert {path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml")} == set(METHODS)
     for name in METHODS:
@@ -224,15 +146,7 @@ def test_every_method_has_a_file_with_its_defaults():
         assert make_plan(spec, *depths) == make_plan(name, *depths), name
 
 
-def test_the_readme_names_files_that_exist():
-    tree = re.search(r"```text\n(sparsecut/\n.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert tree, "the README has no file tree"
-    for line in tree[1].splitlines()[1:]:
-        name = re.match(r"[ |`+-]*([\w./-]+)", line)[1]
-        assert list(ROOT.glob(name)) or list(PACKAGE.glob(name)), f"{name} stands in the README's tree only"
-
-
 def test_nothing_unfinished_is_left():
     words = ("TO" + "DO", "FIX" + "ME", "XX" + "X", "NotImplemented" + "Error")
-    for path in [*PACKAGE.rglob("*.py"), *ROOT.glob("tests/*.py")]:
+    for path in [*PACKAGE.rglob("*.py"), *ROOT.glob("tests/**/*.py")]:
         assert not any(w in path.read_text() for w in words), path

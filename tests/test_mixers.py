@@ -1,9 +1,11 @@
-"""What the peers' plans needed: means of taps, appended tokens, enriched patches, corrections, gates, switches, short fine passes."""
+"""What the peers' plans needed: means of taps, appended tokens, enriched patches, corrections,
+gates, switches, short fine passes.
+"""
 
-from helpers import checks
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import checks
 from test_fusion import DIM, HIDDEN, features, fusion
 from torch import nn
 
@@ -15,7 +17,10 @@ from sparsecut.mixers import MIXERS
 
 
 def test_a_tuple_of_taps_is_their_mean():
-    module, x = fusion(Shortcut(((0, 1, 3), -2), 0, "channels"), tiles=0), features((0, 1, 3, 4), tiles=0)
+    module, x = (
+        fusion(Shortcut(((0, 1, 3), -2), 0, "channels"), tiles=0),
+        features((0, 1, 3, 4), tiles=0),
+    )
     mean = (x[0] + x[1] + x[3]) / 3
     expected = module.paths[0].project(torch.cat([mean[:, 0], x[4][:, 0]], dim=-1))
     torch.testing.assert_close(module(x)[0], expected)
@@ -30,7 +35,9 @@ def test_append_pools_eight_neighbours_and_the_plan_counts_them():
     assert torch.equal(out[:, :25], x[:, 2, 0])
     for t in range(2):
         for k in range(4):
-            expected = x[:, t, 0, 8 * k : 8 * k + 8].mean(1)  # the last of them is the one patch that is left
+            expected = x[:, t, 0, 8 * k : 8 * k + 8].mean(
+                1
+            )  # the last of them is the one patch that is left
             torch.testing.assert_close(out[:, 25 + 4 * t + k], expected)
 
 
@@ -60,7 +67,9 @@ def test_a_correction_adds_its_own_low_rank_map_to_the_shared_projector():
     assert torch.equal(module(x)[0], plain(x)[0]) and torch.equal(module(x)[1], plain(x)[1])
     low = module.corrections["2"]
     assert torch.linalg.matrix_rank(low.up.weight @ low.down.weight) == 2
-    torch.testing.assert_close(module(x)[2] - plain(x)[2], x[3][:, 0] @ (low.up.weight @ low.down.weight).T)
+    torch.testing.assert_close(
+        module(x)[2] - plain(x)[2], x[3][:, 0] @ (low.up.weight @ low.down.weight).T
+    )
 
 
 def test_a_rank_without_sharing_narrows_every_projector_but_the_first_into_the_input():
@@ -86,13 +95,18 @@ def test_projectors_that_start_at_zero_are_the_model_without_shortcuts_and_learn
     assert torch.equal(model(**inputs).logits, expected)
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(p.linear_2.weight.grad.abs().sum() > 0 for p in model.fusion.paths)
-    with pytest.raises(ValueError, match="starts the shortcuts' own projectors at zero, but shared=True"):
+    with pytest.raises(
+        ValueError, match="starts the shortcuts' own projectors at zero, but shared=True"
+    ):
         make_plan({"method": "sparsecut", "gate": "zero_projector", "shared": True}, 8, 6)
 
 
 def context_model():
     """A model with context gates that are away from their start."""
-    plan = Plan((Shortcut((-2,), 0), Shortcut((1,), 1), Shortcut((2,), 1), Shortcut((3,), 3)), gate="context")
+    plan = Plan(
+        (Shortcut((-2,), 0), Shortcut((1,), 1), Shortcut((2,), 1), Shortcut((3,), 3)),
+        gate="context",
+    )
     model = checks.join(plan=plan.to_dict())
     for gate in model.fusion.context.values():
         for p in gate.parameters():
@@ -125,7 +139,9 @@ def test_later_words_do_not_reach_earlier_positions_through_context_gates():
     inputs = checks.batch(model)
     ids = inputs["input_ids"].clone()
     ids[:, -1] = (ids[:, -1] + 1) % 4
-    before, after = (model(**{**inputs, "input_ids": i}).logits[:, :-1] for i in (inputs["input_ids"], ids))
+    before, after = (
+        model(**{**inputs, "input_ids": i}).logits[:, :-1] for i in (inputs["input_ids"], ids)
+    )
     assert torch.equal(before, after)
 
 
@@ -156,19 +172,27 @@ def test_fine_views_stop_at_the_deepest_tap_read_from_them_and_give_the_same_sta
     from sparsecut.hooks import find_layers
 
     hooks = [
-        block.register_forward_hook(lambda m, a, out, k=k: passed.append((k, len(a[0] if a else out[0]))))
+        block.register_forward_hook(
+            lambda m, a, out, k=k: passed.append((k, len(a[0] if a else out[0])))
+        )
         for k, block in enumerate(find_layers(model.vision_tower, depth, "the encoder"), 1)
     ]
     states = model.encode(pixels)
     for hook in hooks:
         hook.remove()
-    assert {tap: x.shape[1] for tap, x in states.items()} == {tap: 5 if tap in fine else 1 for tap in taps}
+    assert {tap: x.shape[1] for tap, x in states.items()} == {
+        tap: 5 if tap in fine else 1 for tap in taps
+    }
     whole = read_taps(model.vision_tower, pixels.flatten(0, 1), model.config.grid, taps)
     for tap, x in states.items():
-        torch.testing.assert_close(x, whole[tap].unflatten(0, (-1, 5))[:, : x.shape[1]], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            x, whole[tap].unflatten(0, (-1, 5))[:, : x.shape[1]], atol=1e-5, rtol=1e-5
+        )
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith("official")])  # those need deep models
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if not m.startswith("official")]
+)  # those need deep models
 @torch.no_grad()
 def test_states_given_instead_of_pixels_change_nothing(method):
     model = checks.join(plan=method)
@@ -183,18 +207,31 @@ def test_states_given_instead_of_pixels_change_nothing(method):
 def test_grains_of_the_fine_view_are_the_stacks_of_deepstack():
     rows, tiles = 3, 2
     big = torch.arange(36.0).reshape(6, 6)
-    views = torch.stack([torch.zeros(9), *(big[y : y + 3, x : x + 3].flatten() for y in (0, 3) for x in (0, 3))])
+    views = torch.stack(
+        [torch.zeros(9), *(big[y : y + 3, x : x + 3].flatten() for y in (0, 3) for x in (0, 3))]
+    )
     grains = grid(views[None, ..., None], tiles, rows)[0, 1:, :, 0]
     for k, (i, j) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
         assert torch.equal(grains[k], big[i::2, j::2].flatten())
 
 
 def test_published_lists_come_out_of_the_functions_of_depth():
-    of = {m: make_plan(m, 24, 32).shortcuts for m in ("dense_connector_sci", "mmfuser", "lsf_internal_direct")}
+    of = {
+        m: make_plan(m, 24, 32).shortcuts
+        for m in ("dense_connector_sci", "mmfuser", "lsf_internal_direct")
+    }
     assert of["dense_connector_sci"][0].taps == (-2, 7, 15)
     assert of["mmfuser"][0].taps == (3, 8, 13, 18, -2)
-    assert [(s.taps[0], s.layer) for s in of["lsf_internal_direct"][1:]] == [(3, 3), (18, 23), (23, 29)]
+    assert [(s.taps[0], s.layer) for s in of["lsf_internal_direct"][1:]] == [
+        (3, 3),
+        (18, 23),
+        (23, 29),
+    ]
     granite = make_plan("granite4", 27, 40).shortcuts
     assert [(s.taps[0], s.layer) for s in granite[:4]] == [(-1, 0), (-7, 3), (-13, 6), (-19, 9)]
     assert [(s.grain, s.layer) for s in granite[4:]] == [(1, 12), (2, 15), (3, 18), (4, 21)]
-    assert [(s.taps[0], s.layer) for s in make_plan("qwen3_vl", 27, 36).shortcuts[1:]] == [(9, 1), (17, 2), (25, 3)]
+    assert [(s.taps[0], s.layer) for s in make_plan("qwen3_vl", 27, 36).shortcuts[1:]] == [
+        (9, 1),
+        (17, 2),
+        (25, 3),
+    ]

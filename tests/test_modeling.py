@@ -1,8 +1,10 @@
-"""The model as a Hugging Face model: equal to LLaVA under the `llava` plan, and everything a user of theirs expects."""
+"""The model as a Hugging Face model: equal to LLaVA under the `llava` plan, and everything a user
+of theirs expects.
+"""
 
-from helpers import checks
 import pytest
 import torch
+from helpers import checks
 from helpers.checks import IMAGE, batch, fusion_gradients
 from helpers.families import family_language, family_vision
 from helpers.tiny import tiny_model, tiny_vision
@@ -22,7 +24,9 @@ def with_labels(inputs):
     return inputs | {"labels": inputs["input_ids"].masked_fill(out, -100)}
 
 
-@pytest.mark.parametrize(("family", "select"), [("clip_vision_model", "default"), ("siglip_vision_model", "full")])
+@pytest.mark.parametrize(
+    ("family", "select"), [("clip_vision_model", "default"), ("siglip_vision_model", "full")]
+)
 def test_the_llava_plan_is_hugging_face_llava(family, select):
     ours = checks.join(vision=family, plan="llava")
     config = LlavaConfig(
@@ -38,7 +42,9 @@ def test_the_llava_plan_is_hugging_face_llava(family, select):
     theirs.model.language_model.load_state_dict(ours.language_model.model.state_dict())
     theirs.lm_head.load_state_dict(ours.language_model.lm_head.state_dict())
     theirs.model.multi_modal_projector.load_state_dict(ours.fusion.paths[0].state_dict())
-    inputs = with_labels(batch(ours, [[5, IMAGE, 6, 7, 8], [9, IMAGE, IMAGE, 10], [20, 21, 22]], side="right"))
+    inputs = with_labels(
+        batch(ours, [[5, IMAGE, 6, 7, 8], [9, IMAGE, IMAGE, 10], [20, 21, 22]], side="right")
+    )
     expected = theirs(**inputs | {"pixel_values": inputs["pixel_values"][:, 0]})
     found = ours(**inputs)
     real = inputs["attention_mask"].bool()
@@ -52,14 +58,18 @@ def test_logits_to_keep_are_the_last_logits(model):
     logits = model(**inputs).logits
     for keep in (1, 3, torch.tensor([0, 4])):
         kept = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
-        torch.testing.assert_close(model(**inputs, logits_to_keep=keep).logits, kept, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            model(**inputs, logits_to_keep=keep).logits, kept, atol=1e-5, rtol=1e-5
+        )
 
 
 @torch.no_grad()
 def test_hidden_states_come_before_the_additions(model):
     inputs, seen = batch(model), []
     layers = model.language_model.model.layers
-    handles = [layer.register_forward_hook(lambda m, args, out: seen.append(out)) for layer in layers]
+    handles = [
+        layer.register_forward_hook(lambda m, args, out: seen.append(out)) for layer in layers
+    ]
     states = model(**inputs, output_hidden_states=True).hidden_states
     for handle in handles:
         handle.remove()
@@ -82,7 +92,10 @@ def test_the_loss_looks_one_token_ahead_and_ignores_minus_100(model):
     inputs = with_labels(batch(model, side="right"))
     out = model(**inputs)
     pairs = [
-        (out.logits[b, i], t) for b, row in enumerate(inputs["labels"]) for i, t in enumerate(row[1:]) if t != -100
+        (out.logits[b, i], t)
+        for b, row in enumerate(inputs["labels"])
+        for i, t in enumerate(row[1:])
+        if t != -100
     ]
     expected = torch.stack([-logits.log_softmax(-1)[t] for logits, t in pairs]).mean()
     torch.testing.assert_close(out.loss, expected, atol=1e-6, rtol=1e-6)
@@ -105,7 +118,9 @@ def test_pixels_take_the_type_of_the_model(dtype):
     logits = model(**batch(model)).logits
     assert batch(model)["pixel_values"].dtype == torch.float32 and logits.dtype == dtype
     reference = checks.join()(**batch(model)).logits.to(dtype)
-    torch.testing.assert_close(logits, reference, atol=0.5 if dtype == torch.bfloat16 else 1e-4, rtol=0.1)
+    torch.testing.assert_close(
+        logits, reference, atol=0.5 if dtype == torch.bfloat16 else 1e-4, rtol=0.1
+    )
 
 
 @torch.no_grad()
@@ -126,11 +141,15 @@ def test_checkpointing_gives_every_part_the_same_gradient(reentrant):
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     runs = []
-    handle = model.language_model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    handle = model.language_model.model.layers[0].mlp.register_forward_pre_hook(
+        lambda *_: runs.append(1)
+    )
     fusion_gradients(model, inputs)
     handle.remove()
     assert len(runs) == 2, "the layer is computed again in the backward pass"
-    checks.assert_same({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
+    checks.assert_same(
+        {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected
+    )
 
 
 def test_one_graph_forward_and_backward():
@@ -156,7 +175,9 @@ def test_joining_keeps_how_a_language_model_computes_attention_and_experts():
 def test_build_takes_a_loaded_two_tower_model(tiny):
     _, processor = tiny
     vision, language = tiny_vision(), tiny[0].language_model
-    both = CLIPModel(CLIPConfig(vision_config=vision.config.to_dict(), text_config={"num_hidden_layers": 1})).eval()
+    both = CLIPModel(
+        CLIPConfig(vision_config=vision.config.to_dict(), text_config={"num_hidden_layers": 1})
+    ).eval()
     parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
     model, _ = build(both, language, "llava", **parts)
     assert model.vision_tower is both.vision_model
@@ -170,7 +191,12 @@ def test_build_refuses_before_it_changes_anything(tiny):
     before = language.get_input_embeddings().num_embeddings
     parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
     with pytest.raises(ValueError, match="would never fire"):
-        build(vision, language, {"shortcuts": [{"taps": [1], "layer": 0}, {"taps": [1], "layer": 4}]}, **parts)
+        build(
+            vision,
+            language,
+            {"shortcuts": [{"taps": [1], "layer": 0}, {"taps": [1], "layer": 4}]},
+            **parts,
+        )
     with pytest.raises(ValueError, match="hand over tokenizer="):
         build(vision, language, "llava", image_processor=processor.image_processor)
     assert language.get_input_embeddings().num_embeddings == before

@@ -34,7 +34,10 @@ def test_a_plan_cannot_be_changed():
 
 
 def test_plans_load_without_torch():
-    code = "import sparsecut.methods, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sparsecut.methods, sys; sys.exit('torch' in sys.modules or 'transformers' in"
+        " sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -58,7 +61,16 @@ def test_patterns_are_what_they_are_called():
         return shortcut_positions(24, 32, 8, pattern)
 
     sparse, bottom, top, back = (positions(p) for p in ("sparse", "bottom", "top", "reversed"))
-    assert bottom[0] == [1, 2, 4, 7, 10, 14, 19, 24]  # the list that stands in the released code's comments, plus one
+    assert bottom[0] == [
+        1,
+        2,
+        4,
+        7,
+        10,
+        14,
+        19,
+        24,
+    ]  # the list that stands in the released code's comments, plus one
     assert sum(bottom[1]) < sum(sparse[1]) < sum(top[1]) and sum(bottom[0]) < sum(top[0])
     assert back == (sparse[0][::-1], sparse[1])
     assert shortcut_positions(24, 24, pattern="dense")[1] == list(range(24))
@@ -71,11 +83,11 @@ def test_the_control_has_the_same_taps_at_the_input():
 
 
 BAD = {
-    "shortcut 1 adds to layer 32, but the language model has layers 0 to 31": lambda: Plan(
-        (Shortcut((-2,), 0), Shortcut((3,), 32))
-    ).check(24, 32),
-    "shortcut 0 reads tap 25, but the encoder has hidden states 0 to 24": lambda: Plan((Shortcut((25,), 0),)).check(
-        24, 32
+    "shortcut 1 adds to layer 32, but the language model has layers 0 to 31": (
+        lambda: Plan((Shortcut((-2,), 0), Shortcut((3,), 32))).check(24, 32)
+    ),
+    "shortcut 0 reads tap 25, but the encoder has hidden states 0 to 24": (
+        lambda: Plan((Shortcut((25,), 0),)).check(24, 32)
     ),
     "shortcut 8 adds to layer 39, but": lambda: make_plan("official_13b", 24, 36),
     "no shortcut of the plan adds to layer 0": lambda: Plan((Shortcut((1,), 3),)),
@@ -83,15 +95,23 @@ BAD = {
     "picks grain 4, but with tiles=0": lambda: Plan((Shortcut((1,), 0, "pick", 4),)),
     "grain=2 has no effect": lambda: Shortcut((1,), 0, "channels", 2),
     "nothing to attend to": lambda: Plan((Shortcut((-2,), 0, "attend"),)),
-    "differ in their number of image tokens": lambda: Plan((Shortcut((-2,), 0, "tokens"), Shortcut((1,), 2)), tiles=2),
+    "differ in their number of image tokens": lambda: Plan(
+        (Shortcut((-2,), 0, "tokens"), Shortcut((1,), 2)), tiles=2
+    ),
     "tiles is 1, but": lambda: Plan((Shortcut((-2,), 0),), tiles=1),
     "gate 'half' is not known": lambda: Plan((Shortcut((-2,), 0),), gate="half"),
-    "method 'sparscut' is not known (did you mean 'sparsecut'?)": lambda: make_plan("sparscut", 24, 32),
-    "has no option 'cuont' (did you mean 'count'?)": lambda: make_plan({"method": "sparsecut", "cuont": 3}, 24, 32),
+    "method 'sparscut' is not known (did you mean 'sparsecut'?)": lambda: make_plan(
+        "sparscut", 24, 32
+    ),
+    "has no option 'cuont' (did you mean 'count'?)": lambda: make_plan(
+        {"method": "sparsecut", "cuont": 3}, 24, 32
+    ),
     "count is 9, but 8 encoder and 6 decoder layers allow 1 to 6": lambda: make_plan(
         {"method": "sparsecut", "count": 9}, 8, 6
     ),
-    "has no key 'layre' (did you mean 'layer'?)": lambda: Plan.from_dict({"shortcuts": [{"taps": [1], "layre": 0}]}),
+    "has no key 'layre' (did you mean 'layer'?)": lambda: Plan.from_dict(
+        {"shortcuts": [{"taps": [1], "layre": 0}]}
+    ),
     "a plan needs shortcuts": lambda: Plan.from_dict({"tiles": 2}),
     "needs whole numbers for taps": lambda: Shortcut((), 0),
 }

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import tiny_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
-from helpers.tiny import tiny_tokenizer
 from transformers import CLIPImageProcessorPil
 
 from sparsecut.processing import SparseCutProcessor, views
@@ -21,7 +21,11 @@ SIZES = {"landscape_500x333": (500, 333), "portrait_210x345": (210, 345)}
 
 def formula(width: int, height: int) -> Image.Image:
     x, y = np.meshgrid(np.arange(width), np.arange(height))
-    red, green, blue = (3 * x + 5 * y) % 256, (x * x // 64 + y * y // 32) % 256, 255 * ((x // 16 + y // 12) % 2)
+    red, green, blue = (
+        (3 * x + 5 * y) % 256,
+        (x * x // 64 + y * y // 32) % 256,
+        255 * ((x // 16 + y // 12) % 2),
+    )
     return Image.fromarray(np.stack([red, green, blue], axis=-1).astype(np.uint8))
 
 
@@ -35,35 +39,51 @@ def processor(size: int, **options) -> SparseCutProcessor:
 @needs_parity
 @pytest.mark.parametrize("name", SIZES)
 def test_pixels_equal_the_released_inference(name):
-    expected, meta = load_file(PARITY / "outputs.safetensors"), json.loads((PARITY / "meta.json").read_text())
+    expected, meta = (
+        load_file(PARITY / "outputs.safetensors"),
+        json.loads((PARITY / "meta.json").read_text()),
+    )
     picture = formula(*SIZES[name])
-    assert torch.equal(torch.from_numpy(np.array(picture)), load_file(PARITY / "inputs.safetensors")[f"{name}.rgb"])
+    assert torch.equal(
+        torch.from_numpy(np.array(picture)), load_file(PARITY / "inputs.safetensors")[f"{name}.rgb"]
+    )
     small, large = processor(112).pixels([picture])[0], processor(336).pixels([picture])[0]
     assert torch.equal(small, expected[f"{name}.pixels_112"])
     assert torch.equal(large[:, :, 8::16, 8::16], expected[f"{name}.pixels_336_every_16th"])
     for size in (112, 336):
         levels = np.stack([np.asarray(v).transpose(2, 0, 1) for v in views(picture, 2, size)])
-        assert hashlib.sha256(levels.tobytes()).hexdigest() == meta["facts"][f"{name}@{size}"]["levels_sha256"]
+        assert (
+            hashlib.sha256(levels.tobytes()).hexdigest()
+            == meta["facts"][f"{name}@{size}"]["levels_sha256"]
+        )
 
 
 @needs_parity
 @pytest.mark.parametrize("name", SIZES)
 def test_the_released_training_crop_is_a_named_option(name):
     expected = load_file(PARITY / "outputs.safetensors")[f"{name}.training_low_res_112"]
-    assert torch.equal(processor(112, coarse="crop").pixels([formula(*SIZES[name])])[0, :1], expected)
+    assert torch.equal(
+        processor(112, coarse="crop").pixels([formula(*SIZES[name])])[0, :1], expected
+    )
 
 
 def test_fine_views_lie_under_the_coarse_one():
-    picture = Image.fromarray(np.kron(np.array([[0, 80], [160, 240]], np.uint8), np.ones((30, 50), np.uint8)))
+    picture = Image.fromarray(
+        np.kron(np.array([[0, 80], [160, 240]], np.uint8), np.ones((30, 50), np.uint8))
+    )
     coarse, *fine = (np.asarray(v)[..., 0] for v in views(picture, 2, 16))
     quarters = [coarse[:8, :8], coarse[:8, 8:], coarse[8:, :8], coarse[8:, 8:]]
-    for view, quarter in zip(fine, quarters, strict=True):  # inner parts, away from the smoothed edges
+    for view, quarter in zip(
+        fine, quarters, strict=True
+    ):  # inner parts, away from the smoothed edges
         assert abs(float(np.median(view)) - float(np.median(quarter))) < 1
 
 
 def test_each_placeholder_is_expanded_and_pixels_follow_the_pictures():
     p, picture = processor(8), formula(20, 30)
-    batch = p(images=[picture, picture, picture], text=["<image> a <image>", "b", "<image>"], padding=True)
+    batch = p(
+        images=[picture, picture, picture], text=["<image> a <image>", "b", "<image>"], padding=True
+    )
     assert batch["pixel_values"].shape == (3, 5, 3, 8, 8)
     assert (torch.as_tensor(batch["input_ids"]) == p.image_token_id).sum(-1).tolist() == [8, 0, 4]
     assert "pixel_values" not in p(text=["a", "b"])
@@ -99,8 +119,8 @@ MESSAGES = [
     {"role": "user", "content": "are you sure"},
 ]
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'"
+    " }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -108,10 +128,13 @@ def test_a_template_that_knows_strings_only_takes_pictures():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHATML
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    p = SparseCutProcessor(CLIPImageProcessorPil(), tokenizer, image_size=8, tiles=2, num_image_tokens=4)
+    p = SparseCutProcessor(
+        CLIPImageProcessorPil(), tokenizer, image_size=8, tiles=2, num_image_tokens=4
+    )
     text = p.apply_chat_template(MESSAGES, add_generation_prompt=True)
-    assert text == (
-        "<|im_start|>user\n<image>\nwhat is it<|im_end|>\n<|im_start|>assistant\na cat<|im_end|>\n"
+    assert (
+        text == "<|im_start|>user\n<image>\nwhat is it<|im_end|>\n<|im_start|>assistant\na"
+        " cat<|im_end|>\n"
         "<|im_start|>user\nare you sure<|im_end|>\n<|im_start|>assistant\n"
     )
 
@@ -120,7 +143,9 @@ def test_a_tokenizer_without_a_template_gets_ours():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    p = SparseCutProcessor(CLIPImageProcessorPil(), tokenizer, image_size=8, tiles=2, num_image_tokens=4)
+    p = SparseCutProcessor(
+        CLIPImageProcessorPil(), tokenizer, image_size=8, tiles=2, num_image_tokens=4
+    )
     text = p.apply_chat_template(MESSAGES, add_generation_prompt=True)
     end = tokenizer.eos_token
     assert text == f"USER: <image>\nwhat is it ASSISTANT: a cat{end} USER: are you sure ASSISTANT:"
@@ -130,5 +155,10 @@ def test_a_saved_processor_loads_the_same(tmp_path):
     p = processor(8)
     p.save_pretrained(tmp_path)
     q = SparseCutProcessor.from_pretrained(tmp_path)
-    assert (q.tiles, q.image_size, q.num_image_tokens, q.chat_template) == (2, 8, 4, p.chat_template)
+    assert (q.tiles, q.image_size, q.num_image_tokens, q.chat_template) == (
+        2,
+        8,
+        4,
+        p.chat_template,
+    )
     assert torch.equal(q.pixels([formula(9, 7)]), p.pixels([formula(9, 7)]))

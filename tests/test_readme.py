@@ -27,7 +27,9 @@ def test_the_python_blocks_run(tmp_path, monkeypatch, capsys, llava):  # noqa: F
 
 def test_the_drawing_is_what_the_command_prints():
     command = re.search(r"\$ (sparsecut show .*)\n", README)[1].split()
-    printed = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, check=True
+    ).stdout
     shown = re.search(r"\$ sparsecut show .*\n(.*?)```", README, re.S)[1].rstrip()
     assert printed.startswith(shown)
 
@@ -35,10 +37,13 @@ def test_the_drawing_is_what_the_command_prints():
 def test_every_command_it_names_exists():
     named = set(
         re.findall(
-            r"sparsecut (show|build|upgrade|train|eval|chat|convert|demo|world|cost|study|search|explain|compare)\b",
+            r"sparsecut"
+            r" (show|build|upgrade|train|eval|chat|convert|demo|world|cost|study|search|explain|compare)\b",
             README,
         )
     )
-    listed = subprocess.run([sys.executable, "-m", "sparsecut", "--help"], capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        [sys.executable, "-m", "sparsecut", "--help"], capture_output=True, text=True
+    ).stdout
     assert named >= {"show", "train", "eval", "chat", "convert"}
     assert all(name in listed for name in named)

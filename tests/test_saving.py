@@ -1,4 +1,6 @@
-"""A saved model is an ordinary Hugging Face folder: for this package, for the Auto classes, and for machines without it."""
+"""A saved model is an ordinary Hugging Face folder: for this package, for the Auto classes, and for
+machines without it.
+"""
 
 import os
 import subprocess
@@ -6,10 +8,10 @@ import sys
 
 import pytest
 import torch
+from helpers.tiny import tiny_language, tiny_model
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from helpers.tiny import tiny_language, tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sparsecut.building import load, save
@@ -81,15 +83,23 @@ def saved(tmp_path_factory):
 
 
 def run(script, saved, tmp_path, **names):
-    """A script in a fresh process, far from this repository and with an empty cache of remote code."""
+    """A script in a fresh process, far from this repository and with an empty cache of remote
+    code.
+    """
     names |= {"folder": str(saved[2]), "probe": PROBE}
-    settings = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    settings = os.environ | {
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-c", script.format(**names)]
     done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("order", [(LIGHT.strip(), ""), ("", "import sparsecut")], ids=["first", "last"])
+@pytest.mark.parametrize(
+    "order", [(LIGHT.strip(), ""), ("", "import sparsecut")], ids=["first", "last"]
+)
 def test_auto_classes_and_pipeline_know_the_model_in_a_fresh_process(saved, tmp_path, order):
     first, second = order
     run(AUTO, saved, tmp_path, first=first.format(), second=second)
@@ -107,14 +117,16 @@ def test_code_is_saved_only_on_request_and_leaves_no_trace(saved, tmp_path):
         "processing.py",
         "configuration.py",
         "plan.py",
-        "graft.py",
+        "hooks.py",
     }
     assert not list(tmp_path.glob("*.py"))
     assert not any("auto_map" in p.read_text() for p in tmp_path.glob("*.json"))
 
 
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("plan", ["llava", {"method": "sparsecut", "gate": "one"}], ids=["llava", "gated"])
+@pytest.mark.parametrize(
+    "plan", ["llava", {"method": "sparsecut", "gate": "one"}], ids=["llava", "gated"]
+)
 def test_loading_gives_back_the_same_model(tmp_path, plan, tie):
     model, processor = tiny_model(plan, language=tiny_language(tie=tie))
     with torch.no_grad():
@@ -123,15 +135,22 @@ def test_loading_gives_back_the_same_model(tmp_path, plan, tie):
     save(model, processor, tmp_path)
     for again in (load(tmp_path)[0], AutoModelForImageTextToText.from_pretrained(tmp_path)):
         assert torch.equal(probe(again), probe(model))
-        assert all(torch.equal(p, q) for p, q in zip(again.parameters(), model.parameters(), strict=True))
-        assert again.plan == model.plan and again.generation_config.suppress_tokens == [model.config.image_token_id]
+        assert all(
+            torch.equal(p, q) for p, q in zip(again.parameters(), model.parameters(), strict=True)
+        )
+        assert again.plan == model.plan and again.generation_config.suppress_tokens == [
+            model.config.image_token_id
+        ]
         head, table = again.get_output_embeddings().weight, again.get_input_embeddings().weight
         assert (head.data_ptr() == table.data_ptr()) == tie
     picture, text = Image.new("RGB", (30, 20), (250, 80, 10)), "<image> what is it"
     for again in (load(tmp_path)[1], AutoProcessor.from_pretrained(tmp_path)):
         for name, value in processor(images=picture, text=text, return_tensors="pt").items():
             assert torch.equal(again(images=picture, text=text, return_tensors="pt")[name], value)
-        assert again.tokenizer.padding_side == "left" and again.chat_template == processor.chat_template
+        assert (
+            again.tokenizer.padding_side == "left"
+            and again.chat_template == processor.chat_template
+        )
 
 
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
@@ -142,20 +161,30 @@ def test_the_file_holds_every_weight_once(tmp_path, tie):
         stored = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     parameters = {name for name, _ in model.named_parameters()}
     assert parameters <= set(stored) and ("language_model.lm_head.weight" in stored) != tie
-    assert sum(torch.Size(s).numel() for name, s in stored.items() if name in parameters) == model.num_parameters()
+    assert (
+        sum(torch.Size(s).numel() for name, s in stored.items() if name in parameters)
+        == model.num_parameters()
+    )
 
 
 def test_weights_missing_from_the_file_are_drawn_like_new_ones(tmp_path):
     model, processor = tiny_model({"method": "sparsecut", "gate": "zero"})
     save(model, processor, tmp_path)
-    weights = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if not k.startswith("fusion.")}
+    weights = {
+        k: v
+        for k, v in load_file(tmp_path / "model.safetensors").items()
+        if not k.startswith("fusion.")
+    }
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     again, _ = load(tmp_path)
     assert not again.fusion.gates.any()
     for path in again.fusion.paths:
         for linear in (path.linear_1, path.linear_2):
             bound = linear.in_features**-0.5
-            assert 0.8 * bound < linear.weight.abs().max() <= bound and linear.bias.abs().max() <= bound
+            assert (
+                0.8 * bound < linear.weight.abs().max() <= bound
+                and linear.bias.abs().max() <= bound
+            )
     assert torch.equal(again.language_model.lm_head.weight, model.language_model.lm_head.weight)
 
 

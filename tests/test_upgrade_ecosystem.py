@@ -72,7 +72,9 @@ def test_shortcuts_with_an_adapter_inside_are_not_saved_alone(tmp_path):
 
 def int8(base, folder):
     """Of a base, every linear layer of the language model in torchao's int8."""
-    ao = pytest.importorskip("torchao.quantization", reason="this needs torchao, which is not installed")
+    ao = pytest.importorskip(
+        "torchao.quantization", reason="this needs torchao, which is not installed"
+    )
     ao.quantize_(base.model.language_model, ao.Int8WeightOnlyConfig())
     return base
 
@@ -84,20 +86,28 @@ def eight_bits(base, folder):
 
     base.save_pretrained(folder)
     settings = BitsAndBytesConfig(load_in_8bit=True)
-    return AutoModelForImageTextToText.from_pretrained(folder, quantization_config=settings, device_map="cpu").eval()
+    return AutoModelForImageTextToText.from_pretrained(
+        folder, quantization_config=settings, device_map="cpu"
+    ).eval()
 
 
 class Int8Linear(torch.nn.Module):
-    """What quantisation does, in a few lines, where no library for it is installed: weights in int8, one scale a row."""
+    """What quantisation does, in a few lines, where no library for it is installed: weights in
+    int8, one scale a row.
+    """
 
     def __init__(self, linear):
         super().__init__()
         self.scale = torch.nn.Buffer(linear.weight.detach().abs().amax(1, keepdim=True) / 127)
-        self.weight = torch.nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), False)
+        self.weight = torch.nn.Parameter(
+            (linear.weight.detach() / self.scale).round().to(torch.int8), False
+        )
         self.bias = linear.bias
 
     def forward(self, x):
-        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+        return torch.nn.functional.linear(
+            x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias
+        )
 
 
 def by_hand(base, folder):
@@ -122,7 +132,10 @@ def test_saved_shortcuts_load_on_a_quantised_base_and_learn_there(quantise, tmp_
     assert torch.equal(logits_of(model, inputs), quantised)
     assert torch.equal(model.generate(**inputs, **SHORT), base.generate(**own, **SHORT))
     model, _ = load(tmp_path / "shortcuts", model.detach(), processor=AnyProcessor())
-    assert all(torch.equal(p, q) for p, q in zip(model.fusion.parameters(), trained.fusion.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(model.fusion.parameters(), trained.fusion.parameters(), strict=True)
+    )
     assert not torch.equal(logits_of(model, inputs), quantised)
     model.requires_grad_(False)
     model.fusion.requires_grad_(True)
@@ -148,7 +161,9 @@ def test_an_offloaded_model_answers_as_one_in_memory(offload, tmp_path):
     answer = model.generate(**inputs, **SHORT)
     where = {"offload_dir": tmp_path} if offload is disk_offload else {}
     offload(model, execution_device="cpu", **where)
-    assert torch.equal(logits_of(model, inputs), want) and torch.equal(model.generate(**inputs, **SHORT), answer)
+    assert torch.equal(logits_of(model, inputs), want) and torch.equal(
+        model.generate(**inputs, **SHORT), answer
+    )
 
 
 def test_a_device_map_over_memory_and_disk(tmp_path):
@@ -159,16 +174,29 @@ def test_a_device_map_over_memory_and_disk(tmp_path):
     plain, own = tiny()
     plain.save_pretrained(tmp_path / "base")
     deep = {f"model.language_model.layers.{i}": "disk" if i != 1 else "cpu" for i in range(4)}
-    names = ("vision_tower", "language_model.embed_tokens", "language_model.norm", "language_model.rotary_emb")
+    names = (
+        "vision_tower",
+        "language_model.embed_tokens",
+        "language_model.norm",
+        "language_model.rotary_emb",
+    )
     places = deep | {f"model.{name}": "cpu" for name in names}
     places |= {"model.multi_modal_projector": "disk", "lm_head": "cpu"}
     whole_places = {f"base.{name}": place for name, place in places.items()} | {"fusion": "disk"}
     how = {"offload_folder": tmp_path / "offloaded"}
-    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole", device_map=whole_places, **how).eval()
-    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", device_map=places, **how).eval()
-    assert base.model.language_model.layers[0].mlp.up_proj.weight.is_meta and base_hash(base) == known
+    whole = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "whole", device_map=whole_places, **how
+    ).eval()
+    base = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "base", device_map=places, **how
+    ).eval()
+    assert (
+        base.model.language_model.layers[0].mlp.up_proj.weight.is_meta and base_hash(base) == known
+    )
     fresh, _ = upgrade(base)
     assert torch.equal(logits_of(fresh, inputs), logits_of(plain, own))
     placed, _ = load(tmp_path / "shortcuts", fresh.detach(), processor=AnyProcessor())
     for one in (whole, placed):
-        assert torch.equal(logits_of(one, inputs), want) and torch.equal(one.generate(**inputs, **SHORT), answer)
+        assert torch.equal(logits_of(one, inputs), want) and torch.equal(
+            one.generate(**inputs, **SHORT), answer
+        )

@@ -9,7 +9,13 @@ from pathlib import Path
 import torch
 from helpers.ecosystem import SHORT, asked, logits_of, talk, upgraded, with_processor
 from safetensors.torch import save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 from transformers.utils import hub
 
 from sparsecut.building import save
@@ -94,11 +100,24 @@ def test_a_folder_with_its_code_needs_no_package_and_one_without_is_refused(tmp_
     save(model, processor, tmp_path / "coded", code=True)
     save(model, processor, tmp_path / "plain")
     assert not list((tmp_path / "plain").glob("*.py"))
-    save_file({"logits": model(**asked(processor)).logits.detach().contiguous()}, tmp_path / "expected")
-    settings = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    save_file(
+        {"logits": model(**asked(processor)).logits.detach().contiguous()}, tmp_path / "expected"
+    )
+    settings = os.environ | {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     settings.pop("PYTHONPATH", None)
     command = [sys.executable, "-c", REMOTE]
-    done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=settings,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     weights = json.loads((tmp_path / "shortcuts" / "fusion.json").read_text())
     assert weights["plan"] == model.plan.to_dict()

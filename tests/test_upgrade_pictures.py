@@ -1,9 +1,11 @@
-"""Tables of patches under tokens, for pictures of awkward sizes as the families' own image processors prepare them."""
+"""Tables of patches under tokens, for pictures of awkward sizes as the families' own image
+processors prepare them.
+"""
 
-from helpers import bases
 import numpy as np
 import pytest
 import torch
+from helpers import bases
 from PIL import Image
 from test_upgrade_families import LAYER, patches_that_count, stir
 from transformers import SiglipImageProcessorPil
@@ -11,8 +13,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -40,7 +46,9 @@ PROCESSORS = {
     "mistral3": lambda: PixtralImageProcessorPil(size={"longest_edge": 32}, patch_size=8),
     "idefics3": lambda: Idefics3ImageProcessorPil(**SPLIT),
     "smolvlm": lambda: SmolVLMImageProcessorPil(**SPLIT),
-    "internvl": lambda: GotOcr2ImageProcessorPil(**SQUARE, crop_to_patches=True, min_patches=1, max_patches=4),
+    "internvl": lambda: GotOcr2ImageProcessorPil(
+        **SQUARE, crop_to_patches=True, min_patches=1, max_patches=4
+    ),
     "qwen2_vl": lambda: Qwen2VLImageProcessorPil(**PACKED),
     "qwen2_5_vl": lambda: Qwen2VLImageProcessorPil(**PACKED),
     "qwen3_vl": lambda: Qwen2VLImageProcessorPil(**PACKED),
@@ -51,7 +59,10 @@ def pictures():
     """Wide, high, small and nearly square ones."""
     draw = np.random.default_rng(0)
     sizes = [(97, 21), (17, 60), (9, 9), (33, 31)]
-    return [Image.fromarray(draw.integers(0, 256, (high, wide, 3), dtype=np.uint8)) for wide, high in sizes]
+    return [
+        Image.fromarray(draw.integers(0, 256, (high, wide, 3), dtype=np.uint8))
+        for wide, high in sizes
+    ]
 
 
 @pytest.mark.parametrize("name", bases.NAMES)
@@ -63,7 +74,9 @@ def test_tables_hold_for_what_the_image_processor_makes(name):
     exactly = name != "llava_onevision"  # which interpolates pictures of many tiles
     for reached, row in zip(found, table.tolist(), strict=True):
         listed = {number for number in row if number >= 0}
-        assert listed == reached if exactly else (listed <= reached and bool(listed) == bool(reached))
+        assert (
+            listed == reached if exactly else (listed <= reached and bool(listed) == bool(reached))
+        )
     assert torch.equal(table, table.sort(-1).values), "patches under a token stand row by row"
     assert torch.unique(table).numel() > 40
 
@@ -80,7 +93,9 @@ def test_a_token_reads_the_fine_views_that_lie_over_its_place(name):
     side = round(beside.shape[1] ** 0.5)
     for picture in range(2):
         for token in range(side**2):
-            (gradient,) = torch.autograd.grad(beside[picture, token].square().sum(), fine, retain_graph=True)
+            (gradient,) = torch.autograd.grad(
+                beside[picture, token].square().sum(), fine, retain_graph=True
+            )
             half = side // 2
             view = token // side // half * 2 + token % side // half
             assert gradient.flatten(2).abs().sum(-1).nonzero().tolist() == [[picture, view]]

@@ -1,11 +1,13 @@
-"""An upgraded model under compilers, threads, checkpointing and other number formats, and every way of generating."""
+"""An upgraded model under compilers, threads, checkpointing and other number formats, and every way
+of generating.
+"""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
 
-from helpers import bases
 import pytest
 import torch
+from helpers import bases
 from helpers.ecosystem import SHORT, logits_of, stir, tiny, upgraded
 
 from sparsecut import upgrade
@@ -36,7 +38,9 @@ def test_the_prompt_pass_and_a_step_after_it_are_one_graph_each():
 def test_eight_threads_answer_as_one_does():
     model, inputs, _ = upgraded()
     asked = [inputs | {"pixel_values": inputs["pixel_values"] + i} for i in range(7)]
-    asked.append({"input_ids": inputs["input_ids"].clamp(max=50), "attention_mask": inputs["attention_mask"]})
+    asked.append(
+        {"input_ids": inputs["input_ids"].clamp(max=50), "attention_mask": inputs["attention_mask"]}
+    )
     expected = [model(**one).logits for one in asked]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(3):
@@ -98,7 +102,9 @@ def test_other_number_formats(dtype):
     want = logits_of(base.to(dtype), own)
     model, _ = upgrade(base)
     inputs = own | bases.fine_of(model, own)
-    assert torch.equal(logits_of(model, inputs), want) and {p.dtype for p in model.fusion.parameters()} == {dtype}
+    assert torch.equal(logits_of(model, inputs), want) and {
+        p.dtype for p in model.fusion.parameters()
+    } == {dtype}
     single = logits_of(stir(model).float(), inputs)
     assert single.dtype == torch.float32 and not torch.equal(single, want.float())
     assert logits_of(model.to("cpu", dtype), inputs).dtype == dtype

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from ..schema import UserError
 
 
 def _arg(help: str, metavar: str | None = None):
@@ -32,25 +33,44 @@ def _version(asked: bool) -> None:
 
 
 HELP = {"help_option_names": ["-h", "--help"]}
-COMMON = {"no_args_is_help": True, "pretty_exceptions_enable": False, "add_completion": False, "context_settings": HELP}
+COMMON = {
+    "no_args_is_help": True,
+    "pretty_exceptions_enable": False,
+    "add_completion": False,
+    "context_settings": HELP,
+}
 app = typer.Typer(
-    help="Sparse shortcuts from any vision encoder into any language model: build, train, compare, use.", **COMMON
+    help=(
+        "Sparse shortcuts from any vision encoder into any language model: build, train, compare,"
+        " use."
+    ),
+    **COMMON,
 )
-world_app = typer.Typer(help="The built-in picture world: its pictures and its two small backbones.", **COMMON)
+world_app = typer.Typer(
+    help="The built-in picture world: its pictures and its two small backbones.", **COMMON
+)
 app.add_typer(world_app, name="world")
 
 QUIET_SECONDS = 30  # between two lines of progress where the screen is a file
 Text, Number, File = str | None, int | None, Path | None
 Saved = Annotated[str, _arg("A saved model's folder, or its hub name.", "MODEL")]
-Method = Annotated[list[str] | None, _opt("An option of the method, key=value; may be repeated.", "--option", "-o")]
-Device = Annotated[Text, _opt("Where to compute, as cpu or cuda:0; by default the accelerator, if there is one.")]
+Method = Annotated[
+    list[str] | None, _opt("An option of the method, key=value; may be repeated.", "--option", "-o")
+]
+Device = Annotated[
+    Text, _opt("Where to compute, as cpu or cuda:0; by default the accelerator, if there is one.")
+]
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-Dtype = Annotated[str, _opt("Numbers of the weights: auto (as they were saved), bfloat16, float16 or float32.")]
+Dtype = Annotated[
+    str, _opt("Numbers of the weights: auto (as they were saved), bfloat16, float16 or float32.")
+]
 
 
 @app.callback()
 def about(
-    version: Annotated[bool, _opt("Print the version.", "--version", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, _opt("Print the version.", "--version", callback=_version, is_eager=True)
+    ] = False,
     traceback: Annotated[
         bool, _opt("Show where an error arose (or set SPARSECUT_TRACEBACK=1).", "--traceback")
     ] = False,
@@ -60,11 +80,19 @@ def about(
 
 @app.command()
 def show(
-    what: Annotated[str, _arg("A method's name, a recipe or plan file (YAML, JSON), or a saved model's folder.")],
-    vision_depth: Annotated[Number, _opt("Number of encoder blocks; 24 where nothing else says it.")] = None,
-    language_depth: Annotated[Number, _opt("Number of decoder layers; 32 where nothing else says it.")] = None,
+    what: Annotated[
+        str, _arg("A method's name, a recipe or plan file (YAML, JSON), or a saved model's folder.")
+    ],
+    vision_depth: Annotated[
+        Number, _opt("Number of encoder blocks; 24 where nothing else says it.")
+    ] = None,
+    language_depth: Annotated[
+        Number, _opt("Number of decoder layers; 32 where nothing else says it.")
+    ] = None,
     option: Method = None,
-    json: Annotated[bool, _opt("Print the plan as JSON, which `build --plan` takes.", "--json")] = False,
+    json: Annotated[
+        bool, _opt("Print the plan as JSON, which `build --plan` takes.", "--json")
+    ] = False,
 ) -> None:
     """Draw a plan: what is read, how it is mixed, where it is added. Loads no weights."""
     from .plan_argument import as_json, sketch
@@ -76,9 +104,15 @@ def show(
 @app.command()
 def train(
     recipe: Annotated[Path, _arg("A recipe file (YAML).")],
-    overrides: Annotated[list[str] | None, _arg("Changes, as stages.0.args.max_steps=10 output=runs/b")] = None,
-    check: Annotated[bool, _opt("Read all records and pictures, and stop there.", "--check")] = False,
-    resume: Annotated[bool, _opt("Go on after the last finished stage or checkpoint.", "--resume")] = False,
+    overrides: Annotated[
+        list[str] | None, _arg("Changes, as stages.0.args.max_steps=10 output=runs/b")
+    ] = None,
+    check: Annotated[
+        bool, _opt("Read all records and pictures, and stop there.", "--check")
+    ] = False,
+    resume: Annotated[
+        bool, _opt("Go on after the last finished stage or checkpoint.", "--resume")
+    ] = False,
     dry_run: Annotated[
         bool, _opt("Print sizes, memory, steps and hours, and stop there; no weights.", "--dry-run")
     ] = False,
@@ -98,7 +132,7 @@ def train(
         plans = paper.dry_run(chosen, **of)
         return typer.echo(paper.as_json(plans) if json else "\n".join(paper.lines(plans, **of)))
     if json:
-        raise ValueError("--json prints a dry run; give --dry-run too")
+        raise UserError("--json prints a dry run; give --dry-run too")
     from ..training.stages import train
 
     model, processor = train(chosen, check=check, resume=resume)
@@ -115,9 +149,13 @@ def train(
 @app.command()
 def chat(
     model: Saved,
-    pictures: Annotated[list[Path] | None, _arg("Pictures that go with the first question.")] = None,
+    pictures: Annotated[
+        list[Path] | None, _arg("Pictures that go with the first question.")
+    ] = None,
     ask: Annotated[Text, _opt("Ask this one question, print the answer, and leave.")] = None,
-    temperature: Annotated[float, _opt("0 takes the likeliest words, more draws at random.", min=0)] = 0.0,
+    temperature: Annotated[
+        float, _opt("0 takes the likeliest words, more draws at random.", min=0)
+    ] = 0.0,
     max_new_tokens: Annotated[int, _opt("Longest answer, in tokens.", min=1)] = 256,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -126,7 +164,9 @@ def chat(
     from ..chat import Chat, converse, open_picture
 
     shown = [open_picture(picture) for picture in pictures or []]
-    conversation = Chat(*_load(model, device, dtype), temperature=temperature, max_new_tokens=max_new_tokens)
+    conversation = Chat(
+        *_load(model, device, dtype), temperature=temperature, max_new_tokens=max_new_tokens
+    )
     if ask is not None:
         for piece in conversation.stream(ask, *shown):
             typer.echo(piece, nl=False)
@@ -134,7 +174,12 @@ def chat(
     typed = sys.stdin.isatty()
     if typed:
         typer.echo("/image PATH shows a picture, /help tells more, /quit leaves")
-    converse(conversation, shown, lambda: input("> " if typed else ""), lambda text: typer.echo(text, nl=False))
+    converse(
+        conversation,
+        shown,
+        lambda: input("> " if typed else ""),
+        lambda text: typer.echo(text, nl=False),
+    )
     if typed:
         typer.echo()
 
@@ -143,7 +188,9 @@ def chat(
 def demo(
     out: Annotated[Path, _opt("Folder for pictures, models and the report.")] = Path("runs/demo"),
     seed: Annotated[int, _opt("Draws pictures, starts the fusion, orders batches.")] = 0,
-    quick: Annotated[bool, _opt("A small part of everything, to see that it runs.", "--quick")] = False,
+    quick: Annotated[
+        bool, _opt("A small part of everything, to see that it runs.", "--quick")
+    ] = False,
 ) -> None:
     """Train and compare ways of fusion on the picture world, and write a report; some minutes."""
     from .demo import run
@@ -159,7 +206,9 @@ def world_draw(
     test: Annotated[int, _opt("Pictures to report on.", min=0)] = 100,
     questions: Annotated[int, _opt("Questions about each.", min=1)] = 12,
     seed: Annotated[int, _opt("Equal seeds give equal files.")] = 0,
-    size: Annotated[str, _opt("small (96 x 96 pixels) or large (192 x 192, more things).")] = "small",
+    size: Annotated[
+        str, _opt("small (96 x 96 pixels) or large (192 x 192, more things).")
+    ] = "small",
 ) -> None:
     """Draw pictures with questions in LLaVA's format, split by split."""
     from ..shapes import write_split
@@ -174,7 +223,9 @@ def world_draw(
 def world_pretrain(
     out: Annotated[Path, _opt("Folder for the two backbones.")] = Path("runs/world"),
     seed: Annotated[int, _opt("Where all chance comes from.")] = 0,
-    noise: Annotated[float, _opt("Noise before the encoder's last blocks; see world/vision.py.")] = 3.0,
+    noise: Annotated[
+        float, _opt("Noise before the encoder's last blocks; see world/vision.py.")
+    ] = 3.0,
     quick: Annotated[bool, _opt("A few steps, to see that it runs.", "--quick")] = False,
     size: Annotated[str, _opt("small (the shipped ones) or large (for a GPU).")] = "small",
     device: Annotated[str, _opt("Where to compute, as cpu or cuda.")] = "cpu",
@@ -182,25 +233,9 @@ def world_pretrain(
     """Make the picture world's encoder and language model from scratch."""
     from ..shapes import pretrain
 
-    pretrain(out, seed=seed, noise=noise, quick=quick, size=size, device=_device(device), log=typer.echo)
-
-
-def main() -> None:
-    """Run a command; what a user can mend is told in one line and exit code 2."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--traceback"]
-    told = len(arguments) == len(sys.argv[1:]) and not os.environ.get("SPARSECUT_TRACEBACK")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without Unicode still shows the words
-    try:
-        app(args=arguments, prog_name="sparsecut")
-    except (ValueError, OSError) as error:
-        if not told:
-            raise
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(143 if isinstance(error, InterruptedError) else 2)  # 143: ended by SIGTERM, as a shell reports it
+    pretrain(
+        out, seed=seed, noise=noise, quick=quick, size=size, device=_device(device), log=typer.echo
+    )
 
 
 def _load(model: str, device: str | None, dtype: str = "auto"):
@@ -208,7 +243,9 @@ def _load(model: str, device: str | None, dtype: str = "auto"):
     from ..plan import nearest
 
     if dtype not in DTYPES:
-        raise ValueError(f"--dtype is {dtype!r}{nearest(dtype, DTYPES)}; allowed are {', '.join(DTYPES)}")
+        raise UserError(
+            f"--dtype is {dtype!r}{nearest(dtype, DTYPES)}; allowed are {', '.join(DTYPES)}"
+        )
     device = _device(device)
     from ..building import load
 
@@ -221,12 +258,16 @@ def _device(device: str | None) -> str:
     import torch
 
     if device is None:
-        device = str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+        device = str(
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        )
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {device} cannot be used here: {reason}; leave it out, or give cpu") from error
+        raise UserError(
+            f"--device {device} cannot be used here: {reason}; leave it out, or give cpu"
+        ) from error
     return device
 
 
@@ -234,7 +275,13 @@ def _device(device: str | None) -> str:
 def _bar(words: str):
     """A progress line on screen, moved by calling what it gives with (done, total)."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = TextColumn(words), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
@@ -247,7 +294,9 @@ def _bar(words: str):
         first, since = began
         if now - shown[0] > QUIET_SECONDS and done > first:
             left = (now - since) / (done - first) * (total - done) / 60
-            console.print(f"{words}: {done:,} of {total:,}, about {left:.0f} minutes left", highlight=False)
+            console.print(
+                f"{words}: {done:,} of {total:,}, about {left:.0f} minutes left", highlight=False
+            )
             shown[0] = now
 
     if not console.is_terminal:
@@ -264,6 +313,3 @@ def _print_scores(result: dict, out: Path | None) -> None:
     typer.echo(table(result))
     if out is not None:
         typer.echo(f"wrote {out}/result.json and {out}/predictions.jsonl")
-
-
-from . import evaluate as cli_eval, models as cli_models, serve as cli_serve, study as cli_study  # noqa: E402, F401  their commands join the app, whose options they share

@@ -1,4 +1,5 @@
-"""The demo: plain fusion, two controls and SparseCut, trained alike on the picture world, and one page about them.
+"""The demo: plain fusion, two controls and SparseCut, trained alike on the picture world, and one
+page about them.
 
 The controls stand beside the claim because they explain much of it: `hires_channels` has the same fine views but no
 shortcuts, `sparsecut_input` the same encoder layers but all of them added to the input.
@@ -14,27 +15,38 @@ from ..experiments.study import Study, load_study
 
 ARMS = {  # of demo.yaml: title and meaning
     "llava": ("plain (LLaVA)", "one coarse view, the last block but one, into the input"),
-    "hires_channels": ("hi-res at the input", "control: plain fusion's block, with four fine views, into the input"),
-    "sparsecut_input": ("same taps at the input", "control: SparseCut's blocks and views, all into the input"),
+    "hires_channels": (
+        "hi-res at the input",
+        "control: plain fusion's block, with four fine views, into the input",
+    ),
+    "sparsecut_input": (
+        "same taps at the input",
+        "control: SparseCut's blocks and views, all into the input",
+    ),
     "sparsecut": (
         "SparseCut",
-        "shallow blocks with fine views, the deepest into the input, the others before decoder layers",
+        (
+            "shallow blocks with fine views, the deepest into the input, the others before decoder"
+            " layers"
+        ),
     ),
 }
 
 
 def run(out: str | Path = "runs/demo", *, seed: int = 0, quick: bool = False, log=print) -> Path:
-    """Draw pictures, train and evaluate every arm (two at a time), print some answers and write out/report.html.
+    """Draw pictures, train and evaluate every arm (two at a time), print some answers and write
+    out/report.html.
 
-    seed: draws the pictures, starts the fusion and orders the batches. quick: a small part of everything, to see that it
-    runs; its figures mean nothing. Arms that are finished in `out` are kept. Returns the report's path; raises ValueError
-    where `out` holds a demo of another seed or size, ChildProcessError with the end of an arm's log where one fails.
+    seed: draws the pictures, starts the fusion and orders the batches. quick: a small part of
+    everything, to see that it runs; its figures mean nothing. Arms that are finished in `out` are
+    kept. Returns the report's path; raises ValueError where `out` holds a demo of another seed or
+    size, ChildProcessError with the end of an arm's log where one fails.
     """
-    from ..reports.demo import answer_aloud, write_page
     from ..experiments.runner import run_study
+    from ..reports.demo import answer_aloud, write_page
 
     start, study = time.monotonic(), demo_study(out, seed, quick)
-    run_study(study, report=False, log=log)
+    run_study(study, log=log)
     minutes = (time.monotonic() - start) / 60
     page = write_page(study, ARMS, minutes)
     answer_aloud(study, ARMS, log)

@@ -1,25 +1,38 @@
-"""From what a user types to a plan and its drawing: a method's name, a file, or a saved model's folder."""
+"""From what a user types to a plan and its drawing: a method's name, a file, or a saved model's
+folder.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from ..drawing import draw
-from ..methods import METHODS, make_plan
-from ..plan import Plan, nearest
 from ..config.recipe import parse_recipe
 from ..config.yaml_io import expand_path, read_yaml
+from ..drawing import draw
+from ..methods import METHODS, make_plan
+from ..plan import Plan
+from ..schema import UserError, nearest
 
 DEPTHS = 24, 32  # CLIP-L and a 7B language model
 FILES = (".yaml", ".yml", ".json")
 
 
-def sketch(what: str, vision_depth: int | None, language_depth: int | None, options: list[str]) -> tuple[Plan, str]:
-    """The plan of a method, a file or a model, and its drawing; depths that are not given come from the models, if they are near."""
-    if (vision_depth is not None and vision_depth < 1) or (language_depth is not None and language_depth < 1):
-        raise ValueError(f"the depths are {vision_depth} and {language_depth}, but must be at least 1")
-    if what not in METHODS and Path(what).is_dir():  # a method may share its name with a folder here
+def sketch(
+    what: str, vision_depth: int | None, language_depth: int | None, options: list[str]
+) -> tuple[Plan, str]:
+    """The plan of a method, a file or a model, and its drawing; depths that are not given come from
+    the models, if they are near.
+    """
+    if (vision_depth is not None and vision_depth < 1) or (
+        language_depth is not None and language_depth < 1
+    ):
+        raise UserError(
+            f"the depths are {vision_depth} and {language_depth}, but must be at least 1"
+        )
+    if (
+        what not in METHODS and Path(what).is_dir()
+    ):  # a method may share its name with a folder here
         return _saved(what, vision_depth, language_depth, options)
     found = _near_depths(what)
     depths = vision_depth or found[0] or DEPTHS[0], language_depth or found[1] or DEPTHS[1]
@@ -28,11 +41,14 @@ def sketch(what: str, vision_depth: int | None, language_depth: int | None, opti
 
 
 def read_plan(what: str, options: list[str]) -> str | dict:
-    """What `make_plan` takes: a method with options ("key=value"), or the plan of a file, alone or as a recipe's `fusion`."""
+    """What `make_plan` takes: a method with options ("key=value"), or the plan of a file, alone or
+    as a recipe's `fusion`.
+    """
     if not what.endswith(FILES):
         if what not in METHODS:
-            raise ValueError(
-                f"{what!r} is no method{nearest(what, METHODS)}, no file and no saved model's folder; methods are {', '.join(METHODS)}"
+            raise UserError(
+                f"{what!r} is no method{nearest(what, METHODS)}, no file and no saved model's"
+                f" folder; methods are {', '.join(METHODS)}"
             )
         spec = {"method": what}
     else:
@@ -41,7 +57,7 @@ def read_plan(what: str, options: list[str]) -> str | dict:
     for option in options:
         key, equals, value = option.partition("=")
         if not key or not equals:
-            raise ValueError(f"the option {option!r} is not key=value; write for example count=4")
+            raise UserError(f"the option {option!r} is not key=value; write for example count=4")
         spec = {**spec, key: read_yaml(value, f"option {key}")}
     return spec
 
@@ -49,10 +65,18 @@ def read_plan(what: str, options: list[str]) -> str | dict:
 def describe(model) -> str:
     """A built model: its plan drawn, image tokens and parameters."""
     config = model.config
-    patches = getattr(config, "num_patches", None)  # a base that was upgraded has a geometry of its own
+    patches = getattr(
+        config, "num_patches", None
+    )  # a base that was upgraded has a geometry of its own
     drawing = draw(model.plan, config.vision_depth, config.language_depth, num_patches=patches)
-    counts = {part: sum(p.numel() for p in values) for part, values in model.parameter_groups().items() if part != "head"}
-    return "\n".join([drawing, *(f"  {part:13} {count:,} parameters" for part, count in counts.items())])
+    counts = {
+        part: sum(p.numel() for p in values)
+        for part, values in model.parameter_groups().items()
+        if part != "head"
+    }
+    return "\n".join(
+        [drawing, *(f"  {part:13} {count:,} parameters" for part, count in counts.items())]
+    )
 
 
 def as_json(plan: Plan) -> str:
@@ -64,53 +88,74 @@ def as_json(plan: Plan) -> str:
 
 
 def numbers(name: str, text: str | None) -> list[int] | None:
-    """Whole numbers with commas between them; "none" is an empty list, and nothing stays nothing."""
+    """Whole numbers with commas between them; "none" is an empty list, and nothing stays
+    nothing.
+    """
     if text is None or text == "none":
         return None if text is None else []
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        raise ValueError(f"{name} is {text!r}, but must be whole numbers with commas, as 0,3,6, or none") from None
+        raise UserError(
+            f"{name} is {text!r}, but must be whole numbers with commas, as 0,3,6, or none"
+        ) from None
 
 
 def refuse_model_in(out: Path) -> None:
     """Raise ValueError where a folder holds a model that would be written over."""
     if (out / "config.json").exists() or (out / "fusion.json").exists():
-        raise ValueError(f"{out} holds a model already; choose another folder or remove it first")
+        raise UserError(f"{out} holds a model already; choose another folder or remove it first")
 
 
 def _from_file(what: str) -> str | dict:
     path = Path(what)
     if not path.is_file():
-        raise ValueError(f"there is no file {what}; give a recipe or plan, or one of the methods {', '.join(METHODS)}")
+        raise UserError(
+            f"there is no file {what}; give a recipe or plan, or one of the methods"
+            f" {', '.join(METHODS)}"
+        )
     plain = read_yaml(path.read_text(encoding="utf-8"), what)
     if isinstance(plain, dict) and "stages" in plain:
         recipe = parse_recipe(plain, name=what)
         if recipe.fusion is None:
-            raise ValueError(
-                f"{what} leaves the plan to its base, {recipe.model.base}; give that if it is a saved model, or add `fusion`"
+            raise UserError(
+                f"{what} leaves the plan to its base, {recipe.model.base}; give that if it is a"
+                " saved model, or add `fusion`"
             )
         return recipe.fusion
     if not isinstance(plain, dict) or not {"method", "shortcuts"} & set(plain):
-        raise ValueError(f"{what} holds neither a recipe (stages: ...) nor a plan (method: ... or shortcuts: ...)")
+        raise UserError(
+            f"{what} holds neither a recipe (stages: ...) nor a plan (method: ... or shortcuts:"
+            " ...)"
+        )
     return plain
 
 
-def _saved(folder: str, vision_depth: int | None, language_depth: int | None, options: list[str]) -> tuple[Plan, str]:
+def _saved(
+    folder: str, vision_depth: int | None, language_depth: int | None, options: list[str]
+) -> tuple[Plan, str]:
     """A saved model's own plan and depths, read from its config.json."""
     if vision_depth is not None or language_depth is not None or options:
-        raise ValueError(f"{folder} is a saved model with depths and a plan of its own; leave out depths and options")
+        raise UserError(
+            f"{folder} is a saved model with depths and a plan of its own; leave out depths and"
+            " options"
+        )
     if (apart := Path(folder) / "fusion.json").is_file():  # shortcuts kept apart from their base
         facts = json.loads(apart.read_text(encoding="utf-8"))
         plan, depths = Plan.from_dict(facts["plan"]), facts["depths"]
         return plan, draw(plan, *depths, title=f"{folder}, shortcuts of {facts['base']}")
     if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json, so it is not a saved model; give the folder that holds one")
+        raise UserError(
+            f"{folder} holds no config.json, so it is not a saved model; give the folder that"
+            " holds one"
+        )
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
     plan, patches = config.get_plan(), getattr(config, "num_patches", None)
-    return plan, draw(plan, config.vision_depth, config.language_depth, num_patches=patches, title=folder)
+    return plan, draw(
+        plan, config.vision_depth, config.language_depth, num_patches=patches, title=folder
+    )
 
 
 def _near_depths(what: str) -> tuple[int | None, int | None]:

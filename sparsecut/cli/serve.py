@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..schema import UserError
 from .app import Device, Dtype, Number, Saved, Text, _load, _opt, app
 
 TOKEN = "SPARSECUT_TOKEN"
@@ -20,20 +21,28 @@ def serve(
     host: Annotated[str, _opt("Address to listen at; 0.0.0.0 for every network.")] = "127.0.0.1",
     port: Annotated[int, _opt("Port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
     name: Annotated[
-        Text, _opt("What the model is called in requests; by default its folder's name, without /final.")
+        Text,
+        _opt("What the model is called in requests; by default its folder's name, without /final."),
     ] = None,
     token: Annotated[
-        Text, _opt(f"What clients must give as api_key; better in {TOKEN}, where ps does not show it.")
+        Text,
+        _opt(f"What clients must give as api_key; better in {TOKEN}, where ps does not show it."),
     ] = None,
-    ui: Annotated[bool, _opt("Also a page at / to chat in the browser and to switch shortcuts off.", "--ui")] = False,
+    ui: Annotated[
+        bool, _opt("Also a page at / to chat in the browser and to switch shortcuts off.", "--ui")
+    ] = False,
     max_batch: Annotated[int, _opt("Answers written together.", min=1)] = 16,
     queue: Annotated[int, _opt("Requests that may wait; more are refused with 429.", min=1)] = 64,
     max_tokens: Annotated[int, _opt("Longest answer that a request may ask for.", min=1)] = 1024,
     max_pictures: Annotated[int, _opt("Pictures in one request.", min=0)] = 8,
     max_pixels: Annotated[int, _opt("Pixels of one picture.", min=1)] = 20_000_000,
     max_mib: Annotated[int, _opt("MiB of one request.", min=1)] = 32,
-    keep_mib: Annotated[int, _opt("MiB of pictures' features kept, so that they are not encoded again.", min=0)] = 256,
-    remote: Annotated[bool, _opt("Also fetch pictures from public http(s) addresses.", "--remote")] = False,
+    keep_mib: Annotated[
+        int, _opt("MiB of pictures' features kept, so that they are not encoded again.", min=0)
+    ] = 256,
+    remote: Annotated[
+        bool, _opt("Also fetch pictures from public http(s) addresses.", "--remote")
+    ] = False,
     threads: Annotated[Number, _opt("Threads that compute; by default torch's.", min=1)] = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -44,16 +53,23 @@ def serve(
 
         from ..serving.server import ServerConfig, make_app
     except ImportError as error:
-        raise ValueError(f"serving needs {error.name}; install it with pip install 'sparsecut[serve]'") from None
-    from ..serving.image_fetching import MIB, ImageLimits
+        raise UserError(
+            f"serving needs {error.name}; install it with pip install 'sparsecut[serve]'"
+        ) from None
     from ..serving.engine import Engine
+    from ..serving.image_fetching import MIB, ImageLimits
     from ..serving.protocol import RequestLimits
 
     token = token or os.environ.get(TOKEN) or None
     if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
-        raise ValueError("the token holds blanks or letters that no HTTP header can carry; use printable ASCII letters")
+        raise UserError(
+            "the token holds blanks or letters that no HTTP header can carry; use printable ASCII"
+            " letters"
+        )
     if name is not None and not (name.strip() and name.isprintable()):
-        raise ValueError(f"the name {name!r} is empty or holds line breaks; give one of printable letters")
+        raise UserError(
+            f"the name {name!r} is empty or holds line breaks; give one of printable letters"
+        )
     if threads is not None:
         import torch
 
@@ -62,12 +78,16 @@ def serve(
     loaded, processor = _load(model, device, dtype)
     settings = ServerConfig(
         name=name or _name_of(Path(model)),
-        bounds=RequestLimits(max_tokens=max_tokens, default_tokens=min(256, max_tokens), max_pictures=max_pictures),
+        bounds=RequestLimits(
+            max_tokens=max_tokens, default_tokens=min(256, max_tokens), max_pictures=max_pictures
+        ),
         pictures=ImageLimits(max_bytes=max_mib * MIB, max_pixels=max_pixels, remote=remote),
         max_request_bytes=max_mib * MIB,
         token=token,
     )
-    engine = Engine(loaded, processor, max_batch=max_batch, max_queue=queue, cache_bytes=keep_mib * MIB)
+    engine = Engine(
+        loaded, processor, max_batch=max_batch, max_queue=queue, cache_bytes=keep_mib * MIB
+    )
     web = make_app(engine, settings)
     if ui:
         from ..serving.web import add_page
@@ -78,10 +98,14 @@ def serve(
     typer.echo(f"{settings.name} answers at {place}/v1" + (f", its page is {place}/" if ui else ""))
     if token is None and not _is_local(host):
         typer.echo(
-            f"note: anyone who reaches {host} can ask; give --token, or {TOKEN}, to let in those who know it", err=True
+            f"note: anyone who reaches {host} can ask; give --token, or {TOKEN}, to let in those"
+            " who know it",
+            err=True,
         )
     try:
-        uvicorn.Server(uvicorn.Config(web, log_level="warning", timeout_graceful_shutdown=5)).run(sockets=[listening])
+        uvicorn.Server(uvicorn.Config(web, log_level="warning", timeout_graceful_shutdown=5)).run(
+            sockets=[listening]
+        )
     finally:
         engine.close()
 
@@ -101,8 +125,9 @@ def _listen(host: str, port: int):
         listening.bind((host, port))
     except OSError as error:
         listening.close()
-        raise ValueError(
-            f"{host}:{port} cannot be listened at ({error.strerror or error}); give another --port or --host"
+        raise UserError(
+            f"{host}:{port} cannot be listened at ({error.strerror or error}); give another --port"
+            " or --host"
         ) from None
     return listening
 

@@ -1,4 +1,6 @@
-"""Commands that weigh plans against one another, registered on the command line's app when `cli` is imported."""
+"""Commands that weigh plans against one another, registered on the command line's app when `cli` is
+imported.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +9,41 @@ from typing import Annotated
 
 import typer
 
+from ..schema import UserError
 from .app import Device, Dtype, File, Method, Saved, Text, _arg, _bar, _device, _load, _opt, app
 
-Plans = Annotated[list[str], _arg("Methods' names or files with plans; ratios are to the first.", "PLAN...")]
+Plans = Annotated[
+    list[str], _arg("Methods' names or files with plans; ratios are to the first.", "PLAN...")
+]
 
 
 @app.command()
 def cost(
     plans: Plans,
-    vision: Annotated[str, _opt("Encoder: a known size's name, folder, hub name, or world.")] = "clip-l-336",
-    language: Annotated[str, _opt("Language model: a known size's name, folder, hub name, or world.")] = "llama-7b",
-    text_tokens: Annotated[int, _opt("Text tokens of the prompt, beside its one picture.", min=1)] = 64,
-    base: Annotated[Text, _opt("A finished vision-language model instead: what upgrading it costs. Loads it.")] = None,
+    vision: Annotated[
+        str, _opt("Encoder: a known size's name, folder, hub name, or world.")
+    ] = "clip-l-336",
+    language: Annotated[
+        str, _opt("Language model: a known size's name, folder, hub name, or world.")
+    ] = "llama-7b",
+    text_tokens: Annotated[
+        int, _opt("Text tokens of the prompt, beside its one picture.", min=1)
+    ] = 64,
+    base: Annotated[
+        Text, _opt("A finished vision-language model instead: what upgrading it costs. Loads it.")
+    ] = None,
     option: Method = None,
-    measure: Annotated[bool, _opt("Also time each on this machine, with random weights.", "--measure")] = False,
+    measure: Annotated[
+        bool, _opt("Also time each on this machine, with random weights.", "--measure")
+    ] = False,
     device: Device = None,
-    json: Annotated[File, _opt("File for all figures, also those of a training step.", "--json")] = None,
+    json: Annotated[
+        File, _opt("File for all figures, also those of a training step.", "--json")
+    ] = None,
 ) -> None:
-    """Count what plans cost at a size: parameters, operations, memory. Loads no weights, unless --base names a model."""
+    """Count what plans cost at a size: parameters, operations, memory. Loads no weights, unless
+    --base names a model.
+    """
     from .plan_argument import read_plan
 
     specs = {plan: read_plan(plan, option or []) for plan in plans}
@@ -33,7 +52,9 @@ def cost(
     from ..profiling.counting import backbone_config, count, table
 
     configs = backbone_config(vision, "vision"), backbone_config(language, "language")
-    counts = {name: count(*configs, spec, num_text_tokens=text_tokens) for name, spec in specs.items()}
+    counts = {
+        name: count(*configs, spec, num_text_tokens=text_tokens) for name, spec in specs.items()
+    }
     typer.echo(table(counts))
     figures = {name: {"count": counted.to_dict()} for name, counted in counts.items()}
     if measure:
@@ -51,7 +72,10 @@ def cost(
 
 def _cost_of_upgrades(base: str, specs: dict, measure: bool, json: Path | None) -> None:
     if measure:
-        raise ValueError("--measure times models of random weights, not a finished one; leave out --measure or --base")
+        raise UserError(
+            "--measure times models of random weights, not a finished one; leave out --measure or"
+            " --base"
+        )
     from ..profiling.upgraded import count_upgrades, describe_cost
 
     counts = count_upgrades(base, specs)
@@ -65,85 +89,124 @@ def _cost_of_upgrades(base: str, specs: dict, measure: bool, json: Path | None) 
 @app.command()
 def study(
     file: Annotated[Path, _arg("A study file (YAML).")],
-    overrides: Annotated[list[str] | None, _arg("Changes, as seeds=[0,1] output=runs/study/b")] = None,
+    overrides: Annotated[
+        list[str] | None, _arg("Changes, as seeds=[0,1] output=runs/study/b")
+    ] = None,
     workers: Annotated[int, _opt("Processes on this machine, one thread each.", min=1)] = 2,
     arm: Annotated[list[str] | None, _opt("Only this arm; may be repeated.")] = None,
     seed: Annotated[list[int] | None, _opt("Only this seed; may be repeated.")] = None,
     report: Annotated[bool, _opt("Train nothing, report on what is finished.", "--report")] = False,
 ) -> None:
-    """Train and compare ways of fusion over seeds on equal data, and write one report; goes on where it stopped."""
+    """Train and compare ways of fusion over seeds on equal data, and write one report; goes on
+    where it stopped.
+    """
     from ..experiments.study import load_study
+    from ..reports.study import write_study_report
 
     chosen = load_study(file, overrides or [])
-    if report:
-        from ..reports.study import write_study_report
-
-        page = write_study_report(Path(chosen.output))
-    else:
+    if not report:
         from ..experiments.runner import run_study
 
-        page = run_study(chosen, workers=workers, arms=arm or (), seeds=seed or (), log=typer.echo)
+        run_study(chosen, workers=workers, arms=arm or (), seeds=seed or (), log=typer.echo)
+    page = write_study_report(Path(chosen.output))
     typer.echo(
-        f"\nThe report: {page}, with tables in {page.with_suffix('.md')} and figures in {page.with_suffix('.json')}"
+        f"\nThe report: {page}, with tables in {page.with_suffix('.md')} and figures in"
+        f" {page.with_suffix('.json')}"
     )
 
 
 @app.command()
 def search(
-    file: Annotated[Path, _arg("A study file; its recipe, pictures and main budget are used, not its arms.")],
-    overrides: Annotated[list[str] | None, _arg("Changes, as seeds=[0,1] output=runs/study/b")] = None,
+    file: Annotated[
+        Path, _arg("A study file; its recipe, pictures and main budget are used, not its arms.")
+    ],
+    overrides: Annotated[
+        list[str] | None, _arg("Changes, as seeds=[0,1] output=runs/study/b")
+    ] = None,
     count: Annotated[int | None, _opt("At most so many shortcuts.")] = None,
-    ratio: Annotated[float | None, _opt("At most so many times the baseline arm's prefill operations, as 1.1.")] = None,
-    seed: Annotated[list[int] | None, _opt("A seed of the supernet; may be repeated. Default: 0.")] = None,
+    ratio: Annotated[
+        float | None, _opt("At most so many times the baseline arm's prefill operations, as 1.1.")
+    ] = None,
+    seed: Annotated[
+        list[int] | None, _opt("A seed of the supernet; may be repeated. Default: 0.")
+    ] = None,
     rank: Annotated[int, _opt("Inner width of each pair's projector.", min=1)] = 8,
     penalty: Annotated[float, _opt("Weight of the gates' sizes in the loss.", min=0)] = 0.01,
     workers: Annotated[int, _opt("Processes on this machine, one thread each.", min=1)] = 2,
 ) -> None:
-    """Find a plan by training all pairs of tap and layer at once and keeping the best few under a budget."""
+    """Find a plan by training all pairs of tap and layer at once and keeping the best few under a
+    budget.
+    """
     from ..experiments.study import load_study
 
     chosen = load_study(file, overrides or [])
     from ..drawing import draw
     from ..experiments.search import search
 
-    settings = {"count": count, "ratio": ratio, "seeds": tuple(seed or (0,)), "rank": rank, "penalty": penalty}
+    settings = {
+        "count": count,
+        "ratio": ratio,
+        "seeds": tuple(seed or (0,)),
+        "rank": rank,
+        "penalty": penalty,
+    }
     plan, pairs = search(chosen, **settings, workers=workers, log=typer.echo)
     depths = max(p["tap"] for p in pairs), max(p["layer"] for p in pairs) + 1
     best = "\n".join(
-        f"  tap {p['tap']:2} -> layer {p['layer']:2}   worth {p['worth']:.4f}   gate {p['gate']:.2f}"
+        f"  tap {p['tap']:2} -> layer {p['layer']:2}   worth {p['worth']:.4f}   gate"
+        f" {p['gate']:.2f}"
         for p in pairs[:12]
     )
     folder = Path(chosen.output) / "search"
     typer.echo(f"\n{draw(plan, *depths, title='the plan found')}\n\nthe best pairs:\n{best}")
-    typer.echo(f"\nwrote {folder}/plan.yaml; use it as an arm of a study, as a recipe's fusion, or with build --plan")
+    typer.echo(
+        f"\nwrote {folder}/plan.yaml; use it as an arm of a study, as a recipe's fusion, or with"
+        " build --plan"
+    )
 
 
 @app.command()
 def explain(
     model: Saved,
     data: Annotated[Path, _opt("Questions in LLaVA's format (.json, .jsonl, .parquet).")],
-    images: Annotated[File, _opt("Folder or tar archive of the pictures; by default the data's folder.")] = None,
+    images: Annotated[
+        File, _opt("Folder or tar archive of the pictures; by default the data's folder.")
+    ] = None,
     out: Annotated[File, _opt("Folder for explain.html, .md and .json.")] = None,
-    limit: Annotated[int | None, _opt("At most so many questions, a fixed random choice.", min=1)] = None,
+    limit: Annotated[
+        int | None, _opt("At most so many questions, a fixed random choice.", min=1)
+    ] = None,
     batch_size: Annotated[int, _opt("Questions answered at once.", min=1)] = 64,
     max_new_tokens: Annotated[int, _opt("Longest answer, in tokens.", min=1)] = 16,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Tell what each shortcut of a trained model is good for: answers without it, and how much it adds."""
+    """Tell what each shortcut of a trained model is good for: answers without it, and how much it
+    adds.
+    """
     from ..config.recipe import Source
     from ..data.examples import read_source
 
     examples = read_source(Source(str(data), images and str(images), keep=limit), [])
     from ..evaluation.ablation import explain
-    from ..reports.ablation import lines
+    from ..reports.ablation import lines, write_explanation
 
-    loaded, settings = _load(model, device, dtype), {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    loaded, settings = (
+        _load(model, device, dtype),
+        {
+            "batch_size": batch_size,
+            "max_new_tokens": max_new_tokens,
+        },
+    )
     with _bar("asking") as progress:
-        found = explain(*loaded, examples, out=out, **settings, progress=progress)
+        found = explain(*loaded, examples, **settings, progress=progress)
+    if out is not None:
+        write_explanation(found, out)
     typer.echo(lines(found))
     if out is not None:
-        typer.echo(f"\nThe page: {out}/explain.html, with tables in explain.md and figures in explain.json")
+        typer.echo(
+            f"\nThe page: {out}/explain.html, with tables in explain.md and figures in explain.json"
+        )
 
 
 def _write(path: Path, plain: dict) -> None:
@@ -156,13 +219,23 @@ def _write(path: Path, plain: dict) -> None:
 @app.command()
 def compare(
     runs: Annotated[
-        list[str], _arg("Folders of evaluations or training runs, or NAME=FOLDER; one name is one arm.", "RUN...")
+        list[str],
+        _arg(
+            "Folders of evaluations or training runs, or NAME=FOLDER; one name is one arm.",
+            "RUN...",
+        ),
     ],
-    out: Annotated[Path, _opt("Folder for the page, the table and the figures.")] = Path("runs/compare"),
-    images: Annotated[Text, _opt("Folder or tar archive of the pictures, where the runs' recipes do not say.")] = None,
+    out: Annotated[Path, _opt("Folder for the page, the table and the figures.")] = Path(
+        "runs/compare"
+    ),
+    images: Annotated[
+        Text, _opt("Folder or tar archive of the pictures, where the runs' recipes do not say.")
+    ] = None,
     items: Annotated[int, _opt("At most so many items on which they differ.", min=0)] = 24,
 ) -> None:
-    """Put finished evaluations side by side: paired differences over the same items, cost, and where they differ."""
+    """Put finished evaluations side by side: paired differences over the same items, cost, and
+    where they differ.
+    """
     from ..experiments.compare import figures, notes, read_runs, table
 
     chosen = read_runs(runs)

@@ -1,1 +1,3 @@
-"""The files a user writes: recipes and studies, checked against their schema. Knows nothing of torch."""
+"""The files a user writes: recipes and studies, checked against their schema. Knows nothing of
+torch.
+"""

@@ -1,4 +1,6 @@
-"""YAML read strictly, and single values in it replaced by dotted overrides such as "stages.0.args.max_steps=10"."""
+"""YAML read strictly, and single values in it replaced by dotted overrides such as
+"stages.0.args.max_steps=10".
+"""
 
 from __future__ import annotations
 
@@ -7,16 +9,25 @@ import re
 
 import yaml
 
-from ..plan import nearest
+from ..schema import UserError, nearest
 
-OPEN = ("args", "lr", "weight_decay", "lora")  # keys that an override may create, because a recipe may leave them out
+OPEN = (
+    "args",
+    "lr",
+    "weight_decay",
+    "lora",
+)  # keys that an override may create, because a recipe may leave them out
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number (as YAML 1.2 does) and refuses a key that is written twice."""
+    """YAML that reads 1e-3 as a number (as YAML 1.2 does) and refuses a key that is written
+    twice.
+    """
 
     def construct_mapping(self, node, deep=False):
-        written = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # `<<: *base` is not a key
+        written = [
+            key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"
+        ]  # `<<: *base` is not a key
         keys = [self.construct_object(key, deep=True) for key in written]
         if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
             raise yaml.constructor.ConstructorError(
@@ -26,26 +37,33 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
 )
 
 
 def read_yaml(text: str, name: str):
-    """What a YAML text holds; `name` stands at the start of the ValueError for a text that is not YAML."""
+    """What a YAML text holds; `name` stands at the start of the ValueError for a text that is not
+    YAML.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def override(plain, change: str):
-    """A copy of the tree with one value replaced by "key.key=value"; ValueError where that hits nothing.
+    """A copy of the tree with one value replaced by "key.key=value"; ValueError where that hits
+    nothing.
 
     A new last key is accepted here, and left to the checks that every recipe passes.
     """
     dotted, equals, text = change.partition("=")
     if not equals or not dotted:
-        raise ValueError(f"the override {change!r} is not written as key=value; write for example seed=1")
+        raise UserError(
+            f"the override {change!r} is not written as key=value; write for example seed=1"
+        )
     return _replace(plain, dotted.split("."), read_yaml(text, f"override {change!r}"), change, "")
 
 
@@ -55,13 +73,19 @@ def _replace(node, keys: list[str], value, change: str, at: str):
     key, place = keys[0], f"{at}.{keys[0]}" if at else keys[0]
     if isinstance(node, list):
         if not key.isdigit() or int(key) >= len(node):
-            raise ValueError(f"the override {change!r} hits nothing: {at} is a list with places 0 to {len(node) - 1}")
+            raise UserError(
+                f"the override {change!r} hits nothing: {at} is a list with places 0 to"
+                f" {len(node) - 1}"
+            )
         new = _replace(node[int(key)], keys[1:], value, change, place)
         return [*node[: int(key)], new, *node[int(key) + 1 :]]
     if not isinstance(node, dict):
-        raise ValueError(f"the override {change!r} hits nothing: {at or 'the recipe'} is {node!r}, which has no keys")
+        raise UserError(
+            f"the override {change!r} hits nothing: {at or 'the recipe'} is {node!r}, which has no"
+            " keys"
+        )
     if len(keys) > 1 and key not in node and key not in OPEN:
-        raise ValueError(
+        raise UserError(
             f"the override {change!r} hits nothing: the recipe has no {place}{nearest(key, node)}; "
             f"there {'is' if len(node) == 1 else 'are'} {', '.join(map(str, node))}"
         )
@@ -69,10 +93,12 @@ def _replace(node, keys: list[str], value, change: str, at: str):
 
 
 def expand_path(text: str) -> str:
-    """A path with its environment variables and `~` filled in; ValueError for a variable that is not set."""
+    """A path with its environment variables and `~` filled in; ValueError for a variable that is
+    not set.
+    """
     expanded = os.path.expanduser(os.path.expandvars(text))
     if missing := re.search(r"\$\{?(\w+)", expanded):
-        raise ValueError(
+        raise UserError(
             f"the path {text} names the environment variable {missing[1]}, which is not set; "
             f"set it first (export {missing[1]}=...) or write the path in full"
         )

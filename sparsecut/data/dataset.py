@@ -1,4 +1,6 @@
-"""What a stage learns from: checked examples, one item each for a DataLoader, and batches for the model."""
+"""What a stage learns from: checked examples, one item each for a DataLoader, and batches for the
+model.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +13,38 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..prompts import is_fixed
+from ..schema import UserError
+from .encoding import IGNORED, encode, written
+from .examples import Example, choose, read_examples, read_source
 from .native_encoding import PER_TOKEN, encode_batch
 from .validation import check_examples
-from .encoding import IGNORED, encode, written
-from ..prompts import is_fixed
-from .examples import Example, choose, read_examples, read_source
 
-__all__ = ["Collator", "Example", "TrainingData", "check_examples", "choose", "encode", "read_examples", "read_source"]
+__all__ = [
+    "Collator",
+    "Example",
+    "TrainingData",
+    "check_examples",
+    "choose",
+    "encode",
+    "read_examples",
+    "read_source",
+]
 CACHED_TOKENS = 20_000_000  # token ids kept from one epoch to the next: at most some 160 MB
 MANY = 100  # broken records in a row that are passed over
 PICTURED = ("pictures", "pixel_values", "vision_states")  # where an item has its pictures
 
 
 class TrainingData(Dataset):
-    """Examples as items: input_ids [L], labels [L] and, where there are pictures, pixel_values [n, 1 + tiles^2, 3, S, S].
+    """Examples as items: input_ids [L], labels [L] and, where there are pictures, pixel_values [n,
+    1 + tiles^2, 3, S, S].
 
-    For a base's own processor an item is the example with its pictures open, as only a whole batch can be prepared.
+    For a base's own processor an item is the example with its pictures open, as only a whole batch
+    can be prepared.
 
-    Pictures are opened when an item is asked for; token ids of what has been seen are kept, up to a limit. states, views: kept
-    states of the encoder, and which of them the plan reads (`states.views_of`); items then have vision_states, not pixels.
+    Pictures are opened when an item is asked for; token ids of what has been seen are kept, up to a
+    limit. states, views: kept states of the encoder, and which of them the plan reads
+    (`states.views_of`); items then have vision_states, not pixels.
     """
 
     def __init__(
@@ -62,10 +77,11 @@ class TrainingData(Dataset):
         *,
         check: Callable | None = None,
     ) -> dict:
-        """What one example gives or, where its pictures are broken and may be, the first of the others whose pictures are not.
+        """What one example gives or, where its pictures are broken and may be, the first of the
+        others whose pictures are not.
 
-        check: raises ValueError for one that cannot be learned from, where none has been checked before. The item then has
-        "broken": a sentence about each record that was passed over.
+        check: raises ValueError for one that cannot be learned from, where none has been checked
+        before. The item then has "broken": a sentence about each record that was passed over.
         """
         broken = []
         for one in itertools.chain([example], itertools.islice(others, MANY)):
@@ -78,18 +94,24 @@ class TrainingData(Dataset):
                 if not one.skip:
                     raise
                 broken.append(str(error))
-        raise ValueError(f"{len(broken)} records were broken, one after another, the first: {broken[0]}")
+        raise UserError(
+            f"{len(broken)} records were broken, one after another, the first: {broken[0]}"
+        )
 
     def _others(self, index: int) -> Iterator[Example]:
-        """Records to take instead, the best first: those that follow, with as many pictures and no more tokens, so that a row holds them.
+        """Records to take instead, the best first: those that follow, with as many pictures and no
+        more tokens, so that a row holds them.
 
-        Then those with fewer pictures, and texts; never any with more, so that a limit on image tokens holds.
+        Then those with fewer pictures, and texts; never any with more, so that a limit on image
+        tokens holds.
         """
         images = len(self.examples[index].images)
         for i in self._around(index):
             if len(self.examples[i].images) == images and self._length(i) <= self._length(index):
                 yield self.examples[i]
-        yield from (self.examples[i] for i in self._around(index) if len(self.examples[i].images) < images)
+        yield from (
+            self.examples[i] for i in self._around(index) if len(self.examples[i].images) < images
+        )
 
     def _around(self, index: int) -> Iterable[int]:
         return itertools.chain(range(index + 1, len(self)), range(index))
@@ -110,7 +132,9 @@ class TrainingData(Dataset):
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of every item; for a base's own processor those of its text, as pictures count only once they are prepared."""
+        """Tokens of every item; for a base's own processor those of its text, as pictures count
+        only once they are prepared.
+        """
         if is_fixed(self.processor):
             return [len(self._tokens(i)["input_ids"]) for i in range(len(self))]
         texts = [written(example, self.processor, self.template)[0] for example in self.examples]
@@ -136,10 +160,13 @@ class TrainingData(Dataset):
         return {name: torch.tensor(values, dtype=torch.int32) for name, values in encoded.items()}
 
 
-def blank_item(processor, *, template: str = "chat", states=None, views: dict[int, int] | None = None) -> dict:
+def blank_item(
+    processor, *, template: str = "chat", states=None, views: dict[int, int] | None = None
+) -> dict:
     """An item with one grey picture and nothing to learn; arguments as `TrainingData` takes them.
 
-    Where weights are sharded all processes must run the same modules, so a batch of texts alone needs a picture that shows nothing.
+    Where weights are sharded all processes must run the same modules, so a batch of texts alone
+    needs a picture that shows nothing.
     """
     turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "."}]
     example = Example("blank", ["grey"], turns, source="the blank picture")
@@ -162,16 +189,21 @@ def picture_inputs(item: dict, processor) -> dict[str, Tensor]:
 
 
 class Collator:
-    """Items to a batch: input_ids, attention_mask and labels [B, L] padded on the right, pixel_values [pictures, ...].
+    """Items to a batch: input_ids, attention_mask and labels [B, L] padded on the right,
+    pixel_values [pictures, ...].
 
-    Pictures of all items follow one another in reading order; a batch without any has no pixel_values. Items with kept states
-    give vision_states instead: tap -> [pictures, V, N, D]. A base's own processor names its inputs itself; settings are what
-    `base_labels.encode_batch` is to keep of the stage (template, max_length, limit, max_images), which is known only here. Rows of
-    items (`batching.Rows`) become one row each, with position_ids [B, L] in the attention_mask's place.
+    Pictures of all items follow one another in reading order; a batch without any has no
+    pixel_values. Items with kept states give vision_states instead: tap -> [pictures, V, N, D]. A
+    base's own processor names its inputs itself; settings are what `base_labels.encode_batch` is to
+    keep of the stage (template, max_length, limit, max_images), which is known only here. Rows of
+    items (`batching.Rows`) become one row each, with position_ids [B, L] in the attention_mask's
+    place.
 
-    Sentences about broken records, whose places others have taken, stand in "broken", which the model does not take.
+    Sentences about broken records, whose places others have taken, stand in "broken", which the
+    model does not take.
     pad_to: L is a multiple of it, so that few shapes occur and a compiled model is compiled seldom.
-    blank: an item with a picture that follows those of a batch without one, where the engine needs it; none of its tokens is learned.
+    blank: an item with a picture that follows those of a batch without one, where the engine needs
+    it; none of its tokens is learned.
     """
 
     def __init__(self, processor, *, pad_to: int | None = None, **settings):
@@ -184,13 +216,19 @@ class Collator:
 
     def __call__(self, items: list) -> dict:
         packed = isinstance(items[0], list)
-        broken = [sentence for item in (_flat(items) if packed else items) for sentence in item.get("broken", ())]
+        broken = [
+            sentence
+            for item in (_flat(items) if packed else items)
+            for sentence in item.get("broken", ())
+        ]
         batch = self._whole(items, packed)
         return {**batch, "broken": broken} if broken else batch
 
     def _whole(self, items: list, packed: bool) -> dict[str, Tensor]:
         if packed:
-            return self._packed(items if self._has_pictures(_flat(items)) else [*items, [self.blank]])
+            return self._packed(
+                items if self._has_pictures(_flat(items)) else [*items, [self.blank]]
+            )
         if self._has_pictures(items):
             return self._batch(items)
         batch = self._batch([*items, self.blank])
@@ -198,10 +236,14 @@ class Collator:
         return batch
 
     def _has_pictures(self, items: list[dict]) -> bool:
-        return self.blank is None or any(len(item.get(key, ())) for item in items for key in PICTURED)
+        return self.blank is None or any(
+            len(item.get(key, ())) for item in items for key in PICTURED
+        )
 
     def _packed(self, rows: list[list[dict]]) -> dict[str, Tensor]:
-        """Rows of several items each, [B, L]: position_ids start anew with every item, by which attention tells them apart."""
+        """Rows of several items each, [B, L]: position_ids start anew with every item, by which
+        attention tells them apart.
+        """
         joined = []
         for items in rows:
             labels = torch.cat([item["labels"] for item in items])
@@ -220,12 +262,17 @@ class Collator:
     def _batch(self, items: list[dict]) -> dict[str, Tensor]:
         if "example" in items[0]:
             pictures = [item["pictures"] for item in items]
-            return encode_batch([item["example"] for item in items], self.processor, pictures=pictures, **self.settings)
+            return encode_batch(
+                [item["example"] for item in items],
+                self.processor,
+                pictures=pictures,
+                **self.settings,
+            )
         return {**self._padded(items), **self._pictures(items)}
 
     def _padded(self, items: list[dict]) -> dict[str, Tensor]:
         if all(len(item["labels"]) == 0 or (item["labels"][1:] == IGNORED).all() for item in items):
-            raise ValueError("no item of the batch has a token to learn: all labels are masked")
+            raise UserError("no item of the batch has a token to learn: all labels are masked")
         longest = max(len(item["input_ids"]) for item in items)
         shape = len(items), -(-longest // self.pad_to) * self.pad_to
         batch = {
@@ -246,7 +293,9 @@ class Collator:
         if pictures:
             found["pixel_values"] = torch.cat(pictures)
         if kept := [item["vision_states"] for item in items if "vision_states" in item]:
-            found["vision_states"] = {tap: torch.cat([states[tap] for states in kept]) for tap in kept[0]}
+            found["vision_states"] = {
+                tap: torch.cat([states[tap] for states in kept]) for tap in kept[0]
+            }
         return found
 
 

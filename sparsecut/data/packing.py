@@ -1,4 +1,5 @@
-"""Which records share a step: rows packed with several short records, and batches of alike length and kind.
+"""Which records share a step: rows packed with several short records, and batches of alike length
+and kind.
 
 Plans are made from lengths alone, before anything is opened, and by the seed: every process makes the same, and a resumed run, too.
 """
@@ -13,24 +14,38 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Dataset, Sampler
 
-WINDOW = 50  # steps whose records are sorted by length together: enough to be alike, few enough to stay random
-OPEN_ROWS = 64  # rows that a record is tried in, so that packing takes time in proportion to the records
+from ..schema import UserError
+
+# steps whose records are sorted by length together: enough to be alike, few enough to stay random
+WINDOW = 50
+OPEN_ROWS = (
+    64  # rows that a record is tried in, so that packing takes time in proportion to the records
+)
 
 
 def pack_rows(
-    lengths: Sequence[int], images: Sequence[int], room: int, *, max_images: int | None = None, seed: int = 0
+    lengths: Sequence[int],
+    images: Sequence[int],
+    room: int,
+    *,
+    max_images: int | None = None,
+    seed: int = 0,
 ) -> list[list[int]]:
-    """Numbers of records in rows of at most `room` tokens, and of at most max_images image tokens; each record once.
+    """Numbers of records in rows of at most `room` tokens, and of at most max_images image tokens;
+    each record once.
 
-    lengths, images: tokens and image tokens of every record. Records with and without pictures are not mixed, so that steps of text
-    alone stay so. A record that is longer than the room has a row of its own. Longest first, into the first row it fits.
+    lengths, images: tokens and image tokens of every record. Records with and without pictures are
+    not mixed, so that steps of text alone stay so. A record that is longer than the room has a row
+    of its own. Longest first, into the first row it fits.
     """
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)  # records of one length are in no order of the file
     rows: list[list[int]] = []
     for pictured in (True, False):
         kept: list[list] = []  # [row, tokens left, image tokens left]
-        for i in sorted((i for i in order if bool(images[i]) == pictured), key=lambda i: -lengths[i]):
+        for i in sorted(
+            (i for i in order if bool(images[i]) == pictured), key=lambda i: -lengths[i]
+        ):
             fits = (slot for slot in kept if lengths[i] <= slot[1] and images[i] <= slot[2])
             slot = next(fits, None)
             if slot is None:
@@ -44,24 +59,29 @@ def pack_rows(
 
 
 def in_rows(data, model, stage):
-    """The stage's data as it is or, where the stage packs, in rows; ValueError where a record is too long for a row.
+    """The stage's data as it is or, where the stage packs, in rows; ValueError where a record is
+    too long for a row.
 
     A finished model counts positions in its own way, so an upgraded one is refused.
     """
     if stage.pack is None:
         return data
     if hasattr(model, "base"):
-        raise ValueError(
-            f"pack is {stage.pack}, but {type(model.base).__name__} is a finished model, which counts positions in its own way; remove pack"
+        raise UserError(
+            f"pack is {stage.pack}, but {type(model.base).__name__} is a finished model, which"
+            " counts positions in its own way; remove pack"
         )
     lengths = data.lengths
     if (longest := max(lengths)) > stage.pack:
         record = data.examples[lengths.index(longest)]
-        raise ValueError(
-            f"{record.source or record.id}: the record has {longest} tokens, but pack={stage.pack} makes rows of so many; raise pack, or "
-            "set max_length to cut records"
+        raise UserError(
+            f"{record.source or record.id}: the record has {longest} tokens, but pack={stage.pack}"
+            " makes rows of so many; raise pack, or set max_length to cut records"
         )
-    return PackedDataset(data, pack_rows(lengths, data.num_image_tokens, stage.pack, max_images=stage.max_image_tokens))
+    return PackedDataset(
+        data,
+        pack_rows(lengths, data.num_image_tokens, stage.pack, max_images=stage.max_image_tokens),
+    )
 
 
 class PackedDataset(Dataset):
@@ -96,10 +116,12 @@ class PackedDataset(Dataset):
 
 @torch.no_grad()
 def check_packing(model, collator, data: PackedDataset) -> None:
-    """Raise ValueError where the language model lets a record see the one before it in its row, or counts positions on.
+    """Raise ValueError where the language model lets a record see the one before it in its row, or
+    counts positions on.
 
-    Two records are packed, and packed again with other words in the first, which must change nothing in the second; and the second
-    must come out as it does alone. Not every architecture keeps packed records apart, and most that do not are silent.
+    Two records are packed, and packed again with other words in the first, which must change
+    nothing in the second; and the second must come out as it does alone. Not every architecture
+    keeps packed records apart, and most that do not are silent.
     """
     row = next((row for row in data.rows if len(row) > 1), None)
     if row is None:
@@ -108,12 +130,15 @@ def check_packing(model, collator, data: PackedDataset) -> None:
     first, second = (data.data[i] for i in shortest)
     start, image = len(first["input_ids"]), model.config.image_token_id
     ids = first["input_ids"]
-    changed = torch.where(ids == image, ids, torch.where((ids + 1) % image == 0, 1, (ids + 1) % image))
+    changed = torch.where(
+        ids == image, ids, torch.where((ids + 1) % image == 0, 1, (ids + 1) % image)
+    )
     was_training = model.training
     model.eval()
     one, other, alone = (
         model(
-            **{k: _moved(v, model.device) for k, v in collator([items]).items() if k != "labels"}, use_cache=False
+            **{k: _moved(v, model.device) for k, v in collator([items]).items() if k != "labels"},
+            use_cache=False,
         ).logits
         for items in ([first, second], [{**first, "input_ids": changed}, second], [second])
     )
@@ -122,28 +147,36 @@ def check_packing(model, collator, data: PackedDataset) -> None:
     seen = (one - other)[:, start:].abs().max().item()
     moved = ((one[:, start:] - alone).abs().max() / alone.std()).item()
     if seen > 0 or moved > 0.05:
-        raise ValueError(
+        raise UserError(
             f"{type(model.language_model).__name__} does not keep packed records apart "
             + (
                 f"(a record changes what the next one says, by {seen:.2g})"
                 if seen
                 else "(positions of the second go on)"
             )
-            + "; remove pack, or take a language model that builds its mask from restarting positions, such as Llama or Qwen"
+            + "; remove pack, or take a language model that builds its mask from restarting"
+            " positions, such as Llama or Qwen"
         )
 
 
 def _moved(value, device):
-    return {key: x.to(device) for key, x in value.items()} if isinstance(value, dict) else value.to(device)
+    return (
+        {key: x.to(device) for key, x in value.items()}
+        if isinstance(value, dict)
+        else value.to(device)
+    )
 
 
 class LengthGroupedSampler(Sampler):
-    """Numbers of items in an order whose steps are of alike length, and of pictures or of text alone; every item once an epoch.
+    """Numbers of items in an order whose steps are of alike length, and of pictures or of text
+    alone; every item once an epoch.
 
-    step: items of a step over all processes. Steps come in random order. What is left of each kind at the end shares the last steps,
-    and the very last one is filled up with the epoch's first items, so that the order is the same for any number of processes.
-    grouped: without it the order is merely random. mixture: (items, weight) of sources that follow one another; an epoch then has as
-    many items as before, each source its share of them, and goes through a source anew once all of it has been seen.
+    step: items of a step over all processes. Steps come in random order. What is left of each kind
+    at the end shares the last steps, and the very last one is filled up with the epoch's first
+    items, so that the order is the same for any number of processes.
+    grouped: without it the order is merely random. mixture: (items, weight) of sources that follow
+    one another; an epoch then has as many items as before, each source its share of them, and goes
+    through a source anew once all of it has been seen.
     """
 
     def __init__(
@@ -178,9 +211,12 @@ class LengthGroupedSampler(Sampler):
                 rest += alike[whole:]
                 for start in range(0, whole, WINDOW * self.step):
                     window = sorted(
-                        alike[start : min(start + WINDOW * self.step, whole)], key=lambda i: -self.lengths[i]
+                        alike[start : min(start + WINDOW * self.step, whole)],
+                        key=lambda i: -self.lengths[i],
                     )
-                    steps += [window[at : at + self.step] for at in range(0, len(window), self.step)]
+                    steps += [
+                        window[at : at + self.step] for at in range(0, len(window), self.step)
+                    ]
             shuffled.shuffle(steps)
             order = [i for one in steps for i in one] + rest
         while len(order) < len(self):
@@ -188,7 +224,9 @@ class LengthGroupedSampler(Sampler):
         return iter(order)
 
     def _chosen(self) -> list[int]:
-        """The epoch's items: all, or every source's share of the mixture, taken where the epoch before left off."""
+        """The epoch's items: all, or every source's share of the mixture, taken where the epoch
+        before left off.
+        """
         if self.mixture is None:
             return list(range(len(self.lengths)))
         total, first, chosen = sum(weight for _, weight in self.mixture), 0, []
@@ -199,7 +237,10 @@ class LengthGroupedSampler(Sampler):
             for turn in range(self.epoch * share // size, -(-(self.epoch + 1) * share // size)):
                 items = list(range(first, first + size))
                 random.Random(f"{self.seed} {number} {turn}").shuffle(items)
-                start, end = self.epoch * share - turn * size, (self.epoch + 1) * share - turn * size
+                start, end = (
+                    self.epoch * share - turn * size,
+                    (self.epoch + 1) * share - turn * size,
+                )
                 chosen += items[max(start, 0) : max(min(end, size), 0)]
             first += size
         return chosen

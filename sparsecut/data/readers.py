@@ -1,4 +1,6 @@
-"""Files of records, of every kind that is read: JSON, JSON Lines, Parquet, Arrow, folders of `datasets`, WebDataset archives."""
+"""Files of records, of every kind that is read: JSON, JSON Lines, Parquet, Arrow, folders of
+`datasets`, WebDataset archives.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,35 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..schema import UserError
 from .images import Pictures, open_bytes
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")  # members of a WebDataset archive that are pictures
+PICTURES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+)  # members of a WebDataset archive that are pictures
 
 
 def files_of(path: str | Path) -> list[Path]:
-    """The files that a path or a pattern (data/part-*.parquet, data/{000..010}.tar) names, in order.
+    """The files that a path or a pattern (data/part-*.parquet, data/{000..010}.tar) names, in
+    order.
 
     ValueError where one of them is missing, or of no known kind.
     """
     found = [Path(name) for one in _numbered(str(path)) for name in sorted(glob.glob(one)) or [one]]
     for file in found:
-        if not (file.is_file() and file.suffix in READERS) and not (file / "dataset_info.json").is_file():
-            raise ValueError(
-                f"{file} is not a file of records; give an existing file that ends in {', '.join(READERS)}, a pattern of such, or a folder "
-                "that datasets' save_to_disk has written"
+        if (
+            not (file.is_file() and file.suffix in READERS)
+            and not (file / "dataset_info.json").is_file()
+        ):
+            raise UserError(
+                f"{file} is not a file of records; give an existing file that ends in"
+                f" {', '.join(READERS)}, a pattern of such, or a folder that datasets' save_to_disk"
+                " has written"
             )
     return found
 
@@ -38,15 +53,21 @@ def _numbered(path: str) -> list[str]:
         return [path]
     first, last = span.groups()
     if int(last) < int(first):
-        raise ValueError(f"{path} counts from {first} down to {last}; write the smaller number first")
+        raise UserError(
+            f"{path} counts from {first} down to {last}; write the smaller number first"
+        )
     numbers = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
-    return [more for i in numbers for more in _numbered(path[: span.start()] + i + path[span.end() :])]
+    return [
+        more for i in numbers for more in _numbered(path[: span.start()] + i + path[span.end() :])
+    ]
 
 
 def read_records(path: Path, *, kept: bool = False) -> Iterator[tuple[str, object]]:
-    """(where it stands, record) of every record of a file, in order; a record may be a function that reads it.
+    """(where it stands, record) of every record of a file, in order; a record may be a function
+    that reads it.
 
-    kept: pictures that lie in the file come as names for `store_of`, to be opened when they are needed; otherwise as bytes.
+    kept: pictures that lie in the file come as names for `store_of`, to be opened when they are
+    needed; otherwise as bytes.
     """
     if path.suffix == ".tar":
         return _tar(path, kept)
@@ -106,7 +127,7 @@ def _schema(path: Path):
     try:
         return pyarrow.parquet.read_schema(path)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {error}") from None
+        raise UserError(f"{path} cannot be read as Parquet: {error}") from None
 
 
 def _holds_pictures(schema) -> bool:
@@ -127,14 +148,24 @@ def _rows(path: Path, table) -> Iterator[tuple[str, dict]]:
         cells = batch.column("image")
         for record, cell in zip(batch.select(texts).to_pylist(), cells, strict=True):
             many = (len(cell) if isinstance(cell, ListScalar) else 1) if cell.is_valid else 0
-            yield f"{path} record {number}", {**record, "image": [f"{number}/{i}" for i in range(many)] or None}
+            yield (
+                f"{path} record {number}",
+                {
+                    **record,
+                    "image": [f"{number}/{i}" for i in range(many)] or None,
+                },
+            )
             number += 1
 
 
 def _arrow(path: Path) -> Iterator[tuple[str, dict]]:
     import datasets
 
-    table = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.Dataset.from_file(str(path))
+    table = (
+        datasets.load_from_disk(str(path))
+        if path.is_dir()
+        else datasets.Dataset.from_file(str(path))
+    )
     number = 0
     for batch in table.with_format("arrow").iter(batch_size=1000):
         for record in batch.to_pylist():
@@ -143,7 +174,9 @@ def _arrow(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _tar(path: Path, kept: bool) -> Iterator[tuple[str, object]]:
-    """Samples of a WebDataset archive: KEY.json, and the pictures whose names begin with the same key, which follow one another."""
+    """Samples of a WebDataset archive: KEY.json, and the pictures whose names begin with the same
+    key, which follow one another.
+    """
     key, members = None, []
     try:
         with tarfile.open(path) as archive:
@@ -157,27 +190,34 @@ def _tar(path: Path, kept: bool) -> Iterator[tuple[str, object]]:
                     members = []
                 key = own
                 text = member.name.endswith(".json")
-                members.append((member.name, archive.extractfile(member).read() if text or not kept else None))
+                members.append(
+                    (member.name, archive.extractfile(member).read() if text or not kept else None)
+                )
             if members:
                 yield f"{path} sample {key.lstrip('/')}", _sample(members)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a tar archive ({error}); give an intact one") from None
+        raise UserError(
+            f"{path} cannot be read as a tar archive ({error}); give an intact one"
+        ) from None
 
 
 def _sample(members: list[tuple[str, bytes | None]]) -> Callable:
     def read():
         texts = [content for name, content in members if name.endswith(".json")]
         if len(texts) != 1:
-            raise ValueError(
-                f"the sample has {len(texts)} .json files among {[name for name, _ in members]}, but needs one"
+            raise UserError(
+                f"the sample has {len(texts)} .json files among {[name for name, _ in members]},"
+                " but needs one"
             )
         record = json.loads(texts[0])
         pictures = [
-            name if content is None else content for name, content in members if name.lower().endswith(PICTURES)
+            name if content is None else content
+            for name, content in members
+            if name.lower().endswith(PICTURES)
         ]
         record = {"conversations": record} if isinstance(record, list) else record
         if not isinstance(record, dict):
-            raise ValueError("the .json of a sample holds a record, or the list of its turns")
+            raise UserError("the .json of a sample holds a record, or the list of its turns")
         return {"id": members[0][0].partition(".")[0], **record, "image": pictures or None}
 
     return read
@@ -187,10 +227,13 @@ def _json(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno} column {error.colno}: malformed JSON, {error.msg}") from None
+        raise UserError(
+            f"{path} line {error.lineno} column {error.colno}: malformed JSON, {error.msg}"
+        ) from None
     if not isinstance(records, list):
-        raise ValueError(
-            f"{path} holds {_kind(records)}, but a list of records is needed; a file with one record a line ends in .jsonl"
+        raise UserError(
+            f"{path} holds {_kind(records)}, but a list of records is needed; a file with one"
+            " record a line ends in .jsonl"
         )
     for i, record in enumerate(records):
         yield f"{path} record {i}", record
@@ -201,7 +244,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Callable]]:
         try:
             return json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"malformed JSON at column {error.colno}, {error.msg}") from None
+            raise UserError(f"malformed JSON at column {error.colno}, {error.msg}") from None
 
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -216,7 +259,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {error}") from None
+        raise UserError(f"{path} cannot be read as Parquet: {error}") from None
     number = 0
     for batch in file.iter_batches():
         for record in batch.to_pylist():
@@ -224,7 +267,13 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
             number += 1
 
 
-READERS = {".json": _json, ".jsonl": _json_lines, ".parquet": _parquet, ".arrow": _arrow, ".tar": _tar}
+READERS = {
+    ".json": _json,
+    ".jsonl": _json_lines,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".tar": _tar,
+}
 
 
 def _kind(value) -> str:

@@ -1,4 +1,5 @@
-"""Records that are read from shards while training goes on: nothing is indexed or kept, and the order is the seed's.
+"""Records that are read from shards while training goes on: nothing is indexed or kept, and the
+order is the seed's.
 
 Every process and worker walks through the same stream of texts and takes its own share of it; pictures are opened only for that. So the
 order depends neither on the number of processes nor of workers, and a resumed run passes over what was seen without opening it.
@@ -14,29 +15,40 @@ from pathlib import Path
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..config.recipe import Source
+from ..config.yaml_io import expand_path
+from ..prompts import is_fixed
+from ..schema import UserError
 from .dataset import check_examples
 from .encoding import written
-from .images import Pictures
-from ..prompts import is_fixed
-from ..config.recipe import Source
 from .examples import Example, example_from
+from .images import Pictures
 from .readers import files_of, read_records
-from ..config.yaml_io import expand_path
 
 LAST = 100  # records that went by, which may take a broken one's place
 BUFFER = 1000  # records among which the next one is drawn
 
 
 class Stream(IterableDataset):
-    """Items of a stage's streaming sources without end, as `data` (a TrainingData) makes them of examples.
+    """Items of a stage's streaming sources without end, as `data` (a TrainingData) makes them of
+    examples.
 
-    settings: what `check_examples` is to keep of the stage. batch, rank, processes: records of a process's micro-batch, which process
-    this is, and of how many; `start`: how many micro-batches each has seen. A bad record of a source with on_error "skip" is told of as
-    "broken" in the item that comes next, and any other stops the stream.
+    settings: what `check_examples` is to keep of the stage. batch, rank, processes: records of a
+    process's micro-batch, which process this is, and of how many; `start`: how many micro-batches
+    each has seen. A bad record of a source with on_error "skip" is told of as "broken" in the item
+    that comes next, and any other stops the stream.
     """
 
     def __init__(
-        self, sources: tuple[Source, ...], data, settings: dict, *, seed: int, batch: int, rank: int, processes: int
+        self,
+        sources: tuple[Source, ...],
+        data,
+        settings: dict,
+        *,
+        seed: int,
+        batch: int,
+        rank: int,
+        processes: int,
     ):
         self.sources, self.data, self.settings, self.seed = sources, data, settings, seed
         self.batch, self.rank, self.processes, self.start = batch, rank, processes, 0
@@ -68,7 +80,8 @@ class Stream(IterableDataset):
         check_one(example, self.processor, self.settings)
 
     def examples(self) -> Iterator[Example | str]:
-        """The stage's examples in their order, without end: every source shuffled anew in each pass, and mixed by weight.
+        """The stage's examples in their order, without end: every source shuffled anew in each
+        pass, and mixed by weight.
 
         Between them sentences about records that are left out.
         """
@@ -98,15 +111,18 @@ class Stream(IterableDataset):
             order.shuffle(buffer)
             yield from buffer
             if not found:
-                raise ValueError(
-                    f"{source.path} gives no record to learn from in a whole pass through its {len(shards)} files"
+                raise UserError(
+                    f"{source.path} gives no record to learn from in a whole pass through its"
+                    f" {len(shards)} files"
                 )
 
 
 def passing(source: Source, shards: list[Path]) -> Iterator[Example | str]:
-    """A source's records in the order of its files, each checked as far as its form goes; of bad ones that may be skipped, a sentence.
+    """A source's records in the order of its files, each checked as far as its form goes; of bad
+    ones that may be skipped, a sentence.
 
-    Whether there is something to learn in it is seen by who has its turn: every worker of every process passes over all records.
+    Whether there is something to learn in it is seen by who has its turn: every worker of every
+    process passes over all records.
     """
     skip = source.on_error == "skip"
     for shard in shards:
@@ -117,12 +133,14 @@ def passing(source: Source, shards: list[Path]) -> Iterator[Example | str]:
             except ValueError as error:
                 sentence = str(error) if place in str(error) else f"{place}: {error}"
                 if not skip:
-                    raise ValueError(sentence) from None
+                    raise UserError(sentence) from None
                 yield sentence
 
 
 def check_one(example: Example, processor, settings: dict) -> None:
-    """Raise ValueError where a record cannot be learned from; of a base's own processor, whose pictures count, only where it is written."""
+    """Raise ValueError where a record cannot be learned from; of a base's own processor, whose
+    pictures count, only where it is written.
+    """
     if is_fixed(processor):
         check_examples([example], processor, **settings)
     else:
@@ -130,7 +148,9 @@ def check_one(example: Example, processor, settings: dict) -> None:
 
 
 def first_of(source: Source, processor, settings: dict, num: int = 32) -> list[Example]:
-    """The first good records of a stream, so that what is wrong with all of them is told before the first step."""
+    """The first good records of a stream, so that what is wrong with all of them is told before the
+    first step.
+    """
     good = []
     for example in itertools.islice(passing(source, files_of(expand_path(source.path))), num):
         if isinstance(example, str):

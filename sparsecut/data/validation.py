@@ -1,4 +1,5 @@
-"""Every record of a stage is written and encoded once before the first step, so that nothing of it stops the run later.
+"""Every record of a stage is written and encoded once before the first step, so that nothing of it
+stops the run later.
 
 A record takes about a millisecond, so of large data sets each process checks a share of the records, where there are cores for it.
 """
@@ -15,10 +16,11 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 
-from .native_encoding import encode_batch, num_tokens_about
-from .encoding import check_length, encode, written
 from ..prompts import is_fixed
+from ..schema import UserError
+from .encoding import check_length, encode, written
 from .examples import Example
+from .native_encoding import encode_batch, num_tokens_about
 
 NEAR = 0.5  # of a limit: records this long by estimate are measured
 MANY = 20_000  # records from which on several processes are worth their start
@@ -37,10 +39,12 @@ def check_examples(
     open_pictures: bool = False,
     problems: list[str] | None = None,
 ) -> list[Example]:
-    """The examples that a model can be trained on: all are written once, and with open_pictures every picture is opened.
+    """The examples that a model can be trained on: all are written once, and with open_pictures
+    every picture is opened.
 
-    max_length: cut there; limit: what the language model can take, longer records are refused, and those with more than max_images image
-    tokens. Raises ValueError at the first bad record or, where a list of problems is given, notes a sentence there and leaves it out.
+    max_length: cut there; limit: what the language model can take, longer records are refused, and
+    those with more than max_images image tokens. Raises ValueError at the first bad record or,
+    where a list of problems is given, notes a sentence there and leaves it out.
     """
     good, settings = [], (processor, template, max_length, limit, max_images, open_pictures)
     with closing(_sentences(examples, settings)) as sentences:
@@ -48,7 +52,7 @@ def check_examples(
             if sentence is None:
                 good.append(example)
             elif problems is None:
-                raise ValueError(sentence)
+                raise UserError(sentence)
             else:
                 problems.append(sentence)
     return good
@@ -70,10 +74,13 @@ def _sentences(examples: Sequence[Example], settings: tuple) -> Iterator[str | N
 def _shared_out(examples: Sequence[Example], settings: tuple, num: int) -> Iterator[str | None]:
     """The same by num processes.
 
-    Forked, they see the examples and the tokenizer as they are: nothing is copied or written to a pipe but sentences. They are left to
-    end by themselves, after the chunk at hand: one that is killed while it holds a lock keeps everyone waiting for ever.
+    Forked, they see the examples and the tokenizer as they are: nothing is copied or written to a
+    pipe but sentences. They are left to end by themselves, after the chunk at hand: one that is
+    killed while it holds a lock keeps everyone waiting for ever.
     """
-    pool = ProcessPoolExecutor(num, multiprocessing.get_context("fork"), _begin, (examples, settings))
+    pool = ProcessPoolExecutor(
+        num, multiprocessing.get_context("fork"), _begin, (examples, settings)
+    )
     try:
         running: deque = deque()
         for start in range(0, len(examples), CHUNK):
@@ -84,15 +91,18 @@ def _shared_out(examples: Sequence[Example], settings: tuple, num: int) -> Itera
             yield from running.popleft().result()
     except BrokenProcessPool:
         raise ChildProcessError(
-            f"one of the {num} processes that check {len(examples):,} records was ended from outside, as happens where memory runs out; "
-            "close other programs, or split the data into smaller files"
+            f"one of the {num} processes that check {len(examples):,} records was ended from"
+            " outside, as happens where memory runs out; close other programs, or split the data"
+            " into smaller files"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def num_processes() -> int:
-    """How many processes share the check: this process's cores, divided among the processes that train on this machine."""
+    """How many processes share the check: this process's cores, divided among the processes that
+    train on this machine.
+    """
     if sys.platform != "linux":
         return 1
     return len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -105,7 +115,9 @@ def _begin(examples: Sequence[Example], settings: tuple) -> None:
 
 def _of_chunk(start: int) -> list[str | None]:
     examples, settings = _work
-    return [_sentence(example, settings, first=False) for example in examples[start : start + CHUNK]]
+    return [
+        _sentence(example, settings, first=False) for example in examples[start : start + CHUNK]
+    ]
 
 
 def _sentence(example: Example, settings: tuple, *, first: bool) -> str | None:
@@ -116,11 +128,14 @@ def _sentence(example: Example, settings: tuple, *, first: bool) -> str | None:
     return None
 
 
-def _check(example, processor, template, max_length, limit, max_images, open_pictures: bool, *, first: bool) -> None:
+def _check(
+    example, processor, template, max_length, limit, max_images, open_pictures: bool, *, first: bool
+) -> None:
     """Raise ValueError naming the record that cannot be learned from.
 
-    How many tokens pictures take is known to a base's processor only once it has prepared them, which for all would take as long as
-    an epoch's preparation: the first record and those near a limit are prepared, and the collator refuses what still is too long.
+    How many tokens pictures take is known to a base's processor only once it has prepared them,
+    which for all would take as long as an epoch's preparation: the first record and those near a
+    limit are prepared, and the collator refuses what still is too long.
     """
     bound = min(max_length or math.inf, limit or math.inf)
     if is_fixed(processor):
@@ -128,10 +143,19 @@ def _check(example, processor, template, max_length, limit, max_images, open_pic
         try:
             check_length(ids, processor, None, limit, max_images)
         except ValueError as error:
-            raise ValueError(f"{example.source}: {error}") from None
+            raise UserError(f"{example.source}: {error}") from None
         if open_pictures:
             example.pictures()
     else:
         text, _ = written(example, processor, template)
-        if first or (open_pictures and num_tokens_about(processor, text, example.pictures()) > NEAR * bound):
-            encode_batch([example], processor, template, max_length=max_length, limit=limit, max_images=max_images)
+        if first or (
+            open_pictures and num_tokens_about(processor, text, example.pictures()) > NEAR * bound
+        ):
+            encode_batch(
+                [example],
+                processor,
+                template,
+                max_length=max_length,
+                limit=limit,
+                max_images=max_images,
+            )

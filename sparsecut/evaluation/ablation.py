@@ -1,4 +1,5 @@
-"""What each shortcut of a trained model is good for: answers without it, answers with it alone, and how much it adds.
+"""What each shortcut of a trained model is good for: answers without it, answers with it alone, and
+how much it adds.
 
 A shortcut that is switched off adds zeros; nothing is trained again, so a drop says what the model leans on now, not what another
 model could do without. Two shortcuts that carry the same can each be dropped at no loss.
@@ -14,13 +15,16 @@ from pathlib import Path
 
 import torch
 
-from .evaluator import evaluate
-from ..prompts import inputs_of, render
 from ..data.examples import IMAGE, Example
 from ..data.feature_cache import keys_of, views_of
+from ..prompts import inputs_of, render
+from ..schema import UserError
+from .evaluator import evaluate
 from .statistics import Answers, difference
 
-MEMORY_LIMIT = 2 * 2**30  # bytes of encoder states kept for the evaluations; above it, pictures are encoded every time
+MEMORY_LIMIT = (
+    2 * 2**30
+)  # bytes of encoder states kept for the evaluations; above it, pictures are encoded every time
 
 
 class RememberedStates:
@@ -40,7 +44,9 @@ class RememberedStates:
     @property
     def is_finite(self) -> bool:
         """Whether half precision held every state; above 65,504 it does not."""
-        return all(bool(x.isfinite().all()) for states in self.kept.values() for x in states.values())
+        return all(
+            bool(x.isfinite().all()) for states in self.kept.values() for x in states.values()
+        )
 
     def read(self, example: Example, views: dict[int, int]) -> dict[int, torch.Tensor]:
         """tap -> [pictures of the example, V, N, D]."""
@@ -49,7 +55,9 @@ class RememberedStates:
 
 
 class PairedStates:
-    """The same states, after every picture those of the next one in order of first use, the last one's being the first's."""
+    """The same states, after every picture those of the next one in order of first use, the last
+    one's being the first's.
+    """
 
     def __init__(self, states: RememberedStates):
         names = list(states.kept)
@@ -57,13 +65,17 @@ class PairedStates:
 
     def read(self, example: Example, views: dict[int, int]) -> dict[int, torch.Tensor]:
         """tap -> [2 * pictures of the example, V, N, D]: picture, other picture, picture, ..."""
-        kept = [self.states.kept[name] for key in keys_of(example) for name in (key, self.next[key])]
+        kept = [
+            self.states.kept[name] for key in keys_of(example) for name in (key, self.next[key])
+        ]
         return {tap: torch.stack([one[tap] for one in kept]) for tap in views}
 
 
 @contextmanager
 def shuffled(fusion, i: int) -> Iterator[None]:
-    """Inside the block the fusion takes `PairedStates`, and shortcut i reads the other picture of every pair."""
+    """Inside the block the fusion takes `PairedStates`, and shortcut i reads the other picture of
+    every pair.
+    """
     rest = [j for j in range(len(fusion.plan.shortcuts)) if j != i]
 
     def mix(module, args, output):
@@ -99,39 +111,49 @@ def explain(
     processor,
     examples: Sequence[Example],
     *,
-    out: str | Path | None = None,
     batch_size: int = 64,
     max_new_tokens: int = 16,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict:
-    """Answer all questions with every shortcut, without each, and with each alone beside the input; measure what each adds.
+    """Answer all questions with every shortcut, without each, and with each alone beside the input;
+    measure what each adds.
 
-    The input is the first shortcut into layer 0, which stays on where others are tried alone. Returns "conditions" (name ->
-    accuracy, groups, levels, which shortcuts are off or shuffled, and the paired "difference" from all of them, in shares, with a
-    95 % interval over pictures), "shortcuts" (taps, layer, mix, norms, ratio, cosine, gate) and "plan"; `out` gets it as
-    explain.json, explain.md and explain.html. "shuffled i" feeds shortcut i with another picture, which tells use of its content
-    from use of its presence; it is left out where there is one picture, or states are not kept in memory. Raises ValueError
-    where there are no examples, none has a picture, or the plan has no shortcut besides the input.
+    The input is the first shortcut into layer 0, which stays on where others are tried alone.
+    Returns "conditions" (name -> accuracy, groups, levels, which shortcuts are off or shuffled, and
+    the paired "difference" from all of them, in shares, with a 95 % interval over pictures),
+    "shortcuts" (taps, layer, mix, norms, ratio, cosine, gate) and "plan". "shuffled i" feeds shortcut i with another picture,
+    which tells use of its content from use of its presence; it is left out where there is one
+    picture, or states are not kept in memory. Raises ValueError where there are no examples, none
+    has a picture, or the plan has no shortcut besides the input.
     """
     others = model.fusion.gated
     if not others:
-        raise ValueError(
-            "this model's plan has no shortcut besides the one into the input, so there is nothing to tell apart; give a model with more"
+        raise UserError(
+            "this model's plan has no shortcut besides the one into the input, so there is nothing"
+            " to tell apart; give a model with more"
         )
     if not examples:
-        raise ValueError("there is nothing to ask: the list of examples is empty; give at least one")
+        raise UserError("there is nothing to ask: the list of examples is empty; give at least one")
     if not any(example.images for example in examples):
-        raise ValueError("none of the questions has a picture, so shortcuts add nothing; give questions about pictures")
+        raise UserError(
+            "none of the questions has a picture, so shortcuts add nothing; give questions about"
+            " pictures"
+        )
     with _evaluating(model):
-        found = _explained(model, processor, examples, progress, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    if out is not None:
-        from ..reports.ablation import write_explanation
-
-        write_explanation(found, Path(out))
+        found = _explained(
+            model,
+            processor,
+            examples,
+            progress,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+        )
     return found
 
 
-def _explained(model, processor, examples: Sequence[Example], progress: Callable, **settings) -> dict:
+def _explained(
+    model, processor, examples: Sequence[Example], progress: Callable, **settings
+) -> dict:
     states, runs = _remember(model, processor, examples), conditions_of(model.fusion)
     others = model.fusion.gated if states is not None and len(states.kept) > 1 else []
     swaps = {f"shuffled {i}": i for i in others}
@@ -141,10 +163,19 @@ def _explained(model, processor, examples: Sequence[Example], progress: Callable
             where = Path(folder) / str(number)
             if name in swaps:
                 with shuffled(model.fusion, swaps[name]):
-                    found = evaluate(model, processor, examples, out=where, states=PairedStates(states), **settings)
+                    found = evaluate(
+                        model,
+                        processor,
+                        examples,
+                        out=where,
+                        states=PairedStates(states),
+                        **settings,
+                    )
             else:
                 with model.fusion.switched_off(*runs[name]):
-                    found = evaluate(model, processor, examples, out=where, states=states, **settings)
+                    found = evaluate(
+                        model, processor, examples, out=where, states=states, **settings
+                    )
             lines = (where / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
             results[name], records[name] = found, [json.loads(line) for line in lines]
             progress((number + 1) * len(examples), len(names) * len(examples))
@@ -162,10 +193,14 @@ def _explained(model, processor, examples: Sequence[Example], progress: Callable
 
 
 def conditions_of(fusion) -> dict[str, tuple[int, ...]]:
-    """Name -> shortcuts that are off: nothing, each one, all but one (the input stays), all but the input."""
+    """Name -> shortcuts that are off: nothing, each one, all but one (the input stays), all but the
+    input.
+    """
     others = fusion.gated
     drops = {f"without {i}": (i,) for i in others}
-    alone = {f"only {i}": tuple(j for j in others if j != i) for i in others} if len(others) > 1 else {}
+    alone = (
+        {f"only {i}": tuple(j for j in others if j != i) for i in others} if len(others) > 1 else {}
+    )
     return {"all": (), **drops, **alone, "input only": tuple(others)}
 
 
@@ -192,12 +227,16 @@ def _condition(name: str, off: tuple[int, ...], results: dict, records: dict) ->
 
 
 @torch.inference_mode()
-def measure_additions(model, processor, examples: Sequence[Example], states, batch_size: int = 64) -> list[dict]:
-    """Of every shortcut: taps, layer, mix, gate, and over the pictures' image tokens the mean norm of what it adds after its
-    gate, that of the hidden state it is added to, their ratio, and the cosine between them. gate: the value of a scalar, the mean
-    size of a vector's values, the mean over image tokens of a context gate.
+def measure_additions(
+    model, processor, examples: Sequence[Example], states, batch_size: int = 64
+) -> list[dict]:
+    """Of every shortcut: taps, layer, mix, gate, and over the pictures' image tokens the mean norm
+    of what it adds after its gate, that of the hidden state it is added to, their ratio, and the
+    cosine between them. gate: the value of a scalar, the mean size of a vector's values, the mean
+    over image tokens of a context gate.
 
-    What shortcuts into layer 0 are added to is the input's own features, which themselves are added to nothing.
+    What shortcuts into layer 0 are added to is the input's own features, which themselves are added
+    to nothing.
     """
     fusion, shortcuts = model.fusion, model.plan.shortcuts
     first = list({tuple(keys_of(e)): e for e in examples if e.images}.values())
@@ -222,23 +261,33 @@ def measure_additions(model, processor, examples: Sequence[Example], states, bat
 
 
 def _encoded(model, processor, chunk: Sequence[Example], states) -> tuple[list, list]:
-    """Of every shortcut: what it alone adds, [P, N', H], and the hidden states that it is added to, [P * N', H]."""
+    """Of every shortcut: what it alone adds, [P, N', H], and the hidden states that it is added to,
+    [P * N', H].
+    """
     fusion, views = model.fusion, views_of(model.plan, model.config.vision_depth)
     if states is None:
-        kept = model.encode(processor.pixels([p for e in chunk for p in e.pictures()]).to(model.device))
+        kept = model.encode(
+            processor.pixels([p for e in chunk for p in e.pictures()]).to(model.device)
+        )
     else:
         read = [states.read(e, views) for e in chunk]
         kept = {tap: torch.cat([one[tap] for one in read]).to(model.device) for tap in views}
     added = [_alone(fusion, i, kept) for i in range(len(model.plan.shortcuts))]
-    inputs = inputs_of(model, processor, [render(processor, _asked(e, processor)) for e in chunk], None)
-    hidden = model(**inputs, vision_states=kept, output_hidden_states=True, use_cache=False).hidden_states
+    inputs = inputs_of(
+        model, processor, [render(processor, _asked(e, processor)) for e in chunk], None
+    )
+    hidden = model(
+        **inputs, vision_states=kept, output_hidden_states=True, use_cache=False
+    ).hidden_states
     mask = inputs["input_ids"] == model.config.image_token_id
     into = added[fusion.main].flatten(0, 1)
     return added, [hidden[s.layer][mask] if s.layer else into for s in model.plan.shortcuts]
 
 
 def _riding(model, processor, chunk: Sequence[Example], states) -> tuple[list, list]:
-    """The same of an upgraded model, read during its base's own forward, [tokens, 1, H]; the input's own are in the hidden states."""
+    """The same of an upgraded model, read during its base's own forward, [tokens, 1, H]; the
+    input's own are in the hidden states.
+    """
     fusion, found, own = model.fusion, {}, model.fusion.forward
 
     def forward(*, grains):
@@ -256,26 +305,38 @@ def _riding(model, processor, chunk: Sequence[Example], states) -> tuple[list, l
         del fusion.forward
     mask = inputs["input_ids"] == model.config.image_token_id
     found[fusion.main] = hidden[0][mask].unsqueeze(1)
-    return [found[i] for i in range(len(found))], [hidden[s.layer][mask] for s in model.plan.shortcuts]
+    return [found[i] for i in range(len(found))], [
+        hidden[s.layer][mask] for s in model.plan.shortcuts
+    ]
 
 
 def _alone(fusion, i: int, kept: dict) -> torch.Tensor:
-    """What shortcut i gives, [P, N', H], or [P, N', S * H] under context gates: the output of its layer with all others off."""
+    """What shortcut i gives, [P, N', H], or [P, N', S * H] under context gates: the output of its
+    layer with all others off.
+    """
     layer = fusion.plan.shortcuts[i].layer
     with fusion.switched_off(*(j for j in range(len(fusion.plan.shortcuts)) if j != i)):
         return fusion(kept)[layer]
 
 
-def _after_context(fusion, layer: int, z: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(what is added [P * N', H], context gate at each token); other layers' features are added as they are."""
+def _after_context(
+    fusion, layer: int, z: torch.Tensor, hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what is added [P * N', H], context gate at each token); other layers' features are added as
+    they are.
+    """
     if str(layer) not in fusion.context:
         return z, torch.ones(len(z), device=z.device)
-    added = fusion.context[str(layer)](hidden, z)  # a gate depends on its own shortcut's features; the others are zeros
+    added = fusion.context[str(layer)](
+        hidden, z
+    )  # a gate depends on its own shortcut's features; the others are zeros
     return added, added.norm(dim=-1) / z.norm(dim=-1).clamp(min=1e-12)
 
 
 def _asked(example: Example, processor) -> list[dict]:
-    turns = example.messages[:-1] if example.messages[-1]["role"] == "assistant" else example.messages
+    turns = (
+        example.messages[:-1] if example.messages[-1]["role"] == "assistant" else example.messages
+    )
     return [{**m, "content": m["content"].replace(IMAGE, processor.image_token)} for m in turns]
 
 
@@ -287,4 +348,9 @@ def _facts(fusion, i: int, shortcut, sums: list[float]) -> dict:
     facts = {**plain, "grain": shortcut.grain, "gate": gate, "norm": norm / count}
     if i == fusion.main:
         return {**facts, "hidden_norm": None, "ratio": None, "cosine": None}
-    return {**facts, "hidden_norm": hidden / count, "ratio": norm / max(hidden, 1e-12), "cosine": cosine / count}
+    return {
+        **facts,
+        "hidden_norm": hidden / count,
+        "ratio": norm / max(hidden, 1e-12),
+        "cosine": cosine / count,
+    }

@@ -1,4 +1,5 @@
-"""How often a model answers right: greedy answers to every question of a file, scored and kept beside their settings.
+"""How often a model answers right: greedy answers to every question of a file, scored and kept
+beside their settings.
 
 An interrupted run goes on where it stopped (eval_folder.py).
 """
@@ -19,15 +20,24 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import BatchFeature
 
 from .. import __version__
-from .output_dir import PREDICTIONS, RESULT, answered, open_run, write_json, write_lines
-from ..fingerprint import weights_hash
-from ..plan import nearest
-from ..prompts import check_length, decode, greedy, inputs_of, is_fixed, prepared, render, template_of
 from ..config.recipe import Recipe
-from ..data.examples import IMAGE, Example, read_source
-from .scoring import METRICS, scores
-from ..data.feature_cache import views_of
 from ..config.yaml_io import expand_path
+from ..data.examples import IMAGE, Example, read_source
+from ..data.feature_cache import views_of
+from ..fingerprint import weights_hash
+from ..prompts import (
+    check_length,
+    decode,
+    greedy,
+    inputs_of,
+    is_fixed,
+    prepared,
+    render,
+    template_of,
+)
+from ..schema import UserError, nearest
+from .output_dir import PREDICTIONS, RESULT, answered, open_run, write_json, write_lines
+from .scoring import METRICS, scores
 
 
 @torch.inference_mode()
@@ -45,14 +55,17 @@ def evaluate(
     workers: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict:
-    """Ask the model every example's last question and compare with the last assistant turn; earlier turns are context.
+    """Ask the model every example's last question and compare with the last assistant turn; earlier
+    turns are context.
 
-    Returns accuracy (share right, with count and 95 % Wilson interval), the same per group and per level where examples
-    name them, the mean over levels, decoding settings, prompt template, versions and seconds; written to `out` together with
-    the predictions. metric: None keeps the answers without judging them. resume: keep the answers that `out` has for the same
-    settings and prompts; False starts over. states: kept states of the examples' pictures (`states.VisionStates`), read instead of
-    running the encoder. workers: processes that prepare pictures while the model answers; worth it where a GPU would wait for them.
-    Raises ValueError for a missing picture, a prompt that is too long, or an `out` made with other settings.
+    Returns accuracy (share right, with count and 95 % Wilson interval), the same per group and per
+    level where examples name them, the mean over levels, decoding settings, prompt template,
+    versions and seconds; written to `out` together with the predictions. metric: None keeps the
+    answers without judging them. resume: keep the answers that `out` has for the same settings and
+    prompts; False starts over. states: kept states of the examples' pictures
+    (`states.VisionStates`), read instead of running the encoder. workers: processes that prepare
+    pictures while the model answers; worth it where a GPU would wait for them. Raises ValueError
+    for a missing picture, a prompt that is too long, or an `out` made with other settings.
     """
     began = time.perf_counter()
     _check(examples, batch_size, max_new_tokens, metric, workers)
@@ -62,13 +75,19 @@ def evaluate(
     if out is not None:
         open_run(Path(out), settings, records, resume)
     todo = [i for i, record in enumerate(records) if record["prediction"] is None]
-    todo.sort(key=lambda i: -lengths[i])  # equal lengths together, and the longest first: memory fails early or never
+    todo.sort(
+        key=lambda i: -lengths[i]
+    )  # equal lengths together, and the longest first: memory fails early or never
     progress(len(records) - len(todo), len(records))
     config = greedy(model.eval(), max_new_tokens)
     chunks = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
-    asked = [([records[i]["prompt"] for i in chunk], [examples[i] for i in chunk]) for chunk in chunks]
+    asked = [
+        ([records[i]["prompt"] for i in chunk], [examples[i] for i in chunk]) for chunk in chunks
+    ]
     done = len(records) - len(todo)
-    for chunk, inputs in zip(chunks, _prepared(model, processor, asked, states, workers), strict=True):
+    for chunk, inputs in zip(
+        chunks, _prepared(model, processor, asked, states, workers), strict=True
+    ):
         _check_lengths(model, processor, inputs, [examples[i] for i in chunk], max_new_tokens)
         answers = decode(processor, inputs, model.generate(**inputs, generation_config=config))
         for i, answer in zip(chunk, answers, strict=True):
@@ -94,9 +113,17 @@ def evaluate(
 
 
 def evaluate_recipe(
-    recipe: Recipe, model, processor, *, resume: bool = False, states=None, progress=lambda done, total: None
+    recipe: Recipe,
+    model,
+    processor,
+    *,
+    resume: bool = False,
+    states=None,
+    progress=lambda done, total: None,
 ) -> dict:
-    """Ask what a recipe's `evaluate` names, into its output folder's eval/; the result of `evaluate`."""
+    """Ask what a recipe's `evaluate` names, into its output folder's eval/; the result of
+    `evaluate`.
+    """
     asked = recipe.evaluate
     return evaluate(
         model,
@@ -114,12 +141,16 @@ def evaluate_recipe(
 def evaluation_examples(recipe: Recipe) -> list[Example]:
     """What a recipe's `evaluate` asks; nothing where it has none."""
     return [
-        example for source in (recipe.evaluate.data if recipe.evaluate else ()) for example in read_source(source, [])
+        example
+        for source in (recipe.evaluate.data if recipe.evaluate else ())
+        for example in read_source(source, [])
     ]
 
 
 class Batches(Dataset):
-    """Model inputs of batches of (prompts, examples), prepared when they are asked for, in whatever process."""
+    """Model inputs of batches of (prompts, examples), prepared when they are asked for, in whatever
+    process.
+    """
 
     def __init__(self, processor, asked: list[tuple[list[str], list[Example]]]):
         self.processor, self.asked = processor, asked
@@ -133,18 +164,26 @@ class Batches(Dataset):
 
 
 def _prepared(model, processor, asked: list[tuple], states, workers: int) -> Iterator[dict]:
-    """What `generate` takes of each batch, on the model's device, in order; of kept states their features in place of pixels."""
+    """What `generate` takes of each batch, on the model's device, in order; of kept states their
+    features in place of pixels.
+    """
     if states is not None and hasattr(model, "family"):
-        raise ValueError("states of an upgraded model's encoder cannot be kept; ask it without states")
+        raise UserError(
+            "states of an upgraded model's encoder cannot be kept; ask it without states"
+        )
     if states is not None:
         yield from (_from_states(model, processor, *batch, states) for batch in asked)
         return
     batches = Batches(processor, asked)
     try:
-        for inputs in DataLoader(batches, None, num_workers=workers, worker_init_fn=_alone) if workers else batches:
+        for inputs in (
+            DataLoader(batches, None, num_workers=workers, worker_init_fn=_alone)
+            if workers
+            else batches
+        ):
             yield BatchFeature(inputs).to(model.device)
     except ValueError as error:  # a DataLoader puts the trace of its worker around it
-        raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from None
+        raise UserError(str(error).rpartition("ValueError: ")[2].strip()) from None
 
 
 def _alone(worker: int) -> None:
@@ -159,21 +198,29 @@ def _from_states(model, processor, prompts: list[str], examples: list[Example], 
     views = views_of(model.plan, model.config.vision_depth)
     kept = [states.read(example, views) for example in examples if example.images]
     together = {tap: torch.cat([one[tap] for one in kept]).to(model.device) for tap in views}
-    return {**inputs, "mm_encoder_outputs": {"image": model.get_image_features(vision_states=together)}}
+    return {
+        **inputs,
+        "mm_encoder_outputs": {"image": model.get_image_features(vision_states=together)},
+    }
 
 
-def _check(examples, batch_size: int, max_new_tokens: int, metric: str | None, workers: int) -> None:
+def _check(
+    examples, batch_size: int, max_new_tokens: int, metric: str | None, workers: int
+) -> None:
     if metric is not None and metric not in METRICS:
-        raise ValueError(f"metric {metric!r} is not known{nearest(metric, METRICS)}; allowed are {', '.join(METRICS)}")
+        raise UserError(
+            f"metric {metric!r} is not known{nearest(metric, METRICS)}; allowed are"
+            f" {', '.join(METRICS)}"
+        )
     for name, value, least in (
         ("batch_size", batch_size, 1),
         ("max_new_tokens", max_new_tokens, 1),
         ("workers", workers, 0),
     ):
         if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}")
+            raise UserError(f"{name} is {value!r}, but must be a whole number of at least {least}")
     if not examples:
-        raise ValueError("there is nothing to ask: the list of examples is empty; give at least one")
+        raise UserError("there is nothing to ask: the list of examples is empty; give at least one")
     for example in examples:
         example.check_pictures()
 
@@ -182,7 +229,9 @@ def _question(example: Example, processor) -> dict:
     """The line of predictions.jsonl for an example, its answer still open."""
     *asked, answer = example.messages
     turns = [{**m, "content": m["content"].replace(IMAGE, processor.image_token)} for m in asked]
-    names = [i if isinstance(i, str) else "sha1:" + hashlib.sha1(i).hexdigest() for i in example.images]
+    names = [
+        i if isinstance(i, str) else "sha1:" + hashlib.sha1(i).hexdigest() for i in example.images
+    ]
     return {
         "id": example.id,
         "prompt": render(processor, turns),
@@ -196,9 +245,11 @@ def _question(example: Example, processor) -> dict:
 
 
 def _lengths(model, processor, examples, records, max_new_tokens: int) -> list[int]:
-    """Tokens of every prompt, pictures included; ValueError for one that does not fit the language model.
+    """Tokens of every prompt, pictures included; ValueError for one that does not fit the language
+    model.
 
-    Where only the processor's call knows what a picture takes, one token stands for each, and `_check_lengths` looks later.
+    Where only the processor's call knows what a picture takes, one token stands for each, and
+    `_check_lengths` looks later.
     """
     texts = processor.tokenizer([record["prompt"] for record in records])["input_ids"]
     more = processor.num_image_tokens - 1 if is_fixed(processor) else 0
@@ -210,7 +261,9 @@ def _lengths(model, processor, examples, records, max_new_tokens: int) -> list[i
 
 def _check_lengths(model, processor, inputs: dict, examples, max_new_tokens: int) -> None:
     if not is_fixed(processor):
-        for length, example in zip(inputs["attention_mask"].sum(-1).tolist(), examples, strict=True):
+        for length, example in zip(
+            inputs["attention_mask"].sum(-1).tolist(), examples, strict=True
+        ):
             _check_length(model, length, example, max_new_tokens)
 
 
@@ -225,7 +278,12 @@ def settings_of(model, processor, max_new_tokens: int, metric: str | None) -> di
     decoding.pop("transformers_version", None)
     return {
         "metric": metric,
-        "decoding": {**decoding, "do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens},
+        "decoding": {
+            **decoding,
+            "do_sample": False,
+            "num_beams": 1,
+            "max_new_tokens": max_new_tokens,
+        },
         "prompt_template": template_of(processor),
         "views": _views(processor),
         "weights": weights_hash(model),
@@ -233,11 +291,21 @@ def settings_of(model, processor, max_new_tokens: int, metric: str | None) -> di
 
 
 def _views(processor) -> dict:
-    """What becomes of pictures: our settings, or the base's own processor by name and a hash of all its settings."""
+    """What becomes of pictures: our settings, or the base's own processor by name and a hash of all
+    its settings.
+    """
     if is_fixed(processor):
-        return {name: getattr(processor, name) for name in ("image_size", "tiles", "coarse", "num_image_tokens")}
-    settings = {**processor.image_processor.to_dict(), "tokens": getattr(processor, "image_seq_length", None)}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return {
+            name: getattr(processor, name)
+            for name in ("image_size", "tiles", "coarse", "num_image_tokens")
+        }
+    settings = {
+        **processor.image_processor.to_dict(),
+        "tokens": getattr(processor, "image_seq_length", None),
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[
+        :16
+    ]
     return {
         "processor": type(processor).__name__,
         "settings": digest,

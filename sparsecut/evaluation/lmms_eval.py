@@ -1,4 +1,5 @@
-"""Our models in lmms-eval: `python -m lmms_eval --model sparsecut --model_args pretrained=DIR --tasks ...`.
+"""Our models in lmms-eval: `python -m lmms_eval --model sparsecut --model_args pretrained=DIR
+--tasks ...`.
 
 The harness finds `manifest` by the entry point group `lmms_eval.models`. `SparseCut` answers its chat messages, and
 `SparseCutSimple` (--force_simple) its older form of text and pictures, which tasks that score given choices need. Both
@@ -18,6 +19,7 @@ from PIL import Image
 from ..building import load
 from ..chat import open_picture
 from ..prompts import check_length, decode, greedy, inputs_of, render
+from ..schema import UserError
 
 LOG = logging.getLogger(__name__)
 SETTINGS = ("max_new_tokens", "until", "do_sample", "temperature", "top_p", "num_beams")
@@ -34,9 +36,10 @@ def manifest():
 class Adapter:
     """Requests of the harness to answers of a saved model.
 
-    pretrained: its folder or hub name. batch_size: requests answered at once. device: as cpu or cuda:0; by default the accelerator, of
-    several processes each its own. max_new_tokens: longest answer where a task asks for longer ones, or names no length. dtype: of
-    the weights, as bfloat16; by default as saved.
+    pretrained: its folder or hub name. batch_size: requests answered at once. device: as cpu or
+    cuda:0; by default the accelerator, of several processes each its own. max_new_tokens: longest
+    answer where a task asks for longer ones, or names no length. dtype: of the weights, as
+    bfloat16; by default as saved.
     """
 
     def __init__(
@@ -52,13 +55,17 @@ class Adapter:
         self.batch_size = _whole("batch_size", batch_size)
         self.max_new_tokens = _whole("max_new_tokens", max_new_tokens)
         if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype is {dtype!r}, but must be a number format, as float32, bfloat16 or float16")
+            raise UserError(
+                f"dtype is {dtype!r}, but must be a number format, as float32, bfloat16 or float16"
+            )
         self.device = torch.device(device or _own_device())
         model, self.processor = load(str(pretrained))
         self.model = model.to(self.device, dtype=dtype and getattr(torch, dtype)).eval()
 
     def generate_until(self, requests: Sequence) -> list[str]:
-        """An answer to every request, in their order; those with equal settings are answered together."""
+        """An answer to every request, in their order; those with equal settings are answered
+        together.
+        """
         asked = [self._asked(request.args) for request in requests]
         groups: dict[str, list[int]] = {}
         for i, (_, _, settings) in enumerate(asked):
@@ -71,7 +78,9 @@ class Adapter:
                 found = self._answers([asked[i] for i in chunk])
                 for i, answer in zip(chunk, found, strict=True):
                     answers[i] = answer
-                    self.cache_hook.add_partial("generate_until", (asked[i][0], asked[i][2]), answer)
+                    self.cache_hook.add_partial(
+                        "generate_until", (asked[i][0], asked[i][2]), answer
+                    )
         return answers
 
     def loglikelihood(self, requests: Sequence) -> list:
@@ -82,28 +91,38 @@ class Adapter:
 
     @torch.inference_mode()
     def losses(self, requests: Sequence) -> list[tuple[float, bool]]:
-        """For every request the mean loss of its continuation's tokens, and whether greedy decoding would write it.
+        """For every request the mean loss of its continuation's tokens, and whether greedy decoding
+        would write it.
 
-        A loss, since the harness takes the choice with the least value, whatever the method's name says.
+        A loss, since the harness takes the choice with the least value, whatever the method's name
+        says.
         """
         asked = [self._asked(request.args) for request in requests]
-        return [self._loss(prompt, pictures, continuation) for prompt, pictures, continuation in asked]
+        return [
+            self._loss(prompt, pictures, continuation) for prompt, pictures, continuation in asked
+        ]
 
     def generate_until_multi_round(self, requests: Sequence) -> list[str]:
         """Refused: no task of several rounds is known to work."""
-        raise ValueError(
-            f"{len(requests)} requests ask in several rounds, which this model does not do in the harness; leave the task out"
+        raise UserError(
+            f"{len(requests)} requests ask in several rounds, which this model does not do in the"
+            " harness; leave the task out"
         )
 
     def _asked(self, args: tuple) -> tuple[str, list[Image.Image], object]:
-        """(prompt, pictures, settings or continuation) of a request's arguments, in either form of the harness."""
-        # The form is seen by what comes second: the harness sends either one to a chat model, depending on how a task was named.
+        """(prompt, pictures, settings or continuation) of a request's arguments, in either form of
+        the harness.
+        """
+        # The form is seen by what comes second: the harness sends either one to a chat model,
+        # depending on how a task was named.
         if callable(args[1]):
             _, to_messages, more, doc_id, task, split = args
             turns = to_messages(self.task_dict[task][split][doc_id])
             messages, pictures = chat_messages(turns, self.processor.image_token)
         else:
-            text, more, show, doc_id, task, split = args if len(args) > 2 else (*args, None, None, None, None)
+            text, more, show, doc_id, task, split = (
+                args if len(args) > 2 else (*args, None, None, None, None)
+            )
             visuals = (show(self.task_dict[task][split][doc_id]) or []) if show else []
             messages = [simple_message(text, visuals, self.processor.image_token)]
             pictures = [_picture(one) for one in visuals]
@@ -117,34 +136,57 @@ class Adapter:
         for length in inputs["attention_mask"].sum(-1).tolist():
             remedy = "lower it with --model_args ...,max_new_tokens=N"
             check_length(self.model, length, config.max_new_tokens, "a prompt", remedy)
-        found = decode(self.processor, inputs, self.model.generate(**inputs, generation_config=config))
+        found = decode(
+            self.processor, inputs, self.model.generate(**inputs, generation_config=config)
+        )
         return [cut(answer, until) for answer in found]
 
     def _config(self, settings: dict):
-        """The generation settings of a task, and its stop strings; what is not among SETTINGS is named once in the log."""
+        """The generation settings of a task, and its stop strings; what is not among SETTINGS is
+        named once in the log.
+        """
         given = {key: value for key, value in settings.items() if value is not None}
         if ignored := given.keys() - {*SETTINGS, *_IGNORED}:
-            LOG.warning("the task's generation settings %s have no meaning here", ", ".join(sorted(ignored)))
+            LOG.warning(
+                "the task's generation settings %s have no meaning here", ", ".join(sorted(ignored))
+            )
             _IGNORED.update(ignored)
-        config = greedy(self.model, min(int(given.get("max_new_tokens", self.max_new_tokens)), self.max_new_tokens))
+        config = greedy(
+            self.model,
+            min(int(given.get("max_new_tokens", self.max_new_tokens)), self.max_new_tokens),
+        )
         temperature = float(given.get("temperature", 0))
         if given.get("do_sample", temperature > 0):
-            config.update(do_sample=True, temperature=temperature or 1.0, top_p=float(given.get("top_p", 1.0)), top_k=0)
+            config.update(
+                do_sample=True,
+                temperature=temperature or 1.0,
+                top_p=float(given.get("top_p", 1.0)),
+                top_k=0,
+            )
         config.update(num_beams=int(given.get("num_beams", 1)))
         until = given.get("until", ())
         return config, (until,) if isinstance(until, str) else tuple(until)
 
-    def _loss(self, prompt: str, pictures: list[Image.Image], continuation: str) -> tuple[float, bool]:
+    def _loss(
+        self, prompt: str, pictures: list[Image.Image], continuation: str
+    ) -> tuple[float, bool]:
         whole, before = (
-            inputs_of(self.model, self.processor, [text], [pictures]) for text in (prompt + continuation, prompt)
+            inputs_of(self.model, self.processor, [text], [pictures])
+            for text in (prompt + continuation, prompt)
         )
-        check_length(self.model, whole["input_ids"].shape[1], 0, "a prompt with its choice", "leave the task out")
+        check_length(
+            self.model,
+            whole["input_ids"].shape[1],
+            0,
+            "a prompt with its choice",
+            "leave the task out",
+        )
         start = before["input_ids"].shape[1]
         num_new = whole["input_ids"].shape[1] - start
         if num_new < 1 or not torch.equal(whole["input_ids"][:, :start], before["input_ids"]):
-            raise ValueError(
-                f"the choice {continuation!r} runs into the last token of its prompt, so it has no loss of its own; give the task a "
-                'target_delimiter, as " "'
+            raise UserError(
+                f"the choice {continuation!r} runs into the last token of its prompt, so it has no"
+                ' loss of its own; give the task a target_delimiter, as " "'
             )
         logits = self.model(**whole).logits[0, -num_new - 1 : -1].float()
         ids = whole["input_ids"][0, -num_new:]
@@ -156,17 +198,22 @@ _IGNORED: set[str] = set()
 
 
 def simple_message(text: str, visuals: Sequence, token: str) -> dict:
-    """A user's turn of a text and pictures, which come first where the text does not say where they stand."""
+    """A user's turn of a text and pictures, which come first where the text does not say where they
+    stand.
+    """
     count = text.count(token)
     if count not in (0, len(visuals)):
-        raise ValueError(
-            f"a question has {count} {token} but {len(visuals)} pictures; the task must write one where each stands, or none"
+        raise UserError(
+            f"a question has {count} {token} but {len(visuals)} pictures; the task must write one"
+            " where each stands, or none"
         )
     return {"role": "user", "content": text if count else f"{token}\n" * len(visuals) + text}
 
 
 def chat_messages(turns: Sequence[dict], token: str) -> tuple[list[dict], list[Image.Image]]:
-    """The harness's turns as ours, a placeholder on a line of its own for every picture, and the pictures in order."""
+    """The harness's turns as ours, a placeholder on a line of its own for every picture, and the
+    pictures in order.
+    """
     messages, pictures = [], []
     for turn in turns:
         parts = turn["content"]
@@ -175,15 +222,19 @@ def chat_messages(turns: Sequence[dict], token: str) -> tuple[list[dict], list[I
         for i, part in enumerate(parts):
             if part["type"] == "text":
                 if token in part["text"]:
-                    raise ValueError(
-                        f"a question's text holds {token}, the model's mark for a picture; change the task"
+                    raise UserError(
+                        f"a question's text holds {token}, the model's mark for a picture; change"
+                        " the task"
                     )
                 text += part["text"]
             elif part["type"] == "image":
                 pictures.append(_picture(part["url"]))
                 text += token + "\n" * (i + 1 < len(parts))
             else:
-                raise ValueError(f"a question holds {part['type']}, but these models take texts and pictures only")
+                raise UserError(
+                    f"a question holds {part['type']}, but these models take texts and pictures"
+                    " only"
+                )
         messages.append({"role": turn["role"], "content": text})
     return messages, pictures
 
@@ -196,15 +247,16 @@ def cut(answer: str, until: Sequence[str]) -> str:
 
 def _picture(visual) -> Image.Image:
     if not isinstance(visual, Image.Image | str):
-        raise ValueError(
-            f"a question shows {type(visual).__name__}, but these models take pictures only; leave the task out"
+        raise UserError(
+            f"a question shows {type(visual).__name__}, but these models take pictures only; leave"
+            " the task out"
         )
     return open_picture(visual)
 
 
 def _whole(name: str, value) -> int:
     if not str(value).isdigit() or int(value) < 1:
-        raise ValueError(f"{name} is {value!r}, but must be a whole number of at least 1")
+        raise UserError(f"{name} is {value!r}, but must be a whole number of at least 1")
     return int(value)
 
 
@@ -219,5 +271,7 @@ def __getattr__(name: str) -> type | Callable:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from lmms_eval.api.model import lmms
 
-    globals()[name] = type(name, (Adapter, lmms), {"is_simple": CLASSES[name], "__doc__": Adapter.__doc__})
+    globals()[name] = type(
+        name, (Adapter, lmms), {"is_simple": CLASSES[name], "__doc__": Adapter.__doc__}
+    )
     return globals()[name]

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..schema import UserError
 from .scoring import METRICS
 
 SETTINGS, PREDICTIONS, RESULT = "settings.json", "predictions.jsonl", "result.json"
@@ -18,20 +19,26 @@ SETTINGS, PREDICTIONS, RESULT = "settings.json", "predictions.jsonl", "result.js
 
 def answered(record: dict, answer: str, metric: str | None) -> dict:
     """A record's answer, and whether it is right by a metric; None judges nothing."""
-    return {"prediction": answer, "correct": METRICS[metric](answer, record["reference"]) if metric else None}
+    return {
+        "prediction": answer,
+        "correct": METRICS[metric](answer, record["reference"]) if metric else None,
+    }
 
 
 def open_run(out: Path, settings: dict, records: list[dict], resume: bool) -> None:
-    """Take over the answers that `out` has for these records, or begin there; ValueError where it holds another run."""
+    """Take over the answers that `out` has for these records, or begin there; ValueError where it
+    holds another run.
+    """
     file = out / PREDICTIONS
     if resume and file.is_file():
         _compare(out, settings)
         old = {_key(line): line for line in read_lines(file)}
         unknown = set(old) - {_key(record) for record in records}
         if unknown:
-            raise ValueError(
-                f"{file} holds {len(unknown)} answers to questions that are not asked now, such as {min(unknown)[0]!r}; "
-                "give another output folder, ask the same questions, or start over (--fresh, resume=False)"
+            raise UserError(
+                f"{file} holds {len(unknown)} answers to questions that are not asked now, such as"
+                f" {min(unknown)[0]!r}; give another output folder, ask the same questions, or"
+                " start over (--fresh, resume=False)"
             )
         for record in records:
             if _key(record) in old:
@@ -49,10 +56,13 @@ def _compare(out: Path, settings: dict) -> None:
     now = _flat(json.loads(json.dumps(settings)))
     differing = [name for name in {**now, **then} if then.get(name) != now.get(name)]
     if differing:
-        told = [f"{n} ({then.get(n)!r} then, {now.get(n)!r} now)" if n != "prompt_template" else n for n in differing]
-        raise ValueError(
-            f"{out} holds answers made with another {' and another '.join(told)}; give another output folder, use the settings of "
-            "then, or start over (--fresh, resume=False)"
+        told = [
+            f"{n} ({then.get(n)!r} then, {now.get(n)!r} now)" if n != "prompt_template" else n
+            for n in differing
+        ]
+        raise UserError(
+            f"{out} holds answers made with another {' and another '.join(told)}; give another"
+            " output folder, use the settings of then, or start over (--fresh, resume=False)"
         )
 
 
@@ -69,12 +79,15 @@ def read_lines(file: Path) -> list[dict]:
     """Records of a JSON Lines file; a last line that an interruption cut short is left out."""
     lines = file.read_bytes().split(b"\n")
     records = []
-    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line end is nothing, or half a line
+    for number, line in enumerate(
+        lines[:-1], start=1
+    ):  # what follows the last line end is nothing, or half a line
         try:
             records.append(json.loads(line))
         except ValueError:
-            raise ValueError(
-                f"{file} line {number} is not JSON; remove it, or start over (--fresh, resume=False)"
+            raise UserError(
+                f"{file} line {number} is not JSON; remove it, or start over (--fresh,"
+                " resume=False)"
             ) from None
     return records
 
@@ -86,7 +99,8 @@ def write_lines(file: Path, records: Sequence[dict], mode: str) -> None:
         with file.open("a", encoding="utf-8") as lines:
             lines.write(text)
         return
-    # Replaced at once, so that an interruption leaves the old file or the new one, and two processes do not meet.
+    # Replaced at once, so that an interruption leaves the old file or the new one, and two
+    # processes do not meet.
     part = file.with_suffix(f".{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(file)

@@ -9,7 +9,9 @@ Z95 = 1.959964  # two-sided 95 % of the normal distribution
 
 
 def normal(text: str) -> str:
-    """What exact match compares: outer blanks, letter case and one full stop at the end do not count."""
+    """What exact match compares: outer blanks, letter case and one full stop at the end do not
+    count.
+    """
     return text.strip().casefold().removesuffix(".").rstrip()
 
 
@@ -26,7 +28,9 @@ def scores(records: Sequence[dict]) -> dict:
     result = share([r["correct"] for r in records])
     for name in ("group", "level"):
         names = sorted({r[name] for r in records if r[name] is not None})
-        result[f"{name}s"] = {n: share([r["correct"] for r in records if r[name] == n]) for n in names}
+        result[f"{name}s"] = {
+            n: share([r["correct"] for r in records if r[name] == n]) for n in names
+        }
     levels = [level["accuracy"] for level in result["levels"].values()]
     return {**result, "mean_over_levels": sum(levels) / len(levels) if levels else None}
 
@@ -48,11 +52,16 @@ def wilson(correct: int, total: int) -> list[float]:
     centre, scale = p + z2 / (2 * total), 1 + z2 / total
     half = Z95 * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
     low, high = (centre - half) / scale, (centre + half) / scale
-    return [low if correct else 0.0, high if correct < total else 1.0]  # exact where rounding would not be
+    return [
+        low if correct else 0.0,
+        high if correct < total else 1.0,
+    ]  # exact where rounding would not be
 
 
 def table(result: dict) -> str:
-    """A result as lines of text: overall, then levels, then groups, in per cent with counts and intervals."""
+    """A result as lines of text: overall, then levels, then groups, in per cent with counts and
+    intervals.
+    """
     rows = [("all", result)]
     rows += [(f"level {name}", row) for name, row in result["levels"].items()]
     rows += [(f"group {name}", row) for name, row in result["groups"].items()]
@@ -61,7 +70,8 @@ def table(result: dict) -> str:
     for name, row in rows:
         low, high = (100 * bound for bound in row["interval"])
         lines.append(
-            f"{name:{width}}   {100 * row['accuracy']:5.1f} %  {row['num_correct']:6} /{row['num_examples']:6}    {low:.1f} to {high:.1f}"
+            f"{name:{width}}   {100 * row['accuracy']:5.1f} %  {row['num_correct']:6}"
+            f" /{row['num_examples']:6}    {low:.1f} to {high:.1f}"
         )
     if result["mean_over_levels"] is not None:
         lines.append(f"{'mean over levels':{width}}   {100 * result['mean_over_levels']:5.1f} %")

@@ -1,4 +1,6 @@
-"""Finished evaluations side by side: one table, paired differences over the same items, and the items on which they differ."""
+"""Finished evaluations side by side: one table, paired differences over the same items, and the
+items on which they differ.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..data.images import Pictures
-from ..plan import Plan
-from ..evaluation.statistics import Answers, Contrast, difference, interval, seed_spread
 from ..config.yaml_io import expand_path, read_yaml
+from ..data.images import Pictures
+from ..evaluation.statistics import Answers, Contrast, difference, interval, seed_spread
+from ..plan import Plan
+from ..schema import UserError
 
 RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
 
@@ -19,8 +22,8 @@ RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
 class Compared:
     """One name in a comparison: its evaluations by seed, and what is known of its model.
 
-    folders: seed -> folder with result.json and predictions.jsonl. records: seed -> lines of the latter. plan, depths and cost are None
-    where no saved model lies beside the evaluation.
+    folders: seed -> folder with result.json and predictions.jsonl. records: seed -> lines of the
+    latter. plan, depths and cost are None where no saved model lies beside the evaluation.
     """
 
     name: str
@@ -38,10 +41,12 @@ class Compared:
 
 
 def read_runs(named: Sequence[str]) -> list[Compared]:
-    """Runs as typed: a folder, or NAME=FOLDER; folders of one name are seeds of one arm. The first is the baseline.
+    """Runs as typed: a folder, or NAME=FOLDER; folders of one name are seeds of one arm. The first
+    is the baseline.
 
-    A folder is an evaluation's (`--out` of eval), or a training run's, which holds `eval`. Raises ValueError for folders
-    without a finished evaluation, for fewer than two names, and where different questions were asked.
+    A folder is an evaluation's (`--out` of eval), or a training run's, which holds `eval`. Raises
+    ValueError for folders without a finished evaluation, for fewer than two names, and where
+    different questions were asked.
     """
     found: dict[str, Compared] = {}
     for name, path in _names(named):
@@ -57,18 +62,21 @@ def read_runs(named: Sequence[str]) -> list[Compared]:
             run.plan, run.depths, run.cost = _model_facts(folder, run.results[seed].get("model"))
     runs = list(found.values())
     if len(runs) < 2:
-        raise ValueError(
-            f"a comparison needs two runs or more, but {len(runs)} was named; name another, as a=runs/a b=runs/b"
+        raise UserError(
+            f"a comparison needs two runs or more, but {len(runs)} was named; name another, as"
+            " a=runs/a b=runs/b"
         )
     _check_same(runs)
     return runs
 
 
 def figures(runs: Sequence[Compared], *, num_items: int = 24) -> dict:
-    """All figures of a comparison as plain values: shares with intervals, differences from the first run, kinds, cost, items.
+    """All figures of a comparison as plain values: shares with intervals, differences from the
+    first run, kinds, cost, items.
 
-    Intervals of differences are corrected for the number of them. items: at most num_items on which the runs differ, those where the
-    baseline alone is wrong and those where it alone is right in turn.
+    Intervals of differences are corrected for the number of them. items: at most num_items on which
+    the runs differ, those where the baseline alone is wrong and those where it alone is right in
+    turn.
     """
     answers = {run.name: run.answers for run in runs}
     base, *others = runs
@@ -81,7 +89,12 @@ def figures(runs: Sequence[Compared], *, num_items: int = 24) -> dict:
         if run is not base:
             more = {"comparisons": len(others), "spread": spread if common else None}
             row["difference"] = _plain(difference(paired[run.name], paired[base.name], **more))
-        row |= {"kinds": _kinds(run), "plan": run.plan and run.plan.to_dict(), "depths": run.depths, "cost": run.cost}
+        row |= {
+            "kinds": _kinds(run),
+            "plan": run.plan and run.plan.to_dict(),
+            "depths": run.depths,
+            "cost": run.cost,
+        }
         row["folders"] = {str(seed): str(folder) for seed, folder in run.folders.items()}
         rows[run.name] = row
     return {
@@ -89,7 +102,9 @@ def figures(runs: Sequence[Compared], *, num_items: int = 24) -> dict:
         "num_questions": len(next(iter(base.records.values()))),
         "runs": rows,
         "items": _items(runs, num_items),
-        "num_differing": sum(len({_rights(run, i) for run in runs}) > 1 for i in range(len(answers[base.name].ids))),
+        "num_differing": sum(
+            len({_rights(run, i) for run in runs}) > 1 for i in range(len(answers[base.name].ids))
+        ),
     }
 
 
@@ -120,7 +135,9 @@ def table(found: dict) -> list[list[str]]:
                 *by_level,
                 f"{100 * gap['average']['value']:+.1f} ({_span(gap['average'])})" if gap else "-",
                 f"{cost['num_image_tokens']:,}" if cost else "-",
-                f"{cost['prefill_total_flops'] / first['prefill_total_flops']:.3f}" if cost else "-",
+                f"{cost['prefill_total_flops'] / first['prefill_total_flops']:.3f}"
+                if cost
+                else "-",
             ]
         )
     return rows
@@ -129,26 +146,39 @@ def table(found: dict) -> list[list[str]]:
 def notes(found: dict) -> list[str]:
     """What a reader must know of the figures, in sentences."""
     lines = [
-        f"{found['num_questions']:,} questions, the same for all; {found['num_differing']:,} of them are not answered alike.",
-        "Intervals: bootstrap over pictures and seeds; differences are paired by question (and seed), and corrected for their number.",
+        (
+            f"{found['num_questions']:,} questions, the same for all; {found['num_differing']:,} of"
+            " them are not answered alike."
+        ),
+        (
+            "Intervals: bootstrap over pictures and seeds; differences are paired by question (and"
+            " seed), and corrected for their number."
+        ),
     ]
     if any(len(row["seeds"]) == 1 for row in found["runs"].values()):
         lines.append(
-            "One seed is one seed: such an interval speaks of the pictures only, another training may differ by more."
+            "One seed is one seed: such an interval speaks of the pictures only, another training"
+            " may differ by more."
         )
     if any(row["cost"] for row in found["runs"].values()):
         lines.append(
-            "Prompt FLOPs: of a prompt with one picture and 64 text tokens, relative to the first run with a saved model."
+            "Prompt FLOPs: of a prompt with one picture and 64 text tokens, relative to the first"
+            " run with a saved model."
         )
     return lines
 
 
 def _names(named: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, folder) of each; a folder without a name is called by what sets its path apart from the others'."""
+    """(name, folder) of each; a folder without a name is called by what sets its path apart from
+    the others'.
+    """
     paths = [Path(text).parts for text in named if "=" not in text]
     shared = min(map(len, paths), default=0) - 1 if len(set(paths)) > 1 else 0
     start = next((i for i in range(shared) if len({path[i] for path in paths}) > 1), max(shared, 0))
-    end = next((i for i in range(shared - start) if len({path[-1 - i] for path in paths}) > 1), max(shared - start, 0))
+    end = next(
+        (i for i in range(shared - start) if len({path[-1 - i] for path in paths}) > 1),
+        max(shared - start, 0),
+    )
     pairs = []
     for text in named:
         name, equals, path = text.partition("=")
@@ -170,7 +200,7 @@ def _evaluation(folder: Path) -> Path:
         if (place / RESULT).is_file() and (place / PREDICTIONS).is_file():
             return place
     unfinished = any((place / PREDICTIONS).is_file() for place in (folder, folder / "eval"))
-    raise ValueError(
+    raise UserError(
         f"{folder} holds no finished evaluation ({RESULT} and {PREDICTIONS})"
         + (", only a begun one: run the same command again, it goes on" if unfinished else "")
         + "; give the folder of `sparsecut eval --out` or of a recipe with `evaluate`"
@@ -182,8 +212,12 @@ def _config(folder: Path) -> dict | None:
     return read_yaml(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
 
 
-def _model_facts(folder: Path, asked: str | None) -> tuple[Plan | None, tuple[int, int] | None, dict | None]:
-    """Plan, depths and counted cost of the model beside an evaluation, or of the one it says it asked, where it is one of ours."""
+def _model_facts(
+    folder: Path, asked: str | None
+) -> tuple[Plan | None, tuple[int, int] | None, dict | None]:
+    """Plan, depths and counted cost of the model beside an evaluation, or of the one it says it
+    asked, where it is one of ours.
+    """
     place = folder.parent / "final"
     if asked and not (place / "config.json").is_file():
         place = Path(asked)
@@ -210,8 +244,9 @@ def _check_same(runs: Sequence[Compared]) -> None:
             ours, theirs = [r["id"] for r in first], [r["id"] for r in records]
             if ours != theirs:
                 only = sorted(set(ours) ^ set(theirs))[:2]
-                raise ValueError(
-                    f"{runs[0].name} and {run.name} were asked different questions ({len(ours)} and {len(theirs)}"
+                raise UserError(
+                    f"{runs[0].name} and {run.name} were asked different questions ({len(ours)} and"
+                    f" {len(theirs)}"
                     + (
                         f", for example {' and '.join(map(str, only))} by one of them alone"
                         if only
@@ -220,13 +255,16 @@ def _check_same(runs: Sequence[Compared]) -> None:
                     + "); evaluate both on the same file"
                 )
             if [r["reference"] for r in first] != [r["reference"] for r in records]:
-                raise ValueError(
-                    f"{runs[0].name} and {run.name} have other references for the same questions; evaluate both again"
+                raise UserError(
+                    f"{runs[0].name} and {run.name} have other references for the same questions;"
+                    " evaluate both again"
                 )
 
 
 def _unseeded(answers: Answers) -> Answers:
-    """Runs of different seeds are paired by question alone: each as one row, the mean of its seeds."""
+    """Runs of different seeds are paired by question alone: each as one row, the mean of its
+    seeds.
+    """
     right = answers.right.mean(0, keepdims=True)
     return Answers(right, answers.picture, answers.level, answers.ids, [0])
 
@@ -261,9 +299,15 @@ def _items(runs: Sequence[Compared], number: int) -> list[dict]:
     chosen = [i for k in range(number) for side in ordered for i in side[k : k + 1]][:number]
     return [
         {
-            **{key: first[i][key] for key in ("id", "prompt", "images", "reference", "group", "level")},
+            **{
+                key: first[i][key]
+                for key in ("id", "prompt", "images", "reference", "group", "level")
+            },
             "answers": {
-                run.name: {str(seed): [r[i]["prediction"], bool(r[i]["correct"])] for seed, r in run.records.items()}
+                run.name: {
+                    str(seed): [r[i]["prediction"], bool(r[i]["correct"])]
+                    for seed, r in run.records.items()
+                }
                 for run in runs
             },
         }
@@ -272,7 +316,9 @@ def _items(runs: Sequence[Compared], number: int) -> list[dict]:
 
 
 def stores(runs: Sequence[Compared], images: str | Path | None = None) -> list[Pictures]:
-    """Where the items' pictures lie: the folder or archive given, or those that the runs' own recipes, or their benchmarks, name."""
+    """Where the items' pictures lie: the folder or archive given, or those that the runs' own
+    recipes, or their benchmarks, name.
+    """
     if images is not None:
         return [Pictures(images)]
     places: dict[str, None] = {}

@@ -1,4 +1,6 @@
-"""Every figure of a study, computed from what its runs left on disk; study_runner.py says what that is."""
+"""Every figure of a study, computed from what its runs left on disk; study_runner.py says what that
+is.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,18 @@ from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
-from ..plan import Plan
-from ..evaluation.statistics import Answers, Contrast, Spread, contrast, difference, interval, seed_spread
 from ..config.yaml_io import read_yaml
+from ..evaluation.statistics import (
+    Answers,
+    Contrast,
+    Spread,
+    contrast,
+    difference,
+    interval,
+    seed_spread,
+)
+from ..plan import Plan
+from ..schema import UserError
 
 SIZES = {"here": "the study's own size", "large": "CLIP-L/336 + 7B"}
 MOST_PAIRED = 16  # arms of the matrix of all pairs: more cannot be read
@@ -17,18 +28,26 @@ ORDER = ("high", "mid", "low")  # of the picture world's levels
 
 
 def figures(folder: Path) -> dict:
-    """Every figure of a study as plain numbers, lists and strings; shares are 0 to 1, times in seconds."""
+    """Every figure of a study as plain numbers, lists and strings; shares are 0 to 1, times in
+    seconds.
+    """
     if not (folder / "study.yaml").is_file():
-        raise ValueError(
-            f"{folder} holds no study.yaml; give the output folder of a study, or run one with `sparsecut study`"
+        raise UserError(
+            f"{folder} holds no study.yaml; give the output folder of a study, or run one with"
+            " `sparsecut study`"
         )
-    study = read_yaml((folder / "study.yaml").read_text(encoding="utf-8"), str(folder / "study.yaml"))
+    study = read_yaml(
+        (folder / "study.yaml").read_text(encoding="utf-8"), str(folder / "study.yaml")
+    )
     budgets = list(study["budgets"])
     main = study.get("main") or budgets[0]
     budgets.sort(key=lambda name: name != main)
     costs = _json(folder / "costs.json") or {}
     answers: dict[str, dict[str, Answers]] = {b: {} for b in budgets}
-    arms = {name: {"family": (study.get("families") or {}).get(name), "results": {}} for name in study["arms"]}
+    arms = {
+        name: {"family": (study.get("families") or {}).get(name), "results": {}}
+        for name in study["arms"]
+    }
     missing, curves = [], {b: {} for b in budgets}
     for budget in budgets:
         for name, arm in arms.items():
@@ -41,10 +60,16 @@ def figures(folder: Path) -> dict:
                 curves[budget][name] = _curve(runs.values())
                 arm.setdefault("facts", _json(next(iter(runs.values())) / "facts.json"))
     for name, arm in arms.items():
-        arm |= _about(arm.pop("facts", None) or {}, costs.get(name) or {}, costs.get(study["baseline"]) or {})
+        arm |= _about(
+            arm.pop("facts", None) or {}, costs.get(name) or {}, costs.get(study["baseline"]) or {}
+        )
         arm["family"] = arm["family"] or _family(arm["plan"])
     known = next((a for of in answers.values() for a in of.values()), None)
-    levels = sorted(known.levels, key=lambda w: (ORDER.index(w) if w in ORDER else 9, w)) if known else []
+    levels = (
+        sorted(known.levels, key=lambda w: (ORDER.index(w) if w in ORDER else 9, w))
+        if known
+        else []
+    )
     found = {
         **{key: study.get(key) for key in ("title", "note", "baseline", "seeds")},
         "main": main,
@@ -75,7 +100,11 @@ def _is_asked(budget: list | dict | None, arm: str, seed: int) -> bool:
 def _runs(folder: Path, seeds: list[int]) -> tuple[dict[int, Path], list[int]]:
     """Folders of finished runs by seed, and the seeds that are missing."""
     needed = ("eval/result.json", "eval/predictions.jsonl", "facts.json")
-    done = {seed: folder / str(seed) for seed in seeds if all((folder / str(seed) / n).is_file() for n in needed)}
+    done = {
+        seed: folder / str(seed)
+        for seed in seeds
+        if all((folder / str(seed) / n).is_file() for n in needed)
+    }
     return done, [seed for seed in seeds if seed not in done]
 
 
@@ -84,14 +113,20 @@ def _json(path: Path):
 
 
 def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.is_file()
+        else []
+    )
 
 
 def _answers(runs: dict[int, Path], folder: Path) -> Answers:
     try:
-        return Answers.from_records({seed: _lines(run / "eval" / "predictions.jsonl") for seed, run in runs.items()})
+        return Answers.from_records(
+            {seed: _lines(run / "eval" / "predictions.jsonl") for seed, run in runs.items()}
+        )
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        raise UserError(f"{folder}: {error}") from None
 
 
 def _result(runs: dict[int, Path], answers: Answers) -> dict:
@@ -121,13 +156,21 @@ def _curve(runs) -> list[list[float]]:
     """(step, loss) of the last stage, mean over the runs that logged the step."""
     losses: dict[int, list[float]] = {}
     for run in runs:
-        config = read_yaml((run / "config.yaml").read_text(), "config.yaml") if (run / "config.yaml").is_file() else {}
+        config = (
+            read_yaml((run / "config.yaml").read_text(), "config.yaml")
+            if (run / "config.yaml").is_file()
+            else {}
+        )
         stages = [stage["name"] for stage in config.get("stages", [])] or ["tune"]
         for line in _lines(run / stages[-1] / "log.jsonl"):
             if line.get("loss") is not None:
                 losses.setdefault(line["step"], []).append(line["loss"])
     most = max(map(len, losses.values()), default=0)
-    return [[step, sum(values) / len(values)] for step, values in sorted(losses.items()) if len(values) == most]
+    return [
+        [step, sum(values) / len(values)]
+        for step, values in sorted(losses.items())
+        if len(values) == most
+    ]
 
 
 def _about(facts: dict, cost: dict, baseline: dict) -> dict:
@@ -135,7 +178,10 @@ def _about(facts: dict, cost: dict, baseline: dict) -> dict:
     count = {size: cost.get(size) or {} for size in SIZES}
     relative = {}
     for size in SIZES:
-        own, base = count[size].get("prefill_total_flops"), (baseline.get(size) or {}).get("prefill_total_flops")
+        own, base = (
+            count[size].get("prefill_total_flops"),
+            (baseline.get(size) or {}).get("prefill_total_flops"),
+        )
         relative[size] = own / base if own and base else None
     return {
         "plan": facts.get("plan") or cost.get("plan"),
@@ -164,8 +210,13 @@ def _compare(found: dict, answers: dict[str, dict[str, Answers]]) -> None:
     for budget, of in answers.items():
         spread = _spread(of)
         if spread:
-            found["spread"][budget] = {"average": float(spread.deviations[-1]), "num_free": spread.num_free}
-        others = [name for name in of if name != baseline and _share_seeds(of[name], of.get(baseline))]
+            found["spread"][budget] = {
+                "average": float(spread.deviations[-1]),
+                "num_free": spread.num_free,
+            }
+        others = [
+            name for name in of if name != baseline and _share_seeds(of[name], of.get(baseline))
+        ]
         for name in others:
             wide = difference(of[name], of[baseline], comparisons=len(others), spread=spread)
             found["arms"][name]["results"][budget]["difference"] = {
@@ -174,7 +225,9 @@ def _compare(found: dict, answers: dict[str, dict[str, Answers]]) -> None:
                 "corrected_levels": {level: asdict(e) for level, e in wide.levels.items()},
                 "comparisons": len(others),
             }
-            if budget != main and _share_seeds(*(a.get(n) for a in (of, answers[main]) for n in (name, baseline))):
+            if budget != main and _share_seeds(
+                *(a.get(n) for a in (of, answers[main]) for n in (name, baseline))
+            ):
                 pair = sorted((main, budget), key=lambda b: _length(found["curves"][b]))
                 terms = [
                     (w * v, answers[b][n])
@@ -187,12 +240,16 @@ def _compare(found: dict, answers: dict[str, dict[str, Answers]]) -> None:
 
 
 def _share_seeds(*arms: Answers | None) -> bool:
-    """Whether all of them were run, with a seed in common; in an unfinished study they need not be."""
+    """Whether all of them were run, with a seed in common; in an unfinished study they need not
+    be.
+    """
     return None not in arms and bool(set.intersection(*(set(a.seeds) for a in arms)))
 
 
 def _spread(*budgets: dict[str, Answers]) -> Spread | None:
-    """The seeds' spread, pooled over the arms of each budget that were trained with the same seeds."""
+    """The seeds' spread, pooled over the arms of each budget that were trained with the same
+    seeds.
+    """
     groups: dict[tuple, list[Answers]] = {}
     for i, of in enumerate(budgets):
         for answers in of.values():
@@ -212,10 +269,14 @@ def _plain(whole: Contrast) -> dict:
 
 
 def _pairs(found: dict, answers: dict[str, Answers]) -> dict:
-    """Differences of all pairs among the arms with the most seeds, the best MOST_PAIRED of them and the baseline."""
+    """Differences of all pairs among the arms with the most seeds, the best MOST_PAIRED of them and
+    the baseline.
+    """
     if len(answers) < 2:
         return {"arms": list(answers), "cells": []}
-    value = {name: found["arms"][name]["results"][found["main"]]["average"]["value"] for name in answers}
+    value = {
+        name: found["arms"][name]["results"][found["main"]]["average"]["value"] for name in answers
+    }
     full = max(len(a.seeds) for a in answers.values())
     ranked = sorted((n for n in answers if len(answers[n].seeds) == full), key=lambda n: -value[n])
     chosen = ranked[:MOST_PAIRED]
@@ -237,5 +298,10 @@ def _frontier(found: dict, size: str) -> list[str]:
         for name, arm in found["arms"].items()
         if arm["relative"][size] and found["main"] in arm["results"]
     }
-    beaten = {a for a, pa in places.items() for pb in places.values() if pb != pa and pb[0] <= pa[0] and pb[1] <= pa[1]}
+    beaten = {
+        a
+        for a, pa in places.items()
+        for pb in places.values()
+        if pb != pa and pb[0] <= pa[0] and pb[1] <= pa[1]
+    }
     return sorted((name for name in places if name not in beaten), key=lambda name: places[name])

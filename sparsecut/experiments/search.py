@@ -1,4 +1,5 @@
-"""A plan found by training: all pairs of encoder tap and decoder layer at once, then the best few of them under a budget.
+"""A plan found by training: all pairs of encoder tap and decoder layer at once, then the best few
+of them under a budget.
 
 The supernet has a narrow projector and a gate for every pair, beside the coarse input; an L1 penalty on the gates makes pairs
 compete. What a trained pair is worth is told by its gate: |g * dL/dg| summed over training batches, which is the first-order
@@ -13,13 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..plan import Plan, Shortcut
+from ..schema import UserError
 from .study import Run, Study, parse_study
 
 SUPERNET = "supernet"
 
 
 def supernet_plan(vision_depth: int, language_depth: int, *, tiles: int = 2, rank: int = 8) -> Plan:
-    """The coarse input and every pair of a tap (1 to the depth) and a layer, each with a projector of width `rank` and a gate."""
+    """The coarse input and every pair of a tap (1 to the depth) and a layer, each with a projector
+    of width `rank` and a gate.
+    """
     pairs = [(tap, layer) for tap in range(1, vision_depth + 1) for layer in range(language_depth)]
     shortcuts = [Shortcut((tap,), layer, "channels" if tiles else "pick") for tap, layer in pairs]
     return Plan((Shortcut((-2,), 0, "pick"), *shortcuts), tiles=tiles, gate="one", rank=rank)
@@ -36,23 +40,25 @@ def search(
     workers: int = 2,
     log=print,
 ) -> tuple[Plan, list[dict]]:
-    """Find a plan for a study's models and data, by training a supernet once per seed; its arms are not used.
+    """Find a plan for a study's models and data, by training a supernet once per seed; its arms are
+    not used.
 
-    count: at most so many shortcuts; ratio: at most so many times the prefill operations of the baseline arm, counted at the
-    study's own size; at least one of them. Writes plan.yaml and search.json to `output`/search and returns the plan with
-    all pairs, best first: {"tap", "layer", "worth", "gate"}. Raises ValueError for a budget that leaves no shortcut.
+    count: at most so many shortcuts; ratio: at most so many times the prefill operations of the
+    baseline arm, counted at the study's own size; at least one of them. Writes plan.yaml and
+    search.json to `output`/search and returns the plan with all pairs, best first: {"tap", "layer",
+    "worth", "gate"}. Raises ValueError for a budget that leaves no shortcut.
     """
     check_budget(count, ratio)
     from ..building import depths_of
-    from .runner import run_study
     from ..config.yaml_io import expand_path
+    from .runner import run_study
 
     model = study.recipe["model"]
     depths = depths_of(expand_path(model["vision"]), expand_path(model["language"]))
     plan = supernet_plan(*depths, rank=rank)
     out = Path(study.output) / "search"
     nets = supernet_study(study, plan, out, seeds, penalty)
-    run_study(nets, workers=workers, report=False, log=log)
+    run_study(nets, workers=workers, log=log)
     worth = [pair_importance(nets, seed) for seed in seeds]
     together = [sum(values) / len(values) for values in zip(*(w for w, _ in worth), strict=True)]
     gates = [sum(values) / len(values) for values in zip(*(g for _, g in worth), strict=True)]
@@ -63,27 +69,42 @@ def search(
     pairs.sort(key=lambda pair: -pair["worth"])
     fits = _fits(study, depths, ratio) if ratio is not None else lambda candidate: True
     found = choose(pairs, plan, count, fits)
-    settings = {"count": count, "ratio": ratio, "seeds": list(seeds), "rank": rank, "penalty": penalty}
-    (out / "search.json").write_text(json.dumps({**settings, "plan": found.to_dict(), "pairs": pairs}, indent=1))
+    settings = {
+        "count": count,
+        "ratio": ratio,
+        "seeds": list(seeds),
+        "rank": rank,
+        "penalty": penalty,
+    }
+    (out / "search.json").write_text(
+        json.dumps({**settings, "plan": found.to_dict(), "pairs": pairs}, indent=1)
+    )
     import yaml
 
-    (out / "plan.yaml").write_text(yaml.safe_dump(found.to_dict(), sort_keys=False, default_flow_style=None))
+    (out / "plan.yaml").write_text(
+        yaml.safe_dump(found.to_dict(), sort_keys=False, default_flow_style=None)
+    )
     return found, pairs
 
 
 def check_budget(count: int | None, ratio: float | None) -> None:
     """Raise ValueError unless a budget is given that leaves room for a shortcut."""
     if count is None and ratio is None:
-        raise ValueError("a search needs a budget: a number of shortcuts (count), a cost (ratio), or both")
+        raise UserError(
+            "a search needs a budget: a number of shortcuts (count), a cost (ratio), or both"
+        )
     if count is not None and count < 1:
-        raise ValueError(f"count is {count}, but a plan of a search has at least 1 shortcut")
+        raise UserError(f"count is {count}, but a plan of a search has at least 1 shortcut")
     if ratio is not None and ratio <= 1:
-        raise ValueError(
-            f"ratio is {ratio}, but shortcuts come on top of the baseline, so it must be above 1, e.g. 1.1"
+        raise UserError(
+            f"ratio is {ratio}, but shortcuts come on top of the baseline, so it must be above 1,"
+            " e.g. 1.1"
         )
 
 
-def supernet_study(study: Study, plan: Plan, out: Path, seeds: tuple[int, ...], penalty: float) -> Study:
+def supernet_study(
+    study: Study, plan: Plan, out: Path, seeds: tuple[int, ...], penalty: float
+) -> Study:
     """The study's data and main budget with one arm, the supernet; every stage has the penalty."""
     plain = study.to_dict()
     stages = [{**stage, "gate_penalty": penalty} for stage in study.recipe["stages"]]
@@ -101,7 +122,9 @@ def supernet_study(study: Study, plan: Plan, out: Path, seeds: tuple[int, ...], 
 
 
 def pair_importance(study: Study, seed: int, batches: int = 16) -> tuple[list[float], list[float]]:
-    """Of a trained supernet: |g * dL/dg| of every gate, summed over batches of the last stage's data, and the gates."""
+    """Of a trained supernet: |g * dL/dg| of every gate, summed over batches of the last stage's
+    data, and the gates.
+    """
     import torch
 
     from ..building import load
@@ -115,7 +138,10 @@ def pair_importance(study: Study, seed: int, batches: int = 16) -> tuple[list[fl
     stage = recipe.stages[-1]
     examples = [e for source in stage.data for e in read_source(source, [])]
     size = stage.args.get("per_device_train_batch_size", 8)
-    kept = {"states": VisionFeatureCache(recipe.states), "views": views_of(model.plan, model.config.vision_depth)}
+    kept = {
+        "states": VisionFeatureCache(recipe.states),
+        "views": views_of(model.plan, model.config.vision_depth),
+    }
     data = TrainingData(
         examples[: size * batches],
         processor,
@@ -134,25 +160,33 @@ def pair_importance(study: Study, seed: int, batches: int = 16) -> tuple[list[fl
 
 
 def choose(pairs: list[dict], plan: Plan, count: int | None, fits) -> Plan:
-    """The coarse input and pairs, best first, as long as the plan they make is within the budget; projectors start at zero."""
+    """The coarse input and pairs, best first, as long as the plan they make is within the budget;
+    projectors start at zero.
+    """
     free = replace(plan, gate="zero_projector", rank=None)
     mix, chosen = plan.shortcuts[-1].mix, []
     for pair in pairs:
         if count is not None and len(chosen) == count:
             break
-        together = sorted([*chosen, Shortcut((pair["tap"],), pair["layer"], mix)], key=lambda s: (s.layer, s.taps))
+        together = sorted(
+            [*chosen, Shortcut((pair["tap"],), pair["layer"], mix)], key=lambda s: (s.layer, s.taps)
+        )
         if fits(replace(free, shortcuts=(plan.shortcuts[0], *together))):
             chosen = together
     if not chosen:
-        raise ValueError("no pair is within the budget; raise ratio, for example to 1.5")
+        raise UserError("no pair is within the budget; raise ratio, for example to 1.5")
     return replace(free, shortcuts=(plan.shortcuts[0], *chosen))
 
 
 def _fits(study: Study, depths: tuple[int, int], ratio: float):
-    """Whether a plan's prefill is within `ratio` of the baseline's, both counted at the study's own size."""
-    from ..profiling.counting import backbone_config, count
+    """Whether a plan's prefill is within `ratio` of the baseline's, both counted at the study's own
+    size.
+    """
     from ..methods import make_plan
+    from ..profiling.counting import backbone_config, count
 
-    configs = [backbone_config(study.recipe["model"][part], part) for part in ("vision", "language")]
+    configs = [
+        backbone_config(study.recipe["model"][part], part) for part in ("vision", "language")
+    ]
     base = count(*configs, make_plan(study.arms[study.baseline], *depths)).prefill_total_flops
     return lambda plan: count(*configs, plan).prefill_total_flops <= ratio * base

@@ -14,17 +14,24 @@ from pathlib import Path
 
 import yaml
 
-from ..plan import nearest
 from ..config.recipe import Recipe, parse_recipe
 from ..config.yaml_io import override, read_yaml
+from ..schema import UserError, nearest
 
-OWN = {"fusion": "arms", "output": "the study's `output`", "seed": "seeds", "states": "the study itself"}
+OWN = {
+    "fusion": "arms",
+    "output": "the study's `output`",
+    "seed": "seeds",
+    "states": "the study itself",
+}
 SLUG = r"[a-z0-9][a-z0-9_.-]*"
 
 
 @dataclass(frozen=True)
 class WorldPictures:
-    """Pictures of the built-in world to draw for a study: numbers of them, questions about each, and the seed."""
+    """Pictures of the built-in world to draw for a study: numbers of them, questions about each,
+    and the seed.
+    """
 
     train: int
     ask: int
@@ -37,7 +44,9 @@ class WorldPictures:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long is trained (change: overrides of the recipe), and for which arms and seeds; without a list, for all of them."""
+    """How long is trained (change: overrides of the recipe), and for which arms and seeds; without
+    a list, for all of them.
+    """
 
     change: tuple[str, ...] = ()
     arms: tuple[str, ...] | None = None
@@ -51,13 +60,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared (arms: name -> fusion spec), on what (recipe, pictures), how often (seeds) and how long (budgets).
+    """What is compared (arms: name -> fusion spec), on what (recipe, pictures), how often (seeds)
+    and how long (budgets).
 
-    recipe: a recipe's keys without fusion, output, seed and states, the same for every arm. budgets: name -> overrides of it, or
-    {change: overrides, arms: some of them, seeds: some of them}; the first is the main one. pictures: pictures of the
-    built-in world to draw, put in for the recipe's data. baseline: the arm that others are compared with. families: arm -> a
-    word that reports group it by. states: keep the encoder's states on disk, where no stage trains it (false where pictures are too
-    many). note: a sentence for the report.
+    recipe: a recipe's keys without fusion, output, seed and states, the same for every arm.
+    budgets: name -> overrides of it, or {change: overrides, arms: some of them, seeds: some of
+    them}; the first is the main one. pictures: pictures of the built-in world to draw, put in for
+    the recipe's data. baseline: the arm that others are compared with. families: arm -> a word that
+    reports group it by. states: keep the encoder's states on disk, where no stage trains it (false
+    where pictures are too many). note: a sentence for the report.
     """
 
     title: str
@@ -75,42 +86,55 @@ class Study:
     def __post_init__(self):
         # Frozen data shares nothing with what it was made of.
         object.__setattr__(self, "recipe", copy.deepcopy(self.recipe))
-        object.__setattr__(self, "seeds", tuple(self.seeds) if isinstance(self.seeds, list | tuple) else (self.seeds,))
+        object.__setattr__(
+            self,
+            "seeds",
+            tuple(self.seeds) if isinstance(self.seeds, list | tuple) else (self.seeds,),
+        )
         if isinstance(self.pictures, dict):
             object.__setattr__(self, "pictures", _build(WorldPictures, self.pictures))
         budgets = {
-            name: b if isinstance(b, Budget) else _build(Budget, b if isinstance(b, dict) else {"change": b or []})
+            name: (
+                b
+                if isinstance(b, Budget)
+                else _build(Budget, b if isinstance(b, dict) else {"change": b or []})
+            )
             for name, b in self.budgets.items()
         }
         object.__setattr__(self, "budgets", budgets)
         for what, names in (("arm", self.arms), ("budget", self.budgets)):
             if not names or any(not re.fullmatch(SLUG, str(name)) for name in names):
-                raise ValueError(
-                    f"{what}s are named {', '.join(map(str, names)) or 'nothing'}, but at least one is needed and names become folders: "
-                    "use small letters, digits, -, _ and ."
+                raise UserError(
+                    f"{what}s are named {', '.join(map(str, names)) or 'nothing'}, but at least one"
+                    " is needed and names become folders: use small letters, digits, -, _ and ."
                 )
         if any(isinstance(s, bool) or not isinstance(s, int) for s in self.seeds) or not self.seeds:
-            raise ValueError(f"seeds is {list(self.seeds)}, but at least one whole number is needed")
+            raise UserError(f"seeds is {list(self.seeds)}, but at least one whole number is needed")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(
-                f"seeds is {list(self.seeds)}, but each seed can be run once only; remove the repeated ones"
+            raise UserError(
+                f"seeds is {list(self.seeds)}, but each seed can be run once only; remove the"
+                " repeated ones"
             )
         places = [("baseline", [self.baseline]), ("families", self.families)]
-        places += [(f"budgets.{name}.arms", budget.arms or ()) for name, budget in self.budgets.items()]
+        places += [
+            (f"budgets.{name}.arms", budget.arms or ()) for name, budget in self.budgets.items()
+        ]
         for name, arms in places:
             for arm in arms:
                 if arm not in self.arms:
-                    raise ValueError(
-                        f"{name} names the arm {arm!r}{nearest(arm, self.arms)}, but the arms are {', '.join(self.arms)}"
+                    raise UserError(
+                        f"{name} names the arm {arm!r}{nearest(arm, self.arms)}, but the arms are"
+                        f" {', '.join(self.arms)}"
                     )
         for key, place in OWN.items():
             if key in self.recipe:
-                raise ValueError(f"recipe.{key} is set by {place}; remove it there")
+                raise UserError(f"recipe.{key} is set by {place}; remove it there")
         for run in self.runs():
             if base := self.recipe_of(run).model.base:
-                raise ValueError(
-                    f"the recipe starts from the base {base}, but a study's arms are plans of models that are built from an encoder and a "
-                    "language model; give vision and language, and train recipes with a base one by one"
+                raise UserError(
+                    f"the recipe starts from the base {base}, but a study's arms are plans of"
+                    " models that are built from an encoder and a language model; give vision and"
+                    " language, and train recipes with a base one by one"
                 )
 
     @property
@@ -119,7 +143,9 @@ class Study:
         return next(iter(self.budgets))
 
     def runs(self) -> list[Run]:
-        """Every run: the main budget first, then seed by seed, so that a part of a study is balanced."""
+        """Every run: the main budget first, then seed by seed, so that a part of a study is
+        balanced.
+        """
         found = []
         for name, budget in self.budgets.items():
             seeds = [s for s in self.seeds if budget.seeds is None or s in budget.seeds]
@@ -128,12 +154,16 @@ class Study:
         return found
 
     def recipe_of(self, run: Run) -> Recipe:
-        """The recipe of one run, its output inside the study's folder; ValueError for a wrong one."""
+        """The recipe of one run, its output inside the study's folder; ValueError for a wrong
+        one.
+        """
         out, plain = Path(self.output), dict(self.recipe)
         for change in self._data_changes(plain) + list(self.budgets[run.budget].change):
             plain = override(plain, change)
         plain |= {"fusion": self.arms[run.arm], "output": str(run.folder(out)), "seed": run.seed}
-        if self.states and all("vision" not in stage.get("train", ()) for stage in plain.get("stages", ())):
+        if self.states and all(
+            "vision" not in stage.get("train", ()) for stage in plain.get("stages", ())
+        ):
             plain["states"] = str(out / "states")
         return parse_recipe(plain, name=f"the study's recipe for {run.arm}")
 
@@ -141,10 +171,16 @@ class Study:
         if self.pictures is None:
             return []
         data = Path(self.output) / "data"
-        changes = [f"evaluate.data.path={data / self.pictures.split}.json", f"evaluate.data.images={data}"]
+        changes = [
+            f"evaluate.data.path={data / self.pictures.split}.json",
+            f"evaluate.data.images={data}",
+        ]
         for i, stage in enumerate(plain.get("stages", ())):
             name = "train_captions" if stage.get("template") == "plain" else "train"
-            changes += [f"stages.{i}.data.path={data / name}.json", f"stages.{i}.data.images={data}"]
+            changes += [
+                f"stages.{i}.data.path={data / name}.json",
+                f"stages.{i}.data.images={data}",
+            ]
         return changes
 
     def to_dict(self) -> dict:
@@ -152,7 +188,9 @@ class Study:
         budgets = {}
         for name, b in self.budgets.items():
             given = {"arms": b.arms, "seeds": b.seeds}
-            budgets[name] = {"change": list(b.change)} | {k: list(v) for k, v in given.items() if v is not None}
+            budgets[name] = {"change": list(b.change)} | {
+                k: list(v) for k, v in given.items() if v is not None
+            }
         return {**asdict(self), "seeds": list(self.seeds), "budgets": budgets, "main": self.main}
 
 
@@ -170,21 +208,27 @@ class Run:
 
     def finished(self, out: Path) -> bool:
         """Whether it has been trained and evaluated."""
-        return (self.folder(out) / "eval" / "result.json").is_file() and (self.folder(out) / "facts.json").is_file()
+        return (self.folder(out) / "eval" / "result.json").is_file() and (
+            self.folder(out) / "facts.json"
+        ).is_file()
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
-    """Read a study file and change it by dotted overrides such as "seeds=[0,1]"; ValueError if wrong."""
+    """Read a study file and change it by dotted overrides such as "seeds=[0,1]"; ValueError if
+    wrong.
+    """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no study {path}; give a YAML file such as configs/study/world.yaml")
+        raise UserError(
+            f"there is no study {path}; give a YAML file such as configs/study/world.yaml"
+        )
     plain = read_yaml(path.read_text(encoding="utf-8"), str(path))
     for change in overrides:
         plain = override(plain, change)
     try:
         return parse_study(plain)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def parse_study(plain: dict) -> Study:
@@ -199,8 +243,9 @@ def narrowed(study: Study, arms: Sequence[str] = (), seeds: Sequence[int] = ()) 
     for what, asked, known in (("arm", arms, list(study.arms)), ("seed", seeds, list(study.seeds))):
         for one in asked:
             if one not in known:
-                raise ValueError(
-                    f"the study has no {what} {one!r}{nearest(one, map(str, known))}; it has {', '.join(map(str, known))}"
+                raise UserError(
+                    f"the study has no {what} {one!r}{nearest(one, map(str, known))}; it has"
+                    f" {', '.join(map(str, known))}"
                 )
     kept = [arm for arm in study.arms if not arms or arm in arms]
     baseline = study.baseline if study.baseline in kept else kept[0]
@@ -211,25 +256,35 @@ def narrowed(study: Study, arms: Sequence[str] = (), seeds: Sequence[int] = ()) 
         for name, b in study.budgets.items()
     }
     return replace(
-        study, budgets=budgets, arms=chosen, baseline=baseline, families=families, seeds=tuple(seeds) or study.seeds
+        study,
+        budgets=budgets,
+        arms=chosen,
+        baseline=baseline,
+        families=families,
+        seeds=tuple(seeds) or study.seeds,
     )
 
 
 def dump_study(study: Study, path: Path) -> None:
     """Write the study with everything that was decided."""
-    path.write_text(yaml.safe_dump(study.to_dict(), sort_keys=False, allow_unicode=True, width=110), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump(study.to_dict(), sort_keys=False, allow_unicode=True, width=110),
+        encoding="utf-8",
+    )
 
 
 def _build(cls, plain):
     names = [f.name for f in fields(cls)]
     if not isinstance(plain, dict):
-        raise ValueError(f"{plain!r} was given, but keys and values are needed: {', '.join(names)}")
+        raise UserError(f"{plain!r} was given, but keys and values are needed: {', '.join(names)}")
     for key in plain:
         if key not in names:
-            raise ValueError(f"{key} is not known{nearest(key, names)}; allowed are {', '.join(names)}")
+            raise UserError(
+                f"{key} is not known{nearest(key, names)}; allowed are {', '.join(names)}"
+            )
     try:
         return cls(**plain)
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             f"the keys {', '.join(plain)} are not enough: {error}; allowed are {', '.join(names)}"
         ) from None

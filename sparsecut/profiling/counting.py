@@ -1,4 +1,5 @@
-"""What a plan costs, counted on paper: the real model run on pretended tensors, without weights, at any size in seconds.
+"""What a plan costs, counted on paper: the real model run on pretended tensors, without weights, at
+any size in seconds.
 
 Conventions. A multiplication with its addition is two floating-point operations; only matrix products, convolutions and
 attention are counted (norms, activations and sums are about a hundredth of them). Attention counts every pair of positions, as
@@ -25,7 +26,8 @@ from ..building import WORLD, resolve
 from ..configuration import SparseCutConfig
 from ..hooks import read_taps
 from ..modeling import SparseCutForConditionalGeneration
-from ..plan import Plan, nearest
+from ..plan import Plan
+from ..schema import UserError, nearest
 
 
 def _sizes(width: int, inner: int, depth: int, heads: int) -> dict[str, int]:
@@ -37,7 +39,9 @@ REFERENCE = {  # sizes by name, for counting without files; language models as V
     "vision": {
         "clip-l-336": CLIPVisionConfig(**_sizes(1024, 4096, 24, 16), image_size=336, patch_size=14),
         # 378 of its 384 pixels: 27 x 27 whole patches, which is what its encoder reads of them
-        "siglip-so400m-384": SiglipVisionConfig(**_sizes(1152, 4304, 27, 16), image_size=378, patch_size=14),
+        "siglip-so400m-384": SiglipVisionConfig(
+            **_sizes(1152, 4304, 27, 16), image_size=378, patch_size=14
+        ),
     },
     "language": {
         "llama-7b": LlamaConfig(**_sizes(4096, 11008, 32, 32)),
@@ -49,16 +53,19 @@ UNITS = ("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)
 
 @dataclass(frozen=True)
 class Count:
-    """What one prompt costs, and what one training step keeps; all of it for one plan between two models.
+    """What one prompt costs, and what one training step keeps; all of it for one plan between two
+    models.
 
-    num_*_parameters: language includes the head. *_flops: of one prompt of all its pictures and its text, the head at the
-    last position only, as `generate` runs it; encoder_coarse is the reading of all the plan's taps from coarse views,
-    encoder_fine the rest of the encoder; language_per_new_token is one token after that prompt, with its cache. Gates that
-    look at hidden states run inside the language model and count there. kv_cache_bytes: what the cache holds after the
-    prompt. weight_bytes: all parameters in `dtype`. training_*_bytes: what autograd keeps between forward and backward for
-    `batch_size` such prompts with a loss on every position, each storage once, without weights, gradients and optimizer state,
-    without checkpointing, and with a mask in every layer as padded batches have; fusion alone is trained, or fusion and
-    language model. The step's peak is that or little more.
+    num_*_parameters: language includes the head. *_flops: of one prompt of all its pictures and its
+    text, the head at the last position only, as `generate` runs it; encoder_coarse is the reading
+    of all the plan's taps from coarse views, encoder_fine the rest of the encoder;
+    language_per_new_token is one token after that prompt, with its cache. Gates that look at hidden
+    states run inside the language model and count there. kv_cache_bytes: what the cache holds after
+    the prompt. weight_bytes: all parameters in `dtype`. training_*_bytes: what autograd keeps
+    between forward and backward for `batch_size` such prompts with a loss on every position, each
+    storage once, without weights, gradients and optimizer state, without checkpointing, and with a
+    mask in every layer as padded batches have; fusion alone is trained, or fusion and language
+    model. The step's peak is that or little more.
     """
 
     num_vision_parameters: int
@@ -90,14 +97,16 @@ class Count:
         names = {f.name for f in fields(cls)}
         if names != set(plain):
             differing = ", ".join(sorted(names ^ set(plain)))
-            raise ValueError(
-                f"a count has {len(names)} keys, but these are missing or unknown: {differing}; count again"
+            raise UserError(
+                f"a count has {len(names)} keys, but these are missing or unknown: {differing};"
+                " count again"
             )
         return cls(**plain)
 
 
 def backbone_config(source: str, part: str):
-    """The configuration of one side (part: vision or language): a name of REFERENCE, "world", a folder or a hub name.
+    """The configuration of one side (part: vision or language): a name of REFERENCE, "world", a
+    folder or a hub name.
 
     Raises ValueError where there is none.
     """
@@ -105,16 +114,16 @@ def backbone_config(source: str, part: str):
         return copy.deepcopy(REFERENCE[part][source])
     names = [*REFERENCE[part], WORLD]
     sentence = (
-        f"the {part} model {source!r} is no known size{nearest(source, names)}, and no folder or hub name that can be read; "
-        f"known sizes are {', '.join(names)}"
+        f"the {part} model {source!r} is no known size{nearest(source, names)}, and no folder or"
+        f" hub name that can be read; known sizes are {', '.join(names)}"
     )
     meant = nearest(source, names) or any(source in sizes for sizes in REFERENCE.values())
     if meant and source != WORLD and not Path(source).is_dir():
-        raise ValueError(sentence)  # a slip of the hand; the hub need not be asked
+        raise UserError(sentence)  # a slip of the hand; the hub need not be asked
     try:
         config = AutoConfig.from_pretrained(resolve(source, part))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{sentence}. Hugging Face says: {error}") from error
+        raise UserError(f"{sentence}. Hugging Face says: {error}") from error
     return getattr(config, f"{part}_config", config)
 
 
@@ -128,10 +137,12 @@ def count(
     batch_size: int = 1,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Count:
-    """Count a prompt of `num_pictures` pictures and `num_text_tokens` text tokens under a plan; `Count` says what is counted.
+    """Count a prompt of `num_pictures` pictures and `num_text_tokens` text tokens under a plan;
+    `Count` says what is counted.
 
-    The configurations are not changed; the placeholder is the last word of the vocabulary, so none is added. batch_size is
-    that of the training step only. Raises ValueError where plan and models do not fit, or a number is below its least.
+    The configurations are not changed; the placeholder is the last word of the vocabulary, so none
+    is added. batch_size is that of the training step only. Raises ValueError where plan and models
+    do not fit, or a number is below its least.
     """
     least = {"num_text_tokens": (num_text_tokens, 1), "num_pictures": (num_pictures, 0)}
     check_least({**least, "batch_size": (batch_size, 1)})
@@ -143,8 +154,15 @@ def count(
         pixels = torch.zeros(num_pictures, model.plan.num_views, *config.grid.view, dtype=dtype)
         flops, cache = _prompt_flops(model, ids, pixels, tokens)
         mask = torch.ones(batch_size, ids.shape[1], dtype=torch.long)
-        held = [saved_bytes(model, ids, pixels, mask, parts) for parts in (["fusion"], ["fusion", "language"])]
-    numbers = {part: sum(p.numel() for p in values) for part, values in model.parameter_groups().items() if part != "head"}
+        held = [
+            saved_bytes(model, ids, pixels, mask, parts)
+            for parts in (["fusion"], ["fusion", "language"])
+        ]
+    numbers = {
+        part: sum(p.numel() for p in values)
+        for part, values in model.parameter_groups().items()
+        if part != "head"
+    }
     return Count(
         **{f"num_{part}_parameters": number for part, number in numbers.items()},
         num_total_parameters=sum(numbers.values()),
@@ -161,22 +179,28 @@ def count(
 
 
 def check_least(numbers: Mapping[str, tuple]) -> None:
-    """Raise ValueError unless every number {name: (given, least)} is whole and at least its least."""
+    """Raise ValueError unless every number {name: (given, least)} is whole and at least its
+    least.
+    """
     for name, (given, least) in numbers.items():
         if isinstance(given, bool) or not isinstance(given, int) or given < least:
-            raise ValueError(f"{name} is {given!r}, but must be a whole number of at least {least}")
+            raise UserError(f"{name} is {given!r}, but must be a whole number of at least {least}")
 
 
 def table(counts: Mapping[str, Count]) -> str:
-    """Counts as lines of text, one plan a line; the relative column is total prefill FLOPs over those of the first plan."""
+    """Counts as lines of text, one plan a line; the relative column is total prefill FLOPs over
+    those of the first plan.
+    """
     if not counts:
-        raise ValueError("there is no plan to show the cost of; name at least one")
+        raise UserError("there is no plan to show the cost of; name at least one")
     first = next(iter(counts.values()))
     unit, size = next((u for u in UNITS if first.prefill_total_flops >= u[1] / 10), UNITS[-1])
     columns: dict[str, Callable[[Count], str]] = {
         "image tokens": lambda c: f"{c.num_image_tokens}",
         "fusion M": lambda c: f"{c.num_fusion_parameters / 1e6:.2f}",
-        f"encoder {unit}": lambda c: f"{(c.encoder_coarse_flops + c.encoder_fine_flops) / size:.3f}",
+        f"encoder {unit}": lambda c: (
+            f"{(c.encoder_coarse_flops + c.encoder_fine_flops) / size:.3f}"
+        ),
         f"fusion {unit}": lambda c: f"{c.fusion_flops / size:.3f}",
         f"language {unit}": lambda c: f"{c.language_prefill_flops / size:.3f}",
         f"total {unit}": lambda c: f"{c.prefill_total_flops / size:.3f}",
@@ -184,23 +208,39 @@ def table(counts: Mapping[str, Count]) -> str:
         "KV MiB": lambda c: f"{c.kv_cache_bytes / 2**20:.1f}",
         "GFLOP a new token": lambda c: f"{c.language_per_new_token_flops / 1e9:.3f}",
     }
-    note = f"relative: total prefill FLOPs over those of {next(iter(counts))}; fusion M: million parameters; "
-    note += (
-        f"{first.num_prompt_tokens - first.num_image_tokens} text tokens, {first.dtype}; attention is counted in full"
+    note = (
+        f"relative: total prefill FLOPs over those of {next(iter(counts))}; fusion M: million"
+        " parameters; "
     )
-    return lines_of({name: {k: show(c) for k, show in columns.items()} for name, c in counts.items()}) + f"\n{note}"
+    note += (
+        f"{first.num_prompt_tokens - first.num_image_tokens} text tokens, {first.dtype}; attention"
+        " is counted in full"
+    )
+    return (
+        lines_of({name: {k: show(c) for k, show in columns.items()} for name, c in counts.items()})
+        + f"\n{note}"
+    )
 
 
 def lines_of(rows: Mapping[str, Mapping[str, str]]) -> str:
     """Rows of named cells as aligned lines of text, the columns of the first row as their head."""
-    cells = [["plan", *next(iter(rows.values()))], *([name, *row.values()] for name, row in rows.items())]
+    cells = [
+        ["plan", *next(iter(rows.values()))],
+        *([name, *row.values()] for name, row in rows.items()),
+    ]
     left, *widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
-    right = [[f"{cell:>{width}}" for cell, width in zip(row[1:], widths, strict=True)] for row in cells]
-    return "\n".join(" | ".join([f"{row[0]:{left}}", *rest]) for row, rest in zip(cells, right, strict=True))
+    right = [
+        [f"{cell:>{width}}" for cell, width in zip(row[1:], widths, strict=True)] for row in cells
+    ]
+    return "\n".join(
+        " | ".join([f"{row[0]:{left}}", *rest]) for row, rest in zip(cells, right, strict=True)
+    )
 
 
 class FakeScalarMode(TorchDispatchMode):
-    """Answers the questions about values that a forward asks of pretended tensors: the number and the rows of image tokens."""
+    """Answers the questions about values that a forward asks of pretended tensors: the number and
+    the rows of image tokens.
+    """
 
     def __init__(self, answer: int):
         super().__init__()
@@ -215,11 +255,15 @@ class FakeScalarMode(TorchDispatchMode):
 
 
 def _attention_flops(query, key, value, *args, out_val=None, **kwargs) -> int:
-    """Both products of attention on a CPU, a kernel that torch's own counter does not know: every query with every key."""
+    """Both products of attention on a CPU, a kernel that torch's own counter does not know: every
+    query with every key.
+    """
     return 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
-_attention_flops._get_raw = True  # torch's sign for a formula that is given tensors instead of their shapes
+_attention_flops._get_raw = (
+    True  # torch's sign for a formula that is given tensors instead of their shapes
+)
 
 
 def counter() -> FlopCounterMode:
@@ -229,24 +273,38 @@ def counter() -> FlopCounterMode:
 
 
 def configuration_of(vision_config, text_config, plan: str | dict | Plan) -> SparseCutConfig:
-    """The configuration of a model of these sizes with this plan, made from copies; the placeholder is the last word."""
-    vision, text = copy.deepcopy(getattr(vision_config, "vision_config", vision_config)), copy.deepcopy(text_config)
+    """The configuration of a model of these sizes with this plan, made from copies; the placeholder
+    is the last word.
+    """
+    vision, text = (
+        copy.deepcopy(getattr(vision_config, "vision_config", vision_config)),
+        copy.deepcopy(text_config),
+    )
     spec = plan.to_dict() if isinstance(plan, Plan) else plan
     last = text.get_text_config().vocab_size - 1
     return SparseCutConfig(vision_config=vision, text_config=text, plan=spec, image_token_id=last)
 
 
-def build_fake_model(config: SparseCutConfig, dtype: torch.dtype) -> SparseCutForConditionalGeneration:
-    """The model in evaluation mode with all parameters in `dtype`, which pretended ones must be born with."""
+def build_fake_model(
+    config: SparseCutConfig, dtype: torch.dtype
+) -> SparseCutForConditionalGeneration:
+    """The model in evaluation mode with all parameters in `dtype`, which pretended ones must be
+    born with.
+    """
     for part in (config.vision_config, config.text_config, config.text_config.get_text_config()):
         part.dtype = dtype
-    with local_torch_dtype(dtype), no_init_weights():  # nothing is drawn: some ways of drawing look at values
+    with (
+        local_torch_dtype(dtype),
+        no_init_weights(),
+    ):  # nothing is drawn: some ways of drawing look at values
         model = SparseCutForConditionalGeneration(config).eval()
     model.language_model.tie_weights()  # which transformers does after it has drawn them
     return model
 
 
-def _prompt_flops(model: nn.Module, ids: Tensor, pixels: Tensor, tokens: int) -> tuple[dict[str, int], int]:
+def _prompt_flops(
+    model: nn.Module, ids: Tensor, pixels: Tensor, tokens: int
+) -> tuple[dict[str, int], int]:
     """FLOPs by part, and the bytes of the cache after the prompt."""
     pictures = pixels if len(pixels) else None
     with torch.no_grad(), FakeScalarMode(tokens):
@@ -254,7 +312,12 @@ def _prompt_flops(model: nn.Module, ids: Tensor, pixels: Tensor, tokens: int) ->
             output = model(input_ids=ids, pixel_values=pictures, use_cache=True, logits_to_keep=1)
         held = _cache_bytes(output.past_key_values)
         with counter() as step:
-            model(input_ids=ids[:, :1], past_key_values=output.past_key_values, use_cache=True, continued=True)
+            model(
+                input_ids=ids[:, :1],
+                past_key_values=output.past_key_values,
+                use_cache=True,
+                continued=True,
+            )
         with counter() as coarse:
             if len(pixels):
                 taps = model.plan.resolved_taps(model.config.vision_depth)
@@ -275,12 +338,18 @@ def _prompt_flops(model: nn.Module, ids: Tensor, pixels: Tensor, tokens: int) ->
 
 def _cache_bytes(cache) -> int:
     holders = getattr(cache, "layers", None) or [cache]
-    tensors = [value for holder in holders for value in vars(holder).values() if isinstance(value, Tensor)]
+    tensors = [
+        value for holder in holders for value in vars(holder).values() if isinstance(value, Tensor)
+    ]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def saved_bytes(model: nn.Module, ids: Tensor, pixels: Tensor, mask: Tensor, parts: list[str]) -> int:
-    """Bytes of the storages autograd saves in a forward with a loss, weights left out; mask [batch, length]."""
+def saved_bytes(
+    model: nn.Module, ids: Tensor, pixels: Tensor, mask: Tensor, parts: list[str]
+) -> int:
+    """Bytes of the storages autograd saves in a forward with a loss, weights left out; mask [batch,
+    length].
+    """
     model.requires_grad_(False)
     for part in parts:
         for parameter in model.parameter_groups()[part]:
@@ -295,6 +364,11 @@ def saved_bytes(model: nn.Module, ids: Tensor, pixels: Tensor, mask: Tensor, par
 
     ids, pixels = ids.repeat(len(mask), 1), pixels.repeat(len(mask), 1, 1, 1, 1)
     pictures, tokens = pixels if len(pixels) else None, len(pixels) * model.config.num_image_tokens
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), FakeScalarMode(tokens):
-        model(input_ids=ids, pixel_values=pictures, attention_mask=mask, labels=ids, use_cache=False)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        FakeScalarMode(tokens),
+    ):
+        model(
+            input_ids=ids, pixel_values=pictures, attention_mask=mask, labels=ids, use_cache=False
+        )
     return sum(t.untyped_storage().nbytes() for t in saved.values())

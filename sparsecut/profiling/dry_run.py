@@ -1,4 +1,5 @@
-"""What a recipe will train, and what that takes, before any weight is loaded: parameters, memory, steps, operations, hours.
+"""What a recipe will train, and what that takes, before any weight is loaded: parameters, memory,
+steps, operations, hours.
 
 The model is built of pretended tensors, in seconds at any size. Where data is absent, so are the figures that hang on it, or the published
 number of records stands in.
@@ -17,13 +18,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..adapters import adapted
-from ..training.arguments import accumulation
-from .counting import FakeScalarMode, counter, build_fake_model, saved_bytes
-from .dry_run_data import Item, item_of, records_of
-from .dry_run_model import EstimatedModel, on_paper, trained_number
-from ..training.freezing import check_parts
 from ..config.recipe import Recipe, Stage
 from ..config.yaml_io import expand_path
+from ..schema import UserError
+from ..training.arguments import accumulation
+from ..training.freezing import check_parts
+from .counting import FakeScalarMode, build_fake_model, counter, saved_bytes
+from .dry_run_data import Item, item_of, records_of
+from .dry_run_model import EstimatedModel, on_paper, trained_number
 
 GIB = 2**30
 ADAM = 2  # moments of the optimizer, in single precision as weights and gradients are
@@ -31,10 +33,12 @@ ADAM = 2  # moments of the optimizer, in single precision as weights and gradien
 
 @dataclass
 class StagePlan:
-    """One stage on paper; memory in bytes for one device at its longest batch, operations of a mean step over all devices.
+    """One stage on paper; memory in bytes for one device at its longest batch, operations of a mean
+    step over all devices.
 
-    tokens_per_record, image_tokens_per_record: in the mean; of packed records, those of a row divided by the records in it. Of a finished
-    model that takes pictures at sizes of their own, flops_per_step and hours are None, and memory has no activations.
+    tokens_per_record, image_tokens_per_record: in the mean; of packed records, those of a row
+    divided by the records in it. Of a finished model that takes pictures at sizes of their own,
+    flops_per_step and hours are None, and memory has no activations.
     """
 
     name: str
@@ -58,19 +62,26 @@ class StagePlan:
         return self.tokens_per_record * self.records_per_step
 
 
-def dry_run(recipe: Recipe, *, devices: int = 1, tflops: float = 989.0, mfu: float = 0.4) -> list[StagePlan]:
-    """A plan of every stage, for so many devices of so many TFLOP/s of which `mfu` is reached (989: an H100 in bf16).
+def dry_run(
+    recipe: Recipe, *, devices: int = 1, tflops: float = 989.0, mfu: float = 0.4
+) -> list[StagePlan]:
+    """A plan of every stage, for so many devices of so many TFLOP/s of which `mfu` is reached (989:
+    an H100 in bf16).
 
-    Raises ValueError for whatever of the recipe cannot be: parts that do not exist, a stage that trains nothing, a plan that does not fit.
+    Raises ValueError for whatever of the recipe cannot be: parts that do not exist, a stage that
+    trains nothing, a plan that does not fit.
     """
     if devices < 1 or tflops <= 0 or not 0 < mfu <= 1:
-        raise ValueError(
-            f"devices is {devices}, tflops {tflops} and mfu {mfu}, but needed are at least 1, above 0, and from 0 to 1"
+        raise UserError(
+            f"devices is {devices}, tflops {tflops} and mfu {mfu}, but needed are at least 1, above"
+            " 0, and from 0 to 1"
         )
     mode = FakeTensorMode()
     paper, plans, models = on_paper(recipe, mode), [], {}
     for stage in recipe.stages:
-        dtype = torch.bfloat16 if stage.args.get("bf16") or stage.args.get("fp16") else torch.float32
+        dtype = (
+            torch.bfloat16 if stage.args.get("bf16") or stage.args.get("fp16") else torch.float32
+        )
         with mode:
             if paper.config is not None and dtype not in models:
                 models[dtype] = build_fake_model(paper.config, dtype)
@@ -82,37 +93,57 @@ def dry_run(recipe: Recipe, *, devices: int = 1, tflops: float = 989.0, mfu: flo
     return plans
 
 
-def _stage_plan(recipe: Recipe, stage: Stage, paper: EstimatedModel, model, devices: int, dtype) -> StagePlan:
+def _stage_plan(
+    recipe: Recipe, stage: Stage, paper: EstimatedModel, model, devices: int, dtype
+) -> StagePlan:
     """The stage on paper; model: the one whose operations are counted, or None."""
     size, found = stage.args.get("per_device_train_batch_size", 8), records_of(stage)
-    item, whole = item_of(stage, found, model.config.num_image_tokens if model else 0), paper.upgraded or model
+    item, whole = (
+        item_of(stage, found, model.config.num_image_tokens if model else 0),
+        paper.upgraded or model,
+    )
     check_parts(whole, stage.train)
-    if paper.upgraded is not None and (own := [name for name in ("pack", "pad_to") if getattr(stage, name)]):
-        raise ValueError(
-            f"{own[0]} is {getattr(stage, own[0])}, but a finished model makes its batches in its own way; remove {own[0]}"
+    if paper.upgraded is not None and (
+        own := [name for name in ("pack", "pad_to") if getattr(stage, name)]
+    ):
+        raise UserError(
+            f"{own[0]} is {getattr(stage, own[0])}, but a finished model makes its batches in its"
+            f" own way; remove {own[0]}"
         )
-    parts = {name: sum(p.numel() for p in numbers) for name, numbers in whole.parameter_groups().items()}
+    parts = {
+        name: sum(p.numel() for p in numbers) for name, numbers in whole.parameter_groups().items()
+    }
     trained = {name: trained_number(whole, name, stage) for name in stage.train}
     if not any(trained.values()):
-        raise ValueError(
-            f"stage {stage.name} would train nothing: {', '.join(stage.train)} have no parameter in this model"
+        raise UserError(
+            f"stage {stage.name} would train nothing: {', '.join(stage.train)} have no parameter in"
+            " this model"
         )
     flops = held = None
     if model is not None:
         flops, held = _counted(model, stage, item, size, dtype)
     if any(map(adapted, stage.train)):
         found.notes.append(
-            "adapters' own operations and states between forward and backward are not counted; they are small"
+            "adapters' own operations and states between forward and backward are not counted; they"
+            " are small"
         )
     rows = size * accumulation(stage, devices) * devices
     steps = stage.args.get("max_steps", -1)
     if steps <= 0:
         epochs = stage.args.get("num_train_epochs", 3)
-        steps = None if found.number is None else math.ceil(found.number / (rows * item.records) * epochs)
+        steps = (
+            None
+            if found.number is None
+            else math.ceil(found.number / (rows * item.records) * epochs)
+        )
     beside = any(adapted(name) for name in stage.train)
-    resting = sum(v for k, v in parts.items() if k != "head") - (0 if beside else sum(trained.values()))
+    resting = sum(v for k, v in parts.items() if k != "head") - (
+        0 if beside else sum(trained.values())
+    )
     fresh = paper.upgraded is not None and not paper.saved and dtype.itemsize == 2
-    half = fresh and all(set(one.train) == {"fusion"} for one in recipe.stages)  # it rests in all stages
+    half = fresh and all(
+        set(one.train) == {"fusion"} for one in recipe.stages
+    )  # it rests in all stages
     memory = _weights(stage, resting, sum(trained.values()), devices, half=half)
     return StagePlan(
         name=stage.name,
@@ -139,7 +170,11 @@ def _counted(model, stage: Stage, item: Item, size: int, dtype) -> tuple[float, 
     model.requires_grad_(False)
     for parameter in (p for name in learns for p in model.parameter_groups()[name]):
         parameter.requires_grad_(True)
-    flops = sum(share * _step_flops(model, *_inputs(model, *of, dtype), stage) for share, of in item.kinds if share)
+    flops = sum(
+        share * _step_flops(model, *_inputs(model, *of, dtype), stage)
+        for share, of in item.kinds
+        if share
+    )
     return flops, _activations(model, stage, size, item.longest, learns, dtype)
 
 
@@ -148,23 +183,34 @@ def _inputs(model, length: int, pictures: int, dtype) -> tuple:
     return torch.zeros(1, max(length, 2), dtype=torch.long), pixels
 
 
-def _activations(model, stage: Stage, size: int, longest: tuple[int, int], learns: list[str], dtype) -> float:
+def _activations(
+    model, stage: Stage, size: int, longest: tuple[int, int], learns: list[str], dtype
+) -> float:
     """Bytes that wait for the backward pass of a micro-batch of the longest records."""
     ids, pixels = _inputs(model, *longest, dtype)
     length = ids.shape[1]
     held = saved_bytes(model, ids, pixels, torch.ones(size, length, dtype=torch.long), learns)
     if not stage.args.get("activation_checkpointing"):
         return float(held)
-    # The logits stay, in the model's format and in single precision for the loss and its gradient; layers are kept one at a time.
+    # The logits stay, in the model's format and in single precision for the loss and its gradient;
+    # layers are kept one at a time.
     text, layers = model.config.text_config.get_text_config(), model.config.language_depth
     words = size * length * text.vocab_size * (dtype.itemsize + 8)
-    return words + max(held - words, 0) / layers + size * length * layers * text.hidden_size * dtype.itemsize
+    return (
+        words
+        + max(held - words, 0) / layers
+        + size * length * layers * text.hidden_size * dtype.itemsize
+    )
 
 
-def _weights(stage: Stage, resting: int, trained: int, devices: int, *, half: bool) -> dict[str, float]:
-    """Bytes on one device of weights, gradients and moments; what each engine shares out among devices is divided.
+def _weights(
+    stage: Stage, resting: int, trained: int, devices: int, *, half: bool
+) -> dict[str, float]:
+    """Bytes on one device of weights, gradients and moments; what each engine shares out among
+    devices is divided.
 
-    DeepSpeed keeps weights and gradients in half precision, and single precision with the moments (Rajbhandari et al. 2020, ZeRO).
+    DeepSpeed keeps weights and gradients in half precision, and single precision with the moments
+    (Rajbhandari et al. 2020, ZeRO).
     """
     level = _zero_stage(stage)
     weights, gradients, moments = (devices if level >= least else 1 for least in (3, 2, 1))
@@ -189,21 +235,33 @@ def _zero_stage(stage: Stage) -> int:
     if isinstance(given, str):
         path = Path(expand_path(given))
         if not path.is_file():
-            raise ValueError(f"stage {stage.name}: args.deepspeed names {path}, which is not there; correct the path")
+            raise UserError(
+                f"stage {stage.name}: args.deepspeed names {path}, which is not there; correct the"
+                " path"
+            )
         given = json.loads(path.read_text(encoding="utf-8"))
     return int((given or {}).get("zero_optimization", {}).get("stage", 0))
 
 
 def _step_flops(model: nn.Module, ids, pixels, stage: Stage) -> int:
-    """Operations of one record, forward and backward; with checkpointing the decoder's layers run forward twice."""
+    """Operations of one record, forward and backward; with checkpointing the decoder's layers run
+    forward twice.
+    """
     with FakeScalarMode(len(pixels) * model.config.num_image_tokens):
-        inputs = {"input_ids": ids, "pixel_values": pixels if len(pixels) else None, "labels": ids, "use_cache": False}
+        inputs = {
+            "input_ids": ids,
+            "pixel_values": pixels if len(pixels) else None,
+            "labels": ids,
+            "use_cache": False,
+        }
         with counter() as forward:
             loss = model(**inputs).loss
         with counter() as backward:
             if loss.requires_grad:  # a text says nothing to the fusion
                 loss.backward()
-    language = sum(forward.get_flop_counts().get(f"{type(model).__name__}.language_model", {}).values())
+    language = sum(
+        forward.get_flop_counts().get(f"{type(model).__name__}.language_model", {}).values()
+    )
     again = language if stage.args.get("activation_checkpointing") else 0
     return forward.get_total_flops() + backward.get_total_flops() + again
 
@@ -212,8 +270,15 @@ def lines(plans: list[StagePlan], *, devices: int, tflops: float, mfu: float) ->
     """The plans as lines of text."""
     out = []
     for plan in plans:
-        total, trained = sum(v for k, v in plan.parameters.items() if k != "head"), sum(plan.trained.values())
-        sizes = ", ".join(f"{name} {number / 1e6:,.1f} M" for name, number in plan.parameters.items() if name != "head")
+        total, trained = (
+            sum(v for k, v in plan.parameters.items() if k != "head"),
+            sum(plan.trained.values()),
+        )
+        sizes = ", ".join(
+            f"{name} {number / 1e6:,.1f} M"
+            for name, number in plan.parameters.items()
+            if name != "head"
+        )
         learns = ", ".join(f"{name} {number / 1e6:,.1f} M" for name, number in plan.trained.items())
         memory = ", ".join(f"{name} {value / GIB:,.1f}" for name, value in plan.memory.items())
         records = "unknown" if plan.records is None else f"{plan.records:,}"
@@ -224,12 +289,20 @@ def lines(plans: list[StagePlan], *, devices: int, tflops: float, mfu: float) ->
             f"stage {plan.name}",
             f"  parameters   {sizes}; {total / 1e6:,.1f} M in all",
             f"  trained      {learns} ({100 * trained / total:.2f} %)",
-            f"  records      {records} ({plan.records_said}), {plan.tokens_per_record:,.0f} tokens each, "
-            f"{plan.image_tokens_per_record:,.0f} of them of pictures; the longest {plan.longest:,}",
-            f"  a step       {plan.records_per_step:,.0f} records, {plan.tokens_per_step:,.0f} tokens, "
-            f"{work} TFLOP; {steps} steps",
+            (
+                f"  records      {records} ({plan.records_said}), {plan.tokens_per_record:,.0f}"
+                f" tokens each, {plan.image_tokens_per_record:,.0f} of them of pictures; the"
+                f" longest {plan.longest:,}"
+            ),
+            (
+                f"  a step       {plan.records_per_step:,.0f} records, {plan.tokens_per_step:,.0f}"
+                f" tokens, {work} TFLOP; {steps} steps"
+            ),
             f"  a device     {sum(plan.memory.values()) / GIB:,.1f} GiB: {memory}",
-            f"  hours        {hours}, on {devices} x {tflops:,.0f} TFLOP/s of which {100 * mfu:.0f} % is reached",
+            (
+                f"  hours        {hours}, on {devices} x {tflops:,.0f} TFLOP/s of which"
+                f" {100 * mfu:.0f} % is reached"
+            ),
         ]
     for note in dict.fromkeys(itertools.chain(*(plan.notes for plan in plans))):
         out.append(f"note: {note}")
@@ -238,4 +311,6 @@ def lines(plans: list[StagePlan], *, devices: int, tflops: float, mfu: float) ->
 
 def as_json(plans: list[StagePlan]) -> str:
     """The plans as JSON: memory in bytes, operations in FLOPs."""
-    return json.dumps([{**asdict(plan), "tokens_per_step": plan.tokens_per_step} for plan in plans], indent=2)
+    return json.dumps(
+        [{**asdict(plan), "tokens_per_step": plan.tokens_per_step} for plan in plans], indent=2
+    )

@@ -1,4 +1,5 @@
-"""The model of a recipe on paper: its parts as they will be, and a model that stands in for it where operations are counted.
+"""The model of a recipe on paper: its parts as they will be, and a model that stands in for it
+where operations are counted.
 
 Models that recipes here name are known by their published sizes, so that no hub is asked.
 """
@@ -24,14 +25,15 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters import adapted, module_of
+from ..config.recipe import Recipe, Stage
+from ..config.yaml_io import expand_path
 from ..configuration import SparseCutConfig
 from ..configuration_upgraded import SparseCutUpgradeConfig
-from .counting import REFERENCE, backbone_config, configuration_of
-from ..plan import Plan, Shortcut
-from ..config.recipe import Recipe, Stage
 from ..modeling_upgraded import FACTS, SparseCutUpgrade
+from ..plan import Plan, Shortcut
+from ..schema import UserError
 from ..upgrading import plan_for
-from ..config.yaml_io import expand_path
+from .counting import REFERENCE, backbone_config, configuration_of
 
 KNOWN = {  # sizes of models that recipes here name
     "openai/clip-vit-large-patch14-336": REFERENCE["vision"]["clip-l-336"],
@@ -60,7 +62,8 @@ BASES = {"llava-hf/llava-1.5-7b-hf": ("openai/clip-vit-large-patch14-336", "lmsy
 
 @dataclass
 class EstimatedModel:
-    """config: of the model that is built, or that stands in for a finished one (None where none can); upgraded: a finished one's parts.
+    """config: of the model that is built, or that stands in for a finished one (None where none
+    can); upgraded: a finished one's parts.
 
     saved: whether this package saved it, so that it is loaded as it is.
     """
@@ -72,7 +75,9 @@ class EstimatedModel:
 
 
 def on_paper(recipe: Recipe, mode: FakeTensorMode) -> EstimatedModel:
-    """The recipe's model without weights, as training will have it; ValueError for parts or a plan that cannot be."""
+    """The recipe's model without weights, as training will have it; ValueError for parts or a plan
+    that cannot be.
+    """
     if recipe.model.base is not None:
         return _finished(recipe, expand_path(recipe.model.base), mode)
     found, notes = [], []
@@ -89,9 +94,19 @@ def trained_number(model: nn.Module, name: str, stage: Stage) -> int:
     """How many numbers of a part the stage trains, or of the adapter on it."""
     if (part := adapted(name)) is None:
         return sum(p.numel() for p in model.parameter_groups()[name])
-    module, head, targets = module_of(model, part), model.get_output_embeddings(), stage.lora.targets
-    linear = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
-    chosen = [m for n, m in linear.items() if targets == "all-linear" or n.rpartition(".")[2] in targets]
+    module, head, targets = (
+        module_of(model, part),
+        model.get_output_embeddings(),
+        stage.lora.targets,
+    )
+    linear = {
+        n: m
+        for n, m in module.named_modules()
+        if isinstance(m, nn.Linear | Conv1D) and m is not head
+    }
+    chosen = [
+        m for n, m in linear.items() if targets == "all-linear" or n.rpartition(".")[2] in targets
+    ]
     return sum(stage.lora.r * sum(m.weight.shape) for m in chosen)
 
 
@@ -101,8 +116,9 @@ def _finished(recipe: Recipe, base: str, mode: FakeTensorMode) -> EstimatedModel
     if (Path(base) / FACTS).is_file():
         facts = json.loads((Path(base) / FACTS).read_text(encoding="utf-8"))
         if facts["base"] is None:
-            raise ValueError(
-                f"the shortcuts in {base} do not say where their base came from; it cannot be counted without it"
+            raise UserError(
+                f"the shortcuts in {base} do not say where their base came from; it cannot be"
+                " counted without it"
             )
         base, spec, saved = facts["base"], facts["plan"], True
     config = _configuration(base, notes)
@@ -117,17 +133,19 @@ def _finished(recipe: Recipe, base: str, mode: FakeTensorMode) -> EstimatedModel
         model = SparseCutUpgrade(SparseCutUpgradeConfig.of(bare, plan, None, None), base=bare)
     if not family.has_one_view(bare):
         notes.append(
-            f"{base} takes pictures at sizes of their own: image tokens, operations, hours and what waits for the backward pass are not "
-            "counted, and tokens are those of the text"
+            f"{base} takes pictures at sizes of their own: image tokens, operations, hours and what"
+            " waits for the backward pass are not counted, and tokens are those of the text"
         )
         return EstimatedModel(None, model, saved, notes)
     notes.append(
-        f"operations, and what waits for the backward pass, of {base} are those of a model built of its encoder and language model, with a "
-        "projector of the plan's in place of its own"
+        f"operations, and what waits for the backward pass, of {base} are those of a model built of"
+        " its encoder and language model, with a projector of the plan's in place of its own"
     )
     tap = getattr(config, "vision_feature_layer", -1)
     plan = _without_base(plan, tap if isinstance(tap, int) else -1)
-    return EstimatedModel(configuration_of(config.vision_config, config.get_text_config(), plan), model, saved, notes)
+    return EstimatedModel(
+        configuration_of(config.vision_config, config.get_text_config(), plan), model, saved, notes
+    )
 
 
 def _configuration(base: str, notes: list[str]) -> PreTrainedConfig:
@@ -138,9 +156,13 @@ def _configuration(base: str, notes: list[str]) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(base)
     except (OSError, ValueError) as error:
-        raise ValueError(f"there is no model {base} that can be read; Hugging Face says: {error}") from error
+        raise UserError(
+            f"there is no model {base} that can be read; Hugging Face says: {error}"
+        ) from error
 
 
 def _without_base(plan: Plan, tap: int) -> Plan:
     """The plan with a shortcut into the input where a finished model has its own."""
-    return replace(plan, shortcuts=tuple(Shortcut((tap,), 0) if s.mix == "base" else s for s in plan.shortcuts))
+    return replace(
+        plan, shortcuts=tuple(Shortcut((tap,), 0) if s.mix == "base" else s for s in plan.shortcuts)
+    )

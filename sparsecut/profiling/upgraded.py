@@ -1,4 +1,6 @@
-"""What an upgrade costs: parameters, operations and bytes of one prompt, of the base alone and with the shortcuts."""
+"""What an upgrade costs: parameters, operations and bytes of one prompt, of the base alone and with
+the shortcuts.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .counting import counter
 from ..upgrading import upgrade
+from .counting import counter
 
 
 @dataclass(frozen=True)
 class UpgradeCost:
     """One prompt of one picture through an upgraded model.
 
-    num_*_parameters: of the base, and of the shortcuts, which are all that has to be trained. *_flops: operations of the prompt
-    pass, of the base alone and with shortcuts (conventions: cost.py). fusion_bytes: the shortcuts' weights as they are
-    loaded. features_bytes: what is kept for the decoder's layers during the prompt pass. num_image_tokens: the same for both.
+    num_*_parameters: of the base, and of the shortcuts, which are all that has to be trained.
+    *_flops: operations of the prompt pass, of the base alone and with shortcuts (conventions:
+    cost.py). fusion_bytes: the shortcuts' weights as they are loaded. features_bytes: what is kept
+    for the decoder's layers during the prompt pass. num_image_tokens: the same for both.
     """
 
     num_base_parameters: int
@@ -36,10 +39,14 @@ class UpgradeCost:
 
 
 @torch.no_grad()
-def count_upgrade(model, processor, *, size: tuple[int, int] = (640, 480), text: str = "What is it?") -> UpgradeCost:
-    """Count one prompt pass of an upgraded model with its processor, on a grey picture of `size` (width, height) in pixels.
+def count_upgrade(
+    model, processor, *, size: tuple[int, int] = (640, 480), text: str = "What is it?"
+) -> UpgradeCost:
+    """Count one prompt pass of an upgraded model with its processor, on a grey picture of `size`
+    (width, height) in pixels.
 
-    The model is really run, once without and once with shortcuts, so this works for every family and takes two prompt passes.
+    The model is really run, once without and once with shortcuts, so this works for every family
+    and takes two prompt passes.
     """
     from ..prompts import inputs_of, render
 
@@ -67,7 +74,9 @@ def count_upgrade(model, processor, *, size: tuple[int, int] = (640, 480), text:
 
 
 def count_upgrades(base: str, specs: dict[str, str | dict], **prompt) -> dict[str, UpgradeCost]:
-    """Load a base once and count it under each plan (name -> what `upgrade` takes); see `count_upgrade`."""
+    """Load a base once and count it under each plan (name -> what `upgrade` takes); see
+    `count_upgrade`.
+    """
     counts, given, processor = {}, base, None
     for name, spec in specs.items():
         model, of_plan = upgrade(given, spec, processor=processor)
@@ -82,11 +91,23 @@ def describe_cost(cost: UpgradeCost) -> str:
     return "\n".join(
         [
             f"  base           {cost.num_base_parameters:,} parameters, left as they are",
-            f"  shortcuts      {cost.num_fusion_parameters:,} parameters ({share:.2f} % of the base), {_bytes(cost.fusion_bytes)}",
-            f"  prompt         {cost.num_prompt_tokens} tokens, {cost.num_image_tokens} of them for one picture, as before",
-            f"  operations     {_flops(cost.base_flops)} for the base, {_flops(cost.upgraded_flops)} with shortcuts "
-            f"({cost.upgraded_flops / cost.base_flops:.3f} times)",
-            f"  memory         {_bytes(cost.features_bytes)} of features during the prompt pass, nothing more in the cache",
+            (
+                f"  shortcuts      {cost.num_fusion_parameters:,} parameters ({share:.2f} % of the"
+                f" base), {_bytes(cost.fusion_bytes)}"
+            ),
+            (
+                f"  prompt         {cost.num_prompt_tokens} tokens, {cost.num_image_tokens} of them for"
+                " one picture, as before"
+            ),
+            (
+                f"  operations     {_flops(cost.base_flops)} for the base,"
+                f" {_flops(cost.upgraded_flops)} with shortcuts"
+                f" ({cost.upgraded_flops / cost.base_flops:.3f} times)"
+            ),
+            (
+                f"  memory         {_bytes(cost.features_bytes)} of features during the prompt pass,"
+                " nothing more in the cache"
+            ),
         ]
     )
 
@@ -100,5 +121,7 @@ def _bytes(number: int) -> str:
 
 
 def _flops(number: int) -> str:
-    unit, size = next((u for u in (("TFLOP", 1e12), ("GFLOP", 1e9)) if number >= u[1] / 10), ("MFLOP", 1e6))
+    unit, size = next(
+        (u for u in (("TFLOP", 1e12), ("GFLOP", 1e9)) if number >= u[1] / 10), ("MFLOP", 1e6)
+    )
     return f"{number / size:,.3f} {unit}"

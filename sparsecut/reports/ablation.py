@@ -1,4 +1,6 @@
-"""How an explanation is told: lines for a terminal, Markdown, and one page with a heat map that survives a grey printer."""
+"""How an explanation is told: lines for a terminal, Markdown, and one page with a heat map that
+survives a grey printer.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +8,29 @@ import json
 from html import escape
 from pathlib import Path
 
-from .charts import plan_drawing
 from ..plan import Plan
+from .charts import plan_drawing
 
 ORDER = ("high", "mid", "low")  # of the picture world's levels
 NOTES = (
-    "A shortcut that is off adds zeros; nothing was trained again. Two that carry the same can each be dropped at no loss.",
-    "Points of accuracy against all shortcuts; the 95 % interval is over pictures, for this one trained model. Lost and won are answers "
-    "that turned wrong and right. Dashed cells are gains of a point or more.",
-    "Shuffled: the shortcut reads another picture. A loss without it, but none when it is shuffled, means that the model uses its presence "
-    "and not its content.",
-    "Norms are means over image tokens, after gates; the ratio is what a shortcut adds over the hidden state it is added to (for layer 0: "
-    "over the input's own features). A ratio near 0 is a shortcut that is hardly used.",
+    (
+        "A shortcut that is off adds zeros; nothing was trained again. Two that carry the same can"
+        " each be dropped at no loss."
+    ),
+    (
+        "Points of accuracy against all shortcuts; the 95 % interval is over pictures, for this one"
+        " trained model. Lost and won are answers that turned wrong and right. Dashed cells are"
+        " gains of a point or more."
+    ),
+    (
+        "Shuffled: the shortcut reads another picture. A loss without it, but none when it is"
+        " shuffled, means that the model uses its presence and not its content."
+    ),
+    (
+        "Norms are means over image tokens, after gates; the ratio is what a shortcut adds over the"
+        " hidden state it is added to (for layer 0: over the input's own features). A ratio near 0"
+        " is a shortcut that is hardly used."
+    ),
 )
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1240px;margin:2rem auto;padding:0 1rem}
@@ -54,16 +67,24 @@ def columns_of(found: dict) -> list[tuple[str, str]]:
     """(levels or groups, name) of the columns after the average."""
     first = found["conditions"]["all"]
     levels = sorted(first["levels"], key=lambda n: (ORDER.index(n) if n in ORDER else 9, n))
-    return [("levels", name) for name in levels] + [("groups", name) for name in sorted(first["groups"])]
+    return [("levels", name) for name in levels] + [
+        ("groups", name) for name in sorted(first["groups"])
+    ]
 
 
 def average(condition: dict) -> float:
     """The mean over levels, or the accuracy where questions have none."""
-    return condition["accuracy"] if condition["mean_over_levels"] is None else condition["mean_over_levels"]
+    return (
+        condition["accuracy"]
+        if condition["mean_over_levels"] is None
+        else condition["mean_over_levels"]
+    )
 
 
 def loss_rows(found: dict) -> list[list[str]]:
-    """A row per condition: accuracy of all, then points won or lost against it, per level and group."""
+    """A row per condition: accuracy of all, then points won or lost against it, per level and
+    group.
+    """
     columns = columns_of(found)
     rows = [["shortcuts", "average", "interval", "lost", "won", *(name for _, name in columns)]]
     base = found["conditions"]["all"]
@@ -83,12 +104,33 @@ def loss_rows(found: dict) -> list[list[str]]:
 
 def norm_rows(found: dict) -> list[list[str]]:
     """A row per shortcut: where it goes and how much it adds."""
-    rows = [["shortcut", "taps", "layer", "mix", "gate", "norm added", "norm of the hidden state", "ratio", "cosine"]]
+    rows = [
+        [
+            "shortcut",
+            "taps",
+            "layer",
+            "mix",
+            "gate",
+            "norm added",
+            "norm of the hidden state",
+            "ratio",
+            "cosine",
+        ]
+    ]
     for s in found["shortcuts"]:
         numbers = [s["norm"], s["hidden_norm"], s["ratio"], s["cosine"]]
         shown = ["" if number is None else f"{number:.2f}" for number in numbers]
         name = f"{s['number']} (the input)" if s["number"] == found["input"] else str(s["number"])
-        rows.append([name, ", ".join(map(str, s["taps"])), str(s["layer"]), s["mix"], f"{s['gate']:.2f}", *shown])
+        rows.append(
+            [
+                name,
+                ", ".join(map(str, s["taps"])),
+                str(s["layer"]),
+                s["mix"],
+                f"{s['gate']:.2f}",
+                *shown,
+            ]
+        )
     return rows
 
 
@@ -102,7 +144,9 @@ def _words(found: dict, name: str) -> str:
 
 def _change(found: dict, name: str, kind: str, column: str) -> float:
     conditions = found["conditions"]
-    return 100 * (conditions[name][kind][column]["accuracy"] - conditions["all"][kind][column]["accuracy"])
+    return 100 * (
+        conditions[name][kind][column]["accuracy"] - conditions["all"][kind][column]["accuracy"]
+    )
 
 
 def _page(found: dict) -> str:
@@ -115,12 +159,20 @@ def _page(found: dict) -> str:
         f"<h2>The plan</h2>{plan_drawing(plan, *found['depths'])}",
         *(f'<p class="note">{escape(note)}</p>' for note in NOTES),
     ]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Shortcuts explained</title>'
-    return f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}</style></head><body>{''.join(sections)}</body></html>"
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Shortcuts'
+        " explained</title>"
+    )
+    return (
+        "<!doctype html><html"
+        f" lang='en'><head>{head}<style>{STYLE}</style></head><body>{''.join(sections)}</body></html>"
+    )
 
 
 def _heat(found: dict) -> str:
-    """The table of losses with cells shaded by their size: darker is a larger loss; gains have a border instead."""
+    """The table of losses with cells shaded by their size: darker is a larger loss; gains have a
+    border instead.
+    """
     rows = loss_rows(found)
     head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
     body = []
@@ -138,24 +190,31 @@ def _shade(points: float) -> str:
         return ' style="outline:2px dashed #555;outline-offset:-3px"'
     depth = min(1.0, -points / 60) if points < 0 else 0.0
     red, green, blue = (round(255 - depth * (255 - dark)) for dark in (27, 79, 114))
-    return f' style="background:rgb({red},{green},{blue});color:{"#fff" if depth > 0.65 else "#222"}"'
+    return (
+        f' style="background:rgb({red},{green},{blue});color:{"#fff" if depth > 0.65 else "#222"}"'
+    )
 
 
 def _table(rows: list[list[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:]
+    )
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _markdown(rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+    return "\n".join(
+        "| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    )
 
 
 def _aligned(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     )

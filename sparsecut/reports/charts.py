@@ -1,4 +1,5 @@
-"""Pictures of numbers as SVG text: bars with intervals, curves, and a plan. No library, so that a report is one file.
+"""Pictures of numbers as SVG text: bars with intervals, curves, and a plan. No library, so that a
+report is one file.
 
 Arms are told apart by shade and by pattern or dash, so that a print in grey stays readable.
 """
@@ -14,8 +15,15 @@ DASHES = ("", "7 4", "2 3", "9 3 2 3", "4 2", "1 4")
 FONT = 'font-family="system-ui, sans-serif" font-size="12" fill="#222"'
 
 
-def bars(groups: list[str], arms: dict[str, list[tuple[float, float, float] | None]], *, height: int = 230) -> str:
-    """Grouped bars in per cent. arms: name -> per group (value, low, high) in 0..1, or None where nothing was measured."""
+def bars(
+    groups: list[str],
+    arms: dict[str, list[tuple[float, float, float] | None]],
+    *,
+    height: int = 230,
+) -> str:
+    """Grouped bars in per cent. arms: name -> per group (value, low, high) in 0..1, or None where
+    nothing was measured.
+    """
     bar, gap, left, top = 34, 44, 44, 14
     group_width = bar * len(arms) + gap
     width, plot = left + group_width * len(groups) + 10, height - top - 26
@@ -30,9 +38,15 @@ def bars(groups: list[str], arms: dict[str, list[tuple[float, float, float] | No
             x, y = x0 + a * bar, top + plot * (1 - value)
             middle = x + bar / 2 - 1
             parts += [
-                f'<rect x="{x:.1f}" y="{y:.1f}" width="{bar - 3}" height="{plot * value:.1f}" fill="{COLOURS[a % 6]}">'
-                f"<title>{escape(name)}, {escape(group)}: {value:.1%} ({low:.1%} to {high:.1%})</title></rect>",
-                f'<path d="M{middle:.1f} {top + plot * (1 - high):.1f}V{top + plot * (1 - low):.1f}" stroke="#111" />',
+                (
+                    f'<rect x="{x:.1f}" y="{y:.1f}" width="{bar - 3}" height="{plot * value:.1f}"'
+                    f' fill="{COLOURS[a % 6]}"><title>{escape(name)}, {escape(group)}: {value:.1%}'
+                    f" ({low:.1%} to {high:.1%})</title></rect>"
+                ),
+                (
+                    f'<path d="M{middle:.1f}'
+                    f' {top + plot * (1 - high):.1f}V{top + plot * (1 - low):.1f}" stroke="#111" />'
+                ),
                 text(middle, top + plot * (1 - high) - 4, f"{100 * value:.0f}", "middle", 11),
             ]
     return svg(width, height, parts) + legend(list(arms))
@@ -46,31 +60,45 @@ def curves(
     height: int = 260,
     y_most: float | None = None,
 ) -> str:
-    """Lines through (x, y) points, one per arm, from 0 to y_most: by default the largest y after the first tenth of the points."""
+    """Lines through (x, y) points, one per arm, from 0 to y_most: by default the largest y after
+    the first tenth of the points.
+    """
     left, top, bottom = 44, 14, 34
     points = [p for line in lines.values() for p in line]
     if not points:
         return "<p>No points were logged.</p>"
     x_most = max(x for x, _ in points) or 1
-    y_most = y_most or max(y for line in lines.values() for _, y in line[len(line) // 10 :]) * 1.05 or 1
+    y_most = (
+        y_most or max(y for line in lines.values() for _, y in line[len(line) // 10 :]) * 1.05 or 1
+    )
     plot_width, plot = width - left - 22, height - top - bottom
     parts = [frame(left, top, plot_width, plot)]
     for tick in range(5):
         y = top + plot * (1 - tick / 4)
         parts.append(text(left - 6, y + 4, f"{y_most * tick / 4:.2g}", "end"))
-        parts.append(text(left + plot_width * tick / 4, top + plot + 15, f"{x_most * tick / 4:.0f}", "middle"))
+        parts.append(
+            text(
+                left + plot_width * tick / 4, top + plot + 15, f"{x_most * tick / 4:.0f}", "middle"
+            )
+        )
     parts.append(text(left + plot_width / 2, height - 4, x_label, "middle"))
     for i, line in enumerate(lines.values()):
         path = " ".join(
-            f"{left + plot_width * x / x_most:.1f},{top + plot * (1 - min(y, y_most) / y_most):.1f}" for x, y in line
+            f"{left + plot_width * x / x_most:.1f},{top + plot * (1 - min(y, y_most) / y_most):.1f}"
+            for x, y in line
         )
         dash = f'stroke-dasharray="{DASHES[i % 6]}"' if DASHES[i % 6] else ""
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[i % 6]}" stroke-width="1.6" {dash}/>')
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{COLOURS[i % 6]}" stroke-width="1.6"'
+            f" {dash}/>"
+        )
     return svg(width, height, parts) + legend(list(lines), line=True)
 
 
 def plan_drawing(plan: Plan, vision_depth: int, language_depth: int) -> str:
-    """Encoder layers on the left, decoder layers on the right, both from the bottom up, and an arrow per shortcut."""
+    """Encoder layers on the left, decoder layers on the right, both from the bottom up, and an
+    arrow per shortcut.
+    """
     step = max(9, min(24, 300 // max(vision_depth, language_depth)))
     top, box, left, right = 26, 64, 10, 250
     height = top + step * max(vision_depth + 1, language_depth) + 12
@@ -85,18 +113,30 @@ def plan_drawing(plan: Plan, vision_depth: int, language_depth: int) -> str:
     views = f"encoder, {plan.num_views} view{'s' * (plan.num_views > 1)}"
     parts = [text(left, 16, views, "start"), text(right + box / 2, 16, "decoder", "middle")]
     for tap in range(vision_depth + 1):
-        parts.append(_box(left, y_vision(tap), box, step, tap in taps, "patches" if tap == 0 else str(tap)))
+        parts.append(
+            _box(left, y_vision(tap), box, step, tap in taps, "patches" if tap == 0 else str(tap))
+        )
     for layer in range(language_depth):
         used = layer == 0 or layer in plan.layers
-        parts.append(_box(right, y_language(layer), box, step, used, f"input, {layer}" if layer == 0 else str(layer)))
+        parts.append(
+            _box(
+                right,
+                y_language(layer),
+                box,
+                step,
+                used,
+                f"input, {layer}" if layer == 0 else str(layer),
+            )
+        )
     for s in plan.shortcuts:
         for tap in s.flat_taps:
             y1, y2 = y_vision(tap % (vision_depth + 1)), y_language(s.layer)
             x1, x2 = left + box, right - 6
             colour = COLOURS[0] if s.layer else COLOURS[1]
             parts.append(
-                f'<path d="M{x1} {y1:.1f}C{x1 + 70} {y1:.1f} {x2 - 70} {y2:.1f} {x2} {y2:.1f}" fill="none" '
-                f'stroke="{colour}" stroke-width="1.5"/><path d="M{x2} {y2 - 3:.1f}l6 3l-6 3z" fill="{colour}"/>'
+                f'<path d="M{x1} {y1:.1f}C{x1 + 70} {y1:.1f} {x2 - 70} {y2:.1f} {x2} {y2:.1f}"'
+                f' fill="none" stroke="{colour}" stroke-width="1.5"/><path d="M{x2} {y2 - 3:.1f}l6'
+                f' 3l-6 3z" fill="{colour}"/>'
             )
     return svg(right + box + 10, height, parts)
 
@@ -111,7 +151,9 @@ def legend(names: list[str], line: bool = False) -> str:
             if line
             else f'<rect width="14" height="12" fill="{colour}"/>'
         )
-        rows.append(f'<span class="key"><svg width="28" height="12">{sign}</svg>{escape(name)}</span>')
+        rows.append(
+            f'<span class="key"><svg width="28" height="12">{sign}</svg>{escape(name)}</span>'
+        )
     return f'<p class="legend">{"".join(rows)}</p>'
 
 
@@ -123,7 +165,10 @@ def svg(width: float, height: float, parts: list[str]) -> str:
 
 def text(x: float, y: float, words: str, anchor: str, size: int = 12, style: str = "") -> str:
     """Words at a point; anchor: start, middle or end; style: further attributes."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" {style}>{escape(words)}</text>'
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"'
+        f" {style}>{escape(words)}</text>"
+    )
 
 
 def frame(x: float, y: float, width: float, height: float) -> str:
@@ -136,7 +181,8 @@ def _percent_axis(left: float, top: float, width: float, plot: float) -> str:
     for tick in (0, 25, 50, 75, 100):
         y = top + plot * (1 - tick / 100)
         rows.append(
-            f'<path d="M{left} {y:.1f}H{width - 6}" stroke="#ddd"/>' + text(left - 6, y + 4, f"{tick} %", "end", 11)
+            f'<path d="M{left} {y:.1f}H{width - 6}" stroke="#ddd"/>'
+            + text(left - 6, y + 4, f"{tick} %", "end", 11)
         )
     return "".join(rows)
 
@@ -144,4 +190,7 @@ def _percent_axis(left: float, top: float, width: float, plot: float) -> str:
 def _box(x: float, y: float, width: float, step: float, used: bool, words: str) -> str:
     fill = "#dce6ee" if used else "#f6f6f6"
     label = text(x + width / 2, y + 4, words, "middle", 11) if used or step >= 16 else ""
-    return f'<rect x="{x}" y="{y - step / 2 + 1:.1f}" width="{width}" height="{step - 2}" fill="{fill}" stroke="#bbb"/>{label}'
+    return (
+        f'<rect x="{x}" y="{y - step / 2 + 1:.1f}" width="{width}" height="{step - 2}"'
+        f' fill="{fill}" stroke="#bbb"/>{label}'
+    )

@@ -1,4 +1,6 @@
-"""The page of a comparison: one HTML file with tables, plans, and the items on which runs differ, with their pictures."""
+"""The page of a comparison: one HTML file with tables, plans, and the items on which runs differ,
+with their pictures.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from . import charts
-from ..experiments.compare import Compared, notes, stores, table
 from ..data.images import Pictures
+from ..experiments.compare import Compared, notes, stores, table
+from . import charts
 from .evaluations import STYLE
 
 SIDE = 224  # pixels of a picture on the page
@@ -22,14 +24,18 @@ MORE_STYLE = """
 """
 
 
-def write_comparison(folder: Path, runs: Sequence[Compared], found: dict, images: str | Path | None = None) -> Path:
+def write_comparison(
+    folder: Path, runs: Sequence[Compared], found: dict, images: str | Path | None = None
+) -> Path:
     """Write compare.html, compare.md and compare.json into a folder and return the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "compare.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     rows = table(found)
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
-    (folder / "compare.md").write_text("\n".join([*lines, "", *(f"- {n}" for n in notes(found)), ""]), encoding="utf-8")
+    (folder / "compare.md").write_text(
+        "\n".join([*lines, "", *(f"- {n}" for n in notes(found)), ""]), encoding="utf-8"
+    )
     page = folder / "compare.html"
     page.write_text(_page(found, stores(runs, images)), encoding="utf-8")
     return page
@@ -41,20 +47,31 @@ def _page(found: dict, pictures: Sequence[Pictures]) -> str:
     sections = [
         f"<h1>{escape(title)}, compared</h1>",
         _table(table(found)),
-        '<ul class="note">' + "".join(f"<li>{escape(line)}</li>" for line in notes(found)) + "</ul>",
+        '<ul class="note">'
+        + "".join(f"<li>{escape(line)}</li>" for line in notes(found))
+        + "</ul>",
         "<h2>Average over levels</h2>" + _bars(found),
         f"<h2>By kind of question</h2>{_table(kinds)}" if len(kinds[0]) > 1 else "",
         _plans(found),
         f"<h2>Items on which they differ</h2>{_items(found, pictures)}" if found["items"] else "",
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport"'
+        f' content="width=device-width"><title>{escape(title)}</title>'
+    )
     style = f"<style>{STYLE}{MORE_STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}{style}</head><body>{''.join(sections)}</body></html>"
+    return (
+        "<!doctype html><html"
+        f" lang='en'><head>{head}{style}</head><body>{''.join(sections)}</body></html>"
+    )
 
 
 def _bars(found: dict) -> str:
     shares = {name: row["share"] for name, row in found["runs"].items()}
-    groups = ["average", *(level for level in next(iter(shares.values()))["levels"] if level != "all")]
+    groups = [
+        "average",
+        *(level for level in next(iter(shares.values()))["levels"] if level != "all"),
+    ]
     cells = {
         name: [
             (e["value"], e["low"], e["high"])
@@ -69,7 +86,15 @@ def _kinds(found: dict) -> list[list[str]]:
     names = sorted({kind for row in found["runs"].values() for kind in row["kinds"]})
     rows = [["run", *names]]
     for name, row in found["runs"].items():
-        rows.append([name, *(f"{100 * row['kinds'][kind]:.1f}" if kind in row["kinds"] else "-" for kind in names)])
+        rows.append(
+            [
+                name,
+                *(
+                    f"{100 * row['kinds'][kind]:.1f}" if kind in row["kinds"] else "-"
+                    for kind in names
+                ),
+            ]
+        )
     return rows
 
 
@@ -86,11 +111,14 @@ def _plans(found: dict) -> str:
 
 def _items(found: dict, pictures: Sequence[Pictures]) -> str:
     note = (
-        f'<p class="note">{len(found["items"])} of {found["num_differing"]:,} items: those that {escape(found["baseline"])} gets wrong and '
-        "another right, and the other way round, in turn; chosen by that, so they say nothing about how often it happens. Most seeds "
-        "decide.</p>"
+        f'<p class="note">{len(found["items"])} of {found["num_differing"]:,} items: those that'
+        f" {escape(found['baseline'])} gets wrong and another right, and the other way round, in"
+        " turn; chosen by that, so they say nothing about how often it happens. Most seeds"
+        " decide.</p>"
     )
-    return note + f'<div class="row">{"".join(_item(item, pictures) for item in found["items"])}</div>'
+    return (
+        note + f'<div class="row">{"".join(_item(item, pictures) for item in found["items"])}</div>'
+    )
 
 
 def _item(item: dict, pictures: Sequence[Pictures]) -> str:
@@ -99,10 +127,13 @@ def _item(item: dict, pictures: Sequence[Pictures]) -> str:
     for run, answers in item["answers"].items():
         said = ", ".join(dict.fromkeys(text or "(nothing)" for text, _ in answers.values()))
         right = 2 * sum(correct for _, correct in answers.values()) > len(answers)
-        lines.append(f'<li class="{"right" if right else "wrong"}">{escape(run)}: {escape(said)}</li>')
+        lines.append(
+            f'<li class="{"right" if right else "wrong"}">{escape(run)}: {escape(said)}</li>'
+        )
     kind = f" ({escape(item['group'])})" if item["group"] else ""
     return (
-        f'<div class="item">{shown}<b>{escape(item["prompt"])}</b>{kind}<br>reference: {escape(item["reference"])}'
+        f'<div class="item">{shown}<b>{escape(item["prompt"])}</b>{kind}<br>reference:'
+        f" {escape(item['reference'])}"
         f"<ul>{''.join(lines)}</ul></div>"
     )
 
@@ -115,10 +146,15 @@ def _picture(name: str, pictures: Sequence[Pictures]) -> str:
     picture.thumbnail((SIDE, SIDE))
     file = io.BytesIO()
     picture.save(file, "PNG")
-    return f'<img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return (
+        f'<img alt="{escape(name)}"'
+        f' src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    )
 
 
 def _table(rows: list[list[str]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:]
+    )
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'

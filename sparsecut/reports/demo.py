@@ -1,15 +1,21 @@
-"""What the demo says and shows of its finished arms: a table and some answers on screen, and the page."""
+"""What the demo says and shows of its finished arms: a table and some answers on screen, and the
+page.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from ..experiments.study import Run, Study
 from ..plan import Plan
 from .evaluations import Arm, Sample, write_report
-from ..experiments.study import Run, Study
 
-LEVELS = {"high": "high: shape, place", "mid": "mid: texture, count", "low": "low: shade, lines, digit"}
+LEVELS = {
+    "high": "high: shape, place",
+    "mid": "mid: texture, count",
+    "low": "low: shade, lines, digit",
+}
 INTRODUCTION = """<p>Four ways to feed the same frozen encoder's features to the same small language model, trained on the same
 pictures, questions, order and number of steps, with the same number of image tokens in the prompt. Between plain fusion and
 SparseCut stand two controls: one has the fine views but no other layer, the other has the same layers and views but adds them all to
@@ -27,7 +33,10 @@ def answer_aloud(study: Study, arms: dict[str, tuple[str, str]], log, number: in
         for arm, (title, _) in arms.items()
     }
     width = max(map(len, results))
-    log(f"\n{'accuracy in per cent':{width}}   average   " + "   ".join(f"{level:>5}" for level in LEVELS))
+    log(
+        f"\n{'accuracy in per cent':{width}}   average   "
+        + "   ".join(f"{level:>5}" for level in LEVELS)
+    )
     for name, result in results.items():
         cells = "   ".join(f"{100 * result['levels'][level]['accuracy']:5.1f}" for level in LEVELS)
         log(f"{name:{width}}   {100 * result['mean_over_levels']:7.1f}   {cells}")
@@ -40,22 +49,33 @@ def answer_aloud(study: Study, arms: dict[str, tuple[str, str]], log, number: in
 def write_page(study: Study, arms: dict[str, tuple[str, str]], minutes: float) -> Path:
     """Write report.html from what the arms left in the study's folder."""
     brought = [_arm(study, arm, title, meaning) for arm, (title, meaning) in arms.items()]
-    introduction = INTRODUCTION.format(pictures=f"{study.pictures.train:,}", seed=study.seeds[0], minutes=minutes)
+    introduction = INTRODUCTION.format(
+        pictures=f"{study.pictures.train:,}", seed=study.seeds[0], minutes=minutes
+    )
     depths = _facts(study, next(iter(arms)))["depths"]
     page = Path(study.output) / "report.html"
-    write_report(page, study.title, introduction, brought, choose_samples(study, arms, 8), tuple(depths))
+    write_report(
+        page, study.title, introduction, brought, choose_samples(study, arms, 8), tuple(depths)
+    )
     return page
 
 
 def choose_samples(study: Study, arms: dict[str, tuple[str, str]], number: int) -> list[Sample]:
-    """Questions spread evenly over the file, kinds in turn, each with every arm's answer: not chosen by who is right."""
-    rows = {title: _lines(_folder(study, arm) / "eval" / "predictions.jsonl") for arm, (title, _) in arms.items()}
+    """Questions spread evenly over the file, kinds in turn, each with every arm's answer: not
+    chosen by who is right.
+    """
+    rows = {
+        title: _lines(_folder(study, arm) / "eval" / "predictions.jsonl")
+        for arm, (title, _) in arms.items()
+    }
     first = next(iter(rows.values()))
     kinds = sorted({row["group"] for row in first})
     chosen = []
     for i in range(number):
         kind, start = kinds[i % len(kinds)], i * len(first) // number
-        chosen.append(next(j for j in [*range(start, len(first)), *range(start)] if first[j]["group"] == kind))
+        chosen.append(
+            next(j for j in [*range(start, len(first)), *range(start)] if first[j]["group"] == kind)
+        )
     return [
         Sample(
             picture=Path(study.output) / "data" / first[j]["images"][0],
@@ -81,7 +101,8 @@ def _arm(study: Study, arm: str, title: str, meaning: str) -> Arm:
         },
         average=result["mean_over_levels"],
         losses=[
-            (line["step"], line["loss"]) for line in _lines(folder / study.recipe["stages"][-1]["name"] / "log.jsonl")
+            (line["step"], line["loss"])
+            for line in _lines(folder / study.recipe["stages"][-1]["name"] / "log.jsonl")
         ],
         facts={
             "image tokens per picture": str(facts["image_tokens"]),

@@ -1,4 +1,6 @@
-"""One self-contained HTML page about several trained arms: what they are, how well they answer, what they cost."""
+"""One self-contained HTML page about several trained arms: what they are, how well they answer,
+what they cost.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from . import charts
 from ..plan import Plan
+from . import charts
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1060px;margin:2rem auto;padding:0 1rem}
@@ -50,19 +52,32 @@ class Sample:
 
 
 def write_report(
-    path: Path, title: str, introduction: str, arms: list[Arm], samples: list[Sample], depths: tuple[int, int]
+    path: Path,
+    title: str,
+    introduction: str,
+    arms: list[Arm],
+    samples: list[Sample],
+    depths: tuple[int, int],
 ) -> None:
     """Write the page. introduction is HTML of our own making; everything else is escaped."""
     sections = [
         f"<h1>{escape(title)}</h1>{introduction}",
         "<h2>Accuracy per level</h2>" + _accuracy(arms),
         "<h2>What each arm is</h2>" + _plans(arms, depths),
-        "<h2>Cost</h2>" + _table(["arm", *arms[0].facts], [[a.name, *a.facts.values()] for a in arms]),
-        "<h2>Loss of the second stage</h2>" + charts.curves({a.name: a.losses for a in arms}, x_label="step"),
+        "<h2>Cost</h2>"
+        + _table(["arm", *arms[0].facts], [[a.name, *a.facts.values()] for a in arms]),
+        "<h2>Loss of the second stage</h2>"
+        + charts.curves({a.name: a.losses for a in arms}, x_label="step"),
         "<h2>Pictures and answers</h2>" + _samples(samples),
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    page = f"<!doctype html><html lang='en'><head>{head}<style>{STYLE}</style></head><body>{''.join(sections)}</body></html>"
+    head = (
+        '<meta charset="utf-8"><meta name="viewport"'
+        f' content="width=device-width"><title>{escape(title)}</title>'
+    )
+    page = (
+        "<!doctype html><html"
+        f" lang='en'><head>{head}<style>{STYLE}</style></head><body>{''.join(sections)}</body></html>"
+    )
     path.write_text(page, encoding="utf-8")
 
 
@@ -70,11 +85,14 @@ def _accuracy(arms: list[Arm]) -> str:
     groups = list(arms[0].scores)
     drawn = charts.bars(groups, {a.name: [a.scores[g][:3] for g in groups] for a in arms})
     counts = [f"{g} ({arms[0].scores[g][3]} questions)" for g in groups]
-    rows = [[a.name, *(_interval(a.scores[g]) for g in groups), f"{100 * a.average:.1f}"] for a in arms]
+    rows = [
+        [a.name, *(_interval(a.scores[g]) for g in groups), f"{100 * a.average:.1f}"] for a in arms
+    ]
     note = (
-        '<p class="note">Exact match of greedy answers, in per cent, with the 95 % Wilson interval of the questions asked; the average '
-        "is the mean of the levels. The intervals speak of the questions only: another seed of training can move every arm by "
-        "several points, and <b>one seed is one seed</b>.</p>"
+        '<p class="note">Exact match of greedy answers, in per cent, with the 95 % Wilson interval'
+        " of the questions asked; the average is the mean of the levels. The intervals speak of the"
+        " questions only: another seed of training can move every arm by several points, and <b>one"
+        " seed is one seed</b>.</p>"
     )
     return drawn + _table(["arm", *counts, "average"], rows) + note
 
@@ -92,11 +110,13 @@ def _samples(samples: list[Sample]) -> str:
     for s in samples:
         data = base64.b64encode(s.picture.read_bytes()).decode()
         lines = [
-            f'<li class="{"right" if answer == s.reference else "wrong"}">{escape(arm)}: {escape(answer)}</li>'
+            f'<li class="{"right" if answer == s.reference else "wrong"}">{escape(arm)}:'
+            f" {escape(answer)}</li>"
             for arm, answer in s.answers.items()
         ]
         cards.append(
-            f'<div class="sample"><img alt="" src="data:image/png;base64,{data}"><b>{escape(s.question)}</b><br>'
+            '<div class="sample"><img alt=""'
+            f' src="data:image/png;base64,{data}"><b>{escape(s.question)}</b><br>'
             f"reference: {escape(s.reference)}<ul>{''.join(lines)}</ul></div>"
         )
     return f'<div class="row">{"".join(cards)}</div>'

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from . import charts, plots
 from ..plan import Plan
+from . import charts, plots
 from .evaluations import STYLE
 from .tables import (
     budget_rows,
@@ -40,20 +40,30 @@ def page(found: dict) -> str:
     names = ranked(found)
     if names:
         sections += [
-            "<h2>Quality and cost</h2>" + _html(main_rows(found), found["baseline"]) + _list(notes(found), "note"),
+            "<h2>Quality and cost</h2>"
+            + _html(main_rows(found), found["baseline"])
+            + _list(notes(found), "note"),
             "<h2>Quality against prefill FLOPs</h2>" + _scatters(found, names),
             "<h2>Per level</h2>" + _levels(found, names) + _level_differences(found),
             "<h2>Every pair of arms</h2>" + _matrix(found),
             "<h2>What each arm is and what it costs</h2>" + _cards(found, names),
-            "<h2>Training</h2>" + _html(budget_rows(found), found["baseline"]) + _curves(found, names),
+            "<h2>Training</h2>"
+            + _html(budget_rows(found), found["baseline"])
+            + _curves(found, names),
             "<h2>By kind of question</h2>" + _html(group_rows(found), found["baseline"]),
             "<h2>Cost in full</h2>" + _html(cost_rows(found), found["baseline"]),
         ]
     if found["missing"]:
         sections.append(f"<h2>Missing runs</h2><p>{escape(missing_words(found))}</p>")
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport"'
+        f' content="width=device-width"><title>{title}</title>'
+    )
     style = f"<style>{STYLE}{MORE_STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}{style}</head><body>{''.join(sections)}</body></html>"
+    return (
+        "<!doctype html><html"
+        f" lang='en'><head>{head}{style}</head><body>{''.join(sections)}</body></html>"
+    )
 
 
 def _scatters(found: dict, names: list[str]) -> str:
@@ -67,7 +77,11 @@ def _scatters(found: dict, names: list[str]) -> str:
             if arm["relative"][size]:
                 mark = families.index(arm["family"])
                 on = name in found["frontier"][size]
-                dots.append(plots.Point(name, arm["relative"][size], e["value"], e["low"], e["high"], mark, on))
+                dots.append(
+                    plots.Point(
+                        name, arm["relative"][size], e["value"], e["low"], e["high"], mark, on
+                    )
+                )
         label = f"prefill FLOPs over those of {found['baseline']}, at {words} (stretched near 1)"
         parts.append(f"<figure>{plots.scatter(dots, families, x_label=label)}</figure>")
     return "".join(parts)
@@ -80,12 +94,18 @@ def _levels(found: dict, names: list[str]) -> str:
     rows = {}
     for name in names:
         result = found["arms"][name]["results"][found["main"]]
-        rows[name] = [triple(result["average"]), *(triple(result["levels"][level]) for level in found["levels"])]
+        rows[name] = [
+            triple(result["average"]),
+            *(triple(result["levels"][level]) for level in found["levels"]),
+        ]
     return plots.bar_rows(["average", *found["levels"]], rows, reference=found["baseline"])
 
 
 def _level_differences(found: dict) -> str:
-    note = f'<p class="note">Difference from {escape(found["baseline"])} in points; a star: clear of zero after correction.</p>'
+    note = (
+        f'<p class="note">Difference from {escape(found["baseline"])} in points; a star: clear of'
+        " zero after correction.</p>"
+    )
     return note + _html(level_rows(found), found["baseline"])
 
 
@@ -95,8 +115,10 @@ def _matrix(found: dict) -> str:
         clear, sure = is_clear(e), e["corrected_p"] < 0.05
         cells[a, b], cells[b, a] = (e["value"], clear, sure), (-e["value"], clear, sure)
     note = (
-        '<p class="note">Row minus column in points, paired; the darker, the further the row is ahead. Bold: clear of zero after '
-        f"correction for all {len(found['pairs']['cells'])} pairs. Upright: clear on its own only. Italic: not clear.</p>"
+        '<p class="note">Row minus column in points, paired; the darker, the further the row is'
+        " ahead. Bold: clear of zero after "
+        f"correction for all {len(found['pairs']['cells'])} pairs. Upright: clear on its own only."
+        " Italic: not clear.</p>"
     )
     return plots.matrix(found["pairs"]["arms"], cells) + note
 
@@ -123,17 +145,21 @@ def _cards(found: dict, names: list[str]) -> str:
         }
         lines = "<br>".join(f"{words}: {value}" for words, value in facts.items())
         cards.append(
-            f'<div class="card"><b>{escape(name)}</b><br>{escape(arm["family"])}<br>{said}<br>{drawn}<br>{lines}</div>'
+            "<div"
+            f' class="card"><b>{escape(name)}</b><br>{escape(arm["family"])}<br>{said}<br>{drawn}<br>{lines}</div>'
         )
     note = (
-        '<p class="note">Encoder left, decoder right, both from the bottom up, dark where read or added to. Strip at the far left: how '
-        "far fine views run. Thick lines: coarse and fine patches; thin lines: coarse only. FLOPs relative to the baseline.</p>"
+        '<p class="note">Encoder left, decoder right, both from the bottom up, dark where read or'
+        " added to. Strip at the far left: how far fine views run. Thick lines: coarse and fine"
+        " patches; thin lines: coarse only. FLOPs relative to the baseline.</p>"
     )
     return note + f'<div class="cards">{"".join(cards)}</div>'
 
 
 def _curves(found: dict, names: list[str], most: int = 5) -> str:
-    """Losses by family, at most `most` arms and the baseline in a chart, budgets side by side on one scale."""
+    """Losses by family, at most `most` arms and the baseline in a chart, budgets side by side on
+    one scale.
+    """
     base, parts = found["baseline"], []
     families: dict[str, list[str]] = {}
     for name in found["arms"]:
@@ -145,9 +171,17 @@ def _curves(found: dict, names: list[str], most: int = 5) -> str:
         for i in range(0, len(members), most):
             shown = [base, *members[i : i + most]]
             for budget, of in found["curves"].items():
-                drawn = charts.curves({n: of[n] for n in shown if of.get(n)}, x_label="step", width=500, y_most=top)
-                parts.append(f"<figure><figcaption>{escape(family)}, {escape(budget)}</figcaption>{drawn}</figure>")
-    note = '<p class="note">Loss of the last stage, mean over seeds; the baseline is in every chart.</p>'
+                drawn = charts.curves(
+                    {n: of[n] for n in shown if of.get(n)}, x_label="step", width=500, y_most=top
+                )
+                parts.append(
+                    f"<figure><figcaption>{escape(family)},"
+                    f" {escape(budget)}</figcaption>{drawn}</figure>"
+                )
+    note = (
+        '<p class="note">Loss of the last stage, mean over seeds; the baseline is in every'
+        " chart.</p>"
+    )
     return note + f'<div class="two">{"".join(parts)}</div>'
 
 

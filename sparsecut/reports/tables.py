@@ -1,4 +1,6 @@
-"""A study's figures as rows of words, for its page and for Markdown; the first row of a table is its head."""
+"""A study's figures as rows of words, for its page and for Markdown; the first row of a table is
+its head.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,11 @@ def main_rows(found: dict) -> list[list[str]]:
                 change_of(gap and gap["average"]),
                 span(gap["corrected"]) if gap else DASH,
                 number(arm["image_tokens"]),
-                number(arm["parameters"].get("fusion", arm["cost"]["here"].get("num_fusion_parameters"))),
+                number(
+                    arm["parameters"].get(
+                        "fusion", arm["cost"]["here"].get("num_fusion_parameters")
+                    )
+                ),
                 *(number(arm["relative"][size], ".3f") for size in ("here", "large")),
                 number(result["train_seconds"], ",.0f"),
             ]
@@ -58,7 +64,9 @@ def main_rows(found: dict) -> list[list[str]]:
 
 
 def level_rows(found: dict) -> list[list[str]]:
-    """Differences from the baseline per level under the main budget, with corrected intervals; a star marks those clear of zero."""
+    """Differences from the baseline per level under the main budget, with corrected intervals; a
+    star marks those clear of zero.
+    """
     rows = [["arm", *(f"{level} (corrected)" for level in found["levels"])]]
     for name in ranked(found):
         if gap := found["arms"][name]["results"][found["main"]].get("difference"):
@@ -69,16 +77,23 @@ def level_rows(found: dict) -> list[list[str]]:
 
 def group_rows(found: dict) -> list[list[str]]:
     """Shares right by kind of question under the main budget; the first row is the head."""
-    results = {name: found["arms"][name]["results"][found["main"]]["groups"] for name in ranked(found)}
+    results = {
+        name: found["arms"][name]["results"][found["main"]]["groups"] for name in ranked(found)
+    }
     kinds = sorted({kind for of in results.values() for kind in of})
     if not kinds:
         return []
-    cells = {name: [number(100 * of[k] if k in of else None, ".1f") for k in kinds] for name, of in results.items()}
+    cells = {
+        name: [number(100 * of[k] if k in of else None, ".1f") for k in kinds]
+        for name, of in results.items()
+    }
     return [["arm", *kinds], *([name, *row] for name, row in cells.items())]
 
 
 def budget_rows(found: dict) -> list[list[str]]:
-    """Average and difference from the baseline under every budget, and whether the difference changes."""
+    """Average and difference from the baseline under every budget, and whether the difference
+    changes.
+    """
     budgets = list(found["budgets"])
     if len(budgets) < 2:
         return []
@@ -86,7 +101,9 @@ def budget_rows(found: dict) -> list[list[str]]:
     for budget in budgets:
         head += [f"{budget}: average", f"{budget}: difference (95 %)"]
     rows = [[*head, *(f"change of the difference, {found['main']} and {b}" for b in budgets[1:])]]
-    names = ranked(found) + [n for n, a in found["arms"].items() if a["results"] and found["main"] not in a["results"]]
+    names = ranked(found) + [
+        n for n, a in found["arms"].items() if a["results"] and found["main"] not in a["results"]
+    ]
     for name in names:
         results, row = found["arms"][name]["results"], [name]
         for budget in budgets:
@@ -105,8 +122,13 @@ def cost_rows(found: dict) -> list[list[str]]:
     for name, arm in found["arms"].items():
         for size, words in (("here", "own"), ("large", "large")):
             if cost := arm["cost"][size]:
-                first = [number(cost.get("num_image_tokens")), number(cost.get("num_fusion_parameters"))]
-                rows.append([name, words, *first, *(unit_of(cost.get(key), unit) for _, key, unit in COSTS)])
+                first = [
+                    number(cost.get("num_image_tokens")),
+                    number(cost.get("num_fusion_parameters")),
+                ]
+                rows.append(
+                    [name, words, *first, *(unit_of(cost.get(key), unit) for _, key, unit in COSTS)]
+                )
     return rows
 
 
@@ -126,31 +148,42 @@ def notes(found: dict) -> list[str]:
     if not found["num_questions"]:
         return []
     gaps = [
-        r["difference"] for a in found["arms"].values() if (r := a["results"].get(found["main"])) and "difference" in r
+        r["difference"]
+        for a in found["arms"].values()
+        if (r := a["results"].get(found["main"])) and "difference" in r
     ]
     lines = [
-        f"Greedy answers to {found['num_questions']:,} questions about {found['num_pictures']:,} pictures, exact match in per cent; the "
-        "average is the mean over levels, and over seeds.",
-        "Intervals are at 95 %, from a bootstrap over pictures and seeds; differences are paired by seed and question.",
+        (
+            f"Greedy answers to {found['num_questions']:,} questions about"
+            f" {found['num_pictures']:,} pictures, exact match in per cent; the average is the mean"
+            " over levels, and over seeds."
+        ),
+        (
+            "Intervals are at 95 %, from a bootstrap over pictures and seeds; differences are"
+            " paired by seed and question."
+        ),
     ]
     if spread := found["spread"].get(found["main"]):
         lines.append(
-            f"From seed to seed an arm's average moves by {100 * spread['average']:.1f} points (standard deviation, pooled over arms, "
-            f"{spread['num_free']} degrees of freedom, after what a seed does to all arms is taken out); intervals of differences "
-            "use it, or the two arms' own where that is larger."
+            f"From seed to seed an arm's average moves by {100 * spread['average']:.1f} points"
+            f" (standard deviation, pooled over arms, {spread['num_free']} degrees of freedom,"
+            " after what a seed does to all arms is taken out); intervals of differences use it,"
+            " or the two arms' own where that is larger."
         )
     if gaps:
         lines.append(
-            f"Corrected: the interval of the difference at a level of 1 - 0.05 / {gaps[0]['comparisons']} (Bonferroni), so that all "
-            "of them hold together at 95 %."
+            "Corrected: the interval of the difference at a level of 1 - 0.05 /"
+            f" {gaps[0]['comparisons']} (Bonferroni), so that all of them hold together at 95 %."
         )
     if any(gap["note"] for gap in gaps):
         lines.append(
-            "Where arms share one seed, intervals speak of the pictures only; another training may differ by more."
+            "Where arms share one seed, intervals speak of the pictures only; another training may"
+            " differ by more."
         )
     lines.append(
-        f"FLOPs: of a prompt with one picture, relative to {found['baseline']}; here is the study's own size, large is CLIP-L/336 with "
-        "a 7B Llama. The frontier goes by the averages, not by their intervals."
+        f"FLOPs: of a prompt with one picture, relative to {found['baseline']}; here is the study's"
+        " own size, large is CLIP-L/336 with a 7B Llama. The frontier goes by the averages, not by"
+        " their intervals."
     )
     return lines
 
@@ -166,7 +199,11 @@ def missing_words(found: dict) -> str:
 
 def ranked(found: dict) -> list[str]:
     """Arms with a finished run of the main budget, best average first."""
-    done = {n: a["results"][found["main"]] for n, a in found["arms"].items() if found["main"] in a["results"]}
+    done = {
+        n: a["results"][found["main"]]
+        for n, a in found["arms"].items()
+        if found["main"] in a["results"]
+    }
     return sorted(done, key=lambda name: -done[name]["average"]["value"])
 
 

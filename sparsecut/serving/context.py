@@ -1,4 +1,6 @@
-"""What the server's routes share: its settings, who may ask, how a request is read, and what is counted."""
+"""What the server's routes share: its settings, who may ask, how a request is read, and what is
+counted.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 
 from . import protocol as wire
-from .image_fetching import MIB, ImageLimits, picture_of
 from .engine import Engine
+from .image_fetching import MIB, ImageLimits, picture_of
 
 READERS = 4  # requests whose pictures are fetched and read at once
 UPLOAD = 60.0  # seconds in which a request must have arrived
@@ -24,7 +26,9 @@ UPLOAD = 60.0  # seconds in which a request must have arrived
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """How the server answers: the model's name, what a request and a picture may be, and the token that is asked for, if any."""
+    """How the server answers: the model's name, what a request and a picture may be, and the token
+    that is asked for, if any.
+    """
 
     name: str
     bounds: wire.RequestLimits = field(default_factory=wire.RequestLimits)
@@ -36,7 +40,13 @@ class ServerConfig:
 class APIError(Exception):
     """A request that is answered with an error: status, sentence, OpenAI's type and code."""
 
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+    ):
         super().__init__(message)
         self.status, self.kind, self.code = status, kind, code
 
@@ -66,10 +76,15 @@ class ServerContext:
 
     @asynccontextmanager
     async def admit(self) -> AsyncIterator[None]:
-        """A place among the requests that are read and answered at once, so that their bodies do not fill the memory."""
+        """A place among the requests that are read and answered at once, so that their bodies do
+        not fill the memory.
+        """
         most = self.engine.max_queue + self.engine.max_batch
         if self.in_flight >= most:
-            raise busy(f"{self.in_flight} requests are under way, which is the limit; try again in a moment")
+            raise busy(
+                f"{self.in_flight} requests are under way, which is the limit; try again in a"
+                " moment"
+            )
         self.in_flight += 1
         try:
             yield
@@ -79,7 +94,9 @@ class ServerContext:
     async def read(self, request: Request) -> object:
         """The JSON of a request; Refused where it is none, too large or too slow."""
         if "application/json" not in request.headers.get("content-type", ""):
-            raise APIError(415, "the request must be JSON; send the header Content-Type: application/json")
+            raise APIError(
+                415, "the request must be JSON; send the header Content-Type: application/json"
+            )
         limit, data = self.settings.max_request_bytes, bytearray()
         try:
             async with asyncio.timeout(UPLOAD):
@@ -87,19 +104,25 @@ class ServerContext:
                     data += block
                     if len(data) > limit:
                         raise APIError(
-                            413, f"the request has more than {limit} bytes, this server's limit; send smaller pictures"
+                            413,
+                            f"the request has more than {limit} bytes, this server's limit; send"
+                            " smaller pictures",
                         )
         except ClientDisconnect:
             raise APIError(499, "the client left before its request had arrived") from None
         except TimeoutError:
-            raise APIError(408, f"the request did not arrive within {UPLOAD:.0f} seconds; send it again") from None
+            raise APIError(
+                408, f"the request did not arrive within {UPLOAD:.0f} seconds; send it again"
+            ) from None
         try:
             return json.loads(data)
         except (ValueError, RecursionError) as error:
             raise APIError(400, f"the request is not JSON: {error}") from None
 
     def prepare(self, body: object):
-        """(request, question) of a request's JSON; ValueError or Refused for what cannot be asked."""
+        """(request, question) of a request's JSON; ValueError or Refused for what cannot be
+        asked.
+        """
         engine, settings = self.engine, self.settings
         asked = wire.read_request(body, engine.processor.image_token, settings.bounds)
         if asked.model is not None and asked.model != settings.name:
@@ -112,7 +135,8 @@ class ServerContext:
         more = {"num_answers": asked.num_answers, "off": asked.off}
         if asked.max_tokens is not None:
             return asked, engine.ask(asked.messages, shown, asked.sampled(0), **more)
-        # Where a request names no length, what is left of the positions is enough; one token must fit.
+        # Where a request names no length, what is left of the positions is enough; one token must
+        # fit.
         question = engine.ask(asked.messages, shown, asked.sampled(1), **more)
         room, default = engine.room(question.num_tokens), settings.bounds.default_tokens
         sampling = asked.sampled(default if room is None else min(default, room))
@@ -134,7 +158,12 @@ def busy(message: str) -> APIError:
 
 def model_entry(desk: ServerContext) -> dict:
     """The served model as OpenAI's clients read it."""
-    return {"id": desk.settings.name, "object": "model", "created": int(desk.began), "owned_by": "sparsecut"}
+    return {
+        "id": desk.settings.name,
+        "object": "model",
+        "created": int(desk.began),
+        "owned_by": "sparsecut",
+    }
 
 
 def metrics_text(desk: ServerContext) -> str:
@@ -144,22 +173,46 @@ def metrics_text(desk: ServerContext) -> str:
         ("requests_in_flight", "gauge", "requests being read or answered", desk.in_flight),
         ("queue_length", "gauge", "requests that wait", len(engine.waiting)),
         ("rows_running", "gauge", "answers being written", engine.num_running),
-        ("prompt_tokens_total", "counter", "tokens read, pictures included", counts["prompt_tokens"]),
+        (
+            "prompt_tokens_total",
+            "counter",
+            "tokens read, pictures included",
+            counts["prompt_tokens"],
+        ),
         ("completion_tokens_total", "counter", "tokens written", counts["completion_tokens"]),
         ("batches_total", "counter", "batches generated", engine.counts["batches"]),
         ("batch_rows_total", "counter", "answers in them", engine.counts["rows"]),
         ("pictures_total", "counter", "pictures asked about", engine.counts["pictures"]),
-        ("pictures_kept_total", "counter", "of them, those whose features were kept", engine.counts["pictures_kept"]),
+        (
+            "pictures_kept_total",
+            "counter",
+            "of them, those whose features were kept",
+            engine.counts["pictures_kept"],
+        ),
         ("kept_bytes", "gauge", "bytes of features kept", engine.kept.size),
         ("cancelled_total", "counter", "requests whose client left", engine.counts["cancelled"]),
-        ("refused_total", "counter", "requests refused because the queue was full", engine.counts["refused"]),
+        (
+            "refused_total",
+            "counter",
+            "requests refused because the queue was full",
+            engine.counts["refused"],
+        ),
         ("failed_total", "counter", "requests that the model failed at", engine.counts["failed"]),
         ("uptime_seconds", "gauge", "seconds since the start", round(time.time() - desk.began, 1)),
     ]
     lines = []
     for name, kind, meaning, value in rows:
-        lines += [f"# HELP sparsecut_{name} {meaning}", f"# TYPE sparsecut_{name} {kind}", f"sparsecut_{name} {value}"]
-    lines += ["# HELP sparsecut_responses_total responses by status", "# TYPE sparsecut_responses_total counter"]
+        lines += [
+            f"# HELP sparsecut_{name} {meaning}",
+            f"# TYPE sparsecut_{name} {kind}",
+            f"sparsecut_{name} {value}",
+        ]
+    lines += [
+        "# HELP sparsecut_responses_total responses by status",
+        "# TYPE sparsecut_responses_total counter",
+    ]
     statuses = sorted(status for status in counts if isinstance(status, int))
-    lines += [f'sparsecut_responses_total{{status="{status}"}} {counts[status]}' for status in statuses]
+    lines += [
+        f'sparsecut_responses_total{{status="{status}"}} {counts[status]}' for status in statuses
+    ]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,5 @@
-"""Answers under way: how each row of a batch chooses its next token, when it ends, and what of it can be told already.
+"""Answers under way: how each row of a batch chooses its next token, when it ends, and what of it
+can be told already.
 
 Every row has its own temperature, random state, stop strings and length, so that requests of any settings share a batch, and
 what one of them draws does not depend on the others.
@@ -12,12 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-UNFINISHED = "\ufffd"  # what a tokenizer writes for the first bytes of a character whose others are to come
+# what a tokenizer writes for the first bytes of a character whose others are to come
+UNFINISHED = "\ufffd"
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How an answer is drawn and where it ends; temperature 0 takes the likeliest token. top_logprobs: None for none at all."""
+    """How an answer is drawn and where it ends; temperature 0 takes the likeliest token.
+    top_logprobs: None for none at all.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -29,7 +33,9 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """Some more of an answer's text, the tokens it is made of where these are asked for, and at the end the reason."""
+    """Some more of an answer's text, the tokens it is made of where these are asked for, and at the
+    end the reason.
+    """
 
     index: int
     text: str
@@ -38,16 +44,33 @@ class TextDelta:
 
 
 class GenerationRow:
-    """One answer being written; `on_delta` receives its text in pieces, the last one with a finish_reason.
+    """One answer being written; `on_delta` receives its text in pieces, the last one with a
+    finish_reason.
 
-    Outer blanks are left out, as evaluation and chat do, so that the pieces together are what those would show.
+    Outer blanks are left out, as evaluation and chat do, so that the pieces together are what those
+    would show.
     """
 
-    def __init__(self, index: int, sampling: SamplingParams, tokenizer, ends: set[int], on_delta: Callable[[TextDelta], None]):
-        self.index, self.sampling, self.tokenizer, self.ends, self.on_delta = index, sampling, tokenizer, ends, on_delta
+    def __init__(
+        self,
+        index: int,
+        sampling: SamplingParams,
+        tokenizer,
+        ends: set[int],
+        on_delta: Callable[[TextDelta], None],
+    ):
+        self.index, self.sampling, self.tokenizer, self.ends, self.on_delta = (
+            index,
+            sampling,
+            tokenizer,
+            ends,
+            on_delta,
+        )
         self.ids: list[int] = []
         self.text, self.sent = "", 0
-        self.tokens: list[tuple[int, dict]] = []  # not told yet, each with the place in the text where it begins
+        self.tokens: list[
+            tuple[int, dict]
+        ] = []  # not told yet, each with the place in the text where it begins
         self.finish_reason: str | None = None
         self.chance = torch.Generator()
         if sampling.seed is None:
@@ -60,7 +83,9 @@ class GenerationRow:
         s = self.sampling
         token = int(scores.argmax()) if s.temperature == 0 else self._draw(scores.float().cpu())
         if token not in self.ends and s.top_logprobs is not None:
-            self.tokens.append((len(self.text), self._told(token, torch.log_softmax(scores.float(), -1).cpu())))
+            self.tokens.append(
+                (len(self.text), self._told(token, torch.log_softmax(scores.float(), -1).cpu()))
+            )
         self._take(token)
         return token
 
@@ -68,12 +93,20 @@ class GenerationRow:
         shares = torch.softmax(scores / self.sampling.temperature, -1)
         if self.sampling.top_p < 1:
             ordered, places = shares.sort(descending=True, stable=True)
-            before = ordered.cumsum(-1) - ordered  # a token stays while those before it have not reached top_p
-            shares = torch.zeros_like(shares).scatter_(0, places, ordered.masked_fill(before >= self.sampling.top_p, 0))
+            before = (
+                ordered.cumsum(-1) - ordered
+            )  # a token stays while those before it have not reached top_p
+            shares = torch.zeros_like(shares).scatter_(
+                0, places, ordered.masked_fill(before >= self.sampling.top_p, 0)
+            )
         return int(torch.multinomial(shares, 1, generator=self.chance))
 
     def _told(self, token: int, logprobs: Tensor) -> dict:
-        best = logprobs.topk(min(self.sampling.top_logprobs, len(logprobs))) if self.sampling.top_logprobs else None
+        best = (
+            logprobs.topk(min(self.sampling.top_logprobs, len(logprobs)))
+            if self.sampling.top_logprobs
+            else None
+        )
         top = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best else ()
         return {
             **self._named(token, logprobs[token].item()),
@@ -102,9 +135,13 @@ class GenerationRow:
             self.on_delta(TextDelta(self.index, piece, self._tokens_before(ready)))
 
     def _ready(self) -> int:
-        """How much of the text is sure: not outer blanks, half a character, or what may become a stop string."""
+        """How much of the text is sure: not outer blanks, half a character, or what may become a
+        stop string.
+        """
         text = self.text.rstrip(UNFINISHED).rstrip()
-        held = [n for s in self.sampling.stop for n in range(1, len(s)) if self.text.endswith(s[:n])]
+        held = [
+            n for s in self.sampling.stop for n in range(1, len(s)) if self.text.endswith(s[:n])
+        ]
         return min(len(text), len(self.text) - max(held, default=0))
 
     def _tokens_before(self, end: int) -> tuple[dict, ...]:
@@ -124,7 +161,8 @@ class GenerationRow:
 
 
 class PerRowSampler:
-    """For `generate`: as a logits processor it lets every row choose its token, as a stopping criterion it ends rows.
+    """For `generate`: as a logits processor it lets every row choose its token, as a stopping
+    criterion it ends rows.
 
     is_wanted(row) says whether somebody still reads that row.
     """
@@ -133,7 +171,9 @@ class PerRowSampler:
         self.answers, self.is_wanted = answers, is_wanted
 
     def choose(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [B, V] under which the likeliest token of every row is the one that it has chosen."""
+        """Scores [B, V] under which the likeliest token of every row is the one that it has
+        chosen.
+        """
         forced = torch.full_like(scores, torch.finfo(scores.dtype).min)
         for row, answer in enumerate(self.answers):
             token = 0 if answer.finish_reason else answer.choose(scores[row])
@@ -145,14 +185,21 @@ class PerRowSampler:
         for row, answer in enumerate(self.answers):
             if not answer.finish_reason and not self.is_wanted(row):
                 answer.abandon()
-        return torch.tensor([answer.finish_reason is not None for answer in self.answers], device=ids.device)
+        return torch.tensor(
+            [answer.finish_reason is not None for answer in self.answers], device=ids.device
+        )
 
 
 def joined(pieces: Sequence[TextDelta], num_answers: int) -> list[TextDelta]:
     """One Piece per choice, in order, of all its pieces."""
     of = [[piece for piece in pieces if piece.index == i] for i in range(num_answers)]
     return [
-        TextDelta(i, "".join(p.text for p in one), tuple(t for p in one for t in p.tokens), one[-1].finish_reason)
+        TextDelta(
+            i,
+            "".join(p.text for p in one),
+            tuple(t for p in one for t in p.tokens),
+            one[-1].finish_reason,
+        )
         for i, one in enumerate(of)
         if one
     ]

@@ -1,4 +1,5 @@
-"""The engine behind the server: one thread that owns the model, a queue with a limit, and batches of what waits.
+"""The engine behind the server: one thread that owns the model, a queue with a limit, and batches
+of what waits.
 
 Batches are static: requests that arrive while one runs wait for its longest answer, though each answer is told as soon as it is
 there. Pictures are encoded one by one, so that their features do not depend on the batch, and are kept by digest.
@@ -18,13 +19,17 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from .decoding import GenerationRow, PerRowSampler, TextDelta, SamplingParams, joined
-from .image_cache import ImageFeatureCache, Picture
 from ..modeling_base import SparseCutImageFeatures
 from ..prompts import check_length, greedy, inputs_of, is_fixed, length_limit, render
+from ..schema import UserError
+from .decoding import GenerationRow, PerRowSampler, SamplingParams, TextDelta, joined
+from .image_cache import ImageFeatureCache, Picture
 
 MIB = 2**20
-KEEPING = ("llava", "qwen2_5_vl")  # bases of which a picture's features are known to be the same alone as in a batch
+KEEPING = (
+    "llava",
+    "qwen2_5_vl",
+)  # bases of which a picture's features are known to be the same alone as in a batch
 PIXELS = ("pixel_values", "fine_pixel_values")
 
 
@@ -34,7 +39,9 @@ class QueueFullError(Exception):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What is asked: prompt with its pictures in order, how to answer, how often, and which shortcuts are off."""
+    """What is asked: prompt with its pictures in order, how to answer, how often, and which
+    shortcuts are off.
+    """
 
     prompt: str
     pictures: tuple[Picture, ...]
@@ -46,7 +53,9 @@ class GenerationRequest:
 
 @dataclass
 class RequestHandle:
-    """A question on its way; `on_delta` receives every Piece, then None, or the exception that ended it."""
+    """A question on its way; `on_delta` receives every Piece, then None, or the exception that
+    ended it.
+    """
 
     question: GenerationRequest
     on_delta: Callable[[TextDelta | Exception | None], None]
@@ -55,30 +64,42 @@ class RequestHandle:
     ended: bool = False
 
     def cancel(self) -> None:
-        """Nobody reads the answer any more: it is dropped from the queue, or ends at the next token; nothing once it has ended."""
+        """Nobody reads the answer any more: it is dropped from the queue, or ends at the next
+        token; nothing once it has ended.
+        """
         self.cancelled = self.cancelled or not self.ended
 
 
 class Engine:
     """A model that answers many requests at once, from any thread.
 
-    max_batch: answers written together (each of a request's choices is one). max_queue: requests that may wait. cache_bytes: features
-    of pictures kept; 0 keeps none. Upgraded models of families beyond KEEPING encode every time, because what a base makes of pictures
-    differs by family.
+    max_batch: answers written together (each of a request's choices is one). max_queue: requests
+    that may wait. cache_bytes: features of pictures kept; 0 keeps none. Upgraded models of families
+    beyond KEEPING encode every time, because what a base makes of pictures differs by family.
     """
 
-    def __init__(self, model, processor, *, max_batch: int = 16, max_queue: int = 64, cache_bytes: int = 256 * MIB):
+    def __init__(
+        self,
+        model,
+        processor,
+        *,
+        max_batch: int = 16,
+        max_queue: int = 64,
+        cache_bytes: int = 256 * MIB,
+    ):
         for name, value, least in (
             ("max_batch", max_batch, 1),
             ("max_queue", max_queue, 1),
             ("cache_bytes", cache_bytes, 0),
         ):
             if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}, but must be a whole number of at least {least}")
+                raise UserError(
+                    f"{name} is {value!r}, but must be a whole number of at least {least}"
+                )
         if not hasattr(processor, "image_token"):
-            raise ValueError(
-                f"{type(processor).__name__} has no placeholder for pictures; the server answers about pictures and texts, so give "
-                "a model whose encoder sees"
+            raise UserError(
+                f"{type(processor).__name__} has no placeholder for pictures; the server answers"
+                " about pictures and texts, so give a model whose encoder sees"
             )
         self.model, self.processor = model.eval(), processor
         self.max_batch, self.max_queue = max_batch, max_queue
@@ -98,29 +119,46 @@ class Engine:
         self.thread.start()
 
     def ask(
-        self, messages: list[dict], pictures: Sequence[Image.Image | Picture], sampling: SamplingParams, **more
+        self,
+        messages: list[dict],
+        pictures: Sequence[Image.Image | Picture],
+        sampling: SamplingParams,
+        **more,
     ) -> GenerationRequest:
         """A question from turns with one placeholder per picture; more: num_answers, off.
 
-        Raises ValueError for what the chat template refuses, what is too long, and shortcuts or numbers that are not there.
+        Raises ValueError for what the chat template refuses, what is too long, and shortcuts or
+        numbers that are not there.
         """
         shown = tuple(p if isinstance(p, Picture) else self.preprocess_image(p) for p in pictures)
         num_answers, off = more.pop("num_answers", 1), tuple(sorted(set(more.pop("off", ()))))
         if not 1 <= num_answers <= self.max_batch:
-            raise ValueError(
-                f"n is {num_answers}, but this server writes 1 to {self.max_batch} answers to one request; ask for fewer"
+            raise UserError(
+                f"n is {num_answers}, but this server writes 1 to {self.max_batch} answers to one"
+                " request; ask for fewer"
             )
         shortcuts = range(len(self.model.plan.shortcuts))
         if unknown := [i for i in off if i not in shortcuts]:
-            raise ValueError(f"there is no shortcut {unknown[0]} to switch off; this plan's are 0 to {shortcuts[-1]}")
+            raise UserError(
+                f"there is no shortcut {unknown[0]} to switch off; this plan's are 0 to"
+                f" {shortcuts[-1]}"
+            )
         with self.words:
             prompt = render(self.processor, messages)
             num_tokens = self._count(prompt, shown)
-        check_length(self.model, num_tokens, sampling.max_new_tokens, "the prompt", "shorten it or lower max_tokens")
+        check_length(
+            self.model,
+            num_tokens,
+            sampling.max_new_tokens,
+            "the prompt",
+            "shorten it or lower max_tokens",
+        )
         return GenerationRequest(prompt, shown, num_tokens, sampling, num_answers, off)
 
     def preprocess_image(self, image: Image.Image) -> Picture:
-        """A picture as it waits: its views where these are enough, because photographs would fill the memory."""
+        """A picture as it waits: its views where these are enough, because photographs would fill
+        the memory.
+        """
         return Picture.of(image, self.processor if self.views else None)
 
     def _count(self, prompt: str, shown: Sequence[Picture]) -> int:
@@ -133,21 +171,30 @@ class Engine:
         limit = length_limit(self.model)
         return None if limit is None else limit - num_tokens
 
-    def submit(self, question: GenerationRequest, on_delta: Callable[[TextDelta | Exception | None], None]) -> RequestHandle:
-        """Queue a question; `on_delta` is called from the model's thread and must not block. Raises Busy where the queue is full."""
+    def submit(
+        self, question: GenerationRequest, on_delta: Callable[[TextDelta | Exception | None], None]
+    ) -> RequestHandle:
+        """Queue a question; `on_delta` is called from the model's thread and must not block. Raises
+        Busy where the queue is full.
+        """
         job = RequestHandle(question, on_delta)
         with self.changed:
             if self.closed:
                 raise QueueFullError("the server is shutting down; ask another one")
             if len(self.waiting) >= self.max_queue:
                 self.counts["refused"] += 1
-                raise QueueFullError(f"{len(self.waiting)} requests wait already, which is the limit; try again in a moment")
+                raise QueueFullError(
+                    f"{len(self.waiting)} requests wait already, which is the limit; try again in a"
+                    " moment"
+                )
             self.waiting.append(job)
             self.changed.notify()
         return job
 
     def answer(self, question: GenerationRequest) -> list[TextDelta]:
-        """The finished answers to a question, waited for: one Piece per choice with its whole text, tokens and reason."""
+        """The finished answers to a question, waited for: one Piece per choice with its whole text,
+        tokens and reason.
+        """
         told: queue.SimpleQueue = queue.SimpleQueue()
         self.submit(question, told.put)
         pieces: list[TextDelta] = []
@@ -158,11 +205,15 @@ class Engine:
         return joined(pieces, question.num_answers)
 
     def run(self, function: Callable[[], object]) -> Future:
-        """Call a function on the model's thread between two batches; its result, or its exception, comes with the Future."""
+        """Call a function on the model's thread between two batches; its result, or its exception,
+        comes with the Future.
+        """
         future: Future = Future()
         with self.changed:
             if self.closed or self.tasks.qsize() >= self.max_queue:
-                raise QueueFullError("the server has too much to do or is shutting down; try again in a moment")
+                raise QueueFullError(
+                    "the server has too much to do or is shutting down; try again in a moment"
+                )
             self.tasks.put((function, future))
             self.changed.notify()
         return future
@@ -191,10 +242,14 @@ class Engine:
         for job in self.waiting:
             job.on_delta(QueueFullError("the server is shutting down; ask another one"))
         while not self.tasks.empty():
-            self.tasks.get()[1].set_exception(QueueFullError("the server is shutting down; ask another one"))
+            self.tasks.get()[1].set_exception(
+                QueueFullError("the server is shutting down; ask another one")
+            )
 
     def _next_batch(self) -> list[RequestHandle]:
-        """The longest waiting request and, in their order, those that fit beside it: the same shortcuts off, enough rows."""
+        """The longest waiting request and, in their order, those that fit beside it: the same
+        shortcuts off, enough rows.
+        """
         jobs, left, rows = [], [], 0
         for job in self.waiting:
             if job.cancelled:
@@ -212,7 +267,11 @@ class Engine:
     def _answer(self, jobs: list[RequestHandle]) -> None:
         try:
             self._generate(jobs)
-            outcome = [QueueFullError("the server is shutting down; ask another one") if self.closed else None] * len(jobs)
+            outcome = [
+                QueueFullError("the server is shutting down; ask another one")
+                if self.closed
+                else None
+            ] * len(jobs)
         except Exception as error:  # told to those who asked; the next batch may go well
             self.counts["failed"] += len(jobs)
             outcome = [error] * len(jobs)
@@ -225,7 +284,10 @@ class Engine:
     def _generate(self, jobs: list[RequestHandle]) -> None:
         rows = [(job, i) for job in jobs for i in range(job.question.num_answers)]
         tokenizer, ends = self.processor.tokenizer, self.ends
-        answers = [GenerationRow(i, job.question.sampling, tokenizer, ends, job.on_delta) for job, i in rows]
+        answers = [
+            GenerationRow(i, job.question.sampling, tokenizer, ends, job.on_delta)
+            for job, i in rows
+        ]
         chooser = PerRowSampler(answers, lambda row: not (self.closed or rows[row][0].cancelled))
         config = greedy(self.model, max(job.question.sampling.max_new_tokens for job in jobs))
         questions = [job.question for job, _ in rows]
@@ -258,11 +320,15 @@ class Engine:
         return {**inputs, "mm_encoder_outputs": {"image": output}}
 
     def _features(self, off: tuple[int, ...], picture: Picture) -> list[torch.Tensor]:
-        """Of one picture the features of every layer, from the input up: kept ones, or encoded now."""
+        """Of one picture the features of every layer, from the input up: kept ones, or encoded
+        now.
+        """
         features = self.kept.get((picture.digest, off))
         self.counts["pictures"] += 1
         if features is None:
-            features = [f.clone() for f in self._encoded(picture)]  # a view would keep more memory than is counted
+            features = [
+                f.clone() for f in self._encoded(picture)
+            ]  # a view would keep more memory than is counted
             self.kept.put((picture.digest, off), features)
         else:
             self.counts["pictures_kept"] += 1
@@ -273,7 +339,9 @@ class Engine:
             found = self.model.get_image_features(picture.views.to(self.model.device))
             return [found.pooler_output[0], *(layer[0] for layer in found.deepstack_features or ())]
         with self.words:
-            made = inputs_of(self.model, self.processor, [self.processor.image_token], [[picture.image]])
+            made = inputs_of(
+                self.model, self.processor, [self.processor.image_token], [[picture.image]]
+            )
         seen = {name: value for name, value in made.items() if name in (*PIXELS, "image_grid_thw")}
         return [torch.cat(list(self.model.get_image_features(**seen).pooler_output))]
 

@@ -12,7 +12,9 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and what it is known by; views: what the encoder takes of it, [1, V, 3, h, w], in place of the picture where known."""
+    """A picture and what it is known by; views: what the encoder takes of it, [1, V, 3, h, w], in
+    place of the picture where known.
+    """
 
     digest: str
     image: Image.Image | None = None
@@ -20,12 +22,18 @@ class Picture:
 
     @classmethod
     def of(cls, image: Image.Image, processor=None) -> Picture:
-        """A picture by the digest of its size and pixels; its views alone where a processor of ours is given."""
+        """A picture by the digest of its size and pixels; its views alone where a processor of ours
+        is given.
+        """
         image = image if image.mode == "RGB" else image.convert("RGB")
         digest = sha256(repr(image.size).encode())
         digest.update(image.tobytes())
         digest = digest.hexdigest()
-        return cls(digest, image) if processor is None else cls(digest, views=processor.pixels([image]))
+        return (
+            cls(digest, image)
+            if processor is None
+            else cls(digest, views=processor.pixels([image]))
+        )
 
 
 @dataclass

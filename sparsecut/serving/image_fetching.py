@@ -21,19 +21,24 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ..data.images import upright
+from ..imaging import upright
+from ..schema import UserError
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")  # others would wake decoders that nobody needs here
 REDIRECTS = (301, 302, 303, 307, 308)
 SAFE = "/?%:@!$&'()*+,;=~[]"  # of a path and a query, what stays as it is
 BLOCK = 65536
-GIVEN_OUT = ipaddress.ip_network("2000::/3")  # the addresses of IPv6 that are anyone's (RFC 4291, section 2.4)
+GIVEN_OUT = ipaddress.ip_network(
+    "2000::/3"
+)  # the addresses of IPv6 that are anyone's (RFC 4291, section 2.4)
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What one picture may be: bytes of its file, pixels, and whether and how it may be fetched from elsewhere."""
+    """What one picture may be: bytes of its file, pixels, and whether and how it may be fetched
+    from elsewhere.
+    """
 
     max_bytes: int = 20 * MIB
     max_pixels: int = 20_000_000
@@ -43,18 +48,21 @@ class ImageLimits:
 
 
 def picture_of(url: str, limits: ImageLimits) -> Image.Image:
-    """The picture of a data URL, or of a remote one where these are allowed, in RGB and upright; ValueError for any other."""
+    """The picture of a data URL, or of a remote one where these are allowed, in RGB and upright;
+    ValueError for any other.
+    """
     scheme = url.split(":", 1)[0].lower() if ":" in url[:16] else ""
     if scheme == "data":
         return picture_in(data_of(url), limits)
     if scheme not in ("http", "https"):
-        raise ValueError(
-            f"the picture {_short(url)} is neither a data URL nor http(s); send data:image/png;base64,... with the file's bytes"
+        raise UserError(
+            f"the picture {_short(url)} is neither a data URL nor http(s); send"
+            " data:image/png;base64,... with the file's bytes"
         )
     if not limits.remote:
-        raise ValueError(
-            "this server fetches no pictures from elsewhere; send data:image/png;base64,... with the file's bytes, or start the "
-            "server with --remote"
+        raise UserError(
+            "this server fetches no pictures from elsewhere; send data:image/png;base64,... with"
+            " the file's bytes, or start the server with --remote"
         )
     return picture_in(fetch(url, limits), limits)
 
@@ -63,77 +71,100 @@ def data_of(url: str) -> bytes:
     """The bytes of a base64 data URL; ValueError where it is none."""
     head, comma, body = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
-        raise ValueError(
-            f"the picture {_short(url)} is no base64 data URL; send data:image/png;base64,... with the file's bytes"
+        raise UserError(
+            f"the picture {_short(url)} is no base64 data URL; send data:image/png;base64,... with"
+            " the file's bytes"
         )
     try:
         return base64.b64decode(urllib.parse.unquote(body), validate=True)
     except ValueError as error:
-        raise ValueError(
-            f"the picture {_short(url)} holds broken base64 ({error}); encode the file's bytes again"
+        raise UserError(
+            f"the picture {_short(url)} holds broken base64 ({error}); encode the file's bytes"
+            " again"
         ) from None
 
 
 def picture_in(data: bytes, limits: ImageLimits) -> Image.Image:
-    """The picture of a file's bytes; ValueError where it is none, broken or too large, before its pixels are read."""
+    """The picture of a file's bytes; ValueError where it is none, broken or too large, before its
+    pixels are read.
+    """
     if len(data) > limits.max_bytes:
-        raise ValueError(
-            f"a picture has {len(data)} bytes, but this server takes {limits.max_bytes}; send a smaller one"
+        raise UserError(
+            f"a picture has {len(data)} bytes, but this server takes {limits.max_bytes}; send a"
+            " smaller one"
         )
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             width, height = opened.size
         if width * height <= limits.max_pixels:
             return upright(io.BytesIO(data))
-    except Exception as error:  # of many kinds: what Pillow meets in a broken file is seldom caught there
+    except (
+        Exception
+    ) as error:  # of many kinds: what Pillow meets in a broken file is seldom caught there
         unknown = isinstance(error, Image.UnidentifiedImageError)
         reason = "it is none of these formats" if unknown else f"it is broken or too large: {error}"
-        raise ValueError(f"a picture cannot be read ({reason}); send {', '.join(FORMATS)}") from None
-    raise ValueError(
-        f"a picture has {width} x {height} pixels, but this server takes {limits.max_pixels}; send a smaller one"
+        raise UserError(f"a picture cannot be read ({reason}); send {', '.join(FORMATS)}") from None
+    raise UserError(
+        f"a picture has {width} x {height} pixels, but this server takes {limits.max_pixels}; send"
+        " a smaller one"
     )
 
 
 def fetch(url: str, limits: ImageLimits) -> bytes:
-    """The bytes behind a public http(s) URL; ValueError for private addresses and where a limit is passed."""
+    """The bytes behind a public http(s) URL; ValueError for private addresses and where a limit is
+    passed.
+    """
     until = time.monotonic() + limits.seconds
     for _ in range(limits.max_redirects + 1):
         status, value = _get(url, limits, until)
         if status == 200:
             return value
         if status not in REDIRECTS:
-            raise ValueError(f"the picture {_short(url)} could not be fetched: the answer was {status}; send its bytes")
+            raise UserError(
+                f"the picture {_short(url)} could not be fetched: the answer was {status}; send its"
+                " bytes"
+            )
         if not value:
-            raise ValueError(f"the picture {_short(url)} is redirected to nowhere; send its bytes as a data URL")
+            raise UserError(
+                f"the picture {_short(url)} is redirected to nowhere; send its bytes as a data URL"
+            )
         url = urllib.parse.urljoin(url, value)
-    raise ValueError(
-        f"a picture is redirected more than {limits.max_redirects} times, last to {_short(url)}; give its final URL"
+    raise UserError(
+        f"a picture is redirected more than {limits.max_redirects} times, last to {_short(url)};"
+        " give its final URL"
     )
 
 
 def public_address(host: str, port: int) -> str:
-    """An address of a host, all of which must be public; ValueError for any that is not and for unknown hosts."""
+    """An address of a host, all of which must be public; ValueError for any that is not and for
+    unknown hosts.
+    """
     try:
         found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError) as error:
-        raise ValueError(
-            f"the host {_short(host)} of a picture is not known ({error}); send its bytes as a data URL"
+        raise UserError(
+            f"the host {_short(host)} of a picture is not known ({error}); send its bytes as a"
+            " data URL"
         ) from None
     for address in found:
         if not _is_public(ipaddress.ip_address(address.split("%")[0])):
-            raise ValueError(
-                f"the host {_short(host)} of a picture has the address {address}, which is not a public one; this server fetches from "
-                "public addresses only, so send the file's bytes as a data URL"
+            raise UserError(
+                f"the host {_short(host)} of a picture has the address {address}, which is not a"
+                " public one; this server fetches from public addresses only, so send the file's"
+                " bytes as a data URL"
             )
     return sorted(found)[0]
 
 
 def _is_public(address) -> bool:
-    """Addresses of IPv4 that are written as IPv6 ones count as what they stand for, where that can be told."""
+    """Addresses of IPv4 that are written as IPv6 ones count as what they stand for, where that can
+    be told.
+    """
     inner = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
     if inner is not None:
         return _is_public(inner)
-    # The others that carry an IPv4 address (compatible, translated, NAT64) lie outside of what is given out, and may lead inside.
+    # The others that carry an IPv4 address (compatible, translated, NAT64) lie outside of what is
+    # given out, and may lead inside.
     given_out = address.version == 4 or (address in GIVEN_OUT and address.teredo is None)
     return given_out and address.is_global and not address.is_multicast
 
@@ -147,33 +178,43 @@ def _get(url: str, limits: ImageLimits, until: float) -> tuple[int, bytes | str 
             raise KeyError
         path = urllib.parse.quote(f"{parts.path or '/'}?{parts.query}".removesuffix("?"), safe=SAFE)
     except (KeyError, ValueError):
-        raise ValueError(
+        raise UserError(
             f"{_short(url)} is no http(s) URL of a picture; give one as https://host/picture.png"
         ) from None
     address = public_address(host, port)
     try:
         with _connected(parts.scheme, host, port, address, until) as connection:
-            connection.request("GET", path, headers={"User-Agent": "sparsecut", "Accept": "image/*"})
+            connection.request(
+                "GET", path, headers={"User-Agent": "sparsecut", "Accept": "image/*"}
+            )
             answer = connection.getresponse()
             if answer.status != 200:
                 return answer.status, answer.getheader("Location")
             return 200, _read(answer, url, limits, until)
     except (OSError, http.client.HTTPException, UnicodeError) as error:
-        reason = str(error) or type(error).__name__ if time.monotonic() < until else "it took too long"
-        raise ValueError(
-            f"the picture {_short(url)} could not be fetched ({reason}); send its bytes as a data URL"
+        reason = (
+            str(error) or type(error).__name__ if time.monotonic() < until else "it took too long"
+        )
+        raise UserError(
+            f"the picture {_short(url)} could not be fetched ({reason}); send its bytes as a"
+            " data URL"
         ) from None
 
 
 @contextmanager
-def _connected(scheme: str, host: str, port: int, address: str, until: float) -> Iterator[http.client.HTTPConnection]:
-    """A connection to the address that was checked, which a second look-up of the name could no longer change."""
+def _connected(
+    scheme: str, host: str, port: int, address: str, until: float
+) -> Iterator[http.client.HTTPConnection]:
+    """A connection to the address that was checked, which a second look-up of the name could no
+    longer change.
+    """
     connection = http.client.HTTPConnection(host, port)
     sock = socket.create_connection((address, port), timeout=_left(until))
     if scheme == "https":
         context = ssl.create_default_context()
         sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
-    # A timeout of the socket begins anew with every byte, so a slow site could hold on for hours: it is cut off.
+    # A timeout of the socket begins anew with every byte, so a slow site could hold on for hours:
+    # it is cut off.
     watch = threading.Timer(_left(until), _cut_off, [sock])
     watch.daemon = True
     watch.start()
@@ -202,8 +243,9 @@ def _read(answer, url: str, limits: ImageLimits, until: float) -> bytes:
             return bytes(data)
         data += block
         if len(data) > limits.max_bytes:
-            raise ValueError(
-                f"the picture {_short(url)} has more than the {limits.max_bytes} bytes that this server takes; send a smaller one"
+            raise UserError(
+                f"the picture {_short(url)} has more than the {limits.max_bytes} bytes that this"
+                " server takes; send a smaller one"
             )
 
 

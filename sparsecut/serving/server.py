@@ -14,9 +14,9 @@ from starlette.exceptions import HTTPException
 
 from .. import __version__
 from . import protocol as wire
+from .context import APIError, ServerConfig, ServerContext, busy, metrics_text, model_entry
 from .decoding import TextDelta, joined
-from .context import ServerContext, APIError, ServerConfig, busy, metrics_text, model_entry
-from .engine import QueueFullError, Engine, RequestHandle
+from .engine import Engine, QueueFullError, RequestHandle
 
 POLL = 0.5  # seconds between two looks whether the client is still there
 NOTHING = object()  # has been told since
@@ -41,7 +41,9 @@ class EventStream(StreamingResponse):
     """Server-sent events of one job, which is cancelled where they are not read to their end."""
 
     def __init__(self, content, desk: ServerContext, job: RequestHandle):
-        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        super().__init__(
+            content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
         self.desk, self.job = desk, job
 
     async def __call__(self, scope, receive, send) -> None:
@@ -54,8 +56,12 @@ class EventStream(StreamingResponse):
 
 
 def make_app(engine: Engine, settings: ServerConfig) -> FastAPI:
-    """The web application: /v1/chat/completions, /v1/models, /health and /metrics; the engine is closed by its owner."""
-    app = FastAPI(title="SparseCut", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    """The web application: /v1/chat/completions, /v1/models, /health and /metrics; the engine is
+    closed by its owner.
+    """
+    app = FastAPI(
+        title="SparseCut", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
+    )
     desk = ServerContext(engine, settings)
     app.state.desk = desk
 
@@ -68,12 +74,17 @@ def make_app(engine: Engine, settings: ServerConfig) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def not_there(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}; this server has POST /v1/chat/completions, GET /v1/models"
+        message = (
+            f"{request.method} {request.url.path}: {error.detail}; this server has POST"
+            " /v1/chat/completions, GET /v1/models"
+        )
         return JSONResponse(wire.failure(message), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:
-        return JSONResponse(wire.failure("the server failed at this request; its log says why", "server_error"), 500)
+        return JSONResponse(
+            wire.failure("the server failed at this request; its log says why", "server_error"), 500
+        )
 
     @app.get("/health")
     async def health() -> Response:
@@ -90,7 +101,9 @@ def make_app(engine: Engine, settings: ServerConfig) -> FastAPI:
         desk.check_token(request)
         if name != settings.name:
             raise APIError(
-                404, f"there is no model {name!r} here; this server has {settings.name!r}", code="model_not_found"
+                404,
+                f"there is no model {name!r} here; this server has {settings.name!r}",
+                code="model_not_found",
             )
         return model_entry(desk)
 
@@ -115,7 +128,9 @@ def make_app(engine: Engine, settings: ServerConfig) -> FastAPI:
         usage = _usage(desk, job)
         answers = joined(pieces, asked.num_answers)
         heading = wire.new_heading(settings.name, stream=False)
-        return JSONResponse(wire.completion(heading, answers, usage, asked.sampling["top_logprobs"] is not None))
+        return JSONResponse(
+            wire.completion(heading, answers, usage, asked.sampling["top_logprobs"] is not None)
+        )
 
     return app
 
@@ -133,7 +148,9 @@ def _submit(engine: Engine, question, events: asyncio.Queue) -> RequestHandle:
         raise busy(str(error)) from None
 
 
-async def _pieces(request: Request, job: RequestHandle, events: asyncio.Queue) -> AsyncIterator[TextDelta]:
+async def _pieces(
+    request: Request, job: RequestHandle, events: asyncio.Queue
+) -> AsyncIterator[TextDelta]:
     """What the engine tells, until its end or until the client leaves, which cancels the job."""
     looked = time.monotonic()
     try:
@@ -161,17 +178,31 @@ def _broken(error: Exception) -> APIError:
         return APIError(503, str(error), "server_error")
     if isinstance(error, ValueError):
         return APIError(400, str(error))
-    return APIError(500, f"the model failed ({type(error).__name__}: {error}); try again", "server_error")
+    return APIError(
+        500, f"the model failed ({type(error).__name__}: {error}); try again", "server_error"
+    )
 
 
 async def _stream(
-    desk: ServerContext, request: Request, asked, job: RequestHandle, events: asyncio.Queue, heading: dict
+    desk: ServerContext,
+    request: Request,
+    asked,
+    job: RequestHandle,
+    events: asyncio.Queue,
+    heading: dict,
 ) -> AsyncIterator[str]:
-    """Server-sent events: a first one per choice with the role, one per piece, usage where it is wanted, and [DONE]."""
+    """Server-sent events: a first one per choice with the role, one per piece, usage where it is
+    wanted, and [DONE].
+    """
     with_logprobs = asked.sampling["top_logprobs"] is not None
     more = {"usage": None} if asked.usage else {}
     for i in range(asked.num_answers):
-        choice = {"index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        choice = {
+            "index": i,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
         yield _event({**heading, "choices": [choice], **more})
     try:
         async for piece in _pieces(request, job, events):

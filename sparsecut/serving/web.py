@@ -1,4 +1,6 @@
-"""The server's page: a chat in the browser that shows the plan, how much each shortcut adds, and answers without some."""
+"""The server's page: a chat in the browser that shows the plan, how much each shortcut adds, and
+answers without some.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +12,26 @@ from importlib.resources import files
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse
 
-from .decoding import SamplingParams
-from .context import ServerContext, APIError, ServerConfig, busy
+from ..data.examples import Example
 from ..drawing import MIXERS, summary
 from ..evaluation.ablation import measure_additions
+from ..schema import UserError
+from .context import APIError, ServerConfig, ServerContext, busy
+from .decoding import SamplingParams
+from .engine import Engine, QueueFullError
 from .image_fetching import picture_of
-from ..data.examples import Example
-from .engine import QueueFullError, Engine
 from .protocol import read_messages
 
 # Nothing is loaded from elsewhere, and what a model writes could not load anything either.
 POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; connect-src 'self'"
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+    " blob:; connect-src 'self'"
 )
-HEADERS = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+}
 
 
 def page() -> str:
@@ -32,7 +40,9 @@ def page() -> str:
 
 
 def add_page(app: FastAPI, engine: Engine, settings: ServerConfig) -> None:
-    """Give the application its page at / and what the page asks beside chat: the plan, and how much its shortcuts add."""
+    """Give the application its page at / and what the page asks beside chat: the plan, and how much
+    its shortcuts add.
+    """
     desk: ServerContext = app.state.desk
 
     @app.get("/")
@@ -61,7 +71,9 @@ def add_page(app: FastAPI, engine: Engine, settings: ServerConfig) -> None:
 
 
 def plan_facts(model, settings: ServerConfig) -> dict:
-    """What the page draws: depths, and of each shortcut its taps (absolute), layer and mixer in words."""
+    """What the page draws: depths, and of each shortcut its taps (absolute), layer and mixer in
+    words.
+    """
     plan, depth = model.plan, model.config.vision_depth
     return {
         "model": settings.name,
@@ -90,9 +102,13 @@ def _example(engine: Engine, settings: ServerConfig, body: object) -> Example:
     messages = body.get("messages") if isinstance(body, dict) else None
     turns, urls = read_messages(messages, engine.processor.image_token, settings.bounds)
     if not urls:
-        raise ValueError("the turns hold no picture, and shortcuts add nothing without one; send a picture")
+        raise UserError(
+            "the turns hold no picture, and shortcuts add nothing without one; send a picture"
+        )
     pictures = [picture_of(url, settings.pictures) for url in urls]
-    engine.ask(turns, pictures, SamplingParams(1))  # what is too long is refused before the model sees it
+    engine.ask(
+        turns, pictures, SamplingParams(1)
+    )  # what is too long is refused before the model sees it
     contents = []
     for picture in pictures:
         file = io.BytesIO()
@@ -102,10 +118,14 @@ def _example(engine: Engine, settings: ServerConfig, body: object) -> Example:
 
 
 def measured(engine: Engine, example: Example) -> list[dict]:
-    """How much every shortcut adds at the example's image tokens (`explain.measure_additions`), numbers that JSON can hold."""
+    """How much every shortcut adds at the example's image tokens (`explain.measure_additions`),
+    numbers that JSON can hold.
+    """
     found = measure_additions(engine.model, engine.processor, [example], None)
     sizes = ("gate", "norm", "hidden_norm", "ratio", "cosine")
-    return [{"number": one["number"], **{name: _finite(one[name]) for name in sizes}} for one in found]
+    return [
+        {"number": one["number"], **{name: _finite(one[name]) for name in sizes}} for one in found
+    ]
 
 
 def _finite(value: float | None) -> float | None:

@@ -1,4 +1,5 @@
-"""The picture world: pictures drawn from seeds, questions at three levels, and two small pre-trained backbones.
+"""The picture world: pictures drawn from seeds, questions at three levels, and two small
+pre-trained backbones.
 
 high: shape and place. mid: texture and count. low: shade, fine lines and small digits; the coarse view shows next to
 nothing of the digits and of the lines mostly whether they are flat or upright. Everything is deterministic, so that a
@@ -35,7 +36,9 @@ def write_split(
     """Draw a split as pictures and LLaVA-format JSON; see `questions.write_split`."""
     from .questions import write_split
 
-    return write_split(folder, split, num_pictures, questions_per_picture, seed=seed, workers=workers, size=size)
+    return write_split(
+        folder, split, num_pictures, questions_per_picture, seed=seed, workers=workers, size=size
+    )
 
 
 def pretrain(
@@ -48,7 +51,9 @@ def pretrain(
     device: str = "cpu",
     log=print,
 ) -> Path:
-    """Make both backbones anew and write them to `out`/vision and `out`/language; see `pretraining.pretrain`."""
+    """Make both backbones anew and write them to `out`/vision and `out`/language; see
+    `pretraining.pretrain`.
+    """
     from .pretraining import pretrain
 
     return pretrain(out, seed=seed, noise=noise, quick=quick, size=size, device=device, log=log)

@@ -23,7 +23,12 @@ from .scenes import COLOURS, DIGITS, LINES, SHADES, SHAPES, TEXTURES, Scene
 from .sizes import SMALL, LanguageTraining, Size
 from .vocabulary import make_tokenizer
 
-SHARES = (1.0, 1.0, 0.5, 0.25)  # of a cell's slots that hold a word: patches show a thing in part or whole
+SHARES = (
+    1.0,
+    1.0,
+    0.5,
+    0.25,
+)  # of a cell's slots that hold a word: patches show a thing in part or whole
 
 
 def pretrain_language(
@@ -34,15 +39,22 @@ def pretrain_language(
     device: str = "cpu",
     log: Callable[[str], None] = print,
 ) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast, dict[str, float]]:
-    """Train the model; returns it with its tokenizer and its share of right answers to unseen scenes.
+    """Train the model; returns it with its tokenizer and its share of right answers to unseen
+    scenes.
 
     training: steps and rates; by default the size's own. On a CUDA device it computes in bfloat16.
     """
     torch.manual_seed(seed)
     training, tokenizer = training or size.language_training, make_tokenizer(size=size)
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    model = GPT2LMHeadModel(GPT2Config(**size.language, vocab_size=len(tokenizer), **special)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=training.rate, weight_decay=0.01, betas=(0.9, 0.98))
+    special = {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
+    }
+    model = GPT2LMHeadModel(GPT2Config(**size.language, vocab_size=len(tokenizer), **special)).to(
+        device
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=training.rate, weight_decay=0.01, betas=(0.9, 0.98)
+    )
     steps, warmup = training.steps, training.warmup
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1.0, (s + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * s / steps))
@@ -52,7 +64,9 @@ def pretrain_language(
         workers = max(
             1, (os.cpu_count() or 2) // 2
         )  # the encoder, made at the same time, needs few once pictures are drawn
-        loaded = DataLoader(batches, None, num_workers=workers, multiprocessing_context="spawn", prefetch_factor=2)
+        loaded = DataLoader(
+            batches, None, num_workers=workers, multiprocessing_context="spawn", prefetch_factor=2
+        )
     else:
         loaded = (batches[step] for step in range(steps))
     with torch.autocast("cuda", torch.bfloat16, enabled=torch.device(device).type == "cuda"):
@@ -71,9 +85,13 @@ def pretrain_language(
 
 
 class Batches(Dataset):
-    """Packed conversations, one batch per step. Made ahead, each step has chance of its own; else it goes on from step to step."""
+    """Packed conversations, one batch per step. Made ahead, each step has chance of its own; else
+    it goes on from step to step.
+    """
 
-    def __init__(self, seed: int, size: Size, training: LanguageTraining, tokenizer: PreTrainedTokenizerFast):
+    def __init__(
+        self, seed: int, size: Size, training: LanguageTraining, tokenizer: PreTrainedTokenizerFast
+    ):
         self.seed, self.size, self.training, self.tokenizer = seed, size, training, tokenizer
         self.rng = random.Random(f"language/{seed}")
 
@@ -85,27 +103,47 @@ class Batches(Dataset):
             raise IndexError(step)
         rng = random.Random(f"language/{self.seed}/{step}") if self.size.ahead else self.rng
         first = step * self.training.batch
-        scenes = [split_scene(f"pretrain/language/{first + i}", self.size) for i in range(self.training.batch)]
-        return pack([conversation(s, self.tokenizer, rng, self.training.turns, self.size.sides) for s in scenes])
+        scenes = [
+            split_scene(f"pretrain/language/{first + i}", self.size)
+            for i in range(self.training.batch)
+        ]
+        return pack(
+            [
+                conversation(s, self.tokenizer, rng, self.training.turns, self.size.sides)
+                for s in scenes
+            ]
+        )
 
 
 def slots(scene: Scene, rng: random.Random, side: int) -> list[list[str]]:
-    """Words in each of side x side slots: every word of a thing in a share of its cell's slots, at least in one."""
+    """Words in each of side x side slots: every word of a thing in a share of its cell's slots, at
+    least in one.
+    """
     grid, part, share = [[] for _ in range(side * side)], side // scene.rows, rng.choice(SHARES)
     for t in scene.things:
         names = (SHAPES, tuple(COLOURS), tuple(SHADES), TEXTURES, LINES, DIGITS)
         row, column = divmod(t.place, scene.rows)
-        cell = [(row * part + y) * side + column * part + x for y in range(part) for x in range(part)]
-        for words, which in zip(names, (t.shape, t.colour, t.shade, t.texture, t.lines, t.digit), strict=True):
+        cell = [
+            (row * part + y) * side + column * part + x for y in range(part) for x in range(part)
+        ]
+        for words, which in zip(
+            names, (t.shape, t.colour, t.shade, t.texture, t.lines, t.digit), strict=True
+        ):
             for slot in rng.sample(cell, max(1, round(share * len(cell)))):
                 grid[slot].append(words[which])
     return grid
 
 
 def conversation(
-    scene: Scene, tokenizer, rng: random.Random, turns: int, sides: tuple[tuple[int, ...], ...] = SMALL.sides
+    scene: Scene,
+    tokenizer,
+    rng: random.Random,
+    turns: int,
+    sides: tuple[tuple[int, ...], ...] = SMALL.sides,
 ) -> tuple[list[int], list[int], dict[int, list[int]]]:
-    """Token ids (0 at slots), labels, and the word ids of every slot's position; one in eight is a caption."""
+    """Token ids (0 at slots), labels, and the word ids of every slot's position; one in eight is a
+    caption.
+    """
     words = tokenizer.get_vocab()
     end = tokenizer.eos_token_id
     grid = [words_of for side in rng.choice(sides) for words_of in slots(scene, rng, side)]
@@ -121,20 +159,28 @@ def conversation(
 
 
 def pack(rows) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Conversations as token ids, labels, mask and empty slots, each [B, L], and row, position and word of what fills them, [3, n]."""
+    """Conversations as token ids, labels, mask and empty slots, each [B, L], and row, position and
+    word of what fills them, [3, n].
+    """
     longest = max(len(ids) for ids, _, _ in rows)
     ids = torch.tensor([i + [0] * (longest - len(i)) for i, _, _ in rows])
     labels = torch.tensor([y + [-100] * (longest - len(y)) for _, y, _ in rows])
     mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i, _, _ in rows])
-    places = [(b, p, w) for b, (_, _, filled) in enumerate(rows) for p, ws in filled.items() for w in ws]
+    places = [
+        (b, p, w) for b, (_, _, filled) in enumerate(rows) for p, ws in filled.items() for w in ws
+    ]
     empty = torch.zeros(ids.shape)
     for b, (_, _, filled) in enumerate(rows):
         empty[b, list(filled)] = 1
     return ids, labels, mask, empty, torch.tensor(places).T
 
 
-def answer(model: GPT2LMHeadModel, packed: tuple[Tensor, ...], noise: float) -> tuple[Tensor, Tensor]:
-    """Logits [B, L - 1, words] for the labels [B, L - 1] that follow, with the slots filled in and noise on them."""
+def answer(
+    model: GPT2LMHeadModel, packed: tuple[Tensor, ...], noise: float
+) -> tuple[Tensor, Tensor]:
+    """Logits [B, L - 1, words] for the labels [B, L - 1] that follow, with the slots filled in and
+    noise on them.
+    """
     ids, labels, mask, empty, where = (x.to(model.device, non_blocking=True) for x in packed)
     table, empty = model.get_input_embeddings(), empty.unsqueeze(-1)
     chance = torch.randn(*ids.shape, table.embedding_dim, device=ids.device)
@@ -150,4 +196,8 @@ def _share(model, tokenizer, size: Size, training: LanguageTraining) -> dict[str
     rows = [conversation(scene, tokenizer, rng, training.turns, size.sides) for scene in scenes]
     logits, labels = answer(model, pack(rows), 0.2)
     asked = labels >= 0
-    return {"words of answers from slots": round((logits.argmax(-1) == labels)[asked].float().mean().item(), 3)}
+    return {
+        "words of answers from slots": round(
+            (logits.argmax(-1) == labels)[asked].float().mean().item(), 3
+        )
+    }

@@ -15,6 +15,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+from ..schema import UserError
 from .scenes import COLOURS, DIGITS, LINES, SHADES, SHAPES, TEXTURES, Scene, Thing, draw, make_scene
 from .sizes import SMALL, Size, find_size
 
@@ -55,11 +56,16 @@ LEVELS = ("high", "mid", "low")
 
 
 def caption(scene: Scene, rng: random.Random, detail: float = 0.5) -> str:
-    """What stands where; texture, shade, lines and digit are each told with probability `detail`."""
+    """What stands where; texture, shade, lines and digit are each told with probability
+    `detail`.
+    """
 
     def tell(thing: Thing) -> str:
         words = [SHADE[thing.shade], TEXTURES[thing.texture]]
-        words = [w for w in words if rng.random() < detail] + [COLOUR[thing.colour], SHAPES[thing.shape]]
+        words = [w for w in words if rng.random() < detail] + [
+            COLOUR[thing.colour],
+            SHAPES[thing.shape],
+        ]
         extra = [w for w in (LINES[thing.lines], DIGITS[thing.digit]) if rng.random() < detail]
         return f"{scene.places[thing.place]} {' '.join(words + extra)}"
 
@@ -81,7 +87,21 @@ def ask(scene: Scene, rng: random.Random, number: int) -> list[tuple[str, str]]:
 
 def vocabulary(size: Size = SMALL) -> list[str]:
     """Every word that questions, answers and captions are made of, in a fixed order."""
-    fixed = ["what", "shape", "is", "the", "where", "how", "many", "are", "texture", "shade", "lines", "digit", ","]
+    fixed = [
+        "what",
+        "shape",
+        "is",
+        "the",
+        "where",
+        "how",
+        "many",
+        "are",
+        "texture",
+        "shade",
+        "lines",
+        "digit",
+        ",",
+    ]
     words = [*fixed, *size.places, *SHAPES, *COLOUR, *SHADE, *TEXTURES, *LINES, *DIGITS]
     return list(dict.fromkeys(words))
 
@@ -99,15 +119,19 @@ def write_split(
     workers: int | None = None,
     size: str | Size = SMALL,
 ) -> dict[str, Path]:
-    """Draw a split as files in LLaVA's format: folder/SPLIT/*.png, SPLIT.json and, for training, SPLIT_captions.json.
+    """Draw a split as files in LLaVA's format: folder/SPLIT/*.png, SPLIT.json and, for training,
+    SPLIT_captions.json.
 
-    Training conversations ask `questions_per_picture` questions about one picture, turn by turn; in dev and test every
-    question is an item of its own, with its `group` (kind) and `level`. Equal arguments give equal files; scenes of
-    different splits differ by construction of their seeds and because equal ones are passed over. workers: processes that draw;
-    by default one for few pictures and, for many, one per core. size: "small" or "large". Returns name -> path.
+    Training conversations ask `questions_per_picture` questions about one picture, turn by turn; in
+    dev and test every question is an item of its own, with its `group` (kind) and `level`. Equal
+    arguments give equal files; scenes of different splits differ by construction of their seeds and
+    because equal ones are passed over. workers: processes that draw; by default one for few
+    pictures and, for many, one per core. size: "small" or "large". Returns name -> path.
     """
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} is not one of the picture world's; allowed are {', '.join(SPLITS)}")
+        raise UserError(
+            f"split {split!r} is not one of the picture world's; allowed are {', '.join(SPLITS)}"
+        )
     size, folder = find_size(size), Path(folder)
     if workers is None:
         workers = min(os.cpu_count() or 1, 1 + num_pictures // FEW)
@@ -138,7 +162,11 @@ def _write_picture(folder: Path, number: int, size: Size, key: str) -> tuple[dic
     if split == "train":
         return told, [_record(key, image, pairs)]
     return told, [
-        {**_record(f"{key}/{i}", image, [pair]), "group": kind_of(pair[0]), "level": KINDS[kind_of(pair[0])][0]}
+        {
+            **_record(f"{key}/{i}", image, [pair]),
+            "group": kind_of(pair[0]),
+            "level": KINDS[kind_of(pair[0])][0],
+        }
         for i, pair in enumerate(pairs)
     ]
 
@@ -158,7 +186,8 @@ def kind_of(question: str) -> str:
 
 
 def split_scene(key: str, size: Size = SMALL) -> Scene:
-    """The scene of a split's picture; where its content belongs to another split, the next one that is its own.
+    """The scene of a split's picture; where its content belongs to another split, the next one that
+    is its own.
 
     Content is shared out by a digest of the scene, so no two splits can ever hold equal scenes.
     """
@@ -172,4 +201,8 @@ def split_scene(key: str, size: Size = SMALL) -> Scene:
 
 def _owner(scene: Scene) -> str:
     share = int(hashlib.sha256(repr(scene.things).encode()).hexdigest(), 16) % 10
-    return ("test", "dev", "pretrain", "pretrain", "pretrain", "pretrain")[share] if share < 6 else "train"
+    return (
+        ("test", "dev", "pretrain", "pretrain", "pretrain", "pretrain")[share]
+        if share < 6
+        else "train"
+    )

@@ -1,4 +1,5 @@
-"""Scenes of the picture world: a few objects on a layout of cells, as frozen data from a seed, and how they are drawn.
+"""Scenes of the picture world: a few objects on a layout of cells, as frozen data from a seed, and
+how they are drawn.
 
 A picture of the small world has 2 x 2 cells of 48 x 48 pixels, one of the large world 4 x 4; the coarse view has half as
 many pixels per side. Shapes and colours survive that, textures mostly do, and what is meant to
@@ -38,7 +39,9 @@ GLYPHS = np.array([[c == "1" for c in glyph] for glyph in FONT.split()]).reshape
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: where it stands (which cell, row by row) and what it looks like, each a place in the lists above."""
+    """One object: where it stands (which cell, row by row) and what it looks like, each a place in
+    the lists above.
+    """
 
     place: int
     shape: int
@@ -51,7 +54,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things in different places with different shapes; `noise` seeds background, jitter and grain; `rows` x `rows` cells."""
+    """Things in different places with different shapes; `noise` seeds background, jitter and grain;
+    `rows` x `rows` cells.
+    """
 
     things: tuple[Thing, ...]
     noise: int
@@ -69,7 +74,11 @@ def make_scene(key: str, size: Size = SMALL) -> Scene:
     places = sorted(rng.sample(range(size.rows**2), rng.choices(size.num_things, size.weights)[0]))
     shapes = rng.sample(range(len(SHAPES)), len(places))
     things = tuple(
-        Thing(p, s, *(rng.randrange(len(names)) for names in (COLOURS, SHADES, TEXTURES, LINES, DIGITS)))
+        Thing(
+            p,
+            s,
+            *(rng.randrange(len(names)) for names in (COLOURS, SHADES, TEXTURES, LINES, DIGITS)),
+        )
         for p, s in zip(places, shapes, strict=True)
     )
     return Scene(things, rng.randrange(2**31), size.rows)

@@ -1,4 +1,5 @@
-"""The two sizes of the picture world: the small one, whose backbones are shipped, and a large one for a GPU.
+"""The two sizes of the picture world: the small one, whose backbones are shipped, and a large one
+for a GPU.
 
 Both draw the same things in cells of 48 x 48 pixels, so that what the coarse view shows of a thing is the same; the large
 one has 4 x 4 cells and five to eight things. The numbers of training steps of the large one are chosen by arithmetic and
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..plan import nearest
+from ..schema import UserError, nearest
 
 CELL = 48
 PLACES = {  # cells per side -> the one-word names of the cells, row by row
@@ -26,7 +27,9 @@ PLACES = {  # cells per side -> the one-word names of the cells, row by row
 
 @dataclass(frozen=True)
 class VisionTraining:
-    """Pictures to draw, steps of both phases, pictures per step, peak learning rate, and pictures to count right readings in."""
+    """Pictures to draw, steps of both phases, pictures per step, peak learning rate, and pictures
+    to count right readings in.
+    """
 
     pictures: int
     steps: tuple[int, int]
@@ -38,7 +41,9 @@ class VisionTraining:
 
 @dataclass(frozen=True)
 class LanguageTraining:
-    """Steps, conversations per step, questions in each, peak learning rate, and conversations to count right words in."""
+    """Steps, conversations per step, questions in each, peak learning rate, and conversations to
+    count right words in.
+    """
 
     steps: int
     batch: int
@@ -50,11 +55,14 @@ class LanguageTraining:
 
 @dataclass(frozen=True)
 class Size:
-    """A layout of `rows` x `rows` cells, numbers of things with their weights, both backbones and how they are made.
+    """A layout of `rows` x `rows` cells, numbers of things with their weights, both backbones and
+    how they are made.
 
-    vision, language: arguments of CLIPVisionConfig and GPT2Config. shallow_state: the encoder state that detail is read from.
-    sides: the slot grids that the language model learns from, drawn at random. ahead: whether batches are made by other
-    processes, each from a seed of its own, instead of one after the other from one seed. quick: the trainings of a trial.
+    vision, language: arguments of CLIPVisionConfig and GPT2Config. shallow_state: the encoder state
+    that detail is read from.
+    sides: the slot grids that the language model learns from, drawn at random. ahead: whether
+    batches are made by other processes, each from a seed of its own, instead of one after the other
+    from one seed. quick: the trainings of a trial.
     """
 
     name: str
@@ -72,7 +80,9 @@ class Size:
 
     @property
     def coarse(self) -> int:
-        """Side of the coarse view, and of each of the four fine views, in pixels; the picture's is twice that."""
+        """Side of the coarse view, and of each of the four fine views, in pixels; the picture's is
+        twice that.
+        """
         return self.rows * CELL // 2
 
     @property
@@ -97,12 +107,22 @@ SMALL = Size(
         "hidden_act": "gelu",
     },
     shallow_state=3,
-    language={"n_embd": 96, "n_head": 4, "n_layer": 6, "n_positions": 512, "initializer_range": 0.06, **GPT2},
+    language={
+        "n_embd": 96,
+        "n_head": 4,
+        "n_layer": 6,
+        "n_positions": 512,
+        "initializer_range": 0.06,
+        **GPT2,
+    },
     sides=((4,), (4,), (8,), (4, 8)),
     vision_training=VisionTraining(16000, (3000, 500), 16, 1.5e-3, 50, 512),
     language_training=LanguageTraining(1600, 16, 16, 2e-3, 80, 64),
     ahead=False,
-    quick=(VisionTraining(64, (4, 2), 16, 1.5e-3, 50, 512), LanguageTraining(3, 16, 16, 2e-3, 80, 64)),
+    quick=(
+        VisionTraining(64, (4, 2), 16, 1.5e-3, 50, 512),
+        LanguageTraining(3, 16, 16, 2e-3, 80, 64),
+    ),
 )
 LARGE = Size(
     name="large",
@@ -119,8 +139,16 @@ LARGE = Size(
         "hidden_act": "gelu",
     },
     shallow_state=4,
-    # Half the small one's spread of start values at four times the width gives logits the same spread.
-    language={"n_embd": 384, "n_head": 6, "n_layer": 12, "n_positions": 1024, "initializer_range": 0.03, **GPT2},
+    # Half the small one's spread of start values at four times the width gives logits the same
+    # spread.
+    language={
+        "n_embd": 384,
+        "n_head": 6,
+        "n_layer": 12,
+        "n_positions": 1024,
+        "initializer_range": 0.03,
+        **GPT2,
+    },
     sides=((8,), (8,), (16,), (8, 16)),
     vision_training=VisionTraining(40000, (6000, 1000), 128, 1e-3, 200, 512),
     language_training=LanguageTraining(5000, 64, 16, 6e-4, 200, 256),
@@ -131,9 +159,13 @@ SIZES = {size.name: size for size in (SMALL, LARGE)}
 
 
 def find_size(name: str | Size) -> Size:
-    """The size of that name, "small" or "large"; a Size as it is. Raises ValueError for any other name."""
+    """The size of that name, "small" or "large"; a Size as it is. Raises ValueError for any other
+    name.
+    """
     if isinstance(name, Size):
         return name
     if name not in SIZES:
-        raise ValueError(f"size {name!r} is not known{nearest(name, SIZES)}; allowed are {', '.join(SIZES)}")
+        raise UserError(
+            f"size {name!r} is not known{nearest(name, SIZES)}; allowed are {', '.join(SIZES)}"
+        )
     return SIZES[name]

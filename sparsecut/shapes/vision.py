@@ -1,4 +1,5 @@
-"""How the picture world's encoder is made: a CLIP vision transformer that learns to name what regions show.
+"""How the picture world's encoder is made: a CLIP vision transformer that learns to name what
+regions show.
 
 Phase 1 reads shape and colour from the top and texture, shade, lines and digit from a shallow block, in coarse and in fine
 views; a region is a cell of the layout, which in the small world is the whole of a fine view. Phase 2 freezes the lower
@@ -29,13 +30,22 @@ from .scenes import COLOURS, DIGITS, LINES, SHADES, SHAPES, TEXTURES, draw
 from .sizes import SMALL, Size, VisionTraining
 
 MEAN, STD = 0.5, 0.25
-ATTRIBUTES = {"shape": SHAPES, "colour": COLOURS, "shade": SHADES, "texture": TEXTURES, "lines": LINES, "digit": DIGITS}
+ATTRIBUTES = {
+    "shape": SHAPES,
+    "colour": COLOURS,
+    "shade": SHADES,
+    "texture": TEXTURES,
+    "lines": LINES,
+    "digit": DIGITS,
+}
 TOP, SHALLOW = ("shape", "colour"), ("shade", "texture", "lines", "digit")
 HIDDEN_IN_COARSE = ("lines", "digit")  # hardly there at half the resolution, so hardly asked for
 
 
 class Readout(nn.Module):
-    """Scores of some attributes of a region: each pools the region's tokens by attention of its own. [R, n, D] -> name: [R, answers]."""
+    """Scores of some attributes of a region: each pools the region's tokens by attention of its
+    own. [R, n, D] -> name: [R, answers].
+    """
 
     def __init__(self, names: tuple[str, ...], dim: int):
         super().__init__()
@@ -46,31 +56,50 @@ class Readout(nn.Module):
         """Normalise, pool, score."""
         tokens = F.layer_norm(tokens, tokens.shape[-1:])
         weights = {n: (tokens @ q).softmax(-1) for n, q in self.queries.items()}
-        return {n: head(torch.einsum("rn,rnd->rd", weights[n], tokens)) for n, head in self.heads.items()}
+        return {
+            n: head(torch.einsum("rn,rnd->rd", weights[n], tokens))
+            for n, head in self.heads.items()
+        }
 
 
 class Views:
-    """Pictures of the pre-training split as uint8 views with the attributes of their cells (-100 where empty), on one device."""
+    """Pictures of the pre-training split as uint8 views with the attributes of their cells (-100
+    where empty), on one device.
+    """
 
     def __init__(self, count: int, size: Size = SMALL, device: str = "cpu"):
         self.cells, self.device = size.rows // 2, device
         if size.ahead:
             workers = max(1, min(os.cpu_count() or 1, count // 100))
             with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                drawn = list(pool.map(partial(_views_of, size), range(count), chunksize=max(1, count // (8 * workers))))
+                drawn = list(
+                    pool.map(
+                        partial(_views_of, size),
+                        range(count),
+                        chunksize=max(1, count // (8 * workers)),
+                    )
+                )
         else:
             drawn = [_views_of(size, i) for i in range(count)]
         coarse, fine, labels = (torch.from_numpy(np.stack(x)) for x in zip(*drawn, strict=True))
         tiled = rearrange(labels, "n (ty y tx x) a -> n (ty tx) (y x) a", ty=2, tx=2, y=self.cells)
-        self.coarse, self.fine, self.labels, self.tiled = (x.to(device) for x in (coarse, fine, labels, tiled))
+        self.coarse, self.fine, self.labels, self.tiled = (
+            x.to(device) for x in (coarse, fine, labels, tiled)
+        )
 
     def batch(self, size: int, fine_views: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels [size * (1 + fine_views), 3, S, S], coarse ones first, and the labels of cells in coarse and in fine views."""
+        """Pixels [size * (1 + fine_views), 3, S, S], coarse ones first, and the labels of cells in
+        coarse and in fine views.
+        """
         index = torch.randint(len(self.labels), (size,)).to(self.device)
         tiles = torch.randint(4, (size, fine_views)).to(self.device)
         views = torch.cat([self.coarse[index], self.fine[index[:, None], tiles].flatten(0, 1)])
         pixels = (rearrange(views, "v y x c -> v c y x").float() / 255 - MEAN) / STD
-        return pixels, self.labels[index].flatten(0, 1), self.tiled[index[:, None], tiles].flatten(0, 2)
+        return (
+            pixels,
+            self.labels[index].flatten(0, 1),
+            self.tiled[index[:, None], tiles].flatten(0, 2),
+        )
 
 
 def _views_of(size: Size, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -92,14 +121,18 @@ def pretrain_vision(
     device: str = "cpu",
     log: Callable[[str], None] = print,
 ) -> tuple[CLIPVisionModel, dict[str, float]]:
-    """Train the encoder; returns it with the running share of right readings of every attribute, coarse and fine.
+    """Train the encoder; returns it with the running share of right readings of every attribute,
+    coarse and fine.
 
-    training: pictures, steps and rates; by default the size's own. On a CUDA device it computes in bfloat16, on a CPU as in the
-    shipped weights, on as many threads as torch is given.
+    training: pictures, steps and rates; by default the size's own. On a CUDA device it computes in
+    bfloat16, on a CPU as in the shipped weights, on as many threads as torch is given.
     """
     torch.manual_seed(seed)
     training = training or size.vision_training
-    views, encoder = Views(training.pictures, size, device), CLIPVisionModel(CLIPVisionConfig(**size.vision)).to(device)
+    views, encoder = (
+        Views(training.pictures, size, device),
+        CLIPVisionModel(CLIPVisionConfig(**size.vision)).to(device),
+    )
     dim = size.vision["hidden_size"]
     top, shallow = Readout(TOP, dim).to(device), Readout(SHALLOW, dim).to(device)
     parts = [(top, -1), (shallow, size.shallow_state)]
@@ -111,13 +144,26 @@ def pretrain_vision(
         blocks[len(blocks) // 2 :].requires_grad_(True)
         parts = [(Readout(TOP, dim).to(device), -1), (Readout(TOP, dim).to(device), -2)]
         if noise:
-            _train(encoder, parts, views, training, 1, noise, lambda s: log(f"vision, captions only: {s}"))
+            _train(
+                encoder,
+                parts,
+                views,
+                training,
+                1,
+                noise,
+                lambda s: log(f"vision, captions only: {s}"),
+            )
     return encoder.requires_grad_(True).eval().cpu(), shares
 
 
 def _train(encoder, parts, views, training: VisionTraining, phase: int, noise, log) -> None:
     steps, warmup = training.steps[phase], training.warmup
-    parameters = [p for m in (encoder, *(readout for readout, _ in parts)) for p in m.parameters() if p.requires_grad]
+    parameters = [
+        p
+        for m in (encoder, *(readout for readout, _ in parts))
+        for p in m.parameters()
+        if p.requires_grad
+    ]
     optimizer = torch.optim.AdamW(parameters, lr=training.rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1.0, (s + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * s / steps))
@@ -137,7 +183,9 @@ def _train(encoder, parts, views, training: VisionTraining, phase: int, noise, l
 
 
 def _readings(encoder, parts, views: Views, batch: int, noise: float):
-    """(attribute, scores, right answers, whether coarse) for the cells of a batch's coarse and fine views."""
+    """(attribute, scores, right answers, whether coarse) for the cells of a batch's coarse and fine
+    views.
+    """
     pixels, in_coarse, in_fine = views.batch(batch)
     states = encoder(pixels, output_hidden_states=True).hidden_states
     for readout, which in parts:
@@ -150,7 +198,9 @@ def _readings(encoder, parts, views: Views, batch: int, noise: float):
             (state[batch:], in_fine, views.cells, False),
         ):
             side = math.isqrt(state.shape[1]) // cells
-            tokens = rearrange(some, "v (cy y cx x) d -> (v cy cx) (y x) d", cy=cells, y=side, cx=cells)
+            tokens = rearrange(
+                some, "v (cy y cx x) d -> (v cy cx) (y x) d", cy=cells, y=side, cx=cells
+            )
             for name, scores in readout(tokens).items():
                 yield name, scores, labels[:, list(ATTRIBUTES).index(name)], coarse
 

@@ -1,7 +1,9 @@
-"""The picture world's tokenizer: one token per word, and a chat template that marks the assistant's words.
+"""The picture world's tokenizer: one token per word, and a chat template that marks the assistant's
+words.
 
 Turns follow one another without names of roles: an answer comes right after the last word of a question, which is what it
-is about, and ends with the end token. Names of roles in between made so small a model slow to learn."""
+is about, and ends with the end token. Names of roles in between made so small a model slow to learn.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,13 @@ TEMPLATE = (
 
 
 def make_tokenizer(extra: list[str] | None = None, size: Size = SMALL) -> PreTrainedTokenizerFast:
-    """The tokenizer of the world's words, and of `extra` words after them; lower case, split at blanks."""
+    """The tokenizer of the world's words, and of `extra` words after them; lower case, split at
+    blanks.
+    """
     words = [*SPECIAL.values(), *vocabulary(size), *(extra or [])]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
+    core = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>")
+    )
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     bos = SPECIAL["bos_token"]

@@ -1,4 +1,6 @@
-"""The parts of a model that a stage trains: their parameters, which of them rest, and which no picture reaches."""
+"""The parts of a model that a stage trains: their parameters, which of them rest, and which no
+picture reaches.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +9,43 @@ from torch import nn
 
 from ..adapters import LORA, adapted, adapter_parameters, adapters_of
 from ..config.recipe import Stage
+from ..schema import UserError
 
 MODULES = {"vision": "vision_tower", "fusion": "fusion", "language": "language_model"}
 
 
 def all_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Parameters by every name that `train` may hold: the model's parts, and adapters that are on them."""
-    return model.parameter_groups() | {f"{part}{LORA}": adapter_parameters(model, part) for part in adapters_of(model)}
+    """Parameters by every name that `train` may hold: the model's parts, and adapters that are on
+    them.
+    """
+    return model.parameter_groups() | {
+        f"{part}{LORA}": adapter_parameters(model, part) for part in adapters_of(model)
+    }
 
 
 def check_parts(model: nn.Module, train: tuple[str, ...]) -> None:
-    """Raise ValueError where the model has no such part; whether an adapter is there already does not count."""
+    """Raise ValueError where the model has no such part; whether an adapter is there already does
+    not count.
+    """
     parts = model.parameter_groups()
     if unknown := [name for name in train if (adapted(name) or name) not in parts]:
-        raise ValueError(
-            f"the model has no part {unknown[0]}; its parts are {', '.join(parts)}, and only upgraded models have a projector of their own"
+        raise UserError(
+            f"the model has no part {unknown[0]}; its parts are {', '.join(parts)}, and only"
+            " upgraded models have a projector of their own"
         )
 
 
 def trained_parts(model: nn.Module, train: tuple[str, ...]) -> list[nn.Parameter]:
-    """The parameters of the parts named; ValueError where the model has no such part, or these have no parameter."""
+    """The parameters of the parts named; ValueError where the model has no such part, or these have
+    no parameter.
+    """
     check_parts(model, train)
     parts = all_parts(model)
     if not any(parts[name] for name in train):
         sizes = {name: sum(p.numel() for p in parameters) for name, parameters in parts.items()}
-        raise ValueError(
-            f"training {', '.join(train)} would train nothing; the model's parts have so many parameters: {sizes}"
+        raise UserError(
+            f"training {', '.join(train)} would train nothing; the model's parts have so many"
+            f" parameters: {sizes}"
         )
     return [parameter for name in train for parameter in parts[name]]
 
@@ -46,7 +59,9 @@ def freeze(model: nn.Module, train: tuple[str, ...]) -> None:
 
 
 def part_names(model: nn.Module, stage: Stage) -> dict[int, str]:
-    """id of every parameter -> the part it is trained as; the head counts by itself only where the stage names it."""
+    """id of every parameter -> the part it is trained as; the head counts by itself only where the
+    stage names it.
+    """
     parts = all_parts(model)
     names = [name for name in parts if name != "head"]
     if "head" in stage.lr or "language" not in stage.train:
@@ -61,22 +76,40 @@ def frozen_modules(model: nn.Module, stage: Stage) -> list[tuple[nn.Module, str]
         modules = {"vision": _own_modules(of.vision), "language": _own_modules(of.language)}
         known = {id(module) for part in modules.values() for module in part}
         # What holds encoder or decoder is no part: its training mode belongs to the model.
-        rest = [m for m in model.base.modules() if not any(id(inside) in known for inside in m.modules())]
+        rest = [
+            m
+            for m in model.base.modules()
+            if not any(id(inside) in known for inside in m.modules())
+        ]
         modules |= {"projector": rest, "fusion": list(model.fusion.modules())}
     else:
         modules = {part: _own_modules(getattr(model, name)) for part, name in MODULES.items()}
-    return [(module, part) for part, found in modules.items() if part not in stage.train for module in found]
+    return [
+        (module, part)
+        for part, found in modules.items()
+        if part not in stage.train
+        for module in found
+    ]
 
 
-def freeze_unused_vision_blocks(model: nn.Module, parameters: list[nn.Parameter], pictures: dict[str, torch.Tensor]) -> None:
-    """Let those of the parameters rest that no picture's features depend on: an encoder's blocks above the deepest tap.
+def freeze_unused_vision_blocks(
+    model: nn.Module, parameters: list[nn.Parameter], pictures: dict[str, torch.Tensor]
+) -> None:
+    """Let those of the parameters rest that no picture's features depend on: an encoder's blocks
+    above the deepest tap.
 
-    They would never have a gradient, which engines that share a model between processes take for a fault.
+    They would never have a gradient, which engines that share a model between processes take for a
+    fault.
     """
     device = parameters[0].device
     with torch.random.fork_rng(), torch.enable_grad():
-        found = model.get_image_features(**{name: value.to(device) for name, value in pictures.items()})
-        features = [*found.pooler_output, *(z for layer in found.get("deepstack_features") or () for z in layer)]
+        found = model.get_image_features(
+            **{name: value.to(device) for name, value in pictures.items()}
+        )
+        features = [
+            *found.pooler_output,
+            *(z for layer in found.get("deepstack_features") or () for z in layer),
+        ]
         sum(z.float().sum() for z in features).backward()
     for parameter in parameters:
         parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
@@ -89,18 +122,26 @@ def _own_modules(module: nn.Module) -> list[nn.Module]:
 
 
 def apply_liger(model: nn.Module, settings: dict | None) -> None:
-    """Put Liger's kernels into the language model; transformers would look for the whole model's type, find none, and go on without.
+    """Put Liger's kernels into the language model; transformers would look for the whole model's
+    type, find none, and go on without.
 
-    settings: args.liger_kernel_config. Raises ValueError where there are no kernels for this language model.
+    settings: args.liger_kernel_config. Raises ValueError where there are no kernels for this
+    language model.
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    module = model.family.parts(model.base).language if hasattr(model, "family") else model.language_model
+    module = (
+        model.family.parts(model.base).language
+        if hasattr(model, "family")
+        else model.language_model
+    )
     if (kind := module.config.model_type) not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise ValueError(
+        raise UserError(
             f"args.use_liger_kernel is set, but Liger has no kernels for {kind}; it has some for "
             f"{', '.join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))}; remove the argument"
         )
     # The loss is computed from logits, so the kernel that fuses both would stay unused.
-    _apply_liger_kernel_to_instance(model=module, **{"fused_linear_cross_entropy": False, **(settings or {})})
+    _apply_liger_kernel_to_instance(
+        model=module, **{"fused_linear_cross_entropy": False, **(settings or {})}
+    )

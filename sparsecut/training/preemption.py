@@ -1,4 +1,6 @@
-"""Stopping when the system asks for it: SIGTERM, which batch systems send before they kill, ends training with a checkpoint."""
+"""Stopping when the system asks for it: SIGTERM, which batch systems send before they kill, ends
+training with a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ class TrainingInterrupted(InterruptedError):
 
 
 class SigtermCallback(TrainerCallback):
-    """After the step in which SIGTERM arrives, on whichever process, all processes write a checkpoint and stop.
+    """After the step in which SIGTERM arrives, on whichever process, all processes write a
+    checkpoint and stop.
 
     Outside the main thread signals cannot be caught, and nothing is changed.
     """

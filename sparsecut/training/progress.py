@@ -1,4 +1,6 @@
-"""What a stage shows and writes while it runs: a progress line on screen, one JSON line per log in log.jsonl."""
+"""What a stage shows and writes while it runs: a progress line on screen, one JSON line per log in
+log.jsonl.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback
 
 QUIET_SECONDS = 20  # between two lines where the screen is a file
@@ -21,12 +30,14 @@ def report(sentence: str) -> None:
 
 
 class StageLog(TrainerCallback):
-    """Losses to `folder/log.jsonl` and, if shown, a progress line; silent on all processes but the first.
+    """Losses to `folder/log.jsonl` and, if shown, a progress line; silent on all processes but the
+    first.
 
-    A line holds step, loss (mean since the last line), grad_norm, lr by part, tokens (seen so far, without padding), image_tokens,
-    seconds, memory_gib (the most that was taken), and shortcuts: what `ShortcutMonitor` says of each. Where the stage is evaluated while
-    it trains, lines with step and eval_loss stand between.
-    `count(tokens, image_tokens)` is called once per batch with sums that may still be on the device.
+    A line holds step, loss (mean since the last line), grad_norm, lr by part, tokens (seen so far,
+    without padding), image_tokens, seconds, memory_gib (the most that was taken), and shortcuts:
+    what `ShortcutMonitor` says of each. Where the stage is evaluated while it trains, lines with
+    step and eval_loss stand between. `count(tokens, image_tokens)` is called once per batch with
+    sums that may still be on the device.
     """
 
     def __init__(self, stage: str, folder: Path, *, shown: bool = True):
@@ -43,11 +54,20 @@ class StageLog(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Start the file, or go on with the part of it that lies before the resumed step."""
-        self.world_size, self.last = args.world_size, {"tokens": 0, "image_tokens": 0, "seconds": 0.0}
+        self.world_size, self.last = (
+            args.world_size,
+            {
+                "tokens": 0,
+                "image_tokens": 0,
+                "seconds": 0.0,
+            },
+        )
         self.started = self.printed = time.perf_counter()
         if not state.is_world_process_zero:
             return
-        lines = self.file.read_text().splitlines() if self.file.exists() and state.global_step else []
+        lines = (
+            self.file.read_text().splitlines() if self.file.exists() and state.global_step else []
+        )
         lines = [line for line in lines if json.loads(line)["step"] <= state.global_step]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text("".join(line + "\n" for line in lines))
@@ -71,11 +91,15 @@ class StageLog(TrainerCallback):
         return control
 
     def figures(self) -> dict[str, float]:
-        """Speed since the last line, of this process's share of the work, and memory, for `report_to`."""
+        """Speed since the last line, of this process's share of the work, and memory, for
+        `report_to`.
+        """
         took = max(time.perf_counter() - self.started - self.last["seconds"], 1e-9)
         return {
             "tokens_per_second": (int(self.tokens) * self.world_size - self.last["tokens"]) / took,
-            "image_tokens_per_second": (int(self.image_tokens) * self.world_size - self.last["image_tokens"]) / took,
+            "image_tokens_per_second": (
+                (int(self.image_tokens) * self.world_size - self.last["image_tokens"]) / took
+            ),
             "memory_gib": _memory_gib(),
         }
 
@@ -120,7 +144,8 @@ class StageLog(TrainerCallback):
         self.close()
         if self.shown and self.bar is None and state.is_world_process_zero and "loss" in self.last:
             report(
-                f"{self.stage}: {state.global_step} steps, loss {self.last['loss']:.3f}, {self.last['seconds']:.0f} s"
+                f"{self.stage}: {state.global_step} steps, loss {self.last['loss']:.3f},"
+                f" {self.last['seconds']:.0f} s"
             )
 
     def close(self) -> None:
@@ -142,12 +167,16 @@ class StageLog(TrainerCallback):
             console=console,
             refresh_per_second=4,
         )
-        self.task = self.bar.add_task(self.stage, total=state.max_steps, completed=state.global_step, figures="")
+        self.task = self.bar.add_task(
+            self.stage, total=state.max_steps, completed=state.global_step, figures=""
+        )
         self.bar.start()
 
 
 def _memory_gib() -> float:
-    """The most memory taken so far: of the accelerator where there is one, of this process otherwise."""
+    """The most memory taken so far: of the accelerator where there is one, of this process
+    otherwise.
+    """
     if torch.accelerator.is_available():
         return torch.accelerator.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,4 +1,5 @@
-"""What every shortcut does while it is trained: how large its gradient is, and how much it adds to the states it meets.
+"""What every shortcut does while it is trained: how large its gradient is, and how much it adds to
+the states it meets.
 
 Measured on logged steps alone, so that it costs next to nothing. A shortcut whose gradient stays exactly zero is dead, and said to be.
 """
@@ -18,11 +19,14 @@ logger = logging.getLogger(__name__)
 
 
 class ShortcutMonitor:
-    """Figures of a fusion's shortcuts, one dict for each: number, layer, grad_norm and, above the input, ratio.
+    """Figures of a fusion's shortcuts, one dict for each: number, layer, grad_norm and, above the
+    input, ratio.
 
-    grad_norm: of its own parameters (of its group's where the plan is shared) and its gate, over the whole step, before clipping.
-    ratio: mean norm of what is added at image tokens over that of the hidden states there, of this process's last micro-batch; shortcuts
-    into one layer share it. Either is left out where it cannot be known: no picture in the batch, a compiled model, DeepSpeed.
+    grad_norm: of its own parameters (of its group's where the plan is shared) and its gate, over
+    the whole step, before clipping.
+    ratio: mean norm of what is added at image tokens over that of the hidden states there, of this
+    process's last micro-batch; shortcuts into one layer share it. Either is left out where it
+    cannot be known: no picture in the batch, a compiled model, DeepSpeed.
     """
 
     def __init__(self, fusion, stage: str, *, compiled: bool = False):
@@ -46,7 +50,9 @@ class ShortcutMonitor:
         self.ratios[layer] = features.detach().float().norm(dim=-1).mean() / norm.clamp(min=1e-12)
 
     def take_gradients(self, pictures: bool, scale: float = 1.0) -> None:
-        """Note the gradients of a whole step; pictures: whether it had any, without which no gradient is no news."""
+        """Note the gradients of a whole step; pictures: whether it had any, without which no
+        gradient is no news.
+        """
         self.norms = {}
         for i in self.quiet:
             learning = [p.grad for p in parameters_of(self.fusion, i) if p.grad is not None]
@@ -61,8 +67,9 @@ class ShortcutMonitor:
             if self.quiet[i] == PATIENCE:
                 shortcut = self.fusion.plan.shortcuts[i]
                 logger.warning(
-                    "stage %s: shortcut %d (taps %s into layer %d) had no gradient in %d logged steps with pictures: it is dead; look at "
-                    "its gate and projector (all zero?), or leave it out",
+                    "stage %s: shortcut %d (taps %s into layer %d) had no gradient in %d logged"
+                    " steps with pictures: it is dead; look at its gate and projector (all zero?),"
+                    " or leave it out",
                     *(self.stage, i, list(shortcut.taps), shortcut.layer, PATIENCE),
                 )
 
@@ -81,10 +88,18 @@ class ShortcutMonitor:
 
 
 def parameters_of(fusion, i: int) -> list[torch.nn.Parameter]:
-    """The learning parameters of shortcut i, without its gate: its path (its group's), its correction, its layer's context gate."""
-    modules = [path for path, members in zip(fusion.paths, fusion.groups, strict=True) if i in members]
+    """The learning parameters of shortcut i, without its gate: its path (its group's), its
+    correction, its layer's context gate.
+    """
+    modules = [
+        path for path, members in zip(fusion.paths, fusion.groups, strict=True) if i in members
+    ]
     layer = str(fusion.plan.shortcuts[i].layer)
-    modules += [held[name] for held, name in ((fusion.corrections, str(i)), (fusion.context, layer)) if name in held]
+    modules += [
+        held[name]
+        for held, name in ((fusion.corrections, str(i)), (fusion.context, layer))
+        if name in held
+    ]
     return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 

@@ -22,7 +22,18 @@ SMALL = [
 def test_plans_take_turns_and_ratios_are_to_the_first(tmp_path):
     script, out = Path(__file__).parents[2] / "benchmarks" / "train.py", tmp_path / "figures.json"
     plans = ["--plan", "llava", "--plan", "sparsecut_input"]
-    run = [sys.executable, str(script), *plans, *SMALL, "--repeats", "2", "--vocabulary", "99", "--json", str(out)]
+    run = [
+        sys.executable,
+        str(script),
+        *plans,
+        *SMALL,
+        "--repeats",
+        "2",
+        "--vocabulary",
+        "99",
+        "--json",
+        str(out),
+    ]
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads(out.read_text())["rows"]

@@ -1,4 +1,6 @@
-"""The GPU benchmark runs at a tiny size on a CPU, reports every plan with finite figures, and ends when its time is spent."""
+"""The GPU benchmark runs at a tiny size on a CPU, reports every plan with finite figures, and ends
+when its time is spent.
+"""
 
 import json
 import math
@@ -29,27 +31,50 @@ def gpu(monkeypatch):
 def test_every_plan_has_every_figure(gpu, tmp_path):
     some = ("llava", "hires_tokens", "sparsecut")  # of its plans, to be quick
     result = gpu.main(["--tiny", "--device=cpu", f"--out={tmp_path / 'bench'}", "--plans", *some])
-    assert set(some) <= set(gpu.PLANS) and tuple(result["plans"]) == some and result["attention"] == "sdpa"
+    assert (
+        set(some) <= set(gpu.PLANS)
+        and tuple(result["plans"]) == some
+        and result["attention"] == "sdpa"
+    )
     for plan in result["plans"].values():
         assert not plan["missing"]
         for section in SECTIONS:
             assert all(math.isfinite(x) and x >= 0 for x in plan[section].values()), section
-            assert plan[section]["ms"] > 0 and plan[section]["peak_gib"] > 0 and plan[section]["ratio"] > 0
+            assert (
+                plan[section]["ms"] > 0
+                and plan[section]["peak_gib"] > 0
+                and plan[section]["ratio"] > 0
+            )
         assert 0 < plan["stage 1"]["tflop"] < plan["stage 2"]["tflop"]
         assert plan["stage 2"]["mfu"] > 0
     assert result["plans"]["llava"]["prefill 1"]["ratio"] == 1
-    assert result["plans"]["hires_tokens"]["image_tokens"] == 5 * result["plans"]["llava"]["image_tokens"]
+    assert (
+        result["plans"]["hires_tokens"]["image_tokens"]
+        == 5 * result["plans"]["llava"]["image_tokens"]
+    )
 
     assert json.loads((tmp_path / "bench.json").read_text()) == json.loads(json.dumps(result))
     page = (tmp_path / "bench.md").read_text()
     rows = [line.split("|") for line in page.splitlines() if line.startswith("|")]
-    assert {len(row) for row in rows} == {10, 11} and "nan" not in page and "these figures mean nothing" in page
+    assert (
+        {len(row) for row in rows} == {10, 11}
+        and "nan" not in page
+        and "these figures mean nothing" in page
+    )
     assert [row[1].strip() for row in rows].count("sparsecut") == 2
     assert result["date"] in page and result["machine"]["device"] in page
 
 
 def test_it_stops_when_the_time_is_spent_and_says_what_is_missing(gpu, tmp_path):
-    words = ["--plans", "llava", "nonsense", "--tiny", "--device=cpu", "--skip-training", "--budget-seconds=0"]
+    words = [
+        "--plans",
+        "llava",
+        "nonsense",
+        "--tiny",
+        "--device=cpu",
+        "--skip-training",
+        "--budget-seconds=0",
+    ]
     result = gpu.main([*words, f"--out={tmp_path / 'bench'}"])
     assert list(result["plans"]) == ["llava"] and "nonsense is no method" in result["notes"][0]
     assert set(result["plans"]["llava"]["missing"].values()) == {"not reached in the time given"}
@@ -58,7 +83,9 @@ def test_it_stops_when_the_time_is_spent_and_says_what_is_missing(gpu, tmp_path)
 
 
 def test_a_plan_that_runs_out_of_memory_does_not_end_the_others(gpu, tmp_path):
-    bench = gpu.Bench(gpu.parse(["--tiny", "--device=cpu", "--skip-training", "--plans", "llava", "sparsecut"]))
+    bench = gpu.Bench(
+        gpu.parse(["--tiny", "--device=cpu", "--skip-training", "--plans", "llava", "sparsecut"])
+    )
 
     def fails():
         raise torch.OutOfMemoryError("no memory left")
@@ -69,8 +96,12 @@ def test_a_plan_that_runs_out_of_memory_does_not_end_the_others(gpu, tmp_path):
 
 
 def test_tokens_after_the_prompt_are_those_of_generate(gpu):
-    """The timed loop, with its cache of fixed shape, makes the tokens that one pass over everything would."""
-    bench = gpu.Bench(gpu.parse(["--tiny", "--device=cpu", "--skip-training", "--plans", "sparsecut"]))
+    """The timed loop, with its cache of fixed shape, makes the tokens that one pass over everything
+    would.
+    """
+    bench = gpu.Bench(
+        gpu.parse(["--tiny", "--device=cpu", "--skip-training", "--plans", "sparsecut"])
+    )
     model, made = bench.arms["sparsecut"].model, []
     forward = model.forward
     model.forward = lambda *args, **kwargs: made.append(out := forward(*args, **kwargs)) or out
@@ -87,11 +118,18 @@ def test_tokens_after_the_prompt_are_those_of_generate(gpu):
 
 
 def test_operations_of_a_step_follow_six_per_weight_and_token(gpu):
-    """Of a decoder much larger than the rest: 2 operations per weight forward, 2 for activations, 2 for weights."""
+    """Of a decoder much larger than the rest: 2 operations per weight forward, 2 for activations, 2
+    for weights.
+    """
     from gpu_parts import configs, step_flops
 
     vision, _ = configs(tiny=True)
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 32}
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 32,
+    }
     language = LlamaConfig(**sizes, vocab_size=512)
     counted = count(vision, language, "llava", num_text_tokens=12)
     weights = counted.num_language_parameters - 512 * 256  # embeddings multiply nothing

@@ -59,5 +59,7 @@ def test_an_archive_out_of_reach_says_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hf_suite, "WORK", tmp_path)
     monkeypatch.setattr(hf_suite.urllib.request, "urlretrieve", unreachable)
-    with pytest.raises(SystemExit, match=r"could not be downloaded \(no network\); give a checkout"):
+    with pytest.raises(
+        SystemExit, match=r"could not be downloaded \(no network\); give a checkout"
+    ):
         hf_suite.repository("5.23.0", None)

@@ -1,4 +1,6 @@
-"""What makes training quicker: shapes that repeat, kernels of others, an encoder that is run no further and kept no longer than needed."""
+"""What makes training quicker: shapes that repeat, kernels of others, an encoder that is run no
+further and kept no longer than needed.
+"""
 
 import itertools
 import sys
@@ -7,8 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 from helpers.runs import run, stage, trainer_for, write_records
-from test_upgrade_training import base_of
 from helpers.tiny import tiny_model, tiny_vision
+from test_upgrade_training import base_of
 
 from sparsecut import upgrade
 from sparsecut.data.dataset import Collator
@@ -45,7 +47,9 @@ def test_a_compiled_model_is_compiled_no_more_once_its_shapes_are_known(folder):
         return graph.forward
 
     torch._dynamo.reset()
-    step = torch.compile(lambda **batch: model(**batch, use_cache=False).loss, backend=backend, dynamic=False)
+    step = torch.compile(
+        lambda **batch: model(**batch, use_cache=False).loss, backend=backend, dynamic=False
+    )
     seen = []
     for rows in ((0, 1), (2, 3), (1, 2), (0, 3)):  # one picture each
         step(**compiled([trainer.train_dataset[i] for i in rows]))
@@ -55,15 +59,21 @@ def test_a_compiled_model_is_compiled_no_more_once_its_shapes_are_known(folder):
 
 
 def test_nothing_of_a_frozen_encoder_waits_for_the_backward_pass(folder):
-    """What autograd keeps is of the fusion and the decoder: its size does not hang on the encoder's depth."""
+    """What autograd keeps is of the fusion and the decoder: its size does not hang on the encoder's
+    depth.
+    """
     assert kept_values(folder, 6) == kept_values(folder, 12) > 0
 
 
 def test_checkpointing_does_not_wake_a_frozen_encoder(folder):
-    """transformers has the encoder's embeddings ask for a gradient, too; where the encoder learns, that is as it was."""
+    """transformers has the encoder's embeddings ask for a gradient, too; where the encoder learns,
+    that is as it was.
+    """
     resting = [kept_values(folder, depth, tap=depth, checkpointing=True) for depth in (6, 12)]
     assert resting[0] == resting[1] > 0
-    learning = [kept_values(folder, depth, tap=depth, checkpointing=True, vision=True) for depth in (6, 12)]
+    learning = [
+        kept_values(folder, depth, tap=depth, checkpointing=True, vision=True) for depth in (6, 12)
+    ]
     assert resting[0] < learning[0] < learning[1]
 
 
@@ -71,21 +81,35 @@ PARTS = [["fusion"], ["fusion", "vision"], ["vision"], ["language"]]
 
 
 @pytest.mark.parametrize(
-    ("kind", "parts"), [("llava", ["projector"]), *itertools.product(["built", "llava", "qwen"], PARTS)]
+    ("kind", "parts"),
+    [("llava", ["projector"]), *itertools.product(["built", "llava", "qwen"], PARTS)],
 )
 def test_checkpointing_changes_no_gradient(folder, kind, parts):
-    same_gradients(gradients(folder, kind, parts), gradients(folder, kind, parts, {"use_reentrant": False}))
+    same_gradients(
+        gradients(folder, kind, parts), gradients(folder, kind, parts, {"use_reentrant": False})
+    )
 
 
 @pytest.mark.parametrize("kind", ["built", "llava"])
-def test_an_encoder_of_which_a_part_learns_gets_its_gradients_from_reentrant_checkpointing_too(folder, kind):
-    """Its blocks get none unless their input asks for one, which embeddings that rest must do for them."""
-    found = [gradients(folder, kind, ["vision"], how, only="layers.0.mlp") for how in (None, {"use_reentrant": True})]
+def test_an_encoder_of_which_a_part_learns_gets_its_gradients_from_reentrant_checkpointing_too(
+    folder, kind
+):
+    """Its blocks get none unless their input asks for one, which embeddings that rest must do for
+    them.
+    """
+    found = [
+        gradients(folder, kind, ["vision"], how, only="layers.0.mlp")
+        for how in (None, {"use_reentrant": True})
+    ]
     same_gradients(*found)
 
 
-def gradients(folder, kind: str, parts: list[str], checkpointing: dict | None = None, only: str = "") -> dict:
-    """Gradients of a batch by name, of those parameters of the parts whose name has `only` in it."""
+def gradients(
+    folder, kind: str, parts: list[str], checkpointing: dict | None = None, only: str = ""
+) -> dict:
+    """Gradients of a batch by name, of those parameters of the parts whose name has `only` in
+    it.
+    """
     if kind == "built":
         model, processor = tiny_model()
     else:
@@ -95,7 +119,9 @@ def gradients(folder, kind: str, parts: list[str], checkpointing: dict | None = 
     for parameter in model.fusion.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     # The recipe of a base alone may train its projector; either way the encoder rests.
-    trainer = trainer_for(model, processor, folder, train=["fusion"] if parts == ["projector"] else parts)
+    trainer = trainer_for(
+        model, processor, folder, train=["fusion"] if parts == ["projector"] else parts
+    )
     freeze(model, parts)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and only in name)
@@ -113,10 +139,16 @@ def same_gradients(plain: dict, checkpointed: dict) -> None:
         assert torch.allclose(gradient, checkpointed[name], atol=1e-6), name
 
 
-def kept_values(folder, depth: int, tap: int = 2, checkpointing: bool = False, vision: bool = False) -> int:
-    """How many values autograd keeps of a step with an encoder of so many blocks, run up to the tap."""
+def kept_values(
+    folder, depth: int, tap: int = 2, checkpointing: bool = False, vision: bool = False
+) -> int:
+    """How many values autograd keeps of a step with an encoder of so many blocks, run up to the
+    tap.
+    """
     model, processor = tiny_model({"method": "llava", "tap": tap}, vision=tiny_vision(depth))
-    trainer = trainer_for(model, processor, folder, **({"train": ["fusion", "vision"]} if vision else {}))
+    trainer = trainer_for(
+        model, processor, folder, **({"train": ["fusion", "vision"]} if vision else {})
+    )
     if checkpointing:
         model.train().activation_checkpointing_enable()
     batch, sizes, ran = trainer.data_collator([trainer.train_dataset[i] for i in range(3)]), [], []
@@ -134,12 +166,17 @@ def kept_values(folder, depth: int, tap: int = 2, checkpointing: bool = False, v
 
 
 def test_liger_s_kernels_go_into_the_language_model(folder, monkeypatch):
-    """Its package needs a GPU, so a stand-in notes what it is asked; transformers alone would ask for the whole model's type."""
+    """Its package needs a GPU, so a stand-in notes what it is asked; transformers alone would ask
+    for the whole model's type.
+    """
     asked = []
     package, inside, patch = (
-        ModuleType(f"liger_kernel{name}") for name in ("", ".transformers", ".transformers.monkey_patch")
+        ModuleType(f"liger_kernel{name}")
+        for name in ("", ".transformers", ".transformers.monkey_patch")
     )
-    inside._apply_liger_kernel_to_instance = lambda model, **settings: asked.append((model, settings))
+    inside._apply_liger_kernel_to_instance = lambda model, **settings: asked.append(
+        (model, settings)
+    )
     patch.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
     for module in (package, inside, patch):
         monkeypatch.setitem(sys.modules, module.__name__, module)

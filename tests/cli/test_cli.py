@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from helpers.tiny import tiny_language, tiny_tokenizer, tiny_vision
+from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from sparsecut.cli import app as cli
 from sparsecut import load
+from sparsecut.cli import main as cli
 from sparsecut.methods import make_plan
 from sparsecut.plan import Plan
 
@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """A folder with an encoder, a language model, a built model, two pictures and eight questions."""
+    """A folder with an encoder, a language model, a built model, two pictures and eight
+    questions.
+    """
     home = tmp_path_factory.mktemp("home")
     torch.manual_seed(1)  # what the model answers must not hang on the tests before
     tiny_vision().save_pretrained(home / "vision")
@@ -82,20 +84,39 @@ def run(home, monkeypatch, capsys):
 def model(home, run):
     """The name of a built model's folder."""
     if not (home / "model").is_dir():
-        assert run("build", "--vision", "vision", "--language", "language", "--out", "model")[0] == 0
+        assert (
+            run("build", "--vision", "vision", "--language", "language", "--out", "model")[0] == 0
+        )
     return "model"
 
 
 def test_help_is_quick_and_loads_no_model_library():
-    heavy = "import sys; from sparsecut import cli; sys.exit(bool({'torch', 'transformers', 'rich.progress'} & set(sys.modules)))"
+    heavy = (
+        "import sys; from sparsecut.cli import main; sys.exit(bool({'torch', 'transformers',"
+        " 'rich.progress'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", heavy]).returncode == 0
     seconds = []  # of the processor, so that a busy machine does not count
     for _ in range(3):
         start = sum(os.times()[2:4])
-        out = subprocess.run([sys.executable, "-m", "sparsecut", "--help"], capture_output=True, text=True)
+        out = subprocess.run(
+            [sys.executable, "-m", "sparsecut", "--help"], capture_output=True, text=True
+        )
         seconds.append(sum(os.times()[2:4]) - start)
     assert out.returncode == 0 and min(seconds) < 0.7
-    for command in ("show", "build", "train", "eval", "chat", "convert", "demo", "cost", "study", "search", "world"):
+    for command in (
+        "show",
+        "build",
+        "train",
+        "eval",
+        "chat",
+        "convert",
+        "demo",
+        "cost",
+        "study",
+        "search",
+        "world",
+    ):
         assert f" {command} " in out.stdout
 
 
@@ -122,7 +143,16 @@ def test_every_command_has_help(run):
 def test_show_draws_methods_files_recipes_and_models(run, home, model):
     assert "4 shortcuts, 2x2 fine views" in run("show", "sparsecut")[1]
     code, out, _ = run(
-        "show", "sparsecut", "-o", "count=2", "--option", "gate=zero", "--vision-depth", "6", "--language-depth", "4"
+        "show",
+        "sparsecut",
+        "-o",
+        "count=2",
+        "--option",
+        "gate=zero",
+        "--vision-depth",
+        "6",
+        "--language-depth",
+        "4",
     )
     assert code == 0 and "2 shortcuts" in out and "gates that start at zero" in out
     code, out, _ = run("show", "llava", "--json")
@@ -143,14 +173,30 @@ def test_studies_and_searches_are_refused_in_a_sentence_before_anything_runs(run
     code, _, err = run("study", study, f"output={home / 'none'}", "--report")
     assert code == 2 and "holds no study.yaml" in err and not (home / "none").exists()
     code, _, err = run("study", study, f"output={home / 'none'}", "--arm", "lava")
-    assert code == 2 and "no arm 'lava' (did you mean 'llava'?)" in err and not (home / "none").exists()
+    assert (
+        code == 2
+        and "no arm 'lava' (did you mean 'llava'?)" in err
+        and not (home / "none").exists()
+    )
     code, _, err = run("search", study, f"output={home / 'none'}")
     assert code == 2 and "a search needs a budget" in err and not (home / "none").exists()
 
 
 def test_build_takes_a_plan_file_and_writes_what_load_reads(run, home):
-    (home / "own.yaml").write_text("tiles: 0\nshortcuts: [{taps: [-2], layer: 0}, {taps: [2], layer: 1}]\n")
-    code, out, _ = run("build", "--vision", "vision", "--language", "language", "--plan", "own.yaml", "--out", "own")
+    (home / "own.yaml").write_text(
+        "tiles: 0\nshortcuts: [{taps: [-2], layer: 0}, {taps: [2], layer: 1}]\n"
+    )
+    code, out, _ = run(
+        "build",
+        "--vision",
+        "vision",
+        "--language",
+        "language",
+        "--plan",
+        "own.yaml",
+        "--out",
+        "own",
+    )
     assert code == 0 and "parameters" in out and "wrote own" in out
     built, processor = load(home / "own")
     assert [s.layer for s in built.plan.shortcuts] == [0, 1] and processor.tiles == 0
@@ -163,7 +209,9 @@ def test_train_checks_trains_and_evaluates(run, home):
     assert code == 0 and "mean over levels" in out
     assert json.loads((home / "other" / "eval" / "result.json").read_text())["num_examples"] == 8
     assert load(home / "other" / "final")[0].plan.layers == (1, 3)
-    assert run("train", "recipe.yaml", "stages.0.args.max_steps=1", "output=other", "--resume")[0] == 0
+    assert (
+        run("train", "recipe.yaml", "stages.0.args.max_steps=1", "output=other", "--resume")[0] == 0
+    )
 
 
 def test_eval_scores_writes_and_goes_on(run, home, model):
@@ -193,10 +241,13 @@ def test_eval_scores_writes_and_goes_on(run, home, model):
 
 
 def test_chat_asks_once_and_talks_through_a_pipe(run, model):
-    code, out, _ = run("chat", model, "pictures/red.png", "--ask", "what is it", "--max-new-tokens", "4")
+    code, out, _ = run(
+        "chat", model, "pictures/red.png", "--ask", "what is it", "--max-new-tokens", "4"
+    )
     assert code == 0 and len(out.strip()) > 1
     talk = (
-        "what is it\n/image pictures/blue.png\n/image none.png\nis it blue\n/history\n/reset\n/history\n/quit\nnever\n"
+        "what is it\n/image pictures/blue.png\n/image none.png\nis it"
+        " blue\n/history\n/reset\n/history\n/quit\nnever\n"
     )
     code, said, _ = run("chat", model, "pictures/red.png", "--max-new-tokens", "4", typed=talk)
     assert code == 0 and said.startswith(out)
@@ -206,25 +257,48 @@ def test_chat_asks_once_and_talks_through_a_pipe(run, model):
 
 
 def test_convert_reads_a_released_folder(run, home):
-    from test_convert import released_folder, tower_folder
-    from test_official import released
+    from test_checkpoint import released_folder, tower_folder
+    from test_released import released
 
     weights, configs, _ = released("cross_mlp", depth=6)
     released_folder(home / "checkpoint", weights, configs["text_config"].to_dict(), tower=False)
     tower_folder(home / "tower", weights, configs["vision_config"])
-    code, out, _ = run("convert", "checkpoint", "converted", "--vision", "tower", "--taps", "0,3", "--layers", "1,4")
-    assert code == 0 and "2 shortcuts, 2x2 fine views, one shared projector" in out and "wrote converted" in out
+    code, out, _ = run(
+        "convert",
+        "checkpoint",
+        "converted",
+        "--vision",
+        "tower",
+        "--taps",
+        "0,3",
+        "--layers",
+        "1,4",
+    )
+    assert (
+        code == 0
+        and "2 shortcuts, 2x2 fine views, one shared projector" in out
+        and "wrote converted" in out
+    )
     assert load(home / "converted")[0].plan.layers == (1, 4)
-    code, out, _ = run("convert", "checkpoint", "plain", "--vision", "tower", "--taps", "none", "--layers", "none")
+    code, out, _ = run(
+        "convert", "checkpoint", "plain", "--vision", "tower", "--taps", "none", "--layers", "none"
+    )
     assert code == 0 and "no shortcuts" in out
     code, _, err = run("convert", "checkpoint", "third", "--vision", "tower", "--taps", "0;3")
     assert code == 2 and "--taps is '0;3', but must be whole numbers with commas" in err
 
 
 def test_world_draws_pictures(run, home):
-    code, out, _ = run("world", "draw", "drawn", "--train", "2", "--dev", "1", "--test", "0", "--questions", "1")
-    assert code == 0 and out == "train: 2 pictures, drawn/train.json\ndev: 1 pictures, drawn/dev.json\n"
-    assert (home / "drawn" / "train_captions.json").is_file() and not (home / "drawn" / "test.json").exists()
+    code, out, _ = run(
+        "world", "draw", "drawn", "--train", "2", "--dev", "1", "--test", "0", "--questions", "1"
+    )
+    assert (
+        code == 0
+        and out == "train: 2 pictures, drawn/train.json\ndev: 1 pictures, drawn/dev.json\n"
+    )
+    assert (home / "drawn" / "train_captions.json").is_file() and not (
+        home / "drawn" / "test.json"
+    ).exists()
     assert "did you mean" in run("world", "drw")[2].lower()
 
 
@@ -245,7 +319,9 @@ MISTAKES = {
     "show questions.json": "holds neither a recipe",
     "show pictures": "holds no config.json",
     "show model -o count=2": "leave out depths and options",
-    "build --vision pictures --language language --out new": "the vision model 'pictures' could not be read",
+    "build --vision pictures --language language --out new": (
+        "the vision model 'pictures' could not be read"
+    ),
     "build --vision vision --language vision --out new": "vision has no tokenizer that can be read",
     "build --vision vision --language language --out model": "holds a model already",
     "train nothing.yaml": "there is no recipe nothing.yaml",
@@ -255,7 +331,9 @@ MISTAKES = {
     "eval model --data nothing.json": "nothing.json is not a file of records",
     "eval model --data questions.json --images pictures --where (": "no regular expression",
     "eval model --data questions.json --images pictures --where zzz": "gives no record to use",
-    "eval model --data questions.json --images pictures --device nothing": "--device nothing cannot be used here",
+    "eval model --data questions.json --images pictures --device nothing": (
+        "--device nothing cannot be used here"
+    ),
     "chat model nothing.png": "there is no picture nothing.png",
     "convert pictures new --vision vision": "holds no config.json",
 }

@@ -7,13 +7,14 @@ import torch
 from test_upgrade import llava  # noqa: F401  a fixture
 from typer.testing import CliRunner
 
-from sparsecut.cli import app as cli
 from sparsecut import load
+from sparsecut.cli import main as cli
 
 TEMPLATE = (
-    "{% for m in messages %}{{ m['role'].upper() + ' : ' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-    "{% for c in m['content'] %}{{ '<image> ' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endif %} {% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT :{% endif %}"
+    "{% for m in messages %}{{ m['role'].upper() + ' : ' }}{% if m['content'] is string %}{{"
+    " m['content'] }}{% else %}{% for c in m['content'] %}{{ '<image> ' if c['type'] == 'image'"
+    " else c['text'] }}{% endfor %}{% endif %} {% endfor %}{% if add_generation_prompt %}ASSISTANT"
+    " :{% endif %}"
 )
 
 
@@ -40,10 +41,14 @@ def test_upgrade_writes_shortcuts_and_says_what_they_cost(base, tmp_path):
     model, _ = load("shortcuts")
     number = sum(p.numel() for p in model.fusion.parameters())
     assert (
-        f"{number:,} parameters" in said and "49,568 parameters, left as they are" in said and "wrote shortcuts" in said
+        f"{number:,} parameters" in said
+        and "49,568 parameters, left as they are" in said
+        and "wrote shortcuts" in said
     )
     assert sum(f.stat().st_size for f in (tmp_path / "shortcuts").iterdir()) < 4 * number + 4000
-    assert "base + channels" in run("show", "shortcuts") and "shortcuts of base" in run("show", "shortcuts")
+    assert "base + channels" in run("show", "shortcuts") and "shortcuts of base" in run(
+        "show", "shortcuts"
+    )
     run("upgrade", "base", "--out", "whole", "--whole", "--plan", "qwen3_vl")
     whole, _ = load("whole")
     assert whole.plan.layers == (1, 2, 3) and "base" in run("show", "whole")
@@ -55,7 +60,12 @@ def test_cost_compares_plans_on_a_base(base, tmp_path):
     said = run("cost", "sparsecut", "qwen3_vl", "--base", "base", "--json", "costs.json")
     costs = json.loads((tmp_path / "costs.json").read_text())
     ours, theirs = (costs[name]["count"] for name in ("sparsecut", "qwen3_vl"))
-    assert ours["base_flops"] == theirs["base_flops"] < theirs["upgraded_flops"] < ours["upgraded_flops"]
+    assert (
+        ours["base_flops"]
+        == theirs["base_flops"]
+        < theirs["upgraded_flops"]
+        < ours["upgraded_flops"]
+    )
     assert ours["num_image_tokens"] == 4 and f"{ours['num_fusion_parameters']:,} parameters" in said
     with pytest.raises(ValueError, match="leave out --measure or --base"):
         run("cost", "sparsecut", "--base", "base", "--measure")

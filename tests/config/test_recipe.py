@@ -1,4 +1,6 @@
-"""Recipes: equal to their YAML, and every mistake in one ends in a sentence that names the place."""
+"""Recipes: equal to their YAML, and every mistake in one ends in a sentence that names the
+place.
+"""
 
 import pytest
 
@@ -37,14 +39,20 @@ def plain(**changes):
 
 
 def stage(**changes):
-    return plain(stages=[{"name": "one", "data": {"path": "a.json"}, "train": ["fusion"], **changes}])
+    return plain(
+        stages=[{"name": "one", "data": {"path": "a.json"}, "train": ["fusion"], **changes}]
+    )
 
 
 def test_a_recipe_is_read_with_its_types(file):
     recipe = load_recipe(file)
     align, tune = recipe.stages
-    assert align.args["learning_rate"] == 1e-3 and align.data == (Source("pretrain.json", "pictures"),)
-    assert tune.lr == {"fusion": 1e-3, "language": 2e-5} and all(isinstance(v, float) for v in tune.lr.values())
+    assert align.args["learning_rate"] == 1e-3 and align.data == (
+        Source("pretrain.json", "pictures"),
+    )
+    assert tune.lr == {"fusion": 1e-3, "language": 2e-5} and all(
+        isinstance(v, float) for v in tune.lr.values()
+    )
     assert tune.data[1] == Source("$DATA/b.parquet", "b.tar", on_error="skip", keep=20)
     assert recipe.seed == 3 and recipe.evaluate.max_new_tokens == 8 and recipe.fusion["count"] == 8
 
@@ -64,8 +72,15 @@ def test_overrides_change_one_value_each(file):
         "stages.0.lr.fusion=1e-4",
     ]
     recipe = load_recipe(file, changes)
-    assert recipe.stages[0].args == {"learning_rate": 1e-3, "max_steps": 10} and recipe.fusion["count"] == 4
-    assert recipe.stages[1].data[0].keep == 7 and recipe.seed == 1 and recipe.stages[0].lr == {"fusion": 1e-4}
+    assert (
+        recipe.stages[0].args == {"learning_rate": 1e-3, "max_steps": 10}
+        and recipe.fusion["count"] == 4
+    )
+    assert (
+        recipe.stages[1].data[0].keep == 7
+        and recipe.seed == 1
+        and recipe.stages[0].lr == {"fusion": 1e-4}
+    )
     assert load_recipe(file).seed == 3
 
 
@@ -90,8 +105,17 @@ def test_an_override_that_hits_nothing_says_so(file, override, sentence):
 @pytest.mark.parametrize(
     "recipe, sentence",
     [
-        (plain(moddel={}), "recipe: moddel is not known .did you mean 'model'..; allowed at the top are model, stages"),
-        (plain(model={"vision": "a", "langage": "b"}), "model.langage is not known .did you mean 'language'"),
+        (
+            plain(moddel={}),
+            (
+                "recipe: moddel is not known .did you mean 'model'..; allowed at the top are model,"
+                " stages"
+            ),
+        ),
+        (
+            plain(model={"vision": "a", "langage": "b"}),
+            "model.langage is not known .did you mean 'language'",
+        ),
         (plain(model={"vision": "a"}), "either vision and language, or base, but vision was given"),
         (plain(model="some/encoder"), "model is 'some/encoder', but keys and values are needed"),
         (plain(fusion=None), "needs a plan, but fusion is not given"),
@@ -105,7 +129,10 @@ def test_an_override_that_hits_nothing_says_so(file, override, sentence):
         ([1], "the file is .1., but keys and values are needed"),
         (stage(train=[]), "would train nothing"),
         (stage(data=[]), "would train nothing"),
-        (stage(train=["fuson"]), "stages.0: train names a part that is 'fuson' .did you mean 'fusion'"),
+        (
+            stage(train=["fuson"]),
+            "stages.0: train names a part that is 'fuson' .did you mean 'fusion'",
+        ),
         (stage(lr={"language": 1e-3}), "lr is set for 'language', but stage one trains fusion"),
         (stage(lr={"fusion": "fast"}), "lr.fusion is 'fast', but must be a number"),
         (stage(name="final"), "it names a folder"),
@@ -113,7 +140,10 @@ def test_an_override_that_hits_nothing_says_so(file, override, sentence):
         (stage(template="caption"), "template is 'caption', but allowed are chat, plain"),
         (stage(args=[1]), "args is .1., but must be keys and values"),
         (stage(data={"pth": "a.json"}), "stages.0.data.pth is not known .did you mean 'path'"),
-        (stage(data=[{"path": "a"}, {"path": "b", "on_error": "ignore"}]), "stages.0.data.1: on_error is 'ignore'"),
+        (
+            stage(data=[{"path": "a"}, {"path": "b", "on_error": "ignore"}]),
+            "stages.0.data.1: on_error is 'ignore'",
+        ),
         (stage(data={"path": "a", "where": "("}), "where is '.', which is no regular expression"),
         (stage(data={"path": "a", "keep": 0}), "keep is 0, but at least 1"),
         (plain(stages=[stage()["stages"][0]] * 2), "names must differ"),
@@ -133,7 +163,10 @@ def test_a_key_written_twice_is_refused(tmp_path):
 
 
 def test_keys_can_be_taken_over_from_another_place():
-    assert read_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: {<<: *a}", "text")["b"] == {"x": 1, "y": 3}
+    assert read_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: {<<: *a}", "text")["b"] == {
+        "x": 1,
+        "y": 3,
+    }
 
 
 def test_paths_take_environment_variables_when_they_are_used(monkeypatch):
@@ -145,14 +178,21 @@ def test_paths_take_environment_variables_when_they_are_used(monkeypatch):
 
 def test_a_recipe_can_be_made_in_python():
     recipe = parse_recipe({**stage(), "fusion": "llava"})
-    assert isinstance(recipe, Recipe) and recipe.fusion == "llava" and recipe.stages[0].train == ("fusion",)
+    assert (
+        isinstance(recipe, Recipe)
+        and recipe.fusion == "llava"
+        and recipe.stages[0].train == ("fusion",)
+    )
 
 
 def test_a_base_comes_with_a_plan_or_without():
     given = stage(train=["projector", "language"]) | {"model": {"base": "some/vlm"}}
     assert parse_recipe(given).fusion == {"method": "sparsecut", "count": 8}
     del given["fusion"]
-    assert parse_recipe(given).fusion is None and parse_recipe(given).stages[0].train == ("projector", "language")
+    assert parse_recipe(given).fusion is None and parse_recipe(given).stages[0].train == (
+        "projector",
+        "language",
+    )
 
 
 def test_a_view_size_is_for_encoders_that_are_joined():

@@ -5,10 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from test_official import released
 from helpers.tiny import tiny_tokenizer
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessorPil, CLIPVisionConfig
+from safetensors.torch import load_file, save_file
+from test_released import released
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+)
 
 from sparsecut.building import load
 from sparsecut.conversion.checkpoint import convert
@@ -22,21 +28,38 @@ def tower_folder(folder: Path, weights: dict, config: CLIPVisionConfig) -> Path:
     tower = AutoModel.from_config(config)
     names = {name.removeprefix("vision_model."): name for name in tower.state_dict()}
     plain = {
-        k.removeprefix(VISION).removeprefix("vision_model."): w for k, w in weights.items() if k.startswith(VISION)
+        k.removeprefix(VISION).removeprefix("vision_model."): w
+        for k, w in weights.items()
+        if k.startswith(VISION)
     }
     tower.load_state_dict({names[k]: w for k, w in plain.items() if k in names})
     tower.save_pretrained(folder)
-    CLIPImageProcessorPil(size=config.image_size, crop_size=config.image_size).save_pretrained(folder)
+    CLIPImageProcessorPil(size=config.image_size, crop_size=config.image_size).save_pretrained(
+        folder
+    )
     return folder
 
 
 def released_folder(
-    folder: Path, weights: dict, text: dict, *, fusion="cross_mlp", pickled=False, tower=True, **more
+    folder: Path,
+    weights: dict,
+    text: dict,
+    *,
+    fusion="cross_mlp",
+    pickled=False,
+    tower=True,
+    **more,
 ) -> Path:
-    """What the released code saves: config.json, weights (with or without the tower), tokenizer without a template."""
+    """What the released code saves: config.json, weights (with or without the tower), tokenizer
+    without a template.
+    """
     folder.mkdir(exist_ok=True)
     settings = {**text, "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]}
-    settings |= {"mm_projector_type": fusion, "mm_vision_select_layer": -2, "mm_hidden_size": 32} | more
+    settings |= {
+        "mm_projector_type": fusion,
+        "mm_vision_select_layer": -2,
+        "mm_hidden_size": 32,
+    } | more
     (folder / "config.json").write_text(json.dumps(settings))
     weights = {k: w.contiguous() for k, w in weights.items() if tower or not k.startswith(VISION)}
     names = sorted(weights)
@@ -65,7 +88,9 @@ def logits(model, pixels, image_token: int):
 def test_the_folder_computes_what_from_official_does(tmp_path, fusion, pickled, tower):
     weights, configs, _ = released(fusion, depth=12)
     text = configs["text_config"].to_dict()
-    source = released_folder(tmp_path / "in", weights, text, fusion=fusion, pickled=pickled, tower=tower)
+    source = released_folder(
+        tmp_path / "in", weights, text, fusion=fusion, pickled=pickled, tower=tower
+    )
     vision = tower_folder(tmp_path / "tower", weights, configs["vision_config"])
     want = from_official(weights, **configs, fusion=fusion)
     converted, _ = convert(source, tmp_path / "out", vision=str(vision))
@@ -74,7 +99,9 @@ def test_the_folder_computes_what_from_official_does(tmp_path, fusion, pickled, 
     expected = logits(want, pixels, 50)
     assert torch.equal(logits(converted, pixels, 27), expected)
     assert torch.equal(logits(loaded, pixels, 27), expected)
-    assert loaded.plan == want.plan and processor.image_token_id == loaded.config.image_token_id == 27
+    assert (
+        loaded.plan == want.plan and processor.image_token_id == loaded.config.image_token_id == 27
+    )
     assert loaded.config.mask_image_token and processor.num_image_tokens == 16
 
 
@@ -93,7 +120,8 @@ def test_the_auto_classes_read_it_and_the_prompt_is_vicunas(tmp_path):
     text = processor.apply_chat_template(turns, add_generation_prompt=True)
     opening, _, rest = text.partition("user's questions. ")
     assert opening.startswith(
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives"
+        "A chat between a curious user and an artificial intelligence assistant. The assistant"
+        " gives"
     )
     assert rest == "USER: <image>\nwhat is it ASSISTANT: a cat</s>USER: are you sure ASSISTANT:"
     other = [{"role": "system", "content": "Be brief."}, *turns[:1]]
@@ -115,13 +143,19 @@ def test_lists_and_order_come_from_the_checkpoint_or_the_caller(tmp_path):
 
 @pytest.mark.skipif(not CASE_A.is_dir(), reason="the parity files are not here")
 def test_case_a(tmp_path):
-    meta, weights = json.loads((CASE_A / "meta.json").read_text()), load_file(CASE_A / "weights.safetensors")
+    meta, weights = (
+        json.loads((CASE_A / "meta.json").read_text()),
+        load_file(CASE_A / "weights.safetensors"),
+    )
     vision_config = CLIPVisionConfig(**meta["vision_config"])
     source = released_folder(tmp_path / "in", weights, meta["text_config"], tower=False)
     vision = tower_folder(tmp_path / "tower", weights, vision_config)
     convert(source, tmp_path / "out", vision=str(vision))
     model, _ = load(tmp_path / "out")
-    given, want = load_file(CASE_A / "inputs.safetensors"), load_file(CASE_A / "outputs.safetensors")
+    given, want = (
+        load_file(CASE_A / "inputs.safetensors"),
+        load_file(CASE_A / "outputs.safetensors"),
+    )
     row = [x for t in given["input_ids"][0].tolist() for x in ([27] * 16 if t == -200 else [t])]
     with torch.no_grad():
         got = model(input_ids=torch.tensor([row]), pixel_values=given["images"][:1]).logits[0]

@@ -1,4 +1,6 @@
-"""What the released code computes, from its stored numbers (case A) and from a plain row-by-row version of its mathematics."""
+"""What the released code computes, from its stored numbers (case A) and from a plain row-by-row
+version of its mathematics.
+"""
 
 import json
 from pathlib import Path
@@ -24,7 +26,8 @@ def opened(rows: list[list[int]], image_token: int, fill: int = 0, left: bool = 
     pads = [[fill] * (longest - len(row)) for row in rows]
     ids = [p + r if left else r + p for p, r in zip(pads, rows, strict=True)]
     mask = [
-        [0] * len(p) + [1] * len(r) if left else [1] * len(r) + [0] * len(p) for p, r in zip(pads, rows, strict=True)
+        [0] * len(p) + [1] * len(r) if left else [1] * len(r) + [0] * len(p)
+        for p, r in zip(pads, rows, strict=True)
     ]
     return torch.tensor(ids), torch.tensor(mask)
 
@@ -32,7 +35,9 @@ def opened(rows: list[list[int]], image_token: int, fill: int = 0, left: bool = 
 @pytest.mark.skipif(not CASE_A.is_dir(), reason="the parity files are not here")
 def test_case_a():
     meta = json.loads((CASE_A / "meta.json").read_text())
-    weights, given, want = (load_file(CASE_A / f"{name}.safetensors") for name in ("weights", "inputs", "outputs"))
+    weights, given, want = (
+        load_file(CASE_A / f"{name}.safetensors") for name in ("weights", "inputs", "outputs")
+    )
     configs = {
         "vision_config": CLIPVisionConfig(**meta["vision_config"]),
         "text_config": LlamaConfig(**meta["text_config"]),
@@ -71,7 +76,11 @@ def test_case_a():
     ):
         expected = want[f"grad.{name}"]
         assert (ours.grad[: len(expected)] - expected).abs().max() < 1e-4, name
-    assert all(p.grad is None or not p.grad.any() for p in model.vision_tower.parameters() if not p.requires_grad)
+    assert all(
+        p.grad is None or not p.grad.any()
+        for p in model.vision_tower.parameters()
+        if not p.requires_grad
+    )
 
 
 def released(fusion: str, depth: int = 40, width: int = 32, seed: int = 0):
@@ -96,7 +105,10 @@ def released(fusion: str, depth: int = 40, width: int = 32, seed: int = 0):
         bos_token_id=1,
         eos_token_id=None,
     )
-    language, tower = AutoModelForCausalLM.from_config(text).eval(), AutoModel.from_config(vision).eval()
+    language, tower = (
+        AutoModelForCausalLM.from_config(text).eval(),
+        AutoModel.from_config(vision).eval(),
+    )
     if fusion == "cross_mlp":
         parts = {"mlp": mlp(5 * width)}
     elif fusion == "cross_attention":
@@ -104,7 +116,9 @@ def released(fusion: str, depth: int = 40, width: int = 32, seed: int = 0):
             "attn": nn.MultiheadAttention(width, 1, batch_first=True),
             "norm1": nn.LayerNorm(width),
             "norm2": nn.LayerNorm(width),
-            "ffn": nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)),
+            "ffn": nn.Sequential(
+                nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            ),
             "mlp": mlp(width),
         }
     else:
@@ -112,7 +126,9 @@ def released(fusion: str, depth: int = 40, width: int = 32, seed: int = 0):
     projector = nn.ModuleDict(parts) if isinstance(parts, dict) else parts
     for p in [*projector.parameters(), *tower.parameters()]:
         nn.init.normal_(p, std=0.2)
-    weights = {f"model.mm_projector.{k}": v for k, v in projector.state_dict().items()} | language.state_dict()
+    weights = {
+        f"model.mm_projector.{k}": v for k, v in projector.state_dict().items()
+    } | language.state_dict()
     prefix = "model.vision_tower.vision_tower.vision_model."
     weights |= {prefix + k.removeprefix("vision_model."): v for k, v in tower.state_dict().items()}
     return weights, {"vision_config": vision, "text_config": text}, (tower, projector, language)
@@ -142,11 +158,17 @@ def project(projector, fusion: str, views: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def plain_row(parts, fusion: str, ids: list[int], pictures: torch.Tensor, taps, layers, input_tap: int) -> torch.Tensor:
-    """Logits of one row by the released mathematics, one layer after the other; pictures [P, views, 3, S, S]."""
+def plain_row(
+    parts, fusion: str, ids: list[int], pictures: torch.Tensor, taps, layers, input_tap: int
+) -> torch.Tensor:
+    """Logits of one row by the released mathematics, one layer after the other; pictures [P, views,
+    3, S, S].
+    """
     tower, projector, language = parts
     blocks = [tower(p, output_hidden_states=True).hidden_states[1:] for p in pictures]
-    fused = [{v: project(projector, fusion, b[v][:, 1:]) for v in {*taps, input_tap}} for b in blocks]
+    fused = [
+        {v: project(projector, fusion, b[v][:, 1:]) for v in {*taps, input_tap}} for b in blocks
+    ]
     h, places, pictures_left = [], [], list(fused)
     for t in ids:
         if t == -200:
@@ -183,11 +205,17 @@ CASES = {
 def test_released_variants(case, left):
     fusion, depth, taps, layers, input_tap = CASES[case]
     weights, configs, parts = released(fusion, depth)
-    model = from_official(weights, **configs, fusion=fusion, taps=taps, layers=layers, input_tap=input_tap)
+    model = from_official(
+        weights, **configs, fusion=fusion, taps=taps, layers=layers, input_tap=input_tap
+    )
     torch.manual_seed(1)
     num_views = 1 if fusion == "mlp2x_gelu" else 5
     pictures = torch.randn(3, num_views, 3, 32, 32)
-    rows = [[1, 5, 7], [1, -200, 9], [1, 4, -200, 8, -200, 6, 3]]  # a text-only row first, two pictures in the last
+    rows = [
+        [1, 5, 7],
+        [1, -200, 9],
+        [1, 4, -200, 8, -200, 6, 3],
+    ]  # a text-only row first, two pictures in the last
     owned = [pictures[:0], pictures[:1], pictures[1:]]
     ids, mask = opened(rows, model.config.image_token_id, left=left)
     logits = model(input_ids=ids, attention_mask=mask, pixel_values=pictures).logits[..., :50]
@@ -206,7 +234,9 @@ def test_greedy_tokens_equal_those_of_repeated_plain_passes():
     model = from_official(weights, **configs, fusion="cross_mlp")
     picture = torch.randn(1, 5, 3, 32, 32)
     ids, mask = opened([[1, 4, -200, 8]], model.config.image_token_id)
-    out = model.generate(input_ids=ids, attention_mask=mask, pixel_values=picture, max_new_tokens=6, do_sample=False)
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, pixel_values=picture, max_new_tokens=6, do_sample=False
+    )
     row = [1, 4, -200, 8]
     for _ in range(6):
         row.append(int(plain_row(parts, "cross_mlp", row, picture, TAPS, LAYERS, -2)[-1].argmax()))

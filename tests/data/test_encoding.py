@@ -1,4 +1,6 @@
-"""Labels: what is learned is exactly what the assistant says and the token that ends it, whatever the template."""
+"""Labels: what is learned is exactly what the assistant says and the token that ends it, whatever
+the template.
+"""
 
 import pytest
 from helpers.tiny import SPECIAL
@@ -6,31 +8,33 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from sparsecut.data.encoding import encode
-from sparsecut.processing import SparseCutProcessor
 from sparsecut.data.examples import Example
+from sparsecut.processing import SparseCutProcessor
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%"
+    " endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA2 = (
-    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
-    "{% elif m.role == 'system' %}{{ raise_exception('no system turn here') }}{% else %}{{ ' ' + m.content + ' ' + eos_token }}"
-    "{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + '"
+    " [/INST]' }}{% elif m.role == 'system' %}{{ raise_exception('no system turn here') }}{% else"
+    " %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 VICUNA = (
-    "{% for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' + m.content }}{% elif m.role == 'system' %}"
-    "{{ m.content + ' ' }}{% else %}{{ ' ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' + m.content }}{% elif m.role =="
+    " 'system' %}{{ m.content + ' ' }}{% else %}{{ ' ASSISTANT: ' + m.content + eos_token }}{%"
+    " endif %}{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
 )
 MARKED = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
-    "{{ m.content }}{% endgeneration %}{{ '<|im_end|>\n' }}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{%"
+    " generation %}{{ m.content }}{% endgeneration %}{{ '<|im_end|>\n' }}{% else %}{{ m.content +"
+    " '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{"
+    " '<|im_start|>assistant\n' }}{% endif %}"
 )
 FORGETFUL = (
-    "{% for m in messages %}{{ m.role + ':' }}{% if loop.last or m.role == 'user' %}{{ m.content }}{% else %}(left out)"
-    "{% endif %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    "{% for m in messages %}{{ m.role + ':' }}{% if loop.last or m.role == 'user' %}{{ m.content"
+    " }}{% else %}(left out){% endif %}{{ eos_token }}{% endfor %}{% if add_generation_prompt"
+    " %}assistant:{% endif %}"
 )
 LEARNED = {  # template -> what is learned of the answers "a red cat" and "Yes, sure."
     "chatml": (CHATML, ["a red cat<|im_end|>", "Yes, sure.<|im_end|>"]),
@@ -42,16 +46,22 @@ LEARNED = {  # template -> what is learned of the answers "a red cat" and "Yes, 
 
 
 def processor_with(template: str | None, core: Tokenizer | None = None) -> SparseCutProcessor:
-    """A processor whose tokenizer has one token per byte, so that every character shows whether it is learned."""
+    """A processor whose tokenizer has one token per byte, so that every character shows whether it
+    is learned.
+    """
     if core is None:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
         core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **SPECIAL)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<|im_start|>", "<|im_end|>"]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<image>", "<|im_start|>", "<|im_end|>"]}
+    )
     tokenizer.chat_template = template
-    return SparseCutProcessor(CLIPImageProcessorPil(), tokenizer, image_size=8, tiles=2, num_image_tokens=4)
+    return SparseCutProcessor(
+        CLIPImageProcessorPil(), tokenizer, image_size=8, tiles=2, num_image_tokens=4
+    )
 
 
 def talk(*turns: str, images=("a.png",), system: str | None = None) -> Example:
@@ -74,7 +84,9 @@ def learned(encoded, processor) -> list[str]:
     return [processor.tokenizer.decode(run) for run in runs]
 
 
-TALK = talk("<image>\nWhat is this?", "a red cat", "Are you sure?\nSay <|im_start|> yes", "Yes, sure.")
+TALK = talk(
+    "<image>\nWhat is this?", "a red cat", "Are you sure?\nSay <|im_start|> yes", "Yes, sure."
+)
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -83,8 +95,13 @@ def test_labels_are_the_answers_and_their_end_tokens(name):
     processor = processor_with(template)
     encoded = encode(TALK, processor)
     assert learned(encoded, processor) == expected
-    assert all(label in (-100, token) for label, token in zip(encoded["labels"], encoded["input_ids"], strict=True))
-    images = [i for i, token in enumerate(encoded["input_ids"]) if token == processor.image_token_id]
+    assert all(
+        label in (-100, token)
+        for label, token in zip(encoded["labels"], encoded["input_ids"], strict=True)
+    )
+    images = [
+        i for i, token in enumerate(encoded["input_ids"]) if token == processor.image_token_id
+    ]
     assert len(images) == 4 and all(encoded["labels"][i] == -100 for i in images)
 
 
@@ -94,8 +111,12 @@ def test_token_ids_are_those_of_inference(name):
     ids = encode(TALK, processor)["input_ids"]
     text = processor.apply_chat_template(TALK.messages, tokenize=False)
     special = not text.startswith(processor.tokenizer.bos_token)
-    assert ids == processor.tokenizer(processor.expand(text), add_special_tokens=special)["input_ids"]
-    question = processor.apply_chat_template(TALK.messages[:1], tokenize=False, add_generation_prompt=True)
+    assert (
+        ids == processor.tokenizer(processor.expand(text), add_special_tokens=special)["input_ids"]
+    )
+    question = processor.apply_chat_template(
+        TALK.messages[:1], tokenize=False, add_generation_prompt=True
+    )
     asked = processor.tokenizer(processor.expand(question), add_special_tokens=special)["input_ids"]
     assert ids[: len(asked)] == asked
 
@@ -114,12 +135,17 @@ def test_a_merge_across_the_boundary_is_kept_and_learned():
     merges = [(":", " "), (": ", "y"), ("e", "s")]
     processor = processor_with(None, Tokenizer(models.BPE(vocabulary, merges)))
     processor.chat_template = (
-        "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A: ' }}{{ m.content + eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}A: {% endif %}"
+        "{% for m in messages %}{{ 'Q: ' if m.role == 'user' else 'A: ' }}{{ m.content + eos_token"
+        " }}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
     ).replace("Q", "U")
     encoded = encode(talk("<image>", "yes"), processor)
     tokens = processor.tokenizer.convert_ids_to_tokens(encoded["input_ids"])
-    assert tokens[-4:] == ["A", ": y", "es", "</s>"]  # tokenised in pieces it would be "A", ": ", "y", "es"
+    assert tokens[-4:] == [
+        "A",
+        ": y",
+        "es",
+        "</s>",
+    ]  # tokenised in pieces it would be "A", ": ", "y", "es"
     assert [label != -100 for label in encoded["labels"]][-4:] == [False, True, True, True]
 
 
@@ -144,7 +170,9 @@ def test_max_length_cuts_answers_but_never_pictures():
     processor = processor_with(VICUNA)
     full = encode(TALK, processor)["input_ids"]
     assert encode(TALK, processor, max_length=40)["input_ids"] == full[:40]
-    with pytest.raises(ValueError, match=r"talk.json record 0: .*would cut off image tokens .2 of 4 left"):
+    with pytest.raises(
+        ValueError, match=r"talk.json record 0: .*would cut off image tokens .2 of 4 left"
+    ):
         encode(TALK, processor, max_length=full.index(processor.image_token_id) + 2)
     with pytest.raises(ValueError, match="all labels are masked; raise max_length"):
         encode(TALK, processor, max_length=full.index(processor.image_token_id) + 6)
@@ -155,7 +183,10 @@ def test_max_length_cuts_answers_but_never_pictures():
     [
         (FORGETFUL, "writes turn 2 differently once more turns follow"),
         (LLAMA2, "chat template refuses the conversation: no system turn here"),
-        (MARKED.replace("== 'assistant'", "== 'robot'"), "marks 0 answers, but the conversation has 2"),
+        (
+            MARKED.replace("== 'assistant'", "== 'robot'"),
+            "marks 0 answers, but the conversation has 2",
+        ),
     ],
 )
 def test_templates_that_hide_the_answers_are_refused(template, sentence):

@@ -1,14 +1,16 @@
-"""Finished models' own processors: ids are those of inference, answers are found behind any expansion, and training works."""
+"""Finished models' own processors: ids are those of inference, answers are found behind any
+expansion, and training works.
+"""
 
 import json
 
-from helpers import bases
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers import bases
 from helpers.runs import log, stage, write_records
 from helpers.tiny import SPECIAL
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
@@ -23,72 +25,103 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
 
 from sparsecut import train
-from sparsecut.data.native_encoding import encode_batch, num_tokens_about
-from sparsecut.data.dataset import read_examples
-from sparsecut.evaluation.evaluator import evaluate
-from sparsecut.data.encoding import written
-from sparsecut.prompts import features_of, render
 from sparsecut.config.recipe import parse_recipe
+from sparsecut.data.dataset import read_examples
+from sparsecut.data.encoding import written
 from sparsecut.data.examples import IMAGE, Example
+from sparsecut.data.native_encoding import encode_batch, num_tokens_about
+from sparsecut.evaluation.evaluator import evaluate
+from sparsecut.prompts import features_of, render
 
-# Templates as the families have them: with and without marks, with parts and pictures in their places or first.
+# Templates as the families have them: with and without marks, with parts and pictures in their
+# places or first.
 LLAVA = (
-    "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] if c['type'] == 'image' %}{{ '<image>\n' }}"
-    "{% endfor %}{% for c in m['content'] if c['type'] == 'text' %}{% if m['role'] == 'assistant' %}{% generation %}"
-    "{{ c['text'] + ' ' }}{% endgeneration %}{% else %}{{ c['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] if c['type'] =="
+    " 'image' %}{{ '<image>\n' }}{% endfor %}{% for c in m['content'] if c['type'] == 'text' %}{%"
+    " if m['role'] == 'assistant' %}{% generation %}{{ c['text'] + ' ' }}{% endgeneration %}{% else"
+    " %}{{ c['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{"
+    " 'ASSISTANT:' }}{% endif %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% for m in messages %}{{ '<turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
-    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
-    "{{ '<start_of_image>' }}{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}{% endif %}{{ '</s>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{{ '<turn>' + ('model' if m['role'] == 'assistant' else"
+    " m['role']) + '\n' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in"
+    " m['content'] %}{% if c['type'] == 'image' %}{{ '<start_of_image>' }}{% else %}{{ c['text'] |"
+    " trim }}{% endif %}{% endfor %}{% endif %}{{ '</s>\n' }}{% endfor %}{% if"
+    " add_generation_prompt %}{{ '<turn>model\n' }}{% endif %}"
 )
 IDEFICS = (
-    "{{ bos_token }}{% for m in messages %}{{ m['role'] | capitalize }}{{ ':' if m['content'][0]['type'] == 'image' else ': ' }}"
-    "{% for c in m['content'] %}{{ c['text'] if c['type'] == 'text' else '<image>' }}{% endfor %}{{ '</s>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] | capitalize }}{{ ':' if"
+    " m['content'][0]['type'] == 'image' else ': ' }}{% for c in m['content'] %}{{ c['text'] if"
+    " c['type'] == 'text' else '<image>' }}{% endfor %}{{ '</s>\n' }}{% endfor %}{% if"
+    " add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 
 
 def byte_tokenizer(*tokens: str, **named: str) -> PreTrainedTokenizerFast:
     """One token per byte, so that every character shows whether it is learned."""
     core = Tokenizer(
-        models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+        models.BPE(
+            {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []
+        )
     )
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **SPECIAL, **named)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": list(tokens)}, replace_extra_special_tokens=False
+    )
     return tokenizer
 
 
 def llava():
-    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    settings = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1, "chat_template": LLAVA}
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
+    settings = {
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "chat_template": LLAVA,
+    }
     return LlavaProcessor(images, byte_tokenizer("<image>"), patch_size=8, **settings)
 
 
 def llava_next():
     sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-    images = LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]])
-    settings = {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1, "chat_template": LLAVA}
+    images = LlavaNextImageProcessorPil(
+        **sizes, image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]]
+    )
+    settings = {
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "chat_template": LLAVA,
+    }
     return LlavaNextProcessor(images, byte_tokenizer("<image>"), patch_size=8, **settings)
 
 
 def gemma3():
-    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    names = {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+    }
     images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
     return Gemma3Processor(
-        images, byte_tokenizer("<turn>", extra_special_tokens=names), chat_template=GEMMA, image_seq_length=4
+        images,
+        byte_tokenizer("<turn>", extra_special_tokens=names),
+        chat_template=GEMMA,
+        image_seq_length=4,
     )
 
 
 def idefics3():
-    images = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
+    images = Idefics3ImageProcessorPil(
+        size={"longest_edge": 32}, max_image_size={"longest_edge": 16}
+    )
     return Idefics3Processor(images, byte_tokenizer(), image_seq_len=4, chat_template=IDEFICS)
 
 
@@ -98,17 +131,30 @@ def paligemma():
     return PaliGemmaProcessor(images, byte_tokenizer())
 
 
-PROCESSORS = {"llava": llava, "llava_next": llava_next, "gemma3": gemma3, "idefics3": idefics3, "paligemma": paligemma}
+PROCESSORS = {
+    "llava": llava,
+    "llava_next": llava_next,
+    "gemma3": gemma3,
+    "idefics3": idefics3,
+    "paligemma": paligemma,
+}
 
 
 def picture(width: int, height: int) -> Image.Image:
-    values = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    values = np.random.default_rng(width * height).integers(
+        0, 256, (height, width, 3), dtype=np.uint8
+    )
     return Image.fromarray(values)
 
 
 def talk(*turns: str, sizes=()) -> tuple[Example, list[Image.Image]]:
-    messages = [{"role": role, "content": turn} for role, turn in zip(["user", "assistant"] * 2, turns, strict=False)]
-    return Example("x", ["x.png"] * len(sizes), messages, source="talk.json record 0"), [picture(*s) for s in sizes]
+    messages = [
+        {"role": role, "content": turn}
+        for role, turn in zip(["user", "assistant"] * 2, turns, strict=False)
+    ]
+    return Example("x", ["x.png"] * len(sizes), messages, source="talk.json record 0"), [
+        picture(*s) for s in sizes
+    ]
 
 
 TALKS = [
@@ -130,7 +176,9 @@ def talks_for(processor) -> list:
 def test_what_is_learned_follows_exactly_the_prompt_of_inference(name, turned):
     processor = PROCESSORS[name]()
     talks = talks_for(processor)[:: -1 if turned else 1]
-    batch = encode_batch([one for one, _ in talks], processor, pictures=[shown for _, shown in talks])
+    batch = encode_batch(
+        [one for one, _ in talks], processor, pictures=[shown for _, shown in talks]
+    )
     for row, (one, shown) in enumerate(talks):
         length = int(batch["attention_mask"][row].sum())
         ids, labels, start = batch["input_ids"][row, :length], batch["labels"][row, :length], 0
@@ -138,10 +186,13 @@ def test_what_is_learned_follows_exactly_the_prompt_of_inference(name, turned):
             if message["role"] != "assistant":
                 continue
             asked = [
-                {**m, "content": m["content"].replace(IMAGE, processor.image_token)} for m in one.messages[:number]
+                {**m, "content": m["content"].replace(IMAGE, processor.image_token)}
+                for m in one.messages[:number]
             ]
             seen = features_of(
-                processor, [render(processor, asked)], [shown[: str(asked).count(processor.image_token)]]
+                processor,
+                [render(processor, asked)],
+                [shown[: str(asked).count(processor.image_token)]],
             )
             prompt = seen["input_ids"][0]
             assert torch.equal(ids[: len(prompt)], prompt), (
@@ -152,7 +203,10 @@ def test_what_is_learned_follows_exactly_the_prompt_of_inference(name, turned):
             learned = learned[: learned.index(-100)] if -100 in learned else learned
             ended = message is one.messages[-1] or not name.startswith("llava")
             said = processor.decode(learned)
-            assert said.removesuffix("</s>").strip() == message["content"].strip() and said.endswith("</s>") == ended
+            assert (
+                said.removesuffix("</s>").strip() == message["content"].strip()
+                and said.endswith("</s>") == ended
+            )
             start = len(prompt) + len(learned)
         assert (labels[start:] == -100).all() and (batch["labels"][row, length:] == -100).all()
 
@@ -164,7 +218,10 @@ def test_a_cut_spares_pictures_and_needs_something_to_learn(name):
     full = encode_batch([one], processor, pictures=[shown])
     length = full["input_ids"].shape[1]
     cut = encode_batch([one], processor, pictures=[shown], max_length=length - 3)
-    assert all(torch.equal(cut[key], full[key][:, : length - 3]) for key in ("input_ids", "attention_mask", "labels"))
+    assert all(
+        torch.equal(cut[key], full[key][:, : length - 3])
+        for key in ("input_ids", "attention_mask", "labels")
+    )
     with pytest.raises(ValueError, match=r"talk.json record 0: .* would cut off image tokens"):
         encode_batch([one], processor, pictures=[shown], max_length=3)
     with pytest.raises(ValueError, match=r"talk.json record 0: .* but the language model takes 9"):
@@ -176,7 +233,9 @@ def test_a_cut_spares_pictures_and_needs_something_to_learn(name):
 def test_a_processor_that_rewrites_texts_is_refused():
     class Rewriting(LlavaProcessor):
         def prepare_inputs_layout(self, images=None, text=None, **kwargs):
-            return super().prepare_inputs_layout(images=images, text=["Look: " + line for line in text], **kwargs)
+            return super().prepare_inputs_layout(
+                images=images, text=["Look: " + line for line in text], **kwargs
+            )
 
     processor = llava()
     processor.__class__ = Rewriting
@@ -190,7 +249,9 @@ def test_a_processor_that_rewrites_texts_is_refused():
 def model_for(name: str, processor):
     """A tiny random model of the family whose vocabulary and pictures are the processor's."""
     config, tokenizer = bases.config(name), processor.tokenizer
-    config.image_token_id = tokenizer.convert_tokens_to_ids("<image_soft_token>" if name == "gemma3" else "<image>")
+    config.image_token_id = tokenizer.convert_tokens_to_ids(
+        "<image_soft_token>" if name == "gemma3" else "<image>"
+    )
     text = config.get_text_config()
     text.vocab_size = len(tokenizer)
     text.bos_token_id, text.eos_token_id, text.pad_token_id = (
@@ -216,16 +277,26 @@ def test_every_processor_goes_from_a_recipe_to_answers(name, tmp_path):
     base = model_for(name, processor)
     before = {key: value.clone() for key, value in base.state_dict().items()}
     write_records(tmp_path)
-    records = [r for r in json.loads((tmp_path / "data.json").read_text()) if r["image"] or name != "paligemma"]
+    records = [
+        r
+        for r in json.loads((tmp_path / "data.json").read_text())
+        if r["image"] or name != "paligemma"
+    ]
     (tmp_path / "data.json").write_text(json.dumps(records))
     args = {"max_steps": 12, "per_device_train_batch_size": 5}
-    plain = {"model": {"base": "given"}, "stages": [stage(tmp_path, args=args)], "output": str(tmp_path / "out")}
+    plain = {
+        "model": {"base": "given"},
+        "stages": [stage(tmp_path, args=args)],
+        "output": str(tmp_path / "out"),
+    }
     model, processor = train(parse_recipe(plain), model=base, processor=processor, shown=False)
     losses = [line["loss"] for line in log(tmp_path) if "loss" in line]
     assert sum(losses[-4:]) < sum(losses[:4])
     assert all(torch.equal(before[key], value) for key, value in base.state_dict().items())
     asked, said = read_examples(tmp_path / "data.json"), []
     for size in (1, 5):
-        evaluate(model, processor, asked, max_new_tokens=4, batch_size=size, out=tmp_path / str(size))
+        evaluate(
+            model, processor, asked, max_new_tokens=4, batch_size=size, out=tmp_path / str(size)
+        )
         said.append((tmp_path / str(size) / "predictions.jsonl").read_text())
     assert said[0] == said[1]

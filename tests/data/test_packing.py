@@ -1,4 +1,6 @@
-"""Records that share rows and steps: packed rows give the losses and gradients of the records alone, orders hold every record once."""
+"""Records that share rows and steps: packed rows give the losses and gradients of the records
+alone, orders hold every record once.
+"""
 
 import itertools
 import random
@@ -9,13 +11,24 @@ from helpers.families import family_language
 from helpers.runs import log, run, stage, write_records
 from helpers.tiny import tiny_model, tiny_tokenizer
 
-from sparsecut.data.packing import LengthGroupedSampler, PackedDataset, check_packing, pack_rows
 from sparsecut.data.dataset import Collator, TrainingData, read_examples
+from sparsecut.data.packing import LengthGroupedSampler, PackedDataset, check_packing, pack_rows
 
 RNG = random.Random(1)
 LENGTHS = [RNG.randrange(3, 30) for _ in range(203)]
 IMAGES = [4 * (i % 3) for i in range(203)]
-APART = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gpt_neox", "olmo2", "granite", "gpt2"]
+APART = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "phi3",
+    "gpt_neox",
+    "olmo2",
+    "granite",
+    "gpt2",
+]
 
 
 @pytest.fixture
@@ -54,7 +67,9 @@ def test_an_order_holds_every_item_once_an_epoch_and_is_alike_in_each_step():
     assert len(mixed) <= 2
     assert sum(max(LENGTHS[i] for i in step) * 8 for step in steps) < 1.2 * sum(LENGTHS)
     plain = list(LengthGroupedSampler(LENGTHS, IMAGES, 8, grouped=False))
-    assert sum(max(LENGTHS[i] for i in plain[at : at + 8]) * 8 for at in range(0, 208, 8)) > 1.5 * sum(LENGTHS)
+    assert sum(
+        max(LENGTHS[i] for i in plain[at : at + 8]) * 8 for at in range(0, 208, 8)
+    ) > 1.5 * sum(LENGTHS)
 
 
 @pytest.mark.parametrize("name", APART)
@@ -68,7 +83,12 @@ def test_packed_rows_give_the_loss_and_gradients_of_the_records_alone(folder, na
         model.zero_grad()
         loss = model(**batch, use_cache=False).loss
         loss.backward()
-        found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+        found.append(
+            (
+                loss.item(),
+                torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
+            )
+        )
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
     assert (found[0][1] - found[1][1]).abs().max() < 1e-5 * max(1.0, found[1][1].abs().max().item())
 
@@ -78,13 +98,16 @@ def test_a_language_model_that_would_mix_packed_records_is_refused(folder, name)
     model, processor = tiny_model(language=language(name))
     data = TrainingData(read_examples(folder / "data.json"), processor)
     with pytest.raises(
-        ValueError, match=r"does not keep packed records apart .a record changes what the next one says"
+        ValueError,
+        match=r"does not keep packed records apart .a record changes what the next one says",
     ):
         check_packing(model, Collator(processor), PackedDataset(data, [[0, 1]]))
 
 
 def test_packed_and_grouped_stages_have_the_loss_of_single_records(folder):
-    """All twelve records in one step, however they are arranged: the mean over all learned tokens, and as many tokens seen."""
+    """All twelve records in one step, however they are arranged: the mean over all learned tokens,
+    and as many tokens seen.
+    """
     processor = tiny_model()[1]
     data = TrainingData(read_examples(folder / "data.json"), processor)
     num_rows = len(pack_rows(data.lengths, data.num_image_tokens, 30))
@@ -96,7 +119,11 @@ def test_packed_and_grouped_stages_have_the_loss_of_single_records(folder):
     }
     seen = {}
     for name, (size, accumulate, more) in ways.items():
-        args = {"max_steps": 2, "per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate}
+        args = {
+            "max_steps": 2,
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": accumulate,
+        }
         run(folder, stage(folder, args=args, **more), output=str(folder / name))
         seen[name] = [(line["loss"], line["tokens"]) for line in log(folder, output=name)]
     assert num_rows < 9
@@ -111,7 +138,10 @@ def test_packed_and_grouped_stages_have_the_loss_of_single_records(folder):
         ({"pack": 8}, r"the record has \d+ tokens, but pack=8 makes rows of so many; raise pack"),
         ({"pack": 0}, "pack is 0, but at least 1 token is needed"),
         ({"group": 3}, "group is 3, but must be true or false"),
-        ({"max_image_tokens": 4}, r"record \d+: the record has 8 image tokens, but max_image_tokens=4"),
+        (
+            {"max_image_tokens": 4},
+            r"record \d+: the record has 8 image tokens, but max_image_tokens=4",
+        ),
     ],
 )
 def test_what_cannot_be_packed_is_refused_in_a_sentence(folder, changes, sentence):

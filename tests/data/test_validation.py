@@ -8,8 +8,8 @@ import pytest
 from helpers.tiny import tiny_model
 
 from sparsecut.data import validation as checking
-from sparsecut.data.validation import check_examples
 from sparsecut.data.dataset import Example, TrainingData
+from sparsecut.data.validation import check_examples
 
 BAD = (17, 18, 40)
 
@@ -39,15 +39,22 @@ def test_processes_find_what_one_finds_in_the_same_order(monkeypatch):
         monkeypatch.setattr(checking, "num_processes", lambda: 2)
         problems = []
         good = check_examples(records(), processor, limit=100, problems=problems)
-        with pytest.raises(ValueError, match=r"record 17: the record has 3.. tokens, but the language model takes 100"):
+        with pytest.raises(
+            ValueError,
+            match=r"record 17: the record has 3.. tokens, but the language model takes 100",
+        ):
             check_examples(records(), processor, limit=100)
         found.append((good, problems))
     assert found[0] == found[1]
-    assert len(found[0][0]) == 47 and [p.partition(":")[0] for p in found[0][1]] == [f"record {i}" for i in BAD]
+    assert len(found[0][0]) == 47 and [p.partition(":")[0] for p in found[0][1]] == [
+        f"record {i}" for i in BAD
+    ]
 
 
 def test_a_process_that_is_killed_is_told_of_and_nobody_waits_for_it(monkeypatch):
-    """Many bad records end many checks in the middle, which has to leave no process that waits for another."""
+    """Many bad records end many checks in the middle, which has to leave no process that waits for
+    another.
+    """
     processor = tiny_model()[1]
     monkeypatch.setattr(checking, "MANY", 10)
     monkeypatch.setattr(checking, "CHUNK", 2)

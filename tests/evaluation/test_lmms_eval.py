@@ -1,4 +1,6 @@
-"""The models in the harness lmms-eval: the adapter on requests as the harness makes them, and the harness itself where it is."""
+"""The models in the harness lmms-eval: the adapter on requests as the harness makes them, and the
+harness itself where it is.
+"""
 
 import json
 import os
@@ -12,11 +14,11 @@ import pytest
 import torch
 
 import sparsecut
+from sparsecut.config.recipe import Source
+from sparsecut.data.examples import read_source
 from sparsecut.evaluation.evaluator import evaluate
 from sparsecut.evaluation.lmms_eval import CLASSES, Adapter, chat_messages, cut, simple_message
 from sparsecut.prompts import inputs_of
-from sparsecut.config.recipe import Source
-from sparsecut.data.examples import read_source
 from sparsecut.shapes import write_split
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +54,9 @@ def asked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lmms")
     write_split(folder / "data", "test", 4, 5, workers=1)
     torch.manual_seed(0)
-    for part in sparsecut.build("world", "world", plan={"method": "sparsecut", "count": 2, "gate": "one"}):
+    for part in sparsecut.build(
+        "world", "world", plan={"method": "sparsecut", "count": 2, "gate": "one"}
+    ):
         part.save_pretrained(folder / "model")
     examples = read_source(Source(str(folder / "data" / "test.json")), [])[:20]
     documents = [
@@ -77,7 +81,10 @@ def turn(document):
     return [
         {
             "role": "user",
-            "content": [{"type": "image", "url": document["picture"]}, {"type": "text", "text": document["text"]}],
+            "content": [
+                {"type": "image", "url": document["picture"]},
+                {"type": "text", "text": document["text"]},
+            ],
         }
     ]
 
@@ -97,7 +104,10 @@ def test_answers_are_those_of_eval_in_batches_of_any_settings(asked, is_simple, 
     folder, examples, documents = asked
     DOCUMENT_TEXTS.update(enumerate(d["text"] for d in documents))
     evaluate(*sparsecut.load(str(folder)), examples, out=tmp_path, max_new_tokens=4)
-    wanted = [json.loads(line)["prediction"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    wanted = [
+        json.loads(line)["prediction"]
+        for line in (tmp_path / "predictions.jsonl").read_text().splitlines()
+    ]
     model = adapter(folder, documents, batch_size=8)
     requests = [request(i, is_simple) for i in range(len(documents))]
     assert model.generate_until(requests) == wanted
@@ -110,7 +120,7 @@ def test_losses_are_means_over_the_choices_tokens(asked):
     folder, _, documents = asked
     model = adapter(folder, documents)
     DOCUMENT_TEXTS[0] = documents[0]["text"]
-    ((word, *more), *_) = [answer.split() for answer in model.generate_until([request(0, True)])]
+    (word, *more), *_ = [answer.split() for answer in model.generate_until([request(0, True)])]
     other = "left" if word != "left" else "right"
     first, last, both = model.losses([choice(word), choice(other), choice(f"{word} {other}")])
     assert first[1] and not last[1] and 0 < first[0] < last[0]
@@ -122,7 +132,9 @@ def test_losses_are_means_over_the_choices_tokens(asked):
     with torch.no_grad():
         assert both[0] == pytest.approx(model.model(**inputs, labels=labels).loss.item(), rel=1e-4)
     with pytest.raises(ValueError, match="target_delimiter"):
-        model.losses([Request((documents[0]["text"], "", lambda d: [d["picture"]], 0, "task", "test"))])
+        model.losses(
+            [Request((documents[0]["text"], "", lambda d: [d["picture"]], 0, "task", "test"))]
+        )
 
 
 def choice(word):
@@ -178,7 +190,8 @@ def test_the_harness_runs_the_task_of_the_page_with_the_answers_of_eval(asked, t
     folder, examples, documents = asked
     evaluate(*sparsecut.load(str(folder)), examples, out=tmp_path / "eval", max_new_tokens=4)
     answers = [
-        json.loads(line)["prediction"] for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
+        json.loads(line)["prediction"]
+        for line in (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
     ]
     right = [
         i % 3 == 0 for i in range(len(answers))
@@ -193,15 +206,34 @@ def test_the_harness_runs_the_task_of_the_page_with_the_answers_of_eval(asked, t
     for name, language in (("shown.py", "python"), ("mytask.yaml", "yaml")):
         (task / name).write_text(re.search(rf"```{language}\n(.*?)```", page, re.S)[1])
     (task / "questions.json").write_text(json.dumps(records))
-    command = [sys.executable, "-m", "lmms_eval", "--model", "sparsecut", "--model_args", f"pretrained={folder}"]
-    command += ["--tasks", "mytask", "--include_path", "mytask", "--batch_size", "8", "--output_path", "out"]
+    command = [
+        sys.executable,
+        "-m",
+        "lmms_eval",
+        "--model",
+        "sparsecut",
+        "--model_args",
+        f"pretrained={folder}",
+    ]
+    command += [
+        "--tasks",
+        "mytask",
+        "--include_path",
+        "mytask",
+        "--batch_size",
+        "8",
+        "--output_path",
+        "out",
+    ]
     offline = {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "HF_HOME": str(tmp_path / "cache"),
         "PYTHONPATH": str(ROOT),
     }
-    made = subprocess.run(command, cwd=tmp_path, env={**os.environ, **offline}, capture_output=True, text=True)
+    made = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **offline}, capture_output=True, text=True
+    )
     assert made.returncode == 0, made.stderr[-2000:]
     result = json.loads(next((tmp_path / "out").rglob("*_results.json")).read_text())
     assert result["results"]["mytask"]["exact_match,none"] == pytest.approx(sum(right) / len(right))

@@ -1,4 +1,6 @@
-"""Scores equal what the benchmarks' own scripts say, on recorded cases where they are present and on invented ones."""
+"""Scores equal what the benchmarks' own scripts say, on recorded cases where they are present and
+on invented ones.
+"""
 
 import json
 from pathlib import Path
@@ -79,20 +81,35 @@ def test_vqa_counts_equal_answers_with_one_person_left_out():
 
     def worth(said: str, answers: list) -> float:
         kinds = {"question_id": 1, "question_type": "what", "answer_type": "other"}
-        return vqa([{**kinds, "answers": answers}], [{"question_id": 1, "answer": said}])["accuracy"]["overall"]
+        return vqa([{**kinds, "answers": answers}], [{"question_id": 1, "answer": said}])[
+            "accuracy"
+        ]["overall"]
 
     mixed = people(*["Two dogs."] * 3, *["a cat"] * 2, *["red"] * 5)
-    assert worth("2 dogs", mixed) == 90  # each of the three leaves two others: (3 x 2/3 + 7 x 1) / 10
-    assert worth("the cat", mixed) == 60 and worth("red", mixed) == 100 and worth("blue", mixed) == 0
+    assert (
+        worth("2 dogs", mixed) == 90
+    )  # each of the three leaves two others: (3 x 2/3 + 7 x 1) / 10
+    assert (
+        worth("the cat", mixed) == 60 and worth("red", mixed) == 100 and worth("blue", mixed) == 0
+    )
     alike = people(*["red"] * 10)
-    assert worth("red", alike) == 100 and worth("Red", alike) == 0  # ten that agree are compared as they stand
+    assert (
+        worth("red", alike) == 100 and worth("Red", alike) == 0
+    )  # ten that agree are compared as they stand
 
 
 def test_textvqa_always_normalises():
     answers = ["Red"] * 4 + ["the blue"] * 6
-    found = textvqa([{"pred_answer": "red.", "gt_answers": answers}, {"pred_answer": "bluee", "gt_answers": answers}])
+    found = textvqa(
+        [
+            {"pred_answer": "red.", "gt_answers": answers},
+            {"pred_answer": "bluee", "gt_answers": answers},
+        ]
+    )
     assert found["per_question"] == [1, 0] and found["stvqa_accuracy"] == 0.5
-    assert found["stvqa_anls"] == 0.75 / 2  # "red." to "red"; less than half of "the blue" is in "bluee"
+    assert (
+        found["stvqa_anls"] == 0.75 / 2
+    )  # "red." to "red"; less than half of "the blue" is in "bluee"
     with pytest.raises(ValueError, match="against 10 reference answers, but there are 9"):
         textvqa([{"pred_answer": "a", "gt_answers": ["a"] * 9}])
 
@@ -109,7 +126,12 @@ def test_pope_reads_the_first_sentence():
 
 
 def test_mme_wants_both_questions_of_a_picture():
-    rows = [["a", "q", "Yes", "Yes."], ["a", "r", "No", "Surely not"], ["b", "q", "Yes", "yes"], ["b", "r", "No", "no"]]
+    rows = [
+        ["a", "q", "Yes", "Yes."],
+        ["a", "r", "No", "Surely not"],
+        ["b", "q", "Yes", "yes"],
+        ["b", "r", "No", "no"],
+    ]
     found = mme({"count": rows, "code_reasoning": rows[2:]})
     assert found["task"]["count"] == {"score": 125, "acc": 75, "acc_plus": 50, "other": 1}
     assert (found["perception_total"], found["cognition_total"]) == (125, 200)
@@ -118,9 +140,16 @@ def test_mme_wants_both_questions_of_a_picture():
 
 
 def test_gqa_asks_what_follows_from_a_right_answer():
-    def question(answer: str, *entailed: str, structural: str = "verify", balanced: bool = True) -> dict:
+    def question(
+        answer: str, *entailed: str, structural: str = "verify", balanced: bool = True
+    ) -> dict:
         types = {"structural": structural, "semantic": "obj", "detailed": "x"}
-        more = {"entailed": list(entailed), "isBalanced": balanced, "groups": {"global": None}, "semantic": []}
+        more = {
+            "entailed": list(entailed),
+            "isBalanced": balanced,
+            "groups": {"global": None},
+            "semantic": [],
+        }
         return {"question": "is it", "answer": answer, "types": types, **more}
 
     questions = {
@@ -131,7 +160,12 @@ def test_gqa_asks_what_follows_from_a_right_answer():
     said = {"1": "yes", "2": "yes", "3": "cat"}
     given = [{"questionId": key, "prediction": text} for key, text in said.items()]
     found = gqa(questions, given)
-    assert (found["accuracy"], found["binary"], found["open"], found["consistency"]) == (100, 100, 100, 50)
+    assert (found["accuracy"], found["binary"], found["open"], found["consistency"]) == (
+        100,
+        100,
+        100,
+        50,
+    )
     assert (
         found["validity"] is None and gqa(questions, given[::2])["consistency"] is None
     )  # one entailed is not answered
@@ -146,10 +180,16 @@ def test_choices_are_read_as_each_script_reads_them():
     ]
     both, one = (mmbench(rows, said) for said in (["A.", "It is a cat"], ["A.", "neither"]))
     assert (both["circular_accuracy"], both["vanilla_accuracy"]) == ({"Overall": 1}, 1)
-    assert (one["circular_accuracy"], one["vanilla_accuracy"], one["inferred"]) == ({"Overall": 0}, 0.5, ["A", None])
+    assert (one["circular_accuracy"], one["vanilla_accuracy"], one["inferred"]) == (
+        {"Overall": 0},
+        0.5,
+        ["A", None],
+    )
     asked = {"question_type_id": 1, "data_type": "image"}
     questions = [{**asked, "question_id": i, "answer": "A"} for i in range(2)]
-    found = seed({"Scene": 1}, questions, [{"question_id": 0, "text": "A"}, {"question_id": 1, "text": "A."}])
+    found = seed(
+        {"Scene": 1}, questions, [{"question_id": 0, "text": "A"}, {"question_id": 1, "text": "A."}]
+    )
     assert found == {"per_type": {"Scene": 50}, "total": 50, "image": 50, "video": None}
     problem = {
         "choices": ["x", "y"],
@@ -161,9 +201,20 @@ def test_choices_are_read_as_each_script_reads_them():
         "topic": "t",
     }
     texts = ["B", "B. y", "The answer is B.", "b", "C", "The answer is A. The answer is B."]
-    said = [{"question_id": str(i), "text": text, "prompt": "<image>" if i else ""} for i, text in enumerate(texts)]
+    said = [
+        {"question_id": str(i), "text": text, "prompt": "<image>" if i else ""}
+        for i, text in enumerate(texts)
+    ]
     found = scienceqa({str(i): problem for i in range(7)}, said)
-    assert list(found["llava"]["parsed_index"].values()) == [1, 1, 1, -1, -1, -1, -1]  # the seventh was not answered
+    assert list(found["llava"]["parsed_index"].values()) == [
+        1,
+        1,
+        1,
+        -1,
+        -1,
+        -1,
+        -1,
+    ]  # the seventh was not answered
     assert (found["llava"]["correct"], found["llava"]["img_accuracy"]) == (3, 40)
     assert set(found["official_by_group"]) == {"social", "no_context", "grade_7_12", "average", "t"}
 

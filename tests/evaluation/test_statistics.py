@@ -1,4 +1,6 @@
-"""Intervals hold what they promise on made-up arms of known accuracy, and only equal questions are compared."""
+"""Intervals hold what they promise on made-up arms of known accuracy, and only equal questions are
+compared.
+"""
 
 import time
 
@@ -11,8 +13,12 @@ from sparsecut.evaluation.statistics import Answers, contrast, difference, inter
 LEVELS = ("high", "mid", "low")
 
 
-def made_up(shift, rng, *, seeds=5, pictures=120, per_level=2, seed_sd=0.0, ease=None, names=None) -> Answers:
-    """Answers that are right with probability 0.5 + shift + the seed's luck + the picture's ease."""
+def made_up(
+    shift, rng, *, seeds=5, pictures=120, per_level=2, seed_sd=0.0, ease=None, names=None
+) -> Answers:
+    """Answers that are right with probability 0.5 + shift + the seed's luck + the picture's
+    ease.
+    """
     level = np.array(LEVELS * per_level * pictures)
     picture = np.repeat(np.arange(pictures), per_level * len(LEVELS))
     ease = np.zeros(pictures) if ease is None else ease
@@ -31,7 +37,10 @@ def flipped(answers: Answers, share: float, rng) -> Answers:
 def test_the_average_is_that_of_scoring():
     a = made_up(0.1, np.random.default_rng(0))
     records = [
-        [{"correct": bool(c), "group": None, "level": lv} for c, lv in zip(row, a.level, strict=True)]
+        [
+            {"correct": bool(c), "group": None, "level": lv}
+            for c, lv in zip(row, a.level, strict=True)
+        ]
         for row in a.right
     ]
     expected = np.mean([scoring.scores(r)["mean_over_levels"] for r in records])
@@ -76,7 +85,9 @@ def test_a_pooled_spread_makes_intervals_of_three_seeds_narrower_and_they_hold(c
         arms = [made_up(0.1 * (i == 0), rng, seeds=3, pictures=60, seed_sd=0.04) for i in range(8)]
         spread = seed_spread(arms)
         assert spread.num_free == 14
-        pooled = difference(arms[0], arms[1], comparisons=comparisons, spread=spread, resamples=500).average
+        pooled = difference(
+            arms[0], arms[1], comparisons=comparisons, spread=spread, resamples=500
+        ).average
         alone = difference(arms[0], arms[1], comparisons=comparisons, resamples=500).average
         held += pooled.low <= 0.1 <= pooled.high
         widths.append([pooled.high - pooled.low, alone.high - alone.low])
@@ -91,7 +102,9 @@ def test_what_a_seed_does_to_all_arms_is_no_spread():
     assert np.allclose(seed_spread([a, lifted]).deviations, 0)
     assert seed_spread([a]) is None and seed_spread([made_up(0.0, rng, seeds=1)] * 2) is None
     one = made_up(0.0, rng, seeds=1)
-    pooled = difference(one, made_up(0.1, rng, seeds=1), spread=seed_spread([a, made_up(0.0, rng, seed_sd=0.1)]))
+    pooled = difference(
+        one, made_up(0.1, rng, seeds=1), spread=seed_spread([a, made_up(0.0, rng, seed_sd=0.1)])
+    )
     assert not pooled.note and pooled.average.high - pooled.average.low > 0.2
 
 
@@ -112,7 +125,9 @@ def test_questions_of_a_picture_are_one_draw():
     whole = np.repeat(rng.random(100) < 0.5, 6)[None]
     together = Answers(whole, a.picture, a.level, a.ids, a.seeds)
     as_if_alone = Answers(whole, np.arange(600), a.level, a.ids, a.seeds)
-    wide, narrow = (e.average.high - e.average.low for e in (interval(together), interval(as_if_alone)))
+    wide, narrow = (
+        e.average.high - e.average.low for e in (interval(together), interval(as_if_alone))
+    )
     assert wide == pytest.approx(6**0.5 * narrow, rel=0.1)
 
 
@@ -131,10 +146,15 @@ def test_the_order_of_questions_and_seeds_does_not_matter():
     b = flipped(a, 0.05, rng)
     order = rng.permutation(len(a.ids))
     mixed = [
-        Answers(x.right[:, order], x.picture[order], x.level[order], [x.ids[i] for i in order], x.seeds) for x in (b, a)
+        Answers(
+            x.right[:, order], x.picture[order], x.level[order], [x.ids[i] for i in order], x.seeds
+        )
+        for x in (b, a)
     ]
     one, other = difference(b, a), difference(*mixed)
-    for x, y in zip((one.average, *one.levels.values()), (other.average, *other.levels.values()), strict=True):
+    for x, y in zip(
+        (one.average, *one.levels.values()), (other.average, *other.levels.values()), strict=True
+    ):
         assert (x.value, x.low, x.high) == pytest.approx((y.value, y.low, y.high), abs=1e-6)
     reversed_seeds = Answers(b.right[::-1], b.picture, b.level, b.ids, b.seeds[::-1])
     assert difference(reversed_seeds, a).average.value == pytest.approx(one.average.value)

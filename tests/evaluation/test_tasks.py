@@ -1,4 +1,6 @@
-"""Benchmarks: asked as the released scripts ask, scored from the answers, submitted in the official format, whole or in parts."""
+"""Benchmarks: asked as the released scripts ask, scored from the answers, submitted in the official
+format, whole or in parts.
+"""
 
 import json
 import re
@@ -9,9 +11,9 @@ import pytest
 from helpers.playground import LETTER, SHORT, make_root
 
 from sparsecut.building import load, save
-from sparsecut.cli.app import app
-from sparsecut.experiments.compare import figures, read_runs, stores
+from sparsecut.cli.main import app
 from sparsecut.evaluation.tasks.run import TASKS, parse_tasks, part_of, read_tasks, run_task, table
+from sparsecut.experiments.compare import figures, read_runs, stores
 
 PERFECT = {  # what a task says of answers that are all right
     "vqav2:split=val": {"accuracy": 100},
@@ -35,8 +37,13 @@ PROMPTS = {
     "scienceqa": f"Context: N/A\nQuestion: what is it\nOptions: (A) a cat (B) a dog\n{LETTER}",
     "textvqa": f"What is it 0\nReference OCR token: cat, dog\n{SHORT}",
     "textvqa:ocr=off": f"What is it 0\n{SHORT}",
-    "mmbench": f"what is it\nA. a cat\nB. a dog\nC. red\n{LETTER}",  # an option "None" is an empty cell, as for the released script
-    "mmbench_cn": "what is it\nA. a cat\nB. a dog\nC. red\n\u8bf7\u76f4\u63a5\u56de\u7b54\u9009\u9879\u5b57\u6bcd\u3002",
+    "mmbench": (
+        f"what is it\nA. a cat\nB. a dog\nC. red\n{LETTER}"
+    ),  # an option "None" is an empty cell, as for the released script
+    "mmbench_cn": (
+        "what is it\nA. a cat\nB. a dog\nC."
+        " red\n\u8bf7\u76f4\u63a5\u56de\u7b54\u9009\u9879\u5b57\u6bcd\u3002"
+    ),
 }
 
 
@@ -55,7 +62,9 @@ def test_right_answers_are_all_right_and_wrong_ones_none(root, name):
     right = chosen.task.score(chosen.asked, {q.id: q.reference for q in chosen.asked.questions})
     assert right.main == pytest.approx(PERFECT[name]) and min(right.each.values()) > 0.99
     wrong = chosen.task.score(chosen.asked, {q.id: "neither" for q in chosen.asked.questions})
-    assert name.startswith(("pope", "mme")) or not any(wrong.main.values())  # POPE reads yes from it
+    assert name.startswith(("pope", "mme")) or not any(
+        wrong.main.values()
+    )  # POPE reads yes from it
     assert set(wrong.each) == {q.id for q in chosen.asked.questions} == set(right.each)
 
 
@@ -68,31 +77,45 @@ def test_answers_that_are_scored_elsewhere_have_no_score_and_a_file(root, name, 
     text = file.read_text()
     if name.startswith("vqav2"):
         rows = json.loads(text)
-        assert [row["question_id"] for row in rows] == list(range(6)) and rows[0]["answer"] == "2 cats 0"
-        assert [row["answer"] for row in rows[4:]] == (["", ""] if name == "vqav2" else ["2 cats 4", "2 cats 5"])
+        assert [row["question_id"] for row in rows] == list(range(6)) and rows[0][
+            "answer"
+        ] == "2 cats 0"
+        assert [row["answer"] for row in rows[4:]] == (
+            ["", ""] if name == "vqav2" else ["2 cats 4", "2 cats 5"]
+        )
     elif name == "vizwiz":
         assert json.loads(text)[1] == {"image": "VizWiz_test_00000001.jpg", "answer": "2 cats 1"}
     elif name == "mmvet":
         assert json.loads(text) == {"v1_0": "Two  cats. 0", "v1_1": "Two  cats. 1"}
     else:
-        assert json.loads(text.splitlines()[0]) | {"text": "Two  cats. 0", "question_id": 0} == json.loads(
-            text.splitlines()[0]
-        )
+        assert json.loads(text.splitlines()[0]) | {
+            "text": "Two  cats. 0",
+            "question_id": 0,
+        } == json.loads(text.splitlines()[0])
 
 
 def test_other_official_files(root, tmp_path):
     pytest.importorskip("openpyxl")
     chosen = read(root, "mmbench")
-    (table_file,) = chosen.task.submit(chosen.asked, {q.id: "B" for q in chosen.asked.questions}, tmp_path)
+    (table_file,) = chosen.task.submit(
+        chosen.asked, {q.id: "B" for q in chosen.asked.questions}, tmp_path
+    )
     rows = pandas.read_excel(table_file)
     assert list(rows) == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
     assert rows["index"].tolist()[:3] == [1, 1000001, 2000001] and set(rows["prediction"]) == {"B"}
     chosen = read(root, "mme")
-    (folder,) = chosen.task.submit(chosen.asked, {q.id: "Yes, it\nis" for q in chosen.asked.questions}, tmp_path)
+    (folder,) = chosen.task.submit(
+        chosen.asked, {q.id: "Yes, it\nis" for q in chosen.asked.questions}, tmp_path
+    )
     lines = (folder / "artwork.txt").read_text().splitlines()
-    assert lines[0] == "0.png\tIs it a cat? Please answer yes or no.\tYes\tYes, it is" and len(lines) == 4
+    assert (
+        lines[0] == "0.png\tIs it a cat? Please answer yes or no.\tYes\tYes, it is"
+        and len(lines) == 4
+    )
     chosen = read(root, "seed")
-    (file,) = chosen.task.submit(chosen.asked, {q.id: "A" for q in chosen.asked.questions}, tmp_path)
+    (file,) = chosen.task.submit(
+        chosen.asked, {q.id: "A" for q in chosen.asked.questions}, tmp_path
+    )
     assert json.loads(file.read_text().splitlines()[3]) == {"question_id": "v3", "prediction": "A"}
 
 
@@ -109,12 +132,16 @@ def test_rotated_rows_show_the_picture_of_their_question(root):
 
 def test_a_table_without_answers_is_for_the_server(root, tmp_path):
     pytest.importorskip("openpyxl")
-    rows = pandas.read_table(root / "mmbench" / "mmbench_dev_20230712.tsv", dtype=str).drop(columns="answer")
+    rows = pandas.read_table(root / "mmbench" / "mmbench_dev_20230712.tsv", dtype=str).drop(
+        columns="answer"
+    )
     (tmp_path / "mmbench").mkdir()
     rows.to_csv(tmp_path / "mmbench" / "mmbench_test_20230712.tsv", sep="\t", index=False)
     chosen = read(tmp_path, "mmbench:split=test")
     answers = {q.id: "A" for q in chosen.asked.questions}
-    assert chosen.task.score(chosen.asked, answers) is None and chosen.task.submit(chosen.asked, answers, tmp_path)
+    assert chosen.task.score(chosen.asked, answers) is None and chosen.task.submit(
+        chosen.asked, answers, tmp_path
+    )
 
 
 def test_every_task_is_asked_and_leaves_what_it_promises(root, tiny, tmp_path):
@@ -125,8 +152,14 @@ def test_every_task_is_asked_and_leaves_what_it_promises(root, tiny, tmp_path):
         assert json.loads((folder / "result.json").read_text()) == json.loads(json.dumps(one))
         assert all((folder / file).exists() for file in one["submission"])
         assert one["main"] or (one["submission"] and one["share_right"] is None)
-        assert one["prompt_template"] and one["question_files"] and one["decoding"]["max_new_tokens"] == 3
-        lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        assert (
+            one["prompt_template"]
+            and one["question_files"]
+            and one["decoding"]["max_new_tokens"] == 3
+        )
+        lines = [
+            json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()
+        ]
         assert len(lines) == one["num_examples"] and all(
             (line["correct"] is None) == (one["main"] is None) for line in lines
         )
@@ -138,7 +171,9 @@ def test_parts_together_are_the_whole_and_an_interrupted_run_goes_on(root, tiny,
     chosen = read(root, "pope")
     whole = run_task(*tiny, chosen, tmp_path / "whole", max_new_tokens=3)
     for number in (2, 0, 1):
-        result = run_task(*tiny, chosen, tmp_path / "parts", part=(number, 3), batch_size=2, max_new_tokens=3)
+        result = run_task(
+            *tiny, chosen, tmp_path / "parts", part=(number, 3), batch_size=2, max_new_tokens=3
+        )
         assert (result is None) == (number != 1)
 
     def stop(done, total):
@@ -149,7 +184,10 @@ def test_parts_together_are_the_whole_and_an_interrupted_run_goes_on(root, tiny,
         run_task(*tiny, chosen, tmp_path / "again", batch_size=3, max_new_tokens=3, progress=stop)
     assert not (tmp_path / "again" / "pope" / "result.json").exists()
     again = run_task(*tiny, chosen, tmp_path / "again", max_new_tokens=3)
-    files = [(tmp_path / name / "pope" / "predictions.jsonl").read_text() for name in ("whole", "parts", "again")]
+    files = [
+        (tmp_path / name / "pope" / "predictions.jsonl").read_text()
+        for name in ("whole", "parts", "again")
+    ]
     assert files[0] == files[1] == files[2]
     for other in (result, again):
         assert {k: v for k, v in other.items() if k != "batch_size"} == {
@@ -175,7 +213,11 @@ def test_some_of_the_questions_keep_what_belongs_together(root, tiny, tmp_path):
         assert len(kept) == units and len({q.unit for q in kept}) == 1
     chosen = read(root, "vizwiz", limit=1)
     result = run_task(*tiny, chosen, tmp_path, max_new_tokens=3)
-    assert result["num_examples"] == 1 and result["submission"] == [] and (tmp_path / "vizwiz-limit-1").is_dir()
+    assert (
+        result["num_examples"] == 1
+        and result["submission"] == []
+        and (tmp_path / "vizwiz-limit-1").is_dir()
+    )
     assert "no score and no file" in table([result])
 
 
@@ -187,13 +229,23 @@ def test_worth_between_nothing_and_all_counts_as_much_in_a_comparison(root, tiny
         file = tmp_path / name / "vqav2-split-val" / "predictions.jsonl"
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         file.write_text(
-            "".join(json.dumps({**line, "correct": 0.3 if name == "one" else 0.9}) + "\n" for line in lines)
+            "".join(
+                json.dumps({**line, "correct": 0.3 if name == "one" else 0.9}) + "\n"
+                for line in lines
+            )
         )
     runs = read_runs([f"{name}={tmp_path / name / 'vqav2-split-val'}" for name in ("one", "two")])
     rows = figures(runs)["runs"]
-    assert [rows[name]["share"]["average"]["value"] for name in ("one", "two")] == pytest.approx([0.3, 0.9])
-    assert [store.path for store in stores(runs)] == [root / "vqav2" / "val2014"]  # the page shows the pictures
-    assert runs[0].plan == asked[0].plan and runs[0].cost["num_image_tokens"] == asked[1].num_image_tokens
+    assert [rows[name]["share"]["average"]["value"] for name in ("one", "two")] == pytest.approx(
+        [0.3, 0.9]
+    )
+    assert [store.path for store in stores(runs)] == [
+        root / "vqav2" / "val2014"
+    ]  # the page shows the pictures
+    assert (
+        runs[0].plan == asked[0].plan
+        and runs[0].cost["num_image_tokens"] == asked[1].num_image_tokens
+    )
 
 
 @pytest.mark.parametrize(
@@ -217,18 +269,22 @@ def test_what_is_missing_or_broken_is_told_before_anything_is_asked(root, tmp_pa
     copy = tmp_path / "eval"
     shutil.copytree(root, copy)
     file = copy / "vizwiz" / "llava_test.jsonl"
-    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n\r\n"))  # as an editor may leave it
+    file.write_bytes(
+        b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n\r\n")
+    )  # as an editor may leave it
     assert [q.text for q in read(copy, "vizwiz").asked.questions] == [
         q.text for q in read(root, "vizwiz").asked.questions
     ]
     (copy / "pope" / "val2014" / "COCO_val2014_000000000001.jpg").unlink()
     with pytest.raises(
-        ValueError, match=r"llava_pope_test.jsonl line 2: there is no picture COCO_val2014_000000000001.jpg"
+        ValueError,
+        match=r"llava_pope_test.jsonl line 2: there is no picture COCO_val2014_000000000001.jpg",
     ):
         read(copy, "pope")
     (copy / "pope" / "coco" / "coco_pope_popular.json").unlink()
     with pytest.raises(
-        ValueError, match=r"pope needs .*coco_pope_popular.json, which is not there; extract LLaVA's eval.zip"
+        ValueError,
+        match=r"pope needs .*coco_pope_popular.json, which is not there; extract LLaVA's eval.zip",
     ):
         read(copy, "gqa,pope")
     (copy / "gqa" / "llava_gqa_testdev_balanced.jsonl").write_text('{"question_id": 1')
@@ -251,7 +307,10 @@ def test_what_is_missing_or_broken_is_told_before_anything_is_asked(root, tmp_pa
     with pytest.raises(ValueError, match="asks problem 0, which is not of the test split"):
         read(copy, "scienceqa")
     (copy / "textvqa" / "TextVQA_0.5.1_val.json").write_text('{"date": 1}')
-    with pytest.raises(ValueError, match=r"files of textvqa below .* are not what they should be \(KeyError: 'data'\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"files of textvqa below .* are not what they should be \(KeyError: 'data'\)",
+    ):
         read(copy, "textvqa")
     with pytest.raises(ValueError, match="there is no folder"):
         read(tmp_path / "none", "gqa")
@@ -272,19 +331,30 @@ def test_the_command_prints_scores_and_refuses_half_a_question(root, tiny, tmp_p
     model, out = str(tmp_path / "model"), str(tmp_path / "out")
     base = ["eval", model, "--max-new-tokens", "3", "--device", "cpu"]
     asks = [*base, "--tasks", "pope:split=random,vizwiz", "--root", str(root), "--out", out]
-    assert run(asks[:-2]) == "--tasks needs --out, a folder for answers and scores, where an interrupted run goes on"
+    assert (
+        run(asks[:-2])
+        == "--tasks needs --out, a folder for answers and scores, where an interrupted run goes on"
+    )
     assert "give --data, a file of questions, or --tasks" in run(base)
     assert "--images cannot go with --tasks" in run([*asks, "--images", "x"])
     assert run([*asks, "--dtype", "bf16"]).startswith("--dtype is 'bf16'")
     assert "belong to --tasks" in run([*base, "--data", "x.json", "--part", "1/2"])
     assert not (tmp_path / "out").exists()
-    assert run([*asks, "--part", "1/2"]) is None and "part 1 of 2 is answered" in capsys.readouterr().out
+    assert (
+        run([*asks, "--part", "1/2"]) is None
+        and "part 1 of 2 is answered" in capsys.readouterr().out
+    )
     assert run([*asks, "--part", "2/2"]) is None
     printed, told = capsys.readouterr()
     assert "vizwiz is answered: " in told
-    assert "pope:split=random" in printed and "to be scored elsewhere: vizwiz_submission.json" in printed
+    assert (
+        "pope:split=random" in printed
+        and "to be scored elsewhere: vizwiz_submission.json" in printed
+    )
     assert (tmp_path / "out" / "pope-split-random" / "result.json").is_file()
-    assert "made with another weights" in run([*asks[:-1], out, "--part", "1/2", "--dtype", "bfloat16"])
+    assert "made with another weights" in run(
+        [*asks[:-1], out, "--part", "1/2", "--dtype", "bfloat16"]
+    )
     assert run([*asks[:-1], out + "-half", "--dtype", "bfloat16"]) is None
 
 

@@ -1,4 +1,6 @@
-"""The automatic plan: every pair competes, the best under a budget make the plan, and the penalty only moves gates."""
+"""The automatic plan: every pair competes, the best under a budget make the plan, and the penalty
+only moves gates.
+"""
 
 import json
 from pathlib import Path
@@ -6,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.runs import trainer_for, write_records
-from test_study import QUICK
 from helpers.tiny import tiny_model
+from test_study import QUICK
 
 from sparsecut import Plan
 from sparsecut.experiments.search import choose, search, supernet_plan
@@ -71,10 +73,14 @@ def test_a_search_writes_a_plan_that_keeps_its_budget(tmp_path):
     study = parse_study({**QUICK, "output": str(tmp_path), "budgets": {"short": []}})
     plan, pairs = search(study, count=2, ratio=1.6, rank=2, workers=1, log=lambda line: None)
     assert 1 <= len(plan.shortcuts) - 1 <= 2 and len(pairs) == 48
-    assert [p["worth"] for p in pairs] == sorted((p["worth"] for p in pairs), reverse=True) and pairs[0]["worth"] > 0
+    assert [p["worth"] for p in pairs] == sorted(
+        (p["worth"] for p in pairs), reverse=True
+    ) and pairs[0]["worth"] > 0
     written = Plan.from_dict(yaml.safe_load((tmp_path / "search" / "plan.yaml").read_text()))
     assert written == plan
     assert json.loads((Path(tmp_path) / "search" / "search.json").read_text())["count"] == 2
     configs = [backbone_config("world", part) for part in ("vision", "language")]
-    costs = [count(*configs, p).prefill_total_flops for p in (plan, {"method": "llava", "norm": True})]
+    costs = [
+        count(*configs, p).prefill_total_flops for p in (plan, {"method": "llava", "norm": True})
+    ]
     assert costs[0] <= 1.6 * costs[1]

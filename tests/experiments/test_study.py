@@ -1,4 +1,6 @@
-"""A study from its file to its runs: equal data for all arms, nothing run twice, shared between processes, loud refusals."""
+"""A study from its file to its runs: equal data for all arms, nothing run twice, shared between
+processes, loud refusals.
+"""
 
 import json
 import os
@@ -8,8 +10,9 @@ import pytest
 from helpers.runs import write_records
 
 from sparsecut.experiments import runner as study_runner
-from sparsecut.experiments.study import Run, load_study, narrowed, parse_study
 from sparsecut.experiments.runner import claim, run_study
+from sparsecut.experiments.study import Run, load_study, narrowed, parse_study
+from sparsecut.reports.study import write_study_report
 
 ROOT = Path(__file__).parents[2]
 QUICK = {
@@ -21,7 +24,12 @@ QUICK = {
                 "name": "tune",
                 "data": {"path": "drawn"},
                 "train": ["fusion"],
-                "args": {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1},
+                "args": {
+                    "max_steps": 2,
+                    "per_device_train_batch_size": 4,
+                    "learning_rate": 1e-3,
+                    "logging_steps": 1,
+                },
             }
         ],
         "evaluate": {"data": {"path": "drawn"}, "max_new_tokens": 2, "batch_size": 32},
@@ -33,7 +41,10 @@ QUICK = {
     },
     "baseline": "plain",
     "seeds": [3, 4],
-    "budgets": {"short": [], "long": {"change": ["stages.0.args.max_steps=4"], "arms": ["cut"], "seeds": [4]}},
+    "budgets": {
+        "short": [],
+        "long": {"change": ["stages.0.args.max_steps=4"], "arms": ["cut"], "seeds": [4]},
+    },
 }
 
 
@@ -55,6 +66,7 @@ def finished(tmp_path_factory):
     """(study, its folder), run to its end in two processes."""
     one = study(tmp_path_factory.mktemp("finished"))
     run_study(one, log=lambda line: None)
+    write_study_report(one.output)
     return one, Path(one.output)
 
 
@@ -96,18 +108,27 @@ def test_a_study_leaves_what_its_report_reads_and_nothing_is_run_twice(finished)
         folder = run.folder(out)
         facts = json.loads((folder / "facts.json").read_text())
         assert (facts["arm"], facts["budget"], facts["seed"]) == (run.arm, run.budget, run.seed)
-        lines = [json.loads(line) for line in (folder / "eval" / "predictions.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (folder / "eval" / "predictions.jsonl").read_text().splitlines()
+        ]
         questions.add(tuple(line["id"] for line in lines))
         assert len(lines) == 6 * 7 and not (folder / "running").exists()
     assert len(questions) == 1, "all runs are asked the same questions in the same order"
     costs = json.loads((out / "costs.json").read_text())
-    assert set(costs) == {"plain", "cut"} and all(costs[arm][size] for arm in costs for size in ("here", "large"))
+    assert set(costs) == {"plain", "cut"} and all(
+        costs[arm][size] for arm in costs for size in ("here", "large")
+    )
     assert all((out / f"report.{kind}").is_file() for kind in ("html", "md", "json"))
     before = {run: (run.folder(out) / "facts.json").stat().st_mtime_ns for run in one.runs()}
     again = []
     run_study(one, log=again.append)
-    assert "5 runs: 5 finished, 0 to do in 2 processes" in again and not any("drawing" in line for line in again)
-    assert before == {run: (run.folder(out) / "facts.json").stat().st_mtime_ns for run in one.runs()}
+    assert "5 runs: 5 finished, 0 to do in 2 processes" in again and not any(
+        "drawing" in line for line in again
+    )
+    assert before == {
+        run: (run.folder(out) / "facts.json").stat().st_mtime_ns for run in one.runs()
+    }
     assert load_study(out / "study.yaml") == one
 
 
@@ -128,10 +149,19 @@ def test_more_arms_and_seeds_may_join_but_no_other_study_may_take_the_folder(fin
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path):
     bad = study(tmp_path, seeds=[0], budgets={"short": []})
-    bad.recipe["stages"][0]["args"] = {**bad.recipe["stages"][0]["args"], "learning_rate": 1e30, "max_steps": 6}
-    with pytest.raises(ChildProcessError, match=r"runs failed \(short/plain/0.*that training cannot go on|runs failed"):
+    bad.recipe["stages"][0]["args"] = {
+        **bad.recipe["stages"][0]["args"],
+        "learning_rate": 1e30,
+        "max_steps": 6,
+    }
+    with pytest.raises(
+        ChildProcessError,
+        match=r"runs failed \(short/plain/0.*that training cannot go on|runs failed",
+    ):
         run_study(bad, workers=1, log=lambda line: None)
-    failed = [run for run in bad.runs() if (run.folder(tmp_path / "study") / "failed.txt").is_file()]
+    failed = [
+        run for run in bad.runs() if (run.folder(tmp_path / "study") / "failed.txt").is_file()
+    ]
     assert failed and "loss" in (failed[0].folder(tmp_path / "study") / "failed.txt").read_text()
 
 
@@ -189,4 +219,6 @@ def test_a_study_may_ask_about_data_of_its_own(tmp_path):
     plain["recipe"] = {**QUICK["recipe"], "evaluate": {"data": source}}
     plain["recipe"]["stages"] = [{**QUICK["recipe"]["stages"][0], "data": source}]
     recipe = parse_study(plain).recipe_of(Run("short", "cut", 3))
-    assert recipe.stages[0].data[0].path == source["path"] and recipe.states == str(tmp_path / "study" / "states")
+    assert recipe.stages[0].data[0].path == source["path"] and recipe.states == str(
+        tmp_path / "study" / "states"
+    )

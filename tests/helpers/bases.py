@@ -1,4 +1,5 @@
-"""Tiny random vision-language models of every family that can be upgraded, and inputs for them, made on the spot.
+"""Tiny random vision-language models of every family that can be upgraded, and inputs for them,
+made on the spot.
 
 Widths are 16 and 32, four blocks and four layers. Inputs are what the families' processors would give for two prompts that differ
 in length, padded on the left, the pictures differing in size where a family allows that.
@@ -20,13 +21,29 @@ TEXT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+}
 CLIP = {"model_type": "clip_vision_model", **SIZES, "image_size": 16, "patch_size": 4}
 SIGLIP = {**CLIP, "model_type": "siglip_vision_model", "vision_use_head": False}
 TILES = {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]}
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
-PACKED = {"depth": 4, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
-IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
+PACKED = {
+    "depth": 4,
+    "num_heads": 2,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}
 QWEN = {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32, **PACKED}
 
 
@@ -45,7 +62,10 @@ def config(name: str):
             vision_config=CLIP, text_config=llama, vision_feature_layers=[-2, -3], **common
         ),
         "paligemma": lambda: hf.PaliGemmaConfig(
-            vision_config={**SIGLIP, "projection_dim": 32}, text_config=text("gemma"), projection_dim=32, **common
+            vision_config={**SIGLIP, "projection_dim": 32},
+            text_config=text("gemma"),
+            projection_dim=32,
+            **common,
         ),
         "gemma3": lambda: hf.Gemma3Config(
             vision_config=SIGLIP,
@@ -53,7 +73,9 @@ def config(name: str):
             mm_tokens_per_image=4,
             **common,
         ),
-        "llava_next": lambda: hf.LlavaNextConfig(vision_config=CLIP, text_config=llama, **TILES, **common),
+        "llava_next": lambda: hf.LlavaNextConfig(
+            vision_config=CLIP, text_config=llama, **TILES, **common
+        ),
         "llava_onevision": lambda: hf.LlavaOnevisionConfig(
             vision_config=SIGLIP,
             text_config=qwen2,
@@ -63,15 +85,30 @@ def config(name: str):
             **common,
         ),
         "mistral3": lambda: hf.Mistral3Config(
-            vision_config={"model_type": "pixtral", **SIZES, "head_dim": 8, "image_size": 32, "patch_size": 4},
+            vision_config={
+                "model_type": "pixtral",
+                **SIZES,
+                "head_dim": 8,
+                "image_size": 32,
+                "patch_size": 4,
+            },
             text_config=text("mistral"),
             spatial_merge_size=2,
             **common,
         ),
-        "idefics3": lambda: hf.Idefics3Config(vision_config={**SIGLIP, "model_type": "idefics3_vision"}, **shuffled),
-        "smolvlm": lambda: hf.SmolVLMConfig(vision_config={**SIGLIP, "model_type": "smolvlm_vision"}, **shuffled),
+        "idefics3": lambda: hf.Idefics3Config(
+            vision_config={**SIGLIP, "model_type": "idefics3_vision"}, **shuffled
+        ),
+        "smolvlm": lambda: hf.SmolVLMConfig(
+            vision_config={**SIGLIP, "model_type": "smolvlm_vision"}, **shuffled
+        ),
         "internvl": lambda: hf.InternVLConfig(
-            vision_config={**CLIP, "model_type": "internvl_vision", "image_size": [16, 16], "patch_size": [4, 4]},
+            vision_config={
+                **CLIP,
+                "model_type": "internvl_vision",
+                "image_size": [16, 16],
+                "patch_size": [4, 4],
+            },
             text_config=qwen2,
             **common,
         ),
@@ -86,7 +123,11 @@ def config(name: str):
             **IDS,
         ),
         "qwen3_vl": lambda: hf.Qwen3VLConfig(
-            vision_config={**QWEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [1, 2]},
+            vision_config={
+                **QWEN,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [1, 2],
+            },
             text_config={**TEXT, **ROPE},
             **IDS,
         ),
@@ -110,7 +151,9 @@ def base_of(name: str):
 
 
 def pictures(name: str) -> list[dict]:
-    """What the encoder is given for each of two prompts: one picture, or two in the second prompt of some families."""
+    """What the encoder is given for each of two prompts: one picture, or two in the second prompt
+    of some families.
+    """
     draw = torch.Generator().manual_seed(1)
 
     def views(*shape):
@@ -118,15 +161,26 @@ def pictures(name: str) -> list[dict]:
 
     if name.startswith("qwen"):
         grids = [[1, 8, 12], [1, 4, 4]]
-        return [{"pixel_values": views(h * w, 96), "image_grid_thw": torch.tensor([[1, h, w]])} for _, h, w in grids]
+        return [
+            {"pixel_values": views(h * w, 96), "image_grid_thw": torch.tensor([[1, h, w]])}
+            for _, h, w in grids
+        ]
     if name in ("llava_next", "llava_onevision"):
         sizes, most = [[30, 20], [12, 32]], 5
-        return [{"pixel_values": views(1, most, 3, 16, 16), "image_sizes": torch.tensor([size])} for size in sizes]
+        return [
+            {"pixel_values": views(1, most, 3, 16, 16), "image_sizes": torch.tensor([size])}
+            for size in sizes
+        ]
     if name == "mistral3":
         sizes = [[32, 16], [16, 24]]
-        return [{"pixel_values": views(1, 3, 32, 32), "image_sizes": torch.tensor([size])} for size in sizes]
+        return [
+            {"pixel_values": views(1, 3, 32, 32), "image_sizes": torch.tensor([size])}
+            for size in sizes
+        ]
     if name in ("idefics3", "smolvlm"):
-        first = torch.cat([views(1, 1, 3, 16, 16), torch.zeros(1, 1, 3, 16, 16)], 1)  # padded to the other's two
+        first = torch.cat(
+            [views(1, 1, 3, 16, 16), torch.zeros(1, 1, 3, 16, 16)], 1
+        )  # padded to the other's two
         return [{"pixel_values": first}, {"pixel_values": views(1, 2, 3, 16, 16)}]
     return [{"pixel_values": views(1, 3, 16, 16)}, {"pixel_values": views(2, 3, 16, 16)}]
 
@@ -172,11 +226,15 @@ WITH_VIDEOS = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 def with_video(name: str, inputs: dict) -> dict:
-    """The same prompts, each with a video of two frames of 4 x 4 patches before its last two tokens."""
+    """The same prompts, each with a video of two frames of 4 x 4 patches before its last two
+    tokens.
+    """
     draw = torch.Generator().manual_seed(6)
     frame = [START, *[VIDEO] * 4, END]
     video = {
-        "llava_onevision": [VIDEO] * 9,  # each frame is pooled to 2 x 2, and a newline ends the whole
+        "llava_onevision": (
+            [VIDEO] * 9
+        ),  # each frame is pooled to 2 x 2, and a newline ends the whole
         "qwen3_vl": frame + frame,
     }.get(name, [START, *[VIDEO] * 8, END])
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -190,4 +248,8 @@ def with_video(name: str, inputs: dict) -> dict:
     kinds = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
     grid = torch.tensor([[2, 4, 4]] * len(ids))
     pixels = torch.randn(len(ids) * 32, 96, generator=draw)
-    return grown | {"mm_token_type_ids": kinds, "pixel_values_videos": pixels, "video_grid_thw": grid}
+    return grown | {
+        "mm_token_type_ids": kinds,
+        "pixel_values_videos": pixels,
+        "video_grid_thw": grid,
+    }

@@ -30,7 +30,9 @@ def served(engine, add=lambda app, engine, settings: None, **settings):
         time.sleep(0.01)
     url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     try:
-        with openai.OpenAI(base_url=f"{url}/v1", api_key=settings.get("token") or "none", max_retries=0) as client:
+        with openai.OpenAI(
+            base_url=f"{url}/v1", api_key=settings.get("token") or "none", max_retries=0
+        ) as client:
             yield client
     finally:
         server.should_exit = True

@@ -1,19 +1,25 @@
-"""A tiny upgraded LLaVA whose shortcuts do something, with and without a processor: for tests of what surrounds it."""
+"""A tiny upgraded LLaVA whose shortcuts do something, with and without a processor: for tests of
+what surrounds it.
+"""
 
 import importlib.util
 from pathlib import Path
 
-from helpers import bases
 import torch
+from helpers import bases
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from sparsecut import upgrade
 
-spec = importlib.util.spec_from_file_location("upgrade_vlm", Path(__file__).parents[2] / "examples" / "upgrade_vlm.py")
+spec = importlib.util.spec_from_file_location(
+    "upgrade_vlm", Path(__file__).parents[2] / "examples" / "upgrade_vlm.py"
+)
 example = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(example)
-TEXTS = ["what is it is it a red cat yes no ASSISTANT USER user assistant a red dog blue are you sure"] * 3
+TEXTS = [
+    "what is it is it a red cat yes no ASSISTANT USER user assistant a red dog blue are you sure"
+] * 3
 SHORT = {"max_new_tokens": 5, "min_new_tokens": 5}
 
 
@@ -22,7 +28,9 @@ class AnyProcessor:
 
 
 def tiny(depth: int = 4):
-    """(base, its inputs): a tiny LLaVA with so many blocks and layers, and two prompts with a picture each."""
+    """(base, its inputs): a tiny LLaVA with so many blocks and layers, and two prompts with a
+    picture each.
+    """
     torch.manual_seed(0)
     config = bases.config("llava")
     config.vision_config.num_hidden_layers = config.text_config.num_hidden_layers = depth
@@ -53,7 +61,9 @@ def logits_of(model, inputs):
 
 
 def with_processor():
-    """(model, processor) of the example, the shortcuts doing something, and a conversation about a picture."""
+    """(model, processor) of the example, the shortcuts doing something, and a conversation about a
+    picture.
+    """
     torch.manual_seed(0)
     base, own = example.llava(TEXTS, width=32, vocabulary=300, view=16)
     torch.nn.init.normal_(base.get_output_embeddings().weight, std=0.5)
@@ -70,13 +80,22 @@ def talk():
 
 
 def asked(processor):
-    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    how = {
+        "add_generation_prompt": True,
+        "tokenize": True,
+        "return_dict": True,
+        "return_tensors": "pt",
+    }
     return processor.apply_chat_template([talk()], **how)
 
 
 def trains(model, inputs, more=()):
-    """Whether one pass gives a gradient to the fusion's parameters that learn, and to every one in `more`."""
+    """Whether one pass gives a gradient to the fusion's parameters that learn, and to every one in
+    `more`.
+    """
     model.train()
     model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
     learning = [*(p for p in model.fusion.parameters() if p.requires_grad), *more]
-    return len(learning) > len(more) and all(p.grad is not None and p.grad.abs().sum() > 0 for p in learning)
+    return len(learning) > len(more) and all(
+        p.grad is not None and p.grad.abs().sum() > 0 for p in learning
+    )

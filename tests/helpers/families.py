@@ -1,4 +1,5 @@
-"""Tiny random models of many families: what the family tests and `make grid` build their models from.
+"""Tiny random models of many families: what the family tests and `make grid` build their models
+from.
 
 A family that only the slow grid runs stands in the same table as the others; `EVERYDAY` names those of the default tests.
 """
@@ -91,18 +92,61 @@ LANGUAGE = {  # model_type -> settings beyond BASE
     "ministral": GQA | HEAD,
     "bitnet": GQA,
     "lfm2": GQA | {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
-    "qwen3_next": GQA
-    | HEAD
-    | MOE
-    | {"layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"]},
-    "jamba": GQA | {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
-    "falcon_h1": GQA | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
-    "bamba": GQA | {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "attn_layer_indices": [1, 3]},
-    "recurrent_gemma": GQA | {"lru_width": 32, "attention_window_size": 64, "block_types": ["recurrent", "attention"]},
+    "qwen3_next": (
+        GQA
+        | HEAD
+        | MOE
+        | {
+            "layer_types": [
+                "linear_attention",
+                "linear_attention",
+                "linear_attention",
+                "full_attention",
+            ]
+        }
+    ),
+    "jamba": (
+        GQA
+        | {
+            "num_experts": 2,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "use_mamba_kernels": False,
+        }
+    ),
+    "falcon_h1": (
+        GQA | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+    ),
+    "bamba": (
+        GQA
+        | {
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "attn_layer_indices": [1, 3],
+        }
+    ),
+    "recurrent_gemma": (
+        GQA
+        | {
+            "lru_width": 32,
+            "attention_window_size": 64,
+            "block_types": ["recurrent", "attention"],
+        }
+    ),
     "olmo_hybrid": GQA,
-    "qwen3_5_text": GQA
-    | HEAD
-    | {"layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"]},
+    "qwen3_5_text": (
+        GQA
+        | HEAD
+        | {
+            "layer_types": [
+                "linear_attention",
+                "linear_attention",
+                "linear_attention",
+                "full_attention",
+            ]
+        }
+    ),
     "phimoe": GQA | {"num_local_experts": 2},
     "flex_olmo": GQA | {"num_experts": 4, "num_experts_per_tok": 2},
     "jetmoe": {"kv_channels": 8, "num_local_experts": 2},
@@ -130,7 +174,12 @@ LANGUAGE = {  # model_type -> settings beyond BASE
     "xlstm": {},
     "mamba": {},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
-    "bart": {"d_model": 32, "decoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
+    "bart": {
+        "d_model": 32,
+        "decoder_layers": 4,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 48,
+    },
     "t5": {},
 }
 
@@ -174,7 +223,13 @@ VISION = {
     "dpt": {},
     "pixtral": {"image_size": 32},
     "siglip2_vision_model": {"num_patches": 4},
-    "qwen2_vl_vision": {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2, "depth": 4, "num_heads": 2},
+    "qwen2_vl_vision": {
+        "embed_dim": 16,
+        "hidden_size": 32,
+        "mlp_ratio": 2,
+        "depth": 4,
+        "num_heads": 2,
+    },
     "qwen2_5_vl_vision": {
         "depth": 4,
         "num_heads": 2,
@@ -182,7 +237,13 @@ VISION = {
         "window_size": 32,
         "fullatt_block_indexes": [1],
     },
-    "qwen3_vl_vision": {"depth": 4, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16, **DEEPSTACK},
+    "qwen3_vl_vision": {
+        "depth": 4,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        **DEEPSTACK,
+    },
     "qwen3_vl_moe_vision": {
         "depth": 4,
         "num_heads": 2,
@@ -241,12 +302,18 @@ EVERYDAY_KINDS = [  # one of each way to be fed or unpacked, besides those above
 
 
 def language_config(name: str, **settings):
-    """A tiny configuration of a decoder family, its weights wide enough for its choices to be clear."""
-    return AutoConfig.for_model(name, **BASE | {"initializer_range": 0.2} | LANGUAGE[name] | settings)
+    """A tiny configuration of a decoder family, its weights wide enough for its choices to be
+    clear.
+    """
+    return AutoConfig.for_model(
+        name, **BASE | {"initializer_range": 0.2} | LANGUAGE[name] | settings
+    )
 
 
 def vision_config(name: str, **settings):
-    """A tiny configuration of an encoder family: views of 16 x 16 pixels, 2 x 2 patches, width 16, 4 blocks."""
+    """A tiny configuration of an encoder family: views of 16 x 16 pixels, 2 x 2 patches, width 16,
+    4 blocks.
+    """
     return AutoConfig.for_model(name, **VISION_BASE | VISION[name] | settings)
 
 

@@ -1,4 +1,6 @@
-"""The twelve benchmarks in small: invented questions in the files and folders that LLaVA's instructions make people download."""
+"""The twelve benchmarks in small: invented questions in the files and folders that LLaVA's
+instructions make people download.
+"""
 
 import base64
 import io
@@ -13,7 +15,9 @@ LETTER = "Answer with the option's letter from the given choices directly."
 
 
 def picture(number: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(number).integers(0, 255, (20, 24, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(number).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+    )
 
 
 def draw(path: Path, number: int) -> None:
@@ -25,7 +29,9 @@ def write(path: Path, value) -> None:
     """JSON, or JSON Lines where the name says so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.suffix == ".jsonl" or path.parent.name == "coco"
-    path.write_text("".join(json.dumps(one) + "\n" for one in value) if lines else json.dumps(value))
+    path.write_text(
+        "".join(json.dumps(one) + "\n" for one in value) if lines else json.dumps(value)
+    )
 
 
 def asked(number, image: str, text: str, category: str = "default") -> dict:
@@ -34,7 +40,19 @@ def asked(number, image: str, text: str, category: str = "default") -> dict:
 
 def make_root(root: Path) -> Path:
     """All twelve."""
-    for make in (vqav2, gqa, vizwiz, scienceqa, textvqa, pope, mme, mmbench, seed, llava_bench, mmvet):
+    for make in (
+        vqav2,
+        gqa,
+        vizwiz,
+        scienceqa,
+        textvqa,
+        pope,
+        mme,
+        mmbench,
+        seed,
+        llava_bench,
+        mmvet,
+    ):
         make(root)
     return root
 
@@ -50,7 +68,11 @@ def vqav2(root: Path) -> None:
     for i in range(5):
         questions.append({"question_id": 10 * i, "image_id": i, "question": "what is it"})
         answers = [{"answer": "two cats" if k < 8 else "dog", "answer_id": k} for k in range(10)]
-        more = {"question_type": "what is", "answer_type": "other", "multiple_choice_answer": "two cats"}
+        more = {
+            "question_type": "what is",
+            "answer_type": "other",
+            "multiple_choice_answer": "two cats",
+        }
         annotations.append({"question_id": 10 * i, "image_id": i, "answers": answers, **more})
         draw(folder / "val2014" / f"COCO_val2014_{i:012d}.jpg", i)
     write(folder / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": questions})
@@ -71,7 +93,10 @@ def gqa(root: Path) -> None:
             "entailed": [],
             "types": {"structural": kind, "semantic": "obj", "detailed": "exist"},
             "groups": {"global": "animal"},
-            "semantic": [{"operation": "select", "argument": "cat"}, {"operation": "exist", "argument": "?"}],
+            "semantic": [
+                {"operation": "select", "argument": "cat"},
+                {"operation": "exist", "argument": "?"},
+            ],
         }
     write(folder / "llava_gqa_testdev_balanced.jsonl", questions)
     write(folder / "data" / "testdev_balanced_questions.json", facts)
@@ -79,7 +104,9 @@ def gqa(root: Path) -> None:
 
 def vizwiz(root: Path) -> None:
     unsure = "When the provided information is insufficient, respond with 'Unanswerable'."
-    lines = [asked(i, f"VizWiz_test_{i:08d}.jpg", f"what is it\n{unsure}\n{SHORT}") for i in range(3)]
+    lines = [
+        asked(i, f"VizWiz_test_{i:08d}.jpg", f"what is it\n{unsure}\n{SHORT}") for i in range(3)
+    ]
     write(root / "vizwiz" / "llava_test.jsonl", lines)
     for i, one in enumerate(lines):
         draw(root / "vizwiz" / "test" / one["image"], i)
@@ -100,9 +127,13 @@ def scienceqa(root: Path) -> None:
             "topic": "biology",
             "split": "test",
         }
-        text = "Context: N/A\nQuestion: what is it\nOptions: (A) a cat (B) a dog" + ("\n<image>" if shown else "")
+        text = "Context: N/A\nQuestion: what is it\nOptions: (A) a cat (B) a dog" + (
+            "\n<image>" if shown else ""
+        )
         turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "The answer is A."}]
-        records.append({"id": str(i), **({"image": shown} if shown else {}), "conversations": turns})
+        records.append(
+            {"id": str(i), **({"image": shown} if shown else {}), "conversations": turns}
+        )
         if shown:
             draw(folder / "images" / "test" / shown, i)
     problems["99"] = {**problems["0"], "split": "train"}
@@ -114,9 +145,21 @@ def scienceqa(root: Path) -> None:
 def textvqa(root: Path) -> None:
     folder, questions, data = root / "textvqa", [], []
     for i in range(4):
-        image, asks = f"{'abc'[i % 3]}0", f"What is it {i}"  # two questions of one picture have one id
-        questions.append(asked(image, f"{image}.jpg", f"{asks}\nReference OCR token: cat, dog\n{SHORT}"))
-        data.append({"image_id": image, "question": asks, "question_id": i, "answers": ["cat"] * 7 + ["dog"] * 3})
+        image, asks = (
+            f"{'abc'[i % 3]}0",
+            f"What is it {i}",
+        )  # two questions of one picture have one id
+        questions.append(
+            asked(image, f"{image}.jpg", f"{asks}\nReference OCR token: cat, dog\n{SHORT}")
+        )
+        data.append(
+            {
+                "image_id": image,
+                "question": asks,
+                "question_id": i,
+                "answers": ["cat"] * 7 + ["dog"] * 3,
+            }
+        )
         draw(folder / "train_images" / f"{image}.jpg", i)
     write(folder / "llava_textvqa_val_v051_ocr.jsonl", questions)
     write(folder / "TextVQA_0.5.1_val.json", {"data": data})
@@ -128,7 +171,10 @@ def pope(root: Path) -> None:
         labels = []
         for i in range(4):
             image = f"COCO_val2014_{i:012d}.jpg"
-            text, label = f"Is there a {'cat' if i % 2 else 'dog'} in the image?", ("no", "yes")[i % 2]
+            text, label = (
+                f"Is there a {'cat' if i % 2 else 'dog'} in the image?",
+                ("no", "yes")[i % 2],
+            )
             labels.append({"question_id": i + 1, "image": image, "text": text, "label": label})
             questions.append(asked(4 * k + i, image, f"{text}\n{SHORT}", split))
             draw(folder / "val2014" / image, i)
@@ -152,7 +198,9 @@ def mme(root: Path) -> None:
             truth.write_text("".join(f"{question}\t{answer}\n" for question, answer in pairs))
             for question, _ in pairs:
                 plain = " ".join(question.split())
-                questions.append({**asked(f"{task}/{i}.png", name, f"{plain}\n{SHORT}"), "category": task})
+                questions.append(
+                    {**asked(f"{task}/{i}.png", name, f"{plain}\n{SHORT}"), "category": task}
+                )
     write(folder / "llava_mme.jsonl", questions)
 
 
@@ -179,8 +227,20 @@ def mmbench(root: Path) -> None:
             cell = base64.b64encode(data.getvalue()).decode()
             for turn in range(3):
                 turned = options[:3][turn:] + options[:3][:turn]
-                hint, shown = ("it is red" if i == 2 else ""), (cell if i != 3 or turn == 0 else "3")
-                last = [options[3], "ABC"[-turn % 3], "ocr", shown, "here", "coarse_perception", "", "dev"]
+                hint, shown = (
+                    ("it is red" if i == 2 else ""),
+                    (cell if i != 3 or turn == 0 else "3"),
+                )
+                last = [
+                    options[3],
+                    "ABC"[-turn % 3],
+                    "ocr",
+                    shown,
+                    "here",
+                    "coarse_perception",
+                    "",
+                    "dev",
+                ]
                 rows.append([str(1_000_000 * turn + i), "what is it", hint, *turned, *last])
         path = root / "mmbench" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,15 +258,25 @@ def seed(root: Path) -> None:
         questions.append(asked(number, image, f"what is it\nA. cat\nB. dog\n{LETTER}", kind))
         draw(folder / image, i)
         facts.append(
-            {"question_id": str(number), "answer": "AB"[i % 2], "question_type_id": 1 + i % 2, "data_type": kind}
+            {
+                "question_id": str(number),
+                "answer": "AB"[i % 2],
+                "question_type_id": 1 + i % 2,
+                "data_type": kind,
+            }
         )
     write(folder / "llava-seed-bench.jsonl", questions)
-    write(folder / "SEED-Bench.json", {"question_type": {"Scene": 1, "Action": 2}, "questions": facts})
+    write(
+        folder / "SEED-Bench.json", {"question_type": {"Scene": 1, "Action": 2}, "questions": facts}
+    )
 
 
 def llava_bench(root: Path) -> None:
     folder = root / "llava-bench-in-the-wild"
-    write(folder / "questions.jsonl", [asked(i, f"{i:03d}.jpg", "what is it", "conv") for i in range(2)])
+    write(
+        folder / "questions.jsonl",
+        [asked(i, f"{i:03d}.jpg", "what is it", "conv") for i in range(2)],
+    )
     for i in range(2):
         draw(folder / "images" / f"{i:03d}.jpg", i)
 

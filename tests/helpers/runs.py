@@ -3,22 +3,24 @@
 import json
 
 import numpy as np
-from PIL import Image
 from helpers.tiny import SPARSE, tiny_model
+from PIL import Image
 
-from sparsecut.training.arguments import stage_arguments
+from sparsecut.config.recipe import parse_recipe
 from sparsecut.data.dataset import Collator, TrainingData, check_examples, read_examples
+from sparsecut.training.arguments import stage_arguments
 from sparsecut.training.freezing import freeze
 from sparsecut.training.progress import StageLog
-from sparsecut.config.recipe import parse_recipe
-from sparsecut.training.trainer import StageTrainer
 from sparsecut.training.stages import train
+from sparsecut.training.trainer import StageTrainer
 
 ANSWERS = ["a cat", "a red dog", "blue", "yes ."]
 
 
 def write_records(folder) -> None:
-    """Twelve records: one in four is text only, one has two pictures; texts.json holds text-only records."""
+    """Twelve records: one in four is text only, one has two pictures; texts.json holds text-only
+    records.
+    """
     records, texts, rng = [], [], np.random.default_rng(0)
     for i in range(12):
         Image.fromarray(rng.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
@@ -34,14 +36,29 @@ def write_records(folder) -> None:
 
 def stage(folder, data="data.json", **changes):
     """One stage of three steps in a recipe's plain form."""
-    args = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "logging_steps": 1}
+    args = {
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+    }
     args |= changes.pop("args", {})
-    return {"name": "one", "data": {"path": str(folder / data)}, "train": ["fusion"], "args": args, **changes}
+    return {
+        "name": "one",
+        "data": {"path": str(folder / data)},
+        "train": ["fusion"],
+        "args": args,
+        **changes,
+    }
 
 
 def recipe(folder, *stages, **changes):
     """A recipe around the stages."""
-    base = {"model": {"vision": "tiny", "language": "tiny"}, "fusion": SPARSE, "output": str(folder / "out")}
+    base = {
+        "model": {"vision": "tiny", "language": "tiny"},
+        "fusion": SPARSE,
+        "output": str(folder / "out"),
+    }
     return parse_recipe({**base, "stages": list(stages) or [stage(folder)], **changes})
 
 
@@ -49,12 +66,20 @@ def run(folder, *stages, plan=SPARSE, resume=False, **changes):
     """Train the tiny model; returns (model, processor)."""
     model, processor = tiny_model(plan)
     changes = {"fusion": plan, **changes}
-    return train(recipe(folder, *stages, **changes), model=model, processor=processor, shown=False, resume=resume)
+    return train(
+        recipe(folder, *stages, **changes),
+        model=model,
+        processor=processor,
+        shown=False,
+        resume=resume,
+    )
 
 
 def log(folder, name="one", output="out"):
     """The lines of a stage's log."""
-    return [json.loads(line) for line in (folder / output / name / "log.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / output / name / "log.jsonl").read_text().splitlines()
+    ]
 
 
 def trainer_for(model, processor, folder, **changes):

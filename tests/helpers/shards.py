@@ -9,7 +9,9 @@ from helpers.runs import write_records
 
 
 def write_shards(folder) -> None:
-    """data.json, texts.json and their pictures; part-N.jsonl, shard-N.tar, table.parquet, saved/ and pictures.tar hold the same."""
+    """data.json, texts.json and their pictures; part-N.jsonl, shard-N.tar, table.parquet, saved/
+    and pictures.tar hold the same.
+    """
     write_records(folder)
     records = json.loads((folder / "data.json").read_text())
     for part in range(3):
@@ -29,7 +31,11 @@ def write_shards(folder) -> None:
         for picture in sorted(folder.glob("*.png")):
             archive.add(picture, picture.name)
     rows = [
-        {**r, "image": [{"bytes": (folder / n).read_bytes(), "path": None} for n in r["image"] or []]} for r in records
+        {
+            **r,
+            "image": [{"bytes": (folder / n).read_bytes(), "path": None} for n in r["image"] or []],
+        }
+        for r in records
     ]
     table = datasets.Dataset.from_list(rows)
     table.save_to_disk(folder / "saved")

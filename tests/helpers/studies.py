@@ -1,4 +1,6 @@
-"""A finished study made up on the spot: real plans, drawn answers of known accuracy, counts from a rule of thumb."""
+"""A finished study made up on the spot: real plans, drawn answers of known accuracy, counts from a
+rule of thumb.
+"""
 
 import json
 from pathlib import Path
@@ -36,9 +38,17 @@ LEVELS = {"high": ("shape", "place"), "mid": ("texture", "count"), "low": ("shad
 
 
 def made_up_study(
-    out: Path, arms: list[str], *, seeds=(0, 1), pictures: int = 40, budgets=("main", "long"), accuracies=None
+    out: Path,
+    arms: list[str],
+    *,
+    seeds=(0, 1),
+    pictures: int = 40,
+    budgets=("main", "long"),
+    accuracies=None,
 ) -> Path:
-    """Write what a study of these arms of SPECS leaves in `out`. accuracies: arm -> share right at the main budget, else drawn."""
+    """Write what a study of these arms of SPECS leaves in `out`. accuracies: arm -> share right at
+    the main budget, else drawn.
+    """
     rng = np.random.default_rng(0)
     out.mkdir(parents=True, exist_ok=True)
     study = {
@@ -54,7 +64,9 @@ def made_up_study(
     }
     (out / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
     plans = {name: make_plan(SPECS[name], *DEPTHS) for name in arms}
-    (out / "costs.json").write_text(json.dumps({name: _costs(name, plan) for name, plan in plans.items()}))
+    (out / "costs.json").write_text(
+        json.dumps({name: _costs(name, plan) for name, plan in plans.items()})
+    )
     ease = rng.normal(0, 0.08, pictures)
     chance = {name: (accuracies or {}).get(name, 0.5 + 0.3 * rng.random()) for name in arms}
     tilt = {name: rng.normal(0, 0.08, 3) for name in arms}
@@ -64,7 +76,14 @@ def made_up_study(
                 right = chance[name] + 0.06 * b + rng.normal(0, 0.01) + ease
                 shift = tilt[name] - tilt[name].mean() if accuracies is None else np.zeros(3)
                 _run(
-                    out / "runs" / budget / name / str(seed), name, plans[name], right, shift, 400 * (b + 1), rng, seed
+                    out / "runs" / budget / name / str(seed),
+                    name,
+                    plans[name],
+                    right,
+                    shift,
+                    400 * (b + 1),
+                    rng,
+                    seed,
                 )
     return out
 
@@ -78,16 +97,32 @@ def _run(folder: Path, name: str, plan, right, shift, steps: int, rng, seed: int
             for kind in kinds:
                 correct = bool(rng.random() < chance + more)
                 groups.setdefault(kind, []).append(correct)
-                ask = {"id": f"test/{p}/{kind}", "prompt": f"what {kind}", "images": [f"test/{p}.png"], "group": kind}
-                rows.append({**ask, "prediction": "a", "reference": "b", "correct": correct, "level": level})
-    (folder / "eval" / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = {"groups": {k: {"accuracy": sum(v) / len(v)} for k, v in groups.items()}, "seconds": 6.0}
+                ask = {
+                    "id": f"test/{p}/{kind}",
+                    "prompt": f"what {kind}",
+                    "images": [f"test/{p}.png"],
+                    "group": kind,
+                }
+                rows.append(
+                    {**ask, "prediction": "a", "reference": "b", "correct": correct, "level": level}
+                )
+    (folder / "eval" / "predictions.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
+    result = {
+        "groups": {k: {"accuracy": sum(v) / len(v)} for k, v in groups.items()},
+        "seconds": 6.0,
+    }
     (folder / "eval" / "result.json").write_text(json.dumps(result))
     stages = {"stages": [{"name": "align"}, {"name": "tune"}]}
     (folder / "config.yaml").write_text(yaml.safe_dump(stages))
     level = 1 - right.mean()
     lines = [
-        {"step": s, "loss": level + 1.5 * float(np.exp(-s / 90)) + rng.normal(0, 0.02), "seconds": s / 4}
+        {
+            "step": s,
+            "loss": level + 1.5 * float(np.exp(-s / 90)) + rng.normal(0, 0.02),
+            "seconds": s / 4,
+        }
         for s in range(10, steps + 1, 10)
     ]
     (folder / "tune" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -96,7 +131,12 @@ def _run(folder: Path, name: str, plan, right, shift, steps: int, rng, seed: int
         "seed": seed,
         "plan": plan.to_dict(),
         "depths": list(DEPTHS),
-        "parameters": {"vision": 938304, "fusion": 18624 * len(plan.shortcuts), "language": 725952, "head": 5568},
+        "parameters": {
+            "vision": 938304,
+            "fusion": 18624 * len(plan.shortcuts),
+            "language": 725952,
+            "head": 5568,
+        },
         "image_tokens": plan.image_tokens(16),
         "views": plan.num_views,
         "train_seconds": steps / 4,
@@ -109,7 +149,10 @@ def _costs(name: str, plan) -> dict:
     costs = {"plan": plan.to_dict()}
     for size, views, tokens in (("here", 4e7, 2e6), ("large", 3.8e11, 1.4e10)):
         patches = 16 if size == "here" else 576
-        fine = len(plan.fine_taps(DEPTHS[0])) and max(plan.fine_taps(DEPTHS[0])) / DEPTHS[0] * plan.tiles**2
+        fine = (
+            len(plan.fine_taps(DEPTHS[0]))
+            and max(plan.fine_taps(DEPTHS[0])) / DEPTHS[0] * plan.tiles**2
+        )
         parts = {
             "encoder_coarse_flops": views,
             "encoder_fine_flops": views * fine,

@@ -1,4 +1,6 @@
-"""Tiny random models and a word-level tokenizer, made on the spot: what the tests build everything from."""
+"""Tiny random models and a word-level tokenizer, made on the spot: what the tests build everything
+from.
+"""
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -40,14 +42,16 @@ WORDS = [
 ]
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER : ' + m['content'] + ' ' }}{% else %}"
-    "{{ 'ASSISTANT : ' }}{% generation %}{{ m['content'] + ' </s> ' }}{% endgeneration %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT :' }}{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER : ' + m['content'] + ' ' }}{% else"
+    " %}{{ 'ASSISTANT : ' }}{% generation %}{{ m['content'] + ' </s> ' }}{% endgeneration %}{%"
+    " endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT :' }}{% endif %}"
 )
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of some thirty words, with a chat template that marks the assistant's words."""
+    """A word-level tokenizer of some thirty words, with a chat template that marks the assistant's
+    words.
+    """
     vocabulary = {word: i for i, word in enumerate([*SPECIAL.values(), *WORDS])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -87,7 +91,10 @@ def tiny_language(layers: int = 4, tie: bool = False):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-SPARSE = {"method": "sparsecut", "pattern": "sparse"}  # two shortcuts above the input in models of these depths
+SPARSE = {
+    "method": "sparsecut",
+    "pattern": "sparse",
+}  # two shortcuts above the input in models of these depths
 
 
 def tiny_model(plan=SPARSE, *, vision=None, language=None, seed: int = 0):

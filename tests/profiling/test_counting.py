@@ -1,4 +1,6 @@
-"""What plans cost: parts that add up, closed forms, arithmetic by hand explained, and times that are times."""
+"""What plans cost: parts that add up, closed forms, arithmetic by hand explained, and times that
+are times.
+"""
 
 import json
 from dataclasses import replace
@@ -9,20 +11,26 @@ from helpers.tiny import tiny_language, tiny_model, tiny_vision
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from sparsecut.profiling import counting as cost, timing
-from sparsecut.cli.app import app
+from sparsecut.cli.main import app
 from sparsecut.methods import METHODS
 from sparsecut.modeling import SparseCutForConditionalGeneration
+from sparsecut.profiling import counting as cost
+from sparsecut.profiling import timing
 
 WIDTH, DEPTH, INNER, WORDS = 4096, 32, 11008, 32000  # a 7B Llama
-PER_TOKEN = DEPTH * 2 * (4 * WIDTH**2 + 3 * WIDTH * INNER)  # two operations per weight: projections and feed-forward
+PER_TOKEN = (
+    DEPTH * 2 * (4 * WIDTH**2 + 3 * WIDTH * INNER)
+)  # two operations per weight: projections and feed-forward
 
 
 @pytest.fixture(scope="module")
 def large():
     """Counts at the sizes of CLIP-L/336 and a 7B Llama, made when asked for and once."""
     made = {}
-    sizes = cost.backbone_config("clip-l-336", "vision"), cost.backbone_config("llama-7b", "language")
+    sizes = (
+        cost.backbone_config("clip-l-336", "vision"),
+        cost.backbone_config("llama-7b", "language"),
+    )
 
     def of(plan):
         if plan not in made:
@@ -55,8 +63,9 @@ def test_a_plain_llama_costs_its_closed_form(large, plan):
     assert c.weight_bytes == 2 * c.num_total_parameters
 
 
-# The survey's arithmetic by hand for a picture and 64 text tokens, in TFLOP, and what it has that ours has not: newline tokens,
-# and for the released 7B form two fusions that are computed and thrown away.
+# The survey's arithmetic by hand for a picture and 64 text tokens, in TFLOP, and what it has that
+# ours has not: newline tokens, and for the released 7B form two fusions that are computed and
+# thrown away.
 BY_HAND = {
     "llava": (8.80, 0, 0),
     "hires_tokens": (43.1, 48, 0),
@@ -70,7 +79,9 @@ BY_HAND = {
 
 @pytest.mark.parametrize("plan", [name for name in BY_HAND if name in METHODS])
 def test_totals_agree_with_the_arithmetic_by_hand(large, plan):
-    """By hand, the encoder's last block runs too, attention is halved for the causal mask, and the head is left out."""
+    """By hand, the encoder's last block runs too, attention is halved for the causal mask, and the
+    head is left out.
+    """
     c = large(plan)
     total, newlines, thrown_away = BY_HAND[plan]
     length = c.num_prompt_tokens + newlines
@@ -92,7 +103,9 @@ PLANS = (
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_parts_add_up_to_a_whole_real_forward(plan):
-    """Pretended tensors count what a real model of the same size does, by part and at once, in prompts of two pictures."""
+    """Pretended tensors count what a real model of the same size does, by part and at once, in
+    prompts of two pictures.
+    """
     vision, language = tiny_configs()
     c = cost.count(vision, language, plan, num_text_tokens=5, num_pictures=2, dtype=torch.float32)
     config = cost.configuration_of(vision, language, plan)
@@ -110,7 +123,10 @@ def test_parts_add_up_to_a_whole_real_forward(plan):
     assert c.kv_cache_bytes == cost._cache_bytes(output.past_key_values)
     assert c.num_total_parameters == sum(p.numel() for p in model.parameters())
     assert c.num_fusion_parameters == sum(p.numel() for p in model.fusion.parameters())
-    assert c.num_total_parameters == c.num_vision_parameters + c.num_fusion_parameters + c.num_language_parameters
+    assert (
+        c.num_total_parameters
+        == c.num_vision_parameters + c.num_fusion_parameters + c.num_language_parameters
+    )
 
 
 @pytest.mark.parametrize("plan", ["llava", "sparsecut"])
@@ -123,12 +139,17 @@ def test_what_training_keeps_is_what_a_padded_batch_keeps(plan):
     mask = torch.ones(3, ids.shape[1], dtype=torch.long)
     mask[0, -1] = 0
     pixels = torch.randn(1, model.plan.num_views, 3, 16, 16)
-    real = [cost.saved_bytes(model, ids, pixels, mask, parts) for parts in (["fusion"], ["fusion", "language"])]
+    real = [
+        cost.saved_bytes(model, ids, pixels, mask, parts)
+        for parts in (["fusion"], ["fusion", "language"])
+    ]
     assert [c.training_fusion_bytes, c.training_fusion_language_bytes] == real and real[0] < real[1]
 
 
 def test_attention_of_every_kernel_counts_the_same():
-    """The formula for the kernel that torch's counter does not know agrees with plain matrix products."""
+    """The formula for the kernel that torch's counter does not know agrees with plain matrix
+    products.
+    """
     query, key = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 10, 8)
     with cost.counter() as ours:
         torch.nn.functional.scaled_dot_product_attention(query, key, key)
@@ -142,12 +163,27 @@ def test_more_costs_more():
     one = cost.count(vision, language, "sparsecut")
     two = cost.count(vision, language, "sparsecut", num_pictures=2)
     none = cost.count(vision, language, "sparsecut", num_pictures=0)
-    assert two.encoder_fine_flops == 2 * one.encoder_fine_flops and two.fusion_flops == 2 * one.fusion_flops
-    assert none.num_image_tokens == none.encoder_coarse_flops == none.encoder_fine_flops == none.fusion_flops == 0
+    assert (
+        two.encoder_fine_flops == 2 * one.encoder_fine_flops
+        and two.fusion_flops == 2 * one.fusion_flops
+    )
+    assert (
+        none.num_image_tokens
+        == none.encoder_coarse_flops
+        == none.encoder_fine_flops
+        == none.fusion_flops
+        == 0
+    )
     assert none.prefill_total_flops < one.prefill_total_flops < two.prefill_total_flops
     wide = cost.count(vision, language, "sparsecut", dtype=torch.float32)
-    assert wide.weight_bytes == 2 * one.weight_bytes and wide.prefill_total_flops == one.prefill_total_flops
-    assert cost.count(vision, language, "sparsecut", batch_size=2).training_fusion_bytes > one.training_fusion_bytes
+    assert (
+        wide.weight_bytes == 2 * one.weight_bytes
+        and wide.prefill_total_flops == one.prefill_total_flops
+    )
+    assert (
+        cost.count(vision, language, "sparsecut", batch_size=2).training_fusion_bytes
+        > one.training_fusion_bytes
+    )
 
 
 def test_counting_changes_no_configuration_and_needs_no_dtype_back():
@@ -163,7 +199,9 @@ def test_every_named_size_can_be_counted(vision, language):
     configs = cost.backbone_config(vision, "vision"), cost.backbone_config(language, "language")
     c = cost.count(*configs, "llava")
     assert c.num_image_tokens == {"clip-l-336": 576, "siglip-so400m-384": 729}[vision]
-    assert c.num_language_parameters == pytest.approx({"llama-7b": 6.74e9, "llama-13b": 13.0e9}[language], rel=0.01)
+    assert c.num_language_parameters == pytest.approx(
+        {"llama-7b": 6.74e9, "llama-13b": 13.0e9}[language], rel=0.01
+    )
 
 
 def test_mistakes_are_sentences():
@@ -172,7 +210,9 @@ def test_mistakes_are_sentences():
         cost.backbone_config("lama-7b", "language")
     with pytest.raises(ValueError, match="known sizes are clip-l-336"):
         cost.backbone_config("llama-7b", "vision")
-    with pytest.raises(ValueError, match="num_text_tokens is 0, but must be a whole number of at least 1"):
+    with pytest.raises(
+        ValueError, match="num_text_tokens is 0, but must be a whole number of at least 1"
+    ):
         cost.count(vision, language, "llava", num_text_tokens=0)
     with pytest.raises(ValueError, match="missing or unknown: dtype"):
         plain = cost.count(vision, language, "llava").to_dict()
@@ -190,7 +230,9 @@ def test_mistakes_are_sentences():
 def test_measuring_gives_positive_ordered_figures():
     models = {"llava": tiny_model("llava"), "sparsecut": tiny_model()}
     models["llava"][0].train()
-    measured = timing.measure_all(models, num_new_tokens=3, num_text_tokens=4, repeats=3, warmup=1, batch_size=2)
+    measured = timing.measure_all(
+        models, num_new_tokens=3, num_text_tokens=4, repeats=3, warmup=1, batch_size=2
+    )
     for m in measured.values():
         assert min(m.encoder_ms, m.fusion_ms, m.language_prefill_ms, m.tokens_per_second) > 0
         assert max(m.encoder_ms, m.language_prefill_ms) < m.first_token_ms
@@ -206,7 +248,11 @@ def test_measuring_gives_positive_ordered_figures():
 def test_models_to_measure_share_their_backbones():
     models = timing.random_models(*tiny_configs(), {"a": "llava", "b": "sparsecut"})
     (a, _), (b, _) = models.values()
-    assert a.vision_tower is b.vision_tower and a.language_model is b.language_model and a.fusion is not b.fusion
+    assert (
+        a.vision_tower is b.vision_tower
+        and a.language_model is b.language_model
+        and a.fusion is not b.fusion
+    )
     assert timing.measure_all(models, repeats=1, num_new_tokens=2)["b"].first_token_ms > 0
 
 
@@ -235,7 +281,9 @@ def test_the_command(tmp_path):
 
 
 def test_added_features_cost_the_language_model_nothing_that_is_counted():
-    """Sums are not counted, so an added-feature plan's language model costs LLaVA's; benchmarks/llm_side.py times it."""
+    """Sums are not counted, so an added-feature plan's language model costs LLaVA's;
+    benchmarks/llm_side.py times it.
+    """
     configs = tiny_configs()
     plain, added = (cost.count(*configs, plan) for plan in ("llava", "sparsecut"))
     assert added.language_prefill_flops == plain.language_prefill_flops
@@ -251,7 +299,9 @@ def test_the_pairs_of_the_benchmark():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     ran = []
-    pairs = module.compare({name: (lambda name=name: ran.append(name)) for name in ("control", "a", "llava")}, 3)
+    pairs = module.compare(
+        {name: lambda name=name: ran.append(name) for name in ("control", "a", "llava")}, 3
+    )
     assert {name: len(found) for name, found in pairs.items()} == {"control": 3, "a": 3}
     assert ran[6:10] == ["control", "llava", "a", "llava"] and ran[10:12] == [
         "llava",

@@ -1,4 +1,6 @@
-"""A dry run counts what the model really has, does and keeps, and tells what of it hangs on data that is not there."""
+"""A dry run counts what the model really has, does and keeps, and tells what of it hangs on data
+that is not there.
+"""
 
 import json
 from pathlib import Path
@@ -6,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.runs import write_records
-from test_dry_data import write
-from test_upgrade_training import base_of
 from helpers.tiny import tiny_model
+from test_dry_run_data import write
+from test_upgrade_training import base_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsecut import upgrade
-from sparsecut.training.arguments import accumulation
 from sparsecut.building import build, save
-from sparsecut.cli.app import app
-from sparsecut.profiling.counting import counter
-from sparsecut.profiling.dry_run_data import PUBLISHED, records_of
-from sparsecut.profiling.dry_run import GIB, dry_run, lines
+from sparsecut.cli.main import app
 from sparsecut.config.recipe import load_recipe, parse_recipe
+from sparsecut.profiling.counting import counter
+from sparsecut.profiling.dry_run import GIB, dry_run, lines
+from sparsecut.profiling.dry_run_data import PUBLISHED, records_of
+from sparsecut.training.arguments import accumulation
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WORLD = {
@@ -30,7 +32,13 @@ WORLD = {
 
 def one_stage(**changes) -> dict:
     args = {"max_steps": 10, "per_device_train_batch_size": 4, **changes.pop("args", {})}
-    return {"name": "one", "data": {"path": "nowhere.json"}, "train": ["fusion"], "args": args, **changes}
+    return {
+        "name": "one",
+        "data": {"path": "nowhere.json"},
+        "train": ["fusion"],
+        "args": args,
+        **changes,
+    }
 
 
 def plan_of(**changes):
@@ -47,7 +55,9 @@ def model():
 def test_parameters_are_those_of_the_model(model, train):
     plan = plan_of(train=train)
     real = {name: sum(p.numel() for p in found) for name, found in model.parameter_groups().items()}
-    assert abs(sum(plan.parameters.values()) / sum(real.values()) - 1) < 0.01  # the built one has a word more
+    assert (
+        abs(sum(plan.parameters.values()) / sum(real.values()) - 1) < 0.01
+    )  # the built one has a word more
     assert plan.trained["fusion"] == real["fusion"]
     if "language:lora" in train:
         peft = pytest.importorskip("peft")
@@ -55,7 +65,11 @@ def test_parameters_are_those_of_the_model(model, train):
         from sparsecut.config.recipe import Lora
 
         add_adapters(model, ("language:lora",), Lora())
-        assert plan.trained["language:lora"] == sum(p.numel() for p in adapter_parameters(model, "language")) and peft
+        assert (
+            plan.trained["language:lora"]
+            == sum(p.numel() for p in adapter_parameters(model, "language"))
+            and peft
+        )
         merge_adapters(model)
 
 
@@ -72,7 +86,9 @@ def test_operations_are_those_of_a_real_step(model, train):
     with counter() as real:
         model(input_ids=ids, pixel_values=pixels, labels=ids, use_cache=False).loss.backward()
     assert isinstance(real, FlopCounterMode)
-    assert plan.flops_per_step / plan.records_per_step == pytest.approx(real.get_total_flops(), rel=0.02)
+    assert plan.flops_per_step / plan.records_per_step == pytest.approx(
+        real.get_total_flops(), rel=0.02
+    )
 
 
 def test_arithmetic_of_steps_memory_and_hours(tmp_path):
@@ -89,7 +105,9 @@ def test_arithmetic_of_steps_memory_and_hours(tmp_path):
     for name in ("weights", "gradients", "optimizer"):
         assert halves.memory[name] == whole.memory[name] / 2
     assert (
-        plan_of(train=["fusion", "language"], args={"activation_checkpointing": True}).memory["activations"]
+        plan_of(train=["fusion", "language"], args={"activation_checkpointing": True}).memory[
+            "activations"
+        ]
         < whole.memory["activations"]
     )
     assert whole.memory["optimizer"] == 8 * sum(whole.trained.values())
@@ -97,7 +115,12 @@ def test_arithmetic_of_steps_memory_and_hours(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "devices", "most"),
-    [("smol", 1, 16), ("sparsecut-7b", 8, 60), ("sparsecut-13b", 8, 70), ("upgrade-llava-7b", 8, 60)],
+    [
+        ("smol", 1, 16),
+        ("sparsecut-7b", 8, 60),
+        ("sparsecut-13b", 8, 70),
+        ("upgrade-llava-7b", 8, 60),
+    ],
 )
 def test_recipes_pass_and_fit(name, devices, most, monkeypatch):
     monkeypatch.setenv("LLAVA_DATA", "/nowhere")
@@ -122,9 +145,14 @@ def test_recipes_of_the_paper_differ_in_what_they_should():
     )
     for recipe in (small, large):
         args = [stage.args for stage in recipe.stages]
-        steps = [8 * s.args["per_device_train_batch_size"] * accumulation(s, 8) for s in recipe.stages]
+        steps = [
+            8 * s.args["per_device_train_batch_size"] * accumulation(s, 8) for s in recipe.stages
+        ]
         assert steps == [256, 128] and recipe.stages[1].max_length == 2048
-        assert all(a["warmup_steps"] == 0.03 and a["lr_scheduler_type"] == "cosine" and a["bf16"] for a in args)
+        assert all(
+            a["warmup_steps"] == 0.03 and a["lr_scheduler_type"] == "cosine" and a["bf16"]
+            for a in args
+        )
 
 
 def test_the_command_prints_it_and_writes_nothing(tmp_path, capsys, monkeypatch):
@@ -161,7 +189,12 @@ def test_records_are_those_that_the_stage_takes(tmp_path):
     words = {f"{'keep' if i % 4 else 'out'}-{i}": 20 for i in range(40)} | {"keep-long": 400}
     data = write(tmp_path / "a.json", words)
     whole = records_of(parse_recipe({**WORLD, "stages": [one_stage(data=data)]}).stages[0])
-    assert (whole.number, whole.pictured, whole.longest, whole.most) == (41, 1.0, round(1.5 * 401), 1)
+    assert (whole.number, whole.pictured, whole.longest, whole.most) == (
+        41,
+        1.0,
+        round(1.5 * 401),
+        1,
+    )
     chosen = plan_of(data={**data, "where": "^keep", "keep": 10})
     assert chosen.records == 10
     held = plan_of(data={**data, "hold_out": "long"})
@@ -194,19 +227,29 @@ def test_the_longest_records_say_what_memory_is_needed(tmp_path):
     assert two.memory["activations"] > 3 * one.memory["activations"]
     assert plan_of(data=mixed, max_length=60).memory["activations"] < two.memory["activations"]
     rows = plan_of(data=even, pack=300, args={"max_steps": -1, "num_train_epochs": 1})
-    assert rows.longest == 300 and rows.records_per_step == pytest.approx(4 * 300 / one.tokens_per_record, rel=0.01)
+    assert rows.longest == 300 and rows.records_per_step == pytest.approx(
+        4 * 300 / one.tokens_per_record, rel=0.01
+    )
     assert rows.steps == 2  # twenty records, nineteen a step
 
 
 @pytest.mark.parametrize(
     ("level", "shared"),
-    [(1, {"optimizer"}), (2, {"optimizer", "gradients"}), (3, {"optimizer", "gradients", "weights"})],
+    [
+        (1, {"optimizer"}),
+        (2, {"optimizer", "gradients"}),
+        (3, {"optimizer", "gradients", "weights"}),
+    ],
 )
 def test_deepspeed_shares_out_what_its_stage_says(level, shared, tmp_path):
     settings = tmp_path / "zero.json"
     settings.write_text(json.dumps({"zero_optimization": {"stage": level}}))
-    one, four = (plan_of(args={"deepspeed": str(settings), "bf16": True}, devices=n).memory for n in (1, 4))
-    assert {name for name in ("weights", "gradients", "optimizer") if four[name] == one[name] / 4} == shared
+    one, four = (
+        plan_of(args={"deepspeed": str(settings), "bf16": True}, devices=n).memory for n in (1, 4)
+    )
+    assert {
+        name for name in ("weights", "gradients", "optimizer") if four[name] == one[name] / 4
+    } == shared
     assert all(four[name] == one[name] for name in {"weights", "gradients", "optimizer"} - shared)
     with pytest.raises(ValueError, match="which is not there"):
         plan_of(args={"deepspeed": str(tmp_path / "none.json")})
@@ -227,7 +270,10 @@ def test_a_global_batch_is_accumulated(processes, args, many):
         (
             3,
             {},
-            "global_batch is 256, which per_device_train_batch_size 4 x 3 processes does not give; choose a divisor",
+            (
+                "global_batch is 256, which per_device_train_batch_size 4 x 3 processes does not"
+                " give; choose a divisor"
+            ),
         ),
         (128, {}, "x 128 processes does not give"),
         (
@@ -235,7 +281,11 @@ def test_a_global_batch_is_accumulated(processes, args, many):
             {"gradient_accumulation_steps": 2},
             "4 x 1 process x gradient_accumulation_steps 2 = 8 does not give; leave",
         ),
-        (1, {"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0, but must be a whole number"),
+        (
+            1,
+            {"per_device_train_batch_size": 0},
+            "per_device_train_batch_size is 0, but must be a whole number",
+        ),
         (1, {"gradient_accumulation_steps": -2}, "gradient_accumulation_steps is -2"),
         (1, {"auto_find_batch_size": True}, "auto_find_batch_size makes batches smaller"),
     ],
@@ -278,13 +328,19 @@ def test_a_finished_model_is_counted_as_it_will_be(kind, tmp_path):
 
 def finished(folder: Path, **changes):
     """The dry run of a recipe with this base."""
-    return dry_run(parse_recipe({"model": {"base": str(folder)}, "output": "x", "stages": [one_stage(**changes)]}))
+    return dry_run(
+        parse_recipe(
+            {"model": {"base": str(folder)}, "output": "x", "stages": [one_stage(**changes)]}
+        )
+    )
 
 
 def test_a_saved_model_brings_its_own_plan(tmp_path):
     model, processor = tiny_model()
     save(model, processor, tmp_path / "mine")
     (plan,) = finished(tmp_path / "mine")
-    assert plan.parameters == {name: sum(p.numel() for p in found) for name, found in model.parameter_groups().items()}
+    assert plan.parameters == {
+        name: sum(p.numel() for p in found) for name, found in model.parameter_groups().items()
+    }
     with pytest.raises(ValueError, match="there is no model"):
         finished(tmp_path / "none" / "such" / "folder")

@@ -1,12 +1,14 @@
-"""What a row of a batch holds is told from the records that a stage takes, and by the rules that training packs and pads by."""
+"""What a row of a batch holds is told from the records that a stage takes, and by the rules that
+training packs and pads by.
+"""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from sparsecut.profiling.dry_run_data import item_of, records_of
 from sparsecut.config.recipe import parse_recipe
+from sparsecut.profiling.dry_run_data import item_of, records_of
 
 PICTURE = 16  # image tokens
 
@@ -18,7 +20,10 @@ def write(path: Path, words: dict[str, int], pictures: bool = True) -> dict:
         {
             "id": name,
             **({"image": "one.png"} if pictures else {}),
-            "conversations": [{"from": "human", "value": shown + "a " * (n - 1)}, {"from": "gpt", "value": "b"}],
+            "conversations": [
+                {"from": "human", "value": shown + "a " * (n - 1)},
+                {"from": "gpt", "value": "b"},
+            ],
         }
         for name, n in words.items()
     ]
@@ -38,7 +43,9 @@ def row_of(*sources, **changes):
     """(the row, what is said) of a stage with these sources."""
     one = {"name": "one", "data": list(sources), "train": ["fusion"], **changes}
     parts = {"vision": "world", "language": "world"}
-    stage = parse_recipe({"model": parts, "fusion": "sparsecut", "output": "x", "stages": [one]}).stages[0]
+    stage = parse_recipe(
+        {"model": parts, "fusion": "sparsecut", "output": "x", "stages": [one]}
+    ).stages[0]
     found = records_of(stage)
     return item_of(stage, found, PICTURE), "\n".join(found.notes)
 
@@ -51,7 +58,9 @@ def test_packed_rows_are_of_one_kind_and_hold_no_more_pictures_than_may_be(data)
     assert (few.records, few.image_tokens) == (2, 32)
     assert few.kinds[0] == (1, (2 * (text + PICTURE), 2)) and few.longest == (480, 2)
     both = row_of(shown, texts, pack=480, max_image_tokens=32)[0]
-    assert both.records == pytest.approx(40 / (20 / 2 + 20 / (480 / 30)), rel=0.05)  # texts have rows of their own
+    assert both.records == pytest.approx(
+        40 / (20 / 2 + 20 / (480 / 30)), rel=0.05
+    )  # texts have rows of their own
     assert sum(share for share, _ in both.kinds) == pytest.approx(1)
     assert row_of(texts, pack=480)[0].longest == (480, 0)
 
@@ -62,4 +71,7 @@ def test_what_training_refuses_or_pads_is_told(data):
     assert "16 image tokens, but max_image_tokens=8" in said and one.longest[1] == 0
     assert row_of(shown)[0].longest[0] == 48 and row_of(shown, pad_to=32)[0].longest[0] == 64
     assert "taken to be like those that are" not in row_of(shown)[1]
-    assert "records that are not here are taken to be like those that are" in row_of(shown, {"path": "nowhere.json"})[1]
+    assert (
+        "records that are not here are taken to be like those that are"
+        in row_of(shown, {"path": "nowhere.json"})[1]
+    )

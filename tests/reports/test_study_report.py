@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from helpers.studies import DEPTHS, SPECS, made_up_study
 
-from sparsecut.reports import plots
-from sparsecut.methods import make_plan
 from sparsecut.experiments.results import figures
+from sparsecut.methods import make_plan
+from sparsecut.reports import plots
 from sparsecut.reports.study import headline, write_study_report
 
 ARMS = ["llava", "sti", "sparsecut", "sparsecut_coarse"]
@@ -36,8 +36,14 @@ def test_the_three_files_agree(study):
     stored = json.loads((study / "report.json").read_text())
     for name in ARMS:
         average = stored["arms"][name]["results"]["main"]["average"]["value"]
-        rows = [json.loads(line) for s in range(3) for line in _predictions(study, name, s).read_text().splitlines()]
-        assert average == pytest.approx(np.mean([row["correct"] for row in rows]))  # equally many questions per level
+        rows = [
+            json.loads(line)
+            for s in range(3)
+            for line in _predictions(study, name, s).read_text().splitlines()
+        ]
+        assert average == pytest.approx(
+            np.mean([row["correct"] for row in rows])
+        )  # equally many questions per level
         assert f"{100 * average:.1f} (" in page and f"| {name} | 3 | {100 * average:.1f} (" in table
     assert stored["headline"] == headline(stored)
 
@@ -56,7 +62,9 @@ def test_the_headline_is_computed(found):
         "at CLIP-L/336 + 7B: sparsecut_coarse with" in line for line in words
     )  # 1.03 times, the better one is dearer
     assert any("not told apart from it (sti)" in line for line in words)
-    assert any(line.startswith("Between the budgets main and long the lead of sparsecut") for line in words)
+    assert any(
+        line.startswith("Between the budgets main and long the lead of sparsecut") for line in words
+    )
 
 
 def test_the_frontier_holds_the_arms_that_none_beats(found):
@@ -68,7 +76,12 @@ def test_differences_are_paired_and_corrected(found):
     values = {n: found["arms"][n]["results"]["main"]["average"]["value"] for n in ARMS}
     assert gap["average"]["value"] == pytest.approx(values["sparsecut"] - values["llava"])
     assert gap["comparisons"] == 3
-    assert gap["corrected"]["low"] < gap["average"]["low"] < gap["average"]["high"] < gap["corrected"]["high"]
+    assert (
+        gap["corrected"]["low"]
+        < gap["average"]["low"]
+        < gap["average"]["high"]
+        < gap["corrected"]["high"]
+    )
     assert "difference" not in found["arms"]["llava"]["results"]["main"]
     assert len(found["pairs"]["cells"]) == 6
 
@@ -127,9 +140,13 @@ def test_labels_of_a_crowded_plot_cover_nothing():
         cost = float(rng.choice([1, 1.02, 1.22, 1.25, 4]))
         points.append(plots.Point(name, cost, y, y - 0.02, y + 0.02, i % 6, i % 9 == 0))
     drawn = plots.scatter(points, ["one", "two"], x_label="cost")
-    found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)"[^>]*font-size="11" stroke[^>]*>([^<]+)<', drawn)
+    found = re.findall(
+        r'<text x="([\d.]+)" y="([\d.]+)"[^>]*font-size="11" stroke[^>]*>([^<]+)<', drawn
+    )
     assert sorted(name for _, _, name in found) == sorted(p.name for p in points)
-    boxes = [(float(x), float(y) - 9, float(x) + 0.5 * 11 * len(n), float(y) + 2) for x, y, n in found]
+    boxes = [
+        (float(x), float(y) - 9, float(x) + 0.5 * 11 * len(n), float(y) + 2) for x, y, n in found
+    ]
     for i, a in enumerate(boxes):
         for b in boxes[:i]:
             assert not (a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3])
@@ -140,7 +157,9 @@ def test_every_plan_can_be_sketched(name):
     drawing = plots.plan_sketch(make_plan(SPECS[name], *DEPTHS), *DEPTHS)
     plan = make_plan(SPECS[name], *DEPTHS)
     assert drawing.count('stroke="#222"') == sum(len(s.flat_taps) for s in plan.shortcuts)
-    assert drawing.count(f'fill="{plots.INK}"') == len(plan.resolved_taps(8)) + len({s.layer for s in plan.shortcuts})
+    assert drawing.count(f'fill="{plots.INK}"') == len(plan.resolved_taps(8)) + len(
+        {s.layer for s in plan.shortcuts}
+    )
 
 
 def _predictions(study, arm: str, seed: int):

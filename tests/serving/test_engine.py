@@ -8,23 +8,33 @@ from helpers.clients import picture
 from test_upgrade_training import base_of
 
 from sparsecut import build, upgrade
-from sparsecut.serving.decoding import SamplingParams, joined
 from sparsecut.prompts import decode, greedy, inputs_of, render
+from sparsecut.serving.decoding import SamplingParams, joined
 from sparsecut.serving.engine import Engine
 
-TEXTS = ["what is it", "is it a red cat or a blue dog", "are you sure", "a b c d yes no what are you"]
+TEXTS = [
+    "what is it",
+    "is it a red cat or a blue dog",
+    "are you sure",
+    "a b c d yes no what are you",
+]
 
 
 def alone(model, processor, messages, pictures, length: int) -> str:
     """The model's own answer, without the engine."""
     inputs = inputs_of(model, processor, [render(processor, messages)], [pictures])
     with torch.inference_mode():
-        return decode(processor, inputs, model.generate(**inputs, generation_config=greedy(model, length)))[0]
+        return decode(
+            processor, inputs, model.generate(**inputs, generation_config=greedy(model, length))
+        )[0]
 
 
 def asked(processor, number: int):
     """One of many questions: turns, and none to two pictures of other sizes."""
-    shown = [picture(9 * (number + i)).resize((20 + 4 * (number % 3), 16 + 8 * i)) for i in range(number % 3)]
+    shown = [
+        picture(9 * (number + i)).resize((20 + 4 * (number % 3), 16 + 8 * i))
+        for i in range(number % 3)
+    ]
     text = f"{processor.image_token}\n" * len(shown) + TEXTS[number % 4]
     return [{"role": "user", "content": text}], shown
 
@@ -34,7 +44,9 @@ def together(engine, questions, length: int, **more) -> list[str]:
     told = []
     for messages, shown in questions:
         told.append(queue.SimpleQueue())
-        engine.submit(engine.ask(messages, shown, SamplingParams(length, temperature=0), **more), told[-1].put)
+        engine.submit(
+            engine.ask(messages, shown, SamplingParams(length, temperature=0), **more), told[-1].put
+        )
     answers = []
     for one in told:
         pieces = []
@@ -85,7 +97,10 @@ def test_the_worlds_backbones_answer_many_as_they_answer_one():
             "what digit is bottom-right and what shade",
         ]
         shown = [picture(i).resize((96, 96)) for i in range(4)]
-        questions = [([{"role": "user", "content": f"<image>\n{texts[i % 4]}"}], [shown[i % 3]]) for i in range(12)]
+        questions = [
+            ([{"role": "user", "content": f"<image>\n{texts[i % 4]}"}], [shown[i % 3]])
+            for i in range(12)
+        ]
         wanted = [alone(model, processor, *question, 10) for question in questions]
         assert together(engine, questions, 10) == wanted and len(set(wanted)) > 2
         assert engine.counts["batches"] < 12 and len(engine.kept.found) == 3

@@ -1,4 +1,6 @@
-"""Pictures from elsewhere: only from public addresses, redirects included, within bytes, pixels and seconds."""
+"""Pictures from elsewhere: only from public addresses, redirects included, within bytes, pixels and
+seconds.
+"""
 
 import io
 import shutil
@@ -15,7 +17,13 @@ import pytest
 from PIL import Image
 
 from sparsecut.serving import image_fetching as fetching
-from sparsecut.serving.image_fetching import ImageLimits, fetch, picture_in, picture_of, public_address
+from sparsecut.serving.image_fetching import (
+    ImageLimits,
+    fetch,
+    picture_in,
+    picture_of,
+    public_address,
+)
 
 ALLOWED = ImageLimits(remote=True, max_bytes=5000, max_pixels=900, seconds=0.5)
 
@@ -65,7 +73,9 @@ def site(monkeypatch):
     server.handle_error = lambda *args: None  # the client hung up, as it should
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     real = fetching._is_public
-    monkeypatch.setattr(fetching, "_is_public", lambda address: str(address) == "127.0.0.1" or real(address))
+    monkeypatch.setattr(
+        fetching, "_is_public", lambda address: str(address) == "127.0.0.1" or real(address)
+    )
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
@@ -137,7 +147,9 @@ def test_the_connection_goes_to_the_address_that_was_checked(site, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     monkeypatch.setattr(fetching, "_is_public", lambda address: True)
     monkeypatch.setattr(socket, "create_connection", connect)
-    assert fetch(f"http://turning.example:{port}/good", ALLOWED) == png(20, 10) and asked == ["turning.example"]
+    assert fetch(f"http://turning.example:{port}/good", ALLOWED) == png(20, 10) and asked == [
+        "turning.example"
+    ]
 
 
 def test_a_remote_picture_is_fetched_over_some_redirects(site):
@@ -163,7 +175,8 @@ def test_what_is_too_much_or_leads_inward_is_refused(site, name):
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://1.1.1.1/a", "/etc/passwd", "http://", "http://a:b@1.1.1.1/", "http://1.1.1.1:x/", ""]
+    "url",
+    ["ftp://1.1.1.1/a", "/etc/passwd", "http://", "http://a:b@1.1.1.1/", "http://1.1.1.1:x/", ""],
 )
 def test_what_is_no_url_of_a_picture_is_refused(url):
     with pytest.raises(ValueError, match=r"give one as|neither a data URL"):
@@ -180,8 +193,16 @@ def test_a_picture_is_refused_by_its_size_before_it_is_read(monkeypatch):
 
 def test_broken_files_and_other_formats_are_refused():
     whole = png(20, 20)
-    text = b"zTXt" + b"a\0\0" + zlib.compress(b"a" * 2_000_000)  # two megabytes in two thousand bytes
-    bomb = whole[:33] + struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text)) + whole[33:]
+    text = (
+        b"zTXt" + b"a\0\0" + zlib.compress(b"a" * 2_000_000)
+    )  # two megabytes in two thousand bytes
+    bomb = (
+        whole[:33]
+        + struct.pack(">I", len(text) - 4)
+        + text
+        + struct.pack(">I", zlib.crc32(text))
+        + whole[33:]
+    )
     for data in (b"", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", whole[:60], bomb):
         with pytest.raises(ValueError, match="cannot be read"):
             picture_in(data, ALLOWED)
@@ -189,7 +210,10 @@ def test_broken_files_and_other_formats_are_refused():
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 def test_https_needs_a_certificate_of_that_host(site, tmp_path, monkeypatch):
-    settings = "req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=pictures.example -addext subjectAltName=DNS:pictures.example"
+    settings = (
+        "req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=pictures.example -addext"
+        " subjectAltName=DNS:pictures.example"
+    )
     files = ["-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem"]
     subprocess.run(["openssl", *settings.split(), *files], check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

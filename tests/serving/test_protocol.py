@@ -1,4 +1,6 @@
-"""What a request may hold, and where its pictures may come from: everything else is answered with a sentence."""
+"""What a request may hold, and where its pictures may come from: everything else is answered with a
+sentence.
+"""
 
 import json
 
@@ -21,30 +23,59 @@ BAD = {  # what is wrong with a request -> words of the sentence
     "messages must be a list": {"messages": []},
     "half a character": {"messages": [{"role": "user", "content": "a \ud83d"}]},
     "allowed are system": {"messages": [{"role": "wizard", "content": "a"}]},
-    "must be the user's": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    "must be the user's": {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    },
     "mark for a picture": {"messages": [{"role": "user", "content": "<image> a"}]},
     "neither a data URL nor": {
-        "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}],
+            }
+        ]
     },
     "fetches no pictures": {
-        "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://1.1.1.1/a.png"}}]}]
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": {"url": "http://1.1.1.1/a.png"}}],
+            }
+        ]
     },
     "broken base64": {
         "messages": [
-            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,####"}}]}
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": "data:image/png;base64,####"}}
+                ],
+            }
         ]
     },
     "the picture \\ud83d is neither": {
-        "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "\ud83d"}}]}]
+        "messages": [
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "\ud83d"}}]}
+        ]
     },
     "only ASCII": {
         "messages": [
-            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,\u00e9"}}]}
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": "data:image/png;base64,\u00e9"}}
+                ],
+            }
         ]
     },
     "cannot be read": {
         "messages": [
-            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}]}
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
+                ],
+            }
         ]
     },
     "takes 8": {"messages": turn("a", *[picture(0)] * 9)},
@@ -56,7 +87,10 @@ BAD = {  # what is wrong with a request -> words of the sentence
     "n is true": {"n": True},
     "max_tokens is 0": {"max_tokens": 0},
     "from 1 to 1024": {"max_tokens": 99999},
-    "lower max_tokens": {"max_tokens": 1024, "messages": [{"role": "user", "content": "a " * 1100}]},
+    "lower max_tokens": {
+        "max_tokens": 1024,
+        "messages": [{"role": "user", "content": "a " * 1100}],
+    },
     "1 to 255 letters": {"stop": [""]},
     "up to 4 texts": {"stop": "a" * 256},
     "1000001 letters of text": {"messages": [{"role": "user", "content": "a" * 1_000_001}]},

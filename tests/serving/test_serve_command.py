@@ -9,8 +9,8 @@ import pytest
 from helpers.clients import uvicorn
 from helpers.tiny import tiny_model
 
-from sparsecut.cli import app as cli
 from sparsecut.building import save
+from sparsecut.cli import main as cli
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,9 @@ def asked(monkeypatch):
         thread.start()
         root = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
         for path in ("/v1/models", "/"):
-            request = urllib.request.Request(root + path, headers={"Authorization": "Bearer secret"})
+            request = urllib.request.Request(
+                root + path, headers={"Authorization": "Bearer secret"}
+            )
             with urllib.request.urlopen(request) as response:
                 seen[path] = response.read().decode()
         server.should_exit = True
@@ -50,10 +52,15 @@ def test_a_saved_model_is_served_under_its_name_with_its_page(folder, asked, cap
     monkeypatch.setenv("SPARSECUT_TOKEN", "secret")
     serve(str(folder), "--port", "0", "--ui", "--device", "cpu")
     assert json.loads(asked["/v1/models"])["data"][0]["id"] == "cats"
-    assert "<title>SparseCut" in asked["/"] and "cats answers at http://127.0.0.1:" in capsys.readouterr().out
+    assert (
+        "<title>SparseCut" in asked["/"]
+        and "cats answers at http://127.0.0.1:" in capsys.readouterr().out
+    )
 
 
-def test_a_server_for_every_network_without_a_token_is_warned_of(folder, asked, capsys, monkeypatch):
+def test_a_server_for_every_network_without_a_token_is_warned_of(
+    folder, asked, capsys, monkeypatch
+):
     monkeypatch.delenv("SPARSECUT_TOKEN", raising=False)
     monkeypatch.setattr("sparsecut.cli_serve._is_local", lambda host: False)
     monkeypatch.setattr("sparsecut.web_page.page", lambda: "none")

@@ -1,4 +1,6 @@
-"""The server, asked by OpenAI's own client: answers, streams, limits, and what happens when clients leave."""
+"""The server, asked by OpenAI's own client: answers, streams, limits, and what happens when clients
+leave.
+"""
 
 import asyncio
 import socket
@@ -9,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers.clients import ASK, create, openai, picture, post, served, turn
-from PIL import Image
 from helpers.tiny import tiny_model
+from PIL import Image
 
-from sparsecut.serving.image_fetching import ImageLimits
 from sparsecut.prompts import decode, greedy, inputs_of, render
 from sparsecut.serving.engine import Engine
+from sparsecut.serving.image_fetching import ImageLimits
 from sparsecut.serving.protocol import RequestLimits
 
 
@@ -24,7 +26,9 @@ def alone(engine, text: str, *pictures: Image.Image, length: int = 6) -> str:
     prompt = render(processor, [{"role": "user", "content": "<image>\n" * len(pictures) + text}])
     inputs = inputs_of(model, processor, [prompt], [list(pictures)])
     with torch.inference_mode():
-        return decode(processor, inputs, model.generate(**inputs, generation_config=greedy(model, length)))[0]
+        return decode(
+            processor, inputs, model.generate(**inputs, generation_config=greedy(model, length))
+        )[0]
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +55,14 @@ def test_one_request_gets_the_models_own_answer(engine, client):
     assert response.choices[0].message.content == alone(engine, "what is it", picture(0))
     assert response.choices[0].finish_reason in ("stop", "length")
     usage = response.usage
-    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens and 1 <= usage.completion_tokens <= 6
+    assert (
+        usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+        and 1 <= usage.completion_tokens <= 6
+    )
     assert usage.prompt_tokens > engine.processor.num_image_tokens
-    assert create(client, turn("are you sure")).choices[0].message.content == alone(engine, "are you sure")
+    assert create(client, turn("are you sure")).choices[0].message.content == alone(
+        engine, "are you sure"
+    )
 
 
 def test_32_clients_at_once_get_what_each_would_get_alone(engine, client):
@@ -63,7 +72,10 @@ def test_32_clients_at_once_get_what_each_would_get_alone(engine, client):
     before = engine.counts.copy()
 
     def ask(question) -> list[str]:
-        return [create(client, turn(question[0], *question[1])).choices[0].message.content for _ in range(3)]
+        return [
+            create(client, turn(question[0], *question[1])).choices[0].message.content
+            for _ in range(3)
+        ]
 
     with ThreadPoolExecutor(32) as pool:
         for answers, one in zip(pool.map(ask, questions), wanted, strict=True):
@@ -87,19 +99,25 @@ def test_a_stream_is_the_same_answer_in_pieces(client):
 
 
 def test_logprobs_are_the_models(engine, client):
-    response = create(client, turn("what is it", picture(3)), logprobs=True, top_logprobs=3, max_tokens=1)
+    response = create(
+        client, turn("what is it", picture(3)), logprobs=True, top_logprobs=3, max_tokens=1
+    )
     (entry,) = response.choices[0].logprobs.content
     processor, model = engine.processor, engine.model
     prompt = render(processor, [{"role": "user", "content": "<image>\nwhat is it"}])
     inputs = inputs_of(model, processor, [prompt], [[picture(3)]])
-    settings = {"generation_config": greedy(model, 1), "return_dict_in_generate": True, "output_scores": True}
+    settings = {
+        "generation_config": greedy(model, 1),
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
     with torch.inference_mode():
         logits = model.generate(**inputs, **settings).scores[0][0]
     best = logits.log_softmax(-1).topk(3)
     assert [t.logprob for t in entry.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-5)
-    assert entry.token == processor.tokenizer.decode([int(best.indices[0])]) and entry.bytes == list(
-        entry.token.encode()
-    )
+    assert entry.token == processor.tokenizer.decode(
+        [int(best.indices[0])]
+    ) and entry.bytes == list(entry.token.encode())
 
 
 def test_a_seed_repeats_an_answer_whatever_else_is_asked(client):
@@ -122,7 +140,9 @@ def test_a_stop_string_ends_the_answer_before_it(client):
     words = whole.split()
     stop = next(w for w in words[1:] if w != words[0])
     cut = create(client, messages, max_tokens=12, stop=[stop, "never"], logprobs=True).choices[0]
-    assert cut.message.content == whole[: whole.index(stop)].rstrip() and cut.finish_reason == "stop"
+    assert (
+        cut.message.content == whole[: whole.index(stop)].rstrip() and cut.finish_reason == "stop"
+    )
     assert "".join(t.token for t in cut.logprobs.content) in whole.replace(" ", "")
     pieces = create(client, messages, max_tokens=12, stop=stop, stream=True)
     assert "".join(p.choices[0].delta.content or "" for p in pieces) == cut.message.content
@@ -173,10 +193,14 @@ def test_what_is_not_there_is_said_in_openais_words(client):
         client.get("/nothing", cast_to=object)
     with pytest.raises(openai.BadRequestError, match="temperature"):
         create(client, turn("a"), temperature=7)
-    assert post(client, "{not json").json()["error"]["message"].startswith("the request is not JSON")
+    assert (
+        post(client, "{not json").json()["error"]["message"].startswith("the request is not JSON")
+    )
     assert post(client, "[" * 100000).status_code == 400
     assert post(client, "{}", **{"Content-Type": "text/plain"}).status_code == 415
-    assert [m.id for m in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").object == "model"
+    assert [m.id for m in client.models.list()] == ["tiny"] and client.models.retrieve(
+        "tiny"
+    ).object == "model"
 
 
 def test_limits_and_token():
@@ -228,7 +252,9 @@ def test_a_client_that_leaves_ends_its_answer(engine, client, monkeypatch):
     with pytest.raises(openai.APITimeoutError):
         create(client, turn("what is it"), max_tokens=1000, timeout=0.3)
     until = time.monotonic() + 20
-    while (engine.counts["cancelled"] < before + 2 or engine.num_running) and time.monotonic() < until:
+    while (
+        engine.counts["cancelled"] < before + 2 or engine.num_running
+    ) and time.monotonic() < until:
         time.sleep(0.02)
     assert engine.counts["cancelled"] == before + 2 and engine.num_running == 0
 
@@ -250,14 +276,19 @@ def test_health_and_metrics(client):
         assert web.get(f"{root}health").json() == {"status": "ok"}
         text = web.get(f"{root}metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    assert float(values["sparsecut_completion_tokens_total"]) > 0 and float(values["sparsecut_queue_length"]) == 0
+    assert (
+        float(values["sparsecut_completion_tokens_total"]) > 0
+        and float(values["sparsecut_queue_length"]) == 0
+    )
     assert float(values['sparsecut_responses_total{status="200"}']) > 0
 
 
 def test_the_async_client_works_too(engine, client):
     async def ask():
         async with openai.AsyncOpenAI(base_url=client.base_url, api_key="none") as other:
-            return await asyncio.gather(*[other.chat.completions.create(messages=turn("red"), **ASK) for _ in range(4)])
+            return await asyncio.gather(
+                *[other.chat.completions.create(messages=turn("red"), **ASK) for _ in range(4)]
+            )
 
     assert {r.choices[0].message.content for r in asyncio.run(ask())} == {alone(engine, "red")}
 
@@ -267,13 +298,19 @@ def test_a_client_that_leaves_while_it_sends_is_no_failure(client, caplog):
     before = _counted(client, 'responses_total{status="500"}')
     with socket.create_connection((root.host, root.port)) as sent:
         sent.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type:"
+            b" application/json\r\nContent-Length: 99\r\n\r\n{"
         )
     while _counted(client, "requests_in_flight"):
         time.sleep(0.01)
-    assert _counted(client, 'responses_total{status="500"}') == before and "Traceback" not in caplog.text
+    assert (
+        _counted(client, 'responses_total{status="500"}') == before
+        and "Traceback" not in caplog.text
+    )
 
 
 def _counted(client, name: str) -> int:
     text = openai.DefaultHttpxClient().get(str(client.base_url).replace("v1/", "metrics")).text
-    return sum(int(line.split()[-1]) for line in text.splitlines() if line.startswith(f"sparsecut_{name} "))
+    return sum(
+        int(line.split()[-1]) for line in text.splitlines() if line.startswith(f"sparsecut_{name} ")
+    )

@@ -1,4 +1,6 @@
-"""The server's page: what it asks of the server, and, where Chromium is there, a question asked in it."""
+"""The server's page: what it asks of the server, and, where Chromium is there, a question asked in
+it.
+"""
 
 import asyncio
 import base64
@@ -9,19 +11,22 @@ import subprocess
 
 import pytest
 import torch
-from helpers.clients import data_url, openai, picture, served, turn
 from fastapi.responses import HTMLResponse
-from test_upgrade_training import base_of
+from helpers.clients import data_url, openai, picture, served, turn
 from helpers.tiny import tiny_model
+from test_upgrade_training import base_of
 
 from sparsecut import upgrade
-from sparsecut.evaluation.ablation import measure_additions
 from sparsecut.data.examples import Example
+from sparsecut.evaluation.ablation import measure_additions
 from sparsecut.serving.engine import Engine
 from sparsecut.serving.web import add_page, page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-# Chromium writes the page down when it has loaded, which the picture at the end delays until the answers are there.
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+# Chromium writes the page down when it has loaded, which the picture at the end delays until the
+# answers are there.
 DRIVER = """<img src="hold" alt="" hidden><script>
 const until = async test => { while (!test()) await new Promise(r => setTimeout(r, 20)); };
 (async () => {
@@ -84,25 +89,34 @@ def get(client, path: str, **body):
 
 def test_the_page_is_one_file_that_loads_nothing_from_elsewhere(client):
     response = get(client, "")
-    assert response.text == page() and "default-src 'none'" in response.headers["content-security-policy"]
+    assert (
+        response.text == page()
+        and "default-src 'none'" in response.headers["content-security-policy"]
+    )
     assert not re.search(r'(src|href)="?https?:|@import|url\(', page())
     assert "innerHTML" not in page()  # what a model writes is never read as HTML
 
 
 def test_the_plan_is_told_as_it_is(client):
     facts, plan = get(client, "sparsecut/plan").json(), client.engine.model.plan
-    assert [(s["layer"], s["mix"]) for s in facts["shortcuts"]] == [(s.layer, s.mix) for s in plan.shortcuts]
+    assert [(s["layer"], s["mix"]) for s in facts["shortcuts"]] == [
+        (s.layer, s.mix) for s in plan.shortcuts
+    ]
     assert facts["vision_depth"] == 6 and facts["language_depth"] == 4
     assert all(0 <= tap <= 6 for s in facts["shortcuts"] for tap in s["taps"])
 
 
 def test_strengths_are_those_of_explain(client):
-    found = get(client, "sparsecut/strengths", messages=turn("what is it", picture(5))).json()["shortcuts"]
+    found = get(client, "sparsecut/strengths", messages=turn("what is it", picture(5))).json()[
+        "shortcuts"
+    ]
     model, processor = client.engine.model, client.engine.processor
     data = base64.b64decode(data_url(picture(5)).split(",")[1])
     example = Example("one", [data], [{"role": "user", "content": "<image>\nwhat is it"}])
     for told, own in zip(found, measure_additions(model, processor, [example], None), strict=True):
-        assert told["ratio"] == pytest.approx(own["ratio"]) and told["norm"] == pytest.approx(own["norm"])
+        assert told["ratio"] == pytest.approx(own["ratio"]) and told["norm"] == pytest.approx(
+            own["norm"]
+        )
 
 
 def test_strengths_of_no_picture_are_refused(client):
@@ -118,9 +132,15 @@ def test_an_upgraded_model_has_a_page_too(kind):
     try:
         with served(engine, add_page) as client:
             shortcuts = get(client, "sparsecut/plan").json()["shortcuts"]
-            assert [s["can_be_off"] for s in shortcuts] == [s.mix != "base" for s in model.plan.shortcuts]
-            assert not all(s["can_be_off"] for s in shortcuts)  # what the base feeds to its input itself stays
-            found = get(client, "sparsecut/strengths", messages=turn("what is it", picture(5))).json()["shortcuts"]
+            assert [s["can_be_off"] for s in shortcuts] == [
+                s.mix != "base" for s in model.plan.shortcuts
+            ]
+            assert not all(
+                s["can_be_off"] for s in shortcuts
+            )  # what the base feeds to its input itself stays
+            found = get(
+                client, "sparsecut/strengths", messages=turn("what is it", picture(5))
+            ).json()["shortcuts"]
             assert [s["number"] for s in found] == list(range(len(shortcuts)))
     finally:
         engine.close()
@@ -129,14 +149,21 @@ def test_an_upgraded_model_has_a_page_too(kind):
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_a_question_in_the_browser_is_answered_with_and_without_a_shortcut(client, tmp_path):
     url = str(client.base_url).removesuffix("v1/") + "driven"
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom --window-size=500,900"
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom"
+        " --window-size=500,900"
+    )
     command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path}", url]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     assert 'data-done="2"' in dom, dom[-2000:]
     assert 'data-over="0"' in dom  # as wide as a phone, nothing stands out
     assert 'data-left="notes.txt: no picture, left out' in dom
     assert dom.count('class="answer without"') == 1 and dom.count('class="answer"') == 2
-    assert "are you &lt;b&gt;sure" in dom and '<span class="error"' not in dom and '"broken" class="error"></p>' in dom
+    assert (
+        "are you &lt;b&gt;sure" in dom
+        and '<span class="error"' not in dom
+        and '"broken" class="error"></p>' in dom
+    )
     assert re.search(r"The answers differ|Both answers are the same", dom)
     assert len(re.findall(r'class="bar"', dom)) == len(client.engine.model.plan.shortcuts) - 1
     assert "<svg" in dom and " %</span>" in dom

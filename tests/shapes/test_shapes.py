@@ -1,4 +1,6 @@
-"""The picture world is the same everywhere, its splits share nothing, and words alone do not answer its questions."""
+"""The picture world is the same everywhere, its splits share nothing, and words alone do not answer
+its questions.
+"""
 
 import json
 import random
@@ -25,13 +27,17 @@ def drawn(tmp_path_factory):
 
 
 def test_equal_seeds_give_equal_pictures_and_others_do_not():
-    one, same, other = (np.asarray(draw(split_scene(key))) for key in ("train/0/3", "train/0/3", "train/1/3"))
+    one, same, other = (
+        np.asarray(draw(split_scene(key))) for key in ("train/0/3", "train/0/3", "train/1/3")
+    )
     assert np.array_equal(one, same) and not np.array_equal(one, other)
     assert one.shape == (96, 96, 3)
 
 
 def test_no_scene_stands_in_two_splits():
-    scenes = {split: {repr(split_scene(f"{split}/0/{i}").things) for i in range(300)} for split in SPLITS}
+    scenes = {
+        split: {repr(split_scene(f"{split}/0/{i}").things) for i in range(300)} for split in SPLITS
+    }
     for a in SPLITS:
         for b in SPLITS:
             assert a == b or not scenes[a] & scenes[b]
@@ -66,12 +72,23 @@ def test_words_alone_do_not_answer():
         by_kind[kind_of(question)] = best + max(counts.values()), total + sum(counts.values())
     shares = {kind: best / total for kind, (best, total) in by_kind.items()}
     assert set(shares) == set(KINDS)
-    most = {"shape": 0.3, "place": 0.4, "texture": 0.35, "count": 0.6, "shade": 0.45, "lines": 0.4, "digit": 0.25}
+    most = {
+        "shape": 0.3,
+        "place": 0.4,
+        "texture": 0.35,
+        "count": 0.6,
+        "shade": 0.45,
+        "lines": 0.4,
+        "digit": 0.25,
+    }
     assert all(shares[kind] < most[kind] for kind in shares), shares
 
 
 def test_the_shipped_backbones_load_and_know_every_word():
-    vision, language = AutoModel.from_pretrained(vision_path()), AutoModelForCausalLM.from_pretrained(language_path())
+    vision, language = (
+        AutoModel.from_pretrained(vision_path()),
+        AutoModelForCausalLM.from_pretrained(language_path()),
+    )
     tokenizer, processor = (
         AutoTokenizer.from_pretrained(language_path()),
         AutoImageProcessor.from_pretrained(vision_path()),

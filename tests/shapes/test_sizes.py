@@ -1,4 +1,6 @@
-"""The large picture world: its questions are true, its splits share nothing, its backbones learn; the small one is as it was."""
+"""The large picture world: its questions are true, its splits share nothing, its backbones learn;
+the small one is as it was.
+"""
 
 import hashlib
 import json
@@ -11,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from sparsecut import build
-from sparsecut.cli.app import app
+from sparsecut.cli.main import app
 from sparsecut.shapes.language import Batches, answer, conversation, pack, slots
 from sparsecut.shapes.questions import (
     COLOUR,
@@ -56,7 +58,11 @@ def test_pictures_are_twice_as_wide_and_hold_more_things():
     assert {len(scene.things) for scene in scenes} == {5, 6, 7, 8}
     assert {t.place for scene in scenes for t in scene.things} == set(range(16))
     for scene in scenes:
-        assert len({t.shape for t in scene.things}) == len({t.place for t in scene.things}) == len(scene.things)
+        assert (
+            len({t.shape for t in scene.things})
+            == len({t.place for t in scene.things})
+            == len(scene.things)
+        )
     assert draw(scenes[0]).size == (192, 192) == (2 * LARGE.coarse, 2 * LARGE.coarse)
 
 
@@ -67,7 +73,9 @@ def test_things_are_drawn_where_the_scene_says():
     for place in range(16):
         row, column = divmod(place, 4)
         lines = picture[48 * row + 35 : 48 * row + 46, 48 * column + 3 : 48 * column + 14]
-        assert (lines.std() > 40) == (place in taken), place  # an empty cell is a gradient with grain
+        assert (lines.std() > 40) == (place in taken), (
+            place
+        )  # an empty cell is a gradient with grain
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -93,7 +101,10 @@ def true_answer(scene, question: str) -> str:
 
 
 def test_no_scene_stands_in_two_splits():
-    scenes = {split: {repr(split_scene(f"{split}/0/{i}", LARGE).things) for i in range(200)} for split in SPLITS}
+    scenes = {
+        split: {repr(split_scene(f"{split}/0/{i}", LARGE).things) for i in range(200)}
+        for split in SPLITS
+    }
     assert sum(map(len, scenes.values())) == len(set.union(*scenes.values())) == 200 * len(SPLITS)
 
 
@@ -101,7 +112,10 @@ def test_every_word_is_one_token_and_places_differ():
     tokenizer = make_tokenizer(size=LARGE)
     assert len(set(PLACES[4])) == 16 and not set(PLACES[4]) & {*SHAPES, *LINES, *DIGITS}
     scene = split_scene("train/0/1", LARGE)
-    text = [caption(scene, random.Random(0)), *(f"{q} {a}" for q, a in ask(scene, random.Random(0), 40))]
+    text = [
+        caption(scene, random.Random(0)),
+        *(f"{q} {a}" for q, a in ask(scene, random.Random(0), 40)),
+    ]
     for words in text:
         ids = tokenizer(words)["input_ids"][1:]
         assert len(ids) == len(words.split()) and tokenizer.unk_token_id not in ids
@@ -111,13 +125,18 @@ def test_the_encoder_is_told_what_each_cell_shows():
     torch.manual_seed(0)
     views = Views(3, LARGE)
     pixels, in_coarse, in_fine = views.batch(2)
-    assert pixels.shape == (6, 3, 96, 96) and in_coarse.shape == (32, 6) and in_fine.shape == (16, 6)
+    assert (
+        pixels.shape == (6, 3, 96, 96) and in_coarse.shape == (32, 6) and in_fine.shape == (16, 6)
+    )
     scene = split_scene("pretrain/0/1", LARGE)
     for t in scene.things:
         row, column = divmod(t.place, 4)
         expected = [t.shape, t.colour, t.shade, t.texture, t.lines, t.digit]
         assert views.labels[1, t.place].tolist() == expected and len(expected) == len(ATTRIBUTES)
-        assert views.tiled[1, row // 2 * 2 + column // 2, row % 2 * 2 + column % 2].tolist() == expected
+        assert (
+            views.tiled[1, row // 2 * 2 + column // 2, row % 2 * 2 + column % 2].tolist()
+            == expected
+        )
     native = np.asarray(draw(scene))
     assert np.array_equal(views.fine[1, 1].numpy(), native[:96, 96:])
 
@@ -127,7 +146,9 @@ def test_slots_hold_a_thing_in_its_own_cell():
     batches = Batches(0, LARGE, training, tokenizer)
     again = Batches(0, LARGE, training, tokenizer)
     again[0]
-    assert all(torch.equal(a, b) for a, b in zip(batches[1], again[1], strict=True))  # whatever came before
+    assert all(
+        torch.equal(a, b) for a, b in zip(batches[1], again[1], strict=True)
+    )  # whatever came before
     scene = split_scene("dev/0/0", LARGE)
     for side in (8, 16):
         grid, part = slots(scene, random.Random(0), side), side // 4
@@ -140,20 +161,31 @@ def test_slots_hold_a_thing_in_its_own_cell():
 
 def attribute_words(t) -> set[str]:
     """The six words of a thing."""
-    return {SHAPES[t.shape], COLOUR[t.colour], SHADE[t.shade], TEXTURES[t.texture], LINES[t.lines], DIGITS[t.digit]}
+    return {
+        SHAPES[t.shape],
+        COLOUR[t.colour],
+        SHADE[t.shade],
+        TEXTURES[t.texture],
+        LINES[t.lines],
+        DIGITS[t.digit],
+    }
 
 
 def test_the_language_model_takes_a_step():
     torch.manual_seed(0)
     tokenizer = make_tokenizer(size=LARGE)
-    model = GPT2LMHeadModel(GPT2Config(**LARGE.language, vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2))
+    model = GPT2LMHeadModel(
+        GPT2Config(**LARGE.language, vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2)
+    )
     assert model.config.n_layer == 12 and model.config.n_embd == 384
     scene, rng = split_scene("pretrain/0/0", LARGE), random.Random(0)
     packed = pack([conversation(scene, tokenizer, rng, 4, ((8,),))])
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=2e-4), []
     for _ in range(4):
         logits, labels = answer(model, packed, 0.0)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=-100
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -164,16 +196,30 @@ def test_the_language_model_takes_a_step():
 def test_files_and_backbones_are_made_by_commands(tmp_path):
     run = CliRunner()
     drawn = run.invoke(
-        app, ["world", "draw", str(tmp_path / "data"), "--size=large", "--train=4", "--dev=0", "--test=3"]
+        app,
+        [
+            "world",
+            "draw",
+            str(tmp_path / "data"),
+            "--size=large",
+            "--train=4",
+            "--dev=0",
+            "--test=3",
+        ],
     )
     assert drawn.exit_code == 0, drawn.output
     records = json.loads((tmp_path / "data/test.json").read_text())
     assert {record["group"] for record in records} == set(KINDS)
-    made = run.invoke(app, ["world", "pretrain", "--size=large", "--quick", f"--out={tmp_path / 'made'}"])
+    made = run.invoke(
+        app, ["world", "pretrain", "--size=large", "--quick", f"--out={tmp_path / 'made'}"]
+    )
     assert made.exit_code == 0, made.output
     assert "--size large --device cpu" in (tmp_path / "made/README.md").read_text()
     model, processor = build(str(tmp_path / "made/vision"), str(tmp_path / "made/language"))
-    assert model.config.vision_depth == model.config.language_depth == 12 and processor.num_image_tokens == 64
+    assert (
+        model.config.vision_depth == model.config.language_depth == 12
+        and processor.num_image_tokens == 64
+    )
 
 
 def test_an_unknown_size_is_refused(tmp_path):

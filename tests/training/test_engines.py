@@ -10,27 +10,42 @@ from types import SimpleNamespace
 import pytest
 from helpers.engines import CASES, run_case, run_upgrade
 from helpers.runs import log, trainer_for, write_records
+from helpers.tiny import tiny_model
 from safetensors.torch import load_file
 from test_upgrade_training import base_of
-from helpers.tiny import tiny_model
 
 from sparsecut import load
 
 HERE = Path(__file__).parents[1]
-ZERO = ["zero2", "zero3"] if importlib.util.find_spec("deepspeed") else []  # it compiles a part of itself: run apart
+ZERO = (
+    ["zero2", "zero3"] if importlib.util.find_spec("deepspeed") else []
+)  # it compiles a part of itself: run apart
 ENGINES = ["ddp", "fsdp"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder in which every case has run in one process (one/), in two with DDP (ddp/) and in two with FSDP2 (fsdp/)."""
+    """A folder in which every case has run in one process (one/), in two with DDP (ddp/) and in two
+    with FSDP2 (fsdp/).
+    """
     folder = tmp_path_factory.mktemp("engines")
     write_records(folder)
     base, processor = base_of("llava")
     base.save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}",
+    }
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     started = {
         engine: subprocess.Popen(
             [*launch, str(HERE / "helpers" / "engines.py"), str(folder), engine],
@@ -77,9 +92,14 @@ def weights(stage: Path) -> dict:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_go_on_from_a_checkpoint_to_the_bit(folder, engine):
-    whole, resumed = ([x["loss"] for x in log(folder / engine, "one", name)] for name in ("whole", "resumed"))
+    whole, resumed = (
+        [x["loss"] for x in log(folder / engine, "one", name)] for name in ("whole", "resumed")
+    )
     assert whole == resumed and len(whole) == 6
-    files = [(folder / engine / name / "final" / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
+    files = [
+        (folder / engine / name / "final" / "model.safetensors").read_bytes()
+        for name in ("whole", "resumed")
+    ]
     assert files[0] == files[1]
 
 
@@ -100,7 +120,9 @@ def test_sharding_that_would_not_shard_or_train_wrongly_is_refused(folder, monke
         trainer._check_sharding()
     trainer.is_deepspeed_enabled = False
     plugin = SimpleNamespace(activation_checkpointing=True)
-    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    monkeypatch.setattr(
+        trainer, "accelerator", SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    )
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match=r"set args\.activation_checkpointing"):
         trainer._check_sharding()

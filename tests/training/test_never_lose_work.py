@@ -1,4 +1,6 @@
-"""A run that is killed, told to stop, or finds the disk full goes on as if nothing had happened, and never from a broken checkpoint."""
+"""A run that is killed, told to stop, or finds the disk full goes on as if nothing had happened,
+and never from a broken checkpoint.
+"""
 
 import errno
 import json
@@ -22,10 +24,16 @@ CHECKPOINTS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A function (output, point) -> exit status of a run, and the folder; an undisturbed run is in whole/."""
+    """A function (output, point) -> exit status of a run, and the folder; an undisturbed run is in
+    whole/.
+    """
     folder = tmp_path_factory.mktemp("killed")
     write_records(folder)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}",
+    }
     program = subprocess.Popen(
         [sys.executable, str(HERE / "helpers" / "killed.py"), str(folder)],
         stdin=subprocess.PIPE,
@@ -65,7 +73,10 @@ def test_a_killed_run_goes_on_to_the_bit(runs, point):
     assert go(output, "resume") == 0
     for name in ("one", "two"):
         kept, whole = (
-            [{k: v for k, v in line.items() if k not in ("seconds", "memory_gib")} for line in log(folder, name, way)]
+            [
+                {k: v for k, v in line.items() if k not in ("seconds", "memory_gib")}
+                for line in log(folder, name, way)
+            ]
             for way in (output, "whole")
         )
         assert kept == whole
@@ -83,9 +94,12 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize(
-    "owner, name", [(StageTrainer, "_save"), (StageTrainer, "_save_rng_state"), (run_folder, "_sync")]
+    "owner, name",
+    [(StageTrainer, "_save"), (StageTrainer, "_save_rng_state"), (run_folder, "_sync")],
 )
-def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_can_go_on(folder, monkeypatch, owner, name):
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_can_go_on(
+    folder, monkeypatch, owner, name
+):
     own = getattr(owner, name)
 
     def full(*args, **kwargs):
@@ -96,10 +110,16 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_can_go_on(folder, mo
     whole = run(folder, stage(folder, args=CHECKPOINTS), output=str(folder / "whole"))[0]
     monkeypatch.setattr(owner, name, full)
     with pytest.raises(
-        OSError, match=r"checkpoint-4 could not be written .*No space.* last whole one is .*checkpoint-2; make room"
+        OSError,
+        match=(
+            r"checkpoint-4 could not be written .*No space.* last whole one is .*checkpoint-2; make"
+            r" room"
+        ),
     ):
         run(folder, stage(folder, args=CHECKPOINTS))
-    assert sorted(path.name for path in (folder / "out" / "one").glob("checkpoint-*")) == ["checkpoint-2"]
+    assert sorted(path.name for path in (folder / "out" / "one").glob("checkpoint-*")) == [
+        "checkpoint-2"
+    ]
     monkeypatch.setattr(owner, name, own)
     resumed = run(folder, stage(folder, args=CHECKPOINTS), resume=True)[0]
     states = whole.state_dict(), resumed.state_dict()
@@ -108,7 +128,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_can_go_on(folder, mo
 
 def test_a_disk_that_is_too_small_is_told_before_the_first_step(folder, monkeypatch):
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(ValueError, match=r"a checkpoint takes about .* GiB, but .* has 0.00 GiB free; free some space"):
+    with pytest.raises(
+        ValueError,
+        match=r"a checkpoint takes about .* GiB, but .* has 0.00 GiB free; free some space",
+    ):
         run(folder)
 
 
@@ -117,9 +140,14 @@ def test_going_on_with_other_batches_is_refused(folder):
     (folder / "out" / "one" / run_folder.FINISHED).unlink()
     for checkpoint in (folder / "out" / "one").glob("checkpoint-*"):
         facts = json.loads((checkpoint / run_folder.WHOLE).read_text())
-        (checkpoint / run_folder.WHOLE).write_text(json.dumps({**facts, "global_batch": 8, "processes": 4}))
+        (checkpoint / run_folder.WHOLE).write_text(
+            json.dumps({**facts, "global_batch": 8, "processes": 4})
+        )
     with pytest.raises(
-        ValueError, match=r"written with 8 records a step \(4 processes\), but now a step has 2 \(1 processes\)"
+        ValueError,
+        match=(
+            r"written with 8 records a step \(4 processes\), but now a step has 2 \(1 processes\)"
+        ),
     ):
         run(folder, stage(folder, args=CHECKPOINTS), resume=True)
 
@@ -128,7 +156,9 @@ def test_an_unfinished_run_is_not_started_over_by_accident(folder):
     run(folder, stage(folder, args=CHECKPOINTS))
     run(folder, stage(folder, args=CHECKPOINTS))  # a finished one may be repeated
     (folder / "out" / "one" / run_folder.FINISHED).unlink()
-    with pytest.raises(ValueError, match=r"unfinished run, whole as far as .*checkpoint-6; add --resume"):
+    with pytest.raises(
+        ValueError, match=r"unfinished run, whole as far as .*checkpoint-6; add --resume"
+    ):
         run(folder, stage(folder, args=CHECKPOINTS))
     changed = {**CHECKPOINTS, "save_steps": 3, "logging_steps": 2, "dataloader_num_workers": 1}
     run(folder, stage(folder, args=changed), resume=True)  # what changes no weight may change

@@ -1,4 +1,6 @@
-"""Training: only named parts move, at their own rates, over all learned tokens, and the same twice."""
+"""Training: only named parts move, at their own rates, over all learned tokens, and the same
+twice.
+"""
 
 import itertools
 import math
@@ -86,11 +88,16 @@ def test_trained_gates_are_not_decayed(folder):
     model, processor = tiny_model({"method": "sparsecut", "gate": "zero"})
     trainer = trainer_for(model, processor, folder, args={"weight_decay": 0.1})
     groups = trainer.create_optimizer().param_groups
-    assert [g["weight_decay"] for g in groups if any(p is model.fusion.gates for p in g["params"])] == [0.0]
+    assert [
+        g["weight_decay"] for g in groups if any(p is model.fusion.gates for p in g["params"])
+    ] == [0.0]
 
 
 def test_the_same_recipe_twice_gives_the_same_losses_to_the_bit(folder):
-    stages = [stage(folder, template="plain"), stage(folder, name="two", train=["fusion", "language"])]
+    stages = [
+        stage(folder, template="plain"),
+        stage(folder, name="two", train=["fusion", "language"]),
+    ]
     runs = []
     for _ in range(2):
         run(folder, *stages)
@@ -103,7 +110,9 @@ def test_two_arms_see_the_same_batches_in_the_same_order(folder, monkeypatch):
     collate = Collator.__call__
 
     def spy(self, items):
-        seen[-1].append([item["input_ids"][item["input_ids"] != self.image_token_id].tolist() for item in items])
+        seen[-1].append(
+            [item["input_ids"][item["input_ids"] != self.image_token_id].tolist() for item in items]
+        )
         return collate(self, items)
 
     monkeypatch.setattr(Collator, "__call__", spy)
@@ -163,7 +172,9 @@ def test_half_precision_computes_alike_and_keeps_single_precision_weights(folder
     losses = []
     for half in (False, True):
         model = run(
-            folder, stage(folder, train=["fusion", "language"], args={"bf16": half}), output=str(folder / str(half))
+            folder,
+            stage(folder, train=["fusion", "language"], args={"bf16": half}),
+            output=str(folder / str(half)),
         )[0]
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         losses.append([line["loss"] for line in log(folder, output=str(half))])

@@ -1,4 +1,6 @@
-"""docs/training.md, followed word for word: its data, its recipe, its commands; and the engines' files it names."""
+"""docs/training.md, followed word for word: its data, its recipe, its commands; and the engines'
+files it names.
+"""
 
 import json
 import re
@@ -8,11 +10,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from sparsecut.cli.app import app
+from sparsecut.cli.main import app
 from sparsecut.config.recipe import load_recipe
+from sparsecut.config.yaml_io import read_yaml
 from sparsecut.shapes.questions import split_scene
 from sparsecut.shapes.scenes import draw
-from sparsecut.config.yaml_io import read_yaml
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -49,7 +51,10 @@ def test_engines_it_names_are_arguments_of_a_stage(desk):
     for line in blocks("yaml")[-1].splitlines():
         args = yaml.safe_load(line)["args"]
         if "deepspeed" in args:
-            assert json.loads((ROOT / args["deepspeed"]).read_text())["zero_optimization"]["stage"] == 3
+            assert (
+                json.loads((ROOT / args["deepspeed"]).read_text())["zero_optimization"]["stage"]
+                == 3
+            )
         changes = [f"stages.1.args.{key}={json.dumps(value)}" for key, value in args.items()]
         assert load_recipe("mine.yaml", changes).stages[1].args["bf16"] is True
 
@@ -66,6 +71,8 @@ def whole_stage() -> dict:
 
 
 def test_files_it_points_to_exist():
-    for name in re.findall(r"\]\(\.\./([^)]+)\)|(?:torchrun|accelerate)[^\n]* (configs/\S+)", GUIDE):
+    for name in re.findall(
+        r"\]\(\.\./([^)]+)\)|(?:torchrun|accelerate)[^\n]* (configs/\S+)", GUIDE
+    ):
         assert (ROOT / (name[0] or name[1])).is_file()
     assert all((ROOT / "configs" / "deepspeed" / f"zero{stage}.json").is_file() for stage in (2, 3))

@@ -1,4 +1,6 @@
-"""A run's folder: what is written, resumed, refused, skipped; what cannot be trained on stops with a sentence."""
+"""A run's folder: what is written, resumed, refused, skipped; what cannot be trained on stops with
+a sentence.
+"""
 
 import json
 
@@ -8,11 +10,11 @@ from helpers.runs import log, recipe, run, stage, trainer_for, write_records
 from helpers.tiny import tiny_model
 
 from sparsecut.building import load
+from sparsecut.config.recipe import load_recipe
 from sparsecut.data.dataset import TrainingData
 from sparsecut.training.freezing import freeze
-from sparsecut.config.recipe import load_recipe
-from sparsecut.training.trainer import StageTrainer
 from sparsecut.training.stages import train
+from sparsecut.training.trainer import StageTrainer
 
 
 @pytest.fixture
@@ -33,7 +35,8 @@ def test_what_is_written_repeats_the_run(folder):
     assert versions["seed"] == 4 and versions["torch"] and versions["python"]
     loaded = load(out / "final")[0]
     assert all(
-        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
     )
     tokens = [line["tokens"] for line in log(folder)]
     assert tokens == sorted(tokens) and log(folder)[-1]["step"] == 3
@@ -42,10 +45,13 @@ def test_what_is_written_repeats_the_run(folder):
 def test_another_recipe_does_not_overwrite_a_run(folder):
     run(folder)
     with pytest.raises(
-        ValueError, match=r"holds a run of another recipe \(it differs in seed\); choose another folder"
+        ValueError,
+        match=r"holds a run of another recipe \(it differs in seed\); choose another folder",
     ):
         run(folder, seed=1)
-    run(folder, evaluate={"data": {"path": str(folder / "texts.json")}})  # what is asked afterwards changes no weight
+    run(
+        folder, evaluate={"data": {"path": str(folder / "texts.json")}}
+    )  # what is asked afterwards changes no weight
 
 
 class Interrupted(Exception):
@@ -71,7 +77,8 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(folder, monkeypatch)
     resumed = run(folder, *stages, resume=True)[0]
     assert [line["step"] for line in log(folder, "two")] == [1, 2, 3, 4, 5, 6]
     assert all(
-        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
     )
 
 
@@ -80,7 +87,9 @@ def test_check_reads_everything_and_writes_nothing(folder):
     train(recipe(folder), model=model, processor=processor, check=True, shown=False)
     assert not (folder / "out").exists()
     (folder / "5.png").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"data.json record \d+: the picture 5.png in .* is broken"):
+    with pytest.raises(
+        ValueError, match=r"data.json record \d+: the picture 5.png in .* is broken"
+    ):
         train(recipe(folder), model=model, processor=processor, check=True, shown=False)
 
 
@@ -97,10 +106,16 @@ def test_bad_records_are_skipped_and_listed_where_the_recipe_says_so(folder):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"args": {"learning_rte": 1}}, "args.learning_rte is no argument .* .did you mean 'learning_rate'"),
+        (
+            {"args": {"learning_rte": 1}},
+            "args.learning_rte is no argument .* .did you mean 'learning_rate'",
+        ),
         ({"args": {"output_dir": "x"}}, "args.output_dir is set by the recipe's `output`"),
         ({"args": {"seed": 3}}, "args.seed is set by the recipe's `seed`"),
-        ({"args": {"learning_rate": "fast"}}, "args.learning_rate is the text 'fast', but must be a number"),
+        (
+            {"args": {"learning_rate": "fast"}},
+            "args.learning_rate is the text 'fast', but must be a number",
+        ),
         ({"args": {"remove_unused_columns": True}}, "must stay false"),
         ({"args": {"eval_strategy": "steps", "eval_steps": 1}}, "the recipe has no `evaluate`"),
         ({"args": {"label_smoothing_factor": 0.1}}, "would smooth wrong positions"),
@@ -111,7 +126,10 @@ def test_bad_records_are_skipped_and_listed_where_the_recipe_says_so(folder):
         ({"args": {"save_strategy": "sometimes"}}, "TrainingArguments refuses args: .*sometimes"),
         ({"max_length": 5}, "record 0: the record has .* would cut off image tokens"),
         ({"data": {"path": "nowhere.json"}}, "nowhere.json is not a file of records"),
-        ({"args": {"learning_rate": 1e30, "max_grad_norm": 0}}, "step [23] has the loss .*, so training cannot go on"),
+        (
+            {"args": {"learning_rate": 1e30, "max_grad_norm": 0}},
+            "step [23] has the loss .*, so training cannot go on",
+        ),
     ],
 )
 def test_what_cannot_be_trained_stops_with_a_sentence(folder, changes, sentence):
@@ -130,7 +148,9 @@ def test_a_step_or_part_without_anything_to_learn_is_an_error(folder, monkeypatc
     with pytest.raises(ValueError, match="the recipe's fusion gives the plan"):
         train(recipe(folder, fusion="llava"), model=model, processor=processor, shown=False)
     monkeypatch.setattr(
-        TrainingData, "_tokens", lambda self, i: {"input_ids": torch.ones(3).int(), "labels": torch.full((3,), -100)}
+        TrainingData,
+        "_tokens",
+        lambda self, i: {"input_ids": torch.ones(3).int(), "labels": torch.full((3,), -100)},
     )
     with pytest.raises(ValueError, match="stage one: no item of the batch has a token to learn"):
         run(folder)

@@ -1,4 +1,6 @@
-"""From a recipe with a base to answers: what is trained, saved, loaded and asked is the base's own way, with shortcuts."""
+"""From a recipe with a base to answers: what is trained, saved, loaded and asked is the base's own
+way, with shortcuts.
+"""
 
 import importlib.util
 import json
@@ -7,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from helpers.runs import log, stage, write_records
+from PIL import Image
 
 from sparsecut import Chat, load, train, upgrade
-from sparsecut.training.arguments import stage_arguments
-from sparsecut.data.native_encoding import encode_batch
-from sparsecut.data.dataset import read_examples
-from sparsecut.evaluation.evaluator import evaluate
-from sparsecut.evaluation.ablation import explain
-from sparsecut.reports.ablation import lines
-from sparsecut.prompts import features_of, parts_of, render
 from sparsecut.config.recipe import load_recipe, parse_recipe
+from sparsecut.data.dataset import read_examples
 from sparsecut.data.examples import IMAGE, Example
+from sparsecut.data.native_encoding import encode_batch
+from sparsecut.evaluation.ablation import explain
+from sparsecut.evaluation.evaluator import evaluate
+from sparsecut.prompts import features_of, parts_of, render
+from sparsecut.reports.ablation import lines
+from sparsecut.training.arguments import stage_arguments
 from sparsecut.training.trainer import StageTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -27,14 +29,18 @@ spec = importlib.util.spec_from_file_location("upgrade_vlm", ROOT / "examples" /
 example = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(example)
 KINDS = {"llava": {"view": 16}, "qwen": {"view": 32}}
-TEXTS = ["what is it is it a red cat yes no ASSISTANT USER user assistant a red dog blue are you sure"] * 3
+TEXTS = [
+    "what is it is it a red cat yes no ASSISTANT USER user assistant a red dog blue are you sure"
+] * 3
 
 
 def base_of(kind: str):
     """(model, processor): a tiny random base of the example."""
     torch.manual_seed(0)
     model, processor = getattr(example, kind)(TEXTS, width=32, vocabulary=300, **KINDS[kind])
-    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)  # so that it says different things
+    torch.nn.init.normal_(
+        model.get_output_embeddings().weight, std=0.5
+    )  # so that it says different things
     return model, processor
 
 
@@ -54,12 +60,18 @@ def folder(tmp_path):
 
 
 def picture(width: int, height: int) -> Image.Image:
-    values = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    values = np.random.default_rng(width * height).integers(
+        0, 256, (height, width, 3), dtype=np.uint8
+    )
     return Image.fromarray(values)
 
 
 def recipe(folder, *stages, **changes):
-    plain = {"model": {"base": str(folder / "base")}, "output": str(folder / "out"), "stages": list(stages)}
+    plain = {
+        "model": {"base": str(folder / "base")},
+        "output": str(folder / "out"),
+        "stages": list(stages),
+    }
     return parse_recipe({**plain, "stages": list(stages) or [stage(folder)], **changes})
 
 
@@ -89,12 +101,21 @@ def test_what_is_learned_follows_exactly_the_prompt_of_inference(base):
                 {**m, "content": m["content"].replace(IMAGE, processor.image_token)}
                 for m in one.messages[: 2 * number + 1]
             ]
-            prompt = features_of(processor, [render(processor, asked)], pictures[row : row + 1])["input_ids"][0]
-            assert torch.equal(ids[: len(prompt)], prompt) and (labels[start : len(prompt)] == -100).all()
-            learned = labels[len(prompt) :].tolist()  # from the very first token that the model has to say
+            prompt = features_of(processor, [render(processor, asked)], pictures[row : row + 1])[
+                "input_ids"
+            ][0]
+            assert (
+                torch.equal(ids[: len(prompt)], prompt)
+                and (labels[start : len(prompt)] == -100).all()
+            )
+            learned = labels[
+                len(prompt) :
+            ].tolist()  # from the very first token that the model has to say
             learned = learned[: learned.index(-100)] if -100 in learned else learned
             last = number + 1 == len(answers)
-            ends = processor.tokenizer.eos_token if last or "im_end" in processor.chat_template else ""
+            ends = (
+                processor.tokenizer.eos_token if last or "im_end" in processor.chat_template else ""
+            )
             assert processor.decode(learned).strip() == answer + ends
             start = len(prompt) + len(learned)
         assert (labels[start:] == -100).all() and (batch["labels"][row, length:] == -100).all()
@@ -107,7 +128,9 @@ def test_a_batch_is_what_the_processor_makes_of_it(base):
     model(**batch).loss.backward()
     alone = encode_batch([TALKS[0][0]], processor, pictures=pictures[:1])
     length = alone["input_ids"].shape[1]
-    assert all(torch.equal(alone[name][0], batch[name][0, :length]) for name in ("input_ids", "labels"))
+    assert all(
+        torch.equal(alone[name][0], batch[name][0, :length]) for name in ("input_ids", "labels")
+    )
 
 
 def test_shortcuts_are_trained_by_a_recipe_and_the_base_is_not(folder):
@@ -116,7 +139,9 @@ def test_shortcuts_are_trained_by_a_recipe_and_the_base_is_not(folder):
     losses = [line["loss"] for line in log(folder) if "loss" in line]
     assert np.mean(losses[-5:]) < 0.97 * np.mean(losses[:5])
     untouched = base_of("llava")[0].state_dict()
-    assert all(torch.equal(value, untouched[name]) for name, value in model.base.state_dict().items())
+    assert all(
+        torch.equal(value, untouched[name]) for name, value in model.base.state_dict().items()
+    )
     files = {path.name for path in (folder / "out" / "final").iterdir()}
     assert {"fusion.safetensors", "fusion.json", "config.yaml", "processor_config.json"} <= files
     assert not files & {"model.safetensors", "config.json"}
@@ -133,9 +158,13 @@ def test_shortcuts_are_trained_by_a_recipe_and_the_base_is_not(folder):
             evaluate(again, processor, asked, out=folder / out, max_new_tokens=4, batch_size=1)
     assert (folder / "single" / "predictions.jsonl").read_text() == said
     evaluate(*upgrade(folder / "base"), asked, out=folder / "plain", max_new_tokens=4)
-    off, plain = (json.loads((folder / name / "result.json").read_text()) for name in ("off", "plain"))
+    off, plain = (
+        json.loads((folder / name / "result.json").read_text()) for name in ("off", "plain")
+    )
     assert off["accuracy"] == plain["accuracy"]
-    assert (folder / "off" / "predictions.jsonl").read_text() == (folder / "plain" / "predictions.jsonl").read_text()
+    assert (folder / "off" / "predictions.jsonl").read_text() == (
+        folder / "plain" / "predictions.jsonl"
+    ).read_text()
 
 
 def test_a_loaded_base_is_trained_too(base, tmp_path):
@@ -147,7 +176,9 @@ def test_a_loaded_base_is_trained_too(base, tmp_path):
     assert any(value.abs().sum() > 0 for value in model.fusion.paths[0].linear_2.parameters())
     asked, said = read_examples(tmp_path / "data.json"), []
     for size in (1, 5):
-        evaluate(model, processor, asked, max_new_tokens=3, batch_size=size, out=tmp_path / str(size))
+        evaluate(
+            model, processor, asked, max_new_tokens=3, batch_size=size, out=tmp_path / str(size)
+        )
         said.append((tmp_path / str(size) / "predictions.jsonl").read_text())
     assert said[0] == said[1]
 
@@ -155,7 +186,10 @@ def test_a_loaded_base_is_trained_too(base, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_shortcuts_of_a_half_precision_base_learn_in_single_precision(folder, dtype):
     base_of("llava")[0].to(dtype).save_pretrained(folder / "base")
-    model, _ = train(recipe(folder, stage(folder, args={"bf16": True, "use_cpu": True, "max_steps": 2})), shown=False)
+    model, _ = train(
+        recipe(folder, stage(folder, args={"bf16": True, "use_cpu": True, "max_steps": 2})),
+        shown=False,
+    )
     assert next(model.fusion.parameters()).dtype == torch.float32
     assert next(model.base.parameters()).dtype == torch.bfloat16
     assert load(folder / "out" / "final")[0].plan == model.plan
@@ -165,7 +199,9 @@ def test_gradient_checkpointing_changes_nothing(folder):
     found = []
     for on in (False, True):
         args = {"activation_checkpointing": on}
-        model, _ = train(recipe(folder, stage(folder, args=args), output=str(folder / str(on))), shown=False)
+        model, _ = train(
+            recipe(folder, stage(folder, args=args), output=str(folder / str(on))), shown=False
+        )
         found.append(model.fusion.state_dict())
     assert all(torch.allclose(value, found[1][name], atol=1e-6) for name, value in found[0].items())
 
@@ -199,13 +235,19 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(folder, monkeypatch)
 def test_a_base_that_was_trained_too_is_saved_with_the_shortcuts(folder):
     stages = [
         stage(folder),
-        stage(folder, name="two", train=["projector", "fusion", "language"], lr={"projector": 1e-3}),
+        stage(
+            folder, name="two", train=["projector", "fusion", "language"], lr={"projector": 1e-3}
+        ),
     ]
     model, _ = train(recipe(folder, *stages), shown=False)
     assert (folder / "out" / "one" / "fusion.json").is_file()
     assert (folder / "out" / "final" / "model.safetensors").is_file()
     untouched = base_of("llava")[0]
-    changed = {n for n, value in model.base.state_dict().items() if not torch.equal(value, untouched.state_dict()[n])}
+    changed = {
+        n
+        for n, value in model.base.state_dict().items()
+        if not torch.equal(value, untouched.state_dict()[n])
+    }
     assert {name.split(".")[1] for name in changed if name != "lm_head.weight"} == {
         "multi_modal_projector",
         "language_model",
@@ -222,11 +264,18 @@ def test_a_chat_sees_several_pictures_and_remembers_them(folder):
     chat = Chat(model, processor, max_new_tokens=3)
     chat.ask("what is it", picture(20, 30), picture(16, 16))
     said = chat.ask("is <image> red", picture(30, 30))
-    assert [m["content"].count(IMAGE) for m in chat.messages] == [2, 0, 1, 0] and len(chat.pictures) == 3
+    assert [m["content"].count(IMAGE) for m in chat.messages] == [2, 0, 1, 0] and len(
+        chat.pictures
+    ) == 3
     inputs = features_of(processor, [render(processor, chat.messages[:3])], [chat.pictures])
-    ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)[
+        :, inputs["input_ids"].shape[1] :
+    ]
     assert processor.batch_decode(ids, skip_special_tokens=True)[0].strip() == said
-    assert "".join(Chat(model, processor, max_new_tokens=3).stream("what is it", picture(20, 30))) != ""
+    assert (
+        "".join(Chat(model, processor, max_new_tokens=3).stream("what is it", picture(20, 30)))
+        != ""
+    )
 
 
 def test_an_explanation_switches_shortcuts_off_and_measures_what_they_add(folder):
@@ -242,7 +291,9 @@ def test_an_explanation_switches_shortcuts_off_and_measures_what_they_add(folder
             == evaluate(model, processor, asked, max_new_tokens=3)["accuracy"]
         )
     first = list({tuple(e.images): e for e in asked if e.images}.values())
-    inputs = features_of(processor, ["<image>" * len(e.images) for e in first], [e.pictures() for e in first])
+    inputs = features_of(
+        processor, ["<image>" * len(e.images) for e in first], [e.pictures() for e in first]
+    )
     names = ("pixel_values", "fine_pixel_values")
     beside = model.get_image_features(**{name: inputs[name] for name in names}).pooler_output
     norms = torch.cat(list(beside)).unflatten(-1, (-1, 32)).norm(dim=-1).mean(0).tolist()[1:]
@@ -251,7 +302,10 @@ def test_an_explanation_switches_shortcuts_off_and_measures_what_they_add(folder
 
 
 def test_contents_in_parts_leave_line_ends_to_the_template():
-    kinds = [list(part.values())[-1] for part in parts_of("<image>\n<image>\nis <image>\nit\n", "<image>")]
+    kinds = [
+        list(part.values())[-1]
+        for part in parts_of("<image>\n<image>\nis <image>\nit\n", "<image>")
+    ]
     assert kinds == ["image", "image", "is ", "image", "it\n"]
 
 
@@ -263,7 +317,10 @@ def test_contents_in_parts_leave_line_ends_to_the_template():
         ({"max_length": 3}, "max_length=3 would cut off image tokens"),
         ({"max_length": 12}, "no token of the .* is left to learn: .* raise max_length"),
         ({"chat_template": None}, "LlavaProcessor has no chat template"),
-        ({"chat_template": "{% for m in messages %}{{ m['role'] }}{% endfor %}"}, "writes no <image> for a picture"),
+        (
+            {"chat_template": "{% for m in messages %}{{ m['role'] }}{% endfor %}"},
+            "writes no <image> for a picture",
+        ),
         ({"limit": 6}, "has .* tokens, but the language model takes 6"),
         ({"model": {"base": "nowhere/base"}}, "there is no model nowhere/base that can be read"),
         ({"fusion": "llava"}, "can only be upgraded by shortcuts beside its own input"),

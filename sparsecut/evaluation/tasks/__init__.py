@@ -1,4 +1,5 @@
-"""Benchmarks: scores as pure functions that equal the benchmarks' own scripts, and the tasks that ask their questions.
+"""Benchmarks: scores as pure functions that equal the benchmarks' own scripts, and the tasks that
+ask their questions.
 
 Scores take what the benchmarks' files hold and return what their scripts say. The rules of those scripts that surprise are kept and named,
 because a score is compared with published ones.

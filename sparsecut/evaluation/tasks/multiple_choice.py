@@ -10,14 +10,15 @@ from functools import partial
 from pathlib import Path
 
 from ...data.images import Pictures
+from ...schema import UserError
 from .multiple_choice_metrics import LETTERS, ROTATIONS, is_empty, mmbench, scienceqa, seed
 from .task import (
     EVAL_ZIP,
     LETTER,
-    TaskData,
     Question,
     Score,
     Task,
+    TaskData,
     llava_questions,
     read_json,
     the_file,
@@ -25,69 +26,105 @@ from .task import (
 )
 
 LETTER_CN = "\u8bf7\u76f4\u63a5\u56de\u7b54\u9009\u9879\u5b57\u6bcd\u3002"
-SHORTEST_PICTURE = 64  # characters of base64; a shorter cell is the index of the row that holds the picture
-DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")  # columns that a submission leaves out
+SHORTEST_PICTURE = (
+    64  # characters of base64; a shorter cell is the index of the row that holds the picture
+)
+DROPPED = (
+    "hint",
+    "category",
+    "source",
+    "image",
+    "comment",
+    "l2-category",
+)  # columns that a submission leaves out
 
 
 def read_scienceqa(root: Path, options: Mapping[str, str]) -> TaskData:
     """The test split, or its questions with a picture."""
     folder = root / "scienceqa"
-    file, truth, splits = folder / "llava_test_CQM-A.json", folder / "problems.json", folder / "pid_splits.json"
+    file, truth, splits = (
+        folder / "llava_test_CQM-A.json",
+        folder / "problems.json",
+        folder / "pid_splits.json",
+    )
     problems, test = read_json(truth), set(read_json(splits)["test"])
     questions = []
     for number, one in enumerate(read_json(file)):
         key, source = str(one["id"]), f"{file.name} record {number}"
         if key not in problems or key not in test:
-            raise ValueError(f"{source} asks problem {key}, which is not of the test split in {folder}; download again")
+            raise UserError(
+                f"{source} asks problem {key}, which is not of the test split in {folder}; download"
+                " again"
+            )
         text = one["conversations"][0]["value"].replace("<image>", "").strip()
         problem, image = problems[key], one.get("image")
         if image is None and options["part"] == "image":
             continue
         facts = {"problem": problem}
         right = LETTERS[problem["answer"]]
-        questions.append(Question(key, f"{text}\n{LETTER}", image, facts, "", right, problem["subject"], source))
-    return TaskData(questions, Pictures(the_file(folder / "images" / "test")), [file, truth, splits])
+        questions.append(
+            Question(key, f"{text}\n{LETTER}", image, facts, "", right, problem["subject"], source)
+        )
+    return TaskData(
+        questions, Pictures(the_file(folder / "images" / "test")), [file, truth, splits]
+    )
 
 
 def score_scienceqa(asked: TaskData, answers: Mapping[str, str]) -> Score:
     """Accuracy of questions with a picture (the paper's ScienceQA-IMG) and of all, in per cent."""
     problems = {q.id: q.facts["problem"] for q in asked.questions}
     shown = {q.id: "<image>" if q.image is not None else "" for q in asked.questions}
-    said = [{"question_id": q.id, "text": answers[q.id], "prompt": shown[q.id]} for q in asked.questions]
+    said = [
+        {"question_id": q.id, "text": answers[q.id], "prompt": shown[q.id]} for q in asked.questions
+    ]
     found = scienceqa(problems, said)
     read = found["llava"].pop("parsed_index")
-    main = {"image accuracy": found["llava"]["img_accuracy"], "accuracy": found["llava"]["accuracy"]}
+    main = {
+        "image accuracy": found["llava"]["img_accuracy"],
+        "accuracy": found["llava"]["accuracy"],
+    }
     each = {key: float(read[key] == problem["answer"]) for key, problem in problems.items()}
     return Score({name: value for name, value in main.items() if value is not None}, found, each)
 
 
-def read_mmbench(root: Path, options: Mapping[str, str], *, names: Mapping[str, str], last: str) -> TaskData:
+def read_mmbench(
+    root: Path, options: Mapping[str, str], *, names: Mapping[str, str], last: str
+) -> TaskData:
     """All rows of the table, rotations too, or with circular=off the first of each question."""
     import pandas
 
     name = names[options["split"]]
     if options["split"] == "test" and importlib.util.find_spec("openpyxl") is None:
-        raise ValueError(
-            "answers to MMBench's test split are submitted as .xlsx; install openpyxl (sparsecut[tasks]) first"
+        raise UserError(
+            "answers to MMBench's test split are submitted as .xlsx; install openpyxl"
+            " (sparsecut[tasks]) first"
         )
     file = the_file(root / "mmbench" / name, root / "mmbench_cn" / name)
-    # As text, and with pandas' own idea of empty cells: it is what the released script reads, "None" and "NA" included.
+    # As text, and with pandas' own idea of empty cells: it is what the released script reads,
+    # "None" and "NA" included.
     try:
         rows = pandas.read_table(file, dtype=str).to_dict("records")
     except ValueError as error:  # pandas' own are such
-        raise ValueError(f"{file} cannot be read as a table ({error}); download it again") from None
-    missing = [column for column in ("index", "question", "A", "image") if column not in (rows or [{}])[0]]
+        raise UserError(f"{file} cannot be read as a table ({error}); download it again") from None
+    missing = [
+        column for column in ("index", "question", "A", "image") if column not in (rows or [{}])[0]
+    ]
     if missing:
-        raise ValueError(f"{file} has no column {', '.join(missing)}; is it MMBench's table? download it again")
+        raise UserError(
+            f"{file} has no column {', '.join(missing)}; is it MMBench's table? download it again"
+        )
     if odd := [row["index"] for row in rows if not str(row["index"]).isdigit()]:
-        raise ValueError(
-            f"{file} has a row whose index is {odd[0]!r}, no number; its columns are out of place: download it again"
+        raise UserError(
+            f"{file} has a row whose index is {odd[0]!r}, no number; its columns are out of place:"
+            " download it again"
         )
     pictures = {row["index"]: row["image"] for row in rows}
     if options["circular"] == "off":
         rows = [row for row in rows if int(row["index"]) < ROTATIONS]
     elif all(int(row["index"]) < ROTATIONS for row in rows):
-        raise ValueError(f"{file} holds no rotated rows (index over a million); ask each once, as circular=off")
+        raise UserError(
+            f"{file} holds no rotated rows (index over a million); ask each once, as circular=off"
+        )
     questions = []
     for row in rows:
         source = f"{file.name} index {row['index']}"
@@ -96,11 +133,15 @@ def read_mmbench(root: Path, options: Mapping[str, str], *, names: Mapping[str, 
         truth = facts.get("answer", "")
         text, picture = _mmbench_text(row, last), _picture(row, pictures, source)
         questions.append(Question(row["index"], text, picture, facts, unit, truth, kind, source))
-    return TaskData(questions, None, [file], {"circular": options["circular"] == "on", "columns": list(rows[0])})
+    return TaskData(
+        questions, None, [file], {"circular": options["circular"] == "on", "columns": list(rows[0])}
+    )
 
 
 def _mmbench_text(row: Mapping, last: str) -> str:
-    """Hint, question and the options A to D up to the first empty one, as model_vqa_mmbench.py writes them."""
+    """Hint, question and the options A to D up to the first empty one, as model_vqa_mmbench.py
+    writes them.
+    """
     hint = row.get("hint")
     lines = [] if is_empty(hint) or hint.lower() in ("nan", "none") else [hint]
     lines.append(row["question"])
@@ -120,11 +161,13 @@ def _picture(row: Mapping, pictures: Mapping[str, str], source: str) -> bytes:
     try:
         return base64.b64decode(cell, validate=True)
     except (TypeError, binascii.Error):
-        raise ValueError(f"{source} has no picture in base64; download the table again") from None
+        raise UserError(f"{source} has no picture in base64; download the table again") from None
 
 
 def score_mmbench(asked: TaskData, answers: Mapping[str, str]) -> Score | None:
-    """Circular accuracy, or plain accuracy of the first rows, in per cent; None where the table has no answers (test split)."""
+    """Circular accuracy, or plain accuracy of the first rows, in per cent; None where the table has
+    no answers (test split).
+    """
     if not all("answer" in q.facts for q in asked.questions):
         return None
     rows = [q.facts for q in asked.questions]
@@ -134,19 +177,30 @@ def score_mmbench(asked: TaskData, answers: Mapping[str, str]) -> Score | None:
     plain = {"plain accuracy": 100 * found["vanilla_accuracy"]}
     if not asked.facts["circular"]:
         return Score(
-            plain, {"vanilla_accuracy": found["vanilla_accuracy"], "by_category": found["circular_accuracy"]}, each
+            plain,
+            {
+                "vanilla_accuracy": found["vanilla_accuracy"],
+                "by_category": found["circular_accuracy"],
+            },
+            each,
         )
-    return Score({"circular accuracy": 100 * found["circular_accuracy"]["Overall"], **plain}, found, each)
+    return Score(
+        {"circular accuracy": 100 * found["circular_accuracy"]["Overall"], **plain}, found, each
+    )
 
 
 def submit_mmbench(asked: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
-    """The table that MMBench's server takes: the rows with a column `prediction`, as .xlsx, which needs the package openpyxl."""
+    """The table that MMBench's server takes: the rows with a column `prediction`, as .xlsx, which
+    needs the package openpyxl.
+    """
     import pandas
 
     if importlib.util.find_spec("openpyxl") is None:
         return []
     columns = [name for name in asked.facts["columns"] if name not in DROPPED]
-    rows = pandas.DataFrame([{name: q.facts.get(name) for name in columns} for q in asked.questions])
+    rows = pandas.DataFrame(
+        [{name: q.facts.get(name) for name in columns} for q in asked.questions]
+    )
     rows["index"] = rows["index"].astype(int)
     rows.insert(min(6, len(columns)), "prediction", [answers[q.id] for q in asked.questions])
     path = folder / "mmbench_submission.xlsx"
@@ -164,30 +218,46 @@ def read_seed(root: Path, options: Mapping[str, str]) -> TaskData:
     questions = []
     for q in llava_questions(file):
         if q.id not in known:
-            raise ValueError(f"{q.source} asks question {q.id}, which {truth.name} does not hold; download both again")
+            raise UserError(
+                f"{q.source} asks question {q.id}, which {truth.name} does not hold; download both"
+                " again"
+            )
         one = known[q.id]
         if options["part"] in ("all", one["data_type"]):
             more = {"truth": one}
             kind = names[one["question_type_id"]]
-            questions.append(Question(q.id, q.text, q.image, more, "", one["answer"], kind, q.source))
+            questions.append(
+                Question(q.id, q.text, q.image, more, "", one["answer"], kind, q.source)
+            )
     if not questions:
-        raise ValueError(f"{file} holds no {options['part']} questions; download it again, or ask seed:part=all")
-    return TaskData(questions, Pictures(folder), [file, truth], {"question_type": facts["question_type"]})
+        raise UserError(
+            f"{file} holds no {options['part']} questions; download it again, or ask seed:part=all"
+        )
+    return TaskData(
+        questions, Pictures(folder), [file, truth], {"question_type": facts["question_type"]}
+    )
 
 
 def score_seed(asked: TaskData, answers: Mapping[str, str]) -> Score:
     """Share of exactly right letters, in per cent, of images, of videos and of all."""
     truth = {q.id: q.facts["truth"] for q in asked.questions}
     found = seed(
-        asked.facts["question_type"], list(truth.values()), [{"question_id": k, "text": answers[k]} for k in truth]
+        asked.facts["question_type"],
+        list(truth.values()),
+        [{"question_id": k, "text": answers[k]} for k in truth],
     )
     main = {name: found[name] for name in ("image", "video", "total") if found[name] is not None}
-    return Score(main, found, {key: float(answers[key] == one["answer"]) for key, one in truth.items()})
+    return Score(
+        main, found, {key: float(answers[key] == one["answer"]) for key, one in truth.items()}
+    )
 
 
 def submit_seed(asked: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
     """What SEED-Bench's leaderboard takes."""
-    rows = [{"question_id": q.facts["truth"]["question_id"], "prediction": answers[q.id]} for q in asked.questions]
+    rows = [
+        {"question_id": q.facts["truth"]["question_id"], "prediction": answers[q.id]}
+        for q in asked.questions
+    ]
     return [write_lines(folder / "seed_submission.jsonl", rows)]
 
 
@@ -195,7 +265,8 @@ def _mmbench(title: str, dev: str, test: str, last: str) -> Task:
     return Task(
         title,
         partial(read_mmbench, names={"dev": dev, "test": test}, last=last),
-        f"put {dev} from MMBench's site (download.openmmlab.com/mmclassification/datasets/mmbench) into mmbench/",
+        f"put {dev} from MMBench's site (download.openmmlab.com/mmclassification/datasets/mmbench)"
+        " into mmbench/",
         score_mmbench,
         submit_mmbench,
         {"split": ("dev", "test"), "circular": ("on", "off")},
@@ -207,17 +278,21 @@ CHOICE_TASKS = {
     "scienceqa": Task(
         "ScienceQA",
         read_scienceqa,
-        f"{EVAL_ZIP}, and put problems.json, pid_splits.json and images of ScienceQA into scienceqa/",
+        f"{EVAL_ZIP}, and put problems.json, pid_splits.json and images of ScienceQA into"
+        " scienceqa/",
         score_scienceqa,
         options={"part": ("all", "image")},
         max_new_tokens=1024,
     ),
     "mmbench": _mmbench("MMBench", "mmbench_dev_20230712.tsv", "mmbench_test_20230712.tsv", LETTER),
-    "mmbench_cn": _mmbench("MMBench-CN", "mmbench_dev_cn_20231003.tsv", "mmbench_test_cn_20231003.tsv", LETTER_CN),
+    "mmbench_cn": _mmbench(
+        "MMBench-CN", "mmbench_dev_cn_20231003.tsv", "mmbench_test_cn_20231003.tsv", LETTER_CN
+    ),
     "seed": Task(
         "SEED-Bench",
         read_seed,
-        f"{EVAL_ZIP}, and put SEED-Bench.json, SEED-Bench-image and SEED-Bench-video-image into seed_bench/",
+        f"{EVAL_ZIP}, and put SEED-Bench.json, SEED-Bench-image and SEED-Bench-video-image into"
+        " seed_bench/",
         score_seed,
         submit_seed,
         {"part": ("all", "image", "video")},

@@ -1,4 +1,6 @@
-"""Scores of MMBench, SEED-Bench and ScienceQA, which ask for an option's letter: each equals the benchmark's own script."""
+"""Scores of MMBench, SEED-Bench and ScienceQA, which ask for an option's letter: each equals the
+benchmark's own script.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 
+from ...schema import UserError
 from .open_ended_metrics import mean
 
 LETTERS = string.ascii_uppercase
@@ -28,18 +31,23 @@ ROTATIONS = 1_000_000  # an index above is a rotation of the row with what is le
 
 
 def mmbench(rows: Sequence[Mapping], predictions: Sequence[str]) -> dict:
-    """MMBench: the option read from each answer, circular and plain accuracy, of 1 (VLMEvalKit, multiple_choice.py, without a judge).
+    """MMBench: the option read from each answer, circular and plain accuracy, of 1 (VLMEvalKit,
+    multiple_choice.py, without a judge).
 
-    rows: `index`, `answer`, options A, B, ... and, for the table, `category` and `l2-category`; rows whose index exceeds a million are
-    rotations of that row modulo a million. predictions: an answer for each row, in order. A question is hit only where all its rotations
-    are. Returns `circular_accuracy` (Overall, then categories), `circular_hit` by question, `vanilla_accuracy` over all rows, and
-    `inferred` (None where no option could be read, which counts as wrong).
+    rows: `index`, `answer`, options A, B, ... and, for the table, `category` and `l2-category`;
+    rows whose index exceeds a million are rotations of that row modulo a million. predictions: an
+    answer for each row, in order. A question is hit only where all its rotations are. Returns
+    `circular_accuracy` (Overall, then categories), `circular_hit` by question, `vanilla_accuracy`
+    over all rows, and `inferred` (None where no option could be read, which counts as wrong).
     """
     if len(rows) != len(predictions) or not rows:
-        raise ValueError(
-            f"there are {len(rows)} rows and {len(predictions)} answers; give as many of both, at least one"
+        raise UserError(
+            f"there are {len(rows)} rows and {len(predictions)} answers; give as many of both, at"
+            " least one"
         )
-    read = [infer_option(said, options_of(row)) for row, said in zip(rows, predictions, strict=True)]
+    read = [
+        infer_option(said, options_of(row)) for row, said in zip(rows, predictions, strict=True)
+    ]
     right = [found == row["answer"] for found, row in zip(read, rows, strict=True)]
     hit: dict[int, bool] = {}
     for row, good in zip(rows, right, strict=True):
@@ -70,9 +78,11 @@ def is_empty(value) -> bool:
 
 
 def infer_option(answer: str, choices: Mapping[str, str]) -> str | None:
-    """The letter of the option that an answer names, "Z" for a refusal, None where it names none or several.
+    """The letter of the option that an answer names, "Z" for a refusal, None where it names none or
+    several.
 
-    First by its letter, standing alone among the last four words, then by "answer is X", then by the option's text in the answer.
+    First by its letter, standing alone among the last four words, then by "answer is X", then by
+    the option's text in the answer.
     """
     answer = str(answer)
     if any(refusal in answer for refusal in REFUSALS):
@@ -92,11 +102,14 @@ def infer_option(answer: str, choices: Mapping[str, str]) -> str | None:
     return inside[0] if len(inside) == 1 else None
 
 
-def seed(question_type: Mapping[str, int], questions: Sequence[Mapping], predictions: Sequence[Mapping]) -> dict:
-    """SEED-Bench: share of answers that are exactly the right letter, in per cent: per type, in total, of images and of videos.
+def seed(
+    question_type: Mapping[str, int], questions: Sequence[Mapping], predictions: Sequence[Mapping]
+) -> dict:
+    """SEED-Bench: share of answers that are exactly the right letter, in per cent: per type, in
+    total, of images and of videos.
 
-    As LLaVA's convert_seed_for_submission.py: "A." is wrong, and so is a question without prediction. total, image or video is None
-    where there is no such question.
+    As LLaVA's convert_seed_for_submission.py: "A." is wrong, and so is a question without
+    prediction. total, image or video is None where there is no such question.
     """
     said = {str(one["question_id"]): one["text"] for one in predictions}
     right = [said.get(str(one["question_id"])) == one["answer"] for one in questions]
@@ -115,14 +128,19 @@ def seed(question_type: Mapping[str, int], questions: Sequence[Mapping], predict
 
 
 def scienceqa(problems: Mapping[str, Mapping], predictions: Sequence[Mapping]) -> dict:
-    """ScienceQA: accuracy and accuracy of questions with a picture (LLaVA's eval_science_qa.py), and the official groups, in per cent.
+    """ScienceQA: accuracy and accuracy of questions with a picture (LLaVA's eval_science_qa.py),
+    and the official groups, in per cent.
 
-    problems: by id, as in problems.json, of the questions asked; predictions: `question_id`, `text` and `prompt`, whose <image> says
-    whether a picture was shown. A question without prediction is wrong. Returns `llava` (with parsed_index: the choice read from each
-    answer, -1 for none) and `official_by_group` (evaluate_acc.py; groups without a question are left out).
+    problems: by id, as in problems.json, of the questions asked; predictions: `question_id`, `text`
+    and `prompt`, whose <image> says whether a picture was shown. A question without prediction is
+    wrong. Returns `llava` (with parsed_index: the choice read from each answer, -1 for none) and
+    `official_by_group` (evaluate_acc.py; groups without a question are left out).
     """
     said = {str(one["question_id"]): one for one in predictions}
-    read = {k: read_choice(said[k]["text"], len(p["choices"])) if k in said else -1 for k, p in problems.items()}
+    read = {
+        k: read_choice(said[k]["text"], len(p["choices"])) if k in said else -1
+        for k, p in problems.items()
+    }
     right = {key: read[key] == problem["answer"] for key, problem in problems.items()}
     shown = [right[key] for key in problems if key in said and "<image>" in said[key]["prompt"]]
     groups = {
@@ -147,19 +165,26 @@ def _science_groups(problems: Mapping[str, Mapping]) -> dict:
 
     grades = [f"grade{number}" for number in range(1, 13)]
     return {
-        **{name: one_of("subject", f"{name} science") for name in ("natural", "social", "language")},
+        **{
+            name: one_of("subject", f"{name} science") for name in ("natural", "social", "language")
+        },
         "has_text": lambda problem: bool(problem["hint"]),
         "has_image": lambda problem: bool(problem["image"]),
         "no_context": lambda problem: not problem["hint"] and not problem["image"],
         "grade_1_6": one_of("grade", *grades[:6]),
         "grade_7_12": one_of("grade", *grades[6:]),
         "average": lambda problem: True,
-        **{topic: one_of("topic", topic) for topic in sorted({problem["topic"] for problem in problems.values()})},
+        **{
+            topic: one_of("topic", topic)
+            for topic in sorted({problem["topic"] for problem in problems.values()})
+        },
     }
 
 
 def read_choice(text: str, num_choices: int) -> int:
-    """The choice, from 0, that ScienceQA's script of LLaVA reads from "B", "B. ..." or one "The answer is B."; -1 for none."""
+    """The choice, from 0, that ScienceQA's script of LLaVA reads from "B", "B. ..." or one "The
+    answer is B."; -1 for none.
+    """
     options = LETTERS[:5]
     if text in tuple(options) or (text[:1] in tuple(options) and text[1:3] == ". "):
         found = text[0]

@@ -1,23 +1,32 @@
-"""Scores of POPE, MME, GQA and NLVR, which ask for one word: each equals the benchmark's own script on the same input."""
+"""Scores of POPE, MME, GQA and NLVR, which ask for one word: each equals the benchmark's own script
+on the same input.
+"""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
+from ...schema import UserError
 from .open_ended_metrics import check_all_answered, mean
 
 
 def pope(questions: Sequence[Mapping], answers: Sequence[Mapping]) -> dict:
-    """POPE: accuracy, precision, recall, F1 of "yes", and the share of yes, all of 1 (github.com/AoiDragon/POPE, evaluate.py).
+    """POPE: accuracy, precision, recall, F1 of "yes", and the share of yes, all of 1
+    (github.com/AoiDragon/POPE, evaluate.py).
 
-    questions: `label` (yes or no) of each; answers: `answer` of each, in the same order. An answer is no where its first sentence has the
-    word No, no or not, and yes otherwise. A ratio without a case is 0.
+    questions: `label` (yes or no) of each; answers: `answer` of each, in the same order. An answer
+    is no where its first sentence has the word No, no or not, and yes otherwise. A ratio without a
+    case is 0.
     """
     _check_as_many(questions, answers)
     said = ["no" if is_no(one["answer"]) else "yes" for one in answers]
-    pairs = Counter((one["label"] != "no", word == "yes") for one, word in zip(questions, said, strict=True))
-    tp, fp, tn, fn = (pairs[pair] for pair in ((True, True), (False, True), (False, False), (True, False)))
+    pairs = Counter(
+        (one["label"] != "no", word == "yes") for one, word in zip(questions, said, strict=True)
+    )
+    tp, fp, tn, fn = (
+        pairs[pair] for pair in ((True, True), (False, True), (False, False), (True, False))
+    )
     precision, recall = (tp / total if total else 0.0 for total in (tp + fp, tp + fn))
     both = precision + recall
     return {
@@ -37,24 +46,34 @@ def is_no(answer: str) -> bool:
 
 
 def mme(results: Mapping[str, Sequence[Sequence[str]]]) -> dict:
-    """MME: accuracy, accuracy+ (both questions of a picture right) and their sum, in per cent, by task (MME's calculation.py).
+    """MME: accuracy, accuracy+ (both questions of a picture right) and their sum, in per cent, by
+    task (MME's calculation.py).
 
-    results: by task, rows (picture, question, truth, answer), two rows after each other for a picture. Returns `task` with score, acc,
-    acc_plus and other (answers that are neither yes nor no), `perception_total` and `cognition_total`.
+    results: by task, rows (picture, question, truth, answer), two rows after each other for a
+    picture. Returns `task` with score, acc, acc_plus and other (answers that are neither yes nor
+    no), `perception_total` and `cognition_total`.
     """
     tasks = {}
     for task, rows in results.items():
         if len(rows) % 2 or any(a[0] != b[0] for a, b in zip(rows[::2], rows[1::2], strict=True)):
-            raise ValueError(
-                f"MME asks two questions for each picture, one after the other, but the {len(rows)} rows of {task} do not pair up"
+            raise UserError(
+                f"MME asks two questions for each picture, one after the other, but the {len(rows)}"
+                f" rows of {task} do not pair up"
             )
         said = [yes_or_no(row[3]) for row in rows]
         right = [word == row[2].strip().lower() for word, row in zip(said, rows, strict=True)]
         acc = mean(right, 100)
         plus = mean([a and b for a, b in zip(right[::2], right[1::2], strict=True)], 100)
         tasks[task] = {"score": acc + plus, "acc": acc, "acc_plus": plus, "other": said.count(None)}
-    totals = {kind: sum(tasks[t]["score"] for t in names if t in tasks) for kind, names in MME_TASKS.items()}
-    return {"task": tasks, "perception_total": totals["perception"], "cognition_total": totals["cognition"]}
+    totals = {
+        kind: sum(tasks[t]["score"] for t in names if t in tasks)
+        for kind, names in MME_TASKS.items()
+    }
+    return {
+        "task": tasks,
+        "perception_total": totals["perception"],
+        "cognition_total": totals["cognition"],
+    }
 
 
 MME_TASKS = {
@@ -70,7 +89,12 @@ MME_TASKS = {
         "artwork",
         "OCR",
     ],
-    "cognition": ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"],
+    "cognition": [
+        "commonsense_reasoning",
+        "numerical_calculation",
+        "text_translation",
+        "code_reasoning",
+    ],
 }
 
 
@@ -79,12 +103,17 @@ def yes_or_no(answer: str) -> str | None:
     return next((word for word in ("yes", "no") if word in answer.lower()[:4]), None)
 
 
-def gqa(questions: Mapping[str, Mapping], predictions: Sequence[Mapping], choices: Mapping | None = None) -> dict:
-    """GQA: accuracy (binary, open), consistency, validity, plausibility in per cent, and distribution (lower is better), by eval.py.
+def gqa(
+    questions: Mapping[str, Mapping], predictions: Sequence[Mapping], choices: Mapping | None = None
+) -> dict:
+    """GQA: accuracy (binary, open), consistency, validity, plausibility in per cent, and
+    distribution (lower is better), by eval.py.
 
-    questions: by id, as in GQA's files; predictions: `questionId` and `prediction`, compared as they stand; choices: by id the lists
-    `valid` and `plausible`. Only balanced questions count, but what they entail may be any; consistency is None unless every entailed
-    question has a prediction, validity and plausibility are None without choices. Raises ValueError for a balanced one without prediction.
+    questions: by id, as in GQA's files; predictions: `questionId` and `prediction`, compared as
+    they stand; choices: by id the lists `valid` and `plausible`. Only balanced questions count, but
+    what they entail may be any; consistency is None unless every entailed question has a
+    prediction, validity and plausibility are None without choices. Raises ValueError for a balanced
+    one without prediction.
     """
     said = {one["questionId"]: one["prediction"] for one in predictions}
     balanced = {key: one for key, one in questions.items() if one["isBalanced"]}
@@ -103,11 +132,16 @@ def gqa(questions: Mapping[str, Mapping], predictions: Sequence[Mapping], choice
     result["consistency"] = _consistency(balanced, questions, right)
     for name, of in (("validity", "valid"), ("plausibility", "plausible")):
         fits = (
-            [said[k] in _allowed(one, choices[k][of]) for k, one in balanced.items()] if choices is not None else None
+            [said[k] in _allowed(one, choices[k][of]) for k, one in balanced.items()]
+            if choices is not None
+            else None
         )
         result[name] = None if fits is None else mean(fits, 100)
     result["distribution"] = _distribution(balanced, said)
-    tables = {name: {str(k): [mean(v, 100), len(v)] for k, v in sorted(by.items())} for name, by in kinds.items()}
+    tables = {
+        name: {str(k): [mean(v, 100), len(v)] for k, v in sorted(by.items())}
+        for name, by in kinds.items()
+    }
     return {**result, **tables}
 
 
@@ -122,7 +156,9 @@ GQA_KINDS = {
 def _steps(program: Sequence[Mapping]) -> int:
     """Reasoning steps of a question, without the one that asks."""
     told = [f"{step['operation']}: {step['argument']}" for step in program]
-    return sum(not any(asks in step for asks in ("exist", "query: name", "choose name")) for step in told)
+    return sum(
+        not any(asks in step for asks in ("exist", "query: name", "choose name")) for step in told
+    )
 
 
 def _consistency(balanced: Mapping, questions: Mapping, right: Mapping) -> float | None:
@@ -138,12 +174,16 @@ def _consistency(balanced: Mapping, questions: Mapping, right: Mapping) -> float
 
 
 def _allowed(question: Mapping, listed: Sequence[str]) -> Sequence[str]:
-    """A question of what two things have in common is answered by the kind of the property, whatever its list says."""
+    """A question of what two things have in common is answered by the kind of the property,
+    whatever its list says.
+    """
     return ("color", "material", "shape") if "Common" in question["types"]["detailed"] else listed
 
 
 def _distribution(balanced: Mapping, said: Mapping) -> float:
-    """Chi square of the answers given against those that are true, averaged over groups of questions by their size, over 100."""
+    """Chi square of the answers given against those that are true, averaged over groups of
+    questions by their size, over 100.
+    """
     truth: dict[str, Counter] = defaultdict(Counter)
     given: dict[str, Counter] = defaultdict(Counter)
     for key, one in balanced.items():
@@ -151,21 +191,27 @@ def _distribution(balanced: Mapping, said: Mapping) -> float:
             truth[group][one["answer"]] += 1
             given[group][said[key]] += 1
     sizes = {group: sum(answers.values()) for group, answers in truth.items()}
-    apart = {g: sum((given[g][a] - n) ** 2 / n for a, n in answers.items()) for g, answers in truth.items()}
+    apart = {
+        g: sum((given[g][a] - n) ** 2 / n for a, n in answers.items())
+        for g, answers in truth.items()
+    }
     return sum(apart[g] * sizes[g] for g in truth) / sum(sizes.values()) / 100 if truth else 0.0
 
 
 def nlvr(examples: Sequence[Mapping], predictions: Mapping[str, str]) -> dict:
-    """NLVR: share of pictures judged rightly, and of sentences judged rightly throughout, of 1 (lil-lab/nlvr, metrics_images.py).
+    """NLVR: share of pictures judged rightly, and of sentences judged rightly throughout, of 1
+    (lil-lab/nlvr, metrics_images.py).
 
-    examples: `identifier` (sentence-number) and `label`; predictions: by picture, "split-identifier-0.png" to "-5.png", the six orders
-    of its boxes. Letter case does not count.
+    examples: `identifier` (sentence-number) and `label`; predictions: by picture,
+    "split-identifier-0.png" to "-5.png", the six orders of its boxes. Letter case does not count.
     """
     said = {name.split(".")[0].partition("-")[2]: word for name, word in predictions.items()}
     names = {one["identifier"]: [f"{one['identifier']}-{i}" for i in range(6)] for one in examples}
     check_all_answered([name for six in names.values() for name in six], said)
     right = {
-        one["identifier"]: [said[n].lower() == one["label"].lower() for n in names[one["identifier"]]]
+        one["identifier"]: [
+            said[n].lower() == one["label"].lower() for n in names[one["identifier"]]
+        ]
         for one in examples
     }
     sentences: dict[str, bool] = {}
@@ -178,6 +224,7 @@ def nlvr(examples: Sequence[Mapping], predictions: Mapping[str, str]) -> dict:
 
 def _check_as_many(asked: Sequence, answered: Sequence) -> None:
     if len(asked) != len(answered) or not asked:
-        raise ValueError(
-            f"there are {len(asked)} questions and {len(answered)} answers; give as many of both, at least one"
+        raise UserError(
+            f"there are {len(asked)} questions and {len(answered)} answers; give as many of both,"
+            " at least one"
         )

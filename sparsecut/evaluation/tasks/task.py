@@ -1,4 +1,5 @@
-"""What a benchmark asks: its questions, read from the folders that LLaVA's instructions make people download.
+"""What a benchmark asks: its questions, read from the folders that LLaVA's instructions make people
+download.
 
 The folders are those under `playground/data/eval` of LLaVA's docs/Evaluation.md, whose eval.zip holds question files with prompts.
 """
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...data.images import Pictures
+from ...schema import UserError
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -21,9 +23,10 @@ EVAL_ZIP = "extract LLaVA's eval.zip (docs/Evaluation.md of LLaVA links it) into
 class Question:
     """One question as it is asked.
 
-    id: unique in the task. text: the prompt, without the picture's place, which is before it. image: a name in the task's pictures, the
-    bytes of a file, or None. facts: what the score or the submission needs of it. unit: questions of one unit are kept or left out
-    together. reference: the right answer in words, where there is one. group: its kind. source: where it stands.
+    id: unique in the task. text: the prompt, without the picture's place, which is before it.
+    image: a name in the task's pictures, the bytes of a file, or None. facts: what the score or the
+    submission needs of it. unit: questions of one unit are kept or left out together. reference:
+    the right answer in words, where there is one. group: its kind. source: where it stands.
     """
 
     id: str
@@ -38,7 +41,9 @@ class Question:
 
 @dataclass(frozen=True)
 class TaskData:
-    """What a task asks: questions, their pictures, the files that they came from, and what else the score needs."""
+    """What a task asks: questions, their pictures, the files that they came from, and what else the
+    score needs.
+    """
 
     questions: Sequence[Question]
     pictures: Pictures | None
@@ -48,7 +53,9 @@ class TaskData:
 
 @dataclass(frozen=True)
 class Score:
-    """What a benchmark says of a model: main by name, in the unit that papers print; details; what each question is worth, 0 to 1."""
+    """What a benchmark says of a model: main by name, in the unit that papers print; details; what
+    each question is worth, 0 to 1.
+    """
 
     main: Mapping[str, float]
     details: Mapping
@@ -59,9 +66,10 @@ class Score:
 class Task:
     """A benchmark: how its questions are read, and what becomes of the answers (by question id).
 
-    score is None where the truth is not public or the score needs a judge, and may return None for some options; submit writes the
-    official files into a folder and returns them. options: allowed values by name, the first is taken where none is named. The longest
-    answer is that of the released scripts. source: where the files come from.
+    score is None where the truth is not public or the score needs a judge, and may return None for
+    some options; submit writes the official files into a folder and returns them. options: allowed
+    values by name, the first is taken where none is named. The longest answer is that of the
+    released scripts. source: where the files come from.
     """
 
     title: str
@@ -94,11 +102,13 @@ def read_json(path: Path):
     try:
         return json.loads(the_file(path).read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); download it again") from None
+        raise UserError(f"{path} is not JSON ({error}); download it again") from None
 
 
 def read_lines(path: Path, *keys: str) -> list[dict]:
-    """The records of a JSON Lines file, each with the keys asked for; ValueError names the line that is broken."""
+    """The records of a JSON Lines file, each with the keys asked for; ValueError names the line
+    that is broken.
+    """
     records = []
     with the_file(path).open(encoding="utf-8-sig") as lines:  # some editors put a mark first
         for number, line in enumerate(lines, start=1):
@@ -107,20 +117,27 @@ def read_lines(path: Path, *keys: str) -> list[dict]:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number} is not JSON ({error}); download the file again") from None
+                raise UserError(
+                    f"{path} line {number} is not JSON ({error}); download the file again"
+                ) from None
             missing = [key for key in keys if not isinstance(record, dict) or key not in record]
             if missing:
-                raise ValueError(f"{path} line {number} has no {', '.join(missing)}; is it the file of this benchmark?")
+                raise UserError(
+                    f"{path} line {number} has no {', '.join(missing)}; is it the file of this"
+                    " benchmark?"
+                )
             records.append({**record, "source": f"{path.name} line {number}"})
     if not records:
-        raise ValueError(f"{path} holds no question; download it again")
+        raise UserError(f"{path} holds no question; download it again")
     return records
 
 
 def llava_questions(path: Path, **more: Callable[[dict], object]) -> list[Question]:
-    """The questions of one of LLaVA's question files; more: fields of `Question`, each made from the record.
+    """The questions of one of LLaVA's question files; more: fields of `Question`, each made from
+    the record.
 
-    `facts` holds question_id as it stands there. Ids that come again (TextVQA's are its pictures') get a number.
+    `facts` holds question_id as it stands there. Ids that come again (TextVQA's are its pictures')
+    get a number.
     """
     questions, seen = [], {}
     for record in read_lines(path, "question_id", "image", "text"):
@@ -130,7 +147,9 @@ def llava_questions(path: Path, **more: Callable[[dict], object]) -> list[Questi
         facts = {"question_id": record["question_id"], **fields.pop("facts", {})}
         unique = name if seen[name] == 1 else f"{name}#{seen[name]}"
         source = record["source"]
-        questions.append(Question(unique, record["text"], record["image"], facts, source=source, **fields))
+        questions.append(
+            Question(unique, record["text"], record["image"], facts, source=source, **fields)
+        )
     return questions
 
 
@@ -142,5 +161,7 @@ def write_json(path: Path, value, *, indent: int | None = None) -> Path:
 
 def write_lines(path: Path, records: Sequence[Mapping]) -> Path:
     """Write a JSON Lines file and return its path."""
-    path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records), encoding="utf-8"
+    )
     return path
