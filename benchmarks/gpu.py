@@ -1,18 +1,20 @@
 """Plans at CLIP-L/336 + 7B Llama size with random weights, on one GPU: prompts, new tokens, and
 steps of both stages.
 
-    python benchmarks/gpu.py --out runs/gpu/bench                  # writes bench.json and bench.md;
-    at most nine minutes python benchmarks/gpu.py --plans llava sparsecut --skip-training --compile
-    python benchmarks/gpu.py --tiny --device cpu --out runs/bench  # that it runs; its figures mean
-    nothing
+    python benchmarks/gpu.py --out runs/gpu/bench                  # writes bench.json and bench.md; at most nine minutes
+    python benchmarks/gpu.py --plans llava sparsecut --skip-training --compile
+    python benchmarks/gpu.py --tiny --device cpu --out runs/bench  # that it runs; its figures mean nothing
 
-One process, both backbones shared by all plans and made on the device in bfloat16; the plans take turns, every round begins
-with another, and ratios are to the first plan in the same round. Time that is left is shared out over the sections still to
-come; what was not reached is said to be so. Prompts: one picture and --text-tokens words each. Training: one picture and
---train-text words per row, every word learned, without padding; activation checkpointing in the language model; AdamW whose
-weights, gradients and moments are all bfloat16, as 7 billion parameters with float32 masters do not fit one device. MFU:
-floating-point operations without the recomputed ones (sparsecut.profiling.counting; backward as much as forward for activations, and once more
-for trained weights) over the rate that this device reached in a bfloat16 matrix product in the same run.
+One process, both backbones shared by all plans and made on the device in bfloat16; the plans take
+turns, every round begins with another, and ratios are to the first plan in the same round. Time
+that is left is shared out over the sections still to come; what was not reached is said to be so.
+Prompts: one picture and --text-tokens words each. Training: one picture and --train-text words
+per row, every word learned, without padding; activation checkpointing in the language model;
+AdamW whose weights, gradients and moments are all bfloat16, as 7 billion parameters with float32
+masters do not fit one device. MFU: floating-point operations without the recomputed ones
+(sparsecut.profiling.counting; backward as much as forward for activations, and once more for
+trained weights) over the rate that this device reached in a bfloat16 matrix product in the same
+run.
 """
 
 import argparse

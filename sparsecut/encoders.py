@@ -1,8 +1,9 @@
 """The one contract for an encoder: views go in, and every block's states come out as [views, N, D],
 patch by patch in raster order.
 
-A `PatchGrid` says what a view is and how its patches lie; `encoder_inputs` makes of ordinary views what an encoder takes, `to_raster_order` puts what its
-blocks return into raster order. Encoders that pack pictures of any size run on views of one size. For an audio encoder a view is a
+A `PatchGrid` says what a view is and how its patches lie; `encoder_inputs` makes of ordinary
+views what an encoder takes, `to_raster_order` puts what its blocks return into raster order.
+Encoders that pack pictures of any size run on views of one size. For an audio encoder a view is a
 spectrogram, and its patches are one row of moments.
 """
 

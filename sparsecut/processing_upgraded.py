@@ -96,7 +96,7 @@ def _with_fine_views(base: type) -> type:
         values["sparsecut_tiles"] = self.sparsecut_tiles
         if (auto_class := SparseCutUpgradeProcessor._auto_class) is not None:
             custom_object_save(self, folder)
-            values["auto_map"] = {auto_class: "fine_views.SparseCutUpgradeProcessor"}
+            values["auto_map"] = {auto_class: "processing_upgraded.SparseCutUpgradeProcessor"}
         path.write_text(json.dumps(values, indent=2) + "\n")
         return saved
 

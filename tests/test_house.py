@@ -13,9 +13,33 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sparsecut"
 # A module imports from its own room and from rooms to its left, never from the right.
-ROOMS = ["method", "model", "assembly", "config", "data", "evaluation", "training", "profiling", "conversion", "serving", "shapes", "experiments", "reports", "cli"]
+ROOMS = [  # left to right
+    "method",
+    "model",
+    "assembly",
+    "config",
+    "data",
+    "evaluation",
+    "training",
+    "profiling",
+    "conversion",
+    "serving",
+    "shapes",
+    "experiments",
+    "reports",
+    "cli",
+]
 METHOD = ["schema", "plan", "methods", "baselines", "mixers", "fusion"]
-ASSEMBLY = ["building", "upgrading", "adapters", "fingerprint", "prompts", "chat", "drawing", "imaging"]
+ASSEMBLY = [
+    "building",
+    "upgrading",
+    "adapters",
+    "fingerprint",
+    "prompts",
+    "chat",
+    "drawing",
+    "imaging",
+]
 # The lazy registration of the Auto classes: a configuration's end registers its model class.
 AGAINST_THE_GRAIN = {"registration"}
 PRIVATE_TO_HOOKS = ("output_capturing", "modeling_layers", "masking_utils")

@@ -62,8 +62,8 @@ def test_a_server_for_every_network_without_a_token_is_warned_of(
     folder, asked, capsys, monkeypatch
 ):
     monkeypatch.delenv("SPARSECUT_TOKEN", raising=False)
-    monkeypatch.setattr("sparsecut.cli_serve._is_local", lambda host: False)
-    monkeypatch.setattr("sparsecut.web_page.page", lambda: "none")
+    monkeypatch.setattr("sparsecut.cli.serve._is_local", lambda host: False)
+    monkeypatch.setattr("sparsecut.serving.web.page", lambda: "none")
     serve(str(folder), "--port", "0", "--ui", "--name", "mine", "--device", "cpu")
     assert json.loads(asked["/v1/models"])["data"][0]["id"] == "mine" and asked["/"] == "none"
     assert "anyone who reaches 127.0.0.1 can ask" in capsys.readouterr().err
