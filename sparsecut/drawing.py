@@ -266,3 +266,29 @@ def arrivals(shortcuts: Sequence[Shortcut]) -> dict[int, str]:
         layer: " + ".join(f"{n} x {name}" if n > 1 else name for name, n in names.items())
         for layer, names in words.items()
     }
+
+
+def text_table(
+    rows: Sequence[Sequence[str]], *, align: str | None = None, separator: str = "  "
+) -> str:
+    """Lay out rows of cells as lines of text with aligned columns.
+
+    Args:
+        rows: Cells by row, all rows of one length; a header is simply the first row.
+        align: One character for each column, "<" for left and ">" for right. By default the first
+            column is aligned left and all others right, as numbers are.
+        separator: Text between two columns.
+
+    Returns:
+        One line for each row, without whitespace at its end.
+    """
+    columns = list(zip(*rows, strict=True))
+    widths = [max(len(cell) for cell in column) for column in columns]
+    align = align or "<" + ">" * (len(columns) - 1)
+    lines = []
+    for row in rows:
+        cells = [
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)
+        ]
+        lines.append(separator.join(cells).rstrip())
+    return "\n".join(lines)

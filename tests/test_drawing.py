@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparsecut.drawing import ARROW, draw, fold, straight_pairs
+from sparsecut.drawing import ARROW, draw, fold, straight_pairs, text_table
 from sparsecut.methods import METHODS, PATTERNS, make_plan
 from sparsecut.plan import Plan, Shortcut
 
@@ -90,3 +90,14 @@ def test_the_words_beside_the_picture():
 def test_a_plan_that_cannot_fire_is_not_drawn():
     with pytest.raises(ValueError, match="adds to layer 34"):
         draw(make_plan("official_13b", 24, 40), 24, 32)
+
+
+def test_a_text_table_aligns_its_columns():
+    rows = [["plan", "tokens"], ["llava", "576"], ["sparsecut", "1"]]
+    assert text_table(rows).splitlines() == [
+        "plan       tokens",
+        "llava         576",
+        "sparsecut       1",
+    ]
+    left = text_table(rows, align="<<", separator=" | ")
+    assert left.splitlines()[1] == "llava     | 576"
