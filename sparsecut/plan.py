@@ -9,9 +9,9 @@ the input embedding itself, whose image positions start at zero.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
-from .schema import UserError, nearest
+from .schema import UserError, build_dataclass, make_tuples, nearest
 
 MIXES = ("pick", "channels", "tokens", "append", "attend", "enrich", "base")
 GATES = (None, "zero", "one", "zero_vector", "one_vector", "context", "zero_projector")
@@ -109,10 +109,7 @@ class Plan:
     rank: int | None = None
 
     def __post_init__(self):
-        shortcuts = tuple(
-            s if isinstance(s, Shortcut) else _from_dict(Shortcut, s) for s in self.shortcuts
-        )
-        object.__setattr__(self, "shortcuts", shortcuts)
+        make_tuples(self, "shortcuts")
         if self.gate not in GATES:
             known = [gate for gate in GATES if gate]
             raise UserError(
@@ -300,26 +297,4 @@ class Plan:
     @classmethod
     def from_dict(cls, plain: dict) -> Plan:
         """The plan that `to_dict` wrote; unknown keys are refused."""
-        return _from_dict(cls, plain)
-
-
-def _from_dict(cls, plain):
-    names = [f.name for f in fields(cls)]
-    if not isinstance(plain, dict):
-        raise UserError(
-            f"a {cls.__name__.lower()} is written as keys and values, but {plain!r} was given; keys"
-            f" are {', '.join(names)}"
-        )
-    for key in plain:
-        if key not in names:
-            raise UserError(
-                f"a {cls.__name__.lower()} has no key {key!r}{nearest(key, names)}; allowed are"
-                f" {', '.join(names)}"
-            )
-    needed = names[:2] if cls is Shortcut else names[:1]
-    if missing := [name for name in needed if name not in plain]:
-        raise UserError(
-            f"a {cls.__name__.lower()} needs {' and '.join(missing)}, but {plain!r} was given;"
-            " add it"
-        )
-    return cls(**plain)
+        return build_dataclass(cls, plain, "the plan")

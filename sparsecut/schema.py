@@ -1,14 +1,13 @@
-"""Frozen dataclasses from the keys and values of a file: every wrong key or value is a sentence
-that says what is allowed.
-"""
+"""Frozen dataclasses from the keys and values of a file, and errors that name what is allowed."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import MISSING, fields
+from collections.abc import Collection, Iterator
+from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 class UserError(ValueError):
@@ -18,7 +17,7 @@ class UserError(ValueError):
     """
 
 
-KINDS = {
+TYPE_NAMES = {
     str: "text",
     int: "a whole number",
     float: "a number",
@@ -29,86 +28,121 @@ KINDS = {
 }
 
 
-def build_checked(cls, plain, name: str, children: dict, at: str = ""):
-    """A dataclass from keys and values, its children (class -> key -> their class) too; ValueError
-    starts with `name`.
+def build_dataclass(cls: type, values: Any, source: str, place: str = ""):
+    """Build a dataclass from keys and values, as JSON and YAML hold them.
 
-    at: the dotted place inside the file, for messages.
+    A field whose annotation names a dataclass, alone or inside a tuple, is built in the same way.
+    A key without a value (None) counts as left out.
+
+    Args:
+        cls: The dataclass.
+        values: A dict of its fields.
+        source: What `values` come from, for example a file's name. Errors begin with it.
+        place: The dotted place inside the source, for example `stages.0`. Empty at the top.
+
+    Raises:
+        UserError: A key is unknown or missing, or the dataclass refuses a value.
     """
-    names = [f.name for f in fields(cls)]
-    if not isinstance(plain, dict):
-        raise UserError(
-            f"{name}: {at or 'the file'} is {plain!r}, but keys and values are needed:"
-            f" {', '.join(names)}"
-        )
-    for key in plain:
-        if key not in names:
-            raise UserError(
-                f"{name}: {_join(at, key)} is not known{nearest(key, names)}; allowed"
-                f" {'in ' + at if at else 'at the top'} are {', '.join(names)}"
+    _check_keys(cls, values, source, place)
+    arguments = {key: value for key, value in values.items() if value is not None}
+    for key, child in _get_child_classes(cls):
+        value = arguments.get(key)
+        if isinstance(value, list):
+            arguments[key] = tuple(
+                build_dataclass(child, item, source, _join(place, key, i))
+                for i, item in enumerate(value)
             )
-    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-    if missing := [key for key in needed if plain.get(key) is None]:
-        raise UserError(
-            f"{name}: {at or 'the file'} lacks {' and '.join(missing)}; add what is missing"
-        )
-    values = {key: value for key, value in plain.items() if value is not None}
-    for key, child in children.get(cls, {}).items():
-        if isinstance(values.get(key), list):
-            values[key] = tuple(
-                build_checked(child, item, name, children, f"{_join(at, key)}.{i}")
-                for i, item in enumerate(values[key])
-            )
-        elif key in values:
-            values[key] = build_checked(child, values[key], name, children, _join(at, key))
+        elif value is not None:
+            arguments[key] = build_dataclass(child, value, source, _join(place, key))
     try:
-        return cls(**values)
-    except ValueError as error:
-        raise UserError(f"{name}: {at + ': ' if at else ''}{error}") from None
+        return cls(**arguments)
+    except UserError as error:
+        subject = f"{source}: {place}" if place else source
+        raise UserError(f"{subject}: {error}") from None
 
 
-def check_types(value) -> None:
-    """Raise ValueError where a field of a dataclass does not hold what its annotation says; a truth
-    value is no number.
+def _check_keys(cls: type, values: Any, source: str, place: str) -> None:
+    """Raise UserError unless `values` is a dict of known keys that lacks none."""
+    allowed = [f.name for f in fields(cls)]
+    subject = f"{source}: {place}" if place else source
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{subject} is {values!r}, but keys and values are needed: {', '.join(allowed)}"
+        )
+    for key in values:
+        if key not in allowed:
+            raise UserError(
+                f"{source}: {_join(place, key)} is not known{nearest(key, allowed)}; allowed"
+                f" {'in ' + place if place else 'at the top'} are {', '.join(allowed)}"
+            )
+    required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
+    missing = [key for key in required if values.get(key) is None]
+    if missing:
+        raise UserError(f"{subject} lacks {' and '.join(missing)}; add what is missing")
+
+
+def _get_child_classes(cls: type) -> Iterator[tuple[str, type]]:
+    """Yield (field, dataclass) where an annotation is `X`, `X | None` or `tuple[X, ...]`."""
+    for key, hint in get_type_hints(cls).items():
+        kinds = () if get_origin(hint) is dict else (hint, *get_args(hint))
+        for kind in kinds:
+            if isinstance(kind, type) and is_dataclass(kind):
+                yield key, kind
+
+
+def _join(place: str, *keys: object) -> str:
+    parts = (place, *keys) if place else keys
+    return ".".join(str(part) for part in parts)
+
+
+def check_types(value: Any) -> None:
+    """Check that every field of a dataclass holds what its annotation says.
+
+    `True` and `False` are not accepted as numbers.
+
+    Raises:
+        UserError: A field holds another type.
     """
     for key, hint in get_type_hints(type(value)).items():
         hints = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        kinds, given = tuple(get_origin(h) or h for h in hints), getattr(value, key)
-        if not isinstance(given, kinds) or (isinstance(given, bool) and bool not in kinds):
-            allowed = " or ".join(KINDS.get(kind, f"a {kind.__name__.lower()}") for kind in kinds)
-            raise UserError(f"{key} is {given!r}, but must be {allowed}")
+        allowed = tuple(get_origin(h) or h for h in hints)
+        held = getattr(value, key)
+        is_misplaced_bool = isinstance(held, bool) and bool not in allowed
+        if is_misplaced_bool or not isinstance(held, allowed):
+            names = [TYPE_NAMES.get(kind, f"a {kind.__name__.lower()}") for kind in allowed]
+            raise UserError(f"{key} is {held!r}, but must be {' or '.join(names)}")
 
 
 def check_pattern(key: str, pattern: str | None) -> None:
-    """Raise ValueError where the text is no regular expression."""
+    """Raise UserError where the text is not a regular expression."""
     try:
         re.compile(pattern or "")
     except re.error as error:
         raise UserError(f"{key} is {pattern!r}, which is no regular expression: {error}") from None
 
 
-def as_tuples(value, *names: str) -> None:
-    """Let fields of a frozen dataclass be tuples: of a list, or of the one value given."""
-    for name in names:
-        given = getattr(value, name)
-        object.__setattr__(
-            value, name, tuple(given) if isinstance(given, list | tuple) else (given,)
-        )
-
-
-def one_of(what: str, given, allowed) -> None:
-    """Raise ValueError, with the nearest match, where a value is none of those allowed."""
-    if given not in allowed:
+def check_choice(what: str, value: object, allowed: Collection[str]) -> None:
+    """Raise UserError, with the nearest match, where a value is not one of those allowed."""
+    if value not in allowed:
         raise UserError(
-            f"{what} is {given!r}{nearest(given, allowed)}, but allowed are {', '.join(allowed)}"
+            f"{what} is {value!r}{nearest(value, allowed)}, but allowed are {', '.join(allowed)}"
         )
 
 
-def _join(at: str, key) -> str:
-    return f"{at}.{key}" if at else str(key)
+def make_tuples(value: Any, *names: str) -> None:
+    """Turn fields of a frozen dataclass into tuples: from a list, or from a single value."""
+    for name in names:
+        held = getattr(value, name)
+        items = tuple(held) if isinstance(held, list | tuple) else (held,)
+        object.__setattr__(value, name, items)
 
 
-def nearest(word, words) -> str:
-    """A hint for error messages: the allowed word closest to the one given, or nothing."""
-    close = difflib.get_close_matches(str(word), list(words), n=1)
+def is_whole_number(value: object) -> bool:
+    """Whether a value is an integer; `True` and `False` are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def nearest(word: object, words: Collection[object]) -> str:
+    """Return a hint for error messages: the allowed word closest to `word`, or nothing."""
+    close = difflib.get_close_matches(str(word), [str(w) for w in words], n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

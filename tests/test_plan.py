@@ -109,10 +109,10 @@ BAD = {
     "count is 9, but 8 encoder and 6 decoder layers allow 1 to 6": lambda: make_plan(
         {"method": "sparsecut", "count": 9}, 8, 6
     ),
-    "has no key 'layre' (did you mean 'layer'?)": lambda: Plan.from_dict(
+    "shortcuts.0.layre is not known (did you mean 'layer'?)": lambda: Plan.from_dict(
         {"shortcuts": [{"taps": [1], "layre": 0}]}
     ),
-    "a plan needs shortcuts": lambda: Plan.from_dict({"tiles": 2}),
+    "the plan lacks shortcuts": lambda: Plan.from_dict({"tiles": 2}),
     "needs whole numbers for taps": lambda: Shortcut((), 0),
 }
 

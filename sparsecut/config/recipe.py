@@ -15,7 +15,14 @@ from pathlib import Path
 
 import yaml
 
-from ..schema import UserError, as_tuples, build_checked, check_pattern, check_types, one_of
+from ..schema import (
+    UserError,
+    build_dataclass,
+    check_choice,
+    check_pattern,
+    check_types,
+    make_tuples,
+)
 from .yaml_io import override, plain_lists, read_yaml
 
 PARTS = ("vision", "projector", "fusion", "language", "head")
@@ -66,7 +73,7 @@ class Source:
                 f"{chosen[0]} is set, but records of a stream are not chosen among: set streaming:"
                 " false, or remove it"
             )
-        one_of("on_error", self.on_error, ON_ERROR)
+        check_choice("on_error", self.on_error, ON_ERROR)
         for name in ("where", "hold_out", "group"):
             check_pattern(name, getattr(self, name))
         if self.group and re.compile(self.group).groups != 1:
@@ -127,7 +134,7 @@ class Lora:
 
     def __post_init__(self):
         if not isinstance(self.targets, str):
-            as_tuples(self, "targets")
+            make_tuples(self, "targets")
         check_types(self)
         if self.r < 1 or not 0 <= self.dropout < 1:
             raise UserError(
@@ -175,7 +182,7 @@ class Stage:
     global_batch: int | None = None
 
     def __post_init__(self):
-        as_tuples(self, "data", "train")
+        make_tuples(self, "data", "train")
         check_types(self)
         if not re.fullmatch(r"[\w-]+", self.name) or self.name == "final":
             raise UserError(
@@ -183,7 +190,7 @@ class Stage:
                 " not 'final'"
             )
         for part in self.train:
-            one_of("train names a part that", part, (*PARTS, *ADAPTED))
+            check_choice("train names a part that", part, (*PARTS, *ADAPTED))
         if twice := [part for part in self.train if f"{part}:lora" in self.train]:
             raise UserError(
                 f"train names both {twice[0]} and {twice[0]}:lora; train the part, or its adapter"
@@ -211,9 +218,9 @@ class Stage:
                     raise UserError(
                         f"{name}.{part} is {value!r}, but must be a number of at least 0, like 1e-3"
                     )
-        one_of("template", self.template, TEMPLATES)
+        check_choice("template", self.template, TEMPLATES)
         _check_mixture(self)
-        one_of("loss_over", self.loss_over, LOSSES)
+        check_choice("loss_over", self.loss_over, LOSSES)
         for name in ("pack", "max_image_tokens", "max_length", "pad_to", "global_batch"):
             if (given := getattr(self, name)) is not None and given < 1:
                 what = "record" if name == "global_batch" else "token"
@@ -233,7 +240,7 @@ class Evaluation:
     batch_size: int = 16
 
     def __post_init__(self):
-        as_tuples(self, "data")
+        make_tuples(self, "data")
         check_types(self)
 
 
@@ -256,7 +263,7 @@ class Recipe:
     states: str | None = None
 
     def __post_init__(self):
-        as_tuples(self, "stages")
+        make_tuples(self, "stages")
         check_types(self)
         if self.fusion is None and self.model.base is None:
             raise UserError(
@@ -280,13 +287,6 @@ class Recipe:
             )
 
 
-CHILDREN = {
-    Recipe: {"model": Model, "stages": Stage, "evaluate": Evaluation},
-    Stage: {"data": Source, "lora": Lora},
-    Evaluation: {"data": Source},
-}
-
-
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and change it by dotted overrides such as "stages.0.args.max_steps=10";
     ValueError if wrong.
@@ -305,7 +305,7 @@ def parse_recipe(plain: dict, overrides: Sequence[str] = (), *, name: str = "rec
     """
     for change in overrides:
         plain = override(plain, change)
-    return build_checked(Recipe, plain, name, CHILDREN)
+    return build_dataclass(Recipe, plain, name)
 
 
 def dump_recipe(recipe: Recipe, path: str | Path) -> None:

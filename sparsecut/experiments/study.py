@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import yaml
 
 from ..config.recipe import Recipe, parse_recipe
 from ..config.yaml_io import override, read_yaml
-from ..schema import UserError, nearest
+from ..schema import UserError, build_dataclass, nearest
 
 OWN = {
     "fusion": "arms",
@@ -91,16 +91,7 @@ class Study:
             "seeds",
             tuple(self.seeds) if isinstance(self.seeds, list | tuple) else (self.seeds,),
         )
-        if isinstance(self.pictures, dict):
-            object.__setattr__(self, "pictures", _build(WorldPictures, self.pictures))
-        budgets = {
-            name: (
-                b
-                if isinstance(b, Budget)
-                else _build(Budget, b if isinstance(b, dict) else {"change": b or []})
-            )
-            for name, b in self.budgets.items()
-        }
+        budgets = {name: _build_budget(name, values) for name, values in self.budgets.items()}
         object.__setattr__(self, "budgets", budgets)
         for what, names in (("arm", self.arms), ("budget", self.budgets)):
             if not names or any(not re.fullmatch(SLUG, str(name)) for name in names):
@@ -213,6 +204,15 @@ class Run:
         ).is_file()
 
 
+def _build_budget(name: str, values: Budget | dict | list | None) -> Budget:
+    """A budget from keys and values, or from its overrides alone."""
+    if isinstance(values, Budget):
+        return values
+    if not isinstance(values, dict):
+        values = {"change": values or []}
+    return build_dataclass(Budget, values, f"budgets.{name}")
+
+
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     """Read a study file and change it by dotted overrides such as "seeds=[0,1]"; ValueError if
     wrong.
@@ -225,17 +225,14 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     plain = read_yaml(path.read_text(encoding="utf-8"), str(path))
     for change in overrides:
         plain = override(plain, change)
-    try:
-        return parse_study(plain)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+    return parse_study(plain, name=str(path))
 
 
-def parse_study(plain: dict) -> Study:
-    """A study from plain keys and values, as YAML holds them."""
+def parse_study(plain: dict, *, name: str = "study") -> Study:
+    """A study from plain keys and values, as YAML holds them; errors start with `name`."""
     if isinstance(plain, dict):
         plain = {key: value for key, value in plain.items() if key != "main"}
-    return _build(Study, plain)
+    return build_dataclass(Study, plain, name)
 
 
 def narrowed(study: Study, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> Study:
@@ -271,20 +268,3 @@ def dump_study(study: Study, path: Path) -> None:
         yaml.safe_dump(study.to_dict(), sort_keys=False, allow_unicode=True, width=110),
         encoding="utf-8",
     )
-
-
-def _build(cls, plain):
-    names = [f.name for f in fields(cls)]
-    if not isinstance(plain, dict):
-        raise UserError(f"{plain!r} was given, but keys and values are needed: {', '.join(names)}")
-    for key in plain:
-        if key not in names:
-            raise UserError(
-                f"{key} is not known{nearest(key, names)}; allowed are {', '.join(names)}"
-            )
-    try:
-        return cls(**plain)
-    except TypeError as error:
-        raise UserError(
-            f"the keys {', '.join(plain)} are not enough: {error}; allowed are {', '.join(names)}"
-        ) from None

@@ -122,11 +122,11 @@ def test_an_override_that_hits_nothing_says_so(file, override, sentence):
         (stage(train=["projector"]), "only an upgraded model .* has one of its own"),
         (plain(fusion=8), "fusion is 8, but must be text or keys and values or nothing"),
         (plain(stages=[]), "at least one stage is needed"),
-        (plain(stages=None), "the file lacks stages"),
+        (plain(stages=None), "recipe lacks stages"),
         (plain(seed="zero"), "seed is 'zero', but must be a whole number"),
         (plain(seed=True), "seed is True"),
         (plain(output=None), "lacks output"),
-        ([1], "the file is .1., but keys and values are needed"),
+        ([1], "recipe is .1., but keys and values are needed"),
         (stage(train=[]), "would train nothing"),
         (stage(data=[]), "would train nothing"),
         (
