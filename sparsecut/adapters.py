@@ -123,9 +123,10 @@ def without_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def module_of(model: nn.Module, part: str) -> nn.Module:
     """The module that a part's adapter stands on."""
-    if hasattr(model, "family"):
-        return getattr(model.family.parts(model.base), part)
-    return {"vision": model.vision_tower, "language": model.language_model}[part]
+    if part == "vision":
+        return model.vision_backbone()
+    assert part == "language", part
+    return model.language_backbone()
 
 
 def need_peft():

@@ -232,7 +232,7 @@ def _whole(value) -> bool:
 
 def encoder_of(model: nn.Module) -> nn.Module:
     """The encoder itself: of a pair of encoder and decoder, such as Whisper, the encoder."""
-    return model.get_encoder() if is_audio(model.config) and hasattr(model, "decoder") else model
+    return model.get_encoder() if is_audio(model.config) else model
 
 
 def make_encoder(config) -> nn.Module:

@@ -304,31 +304,14 @@ def _add_features(layer: int, module, args, kwargs):
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
-class FrozenEncoderMixin:
-    """Of a model whose layers are computed again for the backward pass: an encoder that does not
-    learn has no backward pass.
-    """
-
-    def enable_input_require_grads(self):
-        """Embeddings ask for a gradient, so that checkpointed layers pass one on; but not those of
-        an encoder that does not learn.
-
-        transformers asks for both, and the encoder would keep its states and run backward for
-        nothing. One of which a part learns, or an adapter on it, still asks: reentrant
-        checkpointing gives no gradient to blocks whose input needs none.
-        """
-        self.disable_input_require_grads()
-        super().enable_input_require_grads()
-        vision = self.parameter_groups()["vision"]
-        if any(p.requires_grad for p in vision):
-            return
-        encoder = {id(p) for p in vision}
-        resting = [
-            m
-            for m in self.modules()
-            if (own := [id(p) for p in m.parameters()]) and encoder.issuperset(own)
-        ]
-        asked = {id(module._forward_hooks) for module in resting}
-        for hook in self._require_grads_hooks:
-            if id(hook.hooks_dict_ref()) in asked:
-                hook.remove()
+def remove_gradient_hooks(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Undo `enable_input_require_grads` on modules that hold nothing but these parameters."""
+    frozen = {id(p) for p in parameters}
+    hook_tables = set()
+    for module in model.modules():
+        held = [id(p) for p in module.parameters()]
+        if held and frozen.issuperset(held):
+            hook_tables.add(id(module._forward_hooks))
+    for hook in model._require_grads_hooks:
+        if id(hook.hooks_dict_ref()) in hook_tables:
+            hook.remove()

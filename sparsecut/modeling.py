@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
+from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
@@ -15,7 +14,6 @@ from .configuration import SparseCutConfig
 from .encoders import encoder_inputs, make_encoder
 from .fusion import Fusion
 from .hooks import (
-    FrozenEncoderMixin,
     accepts,
     check_language_model,
     check_vision_tower,
@@ -28,6 +26,7 @@ from .hooks import (
 from .modeling_base import (
     SparseCutCausalLMOutputWithPast,
     SparseCutImageFeatures,
+    SparseCutPreTrainedModel,
     check_image_features,
     check_image_tokens,
     has_begun,
@@ -40,7 +39,7 @@ RECORDS = ("hidden_states", "attentions")  # what an encoder keeps of its blocks
 UNRECORDED = {f"output_{name}": False for name in RECORDS}
 
 
-class SparseCutForConditionalGeneration(FrozenEncoderMixin, PreTrainedModel, GenerationMixin):
+class SparseCutForConditionalGeneration(SparseCutPreTrainedModel, GenerationMixin):
     r"""Any supported vision encoder and causal language model, joined by a plan of sparse
     shortcuts (arXiv 2602.00505).
 
@@ -51,17 +50,7 @@ class SparseCutForConditionalGeneration(FrozenEncoderMixin, PreTrainedModel, Gen
 
     config: SparseCutConfig
     config_class = SparseCutConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _skip_keys_device_placement = ["past_key_values"]
-    _no_split_modules = ["Fusion", "ContextGate"]
 
     def __init__(
         self,
@@ -113,38 +102,6 @@ class SparseCutForConditionalGeneration(FrozenEncoderMixin, PreTrainedModel, Gen
 
     def get_decoder(self):
         return self.language_model.get_decoder()
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by the names a recipe trains: vision, fusion, language (its head included) and
-        head alone.
-        """
-        head = self.get_output_embeddings()
-        return {
-            "vision": list(self.vision_tower.parameters()),
-            "fusion": list(self.fusion.parameters()),
-            "language": list(self.language_model.parameters()),
-            "head": list(head.parameters()) if head is not None else [],
-        }
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """No: our `_init_weights` keeps transformers' rules. In custom code it would pass over
-        modules like CLIP's attention.
-        """
-        return False
-
-    @torch.no_grad()
-    def _init_weights(self, module):
-        if isinstance(module, Fusion):
-            for values, start in module.initial_values():
-                (
-                    init.uniform_(values, *start)
-                    if isinstance(start, tuple)
-                    else init.constant_(values, start)
-                )
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
 
     def encode(self, pixel_values: Tensor) -> dict[int, Tensor]:
         """The encoder's states that the plan reads, of pictures [P, 1 + tiles^2, 3, h, w]: tap ->

@@ -1,16 +1,121 @@
-"""What the model returns, and the checks that pictures and prompts belong together."""
+"""What both kinds of model share: their base class, their outputs, and the checks of image inputs."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
+from .fusion import Fusion
+from .hooks import remove_gradient_hooks
 from .plan import Plan
 from .schema import UserError
+
+
+class SparseCutPreTrainedModel(PreTrainedModel):
+    """Base of the joined model (`modeling`) and of the upgraded one (`modeling_upgraded`).
+
+    Code that works with either kind asks this interface, never for attributes of one kind.
+
+    Attributes:
+        is_upgrade: The model is a pretrained VLM with shortcuts on top (`base`, `family`).
+        supports_feature_cache: The encoder runs apart from the rest, so that vision features can be
+            cached and given back instead of pixels.
+        supports_packing: Several examples may share a row, with position ids of their own.
+        plan: The shortcuts, as data.
+        fusion: The trained modules of the shortcuts.
+    """
+
+    is_upgrade: ClassVar[bool] = False
+    supports_feature_cache: ClassVar[bool] = True
+    supports_packing: ClassVar[bool] = True
+    plan: Plan
+    fusion: Fusion
+
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement: ClassVar[list] = ["past_key_values"]
+    _no_split_modules: ClassVar[list] = ["Fusion", "ContextGate"]
+
+    @property
+    def saves_fusion_only(self) -> bool:
+        """Whether `save_fusion` is enough to load the model again, as its base has a known name."""
+        return False
+
+    def vision_backbone(self) -> nn.Module:
+        """The vision encoder whose blocks the shortcuts read."""
+        return self.vision_tower
+
+    def language_backbone(self) -> nn.Module:
+        """The language model whose layers the shortcuts write to."""
+        return self.language_model
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by the names that a recipe trains.
+
+        Returns:
+            "vision", "projector" (upgraded models only: what the base has besides encoder and
+            language model), "fusion", "language" (its head included) and "head" (the head alone).
+        """
+        head = self.get_output_embeddings()
+        head = list(head.parameters()) if head is not None else []
+        vision = list(self.vision_backbone().parameters())
+        fusion = list(self.fusion.parameters())
+        language = list(self.language_backbone().parameters())
+        known = {id(p) for p in language}
+        language += [p for p in head if id(p) not in known]
+        groups = {"vision": vision, "fusion": fusion, "language": language, "head": head}
+        if self.is_upgrade:
+            known = {id(p) for p in (*vision, *fusion, *language)}
+            projector = [p for p in self.parameters() if id(p) not in known]
+            groups = {"vision": vision, "projector": projector} | groups
+        return groups
+
+    def enable_input_require_grads(self):
+        """Let embeddings require a gradient, so that checkpointed layers pass one on.
+
+        A frozen vision encoder is left out: it would store its activations and run backward for
+        nothing. An encoder with any trained parameter or adapter is not: reentrant checkpointing
+        gives no gradient to blocks whose input requires none.
+        """
+        self.disable_input_require_grads()
+        super().enable_input_require_grads()
+        vision = self.parameter_groups()["vision"]
+        if not any(p.requires_grad for p in vision):
+            remove_gradient_hooks(self, vision)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: our `_init_weights` keeps transformers' rules.
+
+        For custom code transformers would not initialize modules such as CLIP's attention.
+        """
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, Fusion):
+            for values, start in module.initial_values():
+                if isinstance(start, tuple):
+                    init.uniform_(values, *start)
+                else:
+                    init.constant_(values, start)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
 
 
 @dataclass
@@ -40,6 +145,12 @@ class SparseCutCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[Tensor] | None = None
     attentions: tuple[Tensor] | None = None
     image_hidden_states: Tensor | None = None
+
+
+def is_sparsecut_model(model: nn.Module) -> bool:
+    """Whether this is a model of either kind, also inside PEFT's wrapper."""
+    inner = getattr(model, "get_base_model", lambda: model)()
+    return isinstance(inner, SparseCutPreTrainedModel)
 
 
 def has_begun(cache: Cache | None) -> bool:

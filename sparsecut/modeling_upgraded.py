@@ -7,20 +7,19 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
 from .configuration_upgraded import SparseCutUpgradeConfig
 from .families import family_of
 from .fusion import Fusion
-from .hooks import FrozenEncoderMixin, whole_modules
+from .hooks import whole_modules
+from .modeling_base import SparseCutPreTrainedModel
 from .plan import Plan
 from .schema import UserError
 from .upgrade_hooks import (
@@ -36,7 +35,7 @@ IGNORED = -100  # a label that is not learned
 WEIGHTS, FACTS = "fusion.safetensors", "fusion.json"
 
 
-class SparseCutUpgrade(FrozenEncoderMixin, PreTrainedModel, GenerationMixin):
+class SparseCutUpgrade(SparseCutPreTrainedModel, GenerationMixin):
     r"""A finished vision-language model (`base`) whose decoder receives sparse shortcuts beside
     its own input (arXiv 2602.00505).
 
@@ -48,15 +47,9 @@ class SparseCutUpgrade(FrozenEncoderMixin, PreTrainedModel, GenerationMixin):
 
     config: SparseCutUpgradeConfig
     config_class = SparseCutUpgradeConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _skip_keys_device_placement: ClassVar[list] = ["past_key_values"]
+    is_upgrade = True
+    supports_feature_cache = False  # the base runs its encoder in its own way
+    supports_packing = False  # the base counts positions in its own way
 
     def __init__(self, config: SparseCutUpgradeConfig, base: PreTrainedModel | None = None):
         super().__init__(config)
@@ -78,7 +71,6 @@ class SparseCutUpgrade(FrozenEncoderMixin, PreTrainedModel, GenerationMixin):
             rows=patch_rows(parts.vision.config) if self.plan.tiles else 1,
             num_under=self.family.patches_under(self.base),
         )
-        self._no_split_modules = ["Fusion", "ContextGate"]
         connect(parts)
         self.post_init()
         self._no_split_modules = whole_modules(self)
@@ -113,43 +105,18 @@ class SparseCutUpgrade(FrozenEncoderMixin, PreTrainedModel, GenerationMixin):
     def get_decoder(self):
         return self.base.get_decoder()
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by the names a recipe trains: vision, projector, fusion, language (its head
-        included) and head alone.
-        """
-        of = self.family.parts(self.base)
-        head = self.get_output_embeddings()
-        head = list(head.parameters()) if head is not None else []
-        vision, language = list(of.vision.parameters()), list(of.language.parameters())
-        language += [p for p in head if not any(p is q for q in language)]
-        known = {id(p) for p in (*vision, *language)}
-        return {
-            "vision": vision,
-            "projector": [p for p in self.base.parameters() if id(p) not in known],
-            "fusion": list(self.fusion.parameters()),
-            "language": language,
-            "head": head,
-        }
+    @property
+    def saves_fusion_only(self) -> bool:
+        """Whether `save_fusion` is enough to load the model again, as its base has a known name."""
+        return self.config.base_name is not None
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """No: our `_init_weights` keeps transformers' rules. In custom code it would pass over
-        modules like CLIP's attention.
-        """
-        return False
+    def vision_backbone(self) -> nn.Module:
+        """The base's vision encoder."""
+        return self.family.parts(self.base).vision
 
-    @torch.no_grad()
-    def _init_weights(self, module):
-        if isinstance(module, Fusion):
-            for values, start in module.initial_values():
-                (
-                    init.uniform_(values, *start)
-                    if isinstance(start, tuple)
-                    else init.constant_(values, start)
-                )
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
+    def language_backbone(self) -> nn.Module:
+        """The base's language model, without its head."""
+        return self.family.parts(self.base).language
 
     def shortcuts_active(self, fine_pixel_values: torch.Tensor | None = None):
         """A block inside which the base's own calls have the shortcuts, in this thread; yields what

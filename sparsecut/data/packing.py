@@ -66,7 +66,7 @@ def in_rows(data, model, stage):
     """
     if stage.pack is None:
         return data
-    if hasattr(model, "base"):
+    if not model.supports_packing:
         raise UserError(
             f"pack is {stage.pack}, but {type(model.base).__name__} is a finished model, which"
             " counts positions in its own way; remove pack"

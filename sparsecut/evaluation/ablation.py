@@ -205,7 +205,7 @@ def conditions_of(fusion) -> dict[str, tuple[int, ...]]:
 
 
 def _remember(model, processor, examples: Sequence[Example]) -> RememberedStates | None:
-    if hasattr(model, "family"):
+    if not model.supports_feature_cache:
         return None  # its base runs its encoder in its own way
     pictures = len({key for e in examples for key in keys_of(e)})
     views = sum(views_of(model.plan, model.config.vision_depth).values())
@@ -243,7 +243,7 @@ def measure_additions(
     sums = torch.zeros(len(shortcuts), 5, dtype=torch.float64)
     for start in range(0, len(first), batch_size):
         chunk = first[start : start + batch_size]
-        read = _riding if hasattr(model, "family") else _encoded
+        read = _riding if model.is_upgrade else _encoded
         added, hidden = read(model, processor, chunk, states)
         for i, (shortcut, z, h) in enumerate(zip(shortcuts, added, hidden, strict=True)):
             z, gate = _after_context(fusion, shortcut.layer, z.flatten(0, 1), h)

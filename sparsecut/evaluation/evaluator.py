@@ -167,7 +167,7 @@ def _prepared(model, processor, asked: list[tuple], states, workers: int) -> Ite
     """What `generate` takes of each batch, on the model's device, in order; of kept states their
     features in place of pixels.
     """
-    if states is not None and hasattr(model, "family"):
+    if states is not None and not model.supports_feature_cache:
         raise UserError(
             "states of an upgraded model's encoder cannot be kept; ask it without states"
         )

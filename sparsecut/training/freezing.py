@@ -11,8 +11,6 @@ from ..adapters import LORA, adapted, adapter_parameters, adapters_of
 from ..config.recipe import Stage
 from ..schema import UserError
 
-MODULES = {"vision": "vision_tower", "fusion": "fusion", "language": "language_model"}
-
 
 def all_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Parameters by every name that `train` may hold: the model's parts, and adapters that are on
@@ -71,19 +69,19 @@ def part_names(model: nn.Module, stage: Stage) -> dict[int, str]:
 
 def frozen_modules(model: nn.Module, stage: Stage) -> list[tuple[nn.Module, str]]:
     """Modules of the parts that a stage does not train, each with its part's name."""
-    if hasattr(model, "family"):
-        of = model.family.parts(model.base)
-        modules = {"vision": _own_modules(of.vision), "language": _own_modules(of.language)}
+    modules = {
+        "vision": _own_modules(model.vision_backbone()),
+        "fusion": _own_modules(model.fusion),
+        "language": _own_modules(model.language_backbone()),
+    }
+    if model.is_upgrade:
         known = {id(module) for part in modules.values() for module in part}
         # What holds encoder or decoder is no part: its training mode belongs to the model.
-        rest = [
+        modules["projector"] = [
             m
             for m in model.base.modules()
             if not any(id(inside) in known for inside in m.modules())
         ]
-        modules |= {"projector": rest, "fusion": list(model.fusion.modules())}
-    else:
-        modules = {part: _own_modules(getattr(model, name)) for part, name in MODULES.items()}
     return [
         (module, part)
         for part, found in modules.items()
@@ -131,11 +129,7 @@ def apply_liger(model: nn.Module, settings: dict | None) -> None:
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    module = (
-        model.family.parts(model.base).language
-        if hasattr(model, "family")
-        else model.language_model
-    )
+    module = model.language_backbone()
     if (kind := module.config.model_type) not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise UserError(
             f"args.use_liger_kernel is set, but Liger has no kernels for {kind}; it has some for "

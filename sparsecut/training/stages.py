@@ -33,6 +33,7 @@ from ..data.packing import in_rows
 from ..data.streaming import Stream, first_of
 from ..fingerprint import base_hash
 from ..methods import make_plan
+from ..modeling_base import is_sparsecut_model
 from ..prompts import length_limit
 from ..schema import UserError
 from ..upgrading import upgrade
@@ -141,7 +142,7 @@ def train(
             trainer.is_sharded
         ):  # its weights lie in pieces on several processes; the next stage begins with whole ones
             model, processor = load(folder)
-            if hasattr(model, "base"):
+            if model.is_upgrade:
                 model.config.base_digest = base_hash(model.base)
     if arguments[-1].should_save:
         link_all(Path(arguments[-1].output_dir), output / "final")
@@ -170,9 +171,9 @@ def train_stage(
     """
     add_adapters(model, stage.train, stage.lora)
     freeze(model, stage.train)
-    if "fusion" in stage.train and hasattr(model, "base"):
+    if "fusion" in stage.train and model.is_upgrade:
         model.fusion.float()  # whatever its base is in: steps are lost in half precision
-    if changes_base(stage) and hasattr(model, "base"):
+    if changes_base(stage) and model.is_upgrade:
         model.config.base_name = None  # its base is no longer the one of that name
     views = views_of(model.plan, model.config.vision_depth)
     log = StageLog(stage.name, Path(args.output_dir), shown=shown)
@@ -208,7 +209,7 @@ def train_stage(
         trainer.train_from(checkpoint)
         if stage.lora and stage.lora.merge:
             merge_adapters(model)
-        if hasattr(model, "base") and not trainer.is_sharded:
+        if model.is_upgrade and not trainer.is_sharded:
             model.config.base_digest = base_hash(model.base)
     except ValueError as error:
         if str(error).startswith("stage "):
@@ -256,7 +257,7 @@ def _start(recipe: Recipe, arguments: list[TrainingArguments], model, processor)
     if model is not None:
         return (
             (model, processor)
-            if hasattr(model, "plan")
+            if is_sparsecut_model(model)
             else upgrade(model, recipe.fusion, processor=processor)
         )
     if recipe.model.base is None:
@@ -279,7 +280,7 @@ def _check_plan(recipe: Recipe, model) -> None:
     if recipe.fusion is None:
         return
     plan = make_plan(recipe.fusion, model.config.vision_depth, model.config.language_depth)
-    if hasattr(model, "family") and not plan.has_base_input:
+    if model.is_upgrade and not plan.has_base_input:
         plan = plan.for_upgrade(fine=model.family.has_one_view(model.base))
     if plan != model.plan:
         raise UserError(
@@ -289,7 +290,7 @@ def _check_plan(recipe: Recipe, model) -> None:
 
 
 def _check_states(recipe: Recipe, model) -> None:
-    if recipe.states is not None and hasattr(model, "family"):
+    if recipe.states is not None and not model.supports_feature_cache:
         raise UserError(
             f"states is {recipe.states!r}, but states cannot be kept of an upgraded model, whose"
             " base runs its encoder in its own way; remove `states`"
@@ -300,7 +301,7 @@ def _check_batches(stage: Stage, found: list, model, processor) -> None:
     """Raise ValueError, before any stage is trained, where this one's batches cannot be made as it
     says.
     """
-    if stage.pad_to is not None and hasattr(model, "base"):
+    if stage.pad_to is not None and model.is_upgrade:
         raise UserError(
             f"pad_to is {stage.pad_to}, but an upgraded model's own processor pads its batches;"
             " remove pad_to"

@@ -328,7 +328,7 @@ class StageTrainer(Trainer):
         adapters in files of their own.
         """
         folder = Path(output_dir or self.args.output_dir)
-        if not saves_fusion_only(self.model):
+        if not self.model.saves_fusion_only:
             if adapters_of(self.model):
                 state_dict = without_adapters(state_dict or self.model.state_dict())
             super()._save(str(folder), state_dict)
@@ -350,7 +350,7 @@ class StageTrainer(Trainer):
         """What the disk must hold: the stage's result and, where checkpoints are written, one of
         them.
         """
-        saved = self.model.fusion if saves_fusion_only(self.model) else self.model
+        saved = self.model.fusion if self.model.saves_fusion_only else self.model
         weights = sum(p.numel() * p.element_size() for p in saved.parameters())
         if self.args.save_strategy == "no":
             return weights
@@ -368,10 +368,3 @@ class StageTrainer(Trainer):
 
     def _place(self) -> str:
         return f"stage {self.stage.name}: step {self.state.global_step + 1}"
-
-
-def saves_fusion_only(model: torch.nn.Module) -> bool:
-    """Whether the model is an upgraded one whose base is the one that its name stands for, so that
-    the name is enough.
-    """
-    return hasattr(model, "save_fusion") and model.config.base_name is not None
