@@ -39,15 +39,15 @@ graph, and an upgraded one cannot be either; its steps after the prompt can.
 
 def setting(name: str, upgraded: bool):
     """(model, inputs): a family's tiny model and two prompts with pictures."""
-    base = bases.base_of(name)
-    inputs = bases.inputs_of(name, base, bases.pictures(name))
+    base = bases.build_base(name)
+    inputs = bases.build_inputs(name, base, bases.build_images(name))
     if not upgraded:
         return base, inputs
     model, _ = upgrade(base)
     torch.manual_seed(1)
     for parameter in model.fusion.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return model, inputs | bases.fine_of(model, inputs)
+    return model, inputs | bases.build_fine_views(model, inputs)
 
 
 def close(found, expected) -> None:
@@ -107,7 +107,7 @@ def main():
     """Try the families named, or all; all of them are written down."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    names, lines, reasons = sys.argv[1:] or bases.NAMES, [], []
+    names, lines, reasons = sys.argv[1:] or bases.FAMILY_NAMES, [], []
     for name in names:
         cells, why = try_family(name)
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")

@@ -4,7 +4,7 @@ in docs/support.md.
     python benchmarks/upgrades.py                  # every family, about a minute
     python benchmarks/upgrades.py llava gemma3     # some of them, on screen only
 
-The checks are those of tests/test_upgrade_families.py.
+The checks are those of tests/helpers/upgrade_checks.py.
 """
 
 import os
@@ -14,24 +14,17 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import test_upgrade_families as checks
 import torch
 import transformers
 from grid import reason
 from helpers import bases
+from helpers.upgrade_checks import FAMILY_CHECKS
 from support_page import replace_section
 
 from sparsecut.families import FAMILIES
 
 HEADING = "Vision-language models that can be upgraded"
-COLUMNS = {
-    "tables": checks.test_the_patches_under_a_token_are_those_it_depends_on,
-    "identity": checks.test_nothing_changes_until_the_shortcuts_are_trained,
-    "effect": checks.test_trained_shortcuts_reach_the_answer_and_leave_the_base_alone,
-    "cached = uncached": checks.test_cached_equals_uncached_and_chunks_equal_the_whole,
-    "batch = single": checks.test_a_batch_answers_as_its_rows_do,
-    "gradients": checks.test_gradients_reach_every_part_of_the_fusion_and_nothing_else,
-}
+COLUMNS = {name: check for name, check in FAMILY_CHECKS.items() if name != "loss"}
 INTRODUCTION = """\
 Made by `make grid` with transformers {transformers} and torch {torch}: a tiny random model of each family, upgraded by the default plan.
 Others are refused by name.
@@ -64,7 +57,7 @@ def try_family(name: str) -> tuple[list[str], list[str]]:
 
 def main() -> None:
     """Try the families and write the section, unless only some were named."""
-    wanted = sys.argv[1:] or list(bases.NAMES)
+    wanted = sys.argv[1:] or list(bases.FAMILY_NAMES)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     lines = [
@@ -74,7 +67,7 @@ def main() -> None:
     reasons = []
     for name in wanted:
         cells, found = try_family(name)
-        family, model = FAMILIES[name], bases.base_of(name)
+        family, model = FAMILIES[name], bases.build_base(name)
         facts = [
             f"`{name}`",
             str(family.patches_under(model)),

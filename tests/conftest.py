@@ -7,7 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from helpers.tiny import tiny_model
+from helpers.tiny import tiny_llava, tiny_model
 
 torch.set_num_threads(1)
 
@@ -16,3 +16,15 @@ torch.set_num_threads(1)
 def tiny():
     """(model, processor): a tiny SparseCut model with random weights."""
     return tiny_model()
+
+
+@pytest.fixture
+def llava():
+    """(model, processor): a tiny pretrained LLaVA with random weights."""
+    return tiny_llava()
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave tests/conformance out, unless the command line names it: `make conformance` does."""
+    named = any("conformance" in argument for argument in config.args)
+    return True if collection_path.name == "conformance" and not named else None

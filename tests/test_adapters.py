@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
+from helpers.example_bases import build_example_base
 from helpers.runs import log, run, stage, trainer_for, write_records
 from helpers.tiny import tiny_model
 from safetensors.torch import load_file
-from test_upgrade_training import base_of
 
 from sparsecut import load, train, upgrade
 from sparsecut.adapters import add_adapters, merge_adapters
@@ -123,7 +123,7 @@ def test_a_stage_with_adapters_goes_on_from_a_checkpoint_to_the_bit(
     args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
     given = stage(folder, train=BOTH, lora={**SMALL, "dropout": 0.2, "merge": merge}, args=args)
     if upgraded:
-        base, processor = base_of("llava")
+        base, processor = build_example_base("llava")
         base.save_pretrained(folder / "base")
         processor.save_pretrained(folder / "base")
 
@@ -223,7 +223,7 @@ def test_a_base_in_eight_bits_trains_with_an_adapter_beside_it(folder):
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    base, processor = base_of("llava")
+    base, processor = build_example_base("llava")
     base.save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
     plan, eight = {"method": "sparsecut", "rank": 8}, BitsAndBytesConfig(load_in_8bit=True)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_upgrade import llava  # noqa: F401  a fixture
 
 import sparsecut
 from sparsecut import plan
@@ -174,7 +173,7 @@ def test_a_method_of_20_lines_runs(tmp_path, monkeypatch, capsys):
     assert sparsecut.load("twice")[0].plan.layers == (1, 3)
 
 
-def test_the_upgrade_walk_through_runs(tmp_path, monkeypatch, llava):  # noqa: F811
+def test_the_upgrade_walk_through_runs(tmp_path, monkeypatch, llava):
     monkeypatch.chdir(tmp_path)
     draw(split_scene("test/0/0")).save("picture.png")
     for part in llava:  # a tiny one in the place that is named

@@ -6,25 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import checks
+from helpers.fusions import DIM, features, fusion
 from torch import nn
 
 from sparsecut import Plan, Shortcut
-from sparsecut.fusion import MIXERS, Fusion, grid
-
-DIM, HIDDEN, DEPTH = 6, 8, 5
-
-
-def fusion(*shortcuts, rows=2, **settings) -> Fusion:
-    """A fusion of the given shortcuts with weights of seed 0."""
-    torch.manual_seed(0)
-    plan = Plan(shortcuts, **{"tiles": 2, "norm": False} | settings)
-    return Fusion(plan, vision_depth=DEPTH, vision_dim=DIM, language_dim=HIDDEN, rows=rows)
-
-
-def features(taps, *, pictures=2, tiles=2, rows=2) -> dict:
-    """Random features of every tap: [B, V, N, D]."""
-    torch.manual_seed(1)
-    return {tap: torch.randn(pictures, 1 + tiles**2, rows**2, DIM) for tap in taps}
+from sparsecut.fusion import MIXERS, grid
 
 
 @pytest.mark.parametrize(("tiles", "rows"), [(2, 2), (2, 3), (3, 2), (3, 5), (4, 1)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import checks
-from test_fusion import DIM, HIDDEN, features, fusion
+from helpers.fusions import DIM, HIDDEN, features, fusion
 from torch import nn
 
 from sparsecut import Plan, Shortcut

@@ -5,15 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from test_upgrade import llava  # noqa: F401  a fixture
-
 from sparsecut.shapes.questions import split_scene
 from sparsecut.shapes.scenes import draw
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_python_blocks_run(tmp_path, monkeypatch, capsys, llava):  # noqa: F811
+def test_the_python_blocks_run(tmp_path, monkeypatch, capsys, llava):
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert blocks
     monkeypatch.chdir(tmp_path)

@@ -7,17 +7,10 @@ import json
 
 import pytest
 import torch
-from helpers.tiny import tiny_tokenizer
 from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
 )
 
 import sparsecut
@@ -26,37 +19,6 @@ from sparsecut.fingerprint import base_hash
 from sparsecut.processing_upgraded import fine_pixels
 
 IMAGE = "<image>"
-
-
-@pytest.fixture
-def llava():
-    """(model, processor): a tiny LLaVA of views of 16 x 16 pixels, 2 x 2 patches."""
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-    sizes = {"num_hidden_layers": 4, "num_attention_heads": 2}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=16, intermediate_size=24, image_size=16, patch_size=8, **sizes
-        ),
-        text_config=LlamaConfig(
-            hidden_size=32, intermediate_size=48, vocab_size=len(tokenizer), **sizes
-        ),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        image_seq_length=4,
-    )
-    image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
-    )
-    processor = LlavaProcessor(
-        image_processor,
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-    tokenizer.padding_side = "left"
-    return LlavaForConditionalGeneration(config).eval(), processor
 
 
 @pytest.fixture

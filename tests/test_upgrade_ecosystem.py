@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from helpers.ecosystem import SHORT, AnyProcessor, logits_of, tiny, trains, upgraded
+from helpers.ecosystem import (
+    SHORT,
+    AnyProcessor,
+    assert_trains,
+    get_logits,
+    tiny_base,
+    tiny_upgraded,
+)
 from transformers import AutoModelForImageTextToText
 
 from sparsecut import load, upgrade
@@ -21,49 +28,49 @@ def peft():
 @pytest.mark.parametrize("how", ["wrapped", "added"])
 def test_a_base_with_an_adapter_answers_as_before_and_takes_saved_shortcuts(how, tmp_path):
     settings = peft().LoraConfig(**LORA)
-    trained, inputs, _ = upgraded()
+    trained, inputs, _ = tiny_upgraded()
     trained.save_fusion(tmp_path)
-    base, own = tiny()
-    plain, known = logits_of(base, own), base_hash(base)
+    base, own = tiny_base()
+    plain, known = get_logits(base, own), base_hash(base)
     given = peft().get_peft_model(base, settings) if how == "wrapped" else base
     if how == "added":
         base.add_adapter(settings)
-    adapted = logits_of(base, own)
+    adapted = get_logits(base, own)
     assert not torch.equal(adapted, plain) and base_hash(base) == known
     model, _ = upgrade(given)
-    assert model.base is base and torch.equal(logits_of(model, inputs), adapted)
+    assert model.base is base and torch.equal(get_logits(model, inputs), adapted)
     assert torch.equal(model.generate(**inputs, **SHORT), base.generate(**own, **SHORT))
     with_shortcuts, _ = load(tmp_path, model.detach(), processor=AnyProcessor())
-    assert not torch.equal(logits_of(with_shortcuts, inputs), adapted)
+    assert not torch.equal(get_logits(with_shortcuts, inputs), adapted)
     lora = [p for name, p in base.named_parameters() if "lora_" in name]
-    assert trains(with_shortcuts.requires_grad_(True), inputs, lora)
-    assert torch.equal(logits_of(with_shortcuts.detach().eval(), own), adapted)
+    assert_trains(with_shortcuts.requires_grad_(True), inputs, lora)
+    assert torch.equal(get_logits(with_shortcuts.detach().eval(), own), adapted)
 
 
 def test_an_adapter_on_top_trains_with_the_shortcuts_and_is_saved_with_them(tmp_path):
-    model, inputs, before = upgraded()
+    model, inputs, before = tiny_upgraded()
     settings = peft().LoraConfig(**LORA | {"init_lora_weights": True}, modules_to_save=["fusion"])
     adapted = peft().get_peft_model(model, settings)
-    assert torch.equal(logits_of(adapted, inputs), before)
+    assert torch.equal(get_logits(adapted, inputs), before)
     lora = [p for name, p in adapted.named_parameters() if "lora_B" in name]
-    assert trains(adapted, inputs, lora)
+    assert_trains(adapted, inputs, lora)
     with torch.no_grad():
         for p in adapted.parameters():
             if p.requires_grad:
                 p.add_(0.05)
     adapted.eval().save_pretrained(tmp_path / "adapter")
     model.save_fusion(tmp_path / "shortcuts")
-    want = logits_of(adapted, inputs)
-    again = peft().PeftModel.from_pretrained(upgraded()[0], tmp_path / "adapter").eval()
-    assert torch.equal(logits_of(again, inputs), want)
+    want = get_logits(adapted, inputs)
+    again = peft().PeftModel.from_pretrained(tiny_upgraded()[0], tmp_path / "adapter").eval()
+    assert torch.equal(get_logits(again, inputs), want)
     assert torch.equal(again.generate(**inputs, **SHORT), adapted.generate(**inputs, **SHORT))
-    alone, _ = load(tmp_path / "shortcuts", tiny()[0], processor=AnyProcessor())
+    alone, _ = load(tmp_path / "shortcuts", tiny_base()[0], processor=AnyProcessor())
     for name, value in alone.fusion.state_dict().items():
         assert torch.equal(value, model.fusion.modules_to_save["default"].state_dict()[name])
 
 
 def test_shortcuts_with_an_adapter_inside_are_not_saved_alone(tmp_path):
-    model, _, _ = upgraded()
+    model, _, _ = tiny_upgraded()
     peft().get_peft_model(model, peft().LoraConfig(target_modules="all-linear"))
     with pytest.raises(ValueError, match="an adapter stands inside the shortcuts"):
         model.save_fusion(tmp_path / "new")
@@ -121,30 +128,30 @@ def by_hand(base, folder):
 
 @pytest.mark.parametrize("quantise", [by_hand, int8, eight_bits])
 def test_saved_shortcuts_load_on_a_quantised_base_and_learn_there(quantise, tmp_path):
-    trained, inputs, _ = upgraded()
+    trained, inputs, _ = tiny_upgraded()
     trained.save_fusion(tmp_path / "shortcuts")
-    base, own = tiny()
-    plain, known = logits_of(base, own), base_hash(base)
+    base, own = tiny_base()
+    plain, known = get_logits(base, own), base_hash(base)
     base = quantise(base, tmp_path / "base")
-    quantised = logits_of(base, own)
+    quantised = get_logits(base, own)
     assert base_hash(base) == known and not torch.equal(quantised, plain)
     model, _ = upgrade(base)
-    assert torch.equal(logits_of(model, inputs), quantised)
+    assert torch.equal(get_logits(model, inputs), quantised)
     assert torch.equal(model.generate(**inputs, **SHORT), base.generate(**own, **SHORT))
     model, _ = load(tmp_path / "shortcuts", model.detach(), processor=AnyProcessor())
     assert all(
         torch.equal(p, q)
         for p, q in zip(model.fusion.parameters(), trained.fusion.parameters(), strict=True)
     )
-    assert not torch.equal(logits_of(model, inputs), quantised)
+    assert not torch.equal(get_logits(model, inputs), quantised)
     model.requires_grad_(False)
     model.fusion.requires_grad_(True)
-    assert trains(model, inputs)
+    assert_trains(model, inputs)
 
 
 def test_a_decoder_without_floating_weights_is_refused():
-    base, own = tiny()
-    before = logits_of(base, own)
+    base, own = tiny_base()
+    before = get_logits(base, own)
     whole = copy.deepcopy(base)
     for p in whole.model.language_model.parameters():
         p.requires_grad_(False)
@@ -152,26 +159,26 @@ def test_a_decoder_without_floating_weights_is_refused():
     with pytest.raises(ValueError, match="holds no floating-point weight"):
         upgrade(whole)
     assert not whole.model.language_model.layers[0]._forward_pre_hooks
-    assert torch.equal(logits_of(base, own), before)
+    assert torch.equal(get_logits(base, own), before)
 
 
 @pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
 def test_an_offloaded_model_answers_as_one_in_memory(offload, tmp_path):
-    model, inputs, want = upgraded()
+    model, inputs, want = tiny_upgraded()
     answer = model.generate(**inputs, **SHORT)
     where = {"offload_dir": tmp_path} if offload is disk_offload else {}
     offload(model, execution_device="cpu", **where)
-    assert torch.equal(logits_of(model, inputs), want) and torch.equal(
+    assert torch.equal(get_logits(model, inputs), want) and torch.equal(
         model.generate(**inputs, **SHORT), answer
     )
 
 
 def test_a_device_map_over_memory_and_disk(tmp_path):
-    model, inputs, want = upgraded()
+    model, inputs, want = tiny_upgraded()
     answer, known = model.generate(**inputs, **SHORT), base_hash(model.base)
     model.save_pretrained(tmp_path / "whole")
     model.save_fusion(tmp_path / "shortcuts")
-    plain, own = tiny()
+    plain, own = tiny_base()
     plain.save_pretrained(tmp_path / "base")
     deep = {f"model.language_model.layers.{i}": "disk" if i != 1 else "cpu" for i in range(4)}
     names = (
@@ -194,9 +201,9 @@ def test_a_device_map_over_memory_and_disk(tmp_path):
         base.model.language_model.layers[0].mlp.up_proj.weight.is_meta and base_hash(base) == known
     )
     fresh, _ = upgrade(base)
-    assert torch.equal(logits_of(fresh, inputs), logits_of(plain, own))
+    assert torch.equal(get_logits(fresh, inputs), get_logits(plain, own))
     placed, _ = load(tmp_path / "shortcuts", fresh.detach(), processor=AnyProcessor())
     for one in (whole, placed):
-        assert torch.equal(logits_of(one, inputs), want) and torch.equal(
+        assert torch.equal(get_logits(one, inputs), want) and torch.equal(
             one.generate(**inputs, **SHORT), answer
         )

@@ -7,7 +7,14 @@ import sys
 from pathlib import Path
 
 import torch
-from helpers.ecosystem import SHORT, asked, logits_of, talk, upgraded, with_processor
+from helpers.ecosystem import (
+    SHORT,
+    encode_messages,
+    get_logits,
+    image_messages,
+    tiny_upgraded,
+    upgraded_with_processor,
+)
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForImageTextToText,
@@ -22,20 +29,22 @@ from sparsecut.building import save
 
 
 def test_a_pipeline_takes_the_model_and_its_folder(tmp_path):
-    model, processor = with_processor()
+    model, processor = upgraded_with_processor()
     save(model, processor, tmp_path)
-    prompt = asked(processor)
+    prompt = encode_messages(processor)
     written = model.generate(**prompt, **SHORT)[0, prompt["input_ids"].shape[1] :]
     want = processor.decode(written, skip_special_tokens=True)
     for source in ({"model": model, "processor": processor}, {"model": str(tmp_path)}):
         ask = pipeline("image-text-to-text", **source)
-        answers = ask(text=[talk(), talk()], return_full_text=False, generate_kwargs=SHORT)
+        answers = ask(
+            text=[image_messages(), image_messages()], return_full_text=False, generate_kwargs=SHORT
+        )
         assert [answer[0]["generated_text"] for answer in answers] == [want] * 2
 
 
 def test_what_is_pushed_to_the_hub_is_a_whole_model(tmp_path, monkeypatch):
-    model, processor = with_processor()
-    prompt = asked(processor)
+    model, processor = upgraded_with_processor()
+    prompt = encode_messages(processor)
 
     def keep(self, folder, repo_id, *args, **kwargs):
         for path in Path(folder).iterdir():
@@ -57,8 +66,8 @@ def test_what_is_pushed_to_the_hub_is_a_whole_model(tmp_path, monkeypatch):
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= names
     again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
-    inputs = asked(AutoProcessor.from_pretrained(tmp_path))
-    assert torch.equal(logits_of(again, inputs), logits_of(model, prompt))
+    inputs = encode_messages(AutoProcessor.from_pretrained(tmp_path))
+    assert torch.equal(get_logits(again, inputs), get_logits(model, prompt))
 
 
 REMOTE = """
@@ -96,12 +105,13 @@ read("again")
 
 
 def test_a_folder_with_its_code_needs_no_package_and_one_without_is_refused(tmp_path):
-    model, processor = with_processor()
+    model, processor = upgraded_with_processor()
     save(model, processor, tmp_path / "coded", code=True)
     save(model, processor, tmp_path / "plain")
     assert not list((tmp_path / "plain").glob("*.py"))
     save_file(
-        {"logits": model(**asked(processor)).logits.detach().contiguous()}, tmp_path / "expected"
+        {"logits": model(**encode_messages(processor)).logits.detach().contiguous()},
+        tmp_path / "expected",
     )
     settings = os.environ | {
         "HF_HOME": str(tmp_path / "home"),
@@ -137,10 +147,10 @@ def trainer(model, rows, folder, **more):
 
 
 def test_a_plain_trainer_trains_saves_and_goes_on(tmp_path):
-    model, inputs, _ = upgraded()
+    model, inputs, _ = tiny_upgraded()
     rows = [{name: value[i % 2] for name, value in inputs.items()} for i in range(16)]
     rows = [row | {"labels": row["input_ids"]} for row in rows]
-    models = model, upgraded()[0]
+    models = model, tiny_upgraded()[0]
     for one in models:
         one.requires_grad_(False)
         one.fusion.requires_grad_(True)
@@ -152,4 +162,4 @@ def test_a_plain_trainer_trains_saves_and_goes_on(tmp_path):
     for p, q in zip(*(one.state_dict().values() for one in models), strict=True):
         assert torch.equal(p, q)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint-8").eval()
-    assert torch.equal(logits_of(again, inputs), logits_of(model.eval(), inputs))
+    assert torch.equal(get_logits(again, inputs), get_logits(model.eval(), inputs))

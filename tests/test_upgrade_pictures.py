@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import bases
+from helpers.bases import randomize_fusion
+from helpers.upgrade_checks import READ_BLOCK, find_patches_by_gradient
 from PIL import Image
-from test_upgrade_families import LAYER, patches_that_count, stir
 from transformers import SiglipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -65,11 +66,11 @@ def pictures():
     ]
 
 
-@pytest.mark.parametrize("name", bases.NAMES)
+@pytest.mark.parametrize("name", bases.FAMILY_NAMES)
 def test_tables_hold_for_what_the_image_processor_makes(name):
-    base = bases.base_of(name)
+    base = bases.build_base(name)
     made = PROCESSORS[name]()(pictures(), return_tensors="pt")
-    found, table = patches_that_count(base, made, LAYER.get(name, -1))
+    found, table = find_patches_by_gradient(base, made, READ_BLOCK.get(name, -1))
     assert table.shape == (len(found), family_of(base).patches_under(base))
     exactly = name != "llava_onevision"  # which interpolates pictures of many tiles
     for reached, row in zip(found, table.tolist(), strict=True):
@@ -83,11 +84,11 @@ def test_tables_hold_for_what_the_image_processor_makes(name):
 
 @pytest.mark.parametrize("name", ["llava", "vipllava", "paligemma", "gemma3"])
 def test_a_token_reads_the_fine_views_that_lie_over_its_place(name):
-    base = bases.base_of(name)
+    base = bases.build_base(name)
     model, _ = upgrade(base)
-    stir(model)
-    row = bases.pictures(name)[1]  # two pictures
-    fine = bases.fine_of(model, row)["fine_pixel_values"].requires_grad_()
+    randomize_fusion(model)
+    row = bases.build_images(name)[1]  # two pictures
+    fine = bases.build_fine_views(model, row)["fine_pixel_values"].requires_grad_()
     with model.shortcuts_active(fine):
         beside = torch.stack(list(base.get_image_features(**row).pooler_output))[..., 32:]
     side = round(beside.shape[1] ** 0.5)

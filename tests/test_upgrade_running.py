@@ -8,23 +8,23 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import bases
-from helpers.ecosystem import SHORT, logits_of, stir, tiny, upgraded
+from helpers.ecosystem import SHORT, get_logits, randomize_fusion, tiny_base, tiny_upgraded
 
 from sparsecut import upgrade
 
 
 def test_the_prompt_pass_can_be_exported():
-    model, inputs, want = upgraded(depth=2)
+    model, inputs, want = tiny_upgraded(depth=2)
     program = torch.export.export(model, (), {**inputs, "use_cache": False}, strict=False)
     other = inputs | {"pixel_values": inputs["pixel_values"] + 1}
     assert torch.equal(program.module()(**inputs, use_cache=False).logits, want)
-    assert torch.equal(program.module()(**other, use_cache=False).logits, logits_of(model, other))
+    assert torch.equal(program.module()(**other, use_cache=False).logits, get_logits(model, other))
 
 
 @torch.no_grad()
 def test_the_prompt_pass_and_a_step_after_it_are_one_graph_each():
     torch._dynamo.reset()
-    model, inputs, want = upgraded(depth=2)
+    model, inputs, want = tiny_upgraded(depth=2)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     prompt = compiled(**inputs)
     assert torch.equal(prompt.logits, want)
@@ -36,7 +36,7 @@ def test_the_prompt_pass_and_a_step_after_it_are_one_graph_each():
 
 @torch.no_grad()
 def test_eight_threads_answer_as_one_does():
-    model, inputs, _ = upgraded()
+    model, inputs, _ = tiny_upgraded()
     asked = [inputs | {"pixel_values": inputs["pixel_values"] + i} for i in range(7)]
     asked.append(
         {"input_ids": inputs["input_ids"].clamp(max=50), "attention_mask": inputs["attention_mask"]}
@@ -50,7 +50,7 @@ def test_eight_threads_answer_as_one_does():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_changes_no_gradient(reentrant):
-    model, inputs, _ = upgraded()
+    model, inputs, _ = tiny_upgraded()
     model.train()
 
     def gradients():
@@ -81,31 +81,33 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_every_way_of_generating_is_the_base_s(mode):
-    base, inputs = tiny()
+    base, inputs = tiny_base()
     if "prompt_lookup_num_tokens" in mode or "assistant_model" in mode:  # these take one prompt
         inputs = {name: value[:1] for name, value in inputs.items()}
-    helper = {"assistant_model": tiny()[0]} if "assistant_model" in mode else {}
+    helper = {"assistant_model": tiny_base()[0]} if "assistant_model" in mode else {}
     torch.manual_seed(0)
     want = base.generate(**inputs, **SHORT, **mode | helper)
     model, _ = upgrade(base)
-    given = inputs | bases.fine_of(model, inputs)
-    helper = {"assistant_model": upgrade(tiny()[0])[0]} if helper else {}
+    given = inputs | bases.build_fine_views(model, inputs)
+    helper = {"assistant_model": upgrade(tiny_base()[0])[0]} if helper else {}
     torch.manual_seed(0)
     assert torch.equal(model.generate(**given, **SHORT, **mode | helper), want)
     torch.manual_seed(0)
-    assert not torch.equal(stir(model).generate(**given, **SHORT, **mode | helper), want)
+    assert not torch.equal(
+        randomize_fusion(model).generate(**given, **SHORT, **mode | helper), want
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_number_formats(dtype):
-    base, own = tiny()
-    want = logits_of(base.to(dtype), own)
+    base, own = tiny_base()
+    want = get_logits(base.to(dtype), own)
     model, _ = upgrade(base)
-    inputs = own | bases.fine_of(model, own)
-    assert torch.equal(logits_of(model, inputs), want) and {
+    inputs = own | bases.build_fine_views(model, own)
+    assert torch.equal(get_logits(model, inputs), want) and {
         p.dtype for p in model.fusion.parameters()
     } == {dtype}
-    single = logits_of(stir(model).float(), inputs)
+    single = get_logits(randomize_fusion(model).float(), inputs)
     assert single.dtype == torch.float32 and not torch.equal(single, want.float())
-    assert logits_of(model.to("cpu", dtype), inputs).dtype == dtype
+    assert get_logits(model.to("cpu", dtype), inputs).dtype == dtype
     model.generate(**inputs, **SHORT)

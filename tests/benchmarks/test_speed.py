@@ -8,9 +8,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers.example_bases import build_example_base
 from helpers.runs import run, stage, trainer_for, write_records
 from helpers.tiny import tiny_model, tiny_vision
-from test_upgrade_training import base_of
 
 from sparsecut import upgrade
 from sparsecut.data.dataset import Collator
@@ -113,7 +113,7 @@ def gradients(
     if kind == "built":
         model, processor = tiny_model()
     else:
-        base, processor = base_of(kind)
+        base, processor = build_example_base(kind)
         model, processor = upgrade(base, processor=processor)
     torch.manual_seed(0)
     for parameter in model.fusion.parameters():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.released import build_released, write_released_folder, write_vision_folder
 from helpers.tiny import tiny_language, tiny_tokenizer, tiny_vision
 from PIL import Image
 from transformers import CLIPImageProcessorPil
@@ -257,12 +258,11 @@ def test_chat_asks_once_and_talks_through_a_pipe(run, model):
 
 
 def test_convert_reads_a_released_folder(run, home):
-    from test_checkpoint import released_folder, tower_folder
-    from test_released import released
-
-    weights, configs, _ = released("cross_mlp", depth=6)
-    released_folder(home / "checkpoint", weights, configs["text_config"].to_dict(), tower=False)
-    tower_folder(home / "tower", weights, configs["vision_config"])
+    weights, configs, _ = build_released("cross_mlp", depth=6)
+    write_released_folder(
+        home / "checkpoint", weights, configs["text_config"].to_dict(), tower=False
+    )
+    write_vision_folder(home / "tower", weights, configs["vision_config"])
     code, out, _ = run(
         "convert",
         "checkpoint",

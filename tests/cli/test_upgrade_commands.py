@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from test_upgrade import llava  # noqa: F401  a fixture
 from typer.testing import CliRunner
 
 from sparsecut import load
@@ -19,7 +18,7 @@ TEMPLATE = (
 
 
 @pytest.fixture
-def base(llava, tmp_path, monkeypatch):  # noqa: F811
+def base(llava, tmp_path, monkeypatch):
     """A saved tiny LLaVA, `base`, in the current folder."""
     monkeypatch.chdir(tmp_path)
     model, processor = llava

@@ -5,74 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import tiny_tokenizer
-from safetensors.torch import load_file, save_file
-from test_released import released
+from helpers.released import build_released, write_released_folder, write_vision_folder
+from safetensors.torch import load_file
 from transformers import (
-    AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
 )
 
 from sparsecut.building import load
 from sparsecut.conversion.checkpoint import convert
-from sparsecut.conversion.released import VISION, from_official
+from sparsecut.conversion.released import from_official
 
 CASE_A = Path(__file__).parents[3] / "shared" / "parity" / "A"
-
-
-def tower_folder(folder: Path, weights: dict, config: CLIPVisionConfig) -> Path:
-    """The vision tower inside released weights, saved the Hugging Face way."""
-    tower = AutoModel.from_config(config)
-    names = {name.removeprefix("vision_model."): name for name in tower.state_dict()}
-    plain = {
-        k.removeprefix(VISION).removeprefix("vision_model."): w
-        for k, w in weights.items()
-        if k.startswith(VISION)
-    }
-    tower.load_state_dict({names[k]: w for k, w in plain.items() if k in names})
-    tower.save_pretrained(folder)
-    CLIPImageProcessorPil(size=config.image_size, crop_size=config.image_size).save_pretrained(
-        folder
-    )
-    return folder
-
-
-def released_folder(
-    folder: Path,
-    weights: dict,
-    text: dict,
-    *,
-    fusion="cross_mlp",
-    pickled=False,
-    tower=True,
-    **more,
-) -> Path:
-    """What the released code saves: config.json, weights (with or without the tower), tokenizer
-    without a template.
-    """
-    folder.mkdir(exist_ok=True)
-    settings = {**text, "model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"]}
-    settings |= {
-        "mm_projector_type": fusion,
-        "mm_vision_select_layer": -2,
-        "mm_hidden_size": 32,
-    } | more
-    (folder / "config.json").write_text(json.dumps(settings))
-    weights = {k: w.contiguous() for k, w in weights.items() if tower or not k.startswith(VISION)}
-    names = sorted(weights)
-    for number, part in enumerate((names[::2], names[1::2])):  # two shards
-        some = {name: weights[name] for name in part}
-        if pickled:
-            torch.save(some, folder / f"pytorch_model-{number}.bin")
-        else:
-            save_file(some, folder / f"model-{number}.safetensors")
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = None
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def logits(model, pixels, image_token: int):
@@ -86,12 +31,12 @@ def logits(model, pixels, image_token: int):
 @pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "pickled"])
 @pytest.mark.parametrize("tower", [True, False], ids=["tower inside", "tower apart"])
 def test_the_folder_computes_what_from_official_does(tmp_path, fusion, pickled, tower):
-    weights, configs, _ = released(fusion, depth=12)
+    weights, configs, _ = build_released(fusion, depth=12)
     text = configs["text_config"].to_dict()
-    source = released_folder(
+    source = write_released_folder(
         tmp_path / "in", weights, text, fusion=fusion, pickled=pickled, tower=tower
     )
-    vision = tower_folder(tmp_path / "tower", weights, configs["vision_config"])
+    vision = write_vision_folder(tmp_path / "tower", weights, configs["vision_config"])
     want = from_official(weights, **configs, fusion=fusion)
     converted, _ = convert(source, tmp_path / "out", vision=str(vision))
     loaded, processor = load(tmp_path / "out")
@@ -106,9 +51,9 @@ def test_the_folder_computes_what_from_official_does(tmp_path, fusion, pickled, 
 
 
 def test_the_auto_classes_read_it_and_the_prompt_is_vicunas(tmp_path):
-    weights, configs, _ = released("cross_mlp", depth=12)
-    source = released_folder(tmp_path / "in", weights, configs["text_config"].to_dict())
-    vision = tower_folder(tmp_path / "tower", weights, configs["vision_config"])
+    weights, configs, _ = build_released("cross_mlp", depth=12)
+    source = write_released_folder(tmp_path / "in", weights, configs["text_config"].to_dict())
+    vision = write_vision_folder(tmp_path / "tower", weights, configs["vision_config"])
     convert(source, tmp_path / "out", vision=str(vision))
     AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
@@ -130,13 +75,13 @@ def test_the_auto_classes_read_it_and_the_prompt_is_vicunas(tmp_path):
 
 
 def test_lists_and_order_come_from_the_checkpoint_or_the_caller(tmp_path):
-    weights, configs, _ = released("cross_mlp", depth=12)
+    weights, configs, _ = build_released("cross_mlp", depth=12)
     text = configs["text_config"].to_dict()
-    source = released_folder(tmp_path / "in", weights, text, feature_order_reverse=True)
-    vision = str(tower_folder(tmp_path / "tower", weights, configs["vision_config"]))
+    source = write_released_folder(tmp_path / "in", weights, text, feature_order_reverse=True)
+    vision = str(write_vision_folder(tmp_path / "tower", weights, configs["vision_config"]))
     model, _ = convert(source, tmp_path / "reversed", vision=vision)
     assert [(s.taps, s.layer) for s in model.plan.shortcuts] == [((1,), 0), ((24,), 4), ((21,), 9)]
-    source = released_folder(tmp_path / "in", weights, text)
+    source = write_released_folder(tmp_path / "in", weights, text)
     model, _ = convert(source, tmp_path / "own", vision=vision, taps=[2, 5], layers=[1, 11])
     assert [(s.taps, s.layer) for s in model.plan.shortcuts] == [((-2,), 0), ((3,), 1), ((6,), 11)]
 
@@ -148,8 +93,8 @@ def test_case_a(tmp_path):
         load_file(CASE_A / "weights.safetensors"),
     )
     vision_config = CLIPVisionConfig(**meta["vision_config"])
-    source = released_folder(tmp_path / "in", weights, meta["text_config"], tower=False)
-    vision = tower_folder(tmp_path / "tower", weights, vision_config)
+    source = write_released_folder(tmp_path / "in", weights, meta["text_config"], tower=False)
+    vision = write_vision_folder(tmp_path / "tower", weights, vision_config)
     convert(source, tmp_path / "out", vision=str(vision))
     model, _ = load(tmp_path / "out")
     given, want = (
@@ -164,12 +109,12 @@ def test_case_a(tmp_path):
 
 
 def test_folders_that_cannot_be_converted_get_a_sentence(tmp_path):
-    weights, configs, _ = released("cross_mlp", depth=6)
+    weights, configs, _ = build_released("cross_mlp", depth=6)
     text = configs["text_config"].to_dict()
-    vision = str(tower_folder(tmp_path / "tower", weights, configs["vision_config"]))
+    vision = str(write_vision_folder(tmp_path / "tower", weights, configs["vision_config"]))
 
     def refused(words: str, **changes):
-        source = released_folder(tmp_path / "in", weights, text, **changes)
+        source = write_released_folder(tmp_path / "in", weights, text, **changes)
         with pytest.raises(ValueError, match=words):
             convert(source, tmp_path / "out", vision=vision)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.released import build_released
 from safetensors.torch import load_file
-from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig
 
 from sparsecut.conversion.released import LAYERS, TAPS, from_official, official_plan
 from sparsecut.plan import Shortcut
@@ -83,61 +83,6 @@ def test_case_a():
     )
 
 
-def released(fusion: str, depth: int = 40, width: int = 32, seed: int = 0):
-    """Random weights under the released names, with their configurations."""
-    torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
-        hidden_size=width,
-        num_attention_heads=2,
-        intermediate_size=40,
-        num_hidden_layers=24,
-        image_size=32,
-        patch_size=8,
-    )
-    text = LlamaConfig(
-        hidden_size=24,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=32,
-        num_hidden_layers=depth,
-        vocab_size=50,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    language, tower = (
-        AutoModelForCausalLM.from_config(text).eval(),
-        AutoModel.from_config(vision).eval(),
-    )
-    if fusion == "cross_mlp":
-        parts = {"mlp": mlp(5 * width)}
-    elif fusion == "cross_attention":
-        parts = {
-            "attn": nn.MultiheadAttention(width, 1, batch_first=True),
-            "norm1": nn.LayerNorm(width),
-            "norm2": nn.LayerNorm(width),
-            "ffn": nn.Sequential(
-                nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-            ),
-            "mlp": mlp(width),
-        }
-    else:
-        parts = mlp(width)
-    projector = nn.ModuleDict(parts) if isinstance(parts, dict) else parts
-    for p in [*projector.parameters(), *tower.parameters()]:
-        nn.init.normal_(p, std=0.2)
-    weights = {
-        f"model.mm_projector.{k}": v for k, v in projector.state_dict().items()
-    } | language.state_dict()
-    prefix = "model.vision_tower.vision_tower.vision_model."
-    weights |= {prefix + k.removeprefix("vision_model."): v for k, v in tower.state_dict().items()}
-    return weights, {"vision_config": vision, "text_config": text}, (tower, projector, language)
-
-
-def mlp(width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, 24), nn.GELU(), nn.Linear(24, 24))
-
-
 @torch.no_grad()
 def project(projector, fusion: str, views: torch.Tensor) -> torch.Tensor:
     """The released P(coarse, fine), patch by patch: [views, N, D] of one picture -> [N, H]."""
@@ -204,7 +149,7 @@ CASES = {
 @pytest.mark.parametrize("left", [False, True], ids=["right-padded", "left-padded"])
 def test_released_variants(case, left):
     fusion, depth, taps, layers, input_tap = CASES[case]
-    weights, configs, parts = released(fusion, depth)
+    weights, configs, parts = build_released(fusion, depth)
     model = from_official(
         weights, **configs, fusion=fusion, taps=taps, layers=layers, input_tap=input_tap
     )
@@ -230,7 +175,7 @@ def test_released_variants(case, left):
 
 
 def test_greedy_tokens_equal_those_of_repeated_plain_passes():
-    weights, configs, parts = released("cross_mlp")
+    weights, configs, parts = build_released("cross_mlp")
     model = from_official(weights, **configs, fusion="cross_mlp")
     picture = torch.randn(1, 5, 3, 32, 32)
     ids, mask = opened([[1, 4, -200, 8]], model.config.image_token_id)
@@ -244,7 +189,7 @@ def test_greedy_tokens_equal_those_of_repeated_plain_passes():
 
 
 def test_the_placeholder_is_appended_and_has_no_probability():
-    weights, configs, _ = released("cross_mlp")
+    weights, configs, _ = build_released("cross_mlp")
     model = from_official(weights, **configs, fusion="cross_mlp")
     assert model.config.image_token_id == 50 and configs["text_config"].vocab_size == 50
     logits = model(input_ids=torch.tensor([[1, 2, 3]])).logits
@@ -265,7 +210,7 @@ def test_lists_are_cut_to_what_fires():
 
 
 def test_weights_that_do_not_fit_are_named():
-    weights, configs, _ = released("cross_mlp")
+    weights, configs, _ = build_released("cross_mlp")
     with pytest.raises(ValueError, match="do not fit the cross_attention projector"):
         from_official(weights, **configs, fusion="cross_attention")
     weights["model.mm_projector.gate"] = torch.zeros(1)

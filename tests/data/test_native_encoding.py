@@ -248,7 +248,7 @@ def test_a_processor_that_rewrites_texts_is_refused():
 
 def model_for(name: str, processor):
     """A tiny random model of the family whose vocabulary and pictures are the processor's."""
-    config, tokenizer = bases.config(name), processor.tokenizer
+    config, tokenizer = bases.base_config(name), processor.tokenizer
     config.image_token_id = tokenizer.convert_tokens_to_ids(
         "<image_soft_token>" if name == "gemma3" else "<image>"
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.runs import trainer_for, write_records
+from helpers.studies import QUICK
 from helpers.tiny import tiny_model
-from test_study import QUICK
 
 from sparsecut import Plan
 from sparsecut.experiments.search import choose, search, supernet_plan

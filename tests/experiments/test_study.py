@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.runs import write_records
+from helpers.studies import QUICK
 
 from sparsecut.experiments import runner as study_runner
 from sparsecut.experiments.runner import claim, run_study
@@ -15,37 +16,6 @@ from sparsecut.experiments.study import Run, load_study, narrowed, parse_study
 from sparsecut.reports.study import write_study_report
 
 ROOT = Path(__file__).parents[2]
-QUICK = {
-    "title": "quick",
-    "recipe": {
-        "model": {"vision": "world", "language": "world"},
-        "stages": [
-            {
-                "name": "tune",
-                "data": {"path": "drawn"},
-                "train": ["fusion"],
-                "args": {
-                    "max_steps": 2,
-                    "per_device_train_batch_size": 4,
-                    "learning_rate": 1e-3,
-                    "logging_steps": 1,
-                },
-            }
-        ],
-        "evaluate": {"data": {"path": "drawn"}, "max_new_tokens": 2, "batch_size": 32},
-    },
-    "pictures": {"train": 16, "ask": 6, "split": "dev"},
-    "arms": {
-        "plain": {"method": "llava", "norm": True},
-        "cut": {"method": "sparsecut", "pattern": "bottom", "fine": 0.4},
-    },
-    "baseline": "plain",
-    "seeds": [3, 4],
-    "budgets": {
-        "short": [],
-        "long": {"change": ["stages.0.args.max_steps=4"], "arms": ["cut"], "seeds": [4]},
-    },
-}
 
 
 def study(tmp_path, **changes):

@@ -1,8 +1,8 @@
-"""Tiny random vision-language models of every family that can be upgraded, and inputs for them,
-made on the spot.
+"""Tiny random pretrained VLMs of every family that can be upgraded, and inputs for them.
 
-Widths are 16 and 32, four blocks and four layers. Inputs are what the families' processors would give for two prompts that differ
-in length, padded on the left, the pictures differing in size where a family allows that.
+The encoder has width 16 and four blocks, the language model width 32 and four layers. The inputs
+are what a family's processor would return for two prompts of different lengths, padded on the left.
+The images differ in size where a family allows it.
 """
 
 import torch
@@ -46,13 +46,35 @@ IDS = {
 }
 QWEN = {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32, **PACKED}
 
+FAMILY_NAMES = (
+    "llava",
+    "vipllava",
+    "paligemma",
+    "gemma3",
+    "llava_next",
+    "llava_onevision",
+    "mistral3",
+    "idefics3",
+    "smolvlm",
+    "internvl",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+)
+# One family per way from patches to image tokens: one view, tiles, pixel shuffle, merged patches.
+# The others run in tests/conformance.
+DEFAULT_FAMILIES = ("llava", "llava_next", "idefics3", "qwen2_5_vl")
+OTHER_FAMILIES = tuple(name for name in FAMILY_NAMES if name not in DEFAULT_FAMILIES)
+VIDEO_FAMILIES = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
-def text(kind: str, **more) -> dict:
-    return {"model_type": kind, **TEXT, **more}
+
+def text(kind: str, **settings) -> dict:
+    """Settings of a tiny language model."""
+    return {"model_type": kind, **TEXT, **settings}
 
 
-def config(name: str):
-    """The configuration of a tiny model."""
+def base_config(name: str):
+    """Configuration of a tiny model of a family."""
     common = {"image_token_id": IMAGE}
     llama, qwen2 = text("llama"), text("qwen2")
     shuffled = {**common, "text_config": llama, "scale_factor": 2}
@@ -134,62 +156,54 @@ def config(name: str):
     }[name]()
 
 
-NAMES = (
-    *("llava", "vipllava", "paligemma", "gemma3", "llava_next", "llava_onevision", "mistral3"),
-    *("idefics3", "smolvlm", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
-)
-
-
-def base_of(name: str):
-    """A tiny random model of a family, in evaluation mode, which never says the placeholders."""
+def build_base(name: str):
+    """A tiny random model of a family, in evaluation mode, which never generates placeholders."""
     torch.manual_seed(0)
-    model = hf.AutoModelForImageTextToText.from_config(config(name)).eval().float()
-    if name == "gemma3":  # starts at zero, which would hide every picture
+    model = hf.AutoModelForImageTextToText.from_config(base_config(name)).eval().float()
+    if name == "gemma3":  # starts at zero, which would hide every image
         torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
     model.generation_config.suppress_tokens = [IMAGE, VIDEO]
     return model
 
 
-def pictures(name: str) -> list[dict]:
-    """What the encoder is given for each of two prompts: one picture, or two in the second prompt
-    of some families.
-    """
-    draw = torch.Generator().manual_seed(1)
+def build_images(name: str) -> list[dict]:
+    """Encoder inputs of each of two prompts: one image each, or two images in the second prompt."""
+    generator = torch.Generator().manual_seed(1)
 
-    def views(*shape):
-        return torch.randn(*shape, generator=draw)
+    def pixels(*shape):
+        return torch.randn(*shape, generator=generator)
 
     if name.startswith("qwen"):
-        grids = [[1, 8, 12], [1, 4, 4]]
+        grids = [(8, 12), (4, 4)]
         return [
-            {"pixel_values": views(h * w, 96), "image_grid_thw": torch.tensor([[1, h, w]])}
-            for _, h, w in grids
+            {"pixel_values": pixels(h * w, 96), "image_grid_thw": torch.tensor([[1, h, w]])}
+            for h, w in grids
         ]
     if name in ("llava_next", "llava_onevision"):
-        sizes, most = [[30, 20], [12, 32]], 5
+        most_views = 5
         return [
-            {"pixel_values": views(1, most, 3, 16, 16), "image_sizes": torch.tensor([size])}
-            for size in sizes
+            {"pixel_values": pixels(1, most_views, 3, 16, 16), "image_sizes": torch.tensor([size])}
+            for size in ([30, 20], [12, 32])
         ]
     if name == "mistral3":
-        sizes = [[32, 16], [16, 24]]
         return [
-            {"pixel_values": views(1, 3, 32, 32), "image_sizes": torch.tensor([size])}
-            for size in sizes
+            {"pixel_values": pixels(1, 3, 32, 32), "image_sizes": torch.tensor([size])}
+            for size in ([32, 16], [16, 24])
         ]
     if name in ("idefics3", "smolvlm"):
-        first = torch.cat(
-            [views(1, 1, 3, 16, 16), torch.zeros(1, 1, 3, 16, 16)], 1
-        )  # padded to the other's two
-        return [{"pixel_values": first}, {"pixel_values": views(1, 2, 3, 16, 16)}]
-    return [{"pixel_values": views(1, 3, 16, 16)}, {"pixel_values": views(2, 3, 16, 16)}]
+        padding = torch.zeros(1, 1, 3, 16, 16)  # the second prompt has two views
+        first = torch.cat([pixels(1, 1, 3, 16, 16), padding], dim=1)
+        return [{"pixel_values": first}, {"pixel_values": pixels(1, 2, 3, 16, 16)}]
+    return [{"pixel_values": pixels(1, 3, 16, 16)}, {"pixel_values": pixels(2, 3, 16, 16)}]
 
 
-def inputs_of(name: str, model, rows: list[dict]) -> dict:
-    """Model inputs for prompts with these pictures, padded on the left to the longest."""
-    counts = [num_tokens(model, row) for row in rows]
+def build_inputs(name: str, model, rows: list[dict] | None = None) -> dict:
+    """Model inputs of prompts with these images (by default `build_images`), padded on the left."""
+    rows = build_images(name) if rows is None else rows
+    counts = [count_image_tokens(model, row) for row in rows]
     length = max(counts) + 6
-    ids, mask = torch.full((len(rows), length), 5), torch.ones(len(rows), length, dtype=torch.long)
+    ids = torch.full((len(rows), length), 5)
+    mask = torch.ones(len(rows), length, dtype=torch.long)
     for row, count in enumerate(counts):
         pad = max(counts) - count
         ids[row, :pad] = mask[row, :pad] = 0
@@ -197,7 +211,8 @@ def inputs_of(name: str, model, rows: list[dict]) -> dict:
         ids[row, pad + 2 : pad + 2 + count] = IMAGE
         ids[row, -2] = 7 + count % 3
     inputs = {"input_ids": ids, "attention_mask": mask}
-    inputs |= {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+    for key in rows[0]:
+        inputs[key] = torch.cat([row[key] for row in rows])
     if name.startswith("qwen"):
         inputs["mm_token_type_ids"] = (ids == IMAGE).long()
     if name in ("paligemma", "gemma3"):
@@ -205,51 +220,50 @@ def inputs_of(name: str, model, rows: list[dict]) -> dict:
     return inputs
 
 
-def num_tokens(model, row: dict) -> int:
-    """Image tokens that a prompt's pictures take."""
-    with torch.no_grad():
-        pooled = model.get_image_features(**row).pooler_output
-    return sum(part.shape[0] if part.dim() > 1 else 1 for part in pooled)
+@torch.no_grad()
+def count_image_tokens(model, row: dict) -> int:
+    """Number of image tokens that a prompt's images take."""
+    features = model.get_image_features(**row).pooler_output
+    return sum(image.shape[0] if image.dim() > 1 else 1 for image in features)
 
 
-def fine_of(model, inputs: dict) -> dict:
-    """Finer views of the inputs' pictures, where an upgraded model reads them."""
+def build_fine_views(model, inputs: dict) -> dict:
+    """Finer views of the images, where an upgraded model reads them."""
     if not model.plan.tiles:
         return {}
-    draw = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(2)
     pixels = inputs["pixel_values"]
-    views = torch.randn(len(pixels), model.plan.tiles**2, *pixels.shape[1:], generator=draw)
-    return {"fine_pixel_values": views}
+    shape = (len(pixels), model.plan.tiles**2, *pixels.shape[1:])
+    return {"fine_pixel_values": torch.randn(shape, generator=generator)}
 
 
-WITH_VIDEOS = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-
-
-def with_video(name: str, inputs: dict) -> dict:
-    """The same prompts, each with a video of two frames of 4 x 4 patches before its last two
-    tokens.
-    """
-    draw = torch.Generator().manual_seed(6)
+def add_video(name: str, inputs: dict) -> dict:
+    """Add a video to each prompt before its last two tokens: two frames of 4 x 4 patches."""
+    generator = torch.Generator().manual_seed(6)
     frame = [START, *[VIDEO] * 4, END]
     video = {
-        "llava_onevision": (
-            [VIDEO] * 9
-        ),  # each frame is pooled to 2 x 2, and a newline ends the whole
+        # each frame is pooled to 2 x 2, and a newline ends the whole
+        "llava_onevision": [VIDEO] * 9,
         "qwen3_vl": frame + frame,
     }.get(name, [START, *[VIDEO] * 8, END])
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    ids = torch.cat([ids[:, :-2], torch.tensor([video]).expand(len(ids), -1), ids[:, -2:]], dim=1)
-    grown = inputs | {
-        "input_ids": ids,
-        "attention_mask": torch.cat([mask, torch.ones(len(ids), len(video)).to(mask)], 1),
-    }
+    rows = len(ids)
+    ids = torch.cat([ids[:, :-2], torch.tensor([video]).expand(rows, -1), ids[:, -2:]], dim=1)
+    mask = torch.cat([mask, torch.ones(rows, len(video)).to(mask)], dim=1)
+    longer = inputs | {"input_ids": ids, "attention_mask": mask}
     if name == "llava_onevision":
-        return grown | {"pixel_values_videos": torch.randn(len(ids), 2, 3, 16, 16, generator=draw)}
-    kinds = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
-    grid = torch.tensor([[2, 4, 4]] * len(ids))
-    pixels = torch.randn(len(ids) * 32, 96, generator=draw)
-    return grown | {
-        "mm_token_type_ids": kinds,
-        "pixel_values_videos": pixels,
-        "video_grid_thw": grid,
+        frames = torch.randn(rows, 2, 3, 16, 16, generator=generator)
+        return longer | {"pixel_values_videos": frames}
+    return longer | {
+        "mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long(),
+        "pixel_values_videos": torch.randn(rows * 32, 96, generator=generator),
+        "video_grid_thw": torch.tensor([[2, 4, 4]] * rows),
     }
+
+
+def randomize_fusion(model):
+    """Give the fusion weights that have an effect; returns the model."""
+    torch.manual_seed(1)
+    for parameter in model.fusion.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model

@@ -1,101 +1,80 @@
-"""A tiny upgraded LLaVA whose shortcuts do something, with and without a processor: for tests of
-what surrounds it.
-"""
+"""A tiny upgraded LLaVA with random shortcuts, with and without a processor.
 
-import importlib.util
-from pathlib import Path
+It serves the tests of the software around the model: saving, quantization, adapters, pipelines.
+"""
 
 import torch
 from helpers import bases
+from helpers.bases import randomize_fusion
+from helpers.example_bases import TEXTS, example
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from sparsecut import upgrade
 
-spec = importlib.util.spec_from_file_location(
-    "upgrade_vlm", Path(__file__).parents[2] / "examples" / "upgrade_vlm.py"
-)
-example = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(example)
-TEXTS = [
-    "what is it is it a red cat yes no ASSISTANT USER user assistant a red dog blue are you sure"
-] * 3
 SHORT = {"max_new_tokens": 5, "min_new_tokens": 5}
 
 
 class AnyProcessor:
-    """Stands for the base's processor where none is used."""
+    """Stands for the processor of a base in tests that need none."""
 
 
-def tiny(depth: int = 4):
-    """(base, its inputs): a tiny LLaVA with so many blocks and layers, and two prompts with a
-    picture each.
-    """
+def tiny_base(depth: int = 4):
+    """(base, inputs): a tiny LLaVA of `depth` blocks and layers, and two prompts with an image."""
     torch.manual_seed(0)
-    config = bases.config("llava")
+    config = bases.base_config("llava")
     config.vision_config.num_hidden_layers = config.text_config.num_hidden_layers = depth
     base = AutoModelForImageTextToText.from_config(config).eval()
     base.generation_config.suppress_tokens = [bases.IMAGE]
-    return base, bases.inputs_of("llava", base, bases.pictures("llava")[:1] * 2)
+    return base, bases.build_inputs("llava", base, bases.build_images("llava")[:1] * 2)
 
 
-def stir(model):
-    """Give the fusion weights that do something."""
-    torch.manual_seed(1)
-    for parameter in model.fusion.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def upgraded(depth: int = 4):
-    """(model, inputs, logits): an upgraded tiny LLaVA whose shortcuts do something."""
-    base, inputs = tiny(depth)
-    model = stir(upgrade(base)[0])
-    inputs |= bases.fine_of(model, inputs)
-    return model, inputs, logits_of(model, inputs)
+def tiny_upgraded(depth: int = 4):
+    """(model, inputs, logits): an upgraded tiny LLaVA with random shortcuts."""
+    base, inputs = tiny_base(depth)
+    model = randomize_fusion(upgrade(base)[0])
+    inputs |= bases.build_fine_views(model, inputs)
+    return model, inputs, get_logits(model, inputs)
 
 
 @torch.no_grad()
-def logits_of(model, inputs):
+def get_logits(model, inputs):
     return model(**inputs, use_cache=False).logits
 
 
-def with_processor():
-    """(model, processor) of the example, the shortcuts doing something, and a conversation about a
-    picture.
-    """
+def upgraded_with_processor():
+    """(model, processor): an upgraded LLaVA of the example with random shortcuts."""
     torch.manual_seed(0)
-    base, own = example.llava(TEXTS, width=32, vocabulary=300, view=16)
+    base, base_processor = example.llava(TEXTS, width=32, vocabulary=300, view=16)
     torch.nn.init.normal_(base.get_output_embeddings().weight, std=0.5)
-    model, processor = upgrade(base, processor=own)
-    return stir(model), processor
+    model, processor = upgrade(base, processor=base_processor)
+    return randomize_fusion(model), processor
 
 
-def talk():
-    content = [
-        {"type": "image", "image": Image.radial_gradient("L").convert("RGB")},
-        {"type": "text", "text": "what is it"},
-    ]
+def image_messages():
+    """A conversation of one question about an image, in the form of chat templates."""
+    image = Image.radial_gradient("L").convert("RGB")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "what is it"}]
     return [{"role": "user", "content": content}]
 
 
-def asked(processor):
-    how = {
-        "add_generation_prompt": True,
-        "tokenize": True,
-        "return_dict": True,
-        "return_tensors": "pt",
-    }
-    return processor.apply_chat_template([talk()], **how)
+def encode_messages(processor):
+    """Model inputs of `image_messages`."""
+    return processor.apply_chat_template(
+        [image_messages()],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
 
 
-def trains(model, inputs, more=()):
-    """Whether one pass gives a gradient to the fusion's parameters that learn, and to every one in
-    `more`.
-    """
+def assert_trains(model, inputs, more=()):
+    """One training pass gives a gradient to the trained fusion parameters and to those in `more`."""
     model.train()
     model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
-    learning = [*(p for p in model.fusion.parameters() if p.requires_grad), *more]
-    return len(learning) > len(more) and all(
-        p.grad is not None and p.grad.abs().sum() > 0 for p in learning
-    )
+    trained = [p for p in model.fusion.parameters() if p.requires_grad]
+    assert trained
+    for parameter in [*trained, *more]:
+        assert parameter.grad is not None
+        assert parameter.grad.abs().sum() > 0

@@ -1,6 +1,7 @@
 """Small training runs for the tests: twelve records, the tiny model, a recipe made on the spot."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 from helpers.tiny import SPARSE, tiny_model
@@ -32,6 +33,24 @@ def write_records(folder) -> None:
     (folder / "data.json").write_text(json.dumps(records + texts))
     (folder / "texts.json").write_text(json.dumps(texts))
     return folder
+
+
+def write_word_records(path: Path, words: dict[str, int], pictures: bool = True) -> dict:
+    """A file of records, each of so many words; what a stage's data says of it."""
+    shown = "<image>\n" if pictures else ""
+    records = [
+        {
+            "id": name,
+            **({"image": "one.png"} if pictures else {}),
+            "conversations": [
+                {"from": "human", "value": shown + "a " * (n - 1)},
+                {"from": "gpt", "value": "b"},
+            ],
+        }
+        for name, n in words.items()
+    ]
+    path.write_text(json.dumps(records))
+    return {"path": str(path)}
 
 
 def stage(folder, data="data.json", **changes):

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import write_records
+from helpers.example_bases import build_example_base
+from helpers.runs import write_records, write_word_records
 from helpers.tiny import tiny_model
-from test_dry_run_data import write
-from test_upgrade_training import base_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsecut import upgrade
@@ -187,7 +186,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(changes, sentence):
 def test_records_are_those_that_the_stage_takes(tmp_path):
     (tmp_path / "one.png").write_bytes(b"")
     words = {f"{'keep' if i % 4 else 'out'}-{i}": 20 for i in range(40)} | {"keep-long": 400}
-    data = write(tmp_path / "a.json", words)
+    data = write_word_records(tmp_path / "a.json", words)
     whole = records_of(parse_recipe({**WORLD, "stages": [one_stage(data=data)]}).stages[0])
     assert (whole.number, whole.pictured, whole.longest, whole.most) == (
         41,
@@ -209,8 +208,10 @@ def test_records_are_those_that_the_stage_takes(tmp_path):
 
 def test_texts_have_no_picture_and_mixtures_count_by_weight(tmp_path):
     (tmp_path / "one.png").write_bytes(b"")
-    texts = write(tmp_path / "texts.json", {f"t{i}": 40 for i in range(30)}, pictures=False)
-    shown = write(tmp_path / "shown.json", {f"s{i}": 40 for i in range(10)})
+    texts = write_word_records(
+        tmp_path / "texts.json", {f"t{i}": 40 for i in range(30)}, pictures=False
+    )
+    shown = write_word_records(tmp_path / "shown.json", {f"s{i}": 40 for i in range(10)})
     alone, both = plan_of(data=texts), plan_of(data=[texts, shown])
     assert alone.image_tokens_per_record == 0 and both.image_tokens_per_record == 16 / 4
     assert alone.flops_per_step < both.flops_per_step < plan_of(data=shown).flops_per_step
@@ -220,8 +221,10 @@ def test_texts_have_no_picture_and_mixtures_count_by_weight(tmp_path):
 
 def test_the_longest_records_say_what_memory_is_needed(tmp_path):
     (tmp_path / "one.png").write_bytes(b"")
-    even = write(tmp_path / "even.json", {f"e{i}": 30 for i in range(20)})
-    mixed = write(tmp_path / "mixed.json", {f"e{i}": 20 for i in range(19)} | {"long": 220})
+    even = write_word_records(tmp_path / "even.json", {f"e{i}": 30 for i in range(20)})
+    mixed = write_word_records(
+        tmp_path / "mixed.json", {f"e{i}": 20 for i in range(19)} | {"long": 220}
+    )
     one, two = plan_of(data=even), plan_of(data=mixed)
     assert two.tokens_per_record == pytest.approx(one.tokens_per_record, abs=2)
     assert two.memory["activations"] > 3 * one.memory["activations"]
@@ -304,7 +307,7 @@ def test_a_folder_that_is_made_first_is_asked_for(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["llava", "qwen"])
 def test_a_finished_model_is_counted_as_it_will_be(kind, tmp_path):
-    base, processor = base_of(kind)
+    base, processor = build_example_base(kind)
     model, _ = upgrade(base, processor=processor)
     real = {name: sum(p.numel() for p in found) for name, found in model.parameter_groups().items()}
     model.save_pretrained(tmp_path / "saved")

@@ -2,10 +2,8 @@
 training packs and pads by.
 """
 
-import json
-from pathlib import Path
-
 import pytest
+from helpers.runs import write_word_records
 
 from sparsecut.config.recipe import parse_recipe
 from sparsecut.profiling.dry_run_data import item_of, records_of
@@ -13,30 +11,14 @@ from sparsecut.profiling.dry_run_data import item_of, records_of
 PICTURE = 16  # image tokens
 
 
-def write(path: Path, words: dict[str, int], pictures: bool = True) -> dict:
-    """A file of records, each of so many words; what a stage's data says of it."""
-    shown = "<image>\n" if pictures else ""
-    records = [
-        {
-            "id": name,
-            **({"image": "one.png"} if pictures else {}),
-            "conversations": [
-                {"from": "human", "value": shown + "a " * (n - 1)},
-                {"from": "gpt", "value": "b"},
-            ],
-        }
-        for name, n in words.items()
-    ]
-    path.write_text(json.dumps(records))
-    return {"path": str(path)}
-
-
 @pytest.fixture
 def data(tmp_path):
     """What a stage's data says of twenty records with a picture each, and of twenty texts."""
     (tmp_path / "one.png").write_bytes(b"")
-    shown = write(tmp_path / "shown.json", {f"s{i}": 20 for i in range(20)})
-    return shown, write(tmp_path / "texts.json", {f"t{i}": 20 for i in range(20)}, pictures=False)
+    shown = write_word_records(tmp_path / "shown.json", {f"s{i}": 20 for i in range(20)})
+    return shown, write_word_records(
+        tmp_path / "texts.json", {f"t{i}": 20 for i in range(20)}, pictures=False
+    )
 
 
 def row_of(*sources, **changes):

@@ -5,7 +5,7 @@ import queue
 import pytest
 import torch
 from helpers.clients import picture
-from test_upgrade_training import base_of
+from helpers.example_bases import build_example_base
 
 from sparsecut import build, upgrade
 from sparsecut.prompts import decode, greedy, inputs_of, render
@@ -67,7 +67,7 @@ def stir(model):
 
 @pytest.mark.parametrize("kind", ["llava", "qwen"])
 def test_an_upgraded_model_answers_many_as_it_answers_one(kind):
-    base, processor = base_of(kind)
+    base, processor = build_example_base(kind)
     model, processor = upgrade(base, processor=processor)
     engine = Engine(stir(model), processor, max_batch=8)
     try:

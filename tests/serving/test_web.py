@@ -13,8 +13,8 @@ import pytest
 import torch
 from fastapi.responses import HTMLResponse
 from helpers.clients import data_url, openai, picture, served, turn
+from helpers.example_bases import build_example_base
 from helpers.tiny import tiny_model
-from test_upgrade_training import base_of
 
 from sparsecut import upgrade
 from sparsecut.data.examples import Example
@@ -126,7 +126,7 @@ def test_strengths_of_no_picture_are_refused(client):
 
 @pytest.mark.parametrize("kind", ["llava", "qwen"])
 def test_an_upgraded_model_has_a_page_too(kind):
-    base, processor = base_of(kind)
+    base, processor = build_example_base(kind)
     model, processor = upgrade(base, processor=processor)
     engine = Engine(model, processor)
     try:

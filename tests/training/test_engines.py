@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.engines import CASES, run_case, run_upgrade
+from helpers.example_bases import build_example_base
 from helpers.runs import log, trainer_for, write_records
 from helpers.tiny import tiny_model
 from safetensors.torch import load_file
-from test_upgrade_training import base_of
 
 from sparsecut import load
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("engines")
     write_records(folder)
-    base, processor = base_of("llava")
+    base, processor = build_example_base("llava")
     base.save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
     environment = {

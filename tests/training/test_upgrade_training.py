@@ -2,13 +2,13 @@
 way, with shortcuts.
 """
 
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.example_bases import KINDS, build_example_base
 from helpers.runs import log, stage, write_records
 from PIL import Image
 
@@ -25,35 +25,18 @@ from sparsecut.training.arguments import stage_arguments
 from sparsecut.training.trainer import StageTrainer
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("upgrade_vlm", ROOT / "examples" / "upgrade_vlm.py")
-example = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(example)
-KINDS = {"llava": {"view": 16}, "qwen": {"view": 32}}
-TEXTS = [
-    "what is it is it a red cat yes no ASSISTANT USER user assistant a red dog blue are you sure"
-] * 3
-
-
-def base_of(kind: str):
-    """(model, processor): a tiny random base of the example."""
-    torch.manual_seed(0)
-    model, processor = getattr(example, kind)(TEXTS, width=32, vocabulary=300, **KINDS[kind])
-    torch.nn.init.normal_(
-        model.get_output_embeddings().weight, std=0.5
-    )  # so that it says different things
-    return model, processor
 
 
 @pytest.fixture(params=KINDS)
 def base(request):
-    return base_of(request.param)
+    return build_example_base(request.param)
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A folder with data.json, texts.json, their pictures, and a LLaVA in base/."""
     write_records(tmp_path)
-    model, processor = base_of("llava")
+    model, processor = build_example_base("llava")
     model.save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
     return tmp_path
@@ -138,7 +121,7 @@ def test_shortcuts_are_trained_by_a_recipe_and_the_base_is_not(folder):
     model, _ = train(recipe(folder, stage(folder, args=args)), shown=False)
     losses = [line["loss"] for line in log(folder) if "loss" in line]
     assert np.mean(losses[-5:]) < 0.97 * np.mean(losses[:5])
-    untouched = base_of("llava")[0].state_dict()
+    untouched = build_example_base("llava")[0].state_dict()
     assert all(
         torch.equal(value, untouched[name]) for name, value in model.base.state_dict().items()
     )
@@ -185,7 +168,7 @@ def test_a_loaded_base_is_trained_too(base, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_shortcuts_of_a_half_precision_base_learn_in_single_precision(folder, dtype):
-    base_of("llava")[0].to(dtype).save_pretrained(folder / "base")
+    build_example_base("llava")[0].to(dtype).save_pretrained(folder / "base")
     model, _ = train(
         recipe(folder, stage(folder, args={"bf16": True, "use_cpu": True, "max_steps": 2})),
         shown=False,
@@ -242,7 +225,7 @@ def test_a_base_that_was_trained_too_is_saved_with_the_shortcuts(folder):
     model, _ = train(recipe(folder, *stages), shown=False)
     assert (folder / "out" / "one" / "fusion.json").is_file()
     assert (folder / "out" / "final" / "model.safetensors").is_file()
-    untouched = base_of("llava")[0]
+    untouched = build_example_base("llava")[0]
     changed = {
         n
         for n, value in model.base.state_dict().items()

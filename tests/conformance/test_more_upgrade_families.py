@@ -1,0 +1,16 @@
+"""The families that the default suite leaves out keep the same claims."""
+
+import pytest
+from helpers import bases
+from helpers.upgrade_checks import FAMILY_CHECKS, check_videos
+
+
+@pytest.mark.parametrize("name", bases.OTHER_FAMILIES)
+@pytest.mark.parametrize("check", FAMILY_CHECKS.values(), ids=FAMILY_CHECKS)
+def test_a_family_keeps_every_claim(check, name):
+    check(name)
+
+
+@pytest.mark.parametrize("name", bases.VIDEO_FAMILIES)
+def test_videos_go_through_the_base_alone_also_beside_images(name):
+    check_videos(name)
