@@ -22,7 +22,7 @@ import torch
 
 import sparsecut
 from sparsecut.data.examples import IMAGE, read_examples
-from sparsecut.prompts import decode, greedy, inputs_of, render
+from sparsecut.prompts import decode_answers, make_greedy_config, prepare_inputs, render_prompt
 
 
 def main() -> None:
@@ -90,17 +90,19 @@ def answered_alone(path: str, examples, length: int) -> list[tuple[list[dict], s
     questions = []
     for example in examples:
         text = example.messages[0]["content"]
-        prompt = render(
+        prompt = render_prompt(
             processor, [{"role": "user", "content": text.replace(IMAGE, processor.image_token)}]
         )
-        inputs = inputs_of(model, processor, [prompt], [example.pictures()])
-        ids = model.generate(**inputs, generation_config=greedy(model, length))
+        inputs = prepare_inputs(model, processor, [prompt], [example.pictures()])
+        ids = model.generate(**inputs, generation_config=make_greedy_config(model, length))
         parts = [
             {"type": "image_url", "image_url": {"url": data_url(example, name)}}
             for name in example.images
         ]
         parts.append({"type": "text", "text": text.replace(IMAGE, "").strip()})
-        questions.append(([{"role": "user", "content": parts}], decode(processor, inputs, ids)[0]))
+        questions.append(
+            ([{"role": "user", "content": parts}], decode_answers(processor, inputs, ids)[0])
+        )
     return questions
 
 

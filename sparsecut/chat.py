@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import TextIteratorStreamer
 
 from .imaging import upright
-from .prompts import check_length, decode, greedy, inputs_of, render
+from .prompts import check_length, decode_answers, make_greedy_config, prepare_inputs, render_prompt
 from .schema import UserError, nearest
 
 Picture = Image.Image | str | Path
@@ -42,7 +42,7 @@ class Chat:
                 " be at least 1 and 0; temperature 0 is without chance"
             )
         self.model, self.processor = model, processor
-        self.config = greedy(model, max_new_tokens)
+        self.config = make_greedy_config(model, max_new_tokens)
         if temperature:
             self.config.update(do_sample=True, temperature=temperature)
         if unknown := self.config.update(**generation):
@@ -64,7 +64,7 @@ class Chat:
         """
         messages, shown, inputs = self._prepare(text, pictures)
         ids = self.model.generate(**inputs, generation_config=self.config)
-        answer = decode(self.processor, inputs, ids)[0]
+        answer = decode_answers(self.processor, inputs, ids)[0]
         self._remember(messages, shown, answer)
         return answer
 
@@ -94,7 +94,9 @@ class Chat:
         shown = [*self.pictures, *map(open_picture, pictures)]
         question = text if count else f"{token}\n" * len(pictures) + text
         messages = [*self.messages, {"role": "user", "content": question}]
-        inputs = inputs_of(self.model, self.processor, [render(self.processor, messages)], [shown])
+        inputs = prepare_inputs(
+            self.model, self.processor, [render_prompt(self.processor, messages)], [shown]
+        )
         length = inputs["input_ids"].shape[1]
         check_length(
             self.model,

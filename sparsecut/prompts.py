@@ -36,12 +36,12 @@ def takes_suffix(processor) -> bool:
     PaliGemma's.
     """
     calls = (vars(one)["__call__"] for one in type(processor).__mro__ if "__call__" in vars(one))
-    return template_of(processor) is None and any(
+    return get_chat_template(processor) is None and any(
         "suffix" in inspect.signature(call).parameters for call in calls
     )
 
 
-def template_of(processor) -> str | None:
+def get_chat_template(processor) -> str | None:
     """The chat template that the processor uses, or else its tokenizer's; None where neither has
     one.
     """
@@ -49,7 +49,7 @@ def template_of(processor) -> str | None:
     return template.get("default") if isinstance(template, dict) else template
 
 
-def rendered(
+def apply_template(
     processor, messages: list[dict], *, add_generation_prompt: bool = False, marks: bool = False
 ) -> tuple[str, list[tuple[int, int]]]:
     """A conversation as one string by the chat template, and, with marks, the spans that it marks
@@ -58,7 +58,7 @@ def rendered(
     Contents become lists of pictures and texts where the template is made for these. Raises
     ValueError where it refuses.
     """
-    template = template_of(processor)
+    template = get_chat_template(processor)
     if template is None:
         raise UserError(
             f"{type(processor).__name__} has no chat template, so it is not known how the model"
@@ -92,7 +92,7 @@ def _rendered(
 ):
     messages = [dict(turn) for turn in turns]
     if split:
-        messages = [{**m, "content": parts_of(m["content"], split)} for m in messages]
+        messages = [{**m, "content": split_at_images(m["content"], split)} for m in messages]
     try:
         texts, spans = render_jinja_template(
             conversations=[messages],
@@ -110,7 +110,7 @@ def _rendered(
     return texts[0], spans[0] if spans else []
 
 
-def parts_of(content: str, image_token: str) -> list[dict]:
+def split_at_images(content: str, image_token: str) -> list[dict]:
     """Content as the list of pictures and texts that many templates want.
 
     Line ends beside a picture, and blanks between the first pictures and the text, are the
@@ -154,16 +154,16 @@ def _in_parts(template: str, image_token: str, special: tuple) -> bool:
     )
 
 
-def render(processor, messages: list[dict]) -> str:
+def render_prompt(processor, messages: list[dict]) -> str:
     """The conversation as the text that asks for the next answer, one placeholder per picture;
     ValueError if refused.
     """
     if takes_suffix(processor):
-        return prefix_of(processor, messages)
-    return rendered(processor, messages, add_generation_prompt=True)[0]
+        return get_prefix(processor, messages)
+    return apply_template(processor, messages, add_generation_prompt=True)[0]
 
 
-def prefix_of(processor, messages: list[dict]) -> str:
+def get_prefix(processor, messages: list[dict]) -> str:
     """The one question of a conversation, pictures first, as processors with prefix and suffix want
     it.
     """
@@ -177,16 +177,16 @@ def prefix_of(processor, messages: list[dict]) -> str:
     return token * text.count(token) + text.replace(token, "").strip()
 
 
-def inputs_of(
+def prepare_inputs(
     model, processor, prompts: list[str], pictures: list[list[Image.Image]] | None
 ) -> BatchFeature:
     """Left-padded model inputs of prompts and each prompt's own pictures, on the model's device;
     None: the texts alone.
     """
-    return prepared(processor, prompts, pictures).to(model.device)
+    return encode_prompts(processor, prompts, pictures).to(model.device)
 
 
-def prepared(
+def encode_prompts(
     processor, prompts: list[str], pictures: list[list[Image.Image]] | None
 ) -> BatchFeature:
     """The same before they are on any device."""
@@ -194,14 +194,14 @@ def prepared(
         settings = {
             "padding": True,
             "padding_side": "left",
-            "add_special_tokens": adds_special(processor, prompts[0]),
+            "add_special_tokens": adds_special_tokens(processor, prompts[0]),
         }
         texts = [processor.expand(prompt) for prompt in prompts]
         return processor.tokenizer(texts, return_tensors="pt", **settings)
-    return features_of(processor, prompts, pictures, padding_side="left")
+    return run_processor(processor, prompts, pictures, padding_side="left")
 
 
-def features_of(
+def run_processor(
     processor, texts: list[str], pictures: list[list[Image.Image]], **settings
 ) -> BatchFeature:
     """What the processor makes of a padded batch of texts and each text's own pictures, alike in
@@ -210,7 +210,7 @@ def features_of(
     settings = {
         "padding": True,
         "return_tensors": "pt",
-        "add_special_tokens": adds_special(processor, texts[0]),
+        "add_special_tokens": adds_special_tokens(processor, texts[0]),
         **settings,
     }
     if not is_fixed(processor) and not any(pictures):
@@ -221,7 +221,7 @@ def features_of(
     return features
 
 
-def adds_special(processor, text: str) -> bool:
+def adds_special_tokens(processor, text: str) -> bool:
     """Whether the tokenizer adds its own first token: a template that writes it itself gets no
     second one.
     """
@@ -229,7 +229,7 @@ def adds_special(processor, text: str) -> bool:
     return not (begin and text.startswith(begin))
 
 
-def greedy(model, max_new_tokens: int) -> GenerationConfig:
+def make_greedy_config(model, max_new_tokens: int) -> GenerationConfig:
     """The model's own generation settings, made greedy: no sampling, no beams."""
     config = copy.deepcopy(model.generation_config)
     neutral = {
@@ -244,20 +244,20 @@ def greedy(model, max_new_tokens: int) -> GenerationConfig:
     return config
 
 
-def decode(processor, inputs: BatchFeature, ids: Tensor) -> list[str]:
+def decode_answers(processor, inputs: BatchFeature, ids: Tensor) -> list[str]:
     """What was generated after the prompts, as text without special tokens and outer blanks."""
     new = ids[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
 
-def length_limit(model) -> int | None:
+def get_max_length(model) -> int | None:
     """How many tokens the language model takes; None where its configuration does not say."""
     return getattr(model.config.text_config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_length(model, num_tokens: int, max_new_tokens: int, what: str, remedy: str) -> None:
     """Raise ValueError where prompt and answer do not fit the language model's positions."""
-    limit = length_limit(model)
+    limit = get_max_length(model)
     if limit is not None and num_tokens + max_new_tokens > limit:
         raise UserError(
             f"{what} has {num_tokens} tokens, pictures included, which with"

@@ -10,7 +10,14 @@ from __future__ import annotations
 import logging
 import re
 
-from ..prompts import adds_special, is_fixed, prefix_of, rendered, takes_suffix, template_of
+from ..prompts import (
+    adds_special_tokens,
+    apply_template,
+    get_chat_template,
+    get_prefix,
+    is_fixed,
+    takes_suffix,
+)
 from ..schema import UserError
 from .examples import IMAGE, Example
 
@@ -69,8 +76,8 @@ def chat(example: Example, processor) -> tuple[str, list[tuple[int, int]]]:
         {**m, "content": m["content"].replace(IMAGE, processor.image_token)}
         for m in example.messages
     ]
-    marked = bool(MARKED.search(template_of(processor) or ""))
-    text, spans = rendered(processor, messages, marks=marked)
+    marked = bool(MARKED.search(get_chat_template(processor) or ""))
+    text, spans = apply_template(processor, messages, marks=marked)
     spans = spans if marked else _spans(messages, text, processor)
     wanted = sum(m["role"] == "assistant" for m in messages)
     if len(spans) != wanted:
@@ -102,7 +109,7 @@ def suffixed(example: Example, processor) -> tuple[str, list[tuple[int, int]]]:
         {**m, "content": m["content"].replace(IMAGE, processor.image_token)}
         for m in example.messages
     ]
-    prefix = prefix_of(processor, asked)
+    prefix = get_prefix(processor, asked)
     return prefix + answer["content"].strip(), [
         (len(prefix), len(prefix) + len(answer["content"].strip()))
     ]
@@ -134,8 +141,8 @@ def _spans(messages, text: str, processor) -> list[tuple[int, int]]:
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = rendered(processor, messages[:i], add_generation_prompt=True)[0]
-        after = text if i + 1 == len(messages) else rendered(processor, messages[: i + 1])[0]
+        before = apply_template(processor, messages[:i], add_generation_prompt=True)[0]
+        after = text if i + 1 == len(messages) else apply_template(processor, messages[: i + 1])[0]
         if not (
             text.startswith(before) and text.startswith(after.rstrip()) and len(before) < len(after)
         ):
@@ -154,7 +161,7 @@ def _from_prompts(messages, text: str, spans, processor) -> list[tuple[int, int]
     """
     begun, answers = [], [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     for i, (start, end) in zip(answers, spans, strict=True):
-        before = rendered(processor, messages[:i], add_generation_prompt=True)[0]
+        before = apply_template(processor, messages[:i], add_generation_prompt=True)[0]
         fits = text.startswith(before) and text[len(before) : start].isspace()
         begun.append((len(before) if fits else start, end))
     return begun
@@ -191,7 +198,7 @@ def _tokens(text: str, spans, processor, max_length: int | None) -> dict[str, li
     tokenizer = processor.tokenizer
     _check_fast(tokenizer)
     encoded = tokenizer(
-        text, add_special_tokens=adds_special(processor, text), return_offsets_mapping=True
+        text, add_special_tokens=adds_special_tokens(processor, text), return_offsets_mapping=True
     )
     ids, labels, spans = [], [], iter(spans)
     first, last = next(spans)

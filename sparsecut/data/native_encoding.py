@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..prompts import features_of, takes_suffix
+from ..prompts import run_processor, takes_suffix
 from ..schema import UserError
 from .encoding import IGNORED, check_learned, check_length, written
 from .examples import Example
@@ -82,11 +82,11 @@ def _labelled(processor, texts: list[str], spans: list, pictures: list) -> dict[
         cut = [start for ((start, _),) in spans]
         suffixes = [text[start:] for text, start in zip(texts, cut, strict=True)]
         texts = [text[:start] for text, start in zip(texts, cut, strict=True)]
-        features = features_of(processor, texts, pictures, padding_side="right", suffix=suffixes)
+        features = run_processor(processor, texts, pictures, padding_side="right", suffix=suffixes)
         return {**features, "labels": torch.as_tensor(features["labels"])}
     recorder, calls = _recording(processor)
     features = dict(
-        features_of(recorder, texts, pictures, padding_side="right", return_offsets_mapping=True)
+        run_processor(recorder, texts, pictures, padding_side="right", return_offsets_mapping=True)
     )
     places, ids = torch.as_tensor(features.pop("offset_mapping")), features["input_ids"]
     expanded, replaced = calls[0] if calls else (texts, [[] for _ in texts])

@@ -17,7 +17,7 @@ import torch
 
 from ..data.examples import IMAGE, Example
 from ..data.feature_cache import keys_of, views_of
-from ..prompts import inputs_of, render
+from ..prompts import prepare_inputs, render_prompt
 from ..schema import UserError
 from .evaluator import evaluate
 from .statistics import Answers, difference
@@ -273,8 +273,8 @@ def _encoded(model, processor, chunk: Sequence[Example], states) -> tuple[list, 
         read = [states.read(e, views) for e in chunk]
         kept = {tap: torch.cat([one[tap] for one in read]).to(model.device) for tap in views}
     added = [_alone(fusion, i, kept) for i in range(len(model.plan.shortcuts))]
-    inputs = inputs_of(
-        model, processor, [render(processor, _asked(e, processor)) for e in chunk], None
+    inputs = prepare_inputs(
+        model, processor, [render_prompt(processor, _asked(e, processor)) for e in chunk], None
     )
     hidden = model(
         **inputs, vision_states=kept, output_hidden_states=True, use_cache=False
@@ -296,8 +296,8 @@ def _riding(model, processor, chunk: Sequence[Example], states) -> tuple[list, l
                 found[i] = own(grains=grains)[fusion.plan.shortcuts[i].layer]
         return own(grains=grains)
 
-    prompts = [render(processor, _asked(e, processor)) for e in chunk]
-    inputs = inputs_of(model, processor, prompts, [e.pictures() for e in chunk])
+    prompts = [render_prompt(processor, _asked(e, processor)) for e in chunk]
+    inputs = prepare_inputs(model, processor, prompts, [e.pictures() for e in chunk])
     fusion.forward = forward
     try:
         hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states

@@ -27,13 +27,13 @@ from ..data.feature_cache import views_of
 from ..fingerprint import weights_hash
 from ..prompts import (
     check_length,
-    decode,
-    greedy,
-    inputs_of,
+    decode_answers,
+    encode_prompts,
+    get_chat_template,
     is_fixed,
-    prepared,
-    render,
-    template_of,
+    make_greedy_config,
+    prepare_inputs,
+    render_prompt,
 )
 from ..schema import UserError, nearest
 from .output_dir import PREDICTIONS, RESULT, answered, open_run, write_json, write_lines
@@ -79,7 +79,7 @@ def evaluate(
         key=lambda i: -lengths[i]
     )  # equal lengths together, and the longest first: memory fails early or never
     progress(len(records) - len(todo), len(records))
-    config = greedy(model.eval(), max_new_tokens)
+    config = make_greedy_config(model.eval(), max_new_tokens)
     chunks = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
     asked = [
         ([records[i]["prompt"] for i in chunk], [examples[i] for i in chunk]) for chunk in chunks
@@ -89,7 +89,9 @@ def evaluate(
         chunks, _prepared(model, processor, asked, states, workers), strict=True
     ):
         _check_lengths(model, processor, inputs, [examples[i] for i in chunk], max_new_tokens)
-        answers = decode(processor, inputs, model.generate(**inputs, generation_config=config))
+        answers = decode_answers(
+            processor, inputs, model.generate(**inputs, generation_config=config)
+        )
         for i, answer in zip(chunk, answers, strict=True):
             records[i] |= answered(records[i], answer, metric)
         if out is not None:
@@ -160,7 +162,9 @@ class Batches(Dataset):
 
     def __getitem__(self, number: int) -> dict:
         prompts, examples = self.asked[number]
-        return dict(prepared(self.processor, prompts, [example.pictures() for example in examples]))
+        return dict(
+            encode_prompts(self.processor, prompts, [example.pictures() for example in examples])
+        )
 
 
 def _prepared(model, processor, asked: list[tuple], states, workers: int) -> Iterator[dict]:
@@ -193,8 +197,10 @@ def _alone(worker: int) -> None:
 
 def _from_states(model, processor, prompts: list[str], examples: list[Example], states) -> dict:
     if not any(example.images for example in examples):
-        return inputs_of(model, processor, prompts, [example.pictures() for example in examples])
-    inputs = inputs_of(model, processor, prompts, None)
+        return prepare_inputs(
+            model, processor, prompts, [example.pictures() for example in examples]
+        )
+    inputs = prepare_inputs(model, processor, prompts, None)
     views = views_of(model.plan, model.config.vision_depth)
     kept = [states.read(example, views) for example in examples if example.images]
     together = {tap: torch.cat([one[tap] for one in kept]).to(model.device) for tap in views}
@@ -234,7 +240,7 @@ def _question(example: Example, processor) -> dict:
     ]
     return {
         "id": example.id,
-        "prompt": render(processor, turns),
+        "prompt": render_prompt(processor, turns),
         "images": names,
         "prediction": None,
         "reference": answer["content"],
@@ -274,7 +280,7 @@ def _check_length(model, length: int, example: Example, max_new_tokens: int) -> 
 
 def settings_of(model, processor, max_new_tokens: int, metric: str | None) -> dict:
     """Everything but the questions that predictions depend on."""
-    decoding = greedy(model, max_new_tokens).to_diff_dict()
+    decoding = make_greedy_config(model, max_new_tokens).to_diff_dict()
     decoding.pop("transformers_version", None)
     return {
         "metric": metric,
@@ -284,7 +290,7 @@ def settings_of(model, processor, max_new_tokens: int, metric: str | None) -> di
             "num_beams": 1,
             "max_new_tokens": max_new_tokens,
         },
-        "prompt_template": template_of(processor),
+        "prompt_template": get_chat_template(processor),
         "views": _views(processor),
         "weights": weights_hash(model),
     }

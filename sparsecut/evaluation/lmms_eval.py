@@ -18,7 +18,13 @@ from PIL import Image
 
 from ..building import load
 from ..chat import open_picture
-from ..prompts import check_length, decode, greedy, inputs_of, render
+from ..prompts import (
+    check_length,
+    decode_answers,
+    make_greedy_config,
+    prepare_inputs,
+    render_prompt,
+)
 from ..schema import UserError
 
 LOG = logging.getLogger(__name__)
@@ -126,17 +132,17 @@ class Adapter:
             visuals = (show(self.task_dict[task][split][doc_id]) or []) if show else []
             messages = [simple_message(text, visuals, self.processor.image_token)]
             pictures = [_picture(one) for one in visuals]
-        return render(self.processor, messages), pictures, more
+        return render_prompt(self.processor, messages), pictures, more
 
     @torch.inference_mode()
     def _answers(self, asked: list[tuple]) -> list[str]:
         prompts, pictures, (settings, *_) = zip(*asked, strict=True)
         config, until = self._config(settings)
-        inputs = inputs_of(self.model, self.processor, list(prompts), list(pictures))
+        inputs = prepare_inputs(self.model, self.processor, list(prompts), list(pictures))
         for length in inputs["attention_mask"].sum(-1).tolist():
             remedy = "lower it with --model_args ...,max_new_tokens=N"
             check_length(self.model, length, config.max_new_tokens, "a prompt", remedy)
-        found = decode(
+        found = decode_answers(
             self.processor, inputs, self.model.generate(**inputs, generation_config=config)
         )
         return [cut(answer, until) for answer in found]
@@ -151,7 +157,7 @@ class Adapter:
                 "the task's generation settings %s have no meaning here", ", ".join(sorted(ignored))
             )
             _IGNORED.update(ignored)
-        config = greedy(
+        config = make_greedy_config(
             self.model,
             min(int(given.get("max_new_tokens", self.max_new_tokens)), self.max_new_tokens),
         )
@@ -171,7 +177,7 @@ class Adapter:
         self, prompt: str, pictures: list[Image.Image], continuation: str
     ) -> tuple[float, bool]:
         whole, before = (
-            inputs_of(self.model, self.processor, [text], [pictures])
+            prepare_inputs(self.model, self.processor, [text], [pictures])
             for text in (prompt + continuation, prompt)
         )
         check_length(

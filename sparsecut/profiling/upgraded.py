@@ -48,10 +48,12 @@ def count_upgrade(
     The model is really run, once without and once with shortcuts, so this works for every family
     and takes two prompt passes.
     """
-    from ..prompts import inputs_of, render
+    from ..prompts import prepare_inputs, render_prompt
 
-    prompt = render(processor, [{"role": "user", "content": f"{processor.image_token}\n{text}"}])
-    inputs = inputs_of(model, processor, [prompt], [[Image.new("RGB", size, (127, 127, 127))]])
+    prompt = render_prompt(
+        processor, [{"role": "user", "content": f"{processor.image_token}\n{text}"}]
+    )
+    inputs = prepare_inputs(model, processor, [prompt], [[Image.new("RGB", size, (127, 127, 127))]])
     own = {name: value for name, value in inputs.items() if name != "fine_pixel_values"}
     with counter() as base:
         model.base(**own, logits_to_keep=1)

@@ -20,7 +20,14 @@ from PIL import Image
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..modeling_base import SparseCutImageFeatures
-from ..prompts import check_length, greedy, inputs_of, is_fixed, length_limit, render
+from ..prompts import (
+    check_length,
+    get_max_length,
+    is_fixed,
+    make_greedy_config,
+    prepare_inputs,
+    render_prompt,
+)
 from ..schema import UserError
 from .decoding import GenerationRow, PerRowSampler, SamplingParams, TextDelta, joined
 from .image_cache import ImageFeatureCache, Picture
@@ -144,7 +151,7 @@ class Engine:
                 f" {shortcuts[-1]}"
             )
         with self.words:
-            prompt = render(self.processor, messages)
+            prompt = render_prompt(self.processor, messages)
             num_tokens = self._count(prompt, shown)
         check_length(
             self.model,
@@ -164,11 +171,11 @@ class Engine:
     def _count(self, prompt: str, shown: Sequence[Picture]) -> int:
         """Tokens of the prompt, pictures included."""
         images = None if self.views else [[p.image for p in shown]]
-        return inputs_of(self.model, self.processor, [prompt], images)["input_ids"].shape[1]
+        return prepare_inputs(self.model, self.processor, [prompt], images)["input_ids"].shape[1]
 
     def room(self, num_tokens: int = 0) -> int | None:
         """How many tokens fit beside so many; None where the model does not say."""
-        limit = length_limit(self.model)
+        limit = get_max_length(self.model)
         return None if limit is None else limit - num_tokens
 
     def submit(
@@ -289,7 +296,9 @@ class Engine:
             for job, i in rows
         ]
         chooser = PerRowSampler(answers, lambda row: not (self.closed or rows[row][0].cancelled))
-        config = greedy(self.model, max(job.question.sampling.max_new_tokens for job in jobs))
+        config = make_greedy_config(
+            self.model, max(job.question.sampling.max_new_tokens for job in jobs)
+        )
         questions = [job.question for job, _ in rows]
         with self.model.fusion.switched_off(*jobs[0].question.off):
             self.model.generate(
@@ -309,7 +318,7 @@ class Engine:
         shown = [picture for q in questions for picture in q.pictures]
         images = None if self.views else [[p.image for p in q.pictures] for q in questions]
         with self.words:
-            inputs = dict(inputs_of(self.model, self.processor, prompts, images))
+            inputs = dict(prepare_inputs(self.model, self.processor, prompts, images))
         if not shown or not self.keeps:
             self.counts["pictures"] += len(shown)
             return inputs
@@ -339,7 +348,7 @@ class Engine:
             found = self.model.get_image_features(picture.views.to(self.model.device))
             return [found.pooler_output[0], *(layer[0] for layer in found.deepstack_features or ())]
         with self.words:
-            made = inputs_of(
+            made = prepare_inputs(
                 self.model, self.processor, [self.processor.image_token], [[picture.image]]
             )
         seen = {name: value for name, value in made.items() if name in (*PIXELS, "image_grid_thw")}

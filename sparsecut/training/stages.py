@@ -34,7 +34,7 @@ from ..data.streaming import Stream, first_of
 from ..fingerprint import base_hash
 from ..methods import make_plan
 from ..modeling_base import is_sparsecut_model
-from ..prompts import length_limit
+from ..prompts import get_max_length
 from ..schema import UserError
 from ..upgrading import upgrade
 from .arguments import stage_arguments
@@ -316,7 +316,7 @@ def _check_batches(stage: Stage, found: list, model, processor) -> None:
 
 
 def _limits(stage: Stage, model) -> dict:
-    return {"limit": length_limit(model), "max_images": stage.max_image_tokens}
+    return {"limit": get_max_length(model), "max_images": stage.max_image_tokens}
 
 
 def _checked(

@@ -36,7 +36,7 @@ from sparsecut.data.encoding import written
 from sparsecut.data.examples import IMAGE, Example
 from sparsecut.data.native_encoding import encode_batch, num_tokens_about
 from sparsecut.evaluation.evaluator import evaluate
-from sparsecut.prompts import features_of, render
+from sparsecut.prompts import render_prompt, run_processor
 
 # Templates as the families have them: with and without marks, with parts and pictures in their
 # places or first.
@@ -189,9 +189,9 @@ def test_what_is_learned_follows_exactly_the_prompt_of_inference(name, turned):
                 {**m, "content": m["content"].replace(IMAGE, processor.image_token)}
                 for m in one.messages[:number]
             ]
-            seen = features_of(
+            seen = run_processor(
                 processor,
-                [render(processor, asked)],
+                [render_prompt(processor, asked)],
                 [shown[: str(asked).count(processor.image_token)]],
             )
             prompt = seen["input_ids"][0]

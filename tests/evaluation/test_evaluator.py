@@ -10,7 +10,7 @@ from PIL import Image
 from sparsecut.data.examples import read_examples
 from sparsecut.evaluation.evaluator import evaluate
 from sparsecut.evaluation.scoring import exact_match, scores, table, wilson
-from sparsecut.prompts import greedy
+from sparsecut.prompts import make_greedy_config
 
 TURNS = [
     "what is it",
@@ -203,7 +203,7 @@ def test_what_cannot_be_asked_gets_a_sentence(tiny, examples, tmp_path):
 def test_greedy_keeps_the_models_own_stop_tokens(tiny):
     model, processor = tiny
     model.generation_config.eos_token_id, model.generation_config.num_beams = [1, 7], 4
-    config = greedy(model, 9)
+    config = make_greedy_config(model, 9)
     assert (config.eos_token_id, config.num_beams, config.max_new_tokens) == ([1, 7], 1, 9)
     assert config.suppress_tokens == [processor.image_token_id]
 

@@ -18,7 +18,7 @@ from sparsecut.config.recipe import Source
 from sparsecut.data.examples import read_source
 from sparsecut.evaluation.evaluator import evaluate
 from sparsecut.evaluation.lmms_eval import CLASSES, Adapter, chat_messages, cut, simple_message
-from sparsecut.prompts import inputs_of
+from sparsecut.prompts import prepare_inputs
 from sparsecut.shapes import write_split
 
 ROOT = Path(__file__).parents[2]
@@ -126,7 +126,7 @@ def test_losses_are_means_over_the_choices_tokens(asked):
     assert first[1] and not last[1] and 0 < first[0] < last[0]
     assert (other in more[:1]) == both[1]
     prompt, pictures, _ = model._asked(choice(f"{word} {other}").args)
-    inputs = inputs_of(model.model, model.processor, [f"{prompt} {word} {other}"], [pictures])
+    inputs = prepare_inputs(model.model, model.processor, [f"{prompt} {word} {other}"], [pictures])
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, -2:] = inputs["input_ids"][:, -2:]
     with torch.no_grad():

@@ -8,7 +8,7 @@ from helpers.clients import picture
 from helpers.example_bases import build_example_base
 
 from sparsecut import build, upgrade
-from sparsecut.prompts import decode, greedy, inputs_of, render
+from sparsecut.prompts import decode_answers, make_greedy_config, prepare_inputs, render_prompt
 from sparsecut.serving.decoding import SamplingParams, joined
 from sparsecut.serving.engine import Engine
 
@@ -22,10 +22,12 @@ TEXTS = [
 
 def alone(model, processor, messages, pictures, length: int) -> str:
     """The model's own answer, without the engine."""
-    inputs = inputs_of(model, processor, [render(processor, messages)], [pictures])
+    inputs = prepare_inputs(model, processor, [render_prompt(processor, messages)], [pictures])
     with torch.inference_mode():
-        return decode(
-            processor, inputs, model.generate(**inputs, generation_config=greedy(model, length))
+        return decode_answers(
+            processor,
+            inputs,
+            model.generate(**inputs, generation_config=make_greedy_config(model, length)),
         )[0]
 
 

@@ -14,7 +14,7 @@ from helpers.clients import ASK, create, openai, picture, post, served, turn
 from helpers.tiny import tiny_model
 from PIL import Image
 
-from sparsecut.prompts import decode, greedy, inputs_of, render
+from sparsecut.prompts import decode_answers, make_greedy_config, prepare_inputs, render_prompt
 from sparsecut.serving.engine import Engine
 from sparsecut.serving.image_fetching import ImageLimits
 from sparsecut.serving.protocol import RequestLimits
@@ -23,11 +23,15 @@ from sparsecut.serving.protocol import RequestLimits
 def alone(engine, text: str, *pictures: Image.Image, length: int = 6) -> str:
     """What the model answers by itself, without the engine."""
     model, processor = engine.model, engine.processor
-    prompt = render(processor, [{"role": "user", "content": "<image>\n" * len(pictures) + text}])
-    inputs = inputs_of(model, processor, [prompt], [list(pictures)])
+    prompt = render_prompt(
+        processor, [{"role": "user", "content": "<image>\n" * len(pictures) + text}]
+    )
+    inputs = prepare_inputs(model, processor, [prompt], [list(pictures)])
     with torch.inference_mode():
-        return decode(
-            processor, inputs, model.generate(**inputs, generation_config=greedy(model, length))
+        return decode_answers(
+            processor,
+            inputs,
+            model.generate(**inputs, generation_config=make_greedy_config(model, length)),
         )[0]
 
 
@@ -104,10 +108,10 @@ def test_logprobs_are_the_models(engine, client):
     )
     (entry,) = response.choices[0].logprobs.content
     processor, model = engine.processor, engine.model
-    prompt = render(processor, [{"role": "user", "content": "<image>\nwhat is it"}])
-    inputs = inputs_of(model, processor, [prompt], [[picture(3)]])
+    prompt = render_prompt(processor, [{"role": "user", "content": "<image>\nwhat is it"}])
+    inputs = prepare_inputs(model, processor, [prompt], [[picture(3)]])
     settings = {
-        "generation_config": greedy(model, 1),
+        "generation_config": make_greedy_config(model, 1),
         "return_dict_in_generate": True,
         "output_scores": True,
     }

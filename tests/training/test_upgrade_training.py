@@ -19,7 +19,7 @@ from sparsecut.data.examples import IMAGE, Example
 from sparsecut.data.native_encoding import encode_batch
 from sparsecut.evaluation.ablation import explain
 from sparsecut.evaluation.evaluator import evaluate
-from sparsecut.prompts import features_of, parts_of, render
+from sparsecut.prompts import render_prompt, run_processor, split_at_images
 from sparsecut.reports.ablation import lines
 from sparsecut.training.arguments import stage_arguments
 from sparsecut.training.trainer import StageTrainer
@@ -84,9 +84,9 @@ def test_what_is_learned_follows_exactly_the_prompt_of_inference(base):
                 {**m, "content": m["content"].replace(IMAGE, processor.image_token)}
                 for m in one.messages[: 2 * number + 1]
             ]
-            prompt = features_of(processor, [render(processor, asked)], pictures[row : row + 1])[
-                "input_ids"
-            ][0]
+            prompt = run_processor(
+                processor, [render_prompt(processor, asked)], pictures[row : row + 1]
+            )["input_ids"][0]
             assert (
                 torch.equal(ids[: len(prompt)], prompt)
                 and (labels[start : len(prompt)] == -100).all()
@@ -236,7 +236,7 @@ def test_a_base_that_was_trained_too_is_saved_with_the_shortcuts(folder):
         "language_model",
     }
     again, processor = load(folder / "out" / "final")
-    inputs = features_of(processor, ["<image>what is it"], [[picture(20, 30)]])
+    inputs = run_processor(processor, ["<image>what is it"], [[picture(20, 30)]])
     assert torch.equal(model(**inputs).logits, again(**inputs).logits)
     again.save_fusion(folder / "alone")
     assert json.loads((folder / "alone" / "fusion.json").read_text())["base"] is None
@@ -250,7 +250,9 @@ def test_a_chat_sees_several_pictures_and_remembers_them(folder):
     assert [m["content"].count(IMAGE) for m in chat.messages] == [2, 0, 1, 0] and len(
         chat.pictures
     ) == 3
-    inputs = features_of(processor, [render(processor, chat.messages[:3])], [chat.pictures])
+    inputs = run_processor(
+        processor, [render_prompt(processor, chat.messages[:3])], [chat.pictures]
+    )
     ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)[
         :, inputs["input_ids"].shape[1] :
     ]
@@ -274,7 +276,7 @@ def test_an_explanation_switches_shortcuts_off_and_measures_what_they_add(folder
             == evaluate(model, processor, asked, max_new_tokens=3)["accuracy"]
         )
     first = list({tuple(e.images): e for e in asked if e.images}.values())
-    inputs = features_of(
+    inputs = run_processor(
         processor, ["<image>" * len(e.images) for e in first], [e.pictures() for e in first]
     )
     names = ("pixel_values", "fine_pixel_values")
@@ -287,7 +289,7 @@ def test_an_explanation_switches_shortcuts_off_and_measures_what_they_add(folder
 def test_contents_in_parts_leave_line_ends_to_the_template():
     kinds = [
         list(part.values())[-1]
-        for part in parts_of("<image>\n<image>\nis <image>\nit\n", "<image>")
+        for part in split_at_images("<image>\n<image>\nis <image>\nit\n", "<image>")
     ]
     assert kinds == ["image", "image", "is ", "image", "it\n"]
 
