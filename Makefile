@@ -47,7 +47,7 @@ bench: install  ## Memory and time of a prompt pass, plan by plan
 	$(BIN)/python benchmarks/prompt.py --plan llava --plan hires_channels --plan official_13b --plan sparsecut
 
 study: install  ## The main comparison: ways of fusion x seeds on the picture world (hours)
-	$(BIN)/sparsecut study configs/study/world.yaml
+	$(BIN)/sparsecut study configs/study/shapes.yaml
 
 gpu: install  ## Plans at CLIP-L + 7B size on a GPU: prompt pass, decoding, training
 	$(BIN)/python benchmarks/gpu.py --out runs/gpu/bench

@@ -69,7 +69,7 @@ def commands_page() -> str:
 
 
 def commands() -> list[tuple[str, object]]:
-    """(words, command) of every command, those of groups included: ("sparsecut world draw",
+    """(words, command) of every command, those of groups included: ("sparsecut shapes draw",
     ...).
     """
     import typer

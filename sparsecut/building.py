@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -33,8 +34,11 @@ from .processing_audio import SparseCutAudioProcessor, check_extractor
 from .schema import UserError
 from .upgrading import HUB_ARGUMENTS, load_fusion, read_processor
 
+logger = logging.getLogger(__name__)
+
 SHAPES_WEIGHTS = Path(__file__).parent / "shapes" / "weights"
-WORLD = "world"  # names the built-in picture world's small backbones
+SHAPES = "shapes"  # names the built-in small backbones
+OLD_SHAPES = "world"  # their former name
 # where the Auto classes find the code that is saved with a model or a processor, by the module of
 # its class
 AUTO_MAPS = {
@@ -68,7 +72,7 @@ def build(
     """Join a vision encoder and a causal language model by a plan; nothing of either is copied or
     changed.
 
-    vision, language: hub names, folders, "world" (the built-in small backbones), or loaded modules
+    vision, language: hub names, folders, "shapes" (the built-in small backbones), or loaded modules
     (then hand over image_processor and tokenizer too; of an encoder that listens, its feature
     extractor is the image_processor).
     plan: a method's name, {"method": ..., options} or a plan. image_token: the placeholder, by
@@ -249,7 +253,7 @@ def depths_of(vision: str | nn.Module, language: str | nn.Module, **hub) -> tupl
 
 
 def resolve(source, part: str):
-    """A source as given, or for "world" the shipped folder of the picture world's backbone (part:
+    """A source as given, or for "shapes" the shipped folder of the picture world's backbone (part:
     vision or language).
 
     Raises ValueError for a path that is no folder: a hub name has one slash at most.
@@ -263,7 +267,9 @@ def resolve(source, part: str):
             f"the {part} model {source!r} is a path, but there is no such folder; correct it, or"
             " make it first (a recipe that needs one made says in its first lines how)"
         )
-    if source != WORLD:
+    if source == OLD_SHAPES:
+        logger.warning("the %s model %r is now called %r", part, OLD_SHAPES, SHAPES)
+    elif source != SHAPES:
         return source
     return str(SHAPES_WEIGHTS / part)
 
@@ -275,7 +281,7 @@ def _config_of(source, part: str, hub: dict):
         return AutoConfig.from_pretrained(source, **hub)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the {part} model {source!r} could not be read; give a folder, a hub name, or 'world'."
+            f"the {part} model {source!r} could not be read; give a folder, a hub name, or 'shapes'."
             f" Hugging Face says: {error}"
         ) from error
 

@@ -36,7 +36,7 @@ def test_every_command_it_names_exists():
     named = set(
         re.findall(
             r"sparsecut"
-            r" (show|build|upgrade|train|eval|chat|convert|demo|world|cost|study|search|explain|compare)\b",
+            r" (show|build|upgrade|train|eval|chat|convert|demo|shapes|cost|study|search|explain|compare)\b",
             README,
         )
     )

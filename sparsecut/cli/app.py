@@ -1,266 +1,137 @@
-"""The command line: each command a few lines around the function of the same name.
+"""The command line's app, and what several commands share: options, loading, progress.
 
 Nothing heavy is imported before a command runs, so that help is quick.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+import typer.core
 
 from .. import __version__
-from ..schema import UserError
+from ..schema import UserError, nearest
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+SECONDS_BETWEEN_LINES = 30  # of progress, where the screen is a file
+
+Progress = Callable[[int, int], None]  # called with (number done, total)
 
 
-def _arg(help: str, metavar: str | None = None):
+def argument(help: str, metavar: str | None = None):
+    """A positional argument of a command."""
     return typer.Argument(help=help, metavar=metavar)
 
 
-def _opt(help: str, *names: str, **more):
-    return typer.Option(*names, help=help, **more)
+def option(help: str, *names: str, **settings):
+    """A named option of a command."""
+    return typer.Option(*names, help=help, **settings)
 
 
-def _version(asked: bool) -> None:
-    if asked:
+Text = str | None
+Number = int | None
+File = Path | None
+SavedModel = Annotated[str, argument("A saved model's folder, or its hub name.", "MODEL")]
+MethodOptions = Annotated[
+    list[str] | None,
+    option("An option of the method, key=value; may be repeated.", "--option", "-o"),
+]
+Device = Annotated[
+    Text,
+    option("Where to compute, such as cpu or cuda:0. Default: the accelerator, if any."),
+]
+Dtype = Annotated[
+    str,
+    option("Dtype of the weights: auto (as saved), bfloat16, float16 or float32."),
+]
+
+COMMANDS = "show build upgrade convert train eval chat serve explain compare cost study search demo"
+
+
+class OrderedCommands(typer.core.TyperGroup):
+    """Lists commands in the order of use: build, train, evaluate, use, compare."""
+
+    def list_commands(self, ctx) -> list[str]:
+        order = {name: place for place, name in enumerate(COMMANDS.split())}
+        return sorted(super().list_commands(ctx), key=lambda name: order.get(name, len(order)))
+
+
+SETTINGS = {
+    "no_args_is_help": True,
+    "pretty_exceptions_enable": False,
+    "add_completion": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+app = typer.Typer(
+    help=(
+        "Sparse shortcuts from any vision encoder into any language model:"
+        " build, train, compare, use."
+    ),
+    cls=OrderedCommands,
+    **SETTINGS,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"sparsecut {__version__}")
         raise typer.Exit
 
 
-HELP = {"help_option_names": ["-h", "--help"]}
-COMMON = {
-    "no_args_is_help": True,
-    "pretty_exceptions_enable": False,
-    "add_completion": False,
-    "context_settings": HELP,
-}
-app = typer.Typer(
-    help=(
-        "Sparse shortcuts from any vision encoder into any language model: build, train, compare,"
-        " use."
-    ),
-    **COMMON,
-)
-world_app = typer.Typer(
-    help="The built-in picture world: its pictures and its two small backbones.", **COMMON
-)
-app.add_typer(world_app, name="world")
-
-QUIET_SECONDS = 30  # between two lines of progress where the screen is a file
-Text, Number, File = str | None, int | None, Path | None
-Saved = Annotated[str, _arg("A saved model's folder, or its hub name.", "MODEL")]
-Method = Annotated[
-    list[str] | None, _opt("An option of the method, key=value; may be repeated.", "--option", "-o")
-]
-Device = Annotated[
-    Text, _opt("Where to compute, as cpu or cuda:0; by default the accelerator, if there is one.")
-]
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-Dtype = Annotated[
-    str, _opt("Numbers of the weights: auto (as they were saved), bfloat16, float16 or float32.")
-]
-
-
 @app.callback()
-def about(
+def show_about(
     version: Annotated[
-        bool, _opt("Print the version.", "--version", callback=_version, is_eager=True)
+        bool, option("Print the version.", "--version", callback=_print_version, is_eager=True)
     ] = False,
     traceback: Annotated[
-        bool, _opt("Show where an error arose (or set SPARSECUT_TRACEBACK=1).", "--traceback")
+        bool,
+        option("Show where an error arose (or set SPARSECUT_TRACEBACK=1).", "--traceback"),
     ] = False,
 ) -> None:
-    """Options that every command has; `main` reads --traceback wherever it stands."""
+    """Options of every command; `main` reads --traceback wherever it stands."""
 
 
-@app.command()
-def show(
-    what: Annotated[
-        str, _arg("A method's name, a recipe or plan file (YAML, JSON), or a saved model's folder.")
-    ],
-    vision_depth: Annotated[
-        Number, _opt("Number of encoder blocks; 24 where nothing else says it.")
-    ] = None,
-    language_depth: Annotated[
-        Number, _opt("Number of decoder layers; 32 where nothing else says it.")
-    ] = None,
-    option: Method = None,
-    json: Annotated[
-        bool, _opt("Print the plan as JSON, which `build --plan` takes.", "--json")
-    ] = False,
-) -> None:
-    """Draw a plan: what is read, how it is mixed, where it is added. Loads no weights."""
-    from .plan_argument import as_json, sketch
+def load_model(name: str, device: str | None, dtype: str = "auto"):
+    """Load a saved model onto a device.
 
-    plan, drawing = sketch(what, vision_depth, language_depth, option or [])
-    typer.echo(as_json(plan) if json else drawing)
+    Args:
+        name: A folder or hub name.
+        device: The device; None takes the accelerator, if there is one.
+        dtype: One of `DTYPES`.
 
+    Returns:
+        The model and its processor.
 
-@app.command()
-def train(
-    recipe: Annotated[Path, _arg("A recipe file (YAML).")],
-    overrides: Annotated[
-        list[str] | None, _arg("Changes, as stages.0.args.max_steps=10 output=runs/b")
-    ] = None,
-    check: Annotated[
-        bool, _opt("Read all records and pictures, and stop there.", "--check")
-    ] = False,
-    resume: Annotated[
-        bool, _opt("Go on after the last finished stage or checkpoint.", "--resume")
-    ] = False,
-    dry_run: Annotated[
-        bool, _opt("Print sizes, memory, steps and hours, and stop there; no weights.", "--dry-run")
-    ] = False,
-    devices: Annotated[int, _opt("Devices that the dry run counts with.", min=1)] = 1,
-    tflops: Annotated[float, _opt("TFLOP/s of a device, for the dry run's hours.")] = 989.0,
-    mfu: Annotated[float, _opt("Share of them that training reaches.")] = 0.4,
-    json: Annotated[bool, _opt("Print the dry run as JSON.", "--json")] = False,
-) -> None:
-    """Train by a recipe, stage after stage, then ask what its `evaluate` names."""
-    from ..config.recipe import load_recipe
-
-    chosen = load_recipe(recipe, overrides or [])
-    if dry_run:
-        from ..profiling import dry_run as paper
-
-        of = {"devices": devices, "tflops": tflops, "mfu": mfu}
-        plans = paper.dry_run(chosen, **of)
-        return typer.echo(paper.as_json(plans) if json else "\n".join(paper.lines(plans, **of)))
-    if json:
-        raise UserError("--json prints a dry run; give --dry-run too")
-    from ..training.stages import train
-
-    model, processor = train(chosen, check=check, resume=resume)
-    if check:
-        typer.echo(f"{recipe} can be trained")
-    elif chosen.evaluate and os.environ.get("RANK", "0") == "0":
-        from ..evaluation.evaluator import evaluate_recipe
-
-        with _bar("asking") as progress:
-            result = evaluate_recipe(chosen, model, processor, resume=resume, progress=progress)
-        _print_scores(result, Path(chosen.output) / "eval")
-
-
-@app.command()
-def chat(
-    model: Saved,
-    pictures: Annotated[
-        list[Path] | None, _arg("Pictures that go with the first question.")
-    ] = None,
-    ask: Annotated[Text, _opt("Ask this one question, print the answer, and leave.")] = None,
-    temperature: Annotated[
-        float, _opt("0 takes the likeliest words, more draws at random.", min=0)
-    ] = 0.0,
-    max_new_tokens: Annotated[int, _opt("Longest answer, in tokens.", min=1)] = 256,
-    device: Device = None,
-    dtype: Dtype = "auto",
-) -> None:
-    """Talk with a model about pictures; /help in the conversation tells the commands."""
-    from ..chat import Chat, converse, open_picture
-
-    shown = [open_picture(picture) for picture in pictures or []]
-    conversation = Chat(
-        *_load(model, device, dtype), temperature=temperature, max_new_tokens=max_new_tokens
-    )
-    if ask is not None:
-        for piece in conversation.stream(ask, *shown):
-            typer.echo(piece, nl=False)
-        return typer.echo()
-    typed = sys.stdin.isatty()
-    if typed:
-        typer.echo("/image PATH shows a picture, /help tells more, /quit leaves")
-    converse(
-        conversation,
-        shown,
-        lambda: input("> " if typed else ""),
-        lambda text: typer.echo(text, nl=False),
-    )
-    if typed:
-        typer.echo()
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, _opt("Folder for pictures, models and the report.")] = Path("runs/demo"),
-    seed: Annotated[int, _opt("Draws pictures, starts the fusion, orders batches.")] = 0,
-    quick: Annotated[
-        bool, _opt("A small part of everything, to see that it runs.", "--quick")
-    ] = False,
-) -> None:
-    """Train and compare ways of fusion on the picture world, and write a report; some minutes."""
-    from .demo import run
-
-    run(out, seed=seed, quick=quick)
-
-
-@world_app.command("draw")
-def world_draw(
-    folder: Annotated[Path, _arg("Folder for pictures and questions.")],
-    train: Annotated[int, _opt("Pictures to train on.", min=0)] = 1000,
-    dev: Annotated[int, _opt("Pictures to choose by.", min=0)] = 100,
-    test: Annotated[int, _opt("Pictures to report on.", min=0)] = 100,
-    questions: Annotated[int, _opt("Questions about each.", min=1)] = 12,
-    seed: Annotated[int, _opt("Equal seeds give equal files.")] = 0,
-    size: Annotated[
-        str, _opt("small (96 x 96 pixels) or large (192 x 192, more things).")
-    ] = "small",
-) -> None:
-    """Draw pictures with questions in LLaVA's format, split by split."""
-    from ..shapes import write_split
-
-    for split, number in {"train": train, "dev": dev, "test": test}.items():
-        if number:
-            write_split(folder, split, number, questions, seed=seed, size=size)
-            typer.echo(f"{split}: {number} pictures, {folder}/{split}.json")
-
-
-@world_app.command("pretrain")
-def world_pretrain(
-    out: Annotated[Path, _opt("Folder for the two backbones.")] = Path("runs/world"),
-    seed: Annotated[int, _opt("Where all chance comes from.")] = 0,
-    noise: Annotated[
-        float, _opt("Noise before the encoder's last blocks; see world/vision.py.")
-    ] = 3.0,
-    quick: Annotated[bool, _opt("A few steps, to see that it runs.", "--quick")] = False,
-    size: Annotated[str, _opt("small (the shipped ones) or large (for a GPU).")] = "small",
-    device: Annotated[str, _opt("Where to compute, as cpu or cuda.")] = "cpu",
-) -> None:
-    """Make the picture world's encoder and language model from scratch."""
-    from ..shapes import pretrain
-
-    pretrain(
-        out, seed=seed, noise=noise, quick=quick, size=size, device=_device(device), log=typer.echo
-    )
-
-
-def _load(model: str, device: str | None, dtype: str = "auto"):
-    """A saved model on the device and with the numbers asked for, and its processor."""
-    from ..plan import nearest
-
+    Raises:
+        UserError: The dtype is unknown, the device cannot be used, or nothing can be loaded.
+    """
     if dtype not in DTYPES:
         raise UserError(
             f"--dtype is {dtype!r}{nearest(dtype, DTYPES)}; allowed are {', '.join(DTYPES)}"
         )
-    device = _device(device)
+    device = find_device(device)
     from ..building import load
 
-    loaded, processor = load(model, dtype=dtype)
-    return loaded.to(device), processor
+    model, processor = load(name, dtype=dtype)
+    return model.to(device), processor
 
 
-def _device(device: str | None) -> str:
-    """The device asked for, or the accelerator if there is one; refused where it cannot be used."""
+def find_device(device: str | None) -> str:
+    """Return the device named, or the accelerator if there is one.
+
+    Raises:
+        UserError: The device cannot be used on this machine.
+    """
     import torch
 
     if device is None:
-        device = str(
-            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        )
+        has_accelerator = torch.accelerator.is_available()
+        device = str(torch.accelerator.current_accelerator()) if has_accelerator else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -272,42 +143,53 @@ def _device(device: str | None) -> str:
 
 
 @contextmanager
-def _bar(words: str):
-    """A progress line on screen, moved by calling what it gives with (done, total)."""
+def show_progress(label: str) -> Iterator[Progress]:
+    """Show a progress bar on a terminal, and a line now and then elsewhere.
+
+    Yields:
+        A function to call with (number done, total).
+    """
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as ProgressBar
 
-    columns = TextColumn(words), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     console = Console(stderr=True)
-    shown, began = [time.monotonic()], []
-
-    def line(done: int, total: int) -> None:
-        """Where no bar can move, a line now and then."""
-        now = time.monotonic()
-        began.extend([] if began else [done, now])
-        first, since = began
-        if now - shown[0] > QUIET_SECONDS and done > first:
-            left = (now - since) / (done - first) * (total - done) / 60
-            console.print(
-                f"{words}: {done:,} of {total:,}, about {left:.0f} minutes left", highlight=False
-            )
-            shown[0] = now
-
     if not console.is_terminal:
-        yield line
+        yield _LineProgress(label, console)
         return
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(words, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with ProgressBar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _print_scores(result: dict, out: Path | None) -> None:
+class _LineProgress:
+    """Prints a line with the time left, at most every half minute."""
+
+    def __init__(self, label: str, console):
+        self.label = label
+        self.console = console
+        self.last_line = time.monotonic()
+        self.start: tuple[int, float] | None = None  # (number done, time) of the first call
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.start is None:
+            self.start = (done, now)
+        first, since = self.start
+        if now - self.last_line <= SECONDS_BETWEEN_LINES or done == first:
+            return
+        seconds_each = (now - since) / (done - first)
+        minutes_left = seconds_each * (total - done) / 60
+        self.console.print(
+            f"{self.label}: {done:,} of {total:,}, about {minutes_left:.0f} minutes left",
+            highlight=False,
+        )
+        self.last_line = now
+
+
+def print_scores(result: dict, out: Path | None) -> None:
+    """Print an evaluation's scores, and where they were written."""
     from ..evaluation.scoring import table
 
     typer.echo(table(result))

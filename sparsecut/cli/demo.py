@@ -10,8 +10,10 @@ from __future__ import annotations
 import time
 from importlib.resources import files
 from pathlib import Path
+from typing import Annotated
 
 from ..experiments.study import Study, load_study
+from .app import app, option
 
 ARMS = {  # of demo.yaml: title and meaning
     "llava": ("plain (LLaVA)", "one coarse view, the last block but one, into the input"),
@@ -61,3 +63,17 @@ def demo_study(out: str | Path, seed: int = 0, quick: bool = False) -> Study:
         changes += ["pictures.train=64", "pictures.ask=64", "recipe.evaluate.data.keep=42"]
         changes += ["recipe.stages.0.args.max_steps=3", "recipe.stages.1.args.max_steps=4"]
     return load_study(str(files("sparsecut") / "experiments" / "demo.yaml"), changes)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, option("Folder for images, models and the report.")] = Path("runs/demo"),
+    seed: Annotated[
+        int, option("Seed of the images, the fusion's start and the batches' order.")
+    ] = 0,
+    quick: Annotated[
+        bool, option("Do a small part of everything, to see that it works.", "--quick")
+    ] = False,
+) -> None:
+    """Train and compare four ways of fusion on drawn images, and write a report."""
+    run(out, seed=seed, quick=quick)

@@ -1,4 +1,4 @@
-"""`sparsecut eval`: the questions of a file, or of benchmarks."""
+"""`sparsecut eval`: evaluate a model on a data file or on benchmark tasks."""
 
 from __future__ import annotations
 
@@ -9,158 +9,148 @@ from typing import Annotated
 import typer
 
 from ..schema import UserError
-from .app import Device, Dtype, File, Number, Saved, Text, _bar, _load, _opt, _print_scores, app
+from .app import (
+    Device,
+    Dtype,
+    File,
+    Number,
+    SavedModel,
+    Text,
+    app,
+    load_model,
+    option,
+    print_scores,
+    show_progress,
+)
+
+DEFAULT_MAX_NEW_TOKENS = 16
 
 
 @app.command("eval")
 def evaluate(
-    model: Saved,
-    data: Annotated[File, _opt("Questions in LLaVA's format (.json, .jsonl, .parquet).")] = None,
+    model: SavedModel,
+    data: Annotated[File, option("Questions in LLaVA's format (.json, .jsonl, .parquet).")] = None,
     images: Annotated[
-        File, _opt("Folder or tar archive of the pictures; by default the data's folder.")
+        File, option("Folder or tar archive of the images. Default: the data's folder.")
     ] = None,
     out: Annotated[
-        File, _opt("Folder for predictions and result; an interrupted run goes on there.")
+        File, option("Folder for predictions and result; an interrupted run continues there.")
     ] = None,
-    batch_size: Annotated[int, _opt("Questions answered at once.", min=1)] = 16,
+    batch_size: Annotated[int, option("Questions answered at once.", min=1)] = 16,
     max_new_tokens: Annotated[
-        Number, _opt("Longest answer, in tokens: 16, or what a benchmark allows.", min=1)
+        Number, option("Longest answer, in tokens. Default: 16, or the benchmark's own.", min=1)
     ] = None,
     limit: Annotated[
-        Number, _opt("At most so many questions, a fixed random choice.", min=1)
+        Number, option("Answer at most this many questions, a fixed random choice.", min=1)
     ] = None,
     tasks: Annotated[
-        Text, _opt("Benchmarks in place of --data, as pope,textvqa:ocr=off, or all.")
+        Text, option("Benchmarks in place of --data, such as pope,textvqa:ocr=off, or all.")
     ] = None,
     root: Annotated[
-        File, _opt("Folder with the benchmarks' files, LLaVA's playground/data/eval.")
+        File, option("Folder with the benchmarks' files, LLaVA's playground/data/eval.")
     ] = None,
     part: Annotated[
-        Text, _opt("Of several processes, this is 1/4, ... 4/4; torchrun says it itself.")
+        Text, option("This process's part, 1/4 to 4/4 of four; torchrun sets it by itself.")
     ] = None,
     where: Annotated[
-        Text, _opt("Only questions whose id contains this regular expression.")
+        Text, option("Only questions whose id contains this regular expression.")
     ] = None,
     group: Annotated[
-        Text, _opt("Regular expression whose parentheses catch the group in the id.")
+        Text, option("Regular expression whose parentheses catch the group in the id.")
     ] = None,
-    fresh: Annotated[bool, _opt("Start over, even where --out has answers.", "--fresh")] = False,
+    fresh: Annotated[bool, option("Start over, even where --out has answers.", "--fresh")] = False,
     workers: Annotated[
-        int, _opt("Processes that prepare pictures while a GPU answers.", min=0)
+        int, option("Processes that prepare images while a GPU answers.", min=0)
     ] = 0,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Ask a model the questions of a file and count the right answers, or those of benchmarks and
-    score them as they do.
-    """
-    if tasks is not None or data is None:
-        mine = {"data": data, "images": images, "where": where, "group": group}
-        given = {
-            "out": out,
-            "batch_size": batch_size,
-            "max_new_tokens": max_new_tokens,
-            "limit": limit,
-            "workers": workers,
-        }
-        return _ask(
-            model, tasks, root, part, fresh=fresh, device=device, dtype=dtype, refused=mine, **given
-        )
+    """Evaluate a model on a data file or on benchmark tasks."""
+    settings = {"out": out, "batch_size": batch_size, "resume": not fresh, "workers": workers}
+    if tasks is not None:
+        _refuse_data_options(data=data, images=images, where=where, group=group)
+        _require_task_options(root=root, out=out)
+        settings["max_new_tokens"] = max_new_tokens
+        _run_tasks(model, tasks, root, part, limit, device, dtype, **settings)
+        return
+    if data is None:
+        raise UserError("nothing to evaluate on; give --data (a file) or --tasks (benchmarks)")
     if root or part:
         raise UserError(
-            "--root and --part belong to --tasks; leave them out, or name benchmarks in place of"
-            " --data"
+            "--root and --part belong to --tasks; leave them out, or replace --data by --tasks"
         )
     from ..config.recipe import Source
     from ..data.examples import read_source
-
-    examples = read_source(
-        Source(str(data), images and str(images), where=where, group=group, keep=limit), []
-    )
     from ..evaluation.evaluator import evaluate
 
-    chosen = {
-        "out": out,
-        "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens or 16,
-        "resume": not fresh,
-        "workers": workers,
-    }
-    loaded = _load(model, device, dtype)
-    with _bar("asking") as progress:
-        result = evaluate(*loaded, examples, **chosen, progress=progress)
-    _print_scores(result, out)
+    folder = str(images) if images else None
+    source = Source(str(data), folder, where=where, group=group, keep=limit)
+    examples = read_source(source, [])
+    loaded, processor = load_model(model, device, dtype)
+    settings["max_new_tokens"] = max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    with show_progress("evaluating") as progress:
+        result = evaluate(loaded, processor, examples, **settings, progress=progress)
+    print_scores(result, out)
 
 
-def _ask(
+def _refuse_data_options(**options) -> None:
+    names = [f"--{name}" for name, value in options.items() if value is not None]
+    if names:
+        raise UserError(
+            f"{', '.join(names)} cannot be used with --tasks, which reads the benchmarks' own"
+            " files; leave it out"
+        )
+
+
+def _require_task_options(root: Path | None, out: Path | None) -> None:
+    if root is None:
+        raise UserError("--tasks needs --root, the folder that holds gqa/, pope/ and so on")
+    if out is None:
+        raise UserError(
+            "--tasks needs --out, a folder for answers and scores, where an interrupted run"
+            " continues"
+        )
+
+
+def _run_tasks(
     model: str,
-    tasks: str | None,
-    root: Path | None,
+    names: str,
+    root: Path,
     part: str | None,
-    *,
-    out: Path | None,
-    batch_size: int,
-    max_new_tokens: int | None,
     limit: int | None,
-    workers: int,
-    fresh: bool,
     device: str | None,
     dtype: str,
-    refused: dict,
+    *,
+    out: Path,
+    **settings,
 ) -> None:
-    """Read the benchmarks named, ask a model their questions, print what they say of it.
-
-    refused: options of --data by name, which mean nothing here. Raises ValueError where one is
-    given, or too little is.
-    """
-    if tasks is None:
-        raise UserError(
-            "it is not said what to ask; give --data, a file of questions, or --tasks, names of"
-            " benchmarks"
-        )
-    if given := [f"--{name}" for name, value in refused.items() if value is not None]:
-        raise UserError(
-            f"{', '.join(given)} cannot go with --tasks, which reads the benchmarks' own files;"
-            " leave it out"
-        )
-    for name, value, what in (
-        ("root", root, "the folder that holds gqa/, pope/, textvqa/ and so on"),
-        ("out", out, "a folder for answers and scores, where an interrupted run goes on"),
-    ):
-        if value is None:
-            raise UserError(f"--tasks needs --{name}, {what}")
+    """Read the benchmarks, ask the model their questions, print the scores."""
     from ..evaluation.tasks.run import part_of, read_tasks, run_task, table
 
-    mine, chosen = part_of(part), read_tasks(tasks, root, limit)
-    loaded = _load(model, device or _own_device(), dtype)
-    settings = {
-        "part": mine,
-        "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens,
-        "resume": not fresh,
-        "workers": workers,
-    }
+    number, count = part_of(part)
+    tasks = read_tasks(names, root, limit)
+    loaded, processor = load_model(model, device or _get_local_device(), dtype)
     results = []
-    for one in chosen:
-        with _bar(one.label) as progress:
-            result = run_task(*loaded, one, out, progress=progress, **settings)
+    for task in tasks:
+        with show_progress(task.label) as progress:
+            result = run_task(
+                loaded, processor, task, out, part=(number, count), progress=progress, **settings
+            )
         if result is None:
             typer.echo(
-                f"{one.label}: part {mine[0] + 1} of {mine[1]} is answered; the scores come with"
-                " the last part"
+                f"{task.label}: part {number + 1} of {count} is answered; the scores come with the"
+                " last part"
             )
         else:
             results.append(result)
-            typer.echo(f"{one.label} is answered: {out / one.label}/result.json", err=True)
+            typer.echo(f"{task.label} is answered: {out / task.label}/result.json", err=True)
     if results:
         typer.echo(table(results))
         typer.echo(f"wrote result.json and predictions.jsonl of each into folders of {out}")
 
 
-def _own_device() -> str | None:
-    """The accelerator of this process among those that torchrun started on a machine; None where
-    there is no choice.
-    """
+def _get_local_device() -> str | None:
+    """This process's accelerator among those of torchrun; None where there is no choice."""
     import torch
 
     if "LOCAL_RANK" not in os.environ or not torch.accelerator.is_available():

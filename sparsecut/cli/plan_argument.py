@@ -15,6 +15,7 @@ from ..plan import Plan
 from ..schema import UserError, nearest
 
 DEPTHS = 24, 32  # CLIP-L and a 7B language model
+SHAPES_FOLDER = Path(__file__).parents[1] / "shapes" / "weights"
 FILES = (".yaml", ".yml", ".json")
 
 
@@ -173,16 +174,10 @@ def _near_depths(what: str) -> tuple[int | None, int | None]:
 def _depth(source: str | None, part: str) -> int | None:
     if source is None:
         return None
-    folder = _world(part) if source == "world" else expand_path(source)
+    folder = SHAPES_FOLDER / part if source == "shapes" else expand_path(source)
     if not (Path(folder) / "config.json").is_file():
         return None
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
     return getattr(config, f"{part}_config", config).get_text_config().num_hidden_layers
-
-
-def _world(part: str) -> Path:
-    from .. import shapes as world
-
-    return world.vision_path() if part == "vision" else world.language_path()

@@ -10,40 +10,42 @@ from typing import Annotated
 import typer
 
 from ..schema import UserError
-from .app import Device, Dtype, Number, Saved, Text, _load, _opt, app
+from .app import Device, Dtype, Number, SavedModel, Text, app, load_model, option
 
 TOKEN = "SPARSECUT_TOKEN"
 
 
 @app.command()
 def serve(
-    model: Saved,
-    host: Annotated[str, _opt("Address to listen at; 0.0.0.0 for every network.")] = "127.0.0.1",
-    port: Annotated[int, _opt("Port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
+    model: SavedModel,
+    host: Annotated[str, option("Address to listen at; 0.0.0.0 for every network.")] = "127.0.0.1",
+    port: Annotated[int, option("Port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
     name: Annotated[
         Text,
-        _opt("What the model is called in requests; by default its folder's name, without /final."),
+        option(
+            "What the model is called in requests; by default its folder's name, without /final."
+        ),
     ] = None,
     token: Annotated[
         Text,
-        _opt(f"What clients must give as api_key; better in {TOKEN}, where ps does not show it."),
+        option(f"What clients must give as api_key; better in {TOKEN}, where ps does not show it."),
     ] = None,
     ui: Annotated[
-        bool, _opt("Also a page at / to chat in the browser and to switch shortcuts off.", "--ui")
+        bool, option("Also a page at / to chat in the browser and to switch shortcuts off.", "--ui")
     ] = False,
-    max_batch: Annotated[int, _opt("Answers written together.", min=1)] = 16,
-    queue: Annotated[int, _opt("Requests that may wait; more are refused with 429.", min=1)] = 64,
-    max_tokens: Annotated[int, _opt("Longest answer that a request may ask for.", min=1)] = 1024,
-    max_pictures: Annotated[int, _opt("Pictures in one request.", min=0)] = 8,
-    max_pixels: Annotated[int, _opt("Pixels of one picture.", min=1)] = 20_000_000,
-    max_mib: Annotated[int, _opt("MiB of one request.", min=1)] = 32,
+    max_batch: Annotated[int, option("Answers written together.", min=1)] = 16,
+    queue: Annotated[int, option("Requests that may wait; more are refused with 429.", min=1)] = 64,
+    max_tokens: Annotated[int, option("Longest answer that a request may ask for.", min=1)] = 1024,
+    max_pictures: Annotated[int, option("Pictures in one request.", min=0)] = 8,
+    max_pixels: Annotated[int, option("Pixels of one picture.", min=1)] = 20_000_000,
+    max_mib: Annotated[int, option("MiB of one request.", min=1)] = 32,
     keep_mib: Annotated[
-        int, _opt("MiB of pictures' features kept, so that they are not encoded again.", min=0)
+        int, option("MiB of pictures' features kept, so that they are not encoded again.", min=0)
     ] = 256,
     remote: Annotated[
-        bool, _opt("Also fetch pictures from public http(s) addresses.", "--remote")
+        bool, option("Also fetch pictures from public http(s) addresses.", "--remote")
     ] = False,
-    threads: Annotated[Number, _opt("Threads that compute; by default torch's.", min=1)] = None,
+    threads: Annotated[Number, option("Threads that compute; by default torch's.", min=1)] = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -75,7 +77,7 @@ def serve(
 
         torch.set_num_threads(threads)
     listening = _listen(host, port)  # before the model is loaded, which takes longer
-    loaded, processor = _load(model, device, dtype)
+    loaded, processor = load_model(model, device, dtype)
     settings = ServerConfig(
         name=name or _name_of(Path(model)),
         bounds=RequestLimits(

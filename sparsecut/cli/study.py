@@ -10,10 +10,23 @@ from typing import Annotated
 import typer
 
 from ..schema import UserError
-from .app import Device, Dtype, File, Method, Saved, Text, _arg, _bar, _device, _load, _opt, app
+from .app import (
+    Device,
+    Dtype,
+    File,
+    MethodOptions,
+    SavedModel,
+    Text,
+    app,
+    argument,
+    find_device,
+    load_model,
+    option,
+    show_progress,
+)
 
 Plans = Annotated[
-    list[str], _arg("Methods' names or files with plans; ratios are to the first.", "PLAN...")
+    list[str], argument("Methods' names or files with plans; ratios are to the first.", "PLAN...")
 ]
 
 
@@ -21,24 +34,24 @@ Plans = Annotated[
 def cost(
     plans: Plans,
     vision: Annotated[
-        str, _opt("Encoder: a known size's name, folder, hub name, or world.")
+        str, option("Encoder: a known size's name, folder, hub name, or world.")
     ] = "clip-l-336",
     language: Annotated[
-        str, _opt("Language model: a known size's name, folder, hub name, or world.")
+        str, option("Language model: a known size's name, folder, hub name, or world.")
     ] = "llama-7b",
     text_tokens: Annotated[
-        int, _opt("Text tokens of the prompt, beside its one picture.", min=1)
+        int, option("Text tokens of the prompt, beside its one picture.", min=1)
     ] = 64,
     base: Annotated[
-        Text, _opt("A finished vision-language model instead: what upgrading it costs. Loads it.")
+        Text, option("A finished vision-language model instead: what upgrading it costs. Loads it.")
     ] = None,
-    option: Method = None,
+    method_options: MethodOptions = None,
     measure: Annotated[
-        bool, _opt("Also time each on this machine, with random weights.", "--measure")
+        bool, option("Also time each on this machine, with random weights.", "--measure")
     ] = False,
     device: Device = None,
     json: Annotated[
-        File, _opt("File for all figures, also those of a training step.", "--json")
+        File, option("File for all figures, also those of a training step.", "--json")
     ] = None,
 ) -> None:
     """Count what plans cost at a size: parameters, operations, memory. Loads no weights, unless
@@ -46,7 +59,7 @@ def cost(
     """
     from .plan_argument import read_plan
 
-    specs = {plan: read_plan(plan, option or []) for plan in plans}
+    specs = {plan: read_plan(plan, method_options or []) for plan in plans}
     if base is not None:
         return _cost_of_upgrades(base, specs, measure, json)
     from ..profiling.counting import backbone_config, count, table
@@ -60,7 +73,7 @@ def cost(
     if measure:
         from ..profiling import timing
 
-        models = timing.random_models(*configs, specs, device=_device(device))
+        models = timing.random_models(*configs, specs, device=find_device(device))
         measured = timing.measure_all(models, num_text_tokens=text_tokens)
         typer.echo(f"\n{timing.table(measured)}")
         for name, one in measured.items():
@@ -88,14 +101,16 @@ def _cost_of_upgrades(base: str, specs: dict, measure: bool, json: Path | None) 
 
 @app.command()
 def study(
-    file: Annotated[Path, _arg("A study file (YAML).")],
+    file: Annotated[Path, argument("A study file (YAML).")],
     overrides: Annotated[
-        list[str] | None, _arg("Changes, as seeds=[0,1] output=runs/study/b")
+        list[str] | None, argument("Changes, as seeds=[0,1] output=runs/study/b")
     ] = None,
-    workers: Annotated[int, _opt("Processes on this machine, one thread each.", min=1)] = 2,
-    arm: Annotated[list[str] | None, _opt("Only this arm; may be repeated.")] = None,
-    seed: Annotated[list[int] | None, _opt("Only this seed; may be repeated.")] = None,
-    report: Annotated[bool, _opt("Train nothing, report on what is finished.", "--report")] = False,
+    workers: Annotated[int, option("Processes on this machine, one thread each.", min=1)] = 2,
+    arm: Annotated[list[str] | None, option("Only this arm; may be repeated.")] = None,
+    seed: Annotated[list[int] | None, option("Only this seed; may be repeated.")] = None,
+    report: Annotated[
+        bool, option("Train nothing, report on what is finished.", "--report")
+    ] = False,
 ) -> None:
     """Train and compare ways of fusion over seeds on equal data, and write one report; goes on
     where it stopped.
@@ -118,21 +133,21 @@ def study(
 @app.command()
 def search(
     file: Annotated[
-        Path, _arg("A study file; its recipe, pictures and main budget are used, not its arms.")
+        Path, argument("A study file; its recipe, pictures and main budget are used, not its arms.")
     ],
     overrides: Annotated[
-        list[str] | None, _arg("Changes, as seeds=[0,1] output=runs/study/b")
+        list[str] | None, argument("Changes, as seeds=[0,1] output=runs/study/b")
     ] = None,
-    count: Annotated[int | None, _opt("At most so many shortcuts.")] = None,
+    count: Annotated[int | None, option("At most so many shortcuts.")] = None,
     ratio: Annotated[
-        float | None, _opt("At most so many times the baseline arm's prefill operations, as 1.1.")
+        float | None, option("At most so many times the baseline arm's prefill operations, as 1.1.")
     ] = None,
     seed: Annotated[
-        list[int] | None, _opt("A seed of the supernet; may be repeated. Default: 0.")
+        list[int] | None, option("A seed of the supernet; may be repeated. Default: 0.")
     ] = None,
-    rank: Annotated[int, _opt("Inner width of each pair's projector.", min=1)] = 8,
-    penalty: Annotated[float, _opt("Weight of the gates' sizes in the loss.", min=0)] = 0.01,
-    workers: Annotated[int, _opt("Processes on this machine, one thread each.", min=1)] = 2,
+    rank: Annotated[int, option("Inner width of each pair's projector.", min=1)] = 8,
+    penalty: Annotated[float, option("Weight of the gates' sizes in the loss.", min=0)] = 0.01,
+    workers: Annotated[int, option("Processes on this machine, one thread each.", min=1)] = 2,
 ) -> None:
     """Find a plan by training all pairs of tap and layer at once and keeping the best few under a
     budget.
@@ -167,17 +182,17 @@ def search(
 
 @app.command()
 def explain(
-    model: Saved,
-    data: Annotated[Path, _opt("Questions in LLaVA's format (.json, .jsonl, .parquet).")],
+    model: SavedModel,
+    data: Annotated[Path, option("Questions in LLaVA's format (.json, .jsonl, .parquet).")],
     images: Annotated[
-        File, _opt("Folder or tar archive of the pictures; by default the data's folder.")
+        File, option("Folder or tar archive of the pictures; by default the data's folder.")
     ] = None,
-    out: Annotated[File, _opt("Folder for explain.html, .md and .json.")] = None,
+    out: Annotated[File, option("Folder for explain.html, .md and .json.")] = None,
     limit: Annotated[
-        int | None, _opt("At most so many questions, a fixed random choice.", min=1)
+        int | None, option("At most so many questions, a fixed random choice.", min=1)
     ] = None,
-    batch_size: Annotated[int, _opt("Questions answered at once.", min=1)] = 64,
-    max_new_tokens: Annotated[int, _opt("Longest answer, in tokens.", min=1)] = 16,
+    batch_size: Annotated[int, option("Questions answered at once.", min=1)] = 64,
+    max_new_tokens: Annotated[int, option("Longest answer, in tokens.", min=1)] = 16,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -192,13 +207,13 @@ def explain(
     from ..reports.ablation import lines, write_explanation
 
     loaded, settings = (
-        _load(model, device, dtype),
+        load_model(model, device, dtype),
         {
             "batch_size": batch_size,
             "max_new_tokens": max_new_tokens,
         },
     )
-    with _bar("asking") as progress:
+    with show_progress("asking") as progress:
         found = explain(*loaded, examples, **settings, progress=progress)
     if out is not None:
         write_explanation(found, out)
@@ -220,18 +235,18 @@ def _write(path: Path, plain: dict) -> None:
 def compare(
     runs: Annotated[
         list[str],
-        _arg(
+        argument(
             "Folders of evaluations or training runs, or NAME=FOLDER; one name is one arm.",
             "RUN...",
         ),
     ],
-    out: Annotated[Path, _opt("Folder for the page, the table and the figures.")] = Path(
+    out: Annotated[Path, option("Folder for the page, the table and the figures.")] = Path(
         "runs/compare"
     ),
     images: Annotated[
-        Text, _opt("Folder or tar archive of the pictures, where the runs' recipes do not say.")
+        Text, option("Folder or tar archive of the pictures, where the runs' recipes do not say.")
     ] = None,
-    items: Annotated[int, _opt("At most so many items on which they differ.", min=0)] = 24,
+    items: Annotated[int, option("At most so many items on which they differ.", min=0)] = 24,
 ) -> None:
     """Put finished evaluations side by side: paired differences over the same items, cost, and
     where they differ.

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 
@@ -11,6 +12,10 @@ import yaml
 
 from ..schema import UserError, nearest
 
+logger = logging.getLogger(__name__)
+
+BACKBONES = "shapes"  # the built-in small encoder and language model
+OLD_BACKBONES = "world"  # their former name
 OPEN = (
     "args",
     "lr",
@@ -48,9 +53,23 @@ def read_yaml(text: str, name: str):
     YAML.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        return _rename_backbones(yaml.load(text, Loader=_Loader))
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _rename_backbones(node):
+    """The same tree, its built-in backbones under their present name."""
+    if isinstance(node, list):
+        return [_rename_backbones(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    renamed = {key: _rename_backbones(value) for key, value in node.items()}
+    for part in ("vision", "language"):
+        if renamed.get(part) == OLD_BACKBONES:
+            logger.warning("%s: %s is now called %s: %s", part, OLD_BACKBONES, part, BACKBONES)
+            renamed[part] = BACKBONES
+    return renamed
 
 
 def override(plain, change: str):

@@ -220,7 +220,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"there is no study {path}; give a YAML file such as configs/study/world.yaml"
+            f"there is no study {path}; give a YAML file such as configs/study/shapes.yaml"
         )
     plain = read_yaml(path.read_text(encoding="utf-8"), str(path))
     for change in overrides:

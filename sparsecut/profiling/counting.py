@@ -22,7 +22,7 @@ from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, SiglipVision
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import local_torch_dtype
 
-from ..building import WORLD, resolve
+from ..building import OLD_SHAPES, SHAPES, resolve
 from ..configuration import SparseCutConfig
 from ..hooks import read_taps
 from ..modeling import SparseCutForConditionalGeneration
@@ -105,20 +105,20 @@ class Count:
 
 
 def backbone_config(source: str, part: str):
-    """The configuration of one side (part: vision or language): a name of REFERENCE, "world", a
+    """The configuration of one side (part: vision or language): a name of REFERENCE, "shapes", a
     folder or a hub name.
 
     Raises ValueError where there is none.
     """
     if source in REFERENCE[part]:
         return copy.deepcopy(REFERENCE[part][source])
-    names = [*REFERENCE[part], WORLD]
+    names = [*REFERENCE[part], SHAPES]
     sentence = (
         f"the {part} model {source!r} is no known size{nearest(source, names)}, and no folder or"
         f" hub name that can be read; known sizes are {', '.join(names)}"
     )
     meant = nearest(source, names) or any(source in sizes for sizes in REFERENCE.values())
-    if meant and source != WORLD and not Path(source).is_dir():
+    if meant and source not in (SHAPES, OLD_SHAPES) and not Path(source).is_dir():
         raise UserError(sentence)  # a slip of the hand; the hub need not be asked
     try:
         config = AutoConfig.from_pretrained(resolve(source, part))

@@ -16,7 +16,7 @@ from .sizes import SMALL, Size, find_size
 
 NOTE = """# Backbones of the picture world
 
-Made by `sparsecut world pretrain --seed {seed} --noise {noise}{more}` with torch {torch} and transformers {transformers}, saved
+Made by `sparsecut shapes pretrain --seed {seed} --noise {noise}{more}` with torch {torch} and transformers {transformers}, saved
 in float16, licensed like the project (Apache-2.0). `noise` is the standard deviation that made the encoder's top
 caption-only; see `sparsecut/world/vision.py`.
 

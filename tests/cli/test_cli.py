@@ -116,7 +116,7 @@ def test_help_is_quick_and_loads_no_model_library():
         "cost",
         "study",
         "search",
-        "world",
+        "shapes",
     ):
         assert f" {command} " in out.stdout
 
@@ -133,8 +133,8 @@ def test_every_command_has_help(run):
         ["cost"],
         ["study"],
         ["search"],
-        ["world", "draw"],
-        ["world", "pretrain"],
+        ["shapes", "draw"],
+        ["shapes", "pretrain"],
     ):
         code, out, _ = run(*command, "--help")
         assert code == 0 and "Usage: sparsecut " + " ".join(command) in out
@@ -290,16 +290,13 @@ def test_convert_reads_a_released_folder(run, home):
 
 def test_world_draws_pictures(run, home):
     code, out, _ = run(
-        "world", "draw", "drawn", "--train", "2", "--dev", "1", "--test", "0", "--questions", "1"
+        "shapes", "draw", "drawn", "--train", "2", "--dev", "1", "--test", "0", "--questions", "1"
     )
-    assert (
-        code == 0
-        and out == "train: 2 pictures, drawn/train.json\ndev: 1 pictures, drawn/dev.json\n"
-    )
+    assert code == 0 and out == "train: 2 images, drawn/train.json\ndev: 1 images, drawn/dev.json\n"
     assert (home / "drawn" / "train_captions.json").is_file() and not (
         home / "drawn" / "test.json"
     ).exists()
-    assert "did you mean" in run("world", "drw")[2].lower()
+    assert "did you mean" in run("shapes", "drw")[2].lower()
 
 
 def test_numbers_out_of_range_are_refused_before_anything_is_loaded(run):

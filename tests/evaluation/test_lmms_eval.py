@@ -55,7 +55,7 @@ def asked(tmp_path_factory):
     write_split(folder / "data", "test", 4, 5, workers=1)
     torch.manual_seed(0)
     for part in sparsecut.build(
-        "world", "world", plan={"method": "sparsecut", "count": 2, "gate": "one"}
+        "shapes", "shapes", plan={"method": "sparsecut", "count": 2, "gate": "one"}
     ):
         part.save_pretrained(folder / "model")
     examples = read_source(Source(str(folder / "data" / "test.json")), [])[:20]

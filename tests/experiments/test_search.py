@@ -79,7 +79,7 @@ def test_a_search_writes_a_plan_that_keeps_its_budget(tmp_path):
     written = Plan.from_dict(yaml.safe_load((tmp_path / "search" / "plan.yaml").read_text()))
     assert written == plan
     assert json.loads((Path(tmp_path) / "search" / "search.json").read_text())["count"] == 2
-    configs = [backbone_config("world", part) for part in ("vision", "language")]
+    configs = [backbone_config("shapes", part) for part in ("vision", "language")]
     costs = [
         count(*configs, p).prefill_total_flops for p in (plan, {"method": "llava", "norm": True})
     ]

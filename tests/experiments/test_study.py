@@ -27,7 +27,7 @@ def study(tmp_path, **changes):
 def small():
     """Costs are told at a small size instead of 7B's, which takes seconds for each plan."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study_runner, "LARGE", ("world", "world"))
+        patch.setattr(study_runner, "LARGE", ("shapes", "shapes"))
         yield
 
 
@@ -49,7 +49,7 @@ def test_every_study_file_loads_and_its_arms_are_plans_of_its_models():
     for path in found:
         one = load_study(path)
         model = one.recipe["model"]
-        if set(model.values()) == {"world"}:
+        if set(model.values()) == {"shapes"}:
             depths = depths_of(model["vision"], model["language"])
             for arm, spec in one.arms.items():
                 assert make_plan(spec, *depths), (path, arm)

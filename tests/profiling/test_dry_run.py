@@ -23,7 +23,7 @@ from sparsecut.training.arguments import accumulation
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WORLD = {
-    "model": {"vision": "world", "language": "world"},
+    "model": {"vision": "shapes", "language": "shapes"},
     "fusion": {"method": "sparsecut", "count": 3},
     "output": "runs/x",
 }
@@ -47,7 +47,7 @@ def plan_of(**changes):
 
 @pytest.fixture
 def model():
-    return build("world", "world", WORLD["fusion"])[0]
+    return build("shapes", "shapes", WORLD["fusion"])[0]
 
 
 @pytest.mark.parametrize("train", [["fusion"], ["fusion", "language"], ["fusion", "language:lora"]])

@@ -24,7 +24,7 @@ def data(tmp_path):
 def row_of(*sources, **changes):
     """(the row, what is said) of a stage with these sources."""
     one = {"name": "one", "data": list(sources), "train": ["fusion"], **changes}
-    parts = {"vision": "world", "language": "world"}
+    parts = {"vision": "shapes", "language": "shapes"}
     stage = parse_recipe(
         {"model": parts, "fusion": "sparsecut", "output": "x", "stages": [one]}
     ).stages[0]

@@ -88,7 +88,7 @@ def test_an_upgraded_model_answers_many_as_it_answers_one(kind):
 
 
 def test_the_worlds_backbones_answer_many_as_they_answer_one():
-    model, processor = build("world", "world", "sparsecut")
+    model, processor = build("shapes", "shapes", "sparsecut")
     model.generation_config.eos_token_id = None  # longer answers than it would give
     engine = Engine(stir(model), processor, max_batch=32)
     try:

@@ -20,7 +20,7 @@ from sparsecut.shapes.scenes import draw
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """A small training and test split on disk."""
-    folder = tmp_path_factory.mktemp("world")
+    folder = tmp_path_factory.mktemp("shapes")
     write_split(folder, "train", 60, 10, workers=1)
     write_split(folder, "test", 60, 7, workers=1)
     return folder
@@ -111,4 +111,4 @@ def test_the_backbones_can_be_made_anew(tmp_path):
     pretrain(tmp_path, quick=True, log=lambda line: None)
     model, processor = build(str(tmp_path / "vision"), str(tmp_path / "language"))
     assert model.config.vision_depth == 8 and processor.num_image_tokens == 16
-    assert "sparsecut world pretrain --seed 0 --noise 3.0" in (tmp_path / "README.md").read_text()
+    assert "sparsecut shapes pretrain --seed 0 --noise 3.0" in (tmp_path / "README.md").read_text()

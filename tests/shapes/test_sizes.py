@@ -198,7 +198,7 @@ def test_files_and_backbones_are_made_by_commands(tmp_path):
     drawn = run.invoke(
         app,
         [
-            "world",
+            "shapes",
             "draw",
             str(tmp_path / "data"),
             "--size=large",
@@ -211,7 +211,7 @@ def test_files_and_backbones_are_made_by_commands(tmp_path):
     records = json.loads((tmp_path / "data/test.json").read_text())
     assert {record["group"] for record in records} == set(KINDS)
     made = run.invoke(
-        app, ["world", "pretrain", "--size=large", "--quick", f"--out={tmp_path / 'made'}"]
+        app, ["shapes", "pretrain", "--size=large", "--quick", f"--out={tmp_path / 'made'}"]
     )
     assert made.exit_code == 0, made.output
     assert "--size large --device cpu" in (tmp_path / "made/README.md").read_text()

@@ -1,0 +1,50 @@
+"""`sparsecut chat`: talk with a model about images."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import Device, Dtype, SavedModel, Text, app, argument, load_model, option
+
+
+@app.command()
+def chat(
+    model: SavedModel,
+    images: Annotated[
+        list[Path] | None, argument("Images that go with the first question.")
+    ] = None,
+    ask: Annotated[Text, option("Ask this one question, print the answer, and leave.")] = None,
+    temperature: Annotated[
+        float, option("0 takes the likeliest tokens; more draws at random.", min=0)
+    ] = 0.0,
+    max_new_tokens: Annotated[int, option("Longest answer, in tokens.", min=1)] = 256,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk with a model about images. In the conversation, /help lists the commands."""
+    from ..chat import Chat, converse, open_picture
+
+    opened = [open_picture(path) for path in images or []]
+    loaded, processor = load_model(model, device, dtype)
+    conversation = Chat(loaded, processor, temperature=temperature, max_new_tokens=max_new_tokens)
+    if ask is not None:
+        for text in conversation.stream(ask, *opened):
+            typer.echo(text, nl=False)
+        typer.echo()
+        return
+    is_terminal = sys.stdin.isatty()
+    prompt = "> " if is_terminal else ""
+    if is_terminal:
+        typer.echo("/image PATH shows an image, /help tells more, /quit leaves")
+    converse(
+        conversation,
+        opened,
+        lambda: input(prompt),
+        lambda text: typer.echo(text, nl=False),
+    )
+    if is_terminal:
+        typer.echo()

@@ -1,0 +1,73 @@
+"""`sparsecut shapes`: the built-in drawn images and their two small backbones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import SETTINGS, app, argument, find_device, option
+
+shapes_app = typer.Typer(
+    help="The built-in drawn images, and the two small backbones made for them.", **SETTINGS
+)
+app.add_typer(shapes_app, name="shapes")
+
+
+PASS_ON = {"ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command("world", hidden=True, context_settings=PASS_ON)
+def run_under_its_old_name(arguments: Annotated[list[str] | None, argument("")] = None) -> None:
+    """`sparsecut shapes` under its old name, with a line that names the new one."""
+    typer.echo("`sparsecut world` is now called `sparsecut shapes`", err=True)
+    app(args=["shapes", *(arguments or [])], prog_name="sparsecut")
+
+
+@shapes_app.command("draw")
+def draw(
+    folder: Annotated[Path, argument("Folder for images and questions.")],
+    train: Annotated[int, option("Number of images to train on.", min=0)] = 1000,
+    dev: Annotated[int, option("Number of images to choose by.", min=0)] = 100,
+    test: Annotated[int, option("Number of images to report on.", min=0)] = 100,
+    questions: Annotated[int, option("Questions about each image.", min=1)] = 12,
+    seed: Annotated[int, option("Equal seeds give equal files.")] = 0,
+    size: Annotated[
+        str, option("small (96 x 96 pixels) or large (192 x 192, more things).")
+    ] = "small",
+) -> None:
+    """Draw images with questions in LLaVA's format, split by split."""
+    from ..shapes import write_split
+
+    for split, number in {"train": train, "dev": dev, "test": test}.items():
+        if number:
+            write_split(folder, split, number, questions, seed=seed, size=size)
+            typer.echo(f"{split}: {number} images, {folder}/{split}.json")
+
+
+@shapes_app.command("pretrain")
+def pretrain(
+    out: Annotated[Path, option("Folder for the two backbones.")] = Path("runs/shapes"),
+    seed: Annotated[int, option("Seed of all random choices.")] = 0,
+    noise: Annotated[
+        float, option("Noise before the encoder's last blocks; see shapes/vision.py.")
+    ] = 3.0,
+    quick: Annotated[
+        bool, option("Run a few steps only, to see that it works.", "--quick")
+    ] = False,
+    size: Annotated[str, option("small (the shipped ones) or large (for a GPU).")] = "small",
+    device: Annotated[str, option("Where to compute, such as cpu or cuda.")] = "cpu",
+) -> None:
+    """Train the encoder and the language model for the drawn images from scratch."""
+    from ..shapes import pretrain
+
+    pretrain(
+        out,
+        seed=seed,
+        noise=noise,
+        quick=quick,
+        size=size,
+        device=find_device(device),
+        log=typer.echo,
+    )

@@ -1,0 +1,33 @@
+"""`sparsecut show`: draw a plan."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .app import MethodOptions, Number, app, argument, option
+
+
+@app.command()
+def show(
+    what: Annotated[
+        str,
+        argument("A method's name, a recipe or plan file (YAML, JSON), or a saved model's folder."),
+    ],
+    vision_depth: Annotated[
+        Number, option("Number of encoder blocks. Default: the model's, else 24.")
+    ] = None,
+    language_depth: Annotated[
+        Number, option("Number of decoder layers. Default: the model's, else 32.")
+    ] = None,
+    method_options: MethodOptions = None,
+    json: Annotated[
+        bool, option("Print the plan as JSON, which `build --plan` takes.", "--json")
+    ] = False,
+) -> None:
+    """Draw a plan: which layers are read, how they are mixed, where they are added."""
+    from .plan_argument import as_json, sketch
+
+    plan, drawing = sketch(what, vision_depth, language_depth, method_options or [])
+    typer.echo(as_json(plan) if json else drawing)

@@ -1,0 +1,68 @@
+"""`sparsecut train`: train by a recipe, check it, or estimate what it takes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..schema import UserError
+from .app import app, argument, option, print_scores, show_progress
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, argument("A recipe file (YAML).")],
+    overrides: Annotated[
+        list[str] | None,
+        argument("Changed values, such as stages.0.args.max_steps=10 output=runs/b"),
+    ] = None,
+    check: Annotated[bool, option("Read all records and images, then stop.", "--check")] = False,
+    resume: Annotated[
+        bool, option("Continue after the last finished stage or checkpoint.", "--resume")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        option("Estimate sizes, memory, steps and hours without loading weights.", "--dry-run"),
+    ] = False,
+    devices: Annotated[int, option("Number of devices for the dry run.", min=1)] = 1,
+    tflops: Annotated[float, option("Peak TFLOP/s of a device, for the dry run's hours.")] = 989.0,
+    mfu: Annotated[float, option("Fraction of the peak that training reaches.")] = 0.4,
+    json: Annotated[bool, option("Print the dry run as JSON.", "--json")] = False,
+) -> None:
+    """Train by a recipe, stage after stage, then evaluate where the recipe says so."""
+    from ..config.recipe import load_recipe
+
+    loaded_recipe = load_recipe(recipe, overrides or [])
+    if dry_run:
+        _print_dry_run(loaded_recipe, json, devices=devices, tflops=tflops, mfu=mfu)
+        return
+    if json:
+        raise UserError("--json prints a dry run, so it needs --dry-run; add it")
+    from ..training.stages import train
+
+    model, processor = train(loaded_recipe, check=check, resume=resume)
+    if check:
+        typer.echo(f"{recipe} can be trained")
+        return
+    is_first_process = os.environ.get("RANK", "0") == "0"
+    if loaded_recipe.evaluate and is_first_process:
+        _evaluate(loaded_recipe, model, processor, resume)
+
+
+def _print_dry_run(recipe, as_json: bool, **machine) -> None:
+    from ..profiling import dry_run
+
+    plans = dry_run.dry_run(recipe, **machine)
+    text = dry_run.as_json(plans) if as_json else "\n".join(dry_run.lines(plans, **machine))
+    typer.echo(text)
+
+
+def _evaluate(recipe, model, processor, resume: bool) -> None:
+    from ..evaluation.evaluator import evaluate_recipe
+
+    with show_progress("evaluating") as progress:
+        result = evaluate_recipe(recipe, model, processor, resume=resume, progress=progress)
+    print_scores(result, Path(recipe.output) / "eval")
