@@ -166,7 +166,7 @@ def test_show_draws_methods_files_recipes_and_models(run, home, model):
 
 
 def test_studies_and_searches_are_refused_in_a_sentence_before_anything_runs(run, home):
-    study = str(ROOT / "configs" / "study" / "world.yaml")
+    study = str(ROOT / "configs" / "study" / "shapes.yaml")
     code, _, err = run("study", "nothing.yaml")
     assert code == 2 and "there is no study nothing.yaml" in err
     code, _, err = run("study", study, "seeds=[]")
