@@ -39,7 +39,7 @@ LEVELS = {"high": ("shape", "place"), "mid": ("texture", "count"), "low": ("shad
 QUICK = {
     "title": "quick",
     "recipe": {
-        "model": {"vision": "world", "language": "world"},
+        "model": {"vision": "shapes", "language": "shapes"},
         "stages": [
             {
                 "name": "tune",
