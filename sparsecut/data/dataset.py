@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from ..prompts import is_fixed
 from ..schema import UserError
 from .encoding import IGNORED, encode, written
-from .examples import Example, choose, read_examples, read_source
+from .examples import Example, RecordError, choose, read_examples, read_source
 from .native_encoding import PER_TOKEN, encode_batch
 from .validation import check_examples
 
@@ -69,6 +69,14 @@ class TrainingData(Dataset):
     def __getitem__(self, index: int) -> dict:
         return self.item(self.examples[index], self._others(index), index)
 
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        """The items of a batch, for a DataLoader; an error becomes an item {"error": error}.
+
+        A worker process would hand on only the text of an error. `Collator` raises it or, with
+        defer_errors, hands it on to `raise_errors`.
+        """
+        return [defer_error(self.__getitem__, index) for index in indices]
+
     def item(
         self,
         example: Example,
@@ -80,8 +88,8 @@ class TrainingData(Dataset):
         """What one example gives or, where its pictures are broken and may be, the first of the
         others whose pictures are not.
 
-        check: raises ValueError for one that cannot be learned from, where none has been checked
-        before. The item then has "broken": a sentence about each record that was passed over.
+        check: raises RecordError for one that cannot be learned from, where none has been checked
+        before. The item then has "broken": the RecordError of each record that was passed over.
         """
         broken = []
         for one in itertools.chain([example], itertools.islice(others, MANY)):
@@ -90,10 +98,10 @@ class TrainingData(Dataset):
                     check(one)
                 item = self._item(one, index if one is example else None)
                 return {**item, "broken": broken} if broken else item
-            except ValueError as error:
+            except RecordError as error:
                 if not one.skip:
                     raise
-                broken.append(str(error))
+                broken.append(error)
         raise UserError(
             f"{len(broken)} records were broken, one after another, the first: {broken[0]}"
         )
@@ -160,6 +168,22 @@ class TrainingData(Dataset):
         return {name: torch.tensor(values, dtype=torch.int32) for name, values in encoded.items()}
 
 
+def defer_error(get_item: Callable, index: int):
+    """An item, or {"error": error} where the user's data is at fault."""
+    try:
+        return get_item(index)
+    except UserError as error:
+        return {"error": error}
+
+
+def raise_errors(batches: Iterable[dict]) -> Iterator[dict]:
+    """Batches of a DataLoader as they come; raises the error that stands in the place of one."""
+    for batch in batches:
+        if "error" in batch:
+            raise batch["error"]
+        yield batch
+
+
 def blank_item(
     processor, *, template: str = "chat", states=None, views: dict[int, int] | None = None
 ) -> dict:
@@ -199,14 +223,17 @@ class Collator:
     items (`batching.Rows`) become one row each, with position_ids [B, L] in the attention_mask's
     place.
 
-    Sentences about broken records, whose places others have taken, stand in "broken", which the
+    Errors of broken records, whose places others have taken, stand in "broken", which the
     model does not take.
     pad_to: L is a multiple of it, so that few shapes occur and a compiled model is compiled seldom.
     blank: an item with a picture that follows those of a batch without one, where the engine needs
     it; none of its tokens is learned.
     """
 
-    def __init__(self, processor, *, pad_to: int | None = None, **settings):
+    def __init__(
+        self, processor, *, pad_to: int | None = None, defer_errors: bool = False, **settings
+    ):
+        self.defer_errors = defer_errors
         token = processor.tokenizer.pad_token_id
         self.pad_token_id = processor.tokenizer.eos_token_id if token is None else token
         self.processor = processor
@@ -216,13 +243,21 @@ class Collator:
 
     def __call__(self, items: list) -> dict:
         packed = isinstance(items[0], list)
-        broken = [
-            sentence
-            for item in (_flat(items) if packed else items)
-            for sentence in item.get("broken", ())
-        ]
-        batch = self._whole(items, packed)
+        broken = []
+        for item in _flat(items) if packed else items:
+            if "error" in item:
+                return self._fail(item["error"])
+            broken += item.get("broken", ())
+        try:
+            batch = self._whole(items, packed)
+        except UserError as error:
+            return self._fail(error)
         return {**batch, "broken": broken} if broken else batch
+
+    def _fail(self, error: UserError) -> dict:
+        if not self.defer_errors:
+            raise error
+        return {"error": error}
 
     def _whole(self, items: list, packed: bool) -> dict[str, Tensor]:
         if packed:

@@ -19,7 +19,7 @@ from ..prompts import (
     takes_suffix,
 )
 from ..schema import UserError
-from .examples import IMAGE, Example
+from .examples import IMAGE, Example, RecordError
 
 IGNORED = -100  # the label of a token that is not learned
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -44,8 +44,8 @@ def encode(
     try:
         text, spans = TEMPLATES[template](example, processor)
         return _tokens(text, spans, processor, max_length)
-    except ValueError as error:
-        raise UserError(f"{example.source or example.id}: {error}") from None
+    except UserError as error:
+        raise RecordError(example.place, str(error)) from None
 
 
 def written(
@@ -64,8 +64,8 @@ def written(
                 " needs; use template: chat"
             )
         return (suffixed if takes_suffix(processor) else TEMPLATES[template])(example, processor)
-    except ValueError as error:
-        raise UserError(f"{example.source or example.id}: {error}") from None
+    except UserError as error:
+        raise RecordError(example.place, str(error)) from None
 
 
 def chat(example: Example, processor) -> tuple[str, list[tuple[int, int]]]:

@@ -30,6 +30,24 @@ ROLES = {
 }
 
 
+class RecordError(UserError):
+    """One record that cannot be used.
+
+    Attributes:
+        where: The record's place, such as "train.jsonl line 7".
+        problem: What is wrong with it, without its place.
+    """
+
+    def __init__(self, where: str, problem: str):
+        super().__init__(f"{where}: {problem}")
+        self.where = where
+        self.problem = problem
+
+    def __reduce__(self):
+        # Unpickling an exception calls its class with `args`, which holds the whole message alone.
+        return RecordError, (self.where, self.problem)
+
+
 @dataclass(frozen=True)
 class Example:
     """One conversation: messages [{"role", "content"}] with `<image>` in user contents, and its
@@ -48,6 +66,11 @@ class Example:
     store: Pictures | None = field(default=None, repr=False, compare=False)
     skip: bool = field(default=False, repr=False, compare=False)
 
+    @property
+    def place(self) -> str:
+        """Where the record stands, or its id where that is not known."""
+        return self.source or self.id
+
     def pictures(self) -> list[Image.Image]:
         """The pictures in RGB, in order; ValueError naming the record where one is missing or
         broken.
@@ -56,20 +79,21 @@ class Example:
             return [
                 open_bytes(i) if isinstance(i, bytes) else self.store.open(i) for i in self.images
             ]
-        except ValueError as error:
-            raise UserError(f"{self.source}: {error}") from None
+        except UserError as error:
+            raise RecordError(self.place, str(error)) from None
 
     def check_pictures(self) -> None:
         """Raise ValueError unless every picture is there; none is opened."""
         for name in self.images:
             if isinstance(name, str) and name not in self.store:
-                raise UserError(
-                    f"{self.source}: there is no picture {name} in {self.store.path}; add it or"
-                    " correct the record's `image`"
+                raise RecordError(
+                    self.place,
+                    f"there is no picture {name} in {self.store.path}; add it or correct the"
+                    " record's `image`",
                 )
 
 
-def read_source(source: Source, problems: list[str]) -> list[Example]:
+def read_source(source: Source, problems: list[RecordError]) -> list[Example]:
     """Examples of a recipe's source; with on_error "skip", sentences about bad records are appended
     to `problems`.
     """
@@ -92,7 +116,7 @@ def read_source(source: Source, problems: list[str]) -> list[Example]:
 
 
 def read_examples(
-    path: str | Path, images: str | Path | None = None, *, problems: list[str] | None = None
+    path: str | Path, images: str | Path | None = None, *, problems: list[RecordError] | None = None
 ) -> list[Example]:
     """All records of a file, or of all that a pattern names, as examples.
 
@@ -108,11 +132,10 @@ def read_examples(
                 example = example_from(record, place, store, skip=problems is not None)
                 example.check_pictures()
                 examples.append(example)
-            except ValueError as error:
-                sentence = str(error) if str(error).startswith(place) else f"{place}: {error}"
+            except RecordError as error:
                 if problems is None:
-                    raise UserError(sentence) from None
-                problems.append(sentence)
+                    raise
+                problems.append(error)
     return examples
 
 
@@ -148,10 +171,19 @@ def _caught(pattern: str, text: str) -> str | None:
 
 
 def example_from(record, place: str, store, *, skip: bool = False) -> Example:
-    """An example from a record, or from the function that reads it; ValueError says what is wrong
-    with it.
+    """Check a record, or what a function reads as one, and return it as an example.
+
+    Raises:
+        RecordError: Where the record cannot be read or has not LLaVA's format.
     """
-    record = record() if callable(record) else record
+    try:
+        record = record() if callable(record) else record
+        return _checked_example(record, place, store, skip)
+    except UserError as error:
+        raise RecordError(place, str(error)) from None
+
+
+def _checked_example(record, place: str, store, skip: bool) -> Example:
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise UserError(
             f"a record is an object with `conversations`, but this is {_kind(record)} without; see"

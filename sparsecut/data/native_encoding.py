@@ -17,7 +17,7 @@ from torch import Tensor
 from ..prompts import run_processor, takes_suffix
 from ..schema import UserError
 from .encoding import IGNORED, check_learned, check_length, written
-from .examples import Example
+from .examples import Example, RecordError
 
 PER_TOKEN = (
     "input_ids",
@@ -53,8 +53,9 @@ def encode_batch(
     try:
         features = _labelled(processor, list(texts), list(spans), pictures)
     except ValueError as error:
-        names = ", ".join(example.source or example.id for example in examples[:3])
-        raise UserError(f"{names}: {type(processor).__name__} refuses: {error}") from error
+        places = ", ".join(example.place for example in examples[:3])
+        problem = f"{type(processor).__name__} refuses: {error}"
+        raise RecordError(places, problem) from error
     mask = features["attention_mask"]
     for row, example in enumerate(examples):
         try:
@@ -68,8 +69,8 @@ def encode_batch(
             check_learned(
                 features["labels"][row, :max_length].tolist(), int(mask[row].sum()), max_length
             )
-        except ValueError as error:
-            raise UserError(f"{example.source or example.id}: {error}") from None
+        except UserError as error:
+            raise RecordError(example.place, str(error)) from None
     return {
         name: value[:, :max_length] if name in PER_TOKEN else value
         for name, value in features.items()

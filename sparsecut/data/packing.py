@@ -110,6 +110,10 @@ class PackedDataset(Dataset):
         of_items = self.data.num_image_tokens
         return [sum(of_items[i] for i in row) for row in self.rows]
 
+    def __getitems__(self, rows: Sequence[int]) -> list[list[dict]]:
+        """The rows of a batch, for a DataLoader; an error takes the place of an item."""
+        return [self.data.__getitems__(self.rows[row]) for row in rows]
+
     def __getitem__(self, row: int) -> list[dict]:
         return [self.data[i] for i in self.rows[row]]
 

@@ -209,7 +209,10 @@ def _sample(members: list[tuple[str, bytes | None]]) -> Callable:
                 f"the sample has {len(texts)} .json files among {[name for name, _ in members]},"
                 " but needs one"
             )
-        record = json.loads(texts[0])
+        try:
+            record = json.loads(texts[0])
+        except ValueError as error:
+            raise UserError(f"the .json of the sample is malformed: {error}") from None
         pictures = [
             name if content is None else content
             for name, content in members

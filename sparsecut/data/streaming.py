@@ -21,7 +21,7 @@ from ..prompts import is_fixed
 from ..schema import UserError
 from .dataset import check_examples
 from .encoding import written
-from .examples import Example, example_from
+from .examples import Example, RecordError, example_from
 from .images import Pictures
 from .readers import files_of, read_records
 
@@ -59,12 +59,22 @@ class Stream(IterableDataset):
         return getattr(self.data, name)
 
     def __iter__(self) -> Iterator[dict]:
+        """Items for a DataLoader; an error of the user's data becomes a last item {"error": error}.
+
+        A worker process would hand on only the text of an error (`TrainingData.__getitems__`).
+        """
+        try:
+            yield from self._items()
+        except UserError as error:
+            yield {"error": error}
+
+    def _items(self) -> Iterator[dict]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         whole, place, broken, before = self.batch * self.processes, 0, [], deque(maxlen=LAST)
         own = range(self.rank * self.batch, (self.rank + 1) * self.batch)
         for example in self.examples():
-            if isinstance(example, str):
+            if isinstance(example, RecordError):
                 broken.append(example)
                 continue
             step, at = divmod(place, whole)
@@ -79,7 +89,7 @@ class Stream(IterableDataset):
     def _check(self, example: Example) -> None:
         check_one(example, self.processor, self.settings)
 
-    def examples(self) -> Iterator[Example | str]:
+    def examples(self) -> Iterator[Example | RecordError]:
         """The stage's examples in their order, without end: every source shuffled anew in each
         pass, and mixed by weight.
 
@@ -91,14 +101,14 @@ class Stream(IterableDataset):
         while True:
             yield next(streams[drawn.choices(range(len(streams)), weights)[0]])
 
-    def _of_source(self, source: Source, number: int) -> Iterator[Example | str]:
+    def _of_source(self, source: Source, number: int) -> Iterator[Example | RecordError]:
         for turn in itertools.count():
             order = random.Random(f"{self.seed} {number} {turn}")
             shards = files_of(expand_path(source.path))
             order.shuffle(shards)
             found, buffer = False, []
             for example in passing(source, shards):
-                if isinstance(example, str):
+                if isinstance(example, RecordError):
                     yield example
                     continue
                 found = True
@@ -117,7 +127,7 @@ class Stream(IterableDataset):
                 )
 
 
-def passing(source: Source, shards: list[Path]) -> Iterator[Example | str]:
+def passing(source: Source, shards: list[Path]) -> Iterator[Example | RecordError]:
     """A source's records in the order of its files, each checked as far as its form goes; of bad
     ones that may be skipped, a sentence.
 
@@ -130,11 +140,10 @@ def passing(source: Source, shards: list[Path]) -> Iterator[Example | str]:
         for place, record in read_records(shard):
             try:
                 yield example_from(record, place, store, skip=skip)
-            except ValueError as error:
-                sentence = str(error) if place in str(error) else f"{place}: {error}"
+            except RecordError as error:
                 if not skip:
-                    raise UserError(sentence) from None
-                yield sentence
+                    raise
+                yield error
 
 
 def check_one(example: Example, processor, settings: dict) -> None:
@@ -153,12 +162,12 @@ def first_of(source: Source, processor, settings: dict, num: int = 32) -> list[E
     """
     good = []
     for example in itertools.islice(passing(source, files_of(expand_path(source.path))), num):
-        if isinstance(example, str):
+        if isinstance(example, RecordError):
             continue
         try:
             check_one(example, processor, settings)
             good.append(example)
-        except ValueError:
+        except RecordError:
             if source.on_error != "skip":
                 raise
     return good

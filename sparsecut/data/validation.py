@@ -19,7 +19,7 @@ from contextlib import closing
 from ..prompts import is_fixed
 from ..schema import UserError
 from .encoding import check_length, encode, written
-from .examples import Example
+from .examples import Example, RecordError
 from .native_encoding import encode_batch, num_tokens_about
 
 NEAR = 0.5  # of a limit: records this long by estimate are measured
@@ -37,7 +37,7 @@ def check_examples(
     limit: int | None = None,
     max_images: int | None = None,
     open_pictures: bool = False,
-    problems: list[str] | None = None,
+    problems: list[RecordError] | None = None,
 ) -> list[Example]:
     """The examples that a model can be trained on: all are written once, and with open_pictures
     every picture is opened.
@@ -47,18 +47,18 @@ def check_examples(
     where a list of problems is given, notes a sentence there and leaves it out.
     """
     good, settings = [], (processor, template, max_length, limit, max_images, open_pictures)
-    with closing(_sentences(examples, settings)) as sentences:
-        for example, sentence in zip(examples, sentences, strict=True):
-            if sentence is None:
+    with closing(_find_errors(examples, settings)) as errors:
+        for example, error in zip(examples, errors, strict=True):
+            if error is None:
                 good.append(example)
             elif problems is None:
-                raise UserError(sentence)
+                raise error
             else:
-                problems.append(sentence)
+                problems.append(error)
     return good
 
 
-def _sentences(examples: Sequence[Example], settings: tuple) -> Iterator[str | None]:
+def _find_errors(examples: Sequence[Example], settings: tuple) -> Iterator[RecordError | None]:
     """What is wrong with each example, in order; None for a good one."""
     num = num_processes() if len(examples) >= MANY and is_fixed(settings[0]) else 1
     if num > 1:
@@ -66,16 +66,18 @@ def _sentences(examples: Sequence[Example], settings: tuple) -> Iterator[str | N
         return
     first = True
     for example in examples:
-        sentence = _sentence(example, settings, first=first)
-        first = first and sentence is not None
-        yield sentence
+        error = _find_error(example, settings, first=first)
+        first = first and error is not None
+        yield error
 
 
-def _shared_out(examples: Sequence[Example], settings: tuple, num: int) -> Iterator[str | None]:
+def _shared_out(
+    examples: Sequence[Example], settings: tuple, num: int
+) -> Iterator[RecordError | None]:
     """The same by num processes.
 
     Forked, they see the examples and the tokenizer as they are: nothing is copied or written to a
-    pipe but sentences. They are left to end by themselves, after the chunk at hand: one that is
+    pipe but errors. They are left to end by themselves, after the chunk at hand: one that is
     killed while it holds a lock keeps everyone waiting for ever.
     """
     pool = ProcessPoolExecutor(
@@ -113,18 +115,18 @@ def _begin(examples: Sequence[Example], settings: tuple) -> None:
     _work[:] = examples, settings
 
 
-def _of_chunk(start: int) -> list[str | None]:
+def _of_chunk(start: int) -> list[RecordError | None]:
     examples, settings = _work
     return [
-        _sentence(example, settings, first=False) for example in examples[start : start + CHUNK]
+        _find_error(example, settings, first=False) for example in examples[start : start + CHUNK]
     ]
 
 
-def _sentence(example: Example, settings: tuple, *, first: bool) -> str | None:
+def _find_error(example: Example, settings: tuple, *, first: bool) -> RecordError | None:
     try:
         _check(example, *settings, first=first)
-    except ValueError as error:
-        return str(error)
+    except RecordError as error:
+        return error
     return None
 
 
@@ -142,8 +144,8 @@ def _check(
         ids = encode(example, processor, template, max_length=max_length)["input_ids"]
         try:
             check_length(ids, processor, None, limit, max_images)
-        except ValueError as error:
-            raise UserError(f"{example.source}: {error}") from None
+        except UserError as error:
+            raise RecordError(example.place, str(error)) from None
         if open_pictures:
             example.pictures()
     else:

@@ -22,6 +22,7 @@ from transformers import BatchFeature
 from .. import __version__
 from ..config.recipe import Recipe
 from ..config.yaml_io import expand_path
+from ..data.dataset import raise_errors
 from ..data.examples import IMAGE, Example, read_source
 from ..data.feature_cache import views_of
 from ..fingerprint import weights_hash
@@ -162,9 +163,11 @@ class Batches(Dataset):
 
     def __getitem__(self, number: int) -> dict:
         prompts, examples = self.asked[number]
-        return dict(
-            encode_prompts(self.processor, prompts, [example.pictures() for example in examples])
-        )
+        try:
+            images = [example.pictures() for example in examples]
+            return dict(encode_prompts(self.processor, prompts, images))
+        except UserError as error:  # a worker process would hand on only its text
+            return {"error": error}
 
 
 def _prepared(model, processor, asked: list[tuple], states, workers: int) -> Iterator[dict]:
@@ -179,15 +182,10 @@ def _prepared(model, processor, asked: list[tuple], states, workers: int) -> Ite
         yield from (_from_states(model, processor, *batch, states) for batch in asked)
         return
     batches = Batches(processor, asked)
-    try:
-        for inputs in (
-            DataLoader(batches, None, num_workers=workers, worker_init_fn=_alone)
-            if workers
-            else batches
-        ):
-            yield BatchFeature(inputs).to(model.device)
-    except ValueError as error:  # a DataLoader puts the trace of its worker around it
-        raise UserError(str(error).rpartition("ValueError: ")[2].strip()) from None
+    if workers:
+        batches = DataLoader(batches, None, num_workers=workers, worker_init_fn=_alone)
+    for inputs in raise_errors(batches):
+        yield BatchFeature(inputs).to(model.device)
 
 
 def _alone(worker: int) -> None:

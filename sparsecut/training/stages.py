@@ -28,6 +28,7 @@ from ..building import build, is_saved, load
 from ..config.recipe import Recipe, Source, Stage, dump_recipe, load_recipe
 from ..config.yaml_io import expand_path
 from ..data.dataset import Collator, Example, TrainingData, check_examples, choose, read_source
+from ..data.examples import RecordError
 from ..data.feature_cache import VisionFeatureCache, prepare_states, views_of
 from ..data.packing import in_rows
 from ..data.streaming import Stream, first_of
@@ -71,7 +72,7 @@ def train(
     output = Path(expand_path(recipe.output))
     arguments = [stage_arguments(stage, recipe.seed, output) for stage in recipe.stages]
     check_output(recipe, output, resume=resume or check)
-    problems: list[str] = []
+    problems: list[RecordError] = []
     read = [
         [
             (source, None if source.streaming else read_source(source, problems))
@@ -124,7 +125,7 @@ def train(
         output.mkdir(parents=True, exist_ok=True)
         dump_recipe(recipe, output / "config.yaml")
         if problems:
-            (output / SKIPPED).write_text("".join(f"{sentence}\n" for sentence in problems))
+            (output / SKIPPED).write_text("".join(f"{error}\n" for error in problems))
     kept = [e for found in data for _, examples in found for e in examples] + asked
     states = kept_states(recipe, model, processor, kept, arguments[0])
     for stage, found in list(zip(recipe.stages, data, strict=True))[done:]:
@@ -179,7 +180,7 @@ def train_stage(
     log = StageLog(stage.name, Path(args.output_dir), shown=shown)
     settings = {"template": stage.template, "max_length": stage.max_length}
     limits = _limits(stage, model)
-    collator = Collator(processor, **settings, **limits, pad_to=stage.pad_to)
+    collator = Collator(processor, **settings, **limits, pad_to=stage.pad_to, defer_errors=True)
     examples = [example for _, of_source in found for example in of_source]
     data = TrainingData(examples, processor, **settings, states=states, views=views)
     mixture = (
@@ -211,16 +212,10 @@ def train_stage(
             merge_adapters(model)
         if model.is_upgrade and not trainer.is_sharded:
             model.config.base_digest = base_hash(model.base)
-    except ValueError as error:
+    except UserError as error:
         if str(error).startswith("stage "):
             raise
-        # What a DataLoader puts around an error of its workers is of use to no one.
-        told = (
-            str(error).rpartition("ValueError: ")[2].strip()
-            if str(error).startswith("Caught ")
-            else error
-        )
-        raise UserError(f"stage {stage.name}: {told}") from error
+        raise UserError(f"stage {stage.name}: {error}") from error
     finally:
         log.close()
         for parameter in model.parameters():  # those of a quantised base are whole numbers
@@ -320,7 +315,13 @@ def _limits(stage: Stage, model) -> dict:
 
 
 def _checked(
-    stage: Stage, sources, processor, *, limits: dict, open_pictures: bool, problems: list[str]
+    stage: Stage,
+    sources,
+    processor,
+    *,
+    limits: dict,
+    open_pictures: bool,
+    problems: list[RecordError],
 ) -> list:
     """Every source of a stage with its good examples, of a stream the first ones."""
     settings = {"template": stage.template, "max_length": stage.max_length, **limits}
@@ -341,7 +342,7 @@ def _checked(
     if not all(examples for _, examples in good):
         raise UserError(
             f"stage {stage.name}: a source has no record left to learn from; {len(problems)} were"
-            f" skipped, the last: {problems[-1:]}"
+            f" skipped, the last: {problems[-1] if problems else None}"
         )
     return good
 
@@ -360,7 +361,7 @@ def _held_out(arguments: list[TrainingArguments], asked: list[Example], processo
     return check_examples(choose(asked, keep=HELD_OUT), processor) if wanted else []
 
 
-def _report(recipe: Recipe, data: list, problems: list[str], *, shown: bool) -> None:
+def _report(recipe: Recipe, data: list, problems: list[RecordError], *, shown: bool) -> None:
     if problems:
         logger.warning("%d records are skipped, the first: %s", len(problems), problems[0])
     for stage, found in zip(recipe.stages, data, strict=True) if shown else ():

@@ -17,7 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..adapters import adapters_of, read_weights, save_adapters, without_adapters
 from ..config.recipe import Stage
-from ..data.dataset import blank_item, picture_inputs
+from ..data.dataset import blank_item, picture_inputs, raise_errors
 from ..data.encoding import IGNORED
 from ..data.packing import LengthGroupedSampler, PackedDataset, check_packing
 from ..data.streaming import Stream
@@ -198,6 +198,15 @@ class StageTrainer(Trainer):
             if not name.endswith("fusion.gates")
         ]
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The Trainer's; raises the error of a record that a worker process could not read."""
+        return super().get_batch_samples(raise_errors(epoch_iterator), num_batches, device)
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """The Trainer's; raises the error of a record that a worker process could not read."""
+        inputs = next(raise_errors([inputs]))
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A step that counts tokens and stops at a loss that is not a number or has nothing to
         learn.
@@ -231,17 +240,17 @@ class StageTrainer(Trainer):
             )
         return loss
 
-    def _note_broken(self, sentences) -> None:
+    def _note_broken(self, errors) -> None:
         """Count and name broken records, of all processes and of this run's beginning; ValueError
         where they are more than their share.
         """
-        if not sentences:
+        if not errors:
             return
         file = Path(self.args.output_dir) / SKIPPED
         known = set(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else set()
         new = [
             one
-            for one in dict.fromkeys(" ".join(sentence.split()) for sentence in sentences)
+            for one in dict.fromkeys(" ".join(str(error).split()) for error in errors)
             if one not in known
         ]
         if not new:

@@ -193,7 +193,7 @@ def test_every_bad_record_is_named(folder, bad, sentence):
         read_examples(path)
     problems = []
     assert [e.id for e in read_examples(path, problems=problems)] == ["r", "last"]
-    assert len(problems) == 1 and problems[0].startswith(f"{path} line 2: ")
+    assert [error.where for error in problems] == [f"{path} line 2"]
 
 
 def test_malformed_files_are_named_with_the_place(folder):
