@@ -29,8 +29,7 @@ from .hooks import check_language_model
 from .modeling import SparseCutForConditionalGeneration
 from .modeling_upgraded import FACTS
 from .plan import Plan
-from .processing import SparseCutProcessor
-from .processing_audio import SparseCutAudioProcessor, check_extractor
+from .processing import SparseCutAudioProcessor, SparseCutProcessor, check_extractor
 from .schema import UserError
 from .upgrading import HUB_ARGUMENTS, load_fusion, read_processor
 
@@ -39,8 +38,8 @@ logger = logging.getLogger(__name__)
 SHAPES_WEIGHTS = Path(__file__).parent / "shapes" / "weights"
 SHAPES = "shapes"  # names the built-in small backbones
 OLD_SHAPES = "world"  # their former name
-# where the Auto classes find the code that is saved with a model or a processor, by the module of
-# its class
+# Where the Auto classes find the code that is saved with a model or a processor: by the name of its
+# class, or by its module for the processors of upgraded models, which keep their base's class name.
 AUTO_MAPS = {
     "modeling": {
         "AutoConfig": "configuration.SparseCutConfig",
@@ -50,8 +49,8 @@ AUTO_MAPS = {
         "AutoConfig": "configuration_upgraded.SparseCutUpgradeConfig",
         "AutoModelForImageTextToText": "modeling_upgraded.SparseCutUpgrade",
     },
-    "processing_audio": {"AutoProcessor": "processing_audio.SparseCutAudioProcessor"},
-    "processing": {"AutoProcessor": "processing.SparseCutProcessor"},
+    "SparseCutAudioProcessor": {"AutoProcessor": "processing.SparseCutAudioProcessor"},
+    "SparseCutProcessor": {"AutoProcessor": "processing.SparseCutProcessor"},
     "processing_upgraded": {"AutoProcessor": "processing_upgraded.SparseCutUpgradeProcessor"},
 }
 
@@ -233,7 +232,8 @@ def save(model: PreTrainedModel, processor, folder: str | Path, *, code: bool = 
     for part, file in (
         ((model, "config.json"), (processor, "processor_config.json")) if code else ()
     ):
-        homes = AUTO_MAPS.get(type(part).__module__.rpartition(".")[2])
+        kind = type(part)
+        homes = AUTO_MAPS.get(kind.__name__) or AUTO_MAPS.get(kind.__module__.rpartition(".")[2])
         if homes is not None and type(part).__module__.partition(".")[0] != "transformers":
             custom_object_save(part, folder)  # its module and all that this imports relatively
             path = Path(folder) / file

@@ -1,6 +1,6 @@
-"""Pictures to views, conversations to token ids: the processor of a SparseCut model.
+"""Processors: images to views, audio to spectrograms, and text to token ids.
 
-The same steps at training and at inference, so that what a model sees never depends on who calls it.
+Training and inference call the same steps, so the inputs of a model never depend on the caller.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from .encoders import pair
 from .schema import UserError
 
-COARSE = ("squash", "crop")
-NORMALISING = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+COARSE_VIEWS = ("squash", "crop")
+# settings of an image processor that change pixel values
+NORMALIZATION = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
-# Put before a tokenizer's own chat template, which often knows string contents only: lists of
-# {"type": "image"} and {"type": "text"} items become one string, pictures as the placeholder on a
-# line of its own.
+# Precedes the tokenizer's chat template, which often accepts string contents only. It turns a list
+# of {"type": "image"} and {"type": "text"} items into one string, with one placeholder per image on
+# a line of its own.
 FLATTEN = """\
 {%- set ns = namespace(messages=[], text='') -%}
 {%- for message in messages -%}
@@ -44,7 +45,7 @@ FLATTEN = """\
 {%- endfor -%}
 {%- set messages = ns.messages %}"""
 
-# Used where a tokenizer brings no template; plain words, so that any vocabulary has them.
+# For tokenizers without a template. Its words are plain, so that any vocabulary has them.
 DEFAULT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
@@ -58,42 +59,79 @@ ASSISTANT:{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgenera
 {%- if add_generation_prompt -%}ASSISTANT:{%- endif -%}"""
 
 
-def views(image: Image.Image, tiles: int, size, coarse: str = "squash") -> list[Image.Image]:
-    """Cut the encoder-sized views of a picture: the coarse one, then tiles x tiles fine ones, row
-    by row.
+def cut_views(image: Image.Image, tiles: int, size, coarse: str = "squash") -> list[Image.Image]:
+    """Cut an image into encoder-sized views: one coarse view, then tiles x tiles fine views.
 
-    size: pixels of a view, or (height, width). Pillow bicubic from the original, ignoring the
-    aspect ratio, so that fine patches lie under coarse ones. coarse="crop" is what the released
-    training loader does instead (the smallest picture that covers the view, then its centre): for
-    comparison only, because fine views of a picture of another shape no longer lie under it.
+    All views are resized from the original with Pillow's bicubic filter. "squash" ignores the
+    aspect ratio, so that fine patches lie under coarse ones.
+
+    Args:
+        image: an image of any size and mode.
+        tiles: fine views per side; 0 for none.
+        size: pixels of a view, one number or (height, width).
+        coarse: "squash", or "crop" as in the released training loader (arXiv 2602.00505): the
+            smallest image that covers the view, then its center. With "crop", fine views of a
+            non-square image do not lie under the coarse view.
+
+    Returns:
+        1 + tiles^2 RGB images, the fine ones row by row.
     """
     image = image.convert("RGB")
-    h, w = pair(size)
-    if coarse == "crop":
-        width, height = image.size
-        wide = w * height <= h * width  # the height decides
-        scaled = (int(h * width / height), h) if wide else (w, int(w * height / width))
-        scaled = image.resize(scaled, Image.Resampling.BICUBIC)
-        left, top = (scaled.width - w) // 2, (scaled.height - h) // 2
-        out = [scaled.crop((left, top, left + w, top + h))]
+    height, width = pair(size)
+    squashed = image.resize((width, height), Image.Resampling.BICUBIC)
+    coarse_view = _crop_center(image, height, width) if coarse == "crop" else squashed
+    if not tiles:
+        return [coarse_view]
+    large = image.resize((tiles * width, tiles * height), Image.Resampling.BICUBIC)
+    fine_views = []
+    for top in range(0, tiles * height, height):
+        for left in range(0, tiles * width, width):
+            fine_views.append(large.crop((left, top, left + width, top + height)))
+    return [coarse_view, *fine_views]
+
+
+def _crop_center(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Resize an image until it covers (height, width), then cut out its center."""
+    if width * image.height <= height * image.width:
+        scaled_size = (int(height * image.width / image.height), height)
     else:
-        out = [image.resize((w, h), Image.Resampling.BICUBIC)]
-    if tiles:
-        big = image.resize((tiles * w, tiles * h), Image.Resampling.BICUBIC)
-        corners = [(x * w, y * h) for y in range(tiles) for x in range(tiles)]
-        out += [big.crop((x, y, x + w, y + h)) for x, y in corners]
-    return out
+        scaled_size = (width, int(width * image.height / image.width))
+    scaled = image.resize(scaled_size, Image.Resampling.BICUBIC)
+    left = (scaled.width - width) // 2
+    top = (scaled.height - height) // 2
+    return scaled.crop((left, top, left + width, top + height))
+
+
+def _get_placeholder_id(tokenizer, placeholder: str) -> int:
+    token_id = tokenizer.convert_tokens_to_ids(placeholder)
+    if token_id is None or token_id == tokenizer.unk_token_id:
+        raise UserError(
+            f"the tokenizer has no token {placeholder!r}; add it with"
+            f" tokenizer.add_special_tokens({{'additional_special_tokens': [{placeholder!r}]}})"
+            " or name another token"
+        )
+    return token_id
+
+
+def _make_chat_template(tokenizer, placeholder: str) -> str:
+    """The tokenizer's chat template, or ours if it has none, extended to accept image items."""
+    own_template = tokenizer.get_chat_template() if tokenizer.chat_template else DEFAULT_TEMPLATE
+    return FLATTEN.replace("IMAGE_TOKEN", placeholder) + own_template
 
 
 class SparseCutProcessor(ProcessorMixin):
-    r"""An encoder's image processor (its mean, standard deviation and rescaling) and a tokenizer,
-    with views and image tokens.
+    r"""Prepares images and text for a SparseCut model.
 
-    image_size: side of a view in pixels, or [height, width]. tiles: fine views per side, 0 for
-    none.
-    num_image_tokens: positions per picture. coarse: "squash" (aligned with the fine views) or
-    "crop" (the released training loader).
-    image_token: one placeholder per picture in a text, expanded to `num_image_tokens` copies.
+    It joins a tokenizer and the image processor of an encoder. Of the image processor, only the
+    normalization counts: mean, standard deviation and rescaling.
+
+    Attributes:
+        image_size: side of a view in pixels, or [height, width].
+        tiles: fine views per side; 0 for none.
+        num_image_tokens: positions per image in the prompt.
+        coarse: "squash" (aligned with the fine views) or "crop" (see `cut_views`).
+        image_token: placeholder in the text, one per image; it becomes `num_image_tokens` tokens.
+        image_token_id: id of the placeholder.
     """
 
     def __init__(
@@ -107,133 +145,206 @@ class SparseCutProcessor(ProcessorMixin):
         image_token="<image>",
         chat_template=None,
     ):
-        if coarse not in COARSE:
-            raise UserError(f"coarse is {coarse!r}, but must be one of {', '.join(COARSE)}")
-        self.image_size, self.tiles, self.coarse = image_size, tiles, coarse
-        self.num_image_tokens, self.image_token = num_image_tokens, image_token
-        # generation continues from the last column; a saved tokenizer forgets this
+        if coarse not in COARSE_VIEWS:
+            raise UserError(f"coarse is {coarse!r}, but must be one of {', '.join(COARSE_VIEWS)}")
+        self.image_size = image_size
+        self.tiles = tiles
+        self.coarse = coarse
+        self.num_image_tokens = num_image_tokens
+        self.image_token = image_token
+        # Generation continues from the last column. A saved tokenizer forgets this setting.
         tokenizer.padding_side = "left"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
-            raise UserError(
-                f"the tokenizer has no token {image_token!r}; add it with"
-                f" tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}})"
-                " or name another one"
-            )
-        super().__init__(
-            image_processor,
-            tokenizer,
-            chat_template=chat_template or self.flattening(tokenizer, image_token),
-        )
-
-    @staticmethod
-    def flattening(tokenizer, image_token: str) -> str:
-        """The tokenizer's chat template (or ours, where it has none), made to accept pictures in
-        contents.
-        """
-        return FLATTEN.replace("IMAGE_TOKEN", image_token) + (
-            tokenizer.get_chat_template() if tokenizer.chat_template else DEFAULT_TEMPLATE
-        )
+        self.image_token_id = _get_placeholder_id(tokenizer, image_token)
+        chat_template = chat_template or _make_chat_template(tokenizer, image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @property
     def num_views(self) -> int:
-        """Views per picture, coarse and fine."""
+        """Views per image: one coarse view and all fine views."""
         return 1 + self.tiles**2
 
     def expand(self, text: str) -> str:
-        """Replace every placeholder by as many image tokens as a picture takes."""
+        """Repeat every placeholder once per image token."""
         return text.replace(self.image_token, self.image_token * self.num_image_tokens)
 
     def pixels(self, images: list, **settings) -> Tensor:
-        """Normalised views of pictures: float32 [pictures, 1 + tiles^2, 3, h, w], coarse view
-        first.
+        """Cut images into views and normalize them.
 
-        settings: of NORMALISING, instead of the image processor's own.
+        Args:
+            images: PIL images, arrays or tensors.
+            settings: values of `NORMALIZATION` that replace those of the image processor.
+
+        Returns:
+            Float32 [images, 1 + tiles^2, 3, height, width], the coarse view first.
         """
-        pictures = [
-            image if isinstance(image, Image.Image) else to_pil_image(image) for image in images
-        ]
-        levels = [
-            [np.asarray(v) for v in views(p, self.tiles, self.image_size, self.coarse)]
-            for p in pictures
-        ]
-        if not levels:
+        if not images:
             return torch.empty(0, self.num_views, 3, *pair(self.image_size))
-        table = self._normalised_levels(**settings)
-        levels = np.stack([np.stack(v) for v in levels])
-        return torch.from_numpy(np.stack([table[c][levels[..., c]] for c in range(3)], axis=2))
+        levels = np.stack([self._read_levels(image) for image in images])
+        table = self._make_level_table(**settings)
+        channels = [table[channel][levels[..., channel]] for channel in range(3)]
+        return torch.from_numpy(np.stack(channels, axis=2))
 
-    def _normalised_levels(self, **settings) -> np.ndarray:
-        """What the encoder's image processor makes of the 256 levels of each channel: float32 [3,
-        256].
-        """
-        p = {name: getattr(self.image_processor, name) for name in NORMALISING} | settings
+    def _read_levels(self, image) -> np.ndarray:
+        """The views of an image as levels from 0 to 255: uint8 [views, height, width, 3]."""
+        if not isinstance(image, Image.Image):
+            image = to_pil_image(image)
+        views = cut_views(image, self.tiles, self.image_size, self.coarse)
+        return np.stack([np.asarray(view) for view in views])
+
+    def _make_level_table(self, **settings) -> np.ndarray:
+        """The normalized value of each of the 256 levels of a channel: float32 [3, 256]."""
+        values = {name: getattr(self.image_processor, name) for name in NORMALIZATION} | settings
         levels = np.arange(256, dtype=np.float64)
-        if p["do_rescale"]:
-            levels = levels * p["rescale_factor"]
+        if values["do_rescale"]:
+            levels = levels * values["rescale_factor"]
         levels = np.tile(levels.astype(np.float32), (3, 1))
-        if p["do_normalize"]:
-            mean, std = (
-                np.asarray(p[name], dtype=np.float32).reshape(-1, 1)
-                for name in ("image_mean", "image_std")
-            )
+        if values["do_normalize"]:
+            mean = np.asarray(values["image_mean"], dtype=np.float32).reshape(-1, 1)
+            std = np.asarray(values["image_std"], dtype=np.float32).reshape(-1, 1)
             levels = (levels - mean) / std
         return levels
 
     def _process_images(self, images, **kwargs):
-        settings = {name: kwargs[name] for name in NORMALISING if kwargs.get(name) is not None}
+        settings = {name: kwargs[name] for name in NORMALIZATION if kwargs.get(name) is not None}
         pixels = self.pixels(make_flat_list_of_images(images), **settings)
         inputs = {"pixel_values": pixels}
         return inputs, [self.replace_image_token(inputs, i) for i in range(len(pixels))]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """What a placeholder becomes: as many image tokens as a picture takes, whichever it is."""
+        """The text that replaces one placeholder: the same number of image tokens for any image."""
         return self.expand(self.image_token)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
-        sizes = image_sizes or []
+        num_images = len(image_sizes or [])
         return MultiModalData(
-            num_image_tokens=[self.num_image_tokens] * len(sizes),
-            num_image_patches=[self.num_views] * len(sizes),
+            num_image_tokens=[self.num_image_tokens] * num_images,
+            num_image_patches=[self.num_views] * num_images,
         )
 
     def __call__(
         self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs
     ) -> BatchFeature:
-        """Token ids of texts and pixel values of their pictures, as Hugging Face processors return
-        them.
+        """Convert texts to token ids and their images to pixel values.
 
-        images: a picture, a list of pictures in the order of the placeholders, or one list per
-        text. text: one or several. Returns input_ids and attention_mask [B, L] and, only where
-        pictures are given, pixel_values [pictures, 1 + tiles^2, 3, h, w]. Raises ValueError where
-        the numbers of placeholders and pictures differ.
+        Args:
+            images: one image, a list of images in the order of the placeholders, or one list per
+                text.
+            text: one text or several.
+            kwargs: those of Hugging Face processors, such as `padding` and `return_tensors`.
+
+        Returns:
+            input_ids and attention_mask [B, L]. With images also pixel_values
+            [images, 1 + tiles^2, 3, height, width].
+
+        Raises:
+            UserError: A text has more or fewer placeholders than images.
         """
-        if isinstance(images, (list, tuple)) and not any(
-            len(i) if isinstance(i, (list, tuple)) else 1 for i in images
-        ):
-            images = None  # a batch of texts without any picture
-        if text is not None:
+        if _has_no_image(images):
+            images = None
+        if text is not None and _is_one_list_per_text(images):
             texts = [text] if isinstance(text, str) else text
-            if (
-                images is not None
-                and isinstance(images, (list, tuple))
-                and any(isinstance(i, (list, tuple)) for i in images)
-            ):
-                if len(images) == len(texts):
-                    self._check_rows(images, texts)
-                images = [picture for row in images for picture in row]
+            if len(images) == len(texts):
+                self._check_placeholders(images, texts)
+            images = [image for row in images for image in row]
         return super().__call__(images=images, text=text, **kwargs)
 
-    def _check_rows(self, images, texts):
-        for row, (pictures, line) in enumerate(zip(images, texts, strict=True)):
-            if line.count(self.image_token) != len(pictures):
+    def _check_placeholders(self, images: list[list], texts: list[str]) -> None:
+        for row, (row_images, text) in enumerate(zip(images, texts, strict=True)):
+            count = text.count(self.image_token)
+            if count != len(row_images):
                 raise UserError(
-                    f"text {row} has {line.count(self.image_token)} placeholders"
-                    f" {self.image_token}, but {len(pictures)} pictures were given for it; write"
-                    " one placeholder per picture"
+                    f"text {row} has {count} placeholders {self.image_token}, but"
+                    f" {len(row_images)} images; write one placeholder per image"
                 )
 
     @property
     def model_input_names(self):
         """Names of what `__call__` returns."""
         return [*self.tokenizer.model_input_names, "pixel_values"]
+
+
+def _has_no_image(images) -> bool:
+    """Whether images are empty lists: a batch of texts without any image."""
+    if not isinstance(images, list | tuple):
+        return False
+    return all(isinstance(item, list | tuple) and not item for item in images)
+
+
+def _is_one_list_per_text(images) -> bool:
+    if not isinstance(images, list | tuple):
+        return False
+    return any(isinstance(item, list | tuple) for item in images)
+
+
+class SparseCutAudioProcessor(ProcessorMixin):
+    r"""Prepares audio and text for a SparseCut model with an audio encoder.
+
+    It joins a tokenizer and the feature extractor of an encoder such as Whisper's. A spectrogram
+    takes the place of an image's views: `pixel_values` are [sounds, 1, mels, frames].
+
+    Recipes, evaluation and chat read images only. Train a model with an audio encoder by a Trainer
+    or a loop of your own (examples/audio.py).
+
+    Attributes:
+        num_audio_tokens: positions per sound in the prompt.
+        audio_token: placeholder in the text, one per sound; it becomes `num_audio_tokens` tokens.
+        audio_token_id: id of the placeholder.
+    """
+
+    def __init__(
+        self,
+        feature_extractor=None,
+        tokenizer=None,
+        num_audio_tokens=None,
+        audio_token="<audio>",
+        chat_template=None,
+    ):
+        self.num_audio_tokens = num_audio_tokens
+        self.audio_token = audio_token
+        # Generation continues from the last column. A saved tokenizer forgets this setting.
+        tokenizer.padding_side = "left"
+        self.audio_token_id = _get_placeholder_id(tokenizer, audio_token)
+        if not chat_template:
+            chat_template = _make_chat_template(tokenizer, audio_token)
+            chat_template = chat_template.replace("'image'", "'audio'")
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+
+    def _process_audio(self, audio, **kwargs):
+        """Spectrograms, and the text that replaces each placeholder."""
+        extractor = self.feature_extractor
+        num_samples = max(len(sound) for sound in audio)
+        if num_samples > extractor.n_samples:
+            raise UserError(
+                f"a sound has {num_samples} samples, but the encoder takes at most"
+                f" {extractor.n_samples} ({extractor.chunk_length} s at {extractor.sampling_rate}"
+                " Hz); cut the sound into parts"
+            )
+        # The other keywords (padding, truncation) are for text: all spectrograms have one length.
+        rate = kwargs.get("sampling_rate") or extractor.sampling_rate
+        features = extractor(audio, sampling_rate=rate, return_tensors="pt")["input_features"]
+        replacements = [self.audio_token * self.num_audio_tokens] * len(audio)
+        return {"pixel_values": features.unsqueeze(1)}, replacements
+
+    def _get_num_multimodal_tokens(self, audio_lengths=None, **kwargs):
+        return MultiModalData(num_audio_tokens=[self.num_audio_tokens] * len(audio_lengths or []))
+
+    @property
+    def model_input_names(self):
+        """Names of what `__call__` returns."""
+        return [*self.tokenizer.model_input_names, "pixel_values"]
+
+
+def check_extractor(feature_extractor, grid) -> None:
+    """Check that a feature extractor makes spectrograms of the shape of the encoder's grid.
+
+    Raises:
+        UserError: Mels or frames differ.
+    """
+    num_mels = feature_extractor.feature_size
+    num_frames = feature_extractor.nb_max_frames
+    if (num_mels, num_frames) != grid.view:
+        raise UserError(
+            f"the feature extractor makes {num_mels} mels and {num_frames} frames per sound, but"
+            f" the encoder takes {grid.view[0]} and {grid.view[1]}; set its feature_size, or its"
+            " chunk_length in seconds"
+        )

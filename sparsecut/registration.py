@@ -58,8 +58,7 @@ def register_processor() -> None:
 
     from .configuration import SparseCutConfig
     from .configuration_upgraded import SparseCutUpgradeConfig
-    from .processing import SparseCutProcessor
-    from .processing_audio import SparseCutAudioProcessor
+    from .processing import SparseCutAudioProcessor, SparseCutProcessor
     from .processing_upgraded import SparseCutUpgradeProcessor
 
     PROCESSOR_MAPPING.register(SparseCutConfig, SparseCutProcessor, exist_ok=True)

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessorPil
 
-from sparsecut.processing import SparseCutProcessor, views
+from sparsecut.processing import SparseCutProcessor, cut_views
+from sparsecut.schema import UserError
 
 PARITY = Path(__file__).parents[2] / "shared" / "parity" / "F"
 needs_parity = pytest.mark.skipif(not PARITY.is_dir(), reason="the parity files are not here")
@@ -51,7 +52,7 @@ def test_pixels_equal_the_released_inference(name):
     assert torch.equal(small, expected[f"{name}.pixels_112"])
     assert torch.equal(large[:, :, 8::16, 8::16], expected[f"{name}.pixels_336_every_16th"])
     for size in (112, 336):
-        levels = np.stack([np.asarray(v).transpose(2, 0, 1) for v in views(picture, 2, size)])
+        levels = np.stack([np.asarray(v).transpose(2, 0, 1) for v in cut_views(picture, 2, size)])
         assert (
             hashlib.sha256(levels.tobytes()).hexdigest()
             == meta["facts"][f"{name}@{size}"]["levels_sha256"]
@@ -71,7 +72,7 @@ def test_fine_views_lie_under_the_coarse_one():
     picture = Image.fromarray(
         np.kron(np.array([[0, 80], [160, 240]], np.uint8), np.ones((30, 50), np.uint8))
     )
-    coarse, *fine = (np.asarray(v)[..., 0] for v in views(picture, 2, 16))
+    coarse, *fine = (np.asarray(v)[..., 0] for v in cut_views(picture, 2, 16))
     quarters = [coarse[:8, :8], coarse[:8, 8:], coarse[8:, :8], coarse[8:, 8:]]
     for view, quarter in zip(
         fine, quarters, strict=True
@@ -105,7 +106,7 @@ def test_every_kind_of_picture_is_taken(kind):
 
 def test_wrong_numbers_of_pictures_are_refused():
     p, picture = processor(8), formula(20, 30)
-    with pytest.raises(ValueError, match="text 0 has 1 placeholders <image>, but 2 pictures"):
+    with pytest.raises(UserError, match="text 0 has 1 placeholders <image>, but 2 images"):
         p(images=[[picture, picture], []], text=["<image>", "<image>"])
     with pytest.raises(ValueError, match="no images were passed"):
         p(text=["<image>"])
