@@ -190,8 +190,8 @@ class _LineProgress:
 
 def print_scores(result: dict, out: Path | None) -> None:
     """Print an evaluation's scores, and where they were written."""
-    from ..evaluation.scoring import table
+    from ..evaluation.scoring import format_scores
 
-    typer.echo(table(result))
+    typer.echo(format_scores(result))
     if out is not None:
         typer.echo(f"wrote {out}/result.json and {out}/predictions.jsonl")

@@ -1,1 +1,1 @@
-"""Answers, scores, and how certain they are."""
+"""Evaluate a model: answers to questions, scores, their uncertainty, and ablation of shortcuts."""

@@ -1,7 +1,6 @@
-"""How often a model answers right: greedy answers to every question of a file, scored and kept
-beside their settings.
+"""Evaluate a model: greedy answers to every question of a data file, judged and written to a folder.
 
-An interrupted run goes on where it stopped (eval_folder.py).
+An interrupted evaluation resumes where it stopped (`output_dir`).
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,8 +37,20 @@ from ..prompts import (
     render_prompt,
 )
 from ..schema import UserError, nearest
-from .output_dir import PREDICTIONS, RESULT, answered, open_run, write_json, write_lines
-from .scoring import METRICS, scores
+from .output_dir import PREDICTIONS, RESULT, judge, open_output_dir, write_json, write_lines
+from .scoring import METRICS, compute_scores
+
+
+class EvaluationResult(dict):
+    """What result.json holds, and the records that it was computed from.
+
+    Attributes:
+        records: The lines of predictions.jsonl, one for each example, in order.
+    """
+
+    def __init__(self, result: dict, records: list[dict]):
+        super().__init__(result)
+        self.records = records
 
 
 @torch.inference_mode()
@@ -52,67 +64,75 @@ def evaluate(
     max_new_tokens: int = 16,
     metric: str | None = "exact_match",
     resume: bool = True,
-    states=None,
+    feature_cache=None,
     workers: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict:
-    """Ask the model every example's last question and compare with the last assistant turn; earlier
-    turns are context.
+) -> EvaluationResult:
+    """Ask the model the last question of every example, and compare with the last assistant turn.
 
-    Returns accuracy (share right, with count and 95 % Wilson interval), the same per group and per
-    level where examples name them, the mean over levels, decoding settings, prompt template,
-    versions and seconds; written to `out` together with the predictions. metric: None keeps the
-    answers without judging them. resume: keep the answers that `out` has for the same settings and
-    prompts; False starts over. states: kept states of the examples' pictures
-    (`states.VisionStates`), read instead of running the encoder. workers: processes that prepare
-    pictures while the model answers; worth it where a GPU would wait for them. Raises ValueError
-    for a missing picture, a prompt that is too long, or an `out` made with other settings.
+    Earlier turns are context. Answers are greedy.
+
+    Args:
+        model: A SparseCut model, joined or upgraded.
+        processor: Its processor.
+        examples: The questions, with their images.
+        out: Folder for settings.json, predictions.jsonl and result.json; None writes nothing.
+        batch_size: Questions that are answered at once.
+        max_new_tokens: The longest answer, in tokens.
+        metric: A key of `scoring.METRICS`; None keeps the answers unjudged.
+        resume: Whether to keep the answers that `out` has for the same questions and settings.
+        feature_cache: Cached vision features of the images (`VisionFeatureCache`), read in place
+            of running the encoder.
+        workers: Processes that prepare images while the model answers. They pay where a GPU would
+            wait for images.
+        progress: Called with the number of answered questions and the number of all.
+
+    Returns:
+        `accuracy` (0 to 1, with counts and its 95 % Wilson interval), the same by `groups` and
+        `levels`, the mean over levels, the settings (decoding, prompt template, views, hash of the
+        weights), versions and seconds; and `records`, one for each example.
+
+    Raises:
+        UserError: An image is missing or broken, a prompt is too long, an argument is not allowed,
+            or `out` holds answers made with other settings or to other questions.
     """
-    began = time.perf_counter()
-    _check(examples, batch_size, max_new_tokens, metric, workers)
-    records = [_question(example, processor) for example in examples]
-    lengths = _lengths(model, processor, examples, records, max_new_tokens)
-    settings = settings_of(model, processor, max_new_tokens, metric)
+    start_time = time.perf_counter()
+    _check_arguments(batch_size, max_new_tokens, metric, workers)
+    _check_examples(examples)
+    records = [_build_record(example, processor) for example in examples]
+    lengths = _measure_prompts(model, processor, examples, records, max_new_tokens)
+    settings = get_settings(model, processor, max_new_tokens, metric)
     if out is not None:
-        open_run(Path(out), settings, records, resume)
-    todo = [i for i, record in enumerate(records) if record["prediction"] is None]
-    todo.sort(
-        key=lambda i: -lengths[i]
-    )  # equal lengths together, and the longest first: memory fails early or never
-    progress(len(records) - len(todo), len(records))
-    config = make_greedy_config(model.eval(), max_new_tokens)
-    chunks = [todo[start : start + batch_size] for start in range(0, len(todo), batch_size)]
-    asked = [
-        ([records[i]["prompt"] for i in chunk], [examples[i] for i in chunk]) for chunk in chunks
-    ]
-    done = len(records) - len(todo)
-    for chunk, inputs in zip(
-        chunks, _prepared(model, processor, asked, states, workers), strict=True
-    ):
-        _check_lengths(model, processor, inputs, [examples[i] for i in chunk], max_new_tokens)
-        answers = decode_answers(
-            processor, inputs, model.generate(**inputs, generation_config=config)
-        )
-        for i, answer in zip(chunk, answers, strict=True):
-            records[i] |= answered(records[i], answer, metric)
+        open_output_dir(Path(out), settings, records, resume)
+    pending = [i for i, record in enumerate(records) if record["prediction"] is None]
+    # Prompts of like length together, the longest first: memory runs out early or never.
+    pending.sort(key=lambda i: -lengths[i])
+    num_resumed = len(records) - len(pending)
+    num_done = num_resumed
+    progress(num_done, len(records))
+    batches = _split_batches(pending, records, examples, batch_size)
+    answers = _generate_answers(model, processor, batches, max_new_tokens, feature_cache, workers)
+    for batch, batch_answers in zip(batches, answers, strict=True):
+        for i, answer in zip(batch.indices, batch_answers, strict=True):
+            records[i] |= judge(records[i], answer, metric)
         if out is not None:
-            write_lines(Path(out) / PREDICTIONS, [records[i] for i in chunk], "a")
-        done += len(chunk)
-        progress(done, len(records))
+            write_lines(Path(out) / PREDICTIONS, [records[i] for i in batch.indices], "a")
+        num_done += len(batch.indices)
+        progress(num_done, len(records))
     result = {
-        **(scores(records) if metric else {"num_examples": len(records)}),
+        **(compute_scores(records) if metric else {"num_examples": len(records)}),
         **settings,
         "model": model.config._name_or_path,
         "batch_size": batch_size,
         "example_prompt": records[0]["prompt"],
-        "num_kept": len(records) - len(todo),
-        "seconds": round(time.perf_counter() - began, 3),
-        "versions": versions(),
+        "num_kept": num_resumed,
+        "seconds": round(time.perf_counter() - start_time, 3),
+        "versions": get_versions(),
     }
     if out is not None:
         write_lines(Path(out) / PREDICTIONS, records, "w")
         write_json(Path(out) / RESULT, result)
-    return result
+    return EvaluationResult(result, records)
 
 
 def evaluate_recipe(
@@ -121,100 +141,41 @@ def evaluate_recipe(
     processor,
     *,
     resume: bool = False,
-    states=None,
-    progress=lambda done, total: None,
-) -> dict:
-    """Ask what a recipe's `evaluate` names, into its output folder's eval/; the result of
-    `evaluate`.
-    """
-    asked = recipe.evaluate
+    feature_cache=None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> EvaluationResult:
+    """Evaluate on the data of a recipe's `evaluate`, into eval/ of its output folder."""
     return evaluate(
         model,
         processor,
         evaluation_examples(recipe),
         out=Path(expand_path(recipe.output)) / "eval",
-        batch_size=asked.batch_size,
-        max_new_tokens=asked.max_new_tokens,
+        batch_size=recipe.evaluate.batch_size,
+        max_new_tokens=recipe.evaluate.max_new_tokens,
         resume=resume,
-        states=states,
+        feature_cache=feature_cache,
         progress=progress,
     )
 
 
 def evaluation_examples(recipe: Recipe) -> list[Example]:
-    """What a recipe's `evaluate` asks; nothing where it has none."""
-    return [
-        example
-        for source in (recipe.evaluate.data if recipe.evaluate else ())
-        for example in read_source(source, [])
-    ]
+    """The examples of a recipe's `evaluate`; none where it has no such part."""
+    examples = []
+    if recipe.evaluate:
+        for source in recipe.evaluate.data:
+            examples += read_source(source, [])
+    return examples
 
 
-class Batches(Dataset):
-    """Model inputs of batches of (prompts, examples), prepared when they are asked for, in whatever
-    process.
-    """
-
-    def __init__(self, processor, asked: list[tuple[list[str], list[Example]]]):
-        self.processor, self.asked = processor, asked
-
-    def __len__(self) -> int:
-        return len(self.asked)
-
-    def __getitem__(self, number: int) -> dict:
-        prompts, examples = self.asked[number]
-        try:
-            images = [example.pictures() for example in examples]
-            return dict(encode_prompts(self.processor, prompts, images))
-        except UserError as error:  # a worker process would hand on only its text
-            return {"error": error}
+# ---- checks
 
 
-def _prepared(model, processor, asked: list[tuple], states, workers: int) -> Iterator[dict]:
-    """What `generate` takes of each batch, on the model's device, in order; of kept states their
-    features in place of pixels.
-    """
-    if states is not None and not model.supports_feature_cache:
-        raise UserError(
-            "states of an upgraded model's encoder cannot be kept; ask it without states"
-        )
-    if states is not None:
-        yield from (_from_states(model, processor, *batch, states) for batch in asked)
-        return
-    batches = Batches(processor, asked)
-    if workers:
-        batches = DataLoader(batches, None, num_workers=workers, worker_init_fn=_alone)
-    for inputs in raise_errors(batches):
-        yield BatchFeature(inputs).to(model.device)
-
-
-def _alone(worker: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker has a core, not the machine
-    torch.set_num_threads(1)
-
-
-def _from_states(model, processor, prompts: list[str], examples: list[Example], states) -> dict:
-    if not any(example.images for example in examples):
-        return prepare_inputs(
-            model, processor, prompts, [example.pictures() for example in examples]
-        )
-    inputs = prepare_inputs(model, processor, prompts, None)
-    views = views_of(model.plan, model.config.vision_depth)
-    kept = [states.read(example, views) for example in examples if example.images]
-    together = {tap: torch.cat([one[tap] for one in kept]).to(model.device) for tap in views}
-    return {
-        **inputs,
-        "mm_encoder_outputs": {"image": model.get_image_features(vision_states=together)},
-    }
-
-
-def _check(
-    examples, batch_size: int, max_new_tokens: int, metric: str | None, workers: int
+def _check_arguments(
+    batch_size: int, max_new_tokens: int, metric: str | None, workers: int
 ) -> None:
     if metric is not None and metric not in METRICS:
         raise UserError(
-            f"metric {metric!r} is not known{nearest(metric, METRICS)}; allowed are"
-            f" {', '.join(METRICS)}"
+            f"metric is {metric!r}{nearest(metric, METRICS)}, but allowed are {', '.join(METRICS)}"
         )
     for name, value, least in (
         ("batch_size", batch_size, 1),
@@ -223,105 +184,218 @@ def _check(
     ):
         if not isinstance(value, int) or value < least:
             raise UserError(f"{name} is {value!r}, but must be a whole number of at least {least}")
+
+
+def _check_examples(examples: Sequence[Example]) -> None:
     if not examples:
         raise UserError("there is nothing to ask: the list of examples is empty; give at least one")
     for example in examples:
         example.check_pictures()
 
 
-def _question(example: Example, processor) -> dict:
-    """The line of predictions.jsonl for an example, its answer still open."""
-    *asked, answer = example.messages
-    turns = [{**m, "content": m["content"].replace(IMAGE, processor.image_token)} for m in asked]
-    names = [
-        i if isinstance(i, str) else "sha1:" + hashlib.sha1(i).hexdigest() for i in example.images
-    ]
+def _measure_prompts(model, processor, examples, records, max_new_tokens: int) -> list[int]:
+    """The tokens of every prompt, image tokens included; UserError for one that is too long.
+
+    Where only the processor's call knows an image's tokens, each image counts as one token, and
+    `_check_batch_lengths` checks the true length later.
+    """
+    prompts = [record["prompt"] for record in records]
+    token_ids = processor.tokenizer(prompts)["input_ids"]
+    num_extra = processor.num_image_tokens - 1 if is_fixed(processor) else 0
+    lengths = []
+    for ids, example in zip(token_ids, examples, strict=True):
+        length = len(ids) + len(example.images) * num_extra
+        _check_prompt_length(model, length, example, max_new_tokens)
+        lengths.append(length)
+    return lengths
+
+
+def _check_batch_lengths(model, processor, inputs: dict, examples, max_new_tokens: int) -> None:
+    if is_fixed(processor):
+        return  # checked before
+    lengths = inputs["attention_mask"].sum(-1).tolist()
+    for length, example in zip(lengths, examples, strict=True):
+        _check_prompt_length(model, length, example, max_new_tokens)
+
+
+def _check_prompt_length(model, length: int, example: Example, max_new_tokens: int) -> None:
+    name = f"the prompt of {example.source or example.id}"
+    check_length(model, length, max_new_tokens, name, "leave it out or lower max_new_tokens")
+
+
+# ---- questions and settings
+
+
+def _build_record(example: Example, processor) -> dict:
+    """The line of predictions.jsonl for an example, not answered yet."""
+    names = []
+    for image in example.images:
+        is_name = isinstance(image, str)
+        names.append(image if is_name else "sha1:" + hashlib.sha1(image).hexdigest())
     return {
         "id": example.id,
-        "prompt": render_prompt(processor, turns),
+        "prompt": render_question(example, processor),
         "images": names,
         "prediction": None,
-        "reference": answer["content"],
+        "reference": example.messages[-1]["content"],
         "correct": None,
         "group": example.group,
         "level": example.level,
     }
 
 
-def _lengths(model, processor, examples, records, max_new_tokens: int) -> list[int]:
-    """Tokens of every prompt, pictures included; ValueError for one that does not fit the language
-    model.
-
-    Where only the processor's call knows what a picture takes, one token stands for each, and
-    `_check_lengths` looks later.
-    """
-    texts = processor.tokenizer([record["prompt"] for record in records])["input_ids"]
-    more = processor.num_image_tokens - 1 if is_fixed(processor) else 0
-    lengths = [len(ids) + len(e.images) * more for ids, e in zip(texts, examples, strict=True)]
-    for length, example in zip(lengths, examples, strict=True):
-        _check_length(model, length, example, max_new_tokens)
-    return lengths
+def render_question(example: Example, processor) -> str:
+    """The prompt that asks for the last answer of an example, whether or not it is there."""
+    messages = []
+    for message in example.messages:
+        content = message["content"].replace(IMAGE, processor.image_token)
+        messages.append({**message, "content": content})
+    if messages[-1]["role"] == "assistant":
+        messages.pop()
+    return render_prompt(processor, messages)
 
 
-def _check_lengths(model, processor, inputs: dict, examples, max_new_tokens: int) -> None:
-    if not is_fixed(processor):
-        for length, example in zip(
-            inputs["attention_mask"].sum(-1).tolist(), examples, strict=True
-        ):
-            _check_length(model, length, example, max_new_tokens)
-
-
-def _check_length(model, length: int, example: Example, max_new_tokens: int) -> None:
-    where = f"the prompt of {example.source or example.id}"
-    check_length(model, length, max_new_tokens, where, "leave it out or lower max_new_tokens")
-
-
-def settings_of(model, processor, max_new_tokens: int, metric: str | None) -> dict:
-    """Everything but the questions that predictions depend on."""
+def get_settings(model, processor, max_new_tokens: int, metric: str | None) -> dict:
+    """Everything but the questions that answers depend on."""
     decoding = make_greedy_config(model, max_new_tokens).to_diff_dict()
     decoding.pop("transformers_version", None)
+    decoding |= {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
     return {
         "metric": metric,
-        "decoding": {
-            **decoding,
-            "do_sample": False,
-            "num_beams": 1,
-            "max_new_tokens": max_new_tokens,
-        },
+        "decoding": decoding,
         "prompt_template": get_chat_template(processor),
-        "views": _views(processor),
+        "views": _get_view_settings(processor),
         "weights": weights_hash(model),
     }
 
 
-def _views(processor) -> dict:
-    """What becomes of pictures: our settings, or the base's own processor by name and a hash of all
-    its settings.
-    """
+def _get_view_settings(processor) -> dict:
+    """What is done to images: our settings, or the name and a hash of a base's own processor."""
     if is_fixed(processor):
-        return {
-            name: getattr(processor, name)
-            for name in ("image_size", "tiles", "coarse", "num_image_tokens")
-        }
-    settings = {
-        **processor.image_processor.to_dict(),
-        "tokens": getattr(processor, "image_seq_length", None),
-    }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[
-        :16
-    ]
+        names = ("image_size", "tiles", "coarse", "num_image_tokens")
+        return {name: getattr(processor, name) for name in names}
+    settings = processor.image_processor.to_dict()
+    settings["tokens"] = getattr(processor, "image_seq_length", None)
+    text = json.dumps(settings, sort_keys=True, default=str)
     return {
         "processor": type(processor).__name__,
-        "settings": digest,
+        "settings": hashlib.sha256(text.encode()).hexdigest()[:16],
         "tiles": getattr(processor, "sparsecut_tiles", 0),
     }
 
 
-def versions() -> dict[str, str]:
-    """What computed the result."""
+def get_versions() -> dict[str, str]:
+    """Versions of the software that computed a result."""
     return {
         "sparsecut": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+# ---- answers
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Questions that are answered at once.
+
+    Attributes:
+        indices: Their places among all records.
+        prompts: Their rendered prompts.
+        examples: Their examples, for the images.
+    """
+
+    indices: list[int]
+    prompts: list[str]
+    examples: list[Example]
+
+
+def _split_batches(pending: list[int], records, examples, batch_size: int) -> list[PromptBatch]:
+    batches = []
+    for start in range(0, len(pending), batch_size):
+        indices = pending[start : start + batch_size]
+        prompts = [records[i]["prompt"] for i in indices]
+        batches.append(PromptBatch(indices, prompts, [examples[i] for i in indices]))
+    return batches
+
+
+class InputDataset(Dataset):
+    """Model inputs of every batch, prepared on access, in whatever process.
+
+    A batch with a user's mistake, such as a broken image, is {"error": UserError}: a worker process
+    would hand on its text alone.
+    """
+
+    def __init__(self, processor, batches: list[PromptBatch]):
+        self.processor = processor
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict:
+        batch = self.batches[index]
+        try:
+            images = [example.pictures() for example in batch.examples]
+            return dict(encode_prompts(self.processor, batch.prompts, images))
+        except UserError as error:
+            return {"error": error}
+
+
+def _generate_answers(
+    model, processor, batches: list[PromptBatch], max_new_tokens: int, feature_cache, workers: int
+) -> Iterator[list[str]]:
+    """The answers of every batch, in order."""
+    config = make_greedy_config(model.eval(), max_new_tokens)
+    if feature_cache is None:
+        all_inputs = _prepare_inputs(model, processor, batches, workers)
+    else:
+        all_inputs = _prepare_cached_inputs(model, processor, batches, feature_cache)
+    for batch, inputs in zip(batches, all_inputs, strict=True):
+        _check_batch_lengths(model, processor, inputs, batch.examples, max_new_tokens)
+        token_ids = model.generate(**inputs, generation_config=config)
+        yield decode_answers(processor, inputs, token_ids)
+
+
+def _prepare_inputs(model, processor, batches: list[PromptBatch], workers: int) -> Iterator[dict]:
+    """The inputs of `generate` for every batch, on the model's device."""
+    all_inputs = InputDataset(processor, batches)
+    if workers:
+        all_inputs = DataLoader(
+            all_inputs, batch_size=None, num_workers=workers, worker_init_fn=_use_one_thread
+        )
+    for inputs in raise_errors(all_inputs):
+        yield BatchFeature(inputs).to(model.device)
+
+
+def _use_one_thread(worker_id: int) -> None:
+    """Let a worker process use one core, not the whole machine."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+
+
+def _prepare_cached_inputs(
+    model, processor, batches: list[PromptBatch], feature_cache
+) -> Iterator[dict]:
+    """The inputs of `generate` for every batch, with cached features in place of pixels."""
+    if not model.supports_feature_cache:
+        raise UserError(
+            "the vision features of an upgraded model cannot be cached; evaluate it without"
+            " feature_cache"
+        )
+    views = views_of(model.plan, model.config.vision_depth)
+    for batch in batches:
+        with_images = [example for example in batch.examples if example.images]
+        if not with_images:
+            images = [[] for _ in batch.examples]
+            yield prepare_inputs(model, processor, batch.prompts, images)
+            continue
+        inputs = prepare_inputs(model, processor, batch.prompts, None)
+        cached = [feature_cache.read(example, views) for example in with_images]
+        features = {}
+        for tap in views:
+            features[tap] = torch.cat([states[tap] for states in cached]).to(model.device)
+        outputs = model.get_image_features(vision_states=features)
+        yield {**inputs, "mm_encoder_outputs": {"image": outputs}}

@@ -1,7 +1,7 @@
-"""What an evaluation leaves in its folder, and how an interrupted one goes on from there.
+"""The output folder of an evaluation, and how an interrupted evaluation resumes from it.
 
-settings.json is written first, predictions.jsonl gets one line per question as they come (put into the order of the questions at the
-end), and result.json is written last.
+settings.json is written first. predictions.jsonl gets one line for each question as it is answered,
+and is put into the order of the questions at the end. result.json is written last.
 """
 
 from __future__ import annotations
@@ -14,74 +14,108 @@ from pathlib import Path
 from ..schema import UserError
 from .scoring import METRICS
 
-SETTINGS, PREDICTIONS, RESULT = "settings.json", "predictions.jsonl", "result.json"
+SETTINGS = "settings.json"
+PREDICTIONS = "predictions.jsonl"
+RESULT = "result.json"
 
 
-def answered(record: dict, answer: str, metric: str | None) -> dict:
-    """A record's answer, and whether it is right by a metric; None judges nothing."""
-    return {
-        "prediction": answer,
-        "correct": METRICS[metric](answer, record["reference"]) if metric else None,
-    }
+def judge(record: dict, answer: str, metric: str | None) -> dict:
+    """The fields that an answer adds to a record: itself, and whether it is correct.
 
-
-def open_run(out: Path, settings: dict, records: list[dict], resume: bool) -> None:
-    """Take over the answers that `out` has for these records, or begin there; ValueError where it
-    holds another run.
+    Args:
+        record: A line of predictions.jsonl, of which `reference` is read.
+        answer: The model's answer.
+        metric: A key of `scoring.METRICS`. None leaves the answer unjudged.
     """
-    file = out / PREDICTIONS
+    correct = METRICS[metric](answer, record["reference"]) if metric else None
+    return {"prediction": answer, "correct": correct}
+
+
+def open_output_dir(folder: Path, settings: dict, records: list[dict], resume: bool) -> None:
+    """Prepare the folder, and fill the records with the answers that it already holds.
+
+    Args:
+        folder: The output folder; it is made where it is missing.
+        settings: Everything but the questions that answers depend on.
+        records: The questions; answers are written into them.
+        resume: Whether to take over answers. Otherwise the folder's answers are deleted.
+
+    Raises:
+        UserError: The folder has answers made with other settings or to other questions.
+    """
+    file = folder / PREDICTIONS
     if resume and file.is_file():
-        _compare(out, settings)
-        old = {_key(line): line for line in read_lines(file)}
-        unknown = set(old) - {_key(record) for record in records}
-        if unknown:
-            raise UserError(
-                f"{file} holds {len(unknown)} answers to questions that are not asked now, such as"
-                f" {min(unknown)[0]!r}; give another output folder, ask the same questions, or"
-                " start over (--fresh, resume=False)"
-            )
-        for record in records:
-            if _key(record) in old:
-                record |= answered(record, old[_key(record)]["prediction"], settings["metric"])
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RESULT).unlink(missing_ok=True)
-    write_json(out / SETTINGS, settings)
-    write_lines(file, [record for record in records if record["prediction"] is not None], "w")
+        _check_settings(folder, settings)
+        _take_over_answers(file, records, settings["metric"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULT).unlink(missing_ok=True)
+    write_json(folder / SETTINGS, settings)
+    answered = [record for record in records if record["prediction"] is not None]
+    write_lines(file, answered, "w")
 
 
-def _compare(out: Path, settings: dict) -> None:
-    """Raise ValueError unless the run in `out` had the same settings."""
-    file = out / SETTINGS
-    then = _flat(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-    now = _flat(json.loads(json.dumps(settings)))
-    differing = [name for name in {**now, **then} if then.get(name) != now.get(name)]
-    if differing:
-        told = [
-            f"{n} ({then.get(n)!r} then, {now.get(n)!r} now)" if n != "prompt_template" else n
-            for n in differing
-        ]
+def _take_over_answers(file: Path, records: list[dict], metric: str | None) -> None:
+    answers = {_get_key(line): line["prediction"] for line in read_lines(file)}
+    unknown = set(answers) - {_get_key(record) for record in records}
+    if unknown:
         raise UserError(
-            f"{out} holds answers made with another {' and another '.join(told)}; give another"
-            " output folder, use the settings of then, or start over (--fresh, resume=False)"
+            f"{file} holds {len(unknown)} answers to questions that are not asked now, such as"
+            f" {min(unknown)[0]!r}; give another output folder, ask the same questions, or start"
+            " over (--fresh, resume=False)"
         )
+    for record in records:
+        key = _get_key(record)
+        if key in answers:
+            record |= judge(record, answers[key], metric)
 
 
-def _flat(settings: dict) -> dict:
-    pairs = ((n, v if isinstance(v, dict) else {"": v}) for n, v in settings.items())
-    return {f"{n}.{k}".rstrip("."): value for n, inner in pairs for k, value in inner.items()}
-
-
-def _key(record: dict) -> tuple:
+def _get_key(record: dict) -> tuple:
+    """What identifies a question: its id, its prompt and the names of its images."""
     return record["id"], record["prompt"], tuple(record["images"])
 
 
+def _check_settings(folder: Path, settings: dict) -> None:
+    """Raise UserError where the folder's answers were made with other settings."""
+    file = folder / SETTINGS
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    before = _flatten(stored)
+    now = _flatten(json.loads(json.dumps(settings)))
+    differences = []
+    for name in {**now, **before}:
+        if before.get(name) == now.get(name):
+            continue
+        if name == "prompt_template":  # too long to print
+            differences.append(name)
+        else:
+            differences.append(f"{name} ({before.get(name)!r} then, {now.get(name)!r} now)")
+    if differences:
+        raise UserError(
+            f"{folder} holds answers made with another {' and another '.join(differences)}; give"
+            " another output folder, use the same settings, or start over (--fresh, resume=False)"
+        )
+
+
+def _flatten(settings: dict) -> dict:
+    """Settings with dotted keys in place of inner dictionaries."""
+    flat = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{key}": inner for key, inner in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
 def read_lines(file: Path) -> list[dict]:
-    """Records of a JSON Lines file; a last line that an interruption cut short is left out."""
-    lines = file.read_bytes().split(b"\n")
+    """The records of predictions.jsonl, without a last line that an interruption cut short.
+
+    Raises:
+        UserError: A line is not JSON.
+    """
+    # What follows the last newline is nothing, or half a line.
+    lines = file.read_bytes().split(b"\n")[:-1]
     records = []
-    for number, line in enumerate(
-        lines[:-1], start=1
-    ):  # what follows the last line end is nothing, or half a line
+    for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
         except ValueError:
@@ -93,19 +127,18 @@ def read_lines(file: Path) -> list[dict]:
 
 
 def write_lines(file: Path, records: Sequence[dict], mode: str) -> None:
-    """Records as JSON Lines, appended ("a") or in place of the file ("w")."""
+    """Write records as JSON Lines, at the end of the file ("a") or in its place ("w")."""
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     if mode == "a":
         with file.open("a", encoding="utf-8") as lines:
             lines.write(text)
         return
-    # Replaced at once, so that an interruption leaves the old file or the new one, and two
-    # processes do not meet.
-    part = file.with_suffix(f".{os.getpid()}.part")
+    # Replaced at once: an interruption leaves the old file or the new one.
+    part = file.with_suffix(f".{os.getpid()}.part")  # each process has its own
     part.write_text(text, encoding="utf-8")
     part.replace(file)
 
 
 def write_json(file: Path, value: dict) -> None:
-    """A value as JSON that people can read."""
+    """Write a value as indented JSON."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

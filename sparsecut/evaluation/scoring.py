@@ -1,78 +1,96 @@
-"""What right means, and how sure a share of right answers is."""
+"""Judge answers, and give fractions of right answers with their uncertainty."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 
-Z95 = 1.959964  # two-sided 95 % of the normal distribution
+from ..drawing import text_table
+
+Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
-def normal(text: str) -> str:
-    """What exact match compares: outer blanks, letter case and one full stop at the end do not
-    count.
-    """
+def normalize(text: str) -> str:
+    """The text that exact match compares: without outer whitespace, case, or one final full stop."""
     return text.strip().casefold().removesuffix(".").rstrip()
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Whether both are the same text after `normal`."""
-    return normal(prediction) == normal(reference)
+    """Whether both texts are the same after `normalize`."""
+    return normalize(prediction) == normalize(reference)
 
 
 METRICS: dict[str, Callable[[str, str], bool]] = {"exact_match": exact_match}
 
 
-def scores(records: Sequence[dict]) -> dict:
-    """Shares of right answers over all records, by group, by level, and the mean over levels."""
-    result = share([r["correct"] for r in records])
-    for name in ("group", "level"):
-        names = sorted({r[name] for r in records if r[name] is not None})
-        result[f"{name}s"] = {
-            n: share([r["correct"] for r in records if r[name] == n]) for n in names
-        }
-    levels = [level["accuracy"] for level in result["levels"].values()]
-    return {**result, "mean_over_levels": sum(levels) / len(levels) if levels else None}
+def compute_scores(records: Sequence[dict]) -> dict:
+    """Accuracy over all records, by group and by level.
+
+    Args:
+        records: Lines of predictions.jsonl, of which `correct`, `group` and `level` are read.
+
+    Returns:
+        The keys of `compute_accuracy` over all records; `groups` and `levels`, the same by name;
+        and `mean_over_levels`, the unweighted mean, or None where no record has a level.
+    """
+    scores = compute_accuracy([record["correct"] for record in records])
+    for key in ("group", "level"):
+        by_name: dict[str, list[bool]] = {}
+        for record in records:
+            if record[key] is not None:
+                by_name.setdefault(record[key], []).append(record["correct"])
+        scores[f"{key}s"] = {name: compute_accuracy(by_name[name]) for name in sorted(by_name)}
+    accuracies = [level["accuracy"] for level in scores["levels"].values()]
+    scores["mean_over_levels"] = sum(accuracies) / len(accuracies) if accuracies else None
+    return scores
 
 
-def share(right: Sequence[bool]) -> dict:
-    """accuracy (0 to 1), num_correct, num_examples and the 95 % Wilson interval [low, high]."""
-    correct = sum(right)
+def compute_accuracy(correct: Sequence[bool]) -> dict:
+    """The fraction of right answers (0 to 1), both counts, and the 95 % Wilson interval."""
+    num_correct = sum(correct)
     return {
-        "accuracy": correct / len(right),
-        "num_correct": correct,
-        "num_examples": len(right),
-        "interval": wilson(correct, len(right)),
+        "accuracy": num_correct / len(correct),
+        "num_correct": num_correct,
+        "num_examples": len(correct),
+        "interval": wilson_interval(num_correct, len(correct)),
     }
 
 
-def wilson(correct: int, total: int) -> list[float]:
-    """The 95 % Wilson score interval of a share, [low, high]."""
-    p, z2 = correct / total, Z95**2
-    centre, scale = p + z2 / (2 * total), 1 + z2 / total
-    half = Z95 * math.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
-    low, high = (centre - half) / scale, (centre + half) / scale
-    return [
-        low if correct else 0.0,
-        high if correct < total else 1.0,
-    ]  # exact where rounding would not be
+def wilson_interval(num_correct: int, total: int) -> list[float]:
+    """The 95 % score interval of a fraction (Wilson, 1927).
 
-
-def table(result: dict) -> str:
-    """A result as lines of text: overall, then levels, then groups, in per cent with counts and
-    intervals.
+    Returns:
+        [low, high], exactly 0 and 1 where no answer or every answer is right.
     """
-    rows = [("all", result)]
-    rows += [(f"level {name}", row) for name, row in result["levels"].items()]
-    rows += [(f"group {name}", row) for name, row in result["groups"].items()]
-    width = max(len("mean over levels"), *(len(name) for name, _ in rows))
-    lines = [f"{'':{width}}  accuracy   right /    of    95 % interval"]
-    for name, row in rows:
-        low, high = (100 * bound for bound in row["interval"])
-        lines.append(
-            f"{name:{width}}   {100 * row['accuracy']:5.1f} %  {row['num_correct']:6}"
-            f" /{row['num_examples']:6}    {low:.1f} to {high:.1f}"
-        )
-    if result["mean_over_levels"] is not None:
-        lines.append(f"{'mean over levels':{width}}   {100 * result['mean_over_levels']:5.1f} %")
-    return "\n".join(lines)
+    fraction = num_correct / total
+    z_squared = Z95**2
+    center = fraction + z_squared / (2 * total)
+    scale = 1 + z_squared / total
+    variance = fraction * (1 - fraction) / total + z_squared / (4 * total**2)
+    half_width = Z95 * math.sqrt(variance)
+    low = (center - half_width) / scale if num_correct else 0.0
+    high = (center + half_width) / scale if num_correct < total else 1.0
+    return [low, high]
+
+
+def format_scores(result: dict) -> str:
+    """The scores of an evaluation as a table of text, in per cent.
+
+    The rows are all questions, then every level, every group, and the mean over levels.
+    """
+    rows = [["", "accuracy", "right", "of", "95 % interval"], _format_row("all", result)]
+    for name, level in result["levels"].items():
+        rows.append(_format_row(f"level {name}", level))
+    for name, group in result["groups"].items():
+        rows.append(_format_row(f"group {name}", group))
+    mean = result["mean_over_levels"]
+    if mean is not None:
+        rows.append(["mean over levels", f"{100 * mean:.1f} %", "", "", ""])
+    return text_table(rows, align="<>>>>")
+
+
+def _format_row(name: str, scores: dict) -> list[str]:
+    low, high = scores["interval"]
+    accuracy = f"{100 * scores['accuracy']:.1f} %"
+    interval = f"{100 * low:.1f} to {100 * high:.1f}"
+    return [name, accuracy, str(scores["num_correct"]), str(scores["num_examples"]), interval]

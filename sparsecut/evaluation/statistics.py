@@ -1,21 +1,23 @@
-"""How sure a difference between arms is: paired bootstrap over seeds of training and pictures of
-the test set.
+"""Confidence intervals of accuracies and differences: a paired bootstrap over seeds and images.
 
-Two arms answer the same questions after training with the same seeds, so their differences are taken question by question.
-Two things would come out otherwise another time, and both are drawn again:
+Two variants answer the same questions after training with the same seeds, so that their difference
+is taken question by question. Two things would be different in another experiment, and both are
+drawn again:
 
-* the pictures. All questions of a picture are drawn together, because they are right or wrong together.
-* the seeds. S - 1 of S seeds are drawn with replacement, which makes the variance of the mean unbiased (Rao and Wu, 1988), and
-  every draw is stretched by sqrt((S - 1) / chi2(S - 1)), which makes Student's t of a normal
-  distribution. Without both, five seeds give intervals that are a third too narrow, and corrected
-  ones are worse.
+* The images. All questions about an image are drawn together, because they are correlated.
+* The seeds. Of S seeds, S - 1 are drawn with replacement, which makes the variance of the mean
+  unbiased (Rao and Wu, 1988). Every draw is multiplied by sqrt((S - 1) / chi2(S - 1)), which turns
+  a normal distribution into Student's t. Without both, intervals of five seeds are a third too
+  narrow.
 
-Few seeds say little about their own spread, and Student's t pays for that: with three seeds, intervals are twice as wide and
-corrected ones useless. Where many arms were trained with the same seeds, `seed_spread` pools what they say, as Dunnett's test
-(1955) does, after taking out what a seed does to all of them. An arm whose own spread is larger keeps its own.
+Few seeds say little about their own spread, and Student's t accounts for that: with three seeds,
+intervals are twice as wide. Where many variants were trained with the same seeds, `pool_seed_spread`
+estimates one spread from all of them, as Dunnett's test (1955) does, after removing what a seed
+does to every variant. A contrast with a larger spread of its own keeps that one.
 
-The draws of pictures and of seeds are independent and their deviations are added. What belongs to neither, the chance of one
-question after one training, is then counted twice instead of once, so intervals are a little too wide, not too narrow.
+Draws of images and of seeds are independent, and their deviations are added. The residual (the
+chance of one question after one training) is therefore counted twice. Intervals are a little too
+wide, never too narrow.
 """
 
 from __future__ import annotations
@@ -31,54 +33,71 @@ from ..schema import UserError
 
 @dataclass(frozen=True)
 class Answers:
-    """What one arm answered: right [S seeds, I questions], 0 to 1, and for every question its
-    picture, level and id, each [I].
+    """What one variant answered, over S seeds and I questions.
 
-    seeds: one number per row of right. A question without a level (None) is in no share. Raises
-    ValueError where lengths differ.
+    Attributes:
+        correct: Scores of the answers, [S, I], each 0 to 1.
+        image: The image (or images) of every question, [I]; equal values are drawn together.
+        level: The level of every question, [I]; None leaves a question out of all accuracies.
+        ids: The id of every question, [I].
+        seeds: The training seed of every row of `correct`, [S].
+
+    Raises:
+        UserError: Lengths differ, there are no answers, or a seed appears twice.
     """
 
-    right: np.ndarray
-    picture: Sequence
+    correct: np.ndarray
+    image: Sequence
     level: Sequence
     ids: Sequence[str]
     seeds: Sequence[int]
 
     def __post_init__(self):
-        shape = np.shape(self.right)
-        if shape != (len(self.seeds), len(self.ids)) or 0 in shape:
+        num_seeds = len(self.seeds)
+        num_questions = len(self.ids)
+        shape = np.shape(self.correct)
+        if shape != (num_seeds, num_questions) or 0 in shape:
             raise UserError(
-                f"answers are given as an array of shape {shape} for {len(self.seeds)} seeds and"
-                f" {len(self.ids)} questions; give one row per seed and one column per question, at"
-                " least one of each"
+                f"the answers have shape {shape}, but there are {num_seeds} seeds and"
+                f" {num_questions} questions; give one row per seed and one column per question,"
+                " at least one of each"
             )
-        if not len(self.picture) == len(self.level) == len(self.ids):
+        if not len(self.image) == len(self.level) == num_questions:
             raise UserError(
-                f"there are {len(self.ids)} questions, but {len(self.picture)} pictures and"
+                f"there are {num_questions} questions, but {len(self.image)} images and"
                 f" {len(self.level)} levels; give one of each per question"
             )
-        if len(set(self.seeds)) < len(self.seeds):
+        if len(set(self.seeds)) < num_seeds:
             raise UserError(
                 f"the seeds {list(self.seeds)} name one twice; give every run its own seed"
             )
 
     @classmethod
     def from_records(cls, runs: dict[int, list[dict]]) -> Answers:
-        """From the lines of predictions.jsonl by seed; ValueError where two seeds were asked
-        different questions.
+        """Read the lines of predictions.jsonl of one run for each seed.
+
+        Without levels, all questions are of one level, "all". A question without an image is drawn
+        by itself.
+
+        Args:
+            runs: The records by seed.
+
+        Raises:
+            UserError: Two seeds answered different questions.
         """
-        first = next(iter(runs.values()))
-        ids = [r["id"] for r in first]
+        first_seed = next(iter(runs))
+        first = runs[first_seed]
+        ids = [record["id"] for record in first]
+        correct = []
         for seed, records in runs.items():
-            _same_questions(
-                ids, [r["id"] for r in records], f"seed {next(iter(runs))}", f"seed {seed}"
-            )
-        levels = [r["level"] for r in first]
+            other_ids = [record["id"] for record in records]
+            _check_same_questions(ids, other_ids, f"seed {first_seed}", f"seed {seed}")
+            correct.append([float(record["correct"]) for record in records])
+        levels = [record["level"] for record in first]
         if all(level is None for level in levels):
             levels = ["all"] * len(levels)
-        pictures = ["\n".join(r["images"]) or r["id"] for r in first]
-        right = np.array([[float(r["correct"]) for r in records] for records in runs.values()])
-        return cls(right, pictures, levels, ids, list(runs))
+        images = ["\n".join(record["images"]) or record["id"] for record in first]
+        return cls(np.array(correct), images, levels, ids, list(runs))
 
     @property
     def levels(self) -> list[str]:
@@ -86,25 +105,28 @@ class Answers:
         return sorted({level for level in self.level if level is not None})
 
     @property
-    def shares(self) -> np.ndarray:
-        """Share right per seed and level, [S, L], levels in the order of `levels`."""
-        level = np.array([str(name) for name in self.level])
-        return np.stack(
-            [np.asarray(self.right)[:, level == name].mean(1) for name in self.levels], axis=1
-        )
+    def accuracies(self) -> np.ndarray:
+        """Accuracy by seed and level, [S, L], with the levels in the order of `levels`."""
+        level_names = np.array([str(name) for name in self.level])
+        correct = np.asarray(self.correct)
+        columns = [correct[:, level_names == name].mean(1) for name in self.levels]
+        return np.stack(columns, axis=1)
 
     @property
     def mean_over_levels(self) -> float:
-        """Mean over levels of the share right, over all seeds: the mean of what `scoring.scores`
-        gives for each.
-        """
-        return float(self.shares.mean())
+        """Accuracy averaged over levels, then seeds; see `scoring.compute_scores`."""
+        return float(self.accuracies.mean())
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its interval [low, high]; p is the two-sided bootstrap probability of a value
-    so far from zero.
+    """A value with its confidence interval.
+
+    Attributes:
+        value: The value itself.
+        low: Lower bound of the interval.
+        high: Upper bound of the interval.
+        p: Two-sided bootstrap probability of a value as far from zero, were zero true.
     """
 
     value: float
@@ -114,52 +136,34 @@ class Estimate:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How far one run of an arm is from its mean over seeds: standard deviations per level, then of
-    the average, [L + 1].
+    """How far one run is from the mean over seeds.
 
-    num_free: degrees of freedom they were estimated with.
+    Attributes:
+        deviations: Standard deviations by level, then of the average over levels, [L + 1].
+        degrees_of_freedom: Those of the estimate.
     """
 
     deviations: np.ndarray
-    num_free: int
-
-
-def seed_spread(*groups: Sequence[Answers]) -> Spread | None:
-    """The spread between seeds that arms have in common, pooled over groups of arms (one per
-    budget, say).
-
-    Within a group, arms are compared over the seeds that all of them have; what a seed adds to
-    every arm is taken out, for it leaves no trace in a difference. None where no group has two arms
-    and two seeds.
-    """
-    squares, free = 0.0, 0
-    for arms in groups:
-        seeds = set.intersection(*(set(a.seeds) for a in arms)) if arms else set()
-        if len(arms) < 2 or len(seeds) < 2:
-            continue
-        order = sorted(seeds)
-        rows = np.stack(
-            [_with_average(a.shares[[list(a.seeds).index(s) for s in order]]) for a in arms]
-        )
-        rest = rows - rows.mean(0) - rows.mean(1, keepdims=True) + rows.mean((0, 1))
-        squares, free = squares + (rest**2).sum((0, 1)), free + (len(arms) - 1) * (len(seeds) - 1)
-    return Spread(np.sqrt(squares / free), free) if free else None
+    degrees_of_freedom: int
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """A figure for the average over levels and for every level, each 0 to 1, and what the intervals
-    rest on.
+    """A weighted sum of accuracies, such as a difference, for every level and on average.
 
-    comparisons: the intervals are at level 1 - 0.05 / comparisons; p-values are not corrected.
-    num_seeds: with one, and no pooled spread (is_pooled), the intervals speak of the pictures only,
-    and `note` says so.
+    Attributes:
+        average: The estimate for the average over levels.
+        levels: The estimate for every level.
+        num_seeds: Seeds that were averaged. With one and no pooled spread, the intervals cover the
+            choice of images only.
+        comparisons: The intervals are at level 1 - 0.05 / comparisons; p-values are not corrected.
+        is_pooled: Whether the spread between seeds was pooled over variants.
     """
 
     average: Estimate
@@ -170,25 +174,59 @@ class Contrast:
 
     @property
     def note(self) -> str:
-        """What a reader must know of these intervals, or nothing."""
+        """What a reader must know about these intervals; empty where there is nothing."""
         if self.num_seeds > 1 or self.is_pooled:
             return ""
         return (
-            "one seed: the interval speaks of the pictures only, another training may differ by"
-            " more"
+            "one seed: the interval covers the choice of images only, another training may differ"
+            " by more"
         )
 
     def to_dict(self) -> dict:
-        """Plain numbers and strings: what JSON holds."""
+        """Plain numbers and strings, for JSON."""
         return {**asdict(self), "note": self.note}
 
 
-def interval(answers: Answers, *, resamples: int = 10000, seed: int = 0) -> Contrast:
-    """The average of one arm and its levels with 95 % intervals."""
-    return contrast([(1.0, answers)], resamples=resamples, seed=seed)
+def pool_seed_spread(*groups: Sequence[Answers]) -> Spread | None:
+    """Estimate the spread between seeds from several variants.
+
+    Within a group, the variants are compared over the seeds that all of them have. What a seed adds
+    to every variant is removed, because it cancels in a difference.
+
+    Args:
+        groups: Groups of variants, such as one group for each training budget.
+
+    Returns:
+        The pooled spread, or None where no group has two variants and two seeds.
+    """
+    squares = 0.0
+    degrees_of_freedom = 0
+    for variants in groups:
+        seeds = (
+            set.intersection(*(set(answers.seeds) for answers in variants)) if variants else set()
+        )
+        if len(variants) < 2 or len(seeds) < 2:
+            continue
+        tables = []
+        for answers in variants:
+            rows = [list(answers.seeds).index(seed) for seed in sorted(seeds)]
+            tables.append(_append_average(answers.accuracies[rows]))
+        values = np.stack(tables)  # [variants, S, L + 1]
+        of_variant = values.mean(1, keepdims=True)
+        residual = values - values.mean(0) - of_variant + values.mean((0, 1))
+        squares = squares + (residual**2).sum((0, 1))
+        degrees_of_freedom += (len(variants) - 1) * (len(seeds) - 1)
+    if not degrees_of_freedom:
+        return None
+    return Spread(np.sqrt(squares / degrees_of_freedom), degrees_of_freedom)
 
 
-def difference(
+def estimate_accuracy(answers: Answers, *, resamples: int = 10000, seed: int = 0) -> Contrast:
+    """The accuracy of one variant with 95 % intervals; see `estimate_contrast`."""
+    return estimate_contrast([(1.0, answers)], resamples=resamples, seed=seed)
+
+
+def estimate_difference(
     a: Answers,
     b: Answers,
     *,
@@ -197,8 +235,8 @@ def difference(
     resamples: int = 10000,
     seed: int = 0,
 ) -> Contrast:
-    """a minus b, paired by seed and question, over the seeds both have; `contrast` says how."""
-    return contrast(
+    """The accuracy of a minus that of b, paired by seed and question; see `estimate_contrast`."""
+    return estimate_contrast(
         [(1.0, a), (-1.0, b)],
         comparisons=comparisons,
         spread=spread,
@@ -207,7 +245,7 @@ def difference(
     )
 
 
-def contrast(
+def estimate_contrast(
     terms: Sequence[tuple[float, Answers]],
     *,
     comparisons: int = 1,
@@ -215,135 +253,187 @@ def contrast(
     resamples: int = 10000,
     seed: int = 0,
 ) -> Contrast:
-    """The weighted sum of arms' shares, such as 1 and -1 for a difference, with intervals at level
-    1 - 0.05 / comparisons.
+    """Estimate a weighted sum of the accuracies of variants, over the seeds that all have.
 
-    Bonferroni's correction: of `comparisons` intervals, all hold together at 95 %. spread: a pooled
-    one, for weights that add up to zero; without it the seeds of these arms alone are drawn. seed:
-    of the draws, which are the same for every call with equal numbers of pictures and seeds. Raises
-    ValueError where arms have other questions or no seed in common.
+    Args:
+        terms: Pairs (weight, answers), such as weights 1 and -1 for a difference.
+        comparisons: Number of intervals that shall hold together at 95 % (Bonferroni).
+        spread: A pooled spread between seeds, for weights that add up to zero. Without it, the
+            seeds of these variants alone are drawn.
+        resamples: Number of bootstrap draws.
+        seed: Seed of the draws. Calls with as many images and seeds share their draws.
+
+    Raises:
+        UserError: The variants answered different questions or have no seed in common, or a number
+            is too small.
     """
     if comparisons < 1 or resamples < 100:
         raise UserError(
             f"comparisons={comparisons} and resamples={resamples} were given, but at least 1"
             " comparison and 100 resamples are needed"
         )
-    first = terms[0][1]
-    seeds = [s for s in first.seeds if all(s in answers.seeds for _, answers in terms)]
-    if not seeds:
-        given = " and ".join(str(list(answers.seeds)) for _, answers in terms)
-        raise UserError(
-            f"arms are compared seed by seed, but {given} have none in common; train them with the"
-            " same seeds"
-        )
+    seeds = _get_common_seeds([answers for _, answers in terms])
+    _, first = terms[0]
     for _, answers in terms[1:]:
-        _same_questions(first.ids, answers.ids, "one arm", "the other")
+        _check_same_questions(first.ids, answers.ids, "one variant", "the other")
         if list(answers.level) != list(first.level):
             raise UserError(
-                "the arms' questions have the same ids but different levels; evaluate them on the"
-                " same file"
+                "the variants' questions have the same ids but different levels; evaluate them on"
+                " the same file"
             )
-    margin = np.zeros((len(seeds), len(first.ids)))
-    for weight, answers in terms:
-        rows = [list(answers.seeds).index(s) for s in seeds]
-        margin += weight * np.asarray(answers.right, dtype=float)[rows]
-    value, by_seed, draws = _draws(margin, first, resamples, seed)
+    margins = _sum_terms(terms, seeds)
+    by_seed, draws = _draw_images(margins, first, resamples, seed)
+    values = by_seed.mean(0)
     if spread is None:
-        draws += _seed_weights(len(seeds), resamples, seed) @ (by_seed - value)
+        draws += _draw_seed_weights(len(seeds), resamples, seed) @ (by_seed - values)
     else:
-        own = by_seed.std(0, ddof=1) if len(seeds) > 1 else 0.0
-        pooled = spread.deviations * sum(weight**2 for weight, _ in terms) ** 0.5
-        draws += (
-            _student(spread.num_free, resamples, seed) * np.maximum(own, pooled) / len(seeds) ** 0.5
-        )
-    tail = 0.025 / comparisons
-    most, least = (sum(max(sign * weight, 0) for weight, _ in terms) for sign in (1, -1))
-    low, high = np.quantile(draws, [tail, 1 - tail], axis=0).clip(
-        -least, most
-    )  # shares lie within 0 and 1
-    fewer = np.minimum((draws <= 0).sum(0), (draws >= 0).sum(0))
-    p = np.minimum(1, 2 * (fewer + 1) / (resamples + 1))
-    found = [Estimate(*map(float, row)) for row in zip(value, low, high, p, strict=True)]
+        draws += _draw_pooled_deviations(terms, by_seed, spread, resamples, seed)
+    estimates = _summarize(terms, values, draws, comparisons)
     return Contrast(
-        found[-1],
-        dict(zip(first.levels, found, strict=False)),
-        len(seeds),
-        comparisons,
-        spread is not None,
+        average=estimates[-1],
+        levels=dict(zip(first.levels, estimates[:-1], strict=True)),
+        num_seeds=len(seeds),
+        comparisons=comparisons,
+        is_pooled=spread is not None,
     )
 
 
-def _draws(
-    margin: np.ndarray, items: Answers, resamples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """margin [S, I] -> the figure per level, then averaged, [L + 1], the same by seed [S, L + 1],
-    and drawn pictures' [R, L + 1].
-    """
-    names, levels = np.array([str(level) for level in items.level]), items.levels
-    pictures, place = np.unique(
-        np.array([str(picture) for picture in items.picture]), return_inverse=True
-    )
-    sums = np.zeros((len(margin), len(levels), len(pictures)))
-    totals = np.zeros((len(levels), len(pictures)))
-    for i, level in enumerate(levels):
-        asked = names == level
-        totals[i] = np.bincount(place[asked], minlength=len(pictures))
-        for s, row in enumerate(margin):
-            sums[s, i] = np.bincount(place[asked], weights=row[asked], minlength=len(pictures))
-    by_seed = _with_average(sums.sum(2) / totals.sum(1))
-    value = by_seed.mean(0)
-    weights = _picture_weights(len(pictures), resamples, seed)
-    asked = np.maximum(
-        weights @ totals.T.astype(np.float32), 1
-    )  # a level that no drawn picture asks about counts as none right
-    drawn = _with_average(weights @ sums.mean(0).T.astype(np.float32) / asked)
-    return value, by_seed, drawn.astype(float)
+def _get_common_seeds(variants: Sequence[Answers]) -> list[int]:
+    common = []
+    for seed in variants[0].seeds:
+        if all(seed in answers.seeds for answers in variants):
+            common.append(seed)
+    if not common:
+        lists = " and ".join(str(list(answers.seeds)) for answers in variants)
+        raise UserError(
+            f"variants are compared seed by seed, but {lists} have none in common; train them with"
+            " the same seeds"
+        )
+    return common
 
 
-def _with_average(shares: np.ndarray) -> np.ndarray:
-    return np.concatenate([shares, shares.mean(-1, keepdims=True)], axis=-1)
+def _sum_terms(terms: Sequence[tuple[float, Answers]], seeds: list[int]) -> np.ndarray:
+    """The weighted sum of scores for every seed and question, [S, I]."""
+    _, first = terms[0]
+    margins = np.zeros((len(seeds), len(first.ids)))
+    for weight, answers in terms:
+        rows = [list(answers.seeds).index(seed) for seed in seeds]
+        margins += weight * np.asarray(answers.correct, dtype=float)[rows]
+    return margins
+
+
+def _draw_images(
+    margins: np.ndarray, questions: Answers, resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The weighted sums of accuracies by seed, [S, L + 1], and of drawn images, [R, L + 1]."""
+    sums, counts = _sum_by_image(margins, questions)
+    by_seed = _append_average(sums.sum(2) / counts.sum(1))
+    weights = _draw_image_weights(counts.shape[1], resamples, seed)
+    # A level without a drawn question counts as none right.
+    num_drawn = np.maximum(weights @ counts.T.astype(np.float32), 1)
+    draws = _append_average(weights @ sums.mean(0).T.astype(np.float32) / num_drawn)
+    return by_seed, draws.astype(float)
+
+
+def _sum_by_image(margins: np.ndarray, questions: Answers) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of the margins, [S, L, P], and numbers of questions, [L, P], by level and image."""
+    level_names = np.array([str(level) for level in questions.level])
+    image_names = np.array([str(image) for image in questions.image])
+    images, image_index = np.unique(image_names, return_inverse=True)
+    num_images = len(images)
+    sums = np.zeros((len(margins), len(questions.levels), num_images))
+    counts = np.zeros((len(questions.levels), num_images))
+    for i, level in enumerate(questions.levels):
+        in_level = level_names == level
+        index = image_index[in_level]
+        counts[i] = np.bincount(index, minlength=num_images)
+        for s, row in enumerate(margins):
+            sums[s, i] = np.bincount(index, weights=row[in_level], minlength=num_images)
+    return sums, counts
+
+
+def _append_average(values: np.ndarray) -> np.ndarray:
+    """[..., L] -> [..., L + 1], with the mean over levels at the end."""
+    return np.concatenate([values, values.mean(-1, keepdims=True)], axis=-1)
 
 
 @lru_cache(maxsize=4)
-def _picture_weights(number: int, resamples: int, seed: int) -> np.ndarray:
-    """How often every picture is drawn, [R, P]."""
-    chosen = np.random.default_rng((seed, 1)).integers(
-        0, number, (resamples, number), dtype=np.int32
-    )
-    chosen += np.arange(resamples, dtype=np.int32)[:, None] * number
-    return (
-        np.bincount(chosen.ravel(), minlength=resamples * number)
-        .reshape(resamples, number)
-        .astype(np.float32)
-    )
+def _draw_image_weights(num_images: int, resamples: int, seed: int) -> np.ndarray:
+    """How often every image is drawn, [R, P]."""
+    generator = np.random.default_rng((seed, 1))
+    drawn = generator.integers(0, num_images, (resamples, num_images), dtype=np.int32)
+    # Every resample counts in cells of its own.
+    drawn += np.arange(resamples, dtype=np.int32)[:, None] * num_images
+    counts = np.bincount(drawn.ravel(), minlength=resamples * num_images)
+    return counts.reshape(resamples, num_images).astype(np.float32)
 
 
 @lru_cache(maxsize=8)
-def _seed_weights(number: int, resamples: int, seed: int) -> np.ndarray:
+def _draw_seed_weights(num_seeds: int, resamples: int, seed: int) -> np.ndarray:
     """Weights of the seeds' deviations from their mean, [R, S]; all zero for one seed."""
-    if number == 1:
+    if num_seeds == 1:
         return np.zeros((resamples, 1))
-    draw = np.random.default_rng((seed, 2))
-    times = draw.multinomial(number - 1, np.full(number, 1 / number), size=resamples) / (number - 1)
-    return times * np.sqrt((number - 1) / draw.chisquare(number - 1, (resamples, 1)))
+    generator = np.random.default_rng((seed, 2))
+    degrees_of_freedom = num_seeds - 1
+    probabilities = np.full(num_seeds, 1 / num_seeds)
+    counts = generator.multinomial(degrees_of_freedom, probabilities, size=resamples)
+    chi_squared = generator.chisquare(degrees_of_freedom, (resamples, 1))
+    return counts / degrees_of_freedom * np.sqrt(degrees_of_freedom / chi_squared)
+
+
+def _draw_pooled_deviations(
+    terms: Sequence[tuple[float, Answers]],
+    by_seed: np.ndarray,
+    spread: Spread,
+    resamples: int,
+    seed: int,
+) -> np.ndarray:
+    """Deviations of the mean over seeds with a pooled spread, [R, L + 1]."""
+    num_seeds = len(by_seed)
+    observed = by_seed.std(0, ddof=1) if num_seeds > 1 else 0.0
+    pooled = spread.deviations * sum(weight**2 for weight, _ in terms) ** 0.5
+    student = _draw_student(spread.degrees_of_freedom, resamples, seed)
+    return student * np.maximum(observed, pooled) / num_seeds**0.5
 
 
 @lru_cache(maxsize=8)
-def _student(num_free: int, resamples: int, seed: int) -> np.ndarray:
+def _draw_student(degrees_of_freedom: int, resamples: int, seed: int) -> np.ndarray:
     """Draws of Student's t, [R, 1]."""
-    return np.random.default_rng((seed, 3)).standard_t(num_free, (resamples, 1))
+    generator = np.random.default_rng((seed, 3))
+    return generator.standard_t(degrees_of_freedom, (resamples, 1))
 
 
-def _same_questions(ours: Sequence[str], theirs: Sequence[str], one: str, other: str) -> None:
+def _summarize(
+    terms: Sequence[tuple[float, Answers]],
+    values: np.ndarray,
+    draws: np.ndarray,
+    comparisons: int,
+) -> list[Estimate]:
+    """Percentile intervals and p-values of the draws, [R, L + 1]: one estimate for each column."""
+    tail = 0.025 / comparisons
+    # Accuracies lie between 0 and 1, which bounds their weighted sum.
+    largest = sum(max(weight, 0) for weight, _ in terms)
+    smallest = -sum(max(-weight, 0) for weight, _ in terms)
+    low, high = np.quantile(draws, [tail, 1 - tail], axis=0).clip(smallest, largest)
+    num_beyond_zero = np.minimum((draws <= 0).sum(0), (draws >= 0).sum(0))
+    p = np.minimum(1, 2 * (num_beyond_zero + 1) / (len(draws) + 1))
+    columns = zip(values.tolist(), low.tolist(), high.tolist(), p.tolist(), strict=True)
+    return [Estimate(*column) for column in columns]
+
+
+def _check_same_questions(
+    ids: Sequence[str], other_ids: Sequence[str], name: str, other_name: str
+) -> None:
     """Refuse to compare answers to different questions."""
-    if list(ours) == list(theirs):
+    if list(ids) == list(other_ids):
         return
-    if len(ours) != len(theirs):
-        what = f"{len(ours)} and {len(theirs)} of them"
+    if len(ids) != len(other_ids):
+        difference = f"{len(ids)} and {len(other_ids)} of them"
     else:
-        i = next(i for i, (x, y) in enumerate(zip(ours, theirs, strict=True)) if x != y)
-        what = f"number {i} is {ours[i]!r} and {theirs[i]!r}"
+        pairs = enumerate(zip(ids, other_ids, strict=True))
+        number = next(i for i, (one, other) in pairs if one != other)
+        difference = f"number {number} is {ids[number]!r} and {other_ids[number]!r}"
     raise UserError(
-        f"{one} and {other} were asked different questions ({what}); evaluate both on the same file"
-        " in the same order"
+        f"{name} and {other_name} answered different questions ({difference}); evaluate both on the"
+        " same file in the same order"
     )

@@ -11,7 +11,13 @@ from pathlib import Path
 
 from ..config.yaml_io import expand_path, read_yaml
 from ..data.images import Pictures
-from ..evaluation.statistics import Answers, Contrast, difference, interval, seed_spread
+from ..evaluation.statistics import (
+    Answers,
+    Contrast,
+    estimate_accuracy,
+    estimate_difference,
+    pool_seed_spread,
+)
 from ..plan import Plan
 from ..schema import UserError
 
@@ -80,15 +86,20 @@ def figures(runs: Sequence[Compared], *, num_items: int = 24) -> dict:
     """
     answers = {run.name: run.answers for run in runs}
     base, *others = runs
-    spread = seed_spread(list(answers.values()))
+    spread = pool_seed_spread(list(answers.values()))
     common = set.intersection(*(set(run.records) for run in runs))
     paired = answers if common else {name: _unseeded(a) for name, a in answers.items()}
     rows = {}
     for run in runs:
-        row = {"seeds": sorted(run.folders), "share": interval(answers[run.name]).to_dict()}
+        row = {
+            "seeds": sorted(run.folders),
+            "share": estimate_accuracy(answers[run.name]).to_dict(),
+        }
         if run is not base:
             more = {"comparisons": len(others), "spread": spread if common else None}
-            row["difference"] = _plain(difference(paired[run.name], paired[base.name], **more))
+            row["difference"] = _plain(
+                estimate_difference(paired[run.name], paired[base.name], **more)
+            )
         row |= {
             "kinds": _kinds(run),
             "plan": run.plan and run.plan.to_dict(),
@@ -265,8 +276,8 @@ def _unseeded(answers: Answers) -> Answers:
     """Runs of different seeds are paired by question alone: each as one row, the mean of its
     seeds.
     """
-    right = answers.right.mean(0, keepdims=True)
-    return Answers(right, answers.picture, answers.level, answers.ids, [0])
+    right = answers.correct.mean(0, keepdims=True)
+    return Answers(right, answers.image, answers.level, answers.ids, [0])
 
 
 def _kinds(run: Compared) -> dict[str, float]:

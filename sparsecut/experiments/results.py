@@ -14,10 +14,10 @@ from ..evaluation.statistics import (
     Answers,
     Contrast,
     Spread,
-    contrast,
-    difference,
-    interval,
-    seed_spread,
+    estimate_accuracy,
+    estimate_contrast,
+    estimate_difference,
+    pool_seed_spread,
 )
 from ..plan import Plan
 from ..schema import UserError
@@ -76,7 +76,7 @@ def figures(folder: Path) -> dict:
         "budgets": {b: _changes(study["budgets"][b]) for b in budgets},
         "levels": levels,
         "num_questions": len(known.ids) if known else 0,
-        "num_pictures": len(set(known.picture)) if known else 0,
+        "num_pictures": len(set(known.image)) if known else 0,
         "missing": missing,
         "arms": arms,
         "curves": curves,
@@ -131,12 +131,12 @@ def _answers(runs: dict[int, Path], folder: Path) -> Answers:
 
 def _result(runs: dict[int, Path], answers: Answers) -> dict:
     """One arm under one budget: its scores, and what its runs took."""
-    own, facts = interval(answers), [_json(run / "facts.json") for run in runs.values()]
+    own, facts = estimate_accuracy(answers), [_json(run / "facts.json") for run in runs.values()]
     groups: dict[str, list[float]] = {}
     for run in runs.values():
         for name, row in (_json(run / "eval" / "result.json").get("groups") or {}).items():
             groups.setdefault(name, []).append(row["accuracy"])
-    by_seed = answers.shares.mean(1)
+    by_seed = answers.accuracies.mean(1)
     return {
         "seeds": list(runs),
         "by_seed": dict(zip(map(str, runs), map(float, by_seed), strict=True)),
@@ -212,15 +212,17 @@ def _compare(found: dict, answers: dict[str, dict[str, Answers]]) -> None:
         if spread:
             found["spread"][budget] = {
                 "average": float(spread.deviations[-1]),
-                "num_free": spread.num_free,
+                "num_free": spread.degrees_of_freedom,
             }
         others = [
             name for name in of if name != baseline and _share_seeds(of[name], of.get(baseline))
         ]
         for name in others:
-            wide = difference(of[name], of[baseline], comparisons=len(others), spread=spread)
+            wide = estimate_difference(
+                of[name], of[baseline], comparisons=len(others), spread=spread
+            )
             found["arms"][name]["results"][budget]["difference"] = {
-                **_plain(difference(of[name], of[baseline], spread=spread)),
+                **_plain(estimate_difference(of[name], of[baseline], spread=spread)),
                 "corrected": asdict(wide.average),
                 "corrected_levels": {level: asdict(e) for level, e in wide.levels.items()},
                 "comparisons": len(others),
@@ -234,7 +236,7 @@ def _compare(found: dict, answers: dict[str, dict[str, Answers]]) -> None:
                     for w, b in ((-1, pair[0]), (1, pair[1]))
                     for v, n in ((1, name), (-1, baseline))
                 ]
-                change = contrast(terms, spread=_spread(answers[main], of)).average
+                change = estimate_contrast(terms, spread=_spread(answers[main], of)).average
                 kept = {"from": pair[0], "to": pair[1], **asdict(change)}
                 found["arms"][name]["results"][main].setdefault("change", {})[budget] = kept
 
@@ -254,7 +256,7 @@ def _spread(*budgets: dict[str, Answers]) -> Spread | None:
     for i, of in enumerate(budgets):
         for answers in of.values():
             groups.setdefault((i, *sorted(answers.seeds)), []).append(answers)
-    return seed_spread(*groups.values())
+    return pool_seed_spread(*groups.values())
 
 
 def _length(curves: dict) -> float:
@@ -286,7 +288,7 @@ def _pairs(found: dict, answers: dict[str, Answers]) -> dict:
     spread = _spread(answers)
     cells = []
     for a, b in pairs:
-        own = difference(answers[a], answers[b], spread=spread).average
+        own = estimate_difference(answers[a], answers[b], spread=spread).average
         cells.append([a, b, {**asdict(own), "corrected_p": min(1.0, own.p * len(pairs))}])
     return {"arms": chosen, "cells": cells}
 

@@ -327,7 +327,7 @@ def do(study: Study, run: Run) -> None:
         for s in recipe.stages
     ]
     states = kept_states(recipe, model, processor, evaluation_examples(recipe))
-    result = evaluate_recipe(recipe, model, processor, resume=True, states=states)
+    result = evaluate_recipe(recipe, model, processor, resume=True, feature_cache=states)
     facts = {
         "arm": run.arm,
         "budget": run.budget,

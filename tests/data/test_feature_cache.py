@@ -57,7 +57,9 @@ def test_answers_from_kept_states_are_those_from_pixels(tmp_path):
     examples = read_examples(write_records(tmp_path) / "data.json")
     states = prepare_states(tmp_path / "kept", model, processor, examples)
     plain = evaluate(model, processor, examples, max_new_tokens=4, out=tmp_path / "a")
-    kept = evaluate(model, processor, examples, max_new_tokens=4, states=states, out=tmp_path / "b")
+    kept = evaluate(
+        model, processor, examples, max_new_tokens=4, feature_cache=states, out=tmp_path / "b"
+    )
     assert kept["accuracy"] == plain["accuracy"]
     assert (tmp_path / "a" / "predictions.jsonl").read_text() == (
         tmp_path / "b" / "predictions.jsonl"

@@ -1,4 +1,4 @@
-"""Evaluation asks every question once, alike in any batch, and goes on where it stopped."""
+"""Evaluation asks every question once, gives the same answers in any batch, and resumes."""
 
 import json
 
@@ -9,31 +9,34 @@ from PIL import Image
 
 from sparsecut.data.examples import read_examples
 from sparsecut.evaluation.evaluator import evaluate
-from sparsecut.evaluation.scoring import exact_match, scores, table, wilson
+from sparsecut.evaluation.scoring import (
+    compute_scores,
+    exact_match,
+    format_scores,
+    wilson_interval,
+)
 from sparsecut.prompts import make_greedy_config
+from sparsecut.schema import UserError
 
-TURNS = [
+QUESTIONS = (
     "what is it",
     "a cat ?",
     "are you sure",
     "is it red",
     "what is blue and red",
     "one two three",
-]
+)
 
 
-@pytest.fixture
-def examples(tmp_path):
-    """Twelve records over three pictures: text-only, one and two pictures, and a second question
-    after an answer.
-    """
+def write_questions(folder):
+    """Twelve records over three images: with none, one and two images, some with an earlier turn."""
     for i in range(3):
         noise = np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+        Image.fromarray(noise).save(folder / f"{i}.png")
     records = []
     for i in range(12):
         images = [f"{(i + k) % 3}.png" for k in range(i % 3)]
-        question = "<image>\n" * len(images) + TURNS[i % 6]
+        question = "<image>\n" * len(images) + QUESTIONS[i % 6]
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "Cat."}]
         if i % 4 == 3:
             turns += [{"from": "human", "value": "are you sure"}, {"from": "gpt", "value": "yes"}]
@@ -43,196 +46,190 @@ def examples(tmp_path):
             "level": ("low", "high")[i % 2],
             "group": f"g{i % 3}",
         }
-        records.append({**record, "image": images} if images else record)
-    (tmp_path / "questions.json").write_text(json.dumps(records))
-    return read_examples(tmp_path / "questions.json")
+        if images:
+            record["image"] = images
+        records.append(record)
+    (folder / "questions.json").write_text(json.dumps(records))
+    return read_examples(folder / "questions.json")
 
 
-def predictions(out) -> list[dict]:
-    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    """Questions that no test changes."""
+    return write_questions(tmp_path_factory.mktemp("questions"))
 
 
-def test_batches_answer_as_single_questions_do(tiny, examples, tmp_path):
-    for name, batch_size, workers in (("single", 1, 0), ("batched", 5, 0), ("prepared", 5, 2)):
-        evaluate(
-            *tiny,
-            examples,
-            out=tmp_path / name,
-            batch_size=batch_size,
-            max_new_tokens=5,
-            workers=workers,
-        )
-    single, batched, prepared = (
-        predictions(tmp_path / name) for name in ("single", "batched", "prepared")
-    )
-    assert single == batched == prepared
-    assert [line["id"] for line in batched] == [e.id for e in examples]
-    assert len({line["prediction"] for line in batched}) > 3  # the model says different things
+@pytest.fixture(scope="module")
+def shared():
+    """(model, processor) that tests leave as they are."""
+    return tiny_model()
 
 
-def test_a_prediction_is_what_generate_says(tiny, examples):
+def read_predictions(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_batches_answer_as_single_questions_do(shared, examples, tmp_path):
+    single = evaluate(*shared, examples, batch_size=1, max_new_tokens=5)
+    batched = evaluate(*shared, examples, batch_size=5, max_new_tokens=5, out=tmp_path)
+    settings = {"batch_size": 5, "max_new_tokens": 5, "workers": 2}
+    in_processes = evaluate(*shared, examples, **settings)
+    assert single.records == batched.records == in_processes.records == read_predictions(tmp_path)
+    assert [record["id"] for record in single.records] == [e.id for e in examples]
+    assert len({record["prediction"] for record in single.records}) > 3
+
+
+def test_a_prediction_is_what_generate_returns(shared, examples):
+    model, processor = shared
+    example = examples[2]
+    prompt = "USER : <image>\n<image>\nare you sure ASSISTANT :"
+    inputs = processor(images=example.pictures(), text=prompt, return_tensors="pt")
+    token_ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    new_ids = token_ids[:, inputs["input_ids"].shape[1] :]
+    (answer,) = processor.batch_decode(new_ids, skip_special_tokens=True)
+    result = evaluate(model, processor, [example], max_new_tokens=4)
+    assert result["example_prompt"] == prompt
+    assert result.records[0]["prediction"] == answer.strip()
+
+
+def test_files_hold_the_answers_and_the_settings(tiny, examples, tmp_path):
     model, processor = tiny
-    seen = examples[2]
-    inputs = processor(
-        images=seen.pictures(),
-        text="USER : <image>\n<image>\nare you sure ASSISTANT :",
-        return_tensors="pt",
-    )
-    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    said = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[
-        0
-    ].strip()
-    result = evaluate(model, processor, [seen], max_new_tokens=4)
-    assert result["example_prompt"] == "USER : <image>\n<image>\nare you sure ASSISTANT :"
-    assert result["num_correct"] == (said.casefold() == "cat")
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 0.7
+    counts = []
 
+    def note(*numbers):
+        counts.append(numbers)
 
-def test_files_hold_the_answers_and_how_they_were_made(tiny, examples, tmp_path):
-    model, processor = tiny
-    model.generation_config.do_sample, model.generation_config.temperature = True, 0.7
-    seen = []
-    result = evaluate(
-        model,
-        processor,
-        examples,
-        out=tmp_path / "run",
-        batch_size=8,
-        progress=lambda *counts: seen.append(counts),
-    )
-    assert seen == [(0, 12), (8, 12), (12, 12)]
-    stored = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = evaluate(model, processor, examples, out=tmp_path, batch_size=8, progress=note)
+    assert counts == [(0, 12), (8, 12), (12, 12)]
+    stored = json.loads((tmp_path / "result.json").read_text())
     assert stored == json.loads(json.dumps(result))
-    assert stored["decoding"]["do_sample"] is False and stored["decoding"]["max_new_tokens"] == 16
-    assert stored["prompt_template"] == processor.chat_template and stored["num_examples"] == 12
-    assert (
-        stored["levels"]["low"]["num_examples"] == 6 and stored["groups"]["g0"]["num_examples"] == 4
-    )
-    assert {"torch", "transformers", "sparsecut"} <= set(stored["versions"]) and stored[
-        "seconds"
-    ] > 0
-    line = predictions(tmp_path / "run")[3]
-    assert line["reference"] == "yes" and "Cat." in line["prompt"] and line["level"] == "high"
-    assert set(line) == {
-        "id",
-        "prompt",
-        "images",
-        "prediction",
-        "reference",
-        "correct",
-        "group",
-        "level",
-    }
-    assert model.generation_config.temperature == 0.7  # the model's own settings stay as they were
+    assert stored["decoding"]["do_sample"] is False
+    assert stored["decoding"]["max_new_tokens"] == 16
+    assert stored["prompt_template"] == processor.chat_template
+    assert stored["num_examples"] == 12
+    assert stored["levels"]["low"]["num_examples"] == 6
+    assert stored["groups"]["g0"]["num_examples"] == 4
+    assert {"torch", "transformers", "sparsecut"} <= set(stored["versions"])
+    assert stored["seconds"] > 0
+    record = read_predictions(tmp_path)[3]
+    assert record["reference"] == "yes"
+    assert record["level"] == "high"
+    assert "Cat." in record["prompt"]
+    fields = ["id", "prompt", "images", "prediction", "reference", "correct", "group", "level"]
+    assert list(record) == fields
+    assert model.generation_config.temperature == 0.7  # the model's own settings are not changed
 
 
-def test_an_interrupted_run_goes_on(tiny, examples, tmp_path):
-    out = tmp_path / "run"
-    whole = evaluate(*tiny, examples, out=out, batch_size=4)
-    lines = (out / "predictions.jsonl").read_text().splitlines(keepends=True)
-    changed = json.loads(lines[0]) | {"prediction": "kept as it is"}
-    (out / "predictions.jsonl").write_text(
-        json.dumps(changed) + "\n" + "".join(lines[1:6]) + lines[6][:20]
-    )
-    again = evaluate(*tiny, examples, out=out, batch_size=4)
-    assert again["num_kept"] == 6  # the half-written seventh line is asked again
-    assert predictions(out)[0]["prediction"] == "kept as it is"
-    assert [json.dumps(p) + "\n" for p in predictions(out)[1:]] == lines[1:]
-    assert again["groups"].keys() == whole["groups"].keys()
-    fresh = evaluate(*tiny, examples, out=out, batch_size=4, resume=False)
-    assert fresh["num_kept"] == 0 and predictions(out)[0]["prediction"] != "kept as it is"
+def test_an_interrupted_evaluation_resumes(shared, examples, tmp_path):
+    evaluate(*shared, examples, out=tmp_path, batch_size=4)
+    file = tmp_path / "predictions.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    changed = json.dumps(json.loads(lines[0]) | {"prediction": "as it was"}) + "\n"
+    file.write_text(changed + "".join(lines[1:6]) + lines[6][:20])
+    again = evaluate(*shared, examples, out=tmp_path, batch_size=4)
+    assert again["num_kept"] == 6  # the seventh line was cut, and its question is asked again
+    assert file.read_text().splitlines(keepends=True) == [changed, *lines[1:]]
+    fresh = evaluate(*shared, examples, out=tmp_path, batch_size=4, resume=False)
+    assert fresh["num_kept"] == 0
+    assert file.read_text().splitlines(keepends=True) == lines
 
 
-def test_an_exception_in_the_middle_loses_nothing(tiny, examples, tmp_path):
+def test_an_exception_in_the_middle_loses_nothing(shared, examples, tmp_path):
     def stop(done, total):
         if done >= 8:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(*tiny, examples, out=tmp_path / "run", batch_size=4, progress=stop)
-    assert (
-        len(predictions(tmp_path / "run")) == 8 and not (tmp_path / "run" / "result.json").exists()
-    )
-    assert evaluate(*tiny, examples, out=tmp_path / "run", batch_size=4)["num_kept"] == 8
+        evaluate(*shared, examples, out=tmp_path, batch_size=4, progress=stop)
+    assert len(read_predictions(tmp_path)) == 8
+    assert not (tmp_path / "result.json").exists()
+    assert evaluate(*shared, examples, out=tmp_path, batch_size=4)["num_kept"] == 8
 
 
-def test_another_run_is_not_mixed_in(tiny, examples, tmp_path):
-    out = tmp_path / "run"
-    evaluate(*tiny, examples, out=out, max_new_tokens=3)
-    before = predictions(out)
-    with pytest.raises(
-        ValueError, match=r"another decoding.max_new_tokens \(3 then, 4 now\); give"
-    ):
-        evaluate(*tiny, examples, out=out, max_new_tokens=4)
-    with pytest.raises(ValueError, match="another weights"):
-        evaluate(*tiny_model(seed=1), examples, out=out, max_new_tokens=3)
-    with pytest.raises(ValueError, match="10 answers to questions that are not asked now"):
-        evaluate(*tiny, examples[:2], out=out, max_new_tokens=3)
-    assert predictions(out) == before
+def test_answers_of_another_evaluation_are_not_mixed_in(shared, examples, tmp_path):
+    some = examples[:3]
+    evaluate(*shared, some, out=tmp_path, max_new_tokens=3)
+    before = read_predictions(tmp_path)
+    with pytest.raises(UserError, match=r"decoding.max_new_tokens \(3 .* 4 .*resume=False"):
+        evaluate(*shared, some, out=tmp_path, max_new_tokens=4)
+    with pytest.raises(UserError, match="another weights"):
+        evaluate(*tiny_model(seed=1), some, out=tmp_path, max_new_tokens=3)
+    with pytest.raises(UserError, match="holds 2 answers.*'r1'"):
+        evaluate(*shared, some[:1], out=tmp_path, max_new_tokens=3)
+    assert read_predictions(tmp_path) == before
 
 
-def test_what_cannot_be_asked_gets_a_sentence(tiny, examples, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [
+        ({"metric": "exact"}, "'exact'.*did you mean 'exact_match'"),
+        ({"batch_size": 0}, "batch_size is 0.*at least 1"),
+        ({"workers": -1}, "workers is -1.*at least 0"),
+        ({"max_new_tokens": 10**5}, "max_new_tokens=100000.*2048"),
+    ],
+)
+def test_arguments_that_are_not_allowed_are_named(shared, examples, tmp_path, arguments, facts):
+    with pytest.raises(UserError, match=facts):
+        evaluate(*shared, examples, out=tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_examples_that_cannot_be_asked_are_named(tiny, tmp_path):
     model, processor = tiny
-    for options, words in (
-        ({"metric": "exact"}, "did you mean 'exact_match'"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"workers": -1}, "workers is -1, but must be a whole number of at least 0"),
-        ({"max_new_tokens": 10**5}, "is more than the 2048 the language model takes"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            evaluate(model, processor, examples, out=tmp_path / "run", **options)
-    with pytest.raises(ValueError, match="nothing to ask"):
+    examples = write_questions(tmp_path)
+    with pytest.raises(UserError, match="empty"):
         evaluate(model, processor, [])
     whole = (tmp_path / "0.png").read_bytes()
     (tmp_path / "0.png").write_bytes(whole[:60])
     for workers in (0, 1):
-        with pytest.raises(
-            ValueError,
-            match=r"^.*questions.json record \d+: the picture 0.png in .* is broken: [^\n]*$",
-        ):
+        with pytest.raises(UserError, match=r"^\S+questions.json record \d+: .*0.png") as error:
             evaluate(model, processor, examples, workers=workers)
+        assert "\n" not in str(error.value)
     (tmp_path / "0.png").write_bytes(whole)
     (tmp_path / "1.png").unlink()
-    with pytest.raises(ValueError, match=r"questions.json record 1: there is no picture 1.png"):
-        evaluate(model, processor, examples, out=tmp_path / "run")
+    with pytest.raises(UserError, match=r"questions.json record 1: .*1.png"):
+        evaluate(model, processor, examples, out=tmp_path / "out")
     processor.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(ValueError, match="refuses the conversation: no; change"):
+    with pytest.raises(UserError, match=": no; change"):
         evaluate(model, processor, examples[:1])
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "out").exists()
 
 
-def test_greedy_keeps_the_models_own_stop_tokens(tiny):
+def test_greedy_decoding_has_the_models_own_stop_tokens(tiny):
     model, processor = tiny
-    model.generation_config.eos_token_id, model.generation_config.num_beams = [1, 7], 4
+    model.generation_config.eos_token_id = [1, 7]
+    model.generation_config.num_beams = 4
     config = make_greedy_config(model, 9)
     assert (config.eos_token_id, config.num_beams, config.max_new_tokens) == ([1, 7], 1, 9)
     assert config.suppress_tokens == [processor.image_token_id]
 
 
-def test_exact_match_forgives_case_blanks_and_a_full_stop():
-    assert exact_match(" Yes. ", "yes") and exact_match("STRASSE", "stra\u00dfe")
-    assert (
-        not exact_match("yes..", "yes")
-        and not exact_match("y es", "yes")
-        and not exact_match("", "yes")
-    )
+def test_exact_match_ignores_case_outer_whitespace_and_a_full_stop():
+    assert exact_match(" Yes. ", "yes")
+    assert exact_match("STRASSE", "stra\u00dfe")
+    assert not exact_match("yes..", "yes")
+    assert not exact_match("y es", "yes")
+    assert not exact_match("", "yes")
 
 
-def test_intervals_and_means():
-    assert wilson(0, 10) == pytest.approx([0, 0.27753], abs=1e-4)
-    assert wilson(8, 10) == pytest.approx([0.49016, 0.94332], abs=1e-4)
-    assert wilson(10, 10)[1] == 1 and wilson(0, 69)[0] == 0
-    records = [
-        {"correct": c, "group": None, "level": v}
-        for c, v in [(1, "a"), (1, "a"), (0, "a"), (0, "b")]
-    ]
-    result = scores(records)
-    assert (
-        result["accuracy"] == 0.5
-        and result["mean_over_levels"] == pytest.approx(1 / 3)
-        and not result["groups"]
-    )
-    assert [line.split() for line in table(result).splitlines()[2:]] == [
-        ["level", "a", "66.7", "%", "2", "/", "3", "20.8", "to", "93.9"],
-        ["level", "b", "0.0", "%", "0", "/", "1", "0.0", "to", "79.3"],
+def test_wilson_intervals():
+    assert wilson_interval(0, 10) == pytest.approx([0, 0.27753], abs=1e-4)
+    assert wilson_interval(8, 10) == pytest.approx([0.49016, 0.94332], abs=1e-4)
+    assert wilson_interval(10, 10)[1] == 1
+    assert wilson_interval(0, 69)[0] == 0
+
+
+def test_the_mean_over_levels_weighs_levels_equally():
+    answers = [(1, "a"), (1, "a"), (0, "a"), (0, "b")]
+    records = [{"correct": right, "group": None, "level": level} for right, level in answers]
+    scores = compute_scores(records)
+    assert scores["accuracy"] == 0.5
+    assert scores["mean_over_levels"] == pytest.approx(1 / 3)
+    assert scores["groups"] == {}
+    assert [line.split() for line in format_scores(scores).splitlines()[2:]] == [
+        ["level", "a", "66.7", "%", "2", "3", "20.8", "to", "93.9"],
+        ["level", "b", "0.0", "%", "0", "1", "0.0", "to", "79.3"],
         ["mean", "over", "levels", "33.3", "%"],
     ]

@@ -16,7 +16,7 @@ from ...data.examples import IMAGE, Example
 from ...schema import UserError, nearest
 from ..evaluator import evaluate
 from ..output_dir import PREDICTIONS, RESULT, SETTINGS, read_lines, write_json, write_lines
-from ..scoring import Z95, wilson
+from ..scoring import Z95, wilson_interval
 from .multiple_choice import CHOICE_TASKS
 from .open_ended import TEXT_TASKS
 from .single_word import WORD_TASKS
@@ -290,7 +290,7 @@ def _share(score: Score | None) -> dict | None:
     values = list(score.each.values())
     mean = sum(values) / len(values)
     if set(values) <= {0, 1}:
-        return {"value": mean, "interval": wilson(round(sum(values)), len(values))}
+        return {"value": mean, "interval": wilson_interval(round(sum(values)), len(values))}
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values))
     return {
         "value": mean,
