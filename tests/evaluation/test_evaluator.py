@@ -156,7 +156,7 @@ def test_answers_of_another_evaluation_are_not_mixed_in(shared, examples, tmp_pa
         evaluate(*shared, some, out=tmp_path, max_new_tokens=4)
     with pytest.raises(UserError, match="another weights"):
         evaluate(*tiny_model(seed=1), some, out=tmp_path, max_new_tokens=3)
-    with pytest.raises(UserError, match="holds 2 answers.*'r1'"):
+    with pytest.raises(UserError, match=r"holds 2 answers.*'r1'"):
         evaluate(*shared, some[:1], out=tmp_path, max_new_tokens=3)
     assert read_predictions(tmp_path) == before
 

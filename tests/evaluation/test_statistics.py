@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from sparsecut.evaluation import scoring
-from sparsecut.evaluation.statistics import Answers, estimate_accuracy, estimate_contrast, estimate_difference, pool_seed_spread
+from sparsecut.evaluation.statistics import (
+    Answers,
+    estimate_accuracy,
+    estimate_contrast,
+    estimate_difference,
+    pool_seed_spread,
+)
 
 LEVELS = ("high", "mid", "low")
 
@@ -88,7 +94,9 @@ def test_a_pooled_spread_makes_intervals_of_three_seeds_narrower_and_they_hold(c
         pooled = estimate_difference(
             arms[0], arms[1], comparisons=comparisons, spread=spread, resamples=500
         ).average
-        alone = estimate_difference(arms[0], arms[1], comparisons=comparisons, resamples=500).average
+        alone = estimate_difference(
+            arms[0], arms[1], comparisons=comparisons, resamples=500
+        ).average
         held += pooled.low <= 0.1 <= pooled.high
         widths.append([pooled.high - pooled.low, alone.high - alone.low])
     assert held / number >= 0.93
@@ -100,10 +108,14 @@ def test_what_a_seed_does_to_all_arms_is_no_spread():
     a = made_up(0.0, rng, seed_sd=0.1)
     lifted = Answers(a.correct.copy(), a.image, a.level, a.ids, a.seeds)
     assert np.allclose(pool_seed_spread([a, lifted]).deviations, 0)
-    assert pool_seed_spread([a]) is None and pool_seed_spread([made_up(0.0, rng, seeds=1)] * 2) is None
+    assert (
+        pool_seed_spread([a]) is None and pool_seed_spread([made_up(0.0, rng, seeds=1)] * 2) is None
+    )
     one = made_up(0.0, rng, seeds=1)
     pooled = estimate_difference(
-        one, made_up(0.1, rng, seeds=1), spread=pool_seed_spread([a, made_up(0.0, rng, seed_sd=0.1)])
+        one,
+        made_up(0.1, rng, seeds=1),
+        spread=pool_seed_spread([a, made_up(0.0, rng, seed_sd=0.1)]),
     )
     assert not pooled.note and pooled.average.high - pooled.average.low > 0.2
 
@@ -112,7 +124,10 @@ def test_pairing_makes_the_interval_narrower():
     rng = np.random.default_rng(2)
     a = made_up(0.0, rng, ease=rng.normal(0, 0.2, 120))
     b = flipped(a, 0.1, rng)
-    paired, apart = estimate_difference(b, a).average, (estimate_accuracy(a).average, estimate_accuracy(b).average)
+    paired, apart = (
+        estimate_difference(b, a).average,
+        (estimate_accuracy(a).average, estimate_accuracy(b).average),
+    )
     unpaired = sum((e.high - e.low) ** 2 for e in apart) ** 0.5
     assert paired.high - paired.low < 0.8 * unpaired
     assert paired.value == pytest.approx(apart[1].value - apart[0].value)
@@ -126,7 +141,8 @@ def test_questions_of_a_picture_are_one_draw():
     together = Answers(whole, a.image, a.level, a.ids, a.seeds)
     as_if_alone = Answers(whole, np.arange(600), a.level, a.ids, a.seeds)
     wide, narrow = (
-        e.average.high - e.average.low for e in (estimate_accuracy(together), estimate_accuracy(as_if_alone))
+        e.average.high - e.average.low
+        for e in (estimate_accuracy(together), estimate_accuracy(as_if_alone))
     )
     assert wide == pytest.approx(6**0.5 * narrow, rel=0.1)
 
@@ -135,9 +151,13 @@ def test_more_comparisons_make_wider_intervals():
     rng = np.random.default_rng(4)
     a = made_up(0.0, rng, seed_sd=0.02)
     b = flipped(a, 0.05, rng)
-    widths = [(e := estimate_difference(b, a, comparisons=n).average).high - e.low for n in (1, 5, 25)]
+    widths = [
+        (e := estimate_difference(b, a, comparisons=n).average).high - e.low for n in (1, 5, 25)
+    ]
     assert widths == sorted(widths) and widths[0] < widths[2]
-    assert estimate_difference(b, a, comparisons=25).average.p == estimate_difference(b, a).average.p
+    assert (
+        estimate_difference(b, a, comparisons=25).average.p == estimate_difference(b, a).average.p
+    )
 
 
 def test_the_order_of_questions_and_seeds_does_not_matter():
