@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 from ..prompts import is_fixed
 from ..schema import UserError
 from .encoding import IGNORED, encode, written
-from .examples import Example, RecordError, choose, read_examples, read_source
+from .errors import RecordError
+from .examples import Example, choose, read_examples, read_source
 from .native_encoding import PER_TOKEN, encode_batch
 from .validation import check_examples
 

@@ -19,7 +19,8 @@ from ..prompts import (
     takes_suffix,
 )
 from ..schema import UserError
-from .examples import IMAGE, Example, RecordError
+from .errors import RecordError
+from .examples import IMAGE, Example
 
 IGNORED = -100  # the label of a token that is not learned
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")

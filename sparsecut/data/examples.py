@@ -17,6 +17,7 @@ from PIL import Image
 from ..config.recipe import Source
 from ..config.yaml_io import expand_path
 from ..schema import UserError, nearest
+from .errors import RecordError
 from .images import Pictures, open_bytes
 from .readers import files_of, read_records, store_of
 
@@ -28,24 +29,6 @@ ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-
-
-class RecordError(UserError):
-    """One record that cannot be used.
-
-    Attributes:
-        where: The record's place, such as "train.jsonl line 7".
-        problem: What is wrong with it, without its place.
-    """
-
-    def __init__(self, where: str, problem: str):
-        super().__init__(f"{where}: {problem}")
-        self.where = where
-        self.problem = problem
-
-    def __reduce__(self):
-        # Unpickling an exception calls its class with `args`, which holds the whole message alone.
-        return RecordError, (self.where, self.problem)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..prompts import run_processor, takes_suffix
 from ..schema import UserError
 from .encoding import IGNORED, check_learned, check_length, written
-from .examples import Example, RecordError
+from .errors import RecordError
+from .examples import Example
 
 PER_TOKEN = (
     "input_ids",

@@ -9,12 +9,14 @@ import json
 import re
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
 from ..schema import UserError
 from .images import Pictures, open_bytes
+from .jsonl import iterate_lines, parse_line
 
 PICTURES = (
     ".jpg",
@@ -243,16 +245,8 @@ def _json(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Callable]]:
-    def parse(line: str):
-        try:
-            return json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"malformed JSON at column {error.colno}, {error.msg}") from None
-
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{path} line {number}", lambda line=line: parse(line)
+    for number, line in iterate_lines(path):
+        yield f"{path} line {number}", partial(parse_line, line)
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, dict]]:

@@ -21,7 +21,8 @@ from ..prompts import is_fixed
 from ..schema import UserError
 from .dataset import check_examples
 from .encoding import written
-from .examples import Example, RecordError, example_from
+from .errors import RecordError
+from .examples import Example, example_from
 from .images import Pictures
 from .readers import files_of, read_records
 

@@ -19,7 +19,8 @@ from contextlib import closing
 from ..prompts import is_fixed
 from ..schema import UserError
 from .encoding import check_length, encode, written
-from .examples import Example, RecordError
+from .errors import RecordError
+from .examples import Example
 from .native_encoding import encode_batch, num_tokens_about
 
 NEAR = 0.5  # of a limit: records this long by estimate are measured

@@ -25,6 +25,7 @@ from ..config.yaml_io import expand_path
 from ..data.dataset import raise_errors
 from ..data.examples import IMAGE, Example, read_source
 from ..data.feature_cache import views_of
+from ..data.jsonl import append_json_lines, write_json_lines
 from ..fingerprint import weights_hash
 from ..prompts import (
     check_length,
@@ -37,7 +38,7 @@ from ..prompts import (
     render_prompt,
 )
 from ..schema import UserError, nearest
-from .output_dir import PREDICTIONS, RESULT, judge, open_output_dir, write_json, write_lines
+from .output_dir import PREDICTIONS, RESULT, judge, open_output_dir, write_json
 from .scoring import METRICS, compute_scores
 
 
@@ -116,7 +117,7 @@ def evaluate(
         for i, answer in zip(batch.indices, batch_answers, strict=True):
             records[i] |= judge(records[i], answer, metric)
         if out is not None:
-            write_lines(Path(out) / PREDICTIONS, [records[i] for i in batch.indices], "a")
+            append_json_lines(Path(out) / PREDICTIONS, [records[i] for i in batch.indices])
         num_done += len(batch.indices)
         progress(num_done, len(records))
     result = {
@@ -130,7 +131,7 @@ def evaluate(
         "versions": get_versions(),
     }
     if out is not None:
-        write_lines(Path(out) / PREDICTIONS, records, "w")
+        write_json_lines(Path(out) / PREDICTIONS, records)
         write_json(Path(out) / RESULT, result)
     return EvaluationResult(result, records)
 

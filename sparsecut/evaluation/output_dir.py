@@ -7,10 +7,10 @@ and is put into the order of the questions at the end. result.json is written la
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 
+from ..data.errors import RecordError
+from ..data.jsonl import read_json_lines, write_json_lines
 from ..schema import UserError
 from .scoring import METRICS
 
@@ -51,7 +51,7 @@ def open_output_dir(folder: Path, settings: dict, records: list[dict], resume: b
     (folder / RESULT).unlink(missing_ok=True)
     write_json(folder / SETTINGS, settings)
     answered = [record for record in records if record["prediction"] is not None]
-    write_lines(file, answered, "w")
+    write_json_lines(file, answered)
 
 
 def _take_over_answers(file: Path, records: list[dict], metric: str | None) -> None:
@@ -112,31 +112,12 @@ def read_lines(file: Path) -> list[dict]:
     Raises:
         UserError: A line is not JSON.
     """
-    # What follows the last newline is nothing, or half a line.
-    lines = file.read_bytes().split(b"\n")[:-1]
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            raise UserError(
-                f"{file} line {number} is not JSON; remove it, or start over (--fresh,"
-                " resume=False)"
-            ) from None
-    return records
-
-
-def write_lines(file: Path, records: Sequence[dict], mode: str) -> None:
-    """Write records as JSON Lines, at the end of the file ("a") or in its place ("w")."""
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    if mode == "a":
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write(text)
-        return
-    # Replaced at once: an interruption leaves the old file or the new one.
-    part = file.with_suffix(f".{os.getpid()}.part")  # each process has its own
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
+    try:
+        return read_json_lines(file, skip_partial=True)
+    except RecordError as error:
+        raise UserError(
+            f"{error}; remove the line, or start over (--fresh, resume=False)"
+        ) from None
 
 
 def write_json(file: Path, value: dict) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..config.yaml_io import expand_path, read_yaml
 from ..data.images import Pictures
+from ..data.jsonl import read_json_lines
 from ..evaluation.statistics import (
     Answers,
     Contrast,
@@ -62,8 +63,7 @@ def read_runs(named: Sequence[str]) -> list[Compared]:
         seed = seed if seed not in run.folders else max(run.folders) + 1
         run.folders[seed] = folder
         run.results[seed] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        lines = (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()
-        run.records[seed] = [json.loads(line) for line in lines]
+        run.records[seed] = read_json_lines(folder / PREDICTIONS)
         if run.plan is None:
             run.plan, run.depths, run.cost = _model_facts(folder, run.results[seed].get("model"))
     runs = list(found.values())

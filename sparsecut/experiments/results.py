@@ -10,6 +10,7 @@ from itertools import combinations
 from pathlib import Path
 
 from ..config.yaml_io import read_yaml
+from ..data.jsonl import read_json_lines
 from ..evaluation.statistics import (
     Answers,
     Contrast,
@@ -113,11 +114,7 @@ def _json(path: Path):
 
 
 def _lines(path: Path) -> list[dict]:
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if path.is_file()
-        else []
-    )
+    return read_json_lines(path, skip_partial=True) if path.is_file() else []
 
 
 def _answers(runs: dict[int, Path], folder: Path) -> Answers:

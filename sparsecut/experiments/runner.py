@@ -24,6 +24,7 @@ import time
 import traceback
 from pathlib import Path
 
+from ..data.jsonl import read_json_lines
 from ..schema import UserError
 from .study import Run, Study, dump_study, load_study, narrowed
 
@@ -252,8 +253,9 @@ def progress_of(study: Study, run: Run) -> str:
     """Where a running run is: its stage, step and loss, from the log it writes."""
     for stage in reversed(study.recipe_of(run).stages):
         log = run.folder(Path(study.output)) / stage.name / "log.jsonl"
-        if log.is_file() and (lines := log.read_text().splitlines()):
-            last = json.loads(lines[-1])
+        lines = read_json_lines(log, skip_partial=True) if log.is_file() else []
+        if lines:
+            last = lines[-1]
             return (
                 f"{stage.name} {last['step']}/{stage.args.get('max_steps', '?')} loss"
                 f" {last['loss']:.2f}"
@@ -322,10 +324,7 @@ def do(study: Study, run: Run) -> None:
     out = Path(study.output)
     recipe, folder = study.recipe_of(run), run.folder(out)
     model, processor = train(recipe, resume=True)
-    trained = [
-        json.loads((folder / s.name / "log.jsonl").read_text().splitlines()[-1])
-        for s in recipe.stages
-    ]
+    trained = [read_json_lines(folder / stage.name / "log.jsonl")[-1] for stage in recipe.stages]
     states = kept_states(recipe, model, processor, evaluation_examples(recipe))
     result = evaluate_recipe(recipe, model, processor, resume=True, feature_cache=states)
     facts = {

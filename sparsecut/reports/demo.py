@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..data.jsonl import read_json_lines
 from ..experiments.study import Run, Study
 from ..plan import Plan
 from .evaluations import Arm, Sample, write_report
@@ -65,7 +66,7 @@ def choose_samples(study: Study, arms: dict[str, tuple[str, str]], number: int) 
     chosen by who is right.
     """
     rows = {
-        title: _lines(_folder(study, arm) / "eval" / "predictions.jsonl")
+        title: read_json_lines(_folder(study, arm) / "eval" / "predictions.jsonl")
         for arm, (title, _) in arms.items()
     }
     first = next(iter(rows.values()))
@@ -102,7 +103,7 @@ def _arm(study: Study, arm: str, title: str, meaning: str) -> Arm:
         average=result["mean_over_levels"],
         losses=[
             (line["step"], line["loss"])
-            for line in _lines(folder / study.recipe["stages"][-1]["name"] / "log.jsonl")
+            for line in read_json_lines(folder / study.recipe["stages"][-1]["name"] / "log.jsonl")
         ],
         facts={
             "image tokens per picture": str(facts["image_tokens"]),
@@ -121,7 +122,3 @@ def _folder(study: Study, arm: str) -> Path:
 
 def _facts(study: Study, arm: str) -> dict:
     return json.loads((_folder(study, arm) / "facts.json").read_text())
-
-
-def _lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]

@@ -4,7 +4,6 @@ log.jsonl.
 
 from __future__ import annotations
 
-import json
 import resource
 import time
 from pathlib import Path
@@ -20,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from transformers import TrainerCallback
+
+from ..data.jsonl import append_json_lines, read_json_lines, write_json_lines
 
 QUIET_SECONDS = 20  # between two lines where the screen is a file
 
@@ -65,13 +66,13 @@ class StageLog(TrainerCallback):
         self.started = self.printed = time.perf_counter()
         if not state.is_world_process_zero:
             return
-        lines = (
-            self.file.read_text().splitlines() if self.file.exists() and state.global_step else []
-        )
-        lines = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        lines = []
+        if self.file.exists() and state.global_step:
+            lines = read_json_lines(self.file, skip_partial=True)
+        lines = [line for line in lines if line["step"] <= state.global_step]
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text("".join(line + "\n" for line in lines))
-        full = [line for line in map(json.loads, lines) if "loss" in line]
+        write_json_lines(self.file, lines)
+        full = [line for line in lines if "loss" in line]
         self.last = full[-1] if full else self.last
         self.tokens += self.last["tokens"] // self.world_size
         self.image_tokens += self.last["image_tokens"] // self.world_size
@@ -136,8 +137,7 @@ class StageLog(TrainerCallback):
             report(f"{self.stage}: step {state.global_step}/{state.max_steps}  {figures}")
 
     def _write(self, line: dict) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_json_lines(self.file, [line])
 
     def on_train_end(self, args, state, control, **kwargs):
         """Close the bar."""

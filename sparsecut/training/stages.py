@@ -28,7 +28,7 @@ from ..building import build, is_saved, load
 from ..config.recipe import Recipe, Source, Stage, dump_recipe, load_recipe
 from ..config.yaml_io import expand_path
 from ..data.dataset import Collator, Example, TrainingData, check_examples, choose, read_source
-from ..data.examples import RecordError
+from ..data.errors import RecordError
 from ..data.feature_cache import VisionFeatureCache, prepare_states, views_of
 from ..data.packing import in_rows
 from ..data.streaming import Stream, first_of

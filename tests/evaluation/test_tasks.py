@@ -301,7 +301,7 @@ def test_what_is_missing_or_broken_is_told_before_anything_is_asked(root, tmp_pa
         with pytest.raises(ValueError, match=rf"mmbench_dev_20230712\.tsv .*{words}"):
             read(copy, "mmbench")
     (copy / "mm-vet" / "llava-mm-vet.jsonl").write_bytes(b"\xff{}")
-    with pytest.raises(ValueError, match=r"files of mmvet below .* are not what they should be"):
+    with pytest.raises(ValueError, match=r"llava-mm-vet.jsonl line 1 .*UTF-8"):
         read(copy, "mmvet")
     (copy / "scienceqa" / "problems.json").write_text("[]")
     with pytest.raises(ValueError, match="asks problem 0, which is not of the test split"):

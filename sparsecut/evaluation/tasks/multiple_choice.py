@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from ...data.images import Pictures
+from ...data.jsonl import write_json_lines
 from ...schema import UserError
 from .multiple_choice_metrics import LETTERS, ROTATIONS, is_empty, mmbench, scienceqa, seed
 from .task import (
@@ -22,7 +23,6 @@ from .task import (
     llava_questions,
     read_json,
     the_file,
-    write_lines,
 )
 
 LETTER_CN = "\u8bf7\u76f4\u63a5\u56de\u7b54\u9009\u9879\u5b57\u6bcd\u3002"
@@ -258,7 +258,7 @@ def submit_seed(asked: TaskData, answers: Mapping[str, str], folder: Path) -> li
         {"question_id": q.facts["truth"]["question_id"], "prediction": answers[q.id]}
         for q in asked.questions
     ]
-    return [write_lines(folder / "seed_submission.jsonl", rows)]
+    return [write_json_lines(folder / "seed_submission.jsonl", rows)]
 
 
 def _mmbench(title: str, dev: str, test: str, last: str) -> Task:

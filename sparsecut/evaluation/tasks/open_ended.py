@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...data.images import Pictures
+from ...data.jsonl import write_json_lines
 from ...schema import UserError
 from .open_ended_metrics import textvqa, textvqa_text, vqa, vqa_score
 from .task import (
@@ -23,7 +24,6 @@ from .task import (
     read_lines,
     the_file,
     write_json,
-    write_lines,
 )
 
 OCR = "Reference OCR token:"  # begins the line of a prompt that names what a text recogniser read
@@ -192,7 +192,7 @@ def submit_llava_bench(asked: TaskData, answers: Mapping[str, str], folder: Path
         }
         for q in asked.questions
     ]
-    return [write_lines(folder / "llava_bench_answers.jsonl", rows)]
+    return [write_json_lines(folder / "llava_bench_answers.jsonl", rows)]
 
 
 TEXT_TASKS = {

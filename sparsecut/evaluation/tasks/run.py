@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...data.examples import IMAGE, Example
+from ...data.jsonl import write_json_lines
 from ...schema import UserError, nearest
 from ..evaluator import evaluate
-from ..output_dir import PREDICTIONS, RESULT, SETTINGS, read_lines, write_json, write_lines
+from ..output_dir import PREDICTIONS, RESULT, SETTINGS, read_lines, write_json
 from ..scoring import Z95, wilson_interval
 from .multiple_choice import CHOICE_TASKS
 from .open_ended import TEXT_TASKS
@@ -278,7 +279,7 @@ def finish(chosen: Chosen, folder: Path, places: Sequence[Path]) -> dict:
         "pictures": str(chosen.asked.pictures.path) if chosen.asked.pictures else None,
         "question_files": {str(file): _digest(file) for file in chosen.asked.files},
     }
-    write_lines(folder / PREDICTIONS, lines, "w")
+    write_json_lines(folder / PREDICTIONS, lines)
     write_json(folder / RESULT, result)
     return result
 

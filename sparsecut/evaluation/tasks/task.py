@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...data.images import Pictures
+from ...data.jsonl import iterate_lines, parse_line
 from ...schema import UserError
 
 SHORT = "Answer the question using a single word or phrase."
@@ -110,23 +111,20 @@ def read_lines(path: Path, *keys: str) -> list[dict]:
     that is broken.
     """
     records = []
-    with the_file(path).open(encoding="utf-8-sig") as lines:  # some editors put a mark first
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path} line {number} is not JSON ({error}); download the file again"
-                ) from None
-            missing = [key for key in keys if not isinstance(record, dict) or key not in record]
-            if missing:
-                raise UserError(
-                    f"{path} line {number} has no {', '.join(missing)}; is it the file of this"
-                    " benchmark?"
-                )
-            records.append({**record, "source": f"{path.name} line {number}"})
+    for number, line in iterate_lines(the_file(path)):
+        try:
+            record = parse_line(line)
+        except UserError as error:
+            raise UserError(
+                f"{path} line {number} is not JSON ({error}); download the file again"
+            ) from None
+        missing = [key for key in keys if not isinstance(record, dict) or key not in record]
+        if missing:
+            raise UserError(
+                f"{path} line {number} has no {', '.join(missing)}; is it the file of this"
+                " benchmark?"
+            )
+        records.append({**record, "source": f"{path.name} line {number}"})
     if not records:
         raise UserError(f"{path} holds no question; download it again")
     return records
@@ -156,12 +154,4 @@ def llava_questions(path: Path, **more: Callable[[dict], object]) -> list[Questi
 def write_json(path: Path, value, *, indent: int | None = None) -> Path:
     """Write a JSON file and return its path."""
     path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
-
-
-def write_lines(path: Path, records: Sequence[Mapping]) -> Path:
-    """Write a JSON Lines file and return its path."""
-    path.write_text(
-        "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records), encoding="utf-8"
-    )
     return path

@@ -1,0 +1,23 @@
+"""The error of one record among many."""
+
+from __future__ import annotations
+
+from ..schema import UserError
+
+
+class RecordError(UserError):
+    """One record that cannot be used.
+
+    Attributes:
+        where: The record's place, such as "train.jsonl line 7".
+        problem: What is wrong with it, without its place.
+    """
+
+    def __init__(self, where: str, problem: str):
+        super().__init__(f"{where}: {problem}")
+        self.where = where
+        self.problem = problem
+
+    def __reduce__(self):
+        # Unpickling an exception calls its class with `args`, which holds the whole message alone.
+        return RecordError, (self.where, self.problem)
