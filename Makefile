@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help install demo test style check docs grid hf-suite bench study gpu clean
+.PHONY: help install demo test conformance style check docs grid hf-suite bench study gpu clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -18,16 +18,19 @@ install: .venv/installed  ## Put the project and all it needs into .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: install  ## Train and compare plain fusion, two controls and SparseCut on the picture world (4 minutes)
+demo: install  ## Train and compare LLaVA, two controls and SparseCut on drawn images (some minutes)
 	$(BIN)/sparsecut demo --out runs/demo
 
 test: install  ## Run the tests (offline, under five minutes on two cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/conformance
+
+conformance: install  ## Run the slow grids: more families, engines, sizes, compiling
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/conformance
 
 style: install  ## Check formatting and lint
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
 
-check: style test  ## What CI runs
+check: style test conformance  ## What CI runs
 
 docs: install  ## Build the documentation site into runs/site
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,docs]'
@@ -43,13 +46,13 @@ hf-suite: install  ## Run transformers' own tests on our classes and write docs/
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,hf-suite]'
 	$(BIN)/python benchmarks/hf_suite.py $(if $(REPOSITORY),--repository $(REPOSITORY))
 
-bench: install  ## Memory and time of a prompt pass, plan by plan
+bench: install  ## Memory and time of prefill, plan by plan
 	$(BIN)/python benchmarks/prompt.py --plan llava --plan hires_channels --plan official_13b --plan sparsecut
 
-study: install  ## The main comparison: ways of fusion x seeds on the picture world (hours)
+study: install  ## The main comparison: ways of fusion x seeds on drawn images (hours)
 	$(BIN)/sparsecut study configs/study/shapes.yaml
 
-gpu: install  ## Plans at CLIP-L + 7B size on a GPU: prompt pass, decoding, training
+gpu: install  ## Plans at CLIP-L + 7B size on a GPU: prefill, decoding, training
 	$(BIN)/python benchmarks/gpu.py --out runs/gpu/bench
 
 clean:  ## Remove .venv and caches, keep runs/

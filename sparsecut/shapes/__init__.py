@@ -1,9 +1,9 @@
-"""The picture world: pictures drawn from seeds, questions at three levels, and two small
-pre-trained backbones.
+"""Drawn shapes: images drawn from seeds, questions at three levels, two small pretrained backbones.
 
-high: shape and place. mid: texture and count. low: shade, fine lines and small digits; the coarse view shows next to
-nothing of the digits and of the lines mostly whether they are flat or upright. Everything is deterministic, so that a
-result can be repeated from its seed. There are two sizes of it (sizes.py): the small one is meant where none is named.
+high: shape and place. mid: texture and count. low: shade, fine lines and small digits. The coarse
+view shows next to nothing of the digits, and of the lines mostly whether they are flat or upright.
+Everything is deterministic, so a result can be repeated from its seed. There are two sizes
+(sizes.py); the small one is the default.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def vision_path() -> Path:
-    """Folder of the shipped encoder and its image processor."""
+    """The folder of the shipped encoder and its image processor."""
     return WEIGHTS / "vision"
 
 
 def language_path() -> Path:
-    """Folder of the shipped language model and its tokenizer."""
+    """The folder of the shipped language model and its tokenizer."""
     return WEIGHTS / "language"
 
 
 def write_split(
     folder,
     split: str,
-    num_pictures: int,
-    questions_per_picture: int = 12,
+    num_images: int,
+    questions_per_image: int = 12,
     *,
     seed: int = 0,
     workers: int | None = None,
     size: str = "small",
 ):
-    """Draw a split as pictures and LLaVA-format JSON; see `questions.write_split`."""
+    """Draw a split as images and LLaVA-format JSON; see `questions.write_split`."""
     from .questions import write_split
 
     return write_split(
-        folder, split, num_pictures, questions_per_picture, seed=seed, workers=workers, size=size
+        folder, split, num_images, questions_per_image, seed=seed, workers=workers, size=size
     )
 
 
@@ -51,9 +51,7 @@ def pretrain(
     device: str = "cpu",
     log=print,
 ) -> Path:
-    """Make both backbones anew and write them to `out`/vision and `out`/language; see
-    `pretraining.pretrain`.
-    """
+    """Train both backbones from scratch into `out`; see `pretraining.pretrain`."""
     from .pretraining import pretrain
 
     return pretrain(out, seed=seed, noise=noise, quick=quick, size=size, device=device, log=log)

@@ -1,10 +1,9 @@
-"""Makes both backbones, each in a process of its own, and writes them as Hugging Face folders in
-half precision.
-"""
+"""Trains both backbones, each in its own process, and writes them as Hugging Face folders."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,16 +13,17 @@ import transformers
 
 from .sizes import SMALL, Size, find_size
 
-NOTE = """# Backbones of the picture world
+NOTE = """# Backbones for drawn shapes
 
-Made by `sparsecut shapes pretrain --seed {seed} --noise {noise}{more}` with torch {torch} and transformers {transformers}, saved
-in float16, licensed like the project (Apache-2.0). `noise` is the standard deviation that made the encoder's top
-caption-only; see `sparsecut/world/vision.py`.
+Made by `sparsecut shapes pretrain --seed {seed} --noise {noise}{more}` with torch {torch} and
+transformers {transformers}, saved in float16, licensed like the project (Apache-2.0). `noise` is
+the standard deviation that made the encoder's top caption-only; see `sparsecut/shapes/vision.py`.
 
-What they read, as shares of right answers (the encoder on its own pre-training pictures, before the noise phase):
+What they read, as fractions of correct answers (the encoder on its own pretraining images, before
+the noise phase):
 
 ```json
-{shares}
+{accuracy}
 ```
 """
 
@@ -38,35 +38,50 @@ def pretrain(
     device: str = "cpu",
     log=print,
 ) -> Path:
-    """Train the encoder and the language model, both from `seed`, and write out/vision,
-    out/language and out/README.md.
+    """Train the encoder and the language model and write them in half precision.
 
-    quick: a few steps, to see that it runs. size: "small" or "large". device: both are made on it
-    at the same time. Returns `out`; raises ValueError for another size.
+    Args:
+        out: Folder; gets vision/, language/ and README.md.
+        seed: Seed of both.
+        noise: Noise of the encoder's second phase; see `vision.pretrain_vision`.
+        quick: Run a few steps only, to see that it works.
+        size: "small" or "large".
+        device: Both are trained on it, at the same time.
+        log: Called with a line of progress.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: The size is unknown.
     """
-    size, out = find_size(size), Path(out)
-    kept = {"seed": seed, "quick": quick, "size": size, "device": device}
+    size = find_size(size)
+    out = Path(out)
+    settings = {"seed": seed, "quick": quick, "size": size, "device": device}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        runs = [pool.submit(_vision, out, noise=noise, **kept), pool.submit(_language, out, **kept)]
-        time = "; about ten minutes" if size == SMALL and not quick else ""
+        vision = pool.submit(_train_vision, out, noise=noise, **settings)
+        language = pool.submit(_train_language, out, **settings)
+        duration = "; about ten minutes" if size == SMALL and not quick else ""
         log(
-            f"training the encoder and the language model, one process each{time}; how far:"
-            f" {out}/*.log"
+            f"training the encoder and the language model in a process each{duration};"
+            f" progress: {out}/*.log"
         )
-        shares = {
-            name: run.result() for name, run in zip(("vision", "language"), runs, strict=True)
-        }
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        accuracy = {"vision": vision.result(), "language": language.result()}
     more = "" if size == SMALL else f" --size {size.name} --device {device}"
-    told = NOTE.format(
-        seed=seed, noise=noise, more=more, shares=json.dumps(shares, indent=2), **versions
+    note = NOTE.format(
+        seed=seed,
+        noise=noise,
+        more=more,
+        accuracy=json.dumps(accuracy, indent=2),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
     )
-    (out / "README.md").write_text(told)
+    (out / "README.md").write_text(note)
     log(f"wrote {out}")
     return out
 
 
-def _vision(
+def _train_vision(
     out: Path, *, seed: int, noise: float, quick: bool, size: Size, device: str
 ) -> dict[str, float]:
     from transformers import CLIPImageProcessorPil
@@ -74,40 +89,44 @@ def _vision(
     from .vision import MEAN, STD, pretrain_vision
 
     torch.set_num_threads(1)
-    chosen = {
-        "seed": seed,
-        "size": size,
-        "training": size.quick[0] if quick else None,
-        "device": device,
-    }
-    model, shares = pretrain_vision(noise=noise, log=_log(out, "vision"), **chosen)
-    side = model.config.image_size
+    model, accuracy = pretrain_vision(
+        seed=seed,
+        noise=noise,
+        size=size,
+        training=size.quick[0] if quick else None,
+        device=device,
+        log=_log_to(out, "vision"),
+    )
     model.half().save_pretrained(out / "vision")
+    side = model.config.image_size
     square = {"height": side, "width": side}
     processor = CLIPImageProcessorPil(
         size=square, crop_size=square, image_mean=[MEAN] * 3, image_std=[STD] * 3
     )
     processor.save_pretrained(out / "vision")
-    return shares
+    return accuracy
 
 
-def _language(out: Path, *, seed: int, quick: bool, size: Size, device: str) -> dict[str, float]:
+def _train_language(
+    out: Path, *, seed: int, quick: bool, size: Size, device: str
+) -> dict[str, float]:
     from .language import pretrain_language
 
     torch.set_num_threads(1)
-    chosen = {
-        "seed": seed,
-        "size": size,
-        "training": size.quick[1] if quick else None,
-        "device": device,
-    }
-    model, tokenizer, shares = pretrain_language(log=_log(out, "language"), **chosen)
+    model, tokenizer, accuracy = pretrain_language(
+        seed=seed,
+        size=size,
+        training=size.quick[1] if quick else None,
+        device=device,
+        log=_log_to(out, "language"),
+    )
     model.half().save_pretrained(out / "language")
     tokenizer.save_pretrained(out / "language")
-    return shares
+    return accuracy
 
 
-def _log(out: Path, name: str):
+def _log_to(out: Path, name: str) -> Callable[[str], None]:
+    """A function that appends lines to out/NAME.log, which starts empty."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.log"
     path.unlink(missing_ok=True)

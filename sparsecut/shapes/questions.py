@@ -1,6 +1,7 @@
 """Questions about scenes at three levels, captions, and the files they are written to.
 
-high: shape at a place, place of a shape. mid: texture, count of a colour. low: shade, line direction, digit.
+high: the shape at a place, the place of a shape. mid: texture, count of a colour. low: shade,
+direction of lines, digit.
 """
 
 from __future__ import annotations
@@ -20,73 +21,86 @@ from .scenes import COLOURS, DIGITS, LINES, SHADES, SHAPES, TEXTURES, Scene, Thi
 from .sizes import SMALL, Size, find_size
 
 SPLITS = ("pretrain", "train", "dev", "test")
-COLOUR, SHADE = tuple(COLOURS), tuple(SHADES)
+COLOUR_NAMES = tuple(COLOURS)
+SHADE_NAMES = tuple(SHADES)
+IMAGES_PER_WORKER = 500  # one process has drawn so many before another has started
+
+Pair = tuple[str, str]  # a question and its answer
+Asker = Callable[[Scene, random.Random], Pair]
 
 
-def _of_thing(words: str, answer: Callable[[Thing], str]):
-    def ask(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _about_a_place(question: str, get_answer: Callable[[Thing], str]) -> Asker:
+    def ask_about(scene: Scene, rng: random.Random) -> Pair:
         thing = rng.choice(scene.things)
-        return f"{words} {scene.places[thing.place]}", answer(thing)
+        return f"{question} {scene.places[thing.place]}", get_answer(thing)
 
-    return ask
+    return ask_about
 
 
-def _where(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _ask_place(scene: Scene, rng: random.Random) -> Pair:
     thing = rng.choice(scene.things)
     return f"where is the {SHAPES[thing.shape]}", scene.places[thing.place]
 
 
-def _count(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    counts = [sum(t.colour == c for t in scene.things) for c in range(len(COLOUR))]
+def _ask_count(scene: Scene, rng: random.Random) -> Pair:
+    colours = [thing.colour for thing in scene.things]
+    counts = [colours.count(colour) for colour in range(len(COLOUR_NAMES))]
     number = rng.choice(sorted(set(counts)))
-    colour = rng.choice([c for c, n in enumerate(counts) if n == number])
-    return f"how many are {COLOUR[colour]}", DIGITS[number]
+    colour = rng.choice([colour for colour, count in enumerate(counts) if count == number])
+    return f"how many are {COLOUR_NAMES[colour]}", DIGITS[number]
 
 
-KINDS = {  # kind -> (level, question and answer of a scene)
-    "shape": ("high", _of_thing("what shape is", lambda t: SHAPES[t.shape])),
-    "place": ("high", _where),
-    "texture": ("mid", _of_thing("what texture is", lambda t: TEXTURES[t.texture])),
-    "count": ("mid", _count),
-    "shade": ("low", _of_thing("what shade is", lambda t: SHADE[t.shade])),
-    "lines": ("low", _of_thing("what lines are", lambda t: LINES[t.lines])),
-    "digit": ("low", _of_thing("what digit is", lambda t: DIGITS[t.digit])),
+KINDS: dict[str, tuple[str, Asker]] = {  # kind -> (level, what asks it)
+    "shape": ("high", _about_a_place("what shape is", lambda thing: SHAPES[thing.shape])),
+    "place": ("high", _ask_place),
+    "texture": ("mid", _about_a_place("what texture is", lambda thing: TEXTURES[thing.texture])),
+    "count": ("mid", _ask_count),
+    "shade": ("low", _about_a_place("what shade is", lambda thing: SHADE_NAMES[thing.shade])),
+    "lines": ("low", _about_a_place("what lines are", lambda thing: LINES[thing.lines])),
+    "digit": ("low", _about_a_place("what digit is", lambda thing: DIGITS[thing.digit])),
 }
 LEVELS = ("high", "mid", "low")
 
 
 def caption(scene: Scene, rng: random.Random, detail: float = 0.5) -> str:
-    """What stands where; texture, shade, lines and digit are each told with probability
-    `detail`.
+    """Say what stands where.
+
+    Args:
+        scene: The scene.
+        rng: Decides which details are named.
+        detail: The probability with which texture, shade, lines and digit are named, each.
     """
 
-    def tell(thing: Thing) -> str:
-        words = [SHADE[thing.shade], TEXTURES[thing.texture]]
-        words = [w for w in words if rng.random() < detail] + [
-            COLOUR[thing.colour],
-            SHAPES[thing.shape],
-        ]
-        extra = [w for w in (LINES[thing.lines], DIGITS[thing.digit]) if rng.random() < detail]
-        return f"{scene.places[thing.place]} {' '.join(words + extra)}"
+    def describe(thing: Thing) -> str:
+        details = [SHADE_NAMES[thing.shade], TEXTURES[thing.texture]]
+        before = [word for word in details if rng.random() < detail]
+        noun = [COLOUR_NAMES[thing.colour], SHAPES[thing.shape]]
+        details = [LINES[thing.lines], DIGITS[thing.digit]]
+        after = [word for word in details if rng.random() < detail]
+        return f"{scene.places[thing.place]} {' '.join(before + noun + after)}"
 
-    return " , ".join(tell(t) for t in scene.things)
+    return " , ".join(describe(thing) for thing in scene.things)
 
 
-def ask(scene: Scene, rng: random.Random, number: int) -> list[tuple[str, str]]:
-    """`number` different questions with answers, kinds in turn, so that none is rare."""
-    kinds, seen = list(KINDS), []
-    order = [k for _ in range(number) for k in rng.sample(kinds, len(kinds))]
+def ask(scene: Scene, rng: random.Random, number: int) -> list[Pair]:
+    """Make `number` different questions with answers, kinds in turn, so that none is rare."""
+    kinds = list(KINDS)
+    order = []
+    for _ in range(number):
+        order += rng.sample(kinds, len(kinds))
+    pairs: list[Pair] = []
     for kind in order:
-        pair = KINDS[kind][1](scene, rng)
-        if pair not in seen:
-            seen.append(pair)
-        if len(seen) == number:
+        _, ask_kind = KINDS[kind]
+        pair = ask_kind(scene, rng)
+        if pair not in pairs:
+            pairs.append(pair)
+        if len(pairs) == number:
             break
-    return seen
+    return pairs
 
 
-def vocabulary(size: Size = SMALL) -> list[str]:
-    """Every word that questions, answers and captions are made of, in a fixed order."""
+def list_words(size: Size = SMALL) -> list[str]:
+    """Every word of questions, answers and captions, in a fixed order."""
     fixed = [
         "what",
         "shape",
@@ -102,107 +116,118 @@ def vocabulary(size: Size = SMALL) -> list[str]:
         "digit",
         ",",
     ]
-    words = [*fixed, *size.places, *SHAPES, *COLOUR, *SHADE, *TEXTURES, *LINES, *DIGITS]
-    return list(dict.fromkeys(words))
-
-
-FEW = 500  # pictures that one process has drawn before others have started
+    names = [*size.places, *SHAPES, *COLOUR_NAMES, *SHADE_NAMES, *TEXTURES, *LINES, *DIGITS]
+    return list(dict.fromkeys([*fixed, *names]))
 
 
 def write_split(
     folder: str | Path,
     split: str,
-    num_pictures: int,
-    questions_per_picture: int = 12,
+    num_images: int,
+    questions_per_image: int = 12,
     *,
     seed: int = 0,
     workers: int | None = None,
     size: str | Size = SMALL,
 ) -> dict[str, Path]:
-    """Draw a split as files in LLaVA's format: folder/SPLIT/*.png, SPLIT.json and, for training,
-    SPLIT_captions.json.
+    """Draw a split as files in LLaVA's format.
 
-    Training conversations ask `questions_per_picture` questions about one picture, turn by turn; in
-    dev and test every question is an item of its own, with its `group` (kind) and `level`. Equal
-    arguments give equal files; scenes of different splits differ by construction of their seeds and
-    because equal ones are passed over. workers: processes that draw; by default one for few
-    pictures and, for many, one per core. size: "small" or "large". Returns name -> path.
+    Written are folder/SPLIT/*.png, SPLIT.json and, for training, SPLIT_captions.json. A training
+    conversation asks all questions about one image, turn by turn. In dev and test every question is
+    an item of its own, with its `group` (kind) and `level`. Equal arguments give equal files, and
+    no scene is in two splits.
+
+    Args:
+        folder: Where to write.
+        split: One of `SPLITS`.
+        num_images: How many images to draw.
+        questions_per_image: How many questions to ask about each.
+        seed: Seed of the scenes.
+        workers: Processes that draw. Default: one for few images, else one per core.
+        size: "small" or "large".
+
+    Returns:
+        The paths of "questions", "images" and, for training, "captions".
+
+    Raises:
+        UserError: The split or the size is unknown.
     """
     if split not in SPLITS:
-        raise UserError(
-            f"split {split!r} is not one of the picture world's; allowed are {', '.join(SPLITS)}"
-        )
-    size, folder = find_size(size), Path(folder)
+        raise UserError(f"split {split!r} is not known; allowed are {', '.join(SPLITS)}")
+    size = find_size(size)
+    folder = Path(folder)
     if workers is None:
-        workers = min(os.cpu_count() or 1, 1 + num_pictures // FEW)
+        workers = min(os.cpu_count() or 1, 1 + num_images // IMAGES_PER_WORKER)
     (folder / split).mkdir(parents=True, exist_ok=True)
-    keys = [f"{split}/{seed}/{i}" for i in range(num_pictures)]
-    work = partial(_write_picture, folder, questions_per_picture, size)
+    keys = [f"{split}/{seed}/{i}" for i in range(num_images)]
+    write_one = partial(_write_image, folder, questions_per_image, size)
     if workers > 1:
+        chunksize = max(1, num_images // (4 * workers))
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            records = list(pool.map(work, keys, chunksize=max(1, num_pictures // (4 * workers))))
+            records = list(pool.map(write_one, keys, chunksize=chunksize))
     else:
-        records = [work(key) for key in keys]
+        records = [write_one(key) for key in keys]
     paths = {"questions": folder / f"{split}.json", "images": folder}
-    questions = [record for _, asked in records for record in asked]
+    questions = [question for _, questions in records for question in questions]
     paths["questions"].write_text(json.dumps(questions))
     if split == "train":
         paths["captions"] = folder / f"{split}_captions.json"
-        paths["captions"].write_text(json.dumps([told for told, _ in records]))
+        paths["captions"].write_text(json.dumps([caption for caption, _ in records]))
     return paths
 
 
-def _write_picture(folder: Path, number: int, size: Size, key: str) -> tuple[dict, list[dict]]:
-    split, name = key.split("/")[0], key.split("/")[-1]
-    scene, rng = split_scene(key, size), random.Random(f"{key}/questions")
+def _write_image(folder: Path, number: int, size: Size, key: str) -> tuple[dict, list[dict]]:
+    """Draw one image; returns the record of its caption and those of its questions."""
+    split, _, name = key.split("/")
+    scene = split_scene(key, size)
+    rng = random.Random(f"{key}/questions")
     image = f"{split}/{name}.png"
     draw(scene).save(folder / image, compress_level=1)
-    told = _record(f"{key}/caption", image, [("", caption(scene, rng))])
+    caption_record = _make_record(f"{key}/caption", image, [("", caption(scene, rng))])
     pairs = ask(scene, rng, number)
     if split == "train":
-        return told, [_record(key, image, pairs)]
-    return told, [
-        {
-            **_record(f"{key}/{i}", image, [pair]),
-            "group": kind_of(pair[0]),
-            "level": KINDS[kind_of(pair[0])][0],
-        }
-        for i, pair in enumerate(pairs)
-    ]
+        return caption_record, [_make_record(key, image, pairs)]
+    questions = []
+    for i, pair in enumerate(pairs):
+        kind = find_kind(pair[0])
+        level, _ = KINDS[kind]
+        record = _make_record(f"{key}/{i}", image, [pair])
+        questions.append({**record, "group": kind, "level": level})
+    return caption_record, questions
 
 
-def _record(name: str, image: str, pairs: list[tuple[str, str]]) -> dict:
+def _make_record(name: str, image: str, pairs: list[Pair]) -> dict:
     turns = []
     for i, (question, answer) in enumerate(pairs):
-        value = ("<image>\n" if i == 0 else "") + question
-        turns += [{"from": "human", "value": value.strip()}, {"from": "gpt", "value": answer}]
+        value = f"<image>\n{question}" if i == 0 else question
+        turns.append({"from": "human", "value": value.strip()})
+        turns.append({"from": "gpt", "value": answer})
     return {"id": name, "image": image, "conversations": turns}
 
 
-def kind_of(question: str) -> str:
-    """The kind a question is of, from its words."""
+def find_kind(question: str) -> str:
+    """The kind of a question, by its words."""
     words = question.split()
     return {"where": "place", "how": "count"}.get(words[0], words[1])
 
 
 def split_scene(key: str, size: Size = SMALL) -> Scene:
-    """The scene of a split's picture; where its content belongs to another split, the next one that
-    is its own.
+    """The scene of a split's image.
 
-    Content is shared out by a digest of the scene, so no two splits can ever hold equal scenes.
+    Every scene belongs to one split, by a hash of its content. A scene that belongs to another
+    split is passed over for the next one.
     """
-    split, *rest = key.split("/")
+    split = key.split("/")[0]
     for attempt in range(1000):
-        scene = make_scene("/".join([split, *rest, str(attempt)]), size)
-        if _owner(scene) == split:
+        scene = make_scene(f"{key}/{attempt}", size)
+        if _find_owner(scene) == split:
             return scene
     raise AssertionError("a thousand scenes belonged to other splits")
 
 
-def _owner(scene: Scene) -> str:
-    share = int(hashlib.sha256(repr(scene.things).encode()).hexdigest(), 16) % 10
-    return (
-        ("test", "dev", "pretrain", "pretrain", "pretrain", "pretrain")[share]
-        if share < 6
-        else "train"
-    )
+def _find_owner(scene: Scene) -> str:
+    """The split of a scene: four tenths pretrain, four train, one dev, one test."""
+    content = repr(scene.things).encode()
+    tenth = int(hashlib.sha256(content).hexdigest(), 16) % 10
+    owners = ("test", "dev", "pretrain", "pretrain", "pretrain", "pretrain")
+    return owners[tenth] if tenth < len(owners) else "train"

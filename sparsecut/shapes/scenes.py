@@ -1,10 +1,8 @@
-"""Scenes of the picture world: a few objects on a layout of cells, as frozen data from a seed, and
-how they are drawn.
+"""Scenes of drawn shapes: a few objects on a grid of cells, made from a seed, and their images.
 
-A picture of the small world has 2 x 2 cells of 48 x 48 pixels, one of the large world 4 x 4; the coarse view has half as
-many pixels per side. Shapes and colours survive that, textures mostly do, and what is meant to
-be small does not: the digits of 3 x 5 dots and the fine lines, whose period of three pixels half
-the resolution blurs.
+An image of the small size has 2 x 2 cells of 48 x 48 pixels, one of the large size 4 x 4. The
+coarse view has half as many pixels a side. Shapes and colours survive that, and textures mostly do.
+Small things do not: digits of 3 x 5 dots, and fine lines with a period of three pixels.
 """
 
 from __future__ import annotations
@@ -30,17 +28,32 @@ SHADES = {"dark": 0.62, "medium": 0.82, "light": 1.0}
 TEXTURES = ("plain", "rows", "columns", "dots", "checks")
 LINES = ("flat", "upright", "rising", "falling")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
 FONT = (
     "111101101101111 010110010010111 111001111100111 111001011001111 101101111001001 "
     "111100111001111 111100111101111 111001010010010 111101111101111 111101111001111"
 )
-GLYPHS = np.array([[c == "1" for c in glyph] for glyph in FONT.split()]).reshape(10, 5, 3)
+DOTS = [dot == "1" for dot in FONT.replace(" ", "")]
+GLYPHS = np.array(DOTS).reshape(10, 5, 3)
+
+PLATE = 11  # side of the fields that show lines and digit, in pixels
+PLATE_TOP = 35
+LINES_LEFT = 3
+DIGIT_LEFT = 34
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: where it stands (which cell, row by row) and what it looks like, each a place in
-    the lists above.
+    """One object.
+
+    Attributes:
+        place: Its cell, counted row by row.
+        shape: Index into `SHAPES`.
+        colour: Index into `COLOURS`.
+        shade: Index into `SHADES`.
+        texture: Index into `TEXTURES`.
+        lines: Index into `LINES`.
+        digit: Index into `DIGITS`.
     """
 
     place: int
@@ -54,8 +67,12 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things in different places with different shapes; `noise` seeds background, jitter and grain;
-    `rows` x `rows` cells.
+    """Objects in different cells with different shapes.
+
+    Attributes:
+        things: The objects, by cell.
+        noise: Seed of background, jitter and pixel noise.
+        rows: Cells per side.
     """
 
     things: tuple[Thing, ...]
@@ -69,64 +86,68 @@ class Scene:
 
 
 def make_scene(key: str, size: Size = SMALL) -> Scene:
-    """The scene of a key such as "train/0/17": equal keys give equal scenes, on every machine."""
+    """Make the scene of a key such as "train/0/17": equal keys give equal scenes everywhere."""
     rng = random.Random(key)
-    places = sorted(rng.sample(range(size.rows**2), rng.choices(size.num_things, size.weights)[0]))
-    shapes = rng.sample(range(len(SHAPES)), len(places))
-    things = tuple(
-        Thing(
-            p,
-            s,
-            *(rng.randrange(len(names)) for names in (COLOURS, SHADES, TEXTURES, LINES, DIGITS)),
-        )
-        for p, s in zip(places, shapes, strict=True)
-    )
-    return Scene(things, rng.randrange(2**31), size.rows)
+    count = rng.choices(size.num_things, size.weights)[0]
+    places = sorted(rng.sample(range(size.rows**2), count))
+    shapes = rng.sample(range(len(SHAPES)), count)
+    things = []
+    for place, shape in zip(places, shapes, strict=True):
+        looks = [rng.randrange(len(names)) for names in (COLOURS, SHADES, TEXTURES, LINES, DIGITS)]
+        things.append(Thing(place, shape, *looks))
+    return Scene(tuple(things), rng.randrange(2**31), size.rows)
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture of a scene, RGB, 96 x 96 in the small world and 192 x 192 in the large one."""
+    """Draw a scene as an RGB image: 96 x 96 pixels in the small size, 192 x 192 in the large."""
     side = scene.rows * CELL
     rng = np.random.default_rng(scene.noise)
     base = rng.uniform(95, 150, 3) + rng.uniform(-12, 12)
     slope = rng.uniform(-0.25, 0.25, (2, 3)) * (96 / side)
     y, x = np.mgrid[:side, :side]
-    picture = base + slope[0] * (y - side // 2)[..., None] + slope[1] * (x - side // 2)[..., None]
+    pixels = base + slope[0] * (y - side // 2)[..., None] + slope[1] * (x - side // 2)[..., None]
     for thing in scene.things:
         row, column = divmod(thing.place, scene.rows)
-        cell = picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
-        _draw_thing(cell, thing, rng)
-    picture = picture + rng.normal(0, 5, picture.shape)
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+        top = row * CELL
+        left = column * CELL
+        _draw_thing(pixels[top : top + CELL, left : left + CELL], thing, rng)
+    pixels = pixels + rng.normal(0, 5, pixels.shape)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def _draw_thing(cell: np.ndarray, thing: Thing, rng: np.random.Generator) -> None:
     jitter = rng.integers(-2, 3, 2)
     y, x = np.mgrid[:CELL, :CELL]
-    dy, dx = y - 19 - jitter[0], x - 24 - jitter[1]
-    inside = _inside(SHAPES[thing.shape], dy, dx)
-    colour = np.array(list(COLOURS.values())[thing.colour]) * list(SHADES.values())[thing.shade]
+    dy = y - 19 - jitter[0]
+    dx = x - 24 - jitter[1]
+    inside = _get_inside(SHAPES[thing.shape], dy, dx)
+    shade = list(SHADES.values())[thing.shade]
+    colour = np.array(list(COLOURS.values())[thing.colour]) * shade
     cell[inside] = colour
-    cell[inside & _texture(TEXTURES[thing.texture], dy, dx)] = colour * 0.45
-    _stamp(cell, 35, 3, _hatching(LINES[thing.lines], int(rng.integers(3))))
-    plate = np.zeros((11, 11), dtype=bool)
-    top, left = rng.integers(2, 5), rng.integers(2, 7)
-    plate[top : top + 5, left : left + 3] = GLYPHS[thing.digit]
-    _stamp(cell, 35, 34, plate)
+    cell[inside & _get_texture(TEXTURES[thing.texture], dy, dx)] = colour * 0.45
+    phase = int(rng.integers(3))
+    _stamp(cell, LINES_LEFT, _get_lines(LINES[thing.lines], phase))
+    digit = np.zeros((PLATE, PLATE), dtype=bool)
+    top = rng.integers(2, 5)
+    left = rng.integers(2, 7)
+    digit[top : top + 5, left : left + 3] = GLYPHS[thing.digit]
+    _stamp(cell, DIGIT_LEFT, digit)
 
 
-def _stamp(cell: np.ndarray, top: int, left: int, ink: np.ndarray) -> None:
-    cell[top : top + 11, left : left + 11] = np.where(ink, 70, 190)[..., None]
+def _stamp(cell: np.ndarray, left: int, ink: np.ndarray) -> None:
+    grey = np.where(ink, 70, 190)[..., None]
+    cell[PLATE_TOP : PLATE_TOP + PLATE, left : left + PLATE] = grey
 
 
-def _hatching(lines: str, phase: int) -> np.ndarray:
-    y, x = np.mgrid[:11, :11]
+def _get_lines(lines: str, phase: int) -> np.ndarray:
+    y, x = np.mgrid[:PLATE, :PLATE]
     along = {"flat": y, "upright": x, "rising": x + y, "falling": x - y}[lines]
     return (along + phase) % 3 < 1
 
 
-def _texture(texture: str, dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
-    rows, columns = dy % 6 < 3, dx % 6 < 3
+def _get_texture(texture: str, dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
+    rows = dy % 6 < 3
+    columns = dx % 6 < 3
     return {
         "plain": np.zeros_like(rows),
         "rows": rows,
@@ -136,16 +157,20 @@ def _texture(texture: str, dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
     }[texture]
 
 
-def _inside(shape: str, dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
-    ay, ax, r2 = abs(dy), abs(dx), dy**2 + dx**2
-    angle, radius = np.arctan2(dx, -dy), np.sqrt(r2)
+def _get_inside(shape: str, dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
+    """Which pixels of a cell belong to a shape; dy and dx count from its centre."""
+    height = abs(dy)
+    width = abs(dx)
+    squared = dy**2 + dx**2
+    angle = np.arctan2(dx, -dy)
+    radius = np.sqrt(squared)
     return {
-        "circle": r2 < 14.5**2,
-        "square": (ay < 13) & (ax < 13),
-        "triangle": (dy > -14) & (dy < 13) & (ax < (dy + 14) * 0.58),
-        "diamond": ay + ax < 17,
-        "cross": ((ay < 5) & (ax < 15)) | ((ax < 5) & (ay < 15)),
-        "ring": (r2 < 15.5**2) & (r2 > 8**2),
-        "bar": (ay < 6) & (ax < 18),
+        "circle": squared < 14.5**2,
+        "square": (height < 13) & (width < 13),
+        "triangle": (dy > -14) & (dy < 13) & (width < (dy + 14) * 0.58),
+        "diamond": height + width < 17,
+        "cross": ((height < 5) & (width < 15)) | ((width < 5) & (height < 15)),
+        "ring": (squared < 15.5**2) & (squared > 8**2),
+        "bar": (height < 6) & (width < 18),
         "star": radius < 10.5 + 5.5 * np.cos(5 * angle),
     }[shape]

@@ -1,11 +1,12 @@
-"""The two sizes of the picture world: the small one, whose backbones are shipped, and a large one
-for a GPU.
+"""The two sizes of drawn shapes: a small one, whose backbones ship, and a large one for a GPU.
 
-Both draw the same things in cells of 48 x 48 pixels, so that what the coarse view shows of a thing is the same; the large
-one has 4 x 4 cells and five to eight things. The numbers of training steps of the large one are chosen by arithmetic and
-tried on no machine: a view costs its encoder 3.9 GFLOP forth and back, so 7,000 steps of 384 views are 10 PFLOP; a conversation
-of some 300 tokens costs its language model 45 GFLOP, so 5,000 steps of 64 are 14 PFLOP. A device that does 100 TFLOP a second
-at these widths takes four minutes for both.
+Both draw the same things in cells of 48 x 48 pixels, so the coarse view shows equally much of a
+thing. The large size has 4 x 4 cells and five to eight things.
+
+The large size's training steps were chosen by arithmetic and tried on no machine. A view costs its
+encoder 3.9 GFLOPs forward and backward, so 7,000 steps of 384 views are 10 PFLOPs. A conversation
+of some 300 tokens costs its language model 45 GFLOPs, so 5,000 steps of 64 are 14 PFLOPs. A device
+that reaches 100 TFLOP/s at these widths takes four minutes for both.
 """
 
 from __future__ import annotations
@@ -14,24 +15,29 @@ from dataclasses import dataclass
 
 from ..schema import UserError, nearest
 
-CELL = 48
-PLACES = {  # cells per side -> the one-word names of the cells, row by row
+CELL = 48  # pixels per side of a cell
+_ROWS = ("top", "upper", "lower", "bottom")
+_COLUMNS = ("far-left", "left", "right", "far-right")
+PLACES = {  # cells per side -> one-word names of the cells, row by row
     2: ("top-left", "top-right", "bottom-left", "bottom-right"),
-    4: tuple(
-        f"{row}-{column}"
-        for row in ("top", "upper", "lower", "bottom")
-        for column in ("far-left", "left", "right", "far-right")
-    ),
+    4: tuple(f"{row}-{column}" for row in _ROWS for column in _COLUMNS),
 }
 
 
 @dataclass(frozen=True)
 class VisionTraining:
-    """Pictures to draw, steps of both phases, pictures per step, peak learning rate, and pictures
-    to count right readings in.
+    """How the encoder is trained.
+
+    Attributes:
+        images: Images to draw.
+        steps: Steps of both phases.
+        batch: Images per step.
+        rate: Peak learning rate.
+        warmup: Steps until the peak.
+        checked: Images on which accuracy is measured.
     """
 
-    pictures: int
+    images: int
     steps: tuple[int, int]
     batch: int
     rate: float
@@ -41,8 +47,15 @@ class VisionTraining:
 
 @dataclass(frozen=True)
 class LanguageTraining:
-    """Steps, conversations per step, questions in each, peak learning rate, and conversations to
-    count right words in.
+    """How the language model is trained.
+
+    Attributes:
+        steps: Training steps.
+        batch: Conversations per step.
+        turns: Questions in each conversation.
+        rate: Peak learning rate.
+        warmup: Steps until the peak.
+        checked: Conversations on which accuracy is measured.
     """
 
     steps: int
@@ -55,14 +68,22 @@ class LanguageTraining:
 
 @dataclass(frozen=True)
 class Size:
-    """A layout of `rows` x `rows` cells, numbers of things with their weights, both backbones and
-    how they are made.
+    """A layout, both backbones, and how they are trained.
 
-    vision, language: arguments of CLIPVisionConfig and GPT2Config. shallow_state: the encoder state
-    that detail is read from.
-    sides: the slot grids that the language model learns from, drawn at random. ahead: whether
-    batches are made by other processes, each from a seed of its own, instead of one after the other
-    from one seed. quick: the trainings of a trial.
+    Attributes:
+        name: "small" or "large".
+        rows: Cells per side.
+        num_things: Possible numbers of things in a scene.
+        weights: Their probabilities.
+        vision: Arguments of CLIPVisionConfig.
+        shallow_state: The encoder's hidden state that detail is read from.
+        language: Arguments of GPT2Config.
+        sides: Slot grids that the language model learns from, drawn at random.
+        vision_training: How the encoder is trained.
+        language_training: How the language model is trained.
+        ahead: Whether other processes prepare batches, each batch from a seed of its own.
+            Otherwise one generator goes on from batch to batch.
+        quick: Both trainings of a trial run.
     """
 
     name: str
@@ -80,9 +101,7 @@ class Size:
 
     @property
     def coarse(self) -> int:
-        """Side of the coarse view, and of each of the four fine views, in pixels; the picture's is
-        twice that.
-        """
+        """Pixels per side of the coarse view and of each fine view; an image has twice as many."""
         return self.rows * CELL // 2
 
     @property
@@ -139,8 +158,7 @@ LARGE = Size(
         "hidden_act": "gelu",
     },
     shallow_state=4,
-    # Half the small one's spread of start values at four times the width gives logits the same
-    # spread.
+    # Four times the width with half the spread of initial values gives logits the same spread.
     language={
         "n_embd": 384,
         "n_head": 6,
@@ -159,8 +177,10 @@ SIZES = {size.name: size for size in (SMALL, LARGE)}
 
 
 def find_size(name: str | Size) -> Size:
-    """The size of that name, "small" or "large"; a Size as it is. Raises ValueError for any other
-    name.
+    """The size of a name; a Size is returned as it is.
+
+    Raises:
+        UserError: The name is unknown.
     """
     if isinstance(name, Size):
         return name

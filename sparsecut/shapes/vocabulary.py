@@ -1,8 +1,9 @@
-"""The picture world's tokenizer: one token per word, and a chat template that marks the assistant's
-words.
+"""The tokenizer for drawn shapes: one token per word, and a chat template.
 
-Turns follow one another without names of roles: an answer comes right after the last word of a question, which is what it
-is about, and ends with the end token. Names of roles in between made so small a model slow to learn.
+The template marks the assistant's words, so that labels can be made from it. Turns follow one
+another without role names: an answer comes right after the last word of its question, which is what
+it is about, and ends with the end token. With role names in between, so small a model learned
+slowly.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from .questions import vocabulary
+from .questions import list_words
 from .sizes import SMALL, Size
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -22,13 +23,15 @@ TEMPLATE = (
 
 
 def make_tokenizer(extra: list[str] | None = None, size: Size = SMALL) -> PreTrainedTokenizerFast:
-    """The tokenizer of the world's words, and of `extra` words after them; lower case, split at
-    blanks.
+    """Make the tokenizer: lower case, split at whitespace.
+
+    Args:
+        extra: Further words, after those of the drawn shapes.
+        size: The size whose cells are named.
     """
-    words = [*SPECIAL.values(), *vocabulary(size), *(extra or [])]
-    core = Tokenizer(
-        models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>")
-    )
+    words = [*SPECIAL.values(), *list_words(size), *(extra or [])]
+    ids = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    core = Tokenizer(models.WordLevel(ids, unk_token=SPECIAL["unk_token"]))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     bos = SPECIAL["bos_token"]

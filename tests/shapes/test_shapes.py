@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, Au
 
 from sparsecut import build
 from sparsecut.shapes import language_path, pretrain, vision_path, write_split
-from sparsecut.shapes.questions import KINDS, SPLITS, ask, kind_of, split_scene, vocabulary
+from sparsecut.shapes.questions import KINDS, SPLITS, ask, find_kind, list_words, split_scene
 from sparsecut.shapes.scenes import draw
 
 
@@ -68,8 +68,8 @@ def test_words_alone_do_not_answer():
             answers.setdefault(question, Counter())[answer] += 1
     by_kind = {}
     for question, counts in answers.items():
-        best, total = by_kind.get(kind_of(question), (0, 0))
-        by_kind[kind_of(question)] = best + max(counts.values()), total + sum(counts.values())
+        best, total = by_kind.get(find_kind(question), (0, 0))
+        by_kind[find_kind(question)] = best + max(counts.values()), total + sum(counts.values())
     shares = {kind: best / total for kind, (best, total) in by_kind.items()}
     assert set(shares) == set(KINDS)
     most = {
@@ -94,7 +94,7 @@ def test_the_shipped_backbones_load_and_know_every_word():
         AutoImageProcessor.from_pretrained(vision_path()),
     )
     assert vision.config.num_hidden_layers == 8 and language.config.num_hidden_layers == 6
-    assert not set(vocabulary()) - set(tokenizer.get_vocab())
+    assert not set(list_words()) - set(tokenizer.get_vocab())
     assert language.get_input_embeddings().num_embeddings == len(tokenizer)
     assert list(processor.image_mean) == [0.5] * 3
     size = sum(f.stat().st_size for f in vision_path().parent.rglob("*.safetensors"))
@@ -103,7 +103,7 @@ def test_the_shipped_backbones_load_and_know_every_word():
 
 
 def test_an_unknown_split_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="allowed are pretrain, train, dev, test"):
+    with pytest.raises(ValueError, match="validation.*pretrain, train, dev, test"):
         write_split(tmp_path, "validation", 3)
 
 
