@@ -103,7 +103,7 @@ def test_the_shipped_backbones_load_and_know_every_word():
 
 
 def test_an_unknown_split_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="validation.*pretrain, train, dev, test"):
+    with pytest.raises(ValueError, match=r"validation.*pretrain, train, dev, test"):
         write_split(tmp_path, "validation", 3)
 
 

@@ -207,6 +207,6 @@ def test_a_split_is_drawn_by_the_command(tmp_path):
 
 
 def test_an_unknown_size_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="huge.*small, large"):
+    with pytest.raises(ValueError, match=r"huge.*small, large"):
         write_split(tmp_path, "dev", 3, size="huge")
     assert find_size("small") is SMALL and not list(tmp_path.iterdir())
