@@ -1,8 +1,8 @@
-"""Families of vision-language models that can be upgraded: where they keep their parts, and which
-patches lie under a token.
+"""Pretrained VLM families that can be upgraded: where their parts are, and their patch geometry.
 
-The answer to the second question is an index table for one call of `get_image_features`. Wherever a family has a
-rearrangement of its own, the table is what that makes of the patches' numbers, so that nothing is worked out twice.
+A family answers which patches lie under each image token. The answer is an index table for one call
+of `get_image_features`. Where a family rearranges patches by a function of its own, the table is
+what this function makes of the patches' numbers, so that no rule is written twice.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from .schema import UserError
 
 @dataclass(frozen=True)
 class VLMParts:
-    """Where a model keeps things: the module with get_image_features, the encoder whose blocks are
-    read, the decoder.
+    """Parts of a pretrained VLM.
+
+    Attributes:
+        inner: The module with `get_image_features`.
+        vision: The encoder whose blocks are tapped.
+        language: The decoder whose layers receive features.
     """
 
     inner: nn.Module
@@ -30,14 +34,18 @@ class VLMParts:
 
 @dataclass(frozen=True)
 class VLMFamily:
-    """How a family is laid out.
+    """Layout of a family of pretrained VLMs.
 
-    parts(model) -> VLMParts. patches_under(model): patches under one image token.
-    patch_index(inner, shape, call) -> [tokens, patches], for one call of get_image_features
-    (`call`: its arguments) in which a block put out states of `shape`: for every token of the
-    concatenated pooler_output the numbers of the patches under it, in the flattened states and in
-    raster order, -1 where it shows none. has_one_view(model): whether a picture is one view of a
-    fixed size, to which finer ones can be added.
+    Attributes:
+        parts: Returns the parts of a model.
+        patches_under: Returns the number of patches under one image token of a model.
+        patch_index: Called as `patch_index(inner, shape, call)` for one call of
+            `get_image_features`. `shape` is that of a block's output states, `call` holds the
+            call's arguments. Returns [tokens, patches]: for each token of the concatenated
+            `pooler_output`, the numbers of its patches in the flattened states, in raster order.
+            A token that shows no patch has -1.
+        has_one_view: Whether an image is one view of a fixed size, to which fine views can be
+            added.
     """
 
     parts: Callable[[nn.Module], VLMParts]
@@ -46,256 +54,312 @@ class VLMFamily:
     has_one_view: Callable[[nn.Module], bool] = lambda model: False
 
 
-def _tower(model: nn.Module) -> VLMParts:
+# --- parts ---
+
+
+def _get_llava_parts(model: nn.Module) -> VLMParts:
     return VLMParts(model.model, model.model.vision_tower, model.model.language_model)
 
 
-def _idefics_parts(model: nn.Module) -> VLMParts:
+def _get_idefics_parts(model: nn.Module) -> VLMParts:
     return VLMParts(model.model, model.model.vision_model, model.model.text_model)
 
 
-def _qwen_parts(model: nn.Module) -> VLMParts:
+def _get_qwen_parts(model: nn.Module) -> VLMParts:
     return VLMParts(model.model, model.model.visual, model.model.language_model)
 
 
-def _one(model: nn.Module) -> int:
+# --- patches under a token, and views ---
+
+
+def _count_one(model: nn.Module) -> int:
     return 1
 
 
-def _has_one_view(model: nn.Module) -> bool:
-    return (
-        model.config.vision_config.model_type != "pixtral"
-    )  # a LLaVA may have an encoder of pictures of any size
-
-
-def _numbers(shape: tuple, prefix: int = 0) -> Tensor:
-    """Numbers of all patches of states [views, tokens, D], without `prefix` tokens in front of each
-    view: [views, N].
-    """
-    views, length = shape[0], shape[1]
-    return torch.arange(views * length).view(views, length)[:, prefix:]
-
-
-def _prefix(inner: nn.Module, call: dict) -> int:
-    """Class tokens that a LLaVA leaves out, by its way of selecting features."""
-    strategy = (
-        call.get("vision_feature_select_strategy") or inner.config.vision_feature_select_strategy
-    )
-    return 1 if strategy == "default" else 0
-
-
-def _llava(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
-    numbers = _numbers(shape, _prefix(inner, call))
-    if _has_one_view(inner):  # class and register tokens that are left in the prompt show no patch
-        patch = inner.config.vision_config.patch_size
-        high, wide = (patch, patch) if isinstance(patch, int) else patch
-        height, width = call["pixel_values"].shape[-2:]
-        numbers = numbers.masked_fill(
-            numbers % shape[1] < shape[1] - height // high * (width // wide), -1
-        )
-    return numbers.reshape(-1, 1)
-
-
-def _vipllava(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
-    return _numbers(shape, 1).reshape(-1, 1)
-
-
-def _paligemma(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
-    return _numbers(shape).reshape(-1, 1)
-
-
-def _gemma3(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
-    projector = inner.multi_modal_projector
-    side, kernel = projector.patches_per_image, projector.kernel_size
-    return _windows(_numbers(shape).view(-1, side, side), kernel)
-
-
-def _windows(maps: Tensor, size: int) -> Tensor:
-    """Numbers [views, rows, columns] -> [tokens, size^2], windows in raster order and raster order
-    within.
-    """
-    views, rows, columns = maps.shape
-    maps = maps.view(views, rows // size, size, columns // size, size)
-    return maps.transpose(2, 3).reshape(-1, size * size)
-
-
-def _gemma3_under(model: nn.Module) -> int:
+def _count_gemma3(model: nn.Module) -> int:
     return model.model.multi_modal_projector.kernel_size**2
 
 
-def _llava_next(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
+def _count_mistral3(model: nn.Module) -> int:
+    return model.config.spatial_merge_size**2
+
+
+def _count_idefics3(model: nn.Module) -> int:
+    return model.model.connector.scale_factor**2
+
+
+def _count_internvl(model: nn.Module) -> int:
+    return round(1 / model.config.downsample_ratio) ** 2
+
+
+def _count_qwen(model: nn.Module) -> int:
+    return model.model.visual.spatial_merge_size**2
+
+
+def _has_one_view(model: nn.Module) -> bool:
+    # A LLaVA may have Pixtral's encoder, which takes images of any size.
+    return model.config.vision_config.model_type != "pixtral"
+
+
+# --- patch index ---
+
+
+def _number_patches(shape: tuple, num_prefix: int = 0) -> Tensor:
+    """Number the patches of states [views, tokens, D], without prefix tokens: [views, N]."""
+    num_views, length = shape[:2]
+    numbers = torch.arange(num_views * length).view(num_views, length)
+    return numbers[:, num_prefix:]
+
+
+def _get_selection(inner: nn.Module, call: dict) -> str:
+    """How a LLaVA selects features: "default" (without the class token) or "full"."""
+    strategy = call.get("vision_feature_select_strategy")
+    return strategy or inner.config.vision_feature_select_strategy
+
+
+def _count_prefix(inner: nn.Module, call: dict) -> int:
+    """Number of class tokens that a LLaVA leaves out."""
+    return 1 if _get_selection(inner, call) == "default" else 0
+
+
+def _split_windows(maps: Tensor, size: int) -> Tensor:
+    """[views, rows, columns] -> [tokens, size^2]: windows, and numbers inside them, row by row."""
+    num_views, rows, columns = maps.shape
+    maps = maps.view(num_views, rows // size, size, columns // size, size)
+    return maps.transpose(2, 3).reshape(-1, size * size)
+
+
+def _index_llava(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
+    numbers = _number_patches(shape, _count_prefix(inner, call))
+    if _has_one_view(inner):
+        # Class and register tokens that stay in the prompt show no patch.
+        num_prefix = shape[1] - _count_patches_of_view(inner.config.vision_config, call)
+        numbers = numbers.masked_fill(numbers % shape[1] < num_prefix, -1)
+    return numbers.reshape(-1, 1)
+
+
+def _count_patches_of_view(vision_config, call: dict) -> int:
+    patch = vision_config.patch_size
+    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+    height, width = call["pixel_values"].shape[-2:]
+    return height // patch_height * (width // patch_width)
+
+
+def _index_vipllava(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
+    return _number_patches(shape, 1).reshape(-1, 1)
+
+
+def _index_paligemma(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
+    return _number_patches(shape).reshape(-1, 1)
+
+
+def _index_gemma3(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
+    projector = inner.multi_modal_projector
+    side = projector.patches_per_image
+    return _split_windows(_number_patches(shape).view(-1, side, side), projector.kernel_size)
+
+
+def _index_llava_next(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-    sizes = call["image_sizes"]
-    tiles = [
-        image_size_to_num_patches(
-            size, inner.config.image_grid_pinpoints, inner.config.vision_config.image_size
-        )
-        for size in sizes
-    ]
-    strategy = (
-        call.get("vision_feature_select_strategy") or inner.config.vision_feature_select_strategy
-    )
-    numbers = _numbers(shape, _prefix(inner, call)).double().unsqueeze(-1)
+    image_sizes = call["image_sizes"]
+    pinpoints = inner.config.image_grid_pinpoints
+    view_size = inner.config.vision_config.image_size
+    num_views = [image_size_to_num_patches(size, pinpoints, view_size) for size in image_sizes]
+    numbers = _number_patches(shape, _count_prefix(inner, call)).double().unsqueeze(-1)
     packed, _ = inner.pack_image_features(
-        torch.split(numbers, tiles),
-        sizes,
-        vision_feature_select_strategy=strategy,
-        image_newline=_none(inner),
+        torch.split(numbers, num_views),
+        image_sizes,
+        vision_feature_select_strategy=_get_selection(inner, call),
+        image_newline=_make_newline(inner, 1),
     )
     return torch.cat(list(packed)).round().long()
 
 
-def _none(inner: nn.Module) -> Tensor | None:
-    return None if inner.image_newline is None else torch.full((1,), -1.0, dtype=torch.float64)
+def _make_newline(inner: nn.Module, width: int) -> Tensor | None:
+    """The number of a newline token, -1, where the model has newlines."""
+    if inner.image_newline is None:
+        return None
+    return torch.full((width,), -1.0, dtype=torch.float64)
 
 
-def _llava_onevision(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
+def _index_llava_onevision(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
+    # The model interpolates where an image has too many tokens. Numbers cannot be interpolated, but
+    # places can: each patch sends its row and column in the joined tiles, and what comes back is
+    # rounded to the nearest patch.
+    config = inner.config
+    image_sizes = call["image_sizes"]
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    grids = _get_onevision_grids(config, image_sizes, call.get("batch_num_images"))
+    packed, _ = inner.pack_image_features(
+        [_make_places(side, grid).double() for grid in grids],
+        image_sizes,
+        image_newline=_make_newline(inner, 2),
+        vision_aspect_ratio=call.get("vision_aspect_ratio") or config.vision_aspect_ratio,
+    )
+    numbers = _number_patches(shape, _count_prefix(inner, call))
+    table = []
+    first_view = 0
+    for places, grid in zip(packed, grids, strict=True):
+        num_views = _count_views(grid)
+        of_image = numbers[first_view : first_view + num_views]
+        table.append(_look_up_places(of_image, places.round().long(), side, grid))
+        first_view += num_views
+    return torch.cat(table).unsqueeze(-1)
+
+
+def _get_onevision_grids(config, image_sizes, num_images) -> list[tuple[int, int] | None]:
+    """Rows and columns of tiles of each image; None for an image that is one view.
+
+    num_images: images per prompt. Images of a prompt with several are not cut into tiles.
+    """
     from transformers.models.llava_onevision.modeling_llava_onevision import (
         get_anyres_image_grid_shape,
         image_size_to_num_patches,
     )
 
-    config, sizes = inner.config, call["image_sizes"]
-    counts = call.get("batch_num_images")
-    alone = [True] * len(sizes) if counts is None else [n == 1 for n in counts for _ in range(n)]
-    size = config.vision_config.image_size
-    tiles = [
-        image_size_to_num_patches(s, config.image_grid_pinpoints, size) if cut else 1
-        for s, cut in zip(sizes, alone, strict=True)
-    ]
-    numbers = _numbers(shape, _prefix(inner, call))
-    side = size // config.vision_config.patch_size
-    # Too many tokens are interpolated: numbers cannot be, but places can. Each patch sends its row
-    # and column in the tiles put together, which come out as those of the nearest patch.
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    places, grids = [], []
-    for s, n in zip(sizes, tiles, strict=True):
-        rows, columns = (
-            get_anyres_image_grid_shape(s, config.image_grid_pinpoints, size) if n > 1 else (1, 1)
-        )
-        grids.append((rows, columns))
-        tile = torch.arange(max(n - 1, 1))
-        of_tile = torch.stack(
-            [
-                y.flatten() + (tile // columns * side)[:, None],
-                x.flatten() + (tile % columns * side)[:, None],
-            ],
-            dim=-1,
-        )
-        coarse = torch.stack([y.flatten(), x.flatten()], -1)[None]
-        places.append(torch.cat([coarse, of_tile]) if n > 1 else coarse)
-    newline = None if inner.image_newline is None else torch.full((2,), -1.0, dtype=torch.float64)
-    ratio = call.get("vision_aspect_ratio") or config.vision_aspect_ratio
-    packed, _ = inner.pack_image_features(
-        [p.double() for p in places], sizes, image_newline=newline, vision_aspect_ratio=ratio
-    )
-    table, first = [], 0
-    for place, n, (_, columns) in zip(packed, tiles, grids, strict=True):
-        of_picture, place = numbers[first : first + n], place.round().long()
-        y, x = place.unbind(-1)
-        tile = y // side * columns + x // side + 1
-        tile[: side * side] = 0  # the picture as a whole comes first
-        patch = of_picture[tile.clamp(0, n - 1), (y % side * side + x % side).clamp(min=0)]
-        table.append(torch.where(y < 0, -1, patch))
-        first += n
-    return torch.cat(table).unsqueeze(-1)
+    pinpoints = config.image_grid_pinpoints
+    view_size = config.vision_config.image_size
+    is_alone = [True] * len(image_sizes)
+    if num_images is not None:
+        is_alone = [count == 1 for count in num_images for _ in range(count)]
+    grids = []
+    for size, alone in zip(image_sizes, is_alone, strict=True):
+        if alone and image_size_to_num_patches(size, pinpoints, view_size) > 1:
+            grids.append(get_anyres_image_grid_shape(size, pinpoints, view_size))
+        else:
+            grids.append(None)
+    return grids
 
 
-def _mistral3(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
-    patch, size = inner.vision_tower.patch_size, inner.config.spatial_merge_size
-    table, first = [], 0
+def _count_views(grid: tuple[int, int] | None) -> int:
+    """Views of an image: the whole, and its tiles."""
+    return 1 if grid is None else 1 + grid[0] * grid[1]
+
+
+def _make_places(side: int, grid: tuple[int, int] | None) -> Tensor:
+    """Row and column of each patch, in the whole view and in the joined tiles: [views, N, 2]."""
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    row, column = row.flatten(), column.flatten()
+    whole = torch.stack([row, column], dim=-1)[None]
+    if grid is None:
+        return whole
+    tile = torch.arange(grid[0] * grid[1])[:, None]
+    tile_row = tile // grid[1] * side
+    tile_column = tile % grid[1] * side
+    tiles = torch.stack([row + tile_row, column + tile_column], dim=-1)
+    return torch.cat([whole, tiles])
+
+
+def _look_up_places(
+    numbers: Tensor, places: Tensor, side: int, grid: tuple[int, int] | None
+) -> Tensor:
+    """Patch numbers at places [tokens, 2] of an image with `numbers` [views, N]; -1 at newlines."""
+    row, column = places.unbind(-1)
+    num_columns = 1 if grid is None else grid[1]
+    view = row // side * num_columns + column // side + 1
+    view[: side * side] = 0  # the whole view comes first
+    view = view.clamp(0, len(numbers) - 1)
+    patch = (row % side * side + column % side).clamp(min=0)
+    return torch.where(row < 0, -1, numbers[view, patch])
+
+
+def _index_mistral3(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
+    patch = inner.vision_tower.patch_size
+    size = inner.config.spatial_merge_size
+    table = []
+    first = 0
     for height, width in torch.as_tensor(call["image_sizes"]).tolist():
         rows, columns = height // patch, width // patch
         numbers = torch.arange(first, first + rows * columns).view(1, rows, columns)
-        whole = numbers[:, : rows // size * size, : columns // size * size]
-        table.append(_windows(whole.contiguous(), size))
+        whole_windows = numbers[:, : rows // size * size, : columns // size * size]
+        table.append(_split_windows(whole_windows.contiguous(), size))
         first += rows * columns
     return torch.cat(table)
 
 
-def _mistral3_under(model: nn.Module) -> int:
-    return model.config.spatial_merge_size**2
-
-
-def _idefics3(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
-    scale = inner.connector.scale_factor
-    shuffled = inner.connector.pixel_shuffle(_numbers(shape).double().unsqueeze(-1), scale)
+def _index_idefics3(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
+    numbers = _number_patches(shape).double().unsqueeze(-1)
+    shuffled = inner.connector.pixel_shuffle(numbers, inner.connector.scale_factor)
     return shuffled.flatten(0, 1).round().long()
 
 
-def _idefics3_under(model: nn.Module) -> int:
-    return model.model.connector.scale_factor**2
-
-
-def _internvl(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
-    numbers = _numbers(shape, _prefix(inner, call))
+def _index_internvl(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
+    numbers = _number_patches(shape, _count_prefix(inner, call))
     side = math.isqrt(numbers.shape[1])
     maps = numbers.double().view(-1, side, side, 1)
     shuffled = inner.pixel_shuffle(maps, scale_factor=inner.config.downsample_ratio)
     return shuffled.flatten(0, 2).round().long()
 
 
-def _internvl_under(model: nn.Module) -> int:
-    return round(1 / model.config.downsample_ratio) ** 2
-
-
-def _qwen(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
-    # The processor puts the patches of a token one after the other.
+def _index_qwen(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
+    # The processor puts the patches of a token next to each other.
     return torch.arange(shape[0]).view(-1, inner.visual.spatial_merge_size**2)
 
 
-def _qwen2_5(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
-    # Blocks work on tokens in the order of windows, and the merged tokens are put back.
+def _index_qwen2_5(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
+    # Blocks hold the tokens in the order of windows. The merged tokens return to raster order.
     from transformers.vision_utils import get_vision_window_index
 
     vision = inner.visual
-    sizes = {"spatial_merge_size": vision.spatial_merge_size, "window_size": vision.window_size}
-    order, _ = get_vision_window_index(
-        call["image_grid_thw"].cpu(), **sizes, patch_size=vision.patch_size, kwargs={}
+    window_order, _ = get_vision_window_index(
+        call["image_grid_thw"].cpu(),
+        spatial_merge_size=vision.spatial_merge_size,
+        window_size=vision.window_size,
+        patch_size=vision.patch_size,
+        kwargs={},
     )
-    return _qwen(inner, shape, call)[torch.argsort(torch.as_tensor(order))]
-
-
-def _qwen_under(model: nn.Module) -> int:
-    return model.model.visual.spatial_merge_size**2
+    return _index_qwen(inner, shape, call)[torch.argsort(torch.as_tensor(window_order))]
 
 
 FAMILIES = {
-    "llava": VLMFamily(_tower, _one, _llava, _has_one_view),
-    "vipllava": VLMFamily(_tower, _one, _vipllava, _has_one_view),
-    "paligemma": VLMFamily(_tower, _one, _paligemma, _has_one_view),
-    "gemma3": VLMFamily(_tower, _gemma3_under, _gemma3, _has_one_view),
-    "llava_next": VLMFamily(_tower, _one, _llava_next),
-    "llava_onevision": VLMFamily(_tower, _one, _llava_onevision),
-    "mistral3": VLMFamily(_tower, _mistral3_under, _mistral3),
-    "idefics3": VLMFamily(_idefics_parts, _idefics3_under, _idefics3),
-    "smolvlm": VLMFamily(_idefics_parts, _idefics3_under, _idefics3),
-    "internvl": VLMFamily(_tower, _internvl_under, _internvl),
-    "qwen2_vl": VLMFamily(_qwen_parts, _qwen_under, _qwen),
-    "qwen2_5_vl": VLMFamily(_qwen_parts, _qwen_under, _qwen2_5),
-    "qwen3_vl": VLMFamily(_qwen_parts, _qwen_under, _qwen),
+    "llava": VLMFamily(_get_llava_parts, _count_one, _index_llava, _has_one_view),
+    "vipllava": VLMFamily(_get_llava_parts, _count_one, _index_vipllava, _has_one_view),
+    "paligemma": VLMFamily(_get_llava_parts, _count_one, _index_paligemma, _has_one_view),
+    "gemma3": VLMFamily(_get_llava_parts, _count_gemma3, _index_gemma3, _has_one_view),
+    "llava_next": VLMFamily(_get_llava_parts, _count_one, _index_llava_next),
+    "llava_onevision": VLMFamily(_get_llava_parts, _count_one, _index_llava_onevision),
+    "mistral3": VLMFamily(_get_llava_parts, _count_mistral3, _index_mistral3),
+    "idefics3": VLMFamily(_get_idefics_parts, _count_idefics3, _index_idefics3),
+    "smolvlm": VLMFamily(_get_idefics_parts, _count_idefics3, _index_idefics3),
+    "internvl": VLMFamily(_get_llava_parts, _count_internvl, _index_internvl),
+    "qwen2_vl": VLMFamily(_get_qwen_parts, _count_qwen, _index_qwen),
+    "qwen2_5_vl": VLMFamily(_get_qwen_parts, _count_qwen, _index_qwen2_5),
+    "qwen3_vl": VLMFamily(_get_qwen_parts, _count_qwen, _index_qwen),
 }
 
 
-def family_of(model: nn.Module) -> VLMFamily:
-    """The family of a loaded model; ValueError for others, and where the model has not the parts
-    that its family has.
+def get_family(model: nn.Module) -> VLMFamily:
+    """Return the family of a loaded model.
+
+    Raises:
+        UserError: The model is of another family, or lacks the parts of its family.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in FAMILIES:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in FAMILIES:
         raise UserError(
-            f"{type(model).__name__} ({kind}) is not a vision-language model that can be upgraded;"
-            f" known are {', '.join(sorted(FAMILIES))}. An encoder and a language model can be"
-            " joined with sparsecut.build"
+            f"{type(model).__name__} ({model_type}) is not a pretrained VLM that can be upgraded;"
+            f" known types are {', '.join(sorted(FAMILIES))}. To join an encoder and a language"
+            " model, use sparsecut.build"
         )
-    family = FAMILIES[kind]
+    family = FAMILIES[model_type]
     try:
-        parts, _ = family.parts(model), family.patches_under(model)
-        parts.inner.get_image_features, parts.vision.config, parts.language.config  # noqa: B018  they must be there
+        _check_parts(family, model)
     except AttributeError as error:
         raise UserError(
-            f"{type(model).__name__} says it is a {kind}, but the parts of one cannot be read from"
-            f" it ({error}); give the whole model, as AutoModelForImageTextToText loads it"
+            f"{type(model).__name__} has the model type {model_type}, but not its parts ({error});"
+            " give the whole model, as AutoModelForImageTextToText loads it"
         ) from error
     return family
+
+
+def _check_parts(family: VLMFamily, model: nn.Module) -> None:
+    """Read every attribute that an upgrade needs; AttributeError where one is missing."""
+    parts = family.parts(model)
+    family.patches_under(model)
+    for module, name in (
+        (parts.inner, "get_image_features"),
+        (parts.vision, "config"),
+        (parts.language, "config"),
+    ):
+        getattr(module, name)

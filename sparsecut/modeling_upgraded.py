@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
 from .configuration_upgraded import SparseCutUpgradeConfig
-from .families import family_of
+from .families import get_family
 from .fusion import Fusion
 from .hooks import whole_modules
 from .modeling_base import SparseCutPreTrainedModel
@@ -61,7 +61,7 @@ class SparseCutUpgrade(SparseCutPreTrainedModel, GenerationMixin):
             if base is not None
             else AutoModelForImageTextToText.from_config(config.base_config)
         )
-        self.family = family_of(self.base)
+        self.family = get_family(self.base)
         parts = self.family.parts(self.base)
         self.fusion = Fusion(
             self.plan,

@@ -1,6 +1,7 @@
-"""Upgrading a finished vision-language model in place, and keeping its shortcuts apart from it.
+"""Upgrade a pretrained VLM in place, and load its shortcuts, which are saved apart from it.
 
-A folder of saved shortcuts (`SparseCutUpgrade.save_fusion`) names its base, which stays where it is, whatever its size.
+A folder of saved shortcuts (`SparseCutUpgrade.save_fusion`) names its base model. The base stays
+where it is, whatever its size.
 """
 
 from __future__ import annotations
@@ -9,24 +10,26 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from .configuration_upgraded import SparseCutUpgradeConfig
-from .families import VLMFamily, family_of
+from .families import VLMFamily, get_family
 from .fingerprint import base_hash
 from .methods import make_plan
 from .modeling_upgraded import FACTS, WEIGHTS, SparseCutUpgrade
 from .plan import Plan
-from .processing_upgraded import PROCESSOR_FILE, with_fine_views
+from .processing_upgraded import PROCESSOR_FILE, add_fine_views
 from .schema import UserError
 from .upgrade_hooks import depth_of
 
-# by default a shortcut's projector is this many times narrower inside than the language model
-NARROW = 16
+# Width of the language model over the inner width of a projector, in the default plan.
+NARROWING = 16
+SMALLEST_RANK = 16
 
-# Arguments that say how to reach the hub, and so go to configurations, tokenizers and image
+# Arguments that say how to reach the hub. They go to configurations, tokenizers and image
 # processors too.
 HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
 
@@ -39,44 +42,74 @@ def upgrade(
     dtype: torch.dtype | str = "auto",
     **from_pretrained,
 ) -> tuple[SparseCutUpgrade, object]:
-    """Give a finished vision-language model shortcuts; it answers exactly as before until they are
-    trained.
+    """Add shortcuts to a pretrained VLM.
 
-    base: hub name, folder, or a loaded model (then with its processor; without one, None is
-    returned for it). plan: a method's name, {"method": ..., options} or a plan; by default
-    `sparsecut` with projectors a sixteenth of the language model wide inside. Its first shortcut
-    into the input stands for the base's own. Further arguments go to `from_pretrained`. Nothing of
-    the base is copied or changed. Returns (model, processor), in evaluation mode. Raises ValueError
-    for families that are not known, whose parts cannot be read, and for plans that do not fit.
+    The model answers exactly as before until the shortcuts are trained. Nothing of the base is
+    copied or changed.
+
+    Args:
+        base: hub name, folder, or a loaded model.
+        plan: name of a method, {"method": ..., options}, or a plan. The default is `sparsecut` with
+            projectors that are a sixteenth as wide inside as the language model. The first shortcut
+            into the input stands for the base's own image features.
+        processor: the base's processor. A loaded model given without one gets None.
+        dtype: dtype of a base that is loaded here.
+        from_pretrained: further arguments of the base's `from_pretrained`.
+
+    Returns:
+        (model, processor), in evaluation mode.
+
+    Raises:
+        UserError: The base cannot be read, its family or parts are not known, or the plan does not
+            fit.
     """
     if not isinstance(base, nn.Module):
         hub = {name: value for name, value in from_pretrained.items() if name in HUB_ARGUMENTS}
         processor = processor or read_processor(base, **hub)
-        base = _read(AutoModelForImageTextToText, base, dtype=dtype, **from_pretrained)
-    base = getattr(base, "get_base_model", lambda: base)()  # a model inside PEFT's wrapper
+        base = _load(AutoModelForImageTextToText, base, dtype=dtype, **from_pretrained)
+    base = _unwrap_peft(base)
     if isinstance(base, SparseCutUpgrade):
         raise UserError(
-            "this model is upgraded already; give its base (model.detach()) to choose other"
-            " shortcuts"
+            "this model is upgraded already; to choose other shortcuts, give its base"
+            " (model.detach())"
         )
-    plan, family = plan_for(base, plan)
-    parts = family.parts(base)
-    if not any(p.is_floating_point() for p in parts.language.parameters()):
+    plan, family = resolve_plan(base, plan)
+    language = family.parts(base).language
+    if not any(p.is_floating_point() for p in language.parameters()):
         raise UserError(
-            f"the language model {type(parts.language).__name__} holds no floating-point weight, so"
-            " features cannot be added to what its layers take; give a base whose embeddings and"
-            " norms are left in float32, float16 or bfloat16"
+            f"the language model {type(language).__name__} has no floating-point weight, so no"
+            " features can be added to its hidden states; give a base whose embeddings and norms"
+            " are float32, float16 or bfloat16"
         )
-    name = getattr(base.config, "_name_or_path", None) or None
-    for module in base.modules():
-        module._is_hf_initialized = True  # ready weights are not drawn anew
-    model = SparseCutUpgrade(
-        SparseCutUpgradeConfig.of(base, plan, name, base_hash(base)), base=base
-    )
-    _place(model)
+    model = _wrap(base, plan)
+    _move_fusion(model)
     if plan.tiles and processor is not None:
-        processor = with_fine_views(processor, plan.tiles)
+        processor = add_fine_views(processor, plan.tiles)
     return model.eval(), processor
+
+
+def _unwrap_peft(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's wrapper, or the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
+
+
+def _wrap(base: PreTrainedModel, plan: Plan) -> SparseCutUpgrade:
+    name = getattr(base.config, "_name_or_path", None) or None
+    config = SparseCutUpgradeConfig.of(base, plan, name, base_hash(base))
+    for module in base.modules():
+        module._is_hf_initialized = True  # transformers must not draw these weights anew
+    return SparseCutUpgrade(config, base=base)
+
+
+def _move_fusion(model: SparseCutUpgrade) -> None:
+    """Move the fusion to the dtype of the base and to the device of its first decoder layer."""
+    language = model.language_backbone()
+    weight = next(p for p in language.parameters() if p.is_floating_point())
+    is_quantized = weight.dtype.itemsize == 1
+    dtype = torch.float32 if is_quantized else weight.dtype
+    device = None if weight.device.type == "meta" else weight.device
+    model.fusion.to(device=device, dtype=dtype)
 
 
 def load_fusion(
@@ -87,108 +120,122 @@ def load_fusion(
     check_base: bool = True,
     **from_pretrained,
 ) -> tuple[SparseCutUpgrade, object]:
-    """Saved shortcuts on their base: the one they name, or the one given (a quantised one, or one
-    beside an adapter, too).
+    """Load saved shortcuts onto their base.
 
-    check_base: refuse a base whose digest is another than that of the base the shortcuts were
-    trained on. Raises ValueError for that, and for a folder or weights that do not fit. Returns
-    (model, processor), in evaluation mode.
+    Args:
+        folder: what `SparseCutUpgrade.save_fusion` wrote.
+        base: hub name, folder or loaded model; by default the base that the shortcuts name. It may
+            be quantized or have an adapter.
+        processor: the base's processor; by default read from the folder or from the base.
+        check_base: refuse a base with other weights than those the shortcuts were trained on.
+        from_pretrained: further arguments of the base's `from_pretrained`.
+
+    Returns:
+        (model, processor), in evaluation mode.
+
+    Raises:
+        UserError: The folder cannot be read, or the base or the weights do not fit.
     """
     folder = Path(folder)
-    facts = json.loads((folder / FACTS).read_text())
+    facts, weights = _read_fusion(folder)
     if base is None and facts["base"] is None:
-        raise UserError(
-            f"the shortcuts in {folder} do not say where their base came from; give it as base=..."
-        )
-    plan, weights = Plan.from_dict(facts["plan"]), load_file(folder / WEIGHTS)
+        raise UserError(f"the shortcuts in {folder} name no base; give it as base=...")
     name = base if isinstance(base, str | Path) else facts["base"]
-    base = (
-        base
-        if isinstance(base, nn.Module)
-        else _read(AutoModelForImageTextToText, name, **from_pretrained)
-    )
-    inner = getattr(base, "get_base_model", lambda: base)()
-    if inner.config.model_type != facts["base_type"] or (
-        check_base and base_hash(inner) != facts["base_digest"]
-    ):
-        given = getattr(inner.config, "_name_or_path", "") or "a model"
-        raise UserError(
-            f"the shortcuts in {folder} were trained on {facts['base']} ({facts['base_type']},"
-            f" digest {facts['base_digest']}), but the base given is {given}"
-            f" ({inner.config.model_type}, digest {base_hash(inner)}); give that base, or say"
-            " check_base=False if the two are the same model in another number format"
-        )
+    if not isinstance(base, nn.Module):
+        base = _load(AutoModelForImageTextToText, name, **from_pretrained)
+    base = _unwrap_peft(base)
+    _check_base(folder, facts, base, check_weights=check_base)
     if processor is None:
-        own = (
-            folder / PROCESSOR_FILE
-        ).is_file()  # training leaves the processor it used beside the shortcuts
-        where = folder if own else name
-        processor = (
-            read_processor(where) if where is not None else None
-        )  # a loaded base may come from nowhere
-    model, processor = upgrade(inner, plan, processor=processor)
+        # Training saves the processor that it used beside the shortcuts.
+        source = folder if (folder / PROCESSOR_FILE).is_file() else name
+        processor = None if source is None else read_processor(source)
+    model, processor = upgrade(base, Plan.from_dict(facts["plan"]), processor=processor)
     problems = model.fusion.load_state_dict(weights, strict=False)
     if problems.missing_keys or problems.unexpected_keys:
         raise UserError(
-            f"{folder / WEIGHTS} and the plan beside it do not belong together (missing"
-            f" {problems.missing_keys[:3]}, too many {problems.unexpected_keys[:3]}); save the"
-            " shortcuts again with save_fusion"
+            f"the weights {folder / WEIGHTS} do not fit the plan in {FACTS}: missing are"
+            f" {problems.missing_keys[:3]}, not expected are {problems.unexpected_keys[:3]}; save"
+            " the shortcuts again with save_fusion"
         )
     return model, processor
 
 
-def plan_for(base: PreTrainedModel, plan: str | dict | Plan | None) -> tuple[Plan, VLMFamily]:
-    """The plan that `upgrade` makes of its argument for a finished model, and the model's family;
-    ValueError where it does not fit.
+def _read_fusion(folder: Path) -> tuple[dict, dict]:
+    """Facts and weights of a folder of shortcuts."""
+    try:
+        return json.loads((folder / FACTS).read_text()), load_file(folder / WEIGHTS)
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise UserError(
+            f"the shortcuts in {folder} cannot be read ({error}); give a folder with {FACTS} and"
+            f" {WEIGHTS}, as save_fusion writes it"
+        ) from error
+
+
+def _check_base(folder: Path, facts: dict, base: nn.Module, *, check_weights: bool) -> None:
+    model_type = base.config.model_type
+    is_same_type = model_type == facts["base_type"]
+    if is_same_type and not check_weights:
+        return
+    if is_same_type and base_hash(base) == facts["base_digest"]:
+        return
+    name = getattr(base.config, "_name_or_path", "") or "a model"
+    raise UserError(
+        f"the shortcuts in {folder} were trained on {facts['base']} ({facts['base_type']}, hash"
+        f" {facts['base_digest']}), but the base is {name} ({model_type}, hash {base_hash(base)});"
+        " give the former, or check_base=False if both are one model in two dtypes"
+    )
+
+
+def resolve_plan(base: PreTrainedModel, plan: str | dict | Plan | None) -> tuple[Plan, VLMFamily]:
+    """Make the plan of an upgrade from the argument of `upgrade`.
+
+    Returns:
+        The plan, and the family of the base.
+
+    Raises:
+        UserError: The family is not known, or the plan does not fit the base.
     """
-    family = family_of(base)
-    depths = depth_of(family.parts(base).vision), base.config.get_text_config().num_hidden_layers
+    family = get_family(base)
+    text_config = base.config.get_text_config()
+    vision_depth = depth_of(family.parts(base).vision)
     if plan is None:
-        plan = {
-            "method": "sparsecut",
-            "rank": max(16, base.config.get_text_config().hidden_size // NARROW),
-        }
-    plan = make_plan(plan, *depths)
-    plan = plan if plan.has_base_input else plan.for_upgrade(fine=family.has_one_view(base))
+        rank = max(SMALLEST_RANK, text_config.hidden_size // NARROWING)
+        plan = {"method": "sparsecut", "rank": rank}
+    plan = make_plan(plan, vision_depth, text_config.num_hidden_layers)
+    if not plan.has_base_input:
+        plan = plan.for_upgrade(fine=family.has_one_view(base))
     if plan.tiles and not family.has_one_view(base):
         raise UserError(
-            f"the plan has tiles={plan.tiles}, but {base.config.model_type} brings its own"
-            " resolutions and takes no further views; set tiles to 0"
+            f"the plan has tiles={plan.tiles}, but {base.config.model_type} has resolutions of its"
+            " own and takes no fine views; set tiles to 0"
         )
     return plan, family
 
 
-def _place(model: SparseCutUpgrade) -> None:
-    """The fusion in the number format of the base, where its first decoder layer is."""
-    weight = next(
-        p for p in model.family.parts(model.base).language.parameters() if p.is_floating_point()
-    )
-    dtype = weight.dtype if weight.dtype.itemsize > 1 else torch.float32
-    model.fusion.to(device=weight.device if weight.device.type != "meta" else None, dtype=dtype)
-
-
-def _read(auto_class, name, **from_pretrained):
+def _load(auto_class, name, **from_pretrained):
     try:
         return auto_class.from_pretrained(name, **from_pretrained)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
-            f"the base {name} could not be read as a vision-language model; give a folder, a hub"
-            f" name or a loaded model. Hugging Face says: {error}"
+            f"the base {name} could not be read as a pretrained VLM; give a folder, a hub name or a"
+            f" loaded model. Hugging Face says: {error}"
         ) from error
 
 
 def read_processor(name: str | Path, **hub):
-    """The processor saved under a name; ValueError where transformers silently gives its tokenizer
-    alone.
+    """Load the processor of a folder or hub name.
+
+    Raises:
+        UserError: It cannot be read. transformers silently returns a part of it, such as the
+            tokenizer, where the processor's class is not known; this is refused too.
     """
-    processor = _read(AutoProcessor, name, **hub)
-    if not hasattr(processor, "tokenizer"):
-        wanted = (
-            getattr(processor, "init_kwargs", {}).get("processor_class") or "what prepares them"
-        )
+    processor = _load(AutoProcessor, name, **hub)
+    if not isinstance(processor, ProcessorMixin):
+        settings = getattr(processor, "init_kwargs", {})
+        wanted = settings.get("processor_class") or "its processor"
         raise UserError(
-            f"{name} gives {type(processor).__name__}, which takes no pictures: {wanted} is not in"
-            " the folder, not known here, or needs a package that is not installed (torchvision,"
-            " say); install it, or hand over a processor"
+            f"{name} gives only {type(processor).__name__}, which takes no images: {wanted} is not"
+            " in the folder, not known here, or needs a package that is not installed (such as"
+            " torchvision); install it, or give processor=..."
         )
     return processor

@@ -25,7 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from sparsecut import upgrade
-from sparsecut.families import family_of
+from sparsecut.families import get_family
 
 SQUARE = {"size": {"height": 16, "width": 16}}
 EDGE = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
@@ -71,7 +71,7 @@ def test_tables_hold_for_what_the_image_processor_makes(name):
     base = bases.build_base(name)
     made = PROCESSORS[name]()(pictures(), return_tensors="pt")
     found, table = find_patches_by_gradient(base, made, READ_BLOCK.get(name, -1))
-    assert table.shape == (len(found), family_of(base).patches_under(base))
+    assert table.shape == (len(found), get_family(base).patches_under(base))
     exactly = name != "llava_onevision"  # which interpolates pictures of many tiles
     for reached, row in zip(found, table.tolist(), strict=True):
         listed = {number for number in row if number >= 0}

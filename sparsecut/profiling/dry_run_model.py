@@ -32,7 +32,7 @@ from ..configuration_upgraded import SparseCutUpgradeConfig
 from ..modeling_upgraded import FACTS, SparseCutUpgrade
 from ..plan import Plan, Shortcut
 from ..schema import UserError
-from ..upgrading import plan_for
+from ..upgrading import resolve_plan
 from .counting import REFERENCE, backbone_config, configuration_of
 
 KNOWN = {  # sizes of models that recipes here name
@@ -129,7 +129,7 @@ def _finished(recipe: Recipe, base: str, mode: FakeTensorMode) -> EstimatedModel
     with mode, no_init_weights():
         bare = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
         bare.tie_weights()  # which transformers does after it has drawn them
-        plan, family = plan_for(bare, spec)
+        plan, family = resolve_plan(bare, spec)
         model = SparseCutUpgrade(SparseCutUpgradeConfig.of(bare, plan, None, None), base=bare)
     if not family.has_one_view(bare):
         notes.append(

@@ -75,6 +75,6 @@ def test_mistakes_are_told_before_anything_is_written(base, tmp_path):
         run("upgrade", "base", "--out", "new", "--plan", "llava")
     with pytest.raises(ValueError, match="holds a model already"):
         run("upgrade", "base", "--out", "base")
-    with pytest.raises(ValueError, match="could not be read as a vision-language model"):
+    with pytest.raises(ValueError, match="the base nothing"):
         run("upgrade", "nothing", "--out", "new")
     assert not (tmp_path / "new").exists()

@@ -11,7 +11,7 @@ from helpers import bases
 from helpers.bases import randomize_fusion
 
 from sparsecut import upgrade
-from sparsecut.families import family_of
+from sparsecut.families import get_family
 from sparsecut.hooks import find_layers
 from sparsecut.upgrade_hooks import depth_of
 
@@ -38,7 +38,7 @@ def find_patches_by_gradient(base, inputs: dict, block: int) -> tuple[list[set[i
     Returns:
         One set of patch numbers per image token, and `patch_index` of the same images.
     """
-    family = family_of(base)
+    family = get_family(base)
     parts = family.parts(base)
     cut_states = {}
 
@@ -78,7 +78,7 @@ def check_patch_table(name: str) -> None:
     base = bases.build_base(name)
     inputs = bases.build_inputs(name, base)
     reached, table = find_patches_by_gradient(base, inputs, READ_BLOCK.get(name, -1))
-    assert table.shape == (len(reached), family_of(base).patches_under(base))
+    assert table.shape == (len(reached), get_family(base).patches_under(base))
     listed = [{number for number in row if number >= 0} for row in table.tolist()]
     assert listed == reached
     assert len(set.union(*listed)) > 8
