@@ -1,218 +1,265 @@
-"""A conversation with a model: from Python, and line by line in a terminal."""
+"""A conversation with a model, from Python and line by line in a terminal."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from transformers import TextIteratorStreamer
+from transformers import BatchFeature, TextIteratorStreamer
 
-from .imaging import upright
-from .prompts import check_length, decode_answers, make_greedy_config, prepare_inputs, render_prompt
+from .imaging import ImageSource, open_image
+from .prompts import (
+    check_length,
+    decode_answers,
+    make_greedy_config,
+    prepare_inputs,
+    render_prompt,
+)
 from .schema import UserError, nearest
 
-Picture = Image.Image | str | Path
-
 HELP = """\
-/image PATH   show a picture with the next question (again for several)
-/history      what was said so far
-/reset        forget it, pictures too
-/help         these lines
-/quit         leave (Ctrl-D and Ctrl-C too; during an answer Ctrl-C only stops the answer)"""
+/image PATH   show an image with the next question (repeat for several)
+/history      print the conversation
+/reset        forget the conversation and its images
+/help         print these lines
+/quit         leave (so do Ctrl-D and Ctrl-C; during an answer Ctrl-C only stops the answer)"""
+
+
+@dataclass
+class _Turn:
+    """A question on its way to the model: the conversation with it, all images, and the inputs."""
+
+    messages: list[dict[str, str]]
+    images: list[Image.Image]
+    inputs: BatchFeature
 
 
 class Chat:
-    """A conversation that remembers its turns and pictures.
+    """A conversation that remembers its messages and images.
 
-    max_new_tokens: longest answer. temperature: 0 takes the likeliest token, more draws at random.
-    Other keywords are those of `generate`. messages: the turns so far, [{"role", "content"}] with
-    one placeholder per picture of `pictures`.
+    Args:
+        model: a model of this package.
+        processor: its processor.
+        max_new_tokens: longest answer, in tokens.
+        temperature: 0 takes the most likely token; a larger one draws at random.
+        generation: further settings of `generate`.
+
+    Attributes:
+        messages: the conversation, [{"role", "content"}], with one placeholder per image.
+        images: all images of the conversation, in the order of the placeholders.
     """
 
     def __init__(
         self, model, processor, *, max_new_tokens: int = 256, temperature: float = 0.0, **generation
     ):
-        if max_new_tokens < 1 or temperature < 0:
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}, but must be at least 1")
+        if temperature < 0:
             raise UserError(
-                f"max_new_tokens is {max_new_tokens} and temperature {temperature}, but they must"
-                " be at least 1 and 0; temperature 0 is without chance"
+                f"temperature is {temperature}, but must be at least 0; 0 takes the most likely"
+                " token"
             )
-        self.model, self.processor = model, processor
+        self.model = model
+        self.processor = processor
         self.config = make_greedy_config(model, max_new_tokens)
         if temperature:
             self.config.update(do_sample=True, temperature=temperature)
-        if unknown := self.config.update(**generation):
+        unknown = self.config.update(**generation)
+        if unknown:
             name = next(iter(unknown))
             raise UserError(
                 f"generate has no setting {name!r}{nearest(name, self.config.to_dict())}; see"
                 " GenerationConfig"
             )
-        self.reset()
+        self.messages: list[dict[str, str]] = []
+        self.images: list[Image.Image] = []
 
     def reset(self) -> None:
-        """Forget all turns and pictures."""
-        self.messages: list[dict[str, str]] = []
-        self.pictures: list[Image.Image] = []
+        """Forget all messages and images."""
+        self.messages = []
+        self.images = []
 
-    def ask(self, text: str, *pictures: Picture) -> str:
-        """The answer to a question about these pictures (files or PIL) and all that was said
-        before.
+    def ask(self, text: str, *images: ImageSource) -> str:
+        """Ask a question and return the answer.
+
+        Args:
+            text: the question. It may have one placeholder per image; without any, the images come
+                first.
+            images: new images, PIL or paths. Earlier ones stay in the conversation.
+
+        Raises:
+            UserError: The question is empty, an image cannot be read, placeholders and images
+                differ in number, or the conversation is too long.
         """
-        messages, shown, inputs = self._prepare(text, pictures)
-        ids = self.model.generate(**inputs, generation_config=self.config)
-        answer = decode_answers(self.processor, inputs, ids)[0]
-        self._remember(messages, shown, answer)
+        turn = self._prepare(text, images)
+        ids = self.model.generate(**turn.inputs, generation_config=self.config)
+        answer = decode_answers(self.processor, turn.inputs, ids)[0]
+        self._remember(turn, answer)
         return answer
 
-    def stream(self, text: str, *pictures: Picture) -> Iterator[str]:
-        """As `ask`, but in pieces as they come; closing the iterator stops the answer, which is
-        remembered as far as it got.
-        """
-        if self.config.num_beams and self.config.num_beams > 1:
-            raise UserError(
-                f"an answer of {self.config.num_beams} beams is known only at its end; use ask, or"
-                " num_beams=1"
-            )
-        return self._pieces(*self._prepare(text, pictures))
+    def stream(self, text: str, *images: ImageSource) -> Iterator[str]:
+        """Ask a question and iterate over the pieces of the answer.
 
-    def _prepare(self, text: str, pictures: Sequence[Picture]):
-        """The turns with the new one, all pictures, and the model's inputs; nothing is remembered
-        yet.
+        Closing the iterator stops the answer. The conversation keeps what was generated until then.
+        Arguments and errors are those of `ask`.
         """
-        token, count = self.processor.image_token, text.count(self.processor.image_token)
-        if not text.replace(token, "").strip():
-            raise UserError("the question is empty; write some text")
-        if count not in (0, len(pictures)):
+        num_beams = self.config.num_beams or 1
+        if num_beams > 1:
             raise UserError(
-                f"the question has {count} {token} but {len(pictures)} pictures were given; write"
-                f" one {token} where each picture stands, or none, and the pictures come first"
+                f"num_beams is {num_beams}, but beam search has its answer only at the end; use"
+                " ask, or num_beams=1"
             )
-        shown = [*self.pictures, *map(open_picture, pictures)]
-        question = text if count else f"{token}\n" * len(pictures) + text
+        return self._stream_turn(self._prepare(text, images))
+
+    def _prepare(self, text: str, images: Sequence[ImageSource]) -> _Turn:
+        """Check a question and encode it with the conversation before it. Nothing is remembered."""
+        placeholder = self.processor.image_token
+        count = text.count(placeholder)
+        if not text.replace(placeholder, "").strip():
+            raise UserError("the question is empty; write some text")
+        if count not in (0, len(images)):
+            raise UserError(
+                f"the question has {count} {placeholder} but {len(images)} images; write one"
+                f" {placeholder} where each image belongs, or none to put all images first"
+            )
+        all_images = [*self.images, *map(open_image, images)]
+        question = text if count else f"{placeholder}\n" * len(images) + text
         messages = [*self.messages, {"role": "user", "content": question}]
-        inputs = prepare_inputs(
-            self.model, self.processor, [render_prompt(self.processor, messages)], [shown]
-        )
-        length = inputs["input_ids"].shape[1]
+        prompt = render_prompt(self.processor, messages)
+        inputs = prepare_inputs(self.model, self.processor, [prompt], [all_images])
         check_length(
             self.model,
-            length,
+            inputs["input_ids"].shape[1],
             self.config.max_new_tokens,
             "the conversation",
             "reset it or lower max_new_tokens",
         )
-        return messages, shown, inputs
+        return _Turn(messages, all_images, inputs)
 
-    def _pieces(self, messages, shown, inputs) -> Iterator[str]:
+    def _stream_turn(self, turn: _Turn) -> Iterator[str]:
         streamer = TextIteratorStreamer(
             self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
         )
-        stopped, failures, answer = threading.Event(), [], ""
+        is_stopped = threading.Event()
+        errors: list[BaseException] = []
 
-        def stop(ids, _, **kwargs):
-            return torch.full((len(ids),), stopped.is_set(), device=ids.device)
+        def should_stop(ids, _, **kwargs):
+            return torch.full((len(ids),), is_stopped.is_set(), device=ids.device)
 
-        def work():
+        def generate():
             try:
-                settings = {
-                    "generation_config": self.config,
-                    "streamer": streamer,
-                    "stopping_criteria": [stop],
-                }
-                self.model.generate(**inputs, **settings)
-            except BaseException as error:
-                failures.append(error)
+                self.model.generate(
+                    **turn.inputs,
+                    generation_config=self.config,
+                    streamer=streamer,
+                    stopping_criteria=[should_stop],
+                )
+            except BaseException as error:  # the main thread raises it
+                errors.append(error)
                 streamer.on_finalized_text("", stream_end=True)
 
-        thread = threading.Thread(target=work, daemon=True)
+        thread = threading.Thread(target=generate, daemon=True)
         thread.start()
+        answer = ""
         try:
             for piece in streamer:
                 answer += piece
                 if piece:
                     yield piece
         finally:
-            stopped.set()
+            is_stopped.set()
             thread.join()
-            if not failures:
-                self._remember(messages, shown, answer.strip())
-        if failures:
-            raise failures[0]
+            if not errors:
+                self._remember(turn, answer.strip())
+        if errors:
+            raise errors[0]
 
-    def _remember(self, messages, shown, answer: str) -> None:
-        self.messages = [*messages, {"role": "assistant", "content": answer}]
-        self.pictures = shown
-
-
-def open_picture(picture: Picture) -> Image.Image:
-    """A picture as it is, or from a file; ValueError where that is missing or no picture."""
-    if isinstance(picture, Image.Image):
-        return picture
-    path = Path(picture).expanduser()
-    if not path.is_file():
-        raise UserError(f"there is no picture {picture}; give the path of an image file")
-    try:
-        return upright(path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{picture} is not a picture that can be read ({error}); give a PNG or JPEG file"
-        ) from None
+    def _remember(self, turn: _Turn, answer: str) -> None:
+        self.messages = [*turn.messages, {"role": "assistant", "content": answer}]
+        self.images = turn.images
 
 
-def converse(
-    chat: Chat, pictures: Sequence[Picture], read: Callable[[], str], write: Callable[[str], None]
+def run_terminal(
+    chat: Chat,
+    images: Sequence[ImageSource],
+    read: Callable[[], str],
+    write: Callable[[str], None],
 ) -> None:
-    """Questions from `read` (EOFError ends it), answers to `write`, commands with a slash;
-    `pictures` go with the first one.
+    """Hold a conversation in a terminal until its end.
+
+    Args:
+        chat: the conversation.
+        images: images for the first question.
+        read: returns the next line; EOFError or KeyboardInterrupt ends the conversation. A line is
+            a question, or a command with a slash.
+        write: prints text.
     """
-    waiting: list[Picture] = [open_picture(picture) for picture in pictures]
+    waiting: list[ImageSource] = [open_image(image) for image in images]
     while True:
         try:
             line = read().strip()
         except (EOFError, KeyboardInterrupt):
             return
+        if line == "/quit":
+            return
         try:
-            if line == "/quit":
-                return
             if line.startswith("/"):
-                write(command(chat, line, waiting) + "\n")
+                write(run_command(chat, line, waiting) + "\n")
             elif line:
-                with closing(chat.stream(line, *waiting)) as pieces:
-                    waiting = []
-                    for piece in pieces:
-                        write(piece)
-                write("\n")
+                _write_answer(chat, line, waiting, write)
         except KeyboardInterrupt:
             write("\n(stopped)\n")
-        except ValueError as error:
+        except UserError as error:
             write(f"error: {error}\n")
 
 
-def command(chat: Chat, line: str, waiting: list[Picture]) -> str:
-    """What a line with a slash does, and the words about it; `waiting` are the pictures for the
-    next question.
+def _write_answer(chat: Chat, question: str, waiting: list, write: Callable[[str], None]) -> None:
+    with closing(chat.stream(question, *waiting)) as pieces:
+        waiting.clear()
+        for piece in pieces:
+            write(piece)
+    write("\n")
+
+
+def run_command(chat: Chat, line: str, waiting: list[ImageSource]) -> str:
+    """Run a line with a slash and return its message.
+
+    Args:
+        chat: the conversation.
+        line: the command and its argument.
+        waiting: images for the next question; the command may change them.
+
+    Raises:
+        UserError: There is no such command, or its image cannot be read.
     """
     name, _, argument = line.partition(" ")
     if name == "/image":
-        waiting.append(open_picture(argument.strip()))
-        return f"{len(waiting)} picture{'s' * (len(waiting) > 1)} for the next question"
+        waiting.append(open_image(argument.strip()))
+        plural = "s" if len(waiting) > 1 else ""
+        return f"{len(waiting)} image{plural} for the next question"
     if name == "/reset":
         chat.reset()
         waiting.clear()
-        return "forgotten"
+        return "the conversation is empty"
     if name == "/history":
-        turns = [
-            f"{m['role']}: {m['content'].replace(chat.processor.image_token, '[picture]')}"
-            for m in chat.messages
-        ]
-        return "\n".join(turns) or "nothing was said yet"
+        return _format_history(chat) or "the conversation is empty"
     if name == "/help":
         return HELP
     commands = [row.split()[0] for row in HELP.splitlines()]
     raise UserError(
-        f"{name} is not a command{nearest(name, commands)}; there are {', '.join(commands)}"
+        f"there is no command {name}{nearest(name, commands)}; the commands are"
+        f" {', '.join(commands)}"
     )
+
+
+def _format_history(chat: Chat) -> str:
+    placeholder = chat.processor.image_token
+    lines = []
+    for message in chat.messages:
+        content = message["content"].replace(placeholder, "[image]")
+        lines.append(f"{message['role']}: {content}")
+    return "\n".join(lines)

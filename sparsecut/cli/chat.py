@@ -26,9 +26,10 @@ def chat(
     dtype: Dtype = "auto",
 ) -> None:
     """Talk with a model about images. In the conversation, /help lists the commands."""
-    from ..chat import Chat, converse, open_picture
+    from ..chat import Chat, run_terminal
+    from ..imaging import open_image
 
-    opened = [open_picture(path) for path in images or []]
+    opened = [open_image(path) for path in images or []]
     loaded, processor = load_model(model, device, dtype)
     conversation = Chat(loaded, processor, temperature=temperature, max_new_tokens=max_new_tokens)
     if ask is not None:
@@ -40,7 +41,7 @@ def chat(
     prompt = "> " if is_terminal else ""
     if is_terminal:
         typer.echo("/image PATH shows an image, /help tells more, /quit leaves")
-    converse(
+    run_terminal(
         conversation,
         opened,
         lambda: input(prompt),

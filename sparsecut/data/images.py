@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from ..imaging import upright
+from ..imaging import open_upright
 from ..schema import UserError
 
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz")
@@ -68,7 +68,7 @@ class Pictures:
                 f"there is no picture {name} in {self.path}; add it or correct the record's `image`"
             )
         try:
-            return upright(io.BytesIO(self._read(name)))
+            return open_upright(io.BytesIO(self._read(name)))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(
                 f"the picture {name} in {self.path} is broken: {_reason(error)}"
@@ -90,7 +90,7 @@ class Pictures:
 def open_bytes(data: bytes) -> Image.Image:
     """A picture that a Parquet file holds itself, in RGB; ValueError where it is broken."""
     try:
-        return upright(io.BytesIO(data))
+        return open_upright(io.BytesIO(data))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"the picture stored in the record is broken: {_reason(error)}") from None
 

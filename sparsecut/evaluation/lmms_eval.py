@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from ..building import load
-from ..chat import open_picture
+from ..imaging import open_image
 from ..prompts import (
     check_length,
     decode_answers,
@@ -257,7 +257,7 @@ def _picture(visual) -> Image.Image:
             f"a question shows {type(visual).__name__}, but these models take pictures only; leave"
             " the task out"
         )
-    return open_picture(visual)
+    return open_image(visual)
 
 
 def _whole(name: str, value) -> int:

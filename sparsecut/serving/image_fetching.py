@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ..imaging import upright
+from ..imaging import open_upright
 from ..schema import UserError
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")  # others would wake decoders that nobody needs here
@@ -97,7 +97,7 @@ def picture_in(data: bytes, limits: ImageLimits) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             width, height = opened.size
         if width * height <= limits.max_pixels:
-            return upright(io.BytesIO(data))
+            return open_upright(io.BytesIO(data))
     except (
         Exception
     ) as error:  # of many kinds: what Pillow meets in a broken file is seldom caught there

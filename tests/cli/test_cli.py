@@ -252,8 +252,8 @@ def test_chat_asks_once_and_talks_through_a_pipe(run, model):
     )
     code, said, _ = run("chat", model, "pictures/red.png", "--max-new-tokens", "4", typed=talk)
     assert code == 0 and said.startswith(out)
-    assert "error: there is no picture none.png" in said and "user: [picture]\nis it blue" in said
-    assert said.endswith("forgotten\nnothing was said yet\n")
+    assert "error: there is no image none.png" in said and "user: [image]\nis it blue" in said
+    assert said.count("the conversation is empty") == 2
     assert run("chat", model, typed="")[:2] == (0, "")
 
 
@@ -331,7 +331,7 @@ MISTAKES = {
     "eval model --data questions.json --images pictures --device nothing": (
         "--device nothing cannot be used here"
     ),
-    "chat model nothing.png": "there is no picture nothing.png",
+    "chat model nothing.png": "there is no image nothing.png",
     "convert pictures new --vision vision": "holds no config.json",
 }
 

@@ -132,14 +132,14 @@ def test_archives_that_cannot_be_used_are_refused(folder, monkeypatch):
 
 
 def test_photographs_are_seen_upright(tmp_path):
-    from sparsecut.chat import open_picture
+    from sparsecut.imaging import open_image
 
     wide = np.zeros((8, 16, 3), dtype=np.uint8)
     wide[:, :8] = 250  # white on the left, as the camera held sideways stored it
     exif = Image.Exif()
     exif[274] = 6  # to be turned a quarter clockwise
     Image.fromarray(wide).save(tmp_path / "a.jpg", exif=exif, quality=95)
-    for picture in (Pictures(tmp_path).open("a.jpg"), open_picture(tmp_path / "a.jpg")):
+    for picture in (Pictures(tmp_path).open("a.jpg"), open_image(tmp_path / "a.jpg")):
         turned = np.asarray(picture)
         assert turned.shape == (16, 8, 3) and turned[:8].mean() > 230 > 20 > turned[8:].mean()
 

@@ -184,7 +184,7 @@ def test_what_is_no_url_of_a_picture_is_refused(url):
 
 
 def test_a_picture_is_refused_by_its_size_before_it_is_read(monkeypatch):
-    monkeypatch.setattr(fetching, "upright", None)  # reading it would fail
+    monkeypatch.setattr(fetching, "open_upright", None)  # reading it would fail
     with pytest.raises(ValueError, match="31 x 30 pixels"):
         picture_in(png(31, 30), ALLOWED)
     with pytest.raises(ValueError, match="takes 5000"):

@@ -248,11 +248,9 @@ def test_a_chat_sees_several_pictures_and_remembers_them(folder):
     chat.ask("what is it", picture(20, 30), picture(16, 16))
     said = chat.ask("is <image> red", picture(30, 30))
     assert [m["content"].count(IMAGE) for m in chat.messages] == [2, 0, 1, 0] and len(
-        chat.pictures
+        chat.images
     ) == 3
-    inputs = run_processor(
-        processor, [render_prompt(processor, chat.messages[:3])], [chat.pictures]
-    )
+    inputs = run_processor(processor, [render_prompt(processor, chat.messages[:3])], [chat.images])
     ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)[
         :, inputs["input_ids"].shape[1] :
     ]
