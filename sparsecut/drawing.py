@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .plan import Plan, Shortcut
+from .plan import GATES, MIXERS, Plan, Shortcut
 
 LEFT, RIGHT, UP, DOWN = 1, 2, 4, 8
 LINES = {  # arms of a cell -> the character that has them
@@ -33,25 +33,6 @@ DOTS, ARROW = "\u22ee", "\u25b6"
 NAMES = {0: "0 = patches"}, {0: "0 = input"}  # of numbers inside the stacks
 BOX = 13  # columns inside a stack
 MANY = 12  # tracks that still leave a free column each
-MIXERS = {
-    "pick": "one grain of each patch",
-    "channels": "taps and grains of a patch side by side",
-    "tokens": "grains of a patch one after the other, a longer prompt",
-    "append": "coarse patches, then other taps pooled, a longer prompt",
-    "attend": "coarse patches attend to all taps and grains",
-    "enrich": "coarse patches and what attention adds, from zero",
-    "base": "what the upgraded model feeds to its input itself",
-}
-GATES = {
-    None: "no gates",
-    "zero": "gates that start at zero",
-    "one": "gates that start at one",
-    "zero_vector": "gates per channel that start at zero",
-    "one_vector": "gates per channel that start at one",
-    "context": "gates by context",
-    "zero_projector": "projectors that start at zero",
-}
-
 Item = int | str  # a layer's number, dots for folded ones, or nothing
 
 
@@ -147,7 +128,7 @@ def summary(plan: Plan) -> str:
         words.append(shared if plan.shared else f"a projector{rank} each")
     words.append("norm on taps" if plan.norm else "no norm")
     if plan.layers:
-        words.append(GATES[plan.gate])
+        words.append(GATES[plan.gate].description)
     return ", ".join(words)
 
 
@@ -167,7 +148,7 @@ def remarks(plan: Plan, vision_depth: int, num_patches: int | None) -> list[str]
     return [
         f"  picture       {plan.num_views} view{'s' * (plan.num_views > 1)}: {fine}",
         f"  image tokens  {tokens}",
-        *(f"  {mix:13} {MIXERS[mix]}" for mix in mixes),
+        *(f"  {mix:13} {MIXERS[mix].description}" for mix in mixes),
         "  left          hidden states of the encoder: 0 = patch embedding, k = after block k",
         "  right         the layer before which features are added: 0 = input embedding",
     ]

@@ -1,8 +1,7 @@
-"""The trainable part: tapped features of all views in, one feature per image token and target layer
-out.
+"""The trained part of a model: encoder states in, features of every decoder layer out.
 
-Features flow as [B, T, G, N, D] (mixers.py). A mixer takes that to [B, N', D'] and a projector to [B, N', H], with H the
-width of the language model.
+Shapes use the letters of mixers.py, and H for the width of the language model:
+[B, T, G, N, D] -> mixer -> [B, N', D'] -> projector -> [B, N', H].
 """
 
 from __future__ import annotations
@@ -16,114 +15,135 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .mixers import MIXERS, Enrich, grid
-from .plan import Plan
+from .mixers import arrange_grains, build_mixer
+from .plan import GATES, Plan
 from .schema import UserError
+
+Start = float | tuple[float, float]  # a constant, or bounds of a uniform distribution
 
 
 class ShortcutProjector(nn.Module):
-    """A mixer and its two-layer projector (exact GELU): [B, T, G, N, D] -> [B, N', H], inner width
-    `inner`.
+    """A mixer and a two-layer projector with an exact GELU: [B, T, G, N, D] -> [B, N', H].
+
+    Args:
+        mixer: The mixer's module.
+        inner_dim: Width between the two layers.
+        language_dim: H.
     """
 
-    def __init__(self, mixer: nn.Module, inner: int, language_dim: int):
+    def __init__(self, mixer: nn.Module, inner_dim: int, language_dim: int):
         super().__init__()
         self.mixer = mixer
-        self.linear_1 = nn.Linear(mixer.out_dim, inner)
-        self.linear_2 = nn.Linear(inner, language_dim)
+        self.linear_1 = nn.Linear(mixer.out_dim, inner_dim)
+        self.linear_2 = nn.Linear(inner_dim, language_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(self.mixer(x))
 
     def project(self, mixed: Tensor) -> Tensor:
-        """[B, N', D'] -> [B, N', H]."""
+        """Project mixed features: [B, N', D'] -> [B, N', H]."""
         return self.linear_2(F.gelu(self.linear_1(mixed)))
 
 
 class LowRankCorrection(nn.Module):
-    """What one shortcut adds to a shared projector: two linear maps through `rank` channels,
-    nothing at the start.
-    """
+    """What one shortcut adds to a shared projector, through `rank` channels. It starts at zero."""
 
     def __init__(self, mixed_dim: int, rank: int, language_dim: int):
         super().__init__()
-        self.down, self.up = (
-            nn.Linear(mixed_dim, rank, bias=False),
-            nn.Linear(rank, language_dim, bias=False),
-        )
+        self.down = nn.Linear(mixed_dim, rank, bias=False)
+        self.up = nn.Linear(rank, language_dim, bias=False)
 
     def forward(self, mixed: Tensor) -> Tensor:
         return self.up(self.down(mixed))
 
 
 class ContextGate(nn.Module):
-    """Factors for a layer's shortcuts from the picture's features and the hidden states they are
-    added to.
+    """Factors for the S shortcuts of a layer, computed for each image.
 
-    A learned query pools each by attention over the picture's image tokens; a linear map of both
-    summaries gives a factor 2 sigmoid(.) per shortcut, which starts at one. Our reading of CLI's
-    adaptive gating (arXiv 2601.10710), whose formula could not be retrieved; pooling image
-    positions only keeps later words out of earlier positions.
+    A learned query pools the features, and another one the hidden states that they are added to, by
+    attention over the image's tokens. A linear map of both summaries gives a factor 2 * sigmoid(.)
+    for each shortcut, which starts at 1. Only image positions are pooled, so that later text does
+    not reach earlier positions.
+
+    This is our reading of CLI's adaptive gating (arXiv 2601.10710), whose formula could not be
+    retrieved.
     """
 
     def __init__(self, num_shortcuts: int, language_dim: int):
         super().__init__()
-        self.query_features, self.query_hidden = (
-            nn.Parameter(torch.zeros(language_dim)) for _ in range(2)
-        )
+        self.query_features = nn.Parameter(torch.zeros(language_dim))
+        self.query_hidden = nn.Parameter(torch.zeros(language_dim))
         self.weight = nn.Parameter(torch.zeros(num_shortcuts, 2 * language_dim))
         self.bias = nn.Parameter(torch.zeros(num_shortcuts))
-        self.num_tokens = 0  # of one picture; set by every pass of the fusion
 
-    def forward(self, hidden: Tensor, features: Tensor) -> Tensor:
-        """hidden [P * N', H] before the layer, features [P * N', S * H] -> what is added, [P * N',
-        H].
+    def initial_values(self) -> Iterator[tuple[Tensor, Start]]:
+        """Yield the parameters of this module alone, with their start values."""
+        for parameter in self.parameters(recurse=False):
+            yield parameter, 0.0
+
+    def forward(self, hidden: Tensor, features: Tensor, num_tokens: int) -> Tensor:
+        """Scale the features of a layer's shortcuts and add them up.
+
+        Args:
+            hidden: Hidden states before the layer, at the image tokens of all images,
+                [B * N', H].
+            features: The shortcuts' features there, side by side, [B * N', S * H].
+            num_tokens: N', the image tokens of one image.
+
+        Returns:
+            What is added to the hidden states, [B * N', H].
+
+        Raises:
+            UserError: The pass holds a part of an image, as in a prompt that is cut into chunks.
         """
-        if len(hidden) % self.num_tokens:
+        if len(hidden) % num_tokens:
             raise UserError(
-                f"context gates need whole pictures of {self.num_tokens} image tokens, but a pass"
-                f" over a part of a prompt has {len(hidden)}; do not cut prompts into chunks with"
+                f"context gates need whole images of {num_tokens} image tokens, but a pass over a"
+                f" part of a prompt has {len(hidden)}; do not cut prompts into chunks with"
                 " gate='context'"
             )
-        num = len(self.bias)
-        z = rearrange(features, "(p n) (s d) -> p n s d", n=self.num_tokens, s=num)
-        h = rearrange(hidden.to(z.dtype), "(p n) d -> p n d", n=self.num_tokens)
+        z = rearrange(features, "(p n) (s d) -> p n s d", n=num_tokens, s=len(self.bias))
+        h = rearrange(hidden.to(z.dtype), "(p n) d -> p n d", n=num_tokens)
         scale = h.shape[-1] ** -0.5
-        of_hidden = torch.einsum("pn,pnd->pd", torch.softmax(h @ self.query_hidden * scale, 1), h)
-        of_features = torch.einsum(
-            "pns,pnsd->psd", torch.softmax(z @ self.query_features * scale, 1), z
-        )
-        both = torch.cat(
-            [F.layer_norm(of_features, of_features.shape[-1:]), _like(of_hidden, num)], dim=-1
-        )
-        gates = 2 * torch.sigmoid((both * self.weight).sum(-1) + self.bias)
+        hidden_weights = torch.softmax(h @ self.query_hidden * scale, 1)
+        hidden_summary = torch.einsum("pn,pnd->pd", hidden_weights, h)
+        feature_weights = torch.softmax(z @ self.query_features * scale, 1)
+        feature_summary = torch.einsum("pns,pnsd->psd", feature_weights, z)
+        gates = self._compute_gates(feature_summary, hidden_summary)
         return rearrange(torch.einsum("ps,pnsd->pnd", gates, z), "p n d -> (p n) d")
 
-
-def _like(summary: Tensor, num: int) -> Tensor:
-    return F.layer_norm(summary, summary.shape[-1:]).unsqueeze(1).expand(-1, num, -1)
-
-
-class Numbered(int):
-    """A layer's number where DeepSpeed shards the model: it takes the keys of what a module returns
-    for names.
-    """
-
-    def startswith(self, prefix: str) -> bool:
-        """As a name would; no number starts with a letter or a dash."""
-        return str(self).startswith(prefix)
+    def _compute_gates(self, features: Tensor, hidden: Tensor) -> Tensor:
+        """Summaries of the features [B, S, H] and of the hidden states [B, H] -> gates [B, S]."""
+        features = F.layer_norm(features, features.shape[-1:])
+        hidden = F.layer_norm(hidden, hidden.shape[-1:])
+        hidden = hidden.unsqueeze(1).expand(-1, features.shape[1], -1)
+        both = torch.cat([features, hidden], dim=-1)
+        return 2 * torch.sigmoid((both * self.weight).sum(-1) + self.bias)
 
 
 class Fusion(nn.Module):
-    """All shortcuts of a plan: `{tap: views} -> {layer: features}`, with one batched call for those
-    that share weights.
+    """All shortcuts of a plan. Shortcuts that share weights are computed in one batched call.
 
-    plan: a plan checked against both depths; vision_depth turns negative taps into absolute ones;
-    rows: patch rows of a view; num_under: patches under one image token, side by side where they
-    are several (models that merge patches). Parameters: one `ShortcutProjector` per shortcut, or
-    per kind where the plan is shared, `corrections` and `gates` (of every shortcut but the first
-    into the input), and `context` gates. Constant gates are a buffer, so that a stage that trains
-    fusion cannot move them.
+    Args:
+        plan: A plan that was checked against the depths of both models.
+        vision_depth: Number of encoder blocks, which turns negative taps into numbers from 0.
+        vision_dim: Width of the encoder, D.
+        language_dim: Width of the language model, H.
+        rows: Patch rows of a view.
+        num_under: Patches under one image token, side by side, for models that merge patches.
+
+    Attributes:
+        main: The number of the first shortcut into the input, which has no gate.
+        gated: The numbers of all other shortcuts, in the order of `gates`.
+        groups: For each path, the numbers of the shortcuts that use it.
+        taps: For each shortcut, its taps as tuples of states whose mean they are, from 0.
+        paths: `ShortcutProjector`s, one for each shortcut, or one for each kind of shortcut where
+            the plan is shared.
+        corrections: `LowRankCorrection`s by the shortcut's number.
+        context: Gate modules by the layer's number.
+        gates: A factor for each gated shortcut. It is a buffer where the plan trains none, so that
+            no stage can change it.
+        off: The numbers of shortcuts that are switched off.
     """
 
     def __init__(
@@ -137,67 +157,83 @@ class Fusion(nn.Module):
         num_under: int = 1,
     ):
         super().__init__()
-        self.plan, self.rows, self.vision_dim = plan, rows, vision_dim
-        taps = [tuple(t if isinstance(t, tuple) else (t,) for t in s.taps) for s in plan.shortcuts]
-        self.taps = [
-            tuple(tuple(t % (vision_depth + 1) for t in tap) for tap in of_one) for of_one in taps
-        ]
-        kinds = {
-            i: (s.mix, len(s.taps)) if plan.shared else i
-            for i, s in enumerate(plan.shortcuts)
-            if s.mix != "base"
-        }
-        self.groups = [
-            [i for i in kinds if kinds[i] == group] for group in dict.fromkeys(kinds.values())
-        ]
-        self.main = next(i for i, s in enumerate(plan.shortcuts) if s.layer == 0)
+        self.plan = plan
+        self.rows = rows
+        self.vision_dim = vision_dim
+        self.main = plan.input_number
         self.gated = [i for i in range(len(plan.shortcuts)) if i != self.main]
-        self.paths = nn.ModuleList()
-        for first, *_ in self.groups:
-            mixer = MIXERS[plan.shortcuts[first].mix](
-                plan.shortcuts[first], plan, num_under * vision_dim, rows
-            )
-            narrow = plan.rank is not None and not plan.shared and first != self.main
-            self.paths.append(
-                ShortcutProjector(mixer, plan.rank if narrow else language_dim, language_dim)
-            )
-        widths = {
-            i: p.mixer.out_dim
-            for p, members in zip(self.paths, self.groups, strict=True)
-            for i in members
-        }
-        corrected = self.gated if plan.shared and plan.rank is not None else []
-        self.corrections = nn.ModuleDict(
-            {str(i): LowRankCorrection(widths[i], plan.rank, language_dim) for i in corrected}
-        )
-        above = [s.layer for s in plan.shortcuts if s.layer and plan.gate == "context"]
-        self.context = nn.ModuleDict(
-            {str(d): ContextGate(above.count(d), language_dim) for d in sorted(set(above))}
-        )
-        vector = (language_dim,) if plan.gate in ("zero_vector", "one_vector") else ()
-        start = torch.full((len(self.gated), *vector), self.gate_start)
-        if plan.gate in ("zero", "one", "zero_vector", "one_vector") and self.gated:
-            self.gates = nn.Parameter(start)
-        else:
-            self.register_buffer("gates", start)
+        self.groups = _group_by_weights(plan)
+        self.taps = _resolve_taps(plan, vision_depth)
         self.off: frozenset[int] = frozenset()
+        self.paths = self._build_paths(num_under * vision_dim, language_dim)
+        self.corrections = self._build_corrections(language_dim)
+        self.context = self._build_gate_modules(language_dim)
+        gates = self._build_gates(language_dim)
+        if GATES[plan.gate].factor and self.gated:
+            self.gates = nn.Parameter(gates)
+        else:
+            self.register_buffer("gates", gates)
 
-    @property
-    def gate_start(self) -> float:
-        """The value that gates begin with."""
-        return 0.0 if self.plan.gate in ("zero", "zero_vector") else 1.0
+    def _build_paths(self, mixed_dim: int, language_dim: int) -> nn.ModuleList:
+        plan = self.plan
+        paths = nn.ModuleList()
+        for first, *_ in self.groups:
+            mixer = build_mixer(plan.shortcuts[first], plan, mixed_dim, self.rows)
+            is_narrow = plan.rank is not None and not plan.shared and first != self.main
+            inner_dim = plan.rank if is_narrow else language_dim
+            paths.append(ShortcutProjector(mixer, inner_dim, language_dim))
+        return paths
+
+    def _build_corrections(self, language_dim: int) -> nn.ModuleDict:
+        corrections = nn.ModuleDict()
+        if self.plan.rank is None or not self.plan.shared:
+            return corrections
+        for i in self.gated:
+            dim = self.get_path(i).mixer.out_dim
+            corrections[str(i)] = LowRankCorrection(dim, self.plan.rank, language_dim)
+        return corrections
+
+    def _build_gate_modules(self, language_dim: int) -> nn.ModuleDict:
+        modules = nn.ModuleDict()
+        gate_class = GATES[self.plan.gate].module
+        if gate_class is None:
+            return modules
+        if isinstance(gate_class, str):
+            gate_class = globals()[gate_class]
+        layers = [s.layer for s in self.plan.shortcuts]
+        for layer in self.plan.layers:
+            modules[str(layer)] = gate_class(layers.count(layer), language_dim)
+        return modules
+
+    def _build_gates(self, language_dim: int) -> Tensor:
+        gate = GATES[self.plan.gate]
+        shape = (language_dim,) if gate.factor == "channel" else ()
+        return torch.full((len(self.gated), *shape), gate.start)
+
+    def get_path(self, number: int) -> ShortcutProjector:
+        """Return the mixer and projector of a shortcut, which others may share."""
+        return next(
+            path for path, members in zip(self.paths, self.groups, strict=True) if number in members
+        )
 
     @contextmanager
     def switched_off(self, *shortcuts: int) -> Iterator[None]:
-        """Inside the block these shortcuts (their numbers in the plan) add zeros; not for several
-        threads at once.
+        """Inside the block these shortcuts add zeros. One thread at a time may use it.
+
+        Args:
+            shortcuts: Numbers of shortcuts in the plan.
+
+        Raises:
+            UserError: The plan has no such shortcut.
         """
-        if unknown := [i for i in shortcuts if i not in range(len(self.plan.shortcuts))]:
-            raise UserError(
-                f"there is no shortcut {unknown[0]}; this plan's are 0 to"
-                f" {len(self.plan.shortcuts) - 1}"
-            )
-        before, self.off = self.off, self.off | set(shortcuts)
+        for number in shortcuts:
+            if number not in range(len(self.plan.shortcuts)):
+                raise UserError(
+                    f"there is no shortcut {number}; this plan's are 0 to"
+                    f" {len(self.plan.shortcuts) - 1}"
+                )
+        before = self.off
+        self.off = before | set(shortcuts)
         try:
             yield
         finally:
@@ -208,85 +244,108 @@ class Fusion(nn.Module):
         features: Mapping[int, Tensor] | None = None,
         *,
         grains: Mapping[int, Tensor] | None = None,
-    ) -> dict[int, Tensor]:
-        """features: tap -> [B, V, N, D], V being 1 for taps of the coarse view alone.
+    ) -> tuple[Tensor, ...]:
+        """Compute what is added before each layer.
 
-        grains: tap -> [B, G, N, D] instead, normed and in their places already, G being 1 for the
-        coarse view alone. Returns layer -> [B, N', H], shortcuts of one layer summed; under context
-        gates side by side, [B, N', S * H].
+        Args:
+            features: Encoder states by tap, [B, V, N, D]. V is 1 for taps that are read from the
+                coarse view only.
+            grains: Given instead where states are normed and arranged already: by tap,
+                [B, G, N, D]. G is 1 for the coarse view only.
+
+        Returns:
+            Features [B, N', H] of each layer of `plan.fused_layers`, in that order. Features of the
+            shortcuts into one layer are added up. Where the layer has a gate module, they stand
+            side by side instead, [B, N', S * H].
         """
-        # One way in, because weights that are sharded between devices are whole inside this call
-        # alone.
+        # All work is done in this one call: weights that are sharded between devices are whole
+        # inside it only.
         if grains is None:
-            normed = {tap: self.normed(x) for tap, x in features.items()}
-            grains = {
-                tap: grid(x, self.plan.tiles if x.shape[1] > 1 else 0, self.rows)
-                for tap, x in normed.items()
-            }
-        found: dict[int, Tensor] = {}
-        for path, members in zip(self.paths, self.groups, strict=True):
-            mixed = path.mixer(torch.cat([self._of_shortcut(grains, i) for i in members]))
-            projected = path.project(mixed).unflatten(0, (len(members), -1)).unbind(0)
-            for i, m, z in zip(
-                members, mixed.unflatten(0, (len(members), -1)).unbind(0), projected, strict=True
-            ):
-                found[i] = z + self.corrections[str(i)](m) if str(i) in self.corrections else z
-        outputs: dict[int, list[Tensor]] = {}
-        for i in sorted(found):
-            z = found[i]
-            z = z * self.gates[self.gated.index(i)] if i in self.gated else z
-            z = torch.zeros_like(z) if i in self.off else z
-            outputs.setdefault(self.plan.shortcuts[i].layer, []).append(z)
-        for layer, gate in self.context.items():
-            gate.num_tokens = outputs[int(layer)][0].shape[1]
-        number = Numbered if hasattr(self.paths[0].linear_1.weight, "ds_id") else int
-        return {
-            number(d): torch.cat(zs, -1) if str(d) in self.context else sum(zs[1:], zs[0])
-            for d, zs in outputs.items()
-        }
+            grains = {tap: self._arrange(states) for tap, states in features.items()}
+        outputs = self._compute_shortcuts(grains)
+        return tuple(self._combine(layer, outputs) for layer in self.plan.fused_layers)
 
-    def _of_shortcut(self, grains: Mapping[int, Tensor], i: int) -> Tensor:
-        """[B, T, G, N, D] of one shortcut: its taps, means where they are means, and the grains it
-        reads.
-        """
-        shortcut = self.plan.shortcuts[i]
-        one = (
-            slice(shortcut.grain, shortcut.grain + 1)
-            if shortcut.mix in ("pick", "append")
-            else slice(None)
-        )
-        means = [
-            grains[t[0]] if len(t) == 1 else torch.stack([grains[u] for u in t]).mean(0)
-            for t in self.taps[i]
-        ]
-        return torch.stack([x[:, one] for x in means], dim=1)
+    def _arrange(self, states: Tensor) -> Tensor:
+        tiles = self.plan.tiles if states.shape[1] > 1 else 0
+        return arrange_grains(self.normed(states), tiles, self.rows)
 
     def normed(self, states: Tensor) -> Tensor:
-        """Encoder states [..., D] in the fusion's own number format, normalised where the plan says
-        so.
-        """
+        """Return encoder states [..., D] in the fusion's dtype, normalized if the plan says so."""
         states = states.to(self.paths[0].linear_1.weight.dtype)
         return F.layer_norm(states, (self.vision_dim,)) if self.plan.norm else states
 
-    def initial_values(self) -> Iterator[tuple[Tensor, float | tuple[float, float]]]:
-        """Every parameter with its start: a constant, or bounds of a uniform distribution.
+    def _compute_shortcuts(self, grains: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Features [B, N', H] of each shortcut by its number, gates applied."""
+        outputs: dict[int, Tensor] = {}
+        for path, members in zip(self.paths, self.groups, strict=True):
+            inputs = [self._gather(grains, i) for i in members]
+            mixed = path.mixer(torch.cat(inputs))
+            projected = path.project(mixed)
+            size = (len(members), -1)
+            mixed_parts = mixed.unflatten(0, size).unbind(0)
+            projected_parts = projected.unflatten(0, size).unbind(0)
+            for i, m, z in zip(members, mixed_parts, projected_parts, strict=True):
+                if str(i) in self.corrections:
+                    z = z + self.corrections[str(i)](m)
+                if i in self.gated:
+                    z = z * self.gates[self.gated.index(i)]
+                outputs[i] = torch.zeros_like(z) if i in self.off else z
+        return outputs
 
-        Linear layers start like PyTorch's, uniform in +-1/sqrt(inputs), but what starts without
-        effect is zero there.
+    def _gather(self, grains: Mapping[int, Tensor], number: int) -> Tensor:
+        """The input [B, T, G, N, D] of a shortcut's mixer: its taps, and the grains it reads."""
+        shortcut = self.plan.shortcuts[number]
+        taps = []
+        for states in self.taps[number]:
+            tensors = [grains[state] for state in states]
+            mean = tensors[0] if len(tensors) == 1 else torch.stack(tensors).mean(0)
+            if shortcut.mixer.grains != "all":
+                mean = mean[:, shortcut.grain : shortcut.grain + 1]
+            taps.append(mean)
+        return torch.stack(taps, dim=1)
+
+    def _combine(self, layer: int, outputs: Mapping[int, Tensor]) -> Tensor:
+        members = [i for i in sorted(outputs) if self.plan.shortcuts[i].layer == layer]
+        features = [outputs[i] for i in members]
+        if str(layer) in self.context:
+            return torch.cat(features, -1)
+        return sum(features[1:], features[0])
+
+    def initial_values(self) -> Iterator[tuple[Tensor, Start]]:
+        """Yield every parameter with its start: a constant, or bounds of a uniform distribution.
+
+        Linear layers start as PyTorch's do, uniform within 1 / sqrt(inputs). Those that must have
+        no effect at the start are zero.
         """
-        quiet = [m.up for m in self.corrections.values()]
-        if self.plan.gate == "zero_projector":
-            quiet += [
-                p.linear_2
-                for p, (i, *_) in zip(self.paths, self.groups, strict=True)
-                if i != self.main
-            ]
+        zero_layers = [correction.up for correction in self.corrections.values()]
+        if GATES[self.plan.gate].zero_projector:
+            for path, (first, *_) in zip(self.paths, self.groups, strict=True):
+                if first != self.main:
+                    zero_layers.append(path.linear_2)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                bound = 0.0 if module in quiet else 1 / math.sqrt(module.in_features)
-                yield from (
-                    (p, (-bound, bound)) for p in (module.weight, module.bias) if p is not None
-                )
-            elif isinstance(module, Enrich | ContextGate):
-                yield from ((p, 0.0) for p in module.parameters(recurse=False))
-        yield self.gates, self.gate_start
+                bound = 0.0 if module in zero_layers else 1 / math.sqrt(module.in_features)
+                for parameter in module.parameters():
+                    yield parameter, (-bound, bound)
+            elif module is not self and hasattr(module, "initial_values"):
+                yield from module.initial_values()
+        yield self.gates, GATES[self.plan.gate].start
+
+
+def _group_by_weights(plan: Plan) -> list[list[int]]:
+    """Numbers of the shortcuts that have weights, those that share a path in one list."""
+    groups: dict[object, list[int]] = {}
+    for i, shortcut in enumerate(plan.shortcuts):
+        if shortcut.mix != "base":
+            key = (shortcut.mix, len(shortcut.taps)) if plan.shared else i
+            groups.setdefault(key, []).append(i)
+    return list(groups.values())
+
+
+def _resolve_taps(plan: Plan, vision_depth: int) -> list[tuple[tuple[int, ...], ...]]:
+    num_states = vision_depth + 1
+    resolved = []
+    for shortcut in plan.shortcuts:
+        groups = [tuple(tap % num_states for tap in group) for group in shortcut.tap_groups]
+        resolved.append(tuple(groups))
+    return resolved

@@ -1,38 +1,53 @@
-"""Mixers: what is made of a shortcut's taps and grains, one feature per image token.
+"""Mixers: how a shortcut's taps and grains become one feature for each image token.
 
-Features flow as [B, T, G, N, D]: B pictures, T taps, G grains (1 coarse + tiles^2 fine), N patches, D encoder width.
-A mixer takes that to [B, N', D'].
+Features have the shape [B, T, G, N, D]: B images, T taps, G grains (1 coarse and tiles^2 fine), N
+patches of a view, D channels. A mixer is a module that turns them into [B, N', D'], with N' image
+tokens and D' = `out_dim` channels. It is made as `Mixer(shortcut, plan, dim, rows)`: `dim` is D and
+`rows` the number of patch rows of a view. G is 1 where the mixer's entry in `plan.MIXERS`, which
+holds everything else about it, says that it reads one grain.
+
+Linear layers of a mixer start as PyTorch's do. A mixer with parameters of its own may give their
+start values in `initial_values()`, as pairs of a parameter and a number.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .plan import POOLED, Plan, Shortcut
+from .plan import POOL_SIZE, Plan, Shortcut
+
+CHANNELS_PER_HEAD = 64
 
 
-def grid(views: Tensor, tiles: int, rows: int) -> Tensor:
-    """Lay fine patches under the coarse patch that shows the same part of the picture.
+def arrange_grains(views: Tensor, tiles: int, rows: int) -> Tensor:
+    """Lay fine patches under the coarse patch that shows the same part of the image.
 
-    views: [B, 1 + tiles^2, N, D], coarse view first, then the tiles row by row; rows: patch rows of
-    one view. Returns grains [B, G, N, D]: grain 0 is the coarse patch, the others the tiles x tiles
-    fine patches under it, row by row.
+    Args:
+        views: Features [B, 1 + tiles^2, N, D]: the coarse view first, then the fine views row by
+            row.
+        tiles: Fine views in each row and column. With 0 there is only the coarse view.
+        rows: Patch rows of one view.
+
+    Returns:
+        Grains [B, G, N, D]. Grain 0 is the coarse patch, the others are the tiles x tiles fine
+        patches under it, row by row.
     """
     if tiles == 0:
         return views
-    coarse, fine = views[:, :1], views[:, 1:]
-    big = rearrange(fine, "b (ty tx) (y x) d -> b (ty y) (tx x) d", ty=tiles, y=rows)
-    windows = rearrange(big, "b (y wy) (x wx) d -> b (wy wx) (y x) d", wy=tiles, wx=tiles)
+    coarse = views[:, :1]
+    fine = views[:, 1:]
+    image = rearrange(fine, "b (ty tx) (y x) d -> b (ty y) (tx x) d", ty=tiles, y=rows)
+    windows = rearrange(image, "b (y wy) (x wx) d -> b (wy wx) (y x) d", wy=tiles, wx=tiles)
     return torch.cat([coarse, windows], dim=1)
 
 
 class Pick(nn.Module):
-    """The last tap; `Fusion` hands over the one grain that is picked: [B, T, 1, N, D] -> [B, N,
-    D].
-    """
+    """The last tap: [B, T, 1, N, D] -> [B, N, D]."""
 
     def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int):
         super().__init__()
@@ -43,8 +58,9 @@ class Pick(nn.Module):
 
 
 class Channels(nn.Module):
-    """All taps and grains of a patch side by side, coarse first: [B, T, G, N, D] -> [B, N,
-    T*G*D].
+    """All taps and grains of a patch side by side: [B, T, G, N, D] -> [B, N, T * G * D].
+
+    This is the concatenation of SparseCut's released `cross_mlp` (arXiv 2602.00505).
     """
 
     def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int):
@@ -56,30 +72,32 @@ class Channels(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Coarse patches, then the fine ones of the whole picture row by row: [B, T, G, N, D] -> [B,
-    G*N, T*D].
+    """Coarse patches, then those of the whole fine image: [B, T, G, N, D] -> [B, G * N, T * D].
+
+    Fine patches follow row by row over the whole image, as in LLaVA-NeXT's AnyRes.
     """
 
     def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int):
         super().__init__()
-        self.tiles, self.rows, self.out_dim = plan.tiles, rows, len(shortcut.taps) * dim
+        self.tiles = plan.tiles
+        self.rows = rows
+        self.out_dim = len(shortcut.taps) * dim
 
     def forward(self, x: Tensor) -> Tensor:
         x = rearrange(x, "b t g n d -> b g n (t d)")
+        coarse = x[:, 0]
         if not self.tiles:
-            return x[:, 0]
-        fine = rearrange(
-            x[:, 1:], "b (wy wx) (y x) d -> b (y wy x wx) d", wy=self.tiles, y=self.rows
-        )
-        return torch.cat([x[:, 0], fine], dim=1)
+            return coarse
+        pattern = "b (wy wx) (y x) d -> b (y wy x wx) d"
+        fine = rearrange(x[:, 1:], pattern, wy=self.tiles, y=self.rows)
+        return torch.cat([coarse, fine], dim=1)
 
 
 class Append(nn.Module):
-    """All coarse patches of the last tap, then every other tap, means of 8 neighbours along the
-    raster.
+    """Coarse patches of the last tap, then every other tap pooled, as further tokens.
 
-    [B, T, 1, N, D] -> [B, N + (T - 1) * ceil(N / 8), D]; the token integration (STI) of Dense
-    Connector (arXiv 2405.13800).
+    [B, T, 1, N, D] -> [B, N + (T - 1) * ceil(N / 8), D]. Eight neighbours along the raster make one
+    token: Dense Connector's sparse token integration (arXiv 2405.13800).
     """
 
     def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int):
@@ -87,108 +105,117 @@ class Append(nn.Module):
         self.out_dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
+        last = x[:, -1, 0]
         others = rearrange(x[:, :-1, 0], "b t n d -> (b t) d n")
-        pooled = F.avg_pool1d(others, POOLED, ceil_mode=True)
-        return torch.cat(
-            [x[:, -1, 0], rearrange(pooled, "(b t) d n -> b (t n) d", b=len(x))], dim=1
-        )
+        pooled = F.avg_pool1d(others, POOL_SIZE, ceil_mode=True)
+        extra = rearrange(pooled, "(b t) d n -> b (t n) d", b=len(x))
+        return torch.cat([last, extra], dim=1)
 
 
-def heads_of(dim: int) -> int:
-    """Attention heads of about 64 channels that divide the width."""
-    return max(h for h in range(1, max(1, dim // 64) + 1) if dim % h == 0)
+def get_num_heads(dim: int) -> int:
+    """Return the largest number of heads that divides `dim` and leaves at least 64 channels."""
+    most = max(1, dim // CHANNELS_PER_HEAD)
+    return max(heads for heads in range(1, most + 1) if dim % heads == 0)
 
 
-def attention(query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:
-    """Dense attention without positions: [B, N, D] over [B, M, 2 D] (keys, then values) -> [B, N,
-    D].
+def compute_attention(query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:
+    """Return dense attention without positions.
+
+    Args:
+        query: [B, N, D].
+        key_value: [B, M, 2 * D], keys and then values.
+        num_heads: A divisor of D.
+
+    Returns:
+        [B, N, D].
     """
     q = rearrange(query, "b n (h d) -> b h n d", h=num_heads)
     k, v = rearrange(key_value, "b n (two h d) -> two b h n d", two=2, h=num_heads)
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+    attended = F.scaled_dot_product_attention(q, k, v)
+    return rearrange(attended, "b h n d -> b n (h d)")
 
 
-def query_and_others(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Coarse patches of the last tap, and all the rest as one list: [B, T, G, N, D] -> [B, N, D],
-    [B, (T G - 1) N, D].
+def split_query(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Split [B, T, G, N, D] into the coarse patches of the last tap and everything else.
+
+    Returns:
+        [B, N, D], and [B, (T * G - 1) * N, D].
     """
-    last = x.shape[1] * x.shape[2] - x.shape[2]  # the query itself is no key
+    num_taps, num_grains = x.shape[1:3]
+    query = (num_taps - 1) * num_grains
     flat = rearrange(x, "b t g n d -> b (t g) n d")
-    others = torch.cat([flat[:, :last], flat[:, last + 1 :]], dim=1)
+    others = torch.cat([flat[:, :query], flat[:, query + 1 :]], dim=1)
     return x[:, -1, 0], rearrange(others, "b g n d -> b (g n) d")
 
 
 class Attend(nn.Module):
-    """Coarse patches of the last tap attend to every other tap and grain, then a feed-forward: ->
-    [B, N, D].
+    """Coarse patches of the last tap attend to everything else: [B, T, G, N, D] -> [B, N, D].
 
-    Post-norm, 4x feed-forward, dense attention without positions, heads of about 64 channels
-    (SparseCut's released `cross_attention`, whose keys are the fine patches of the same tap).
+    One post-norm transformer block with a 4x feed-forward, without positions. With one tap it is
+    SparseCut's released `cross_attention` (arXiv 2602.00505), whose keys are the fine patches.
     """
 
     def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int):
         super().__init__()
-        self.num_heads, self.out_dim = heads_of(dim), dim
-        self.query, self.key_value, self.output = (
-            nn.Linear(dim, dim),
-            nn.Linear(dim, 2 * dim),
-            nn.Linear(dim, dim),
-        )
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.num_heads = get_num_heads(dim)
+        self.out_dim = dim
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.output = nn.Linear(dim, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, 4 * dim)
+        self.down = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        coarse, others = query_and_others(x)
-        attended = attention(self.query(coarse), self.key_value(others), self.num_heads)
+        coarse, others = split_query(x)
+        attended = compute_attention(self.query(coarse), self.key_value(others), self.num_heads)
         x = self.norm1(coarse + self.output(attended))
         return self.norm2(x + self.down(F.gelu(self.up(x))))
 
 
 class Enrich(nn.Module):
-    """v + g1 * A, with A = cross(v) + g2 * self(cross(v)): the coarse patches of the last tap plus
-    what the others add.
+    """Coarse patches v of the last tap, plus what attention adds: [B, T, G, N, D] -> [B, N, D].
 
-    Both gates are vectors that start at zero, so it starts as `pick` (MMFuser, arXiv 2410.11829).
-    Deviation: dense attention where the authors have a deformable kernel. [B, T, G, N, D] -> [B, N,
-    D].
+    v + g1 * (c + g2 * self_attention(c)), where c attends from v to everything else. The vectors g1
+    and g2 start at zero, so the mixer starts as `Pick`. This is MMFuser (arXiv 2410.11829) with
+    dense attention in place of the authors' deformable kernel.
     """
 
     def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int):
         super().__init__()
-        self.num_heads, self.out_dim = heads_of(dim), dim
-        self.norm_query, self.norm_others, self.norm_self = (
-            nn.LayerNorm(dim),
-            nn.LayerNorm(dim),
-            nn.LayerNorm(dim),
-        )
-        self.query, self.key_value, self.output = (
-            nn.Linear(dim, dim),
-            nn.Linear(dim, 2 * dim),
-            nn.Linear(dim, dim),
-        )
-        self.self_query, self.self_key_value = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.num_heads = get_num_heads(dim)
+        self.out_dim = dim
+        self.norm_query = nn.LayerNorm(dim)
+        self.norm_others = nn.LayerNorm(dim)
+        self.norm_self = nn.LayerNorm(dim)
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.output = nn.Linear(dim, dim)
+        self.self_query = nn.Linear(dim, dim)
+        self.self_key_value = nn.Linear(dim, 2 * dim)
         self.self_output = nn.Linear(dim, dim)
-        self.gate_cross, self.gate_self = (
-            nn.Parameter(torch.zeros(dim)),
-            nn.Parameter(torch.zeros(dim)),
-        )
+        self.gate_cross = nn.Parameter(torch.zeros(dim))
+        self.gate_self = nn.Parameter(torch.zeros(dim))
+
+    def initial_values(self) -> Iterator[tuple[Tensor, float]]:
+        """Yield the parameters of this module alone, with their start values."""
+        yield self.gate_cross, 0.0
+        yield self.gate_self, 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        coarse, others = query_and_others(x)
+        coarse, others = split_query(x)
+        query = self.query(self.norm_query(coarse))
         key_value = self.key_value(self.norm_others(others))
-        found = self.output(
-            attention(self.query(self.norm_query(coarse)), key_value, self.num_heads)
-        )
-        again = self.norm_self(found)
-        again = attention(self.self_query(again), self.self_key_value(again), self.num_heads)
-        return coarse + self.gate_cross * (found + self.gate_self * self.self_output(again))
+        cross = self.output(compute_attention(query, key_value, self.num_heads))
+        normed = self.norm_self(cross)
+        query = self.self_query(normed)
+        own = compute_attention(query, self.self_key_value(normed), self.num_heads)
+        return coarse + self.gate_cross * (cross + self.gate_self * self.self_output(own))
 
 
-MIXERS = {
-    "pick": Pick,
-    "channels": Channels,
-    "tokens": Tokens,
-    "append": Append,
-    "attend": Attend,
-    "enrich": Enrich,
-}
+def build_mixer(shortcut: Shortcut, plan: Plan, dim: int, rows: int) -> nn.Module:
+    """Make the module of a shortcut's mixer."""
+    module = shortcut.mixer.module
+    mixer_class = globals()[module] if isinstance(module, str) else module
+    return mixer_class(shortcut, plan, dim, rows)

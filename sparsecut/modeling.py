@@ -4,6 +4,8 @@ is.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin
@@ -157,7 +159,8 @@ class SparseCutForConditionalGeneration(SparseCutPreTrainedModel, GenerationMixi
         if not len(given):
             return SparseCutImageFeatures(pooler_output=[])
         states = self.encode(pixel_values) if vision_states is None else vision_states
-        fused, whole = self.fusion(states), {}
+        input_features, *layer_features = self.fusion(states)
+        whole = {}
         wanted = [
             name
             for name in RECORDS
@@ -176,8 +179,8 @@ class SparseCutForConditionalGeneration(SparseCutPreTrainedModel, GenerationMixi
         return SparseCutImageFeatures(
             last_hidden_state=states[max(states)][:, 0],
             **whole,
-            pooler_output=list(fused[0]),
-            deepstack_features=[list(fused[layer]) for layer in self.plan.layers] or None,
+            pooler_output=list(input_features),
+            deepstack_features=[list(features) for features in layer_features] or None,
             pixel_values=pixel_values,
         )
 
@@ -299,9 +302,11 @@ class SparseCutForConditionalGeneration(SparseCutPreTrainedModel, GenerationMixi
                 **arguments,
             )
 
-        gates = (
-            {int(layer): gate for layer, gate in self.fusion.context.items()} if features else {}
-        )
+        gates = {}
+        if features:
+            num_tokens = self.config.num_image_tokens
+            for layer, gate in self.fusion.context.items():
+                gates[int(layer)] = partial(gate, num_tokens=num_tokens)
         outputs = inject(run, mask, features, gates)
         logits = outputs.logits
         if self.config.mask_image_token:

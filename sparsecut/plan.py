@@ -1,43 +1,133 @@
-"""The connection plan: which encoder layers are read, how they are mixed, and where the language
-model receives them.
+"""The plan: which encoder layers are read, how they are mixed, and which decoder layers get them.
 
-A plan is frozen data, equal to its JSON, and knows nothing of torch. Encoder layers ("taps") are numbered like Hugging
-Face `hidden_states`: 0 is the embedding output, k the output of block k counted from 1, negatives count from the end
-(-2 is the last block but one). Decoder layers are numbered from 0; features are added *before* a layer, and layer 0 is
-the input embedding itself, whose image positions start at zero.
+A plan is frozen data, equal to its JSON, and needs no torch. Four words are used everywhere:
+
+- A *tap* is the number of an encoder state, as in Hugging Face `hidden_states`. 0 is the patch
+  embedding, k the output of block k counted from 1. Negative numbers count from the end: -2 is the
+  last block but one.
+- A *layer* is the number of a decoder layer, from 0. Features are added before the layer. Layer 0
+  is the input embedding, whose image positions start at zero.
+- A *view* is one encoder-sized image cut from an input image. The coarse view is the whole image,
+  the fine views are the cells of a tiles x tiles grid of it.
+- A *grain* is one resolution of a patch. Grain 0 is the patch of the coarse view, grains 1 to
+  tiles^2 are the fine patches that show the same part of the image, row by row.
+
+The names that `Shortcut.mix` and `Plan.gate` may have are the keys of `MIXERS` and `GATES`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
-from .schema import UserError, build_dataclass, make_tuples, nearest
+from .schema import UserError, build_dataclass, is_whole_number, make_tuples, nearest
 
-MIXES = ("pick", "channels", "tokens", "append", "attend", "enrich", "base")
-GATES = (None, "zero", "one", "zero_vector", "one_vector", "context", "zero_projector")
-ZERO_INIT_GATES = (
-    "zero",
-    "zero_vector",
-    "zero_projector",
-)  # gates under which a new model is the one without shortcuts
-POOLED = (
-    8  # neighbours along the raster that `append` makes one token of, as Dense Connector's STI does
-)
 Tap = int | tuple[int, ...]
+POOL_SIZE = 8  # neighbours that `append` pools into one token, as Dense Connector's STI does
+SOME_PATCHES = 64 * POOL_SIZE  # a number of patches for comparing numbers of image tokens
+
+
+def _count_patches(num_taps: int, num_grains: int, num_patches: int) -> int:
+    return num_patches
+
+
+def _count_grains(num_taps: int, num_grains: int, num_patches: int) -> int:
+    return num_grains * num_patches
+
+
+def _count_pooled(num_taps: int, num_grains: int, num_patches: int) -> int:
+    return num_patches + (num_taps - 1) * math.ceil(num_patches / POOL_SIZE)
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """One way to make features of a shortcut's taps and grains. docs/add-a-method.md adds one.
+
+    Attributes:
+        description: What it does, in a few words, for drawings.
+        module: The class that computes it, or its name in `mixers.py`. None has no weights here.
+        grains: The grains it reads: "all", "coarse", or "one", which `Shortcut.grain` chooses.
+        needs_context: Whether it compares the coarse patches of the last tap with everything else,
+            so that a single tap of the coarse view is not enough.
+        count_tokens: (taps, grains, patches of a view) -> image tokens of one image.
+    """
+
+    description: str
+    module: type | str | None
+    grains: str = "all"
+    needs_context: bool = False
+    count_tokens: Callable[[int, int, int], int] = _count_patches
+
+
+MIXERS: dict[str, Mixer] = {
+    "pick": Mixer("one grain of each patch", "Pick", grains="one"),
+    "channels": Mixer("taps and grains of a patch side by side", "Channels"),
+    "tokens": Mixer(
+        "grains of a patch one after the other, a longer prompt",
+        "Tokens",
+        count_tokens=_count_grains,
+    ),
+    "append": Mixer(
+        "coarse patches, then other taps pooled, a longer prompt",
+        "Append",
+        grains="coarse",
+        count_tokens=_count_pooled,
+    ),
+    "attend": Mixer("coarse patches attend to all taps and grains", "Attend", needs_context=True),
+    "enrich": Mixer(
+        "coarse patches and what attention adds, from zero", "Enrich", needs_context=True
+    ),
+    "base": Mixer("what the upgraded model feeds to its input itself", None, grains="coarse"),
+}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One way to scale what shortcuts add. The first shortcut into the input is never scaled.
+
+    Attributes:
+        description: What it does, in a few words, for drawings.
+        factor: The trained factor of each shortcut: None, one "number", or one per "channel".
+        start: The value that factors start with.
+        zero_projector: Whether the last layer of each projector starts at zero instead.
+        module: A class, or its name in `fusion.py`, whose instances compute the factors of a layer
+            above the input in each forward pass. `fusion.ContextGate` shows the interface.
+    """
+
+    description: str
+    factor: str | None = None
+    start: float = 1.0
+    zero_projector: bool = False
+    module: type | str | None = None
+
+    @property
+    def starts_without_effect(self) -> bool:
+        """Whether a new model is, bit for bit, the model without shortcuts."""
+        return self.start == 0 or self.zero_projector
+
+
+GATES: dict[str | None, Gate] = {
+    None: Gate("no gates"),
+    "zero": Gate("gates that start at zero", "number", start=0.0),
+    "one": Gate("gates that start at one", "number"),
+    "zero_vector": Gate("gates per channel that start at zero", "channel", start=0.0),
+    "one_vector": Gate("gates per channel that start at one", "channel"),
+    "context": Gate("gates by context", module="ContextGate"),
+    "zero_projector": Gate("projectors that start at zero", zero_projector=True),
+}
 
 
 @dataclass(frozen=True)
 class Shortcut:
-    """Read `taps` of the encoder, mix them, add the result before decoder layer `layer`.
+    """Read `taps` of the encoder, mix them, and add the result before decoder layer `layer`.
 
-    A tap that is a tuple stands for the mean of its states. `mix` is one of `pick` (one grain of
-    the last tap), `channels` (all taps and grains of a patch side by side), `tokens` (grains one
-    after the other: a longer prompt), `append` (coarse patches of the last tap, then the other taps
-    pooled: a longer prompt too), `attend` (coarse patches of the last tap attend to everything
-    else, then a feed-forward) and `enrich` (the same as a gated residual that starts as the coarse
-    patches). `base` has no taps and no weights here: it is what a finished vision-language model,
-    upgraded by the plan's other shortcuts, feeds to its input by itself. `grain` is read by `pick`
-    only: 0 is the coarse patch, 1 to tiles^2 the fine patches under it, row by row.
+    Attributes:
+        taps: Encoder states. A tuple among them stands for the mean of its states.
+        layer: The decoder layer that receives the features.
+        mix: A key of `MIXERS`. "base" has no taps and no weights here. It stands for what a
+            pretrained VLM feeds to its input itself, where the plan's other shortcuts upgrade it.
+        grain: The grain that a mixer reads which reads only one (`pick`).
     """
 
     taps: tuple[Tap, ...]
@@ -46,59 +136,72 @@ class Shortcut:
     grain: int = 0
 
     def __post_init__(self):
-        taps = (self.taps,) if isinstance(self.taps, int) else tuple(self.taps)
-        taps = tuple(tuple(tap) if isinstance(tap, list) else tap for tap in taps)
+        make_tuples(self, "taps")
+        taps = tuple(tuple(tap) if isinstance(tap, list) else tap for tap in self.taps)
         object.__setattr__(self, "taps", taps)
+        if self.mix not in MIXERS:
+            raise UserError(
+                f"mix {self.mix!r} is not known{nearest(self.mix, MIXERS)}; allowed are"
+                f" {', '.join(MIXERS)}, and mixers that were added to sparsecut.plan.MIXERS"
+            )
         numbers = (*self.flat_taps, self.layer, self.grain)
-        if (
-            bool(taps) == (self.mix == "base")
-            or () in taps
-            or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers)
-        ):
+        if not all(is_whole_number(number) for number in numbers):
             raise UserError(
-                "a shortcut needs whole numbers for taps (at least one), layer and grain, but was"
-                f" given taps={self.taps!r}, layer={self.layer!r}, grain={self.grain!r}; write for"
-                " example Shortcut(taps=(-2,), layer=0), and taps=() with mix='base' only"
+                f"taps, layer and grain must be whole numbers, but taps={self.taps!r},"
+                f" layer={self.layer!r} and grain={self.grain!r} were given; write for example"
+                " Shortcut(taps=(-2,), layer=0)"
             )
-        if self.mix not in MIXES:
+        if () in self.tap_groups or bool(taps) == (self.mix == "base"):
             raise UserError(
-                f"mix {self.mix!r} is not known{nearest(self.mix, MIXES)}; allowed are"
-                f" {', '.join(MIXES)}"
+                f"taps={self.taps!r} was given with mix={self.mix!r}; give at least one tap, or"
+                " taps=() with mix='base' only"
             )
-        if self.grain and self.mix != "pick":
+        if self.grain and self.mixer.grains != "one":
             raise UserError(
-                f"grain={self.grain} has no effect with mix={self.mix!r}, which uses every grain;"
-                " leave grain at 0 or use mix='pick'"
+                f"grain={self.grain} has no effect with mix={self.mix!r}, which reads"
+                f" {self.mixer.grains} grains; leave grain at 0 or use mix='pick'"
             )
+
+    @property
+    def mixer(self) -> Mixer:
+        """The facts of its mixer."""
+        return MIXERS[self.mix]
+
+    @property
+    def tap_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Each tap as a tuple of the states whose mean it is."""
+        return tuple(tap if isinstance(tap, tuple) else (tap,) for tap in self.taps)
 
     @property
     def flat_taps(self) -> tuple[int, ...]:
         """Every state that is read, those of means included, in the order given."""
-        return tuple(t for tap in self.taps for t in (tap if isinstance(tap, tuple) else (tap,)))
+        return sum(self.tap_groups, ())
 
     @property
     def is_coarse(self) -> bool:
-        """Whether the coarse view is all it reads."""
-        return self.mix in ("append", "base") or (self.mix == "pick" and self.grain == 0)
+        """Whether it reads the coarse view only."""
+        grains = self.mixer.grains
+        return grains == "coarse" or (grains == "one" and self.grain == 0)
+
+    def count_tokens(self, num_grains: int, num_patches: int) -> int:
+        """Return the image tokens of one image, for views of `num_patches` patches."""
+        return self.mixer.count_tokens(len(self.taps), num_grains, num_patches)
 
 
 @dataclass(frozen=True)
 class Plan:
     """A model's shortcuts and what they have in common.
 
-    tiles: 0 reads one coarse view; t >= 2 adds a t x t grid of finer views, so a picture is 1 + t^2
-    views.
-    shared: one mixer and projector for all shortcuts of the same kind, instead of one each.
-    norm: LayerNorm without parameters on every tapped feature, before mixing.
-    gate: None adds features as they are; "zero" and "one" give every shortcut but the first into
-    the input a trained factor
-        with that start, "zero_vector" and "one_vector" a factor per channel; "context" computes the
-        factors of the shortcuts above the input from the hidden states and features of each
-        picture; "zero_projector" has no factor, but the last layer of those shortcuts' projectors
-        starts at zero.
-    rank: every shortcut but the first into the input has a projector of that inner width; where
-    projectors are shared, it
-        gets a correction of that rank to the shared one instead.
+    Attributes:
+        shortcuts: At least one of them adds to layer 0.
+        tiles: 0 reads the coarse view only. t >= 2 adds a t x t grid of fine views, so that an
+            image becomes 1 + t^2 views.
+        shared: Whether shortcuts of the same kind share one mixer and projector. Otherwise each
+            has its own.
+        norm: Whether a LayerNorm without parameters is applied to every tap before mixing.
+        gate: A key of `GATES`. None adds features as they are.
+        rank: The inner width of every projector but the input's. Where projectors are shared, each
+            shortcut gets a correction of that rank to the shared projector instead.
     """
 
     shortcuts: tuple[Shortcut, ...]
@@ -110,92 +213,93 @@ class Plan:
 
     def __post_init__(self):
         make_tuples(self, "shortcuts")
+        self._check_settings()
+        self._check_input()
+        for number, shortcut in enumerate(self.shortcuts):
+            self._check_grains(number, shortcut)
+        self._check_tokens()
+
+    def _check_settings(self) -> None:
         if self.gate not in GATES:
-            known = [gate for gate in GATES if gate]
+            known = [gate for gate in GATES if gate is not None]
             raise UserError(
                 f"gate {self.gate!r} is not known{nearest(self.gate, known)}; allowed are"
-                f" {', '.join(known)} or none at all"
+                f" {', '.join(known)}, and gates that were added to sparsecut.plan.GATES"
             )
-        if self.rank is not None and (
-            isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1
-        ):
+        if self.rank is not None and not (is_whole_number(self.rank) and self.rank >= 1):
             raise UserError(
                 f"rank is {self.rank!r}, but must be a whole number of at least 1, or left out"
-            )
-        if self.gate == "zero_projector" and self.shared:
-            raise UserError(
-                "gate='zero_projector' starts the shortcuts' own projectors at zero, but"
-                " shared=True gives them the input's; use shared=False, or another gate such as"
-                " 'zero'"
             )
         if not isinstance(self.shared, bool) or not isinstance(self.norm, bool):
             raise UserError(
                 f"shared and norm are true or false, but shared={self.shared!r} and"
                 f" norm={self.norm!r} were given"
             )
-        if (
-            isinstance(self.tiles, bool)
-            or not isinstance(self.tiles, int)
-            or self.tiles < 0
-            or self.tiles == 1
-        ):
+        if self.shared and GATES[self.gate].zero_projector:
+            raise UserError(
+                f"gate={self.gate!r} starts each shortcut's own projector at zero, but shared=True"
+                " gives all of them the input's; use shared=False or gate='zero'"
+            )
+        if not is_whole_number(self.tiles) or self.tiles < 0 or self.tiles == 1:
             raise UserError(
                 f"tiles is {self.tiles!r}, but must be 0 (coarse view only) or at least 2 (a grid"
-                " of finer views)"
+                " of fine views)"
             )
-        self._check_shortcuts()
 
-    def _check_shortcuts(self):
+    def _check_input(self) -> None:
         if not any(s.layer == 0 for s in self.shortcuts):
             raise UserError(
                 "no shortcut of the plan adds to layer 0, so image positions would enter the"
-                " language model as zeros; add one, e.g. Shortcut(taps=(-2,), layer=0)"
+                " language model as zeros; add one, for example Shortcut(taps=(-2,), layer=0)"
             )
-        if (
-            any(s.layer for s in self.shortcuts if s.mix == "base")
-            or sum(s.mix == "base" for s in self.shortcuts) > 1
-        ):
+        base_layers = [s.layer for s in self.shortcuts if s.mix == "base"]
+        if base_layers not in ([], [0]):
             raise UserError(
-                "mix='base' stands for a model's own input, so it is used once, with layer=0;"
-                " correct the plan"
-            )
-        for i, s in enumerate(self.shortcuts):
-            if not 0 <= s.grain < self.num_grains:
-                raise UserError(
-                    f"shortcut {i} picks grain {s.grain}, but with tiles={self.tiles} the grains"
-                    f" are 0 to {self.num_grains - 1}; use a smaller grain or more tiles"
-                )
-            if s.mix in ("attend", "enrich") and len(s.taps) * self.num_grains == 1:
-                raise UserError(
-                    f"shortcut {i} has mix={s.mix!r} but nothing to attend to: one tap and tiles=0;"
-                    " set tiles=2 or add taps"
-                )
-        if len({self._tokens_of(s, 64 * POOLED) for s in self.shortcuts}) > 1:
-            raise UserError(
-                "the plan's shortcuts differ in their number of image tokens ('tokens' has"
-                f" {self.num_grains} per patch, 'append' some more for each further tap, other"
-                " mixers 1); use such a mixer for all shortcuts, with equally many taps, or for"
-                " none"
+                f"mix='base' adds to the layers {base_layers}, but it stands for a model's own"
+                " input; use it once, with layer=0"
             )
 
-    def _tokens_of(self, shortcut: Shortcut, num_patches: int) -> int:
-        if shortcut.mix == "append":
-            return num_patches + (len(shortcut.taps) - 1) * -(-num_patches // POOLED)
-        return num_patches * (self.num_grains if shortcut.mix == "tokens" else 1)
+    def _check_grains(self, number: int, shortcut: Shortcut) -> None:
+        if not 0 <= shortcut.grain < self.num_grains:
+            raise UserError(
+                f"shortcut {number} picks grain {shortcut.grain}, but with tiles={self.tiles} the"
+                f" grains are 0 to {self.num_grains - 1}; use a smaller grain or more tiles"
+            )
+        if shortcut.mixer.needs_context and len(shortcut.taps) * self.num_grains == 1:
+            raise UserError(
+                f"shortcut {number} has mix={shortcut.mix!r}, but with one tap and tiles=0 there is"
+                " nothing to attend to; set tiles=2 or add taps"
+            )
+
+    def _check_tokens(self) -> None:
+        counts = [s.count_tokens(self.num_grains, SOME_PATCHES) for s in self.shortcuts]
+        if len(set(counts)) > 1:
+            pairs = zip(self.shortcuts, counts, strict=True)
+            listed = [f"{s.mix} {count / SOME_PATCHES:g}" for s, count in pairs]
+            raise UserError(
+                "the plan's shortcuts differ in their image tokens for each coarse patch"
+                f" ({', '.join(dict.fromkeys(listed))}); use mixers, and numbers of taps, that"
+                " agree"
+            )
+
+    @property
+    def input_number(self) -> int:
+        """The number of the first shortcut into the input. It has no gate and no correction."""
+        return next(i for i, s in enumerate(self.shortcuts) if s.layer == 0)
 
     @property
     def has_base_input(self) -> bool:
-        """Whether the plan belongs to an upgraded model, whose input is its own."""
+        """Whether the plan belongs to an upgraded model, which feeds its input itself."""
         return any(s.mix == "base" for s in self.shortcuts)
 
     @property
     def num_grains(self) -> int:
-        """Features per coarse patch: itself and the tiles^2 fine patches under it."""
+        """Features of one patch: the coarse one and the tiles^2 fine ones under it."""
         return 1 + self.tiles**2
 
     @property
     def num_views(self) -> int:
-        """Encoder passes per picture: the coarse view and tiles^2 fine ones."""
+        """Encoder passes for one image: the coarse view and tiles^2 fine ones."""
         return 1 + self.tiles**2
 
     @property
@@ -203,98 +307,133 @@ class Plan:
         """Decoder layers above 0 that receive features, ascending, each once."""
         return tuple(sorted({s.layer for s in self.shortcuts if s.layer > 0}))
 
-    def image_tokens(self, num_patches: int) -> int:
-        """Positions one picture takes in the prompt, for an encoder with `num_patches` patches per
-        view.
+    @property
+    def fused_layers(self) -> tuple[int, ...]:
+        """Layers that the fusion makes features for, ascending, each once.
+
+        These are `(0, *layers)`. Where the base feeds its input itself, 0 is among them only if
+        another shortcut adds to the input, too.
         """
-        return self._tokens_of(self.shortcuts[0], num_patches)
+        return tuple(sorted({s.layer for s in self.shortcuts if s.mix != "base"}))
+
+    def image_tokens(self, num_patches: int) -> int:
+        """Return the prompt positions of one image, for views of `num_patches` patches."""
+        return self.shortcuts[0].count_tokens(self.num_grains, num_patches)
 
     def resolved_taps(self, vision_depth: int) -> tuple[int, ...]:
-        """Every tap as a non-negative hidden-state number, ascending, each once."""
-        return tuple(
-            sorted({tap % (vision_depth + 1) for s in self.shortcuts for tap in s.flat_taps})
-        )
+        """Return every tap as a number from 0 to `vision_depth`, ascending, each once."""
+        return _resolve(self.shortcuts, vision_depth)
 
     def fine_taps(self, vision_depth: int) -> tuple[int, ...]:
-        """Those of them that some shortcut reads from the fine views; as far as the last one, fine
-        views are encoded.
+        """Return the resolved taps that are read from fine views, too.
+
+        Fine views run through the encoder as far as the last of them.
         """
         fine = [s for s in self.shortcuts if self.tiles and not s.is_coarse]
-        return tuple(sorted({tap % (vision_depth + 1) for s in fine for tap in s.flat_taps}))
+        return _resolve(fine, vision_depth)
 
     def check(
         self,
         vision_depth: int,
         language_depth: int,
         *,
-        vision="the encoder",
-        language="the language model",
+        vision: str = "the encoder",
+        language: str = "the language model",
     ) -> Plan:
-        """Return the plan if every shortcut can fire on these depths, else say which cannot."""
-        for i, s in enumerate(self.shortcuts):
-            for tap in s.flat_taps:
+        """Return this plan if every shortcut can fire on models of these depths.
+
+        Args:
+            vision_depth: Number of encoder blocks.
+            language_depth: Number of decoder layers.
+            vision: What errors call the encoder.
+            language: What errors call the language model.
+
+        Raises:
+            UserError: A tap or a layer does not exist.
+        """
+        for number, shortcut in enumerate(self.shortcuts):
+            for tap in shortcut.flat_taps:
                 if not -vision_depth - 1 <= tap <= vision_depth:
                     raise UserError(
-                        f"shortcut {i} reads tap {tap}, but {vision} has hidden states 0 to"
+                        f"shortcut {number} reads tap {tap}, but {vision} has hidden states 0 to"
                         f" {vision_depth} (or -1 to {-vision_depth - 1} from the end); use one of"
                         f" those or a plan made for {vision_depth} encoder layers"
                     )
-            if not 0 <= s.layer < language_depth:
+            if not 0 <= shortcut.layer < language_depth:
                 raise UserError(
-                    f"shortcut {i} adds to layer {s.layer}, but {language} has layers 0 to"
-                    f" {language_depth - 1}, so it would never fire; use a smaller layer or a plan"
-                    f" made for {language_depth} layers, e.g. sparsecut({vision_depth},"
+                    f"shortcut {number} adds to layer {shortcut.layer}, but {language} has layers 0"
+                    f" to {language_depth - 1}; use a smaller layer or a plan made for"
+                    f" {language_depth} layers, for example sparsecut({vision_depth},"
                     f" {language_depth})"
                 )
         return self
 
     def for_upgrade(self, *, fine: bool) -> Plan:
-        """The plan for a model that feeds its input by itself: without weights there, and without
-        effect until trained.
+        """Return the plan for a pretrained VLM, which feeds its input itself.
 
-        The first shortcut into the input becomes the model's own. Where there is no gate, the
-        others' projectors start at zero, or their gates where the projector is shared. fine:
-        whether finer views can be had; without them, fine grains are left out.
+        The first shortcut into the input becomes the model's own. The others start without effect:
+        where the plan has no gate, their projectors start at zero, or gates do where the projector
+        is shared.
+
+        Args:
+            fine: Whether the model can be given fine views. Without them, fine grains are left out.
+
+        Raises:
+            UserError: The plan has no other shortcut, would have an effect at the start, changes
+                the number of image tokens, or cannot do without fine views.
         """
-        main = next(i for i, s in enumerate(self.shortcuts) if s.layer == 0)
-        own = Shortcut((), 0, "base")
-        shortcuts = (own, *(s for i, s in enumerate(self.shortcuts) if i != main))
-        tiles = self.tiles if fine and any(not s.is_coarse for s in shortcuts) else 0
+        others = [s for i, s in enumerate(self.shortcuts) if i != self.input_number]
         gate = self.gate or ("zero" if self.shared else "zero_projector")
-        if (
-            not shortcuts[1:]
-            or gate not in ZERO_INIT_GATES
-            or {s.mix for s in shortcuts} & {"tokens", "append"}
-        ):
+        self._check_upgrade(others, gate)
+        tiles = self.tiles if fine and any(not s.is_coarse for s in others) else 0
+        if not tiles and any(_needs_fine_views(s) for s in others):
             raise UserError(
-                "a finished model can only be upgraded by shortcuts beside its own input that"
-                " start without effect and leave the prompt as it is, but the plan has"
-                f" {len(shortcuts) - 1} of them, gate={self.gate!r} and the mixers"
-                f" {', '.join(dict.fromkeys(s.mix for s in self.shortcuts))}; use for example"
-                f" 'sparsecut', with a gate of {', '.join(ZERO_INIT_GATES)} and neither 'tokens'"
-                " nor 'append'"
+                "the plan reads fine views, but this model brings its own resolutions and takes no"
+                " further views; use a plan without `grain`, with several taps for each mixer that"
+                " attends, or with mix='channels'"
             )
-        if not tiles and any(
-            s.grain or (s.mix in ("attend", "enrich") and len(s.taps) == 1) for s in shortcuts
-        ):
-            raise UserError(
-                "the plan reads finer views, but this model brings its own resolutions and takes no"
-                " further views; use a plan without a grain and with several taps for 'attend' and"
-                " 'enrich', or mix='channels'"
-            )
+        shortcuts = (Shortcut((), 0, "base"), *others)
         return replace(self, shortcuts=shortcuts, tiles=tiles, gate=gate)
 
+    def _check_upgrade(self, others: list[Shortcut], gate: str) -> None:
+        if not others:
+            raise UserError(
+                "the plan has no shortcut beside the one into the input, which an upgraded model"
+                " has already; use a plan with more, for example 'sparsecut'"
+            )
+        if not GATES[gate].starts_without_effect:
+            allowed = [name for name in GATES if GATES[name].starts_without_effect]
+            raise UserError(
+                f"gate={gate!r} would change the model at once, but an upgrade must start without"
+                f" effect; use one of {', '.join(allowed)}"
+            )
+        if self.image_tokens(SOME_PATCHES) != SOME_PATCHES:
+            raise UserError(
+                f"mix={self.shortcuts[0].mix!r} changes the number of image tokens, but an upgrade"
+                " must leave the prompt as long as it is; use another mixer, for example"
+                " 'channels'"
+            )
+
     def to_dict(self) -> dict:
-        """Plain lists, numbers and strings: what JSON and YAML hold."""
-        plain = asdict(self)
-        for shortcut in plain["shortcuts"]:
-            shortcut["taps"] = [
-                list(tap) if isinstance(tap, tuple) else tap for tap in shortcut["taps"]
-            ]
-        plain["shortcuts"] = list(plain["shortcuts"])
-        return plain
+        """Return plain lists, numbers and strings, as JSON and YAML hold them."""
+        values = asdict(self)
+        values["shortcuts"] = list(values["shortcuts"])
+        for shortcut in values["shortcuts"]:
+            taps = [list(tap) if isinstance(tap, tuple) else tap for tap in shortcut["taps"]]
+            shortcut["taps"] = taps
+        return values
 
     @classmethod
-    def from_dict(cls, plain: dict) -> Plan:
-        """The plan that `to_dict` wrote; unknown keys are refused."""
-        return build_dataclass(cls, plain, "the plan")
+    def from_dict(cls, values: dict) -> Plan:
+        """Return the plan that `to_dict` wrote. Unknown keys are refused."""
+        return build_dataclass(cls, values, "the plan")
+
+
+def _resolve(shortcuts: list[Shortcut] | tuple[Shortcut, ...], vision_depth: int) -> tuple:
+    taps = {tap % (vision_depth + 1) for s in shortcuts for tap in s.flat_taps}
+    return tuple(sorted(taps))
+
+
+def _needs_fine_views(shortcut: Shortcut) -> bool:
+    is_alone = shortcut.mixer.needs_context and len(shortcut.taps) == 1
+    return shortcut.grain > 0 or is_alone

@@ -32,7 +32,7 @@ from .hooks import (
     inject,
     read_taps,
 )
-from .mixers import grid
+from .mixers import arrange_grains
 from .schema import UserError
 
 
@@ -57,7 +57,7 @@ class UpgradeCall:
     @property
     def layers(self) -> tuple[int, ...]:
         """Decoder layers that receive features, ascending, the input included."""
-        return tuple(sorted({s.layer for s in self.fusion.plan.shortcuts if s.mix != "base"}))
+        return self.fusion.plan.fused_layers
 
 
 _overlay = CompileableContextVar("sparsecut_overlay")
@@ -184,7 +184,8 @@ def _fuse(overlay: UpgradeCall, taps: dict[int, Tensor], call: dict, pooled) -> 
             grains[tap] = states.flatten(0, -2)[index.clamp(min=0)].flatten(1)[:, None, None]
     overlay.used = True
     blank = (index[:, 0] < 0).unsqueeze(-1)
-    return {layer: z[:, 0].masked_fill(blank, 0.0) for layer, z in fusion(grains=grains).items()}
+    outputs = zip(fusion.plan.fused_layers, fusion(grains=grains), strict=True)
+    return {layer: z[:, 0].masked_fill(blank, 0.0) for layer, z in outputs}
 
 
 def _with_fine(states: Tensor, fine: Tensor, index: Tensor, fusion: Fusion) -> Tensor:
@@ -194,7 +195,7 @@ def _with_fine(states: Tensor, fine: Tensor, index: Tensor, fusion: Fusion) -> T
     length, num_patches = states.shape[1], fine.shape[2]
     prefix = length - num_patches
     views = torch.cat([states[:, None, prefix:], fine], dim=1)
-    under = grid(views, fusion.plan.tiles, fusion.rows)  # [P, G, N, D]
+    under = arrange_grains(views, fusion.plan.tiles, fusion.rows)  # [P, G, N, D]
     number = index.clamp(min=0)
     picture, patch = number // length, number % length - prefix
     return under[picture, :, patch].transpose(1, 2).flatten(2).unsqueeze(2)

@@ -18,7 +18,7 @@ from sparsecut import SparseCutConfig
 from sparsecut.building import build, load, save
 from sparsecut.encoders import encoder_inputs, order, read_grid, to_raster_order
 from sparsecut.hooks import read_taps
-from sparsecut.mixers import grid as under
+from sparsecut.mixers import arrange_grains
 from sparsecut.processing import cut_views
 from sparsecut.schema import UserError
 
@@ -66,7 +66,7 @@ def test_fine_patches_lie_under_the_coarse_one_of_an_oblong_grid():
         for y in range(tiles)
         for x in range(tiles)
     ]
-    grains = under(torch.stack([places, *fine])[None], tiles, rows)
+    grains = arrange_grains(torch.stack([places, *fine])[None], tiles, rows)
     assert torch.equal(grains[0, 1:].floor(), places.expand(4, -1, -1))
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import checks
-from helpers.fusions import DIM, features, fusion
+from helpers.fusions import DIM, features, fuse, fusion
 from torch import nn
 
 from sparsecut import Plan, Shortcut
-from sparsecut.fusion import MIXERS, grid
+from sparsecut.mixers import arrange_grains, build_mixer
 
 
 @pytest.mark.parametrize(("tiles", "rows"), [(2, 2), (2, 3), (3, 2), (3, 5), (4, 1)])
@@ -21,7 +21,7 @@ def test_fine_patches_lie_under_their_coarse_patch(tiles, rows):
     for ty, tx, y, x in itertools.product(range(tiles), range(tiles), range(rows), range(rows)):
         places[0, 1 + ty * tiles + tx, y * rows + x] = torch.tensor([ty * rows + y, tx * rows + x])
     places[0, 0] = -1
-    grains = grid(places, tiles, rows)
+    grains = arrange_grains(places, tiles, rows)
     assert (grains[0, 0] == -1).all()
     for y, x, wy, wx in itertools.product(range(rows), range(rows), range(tiles), range(tiles)):
         assert grains[0, 1 + wy * tiles + wx, y * rows + x].tolist() == [
@@ -42,13 +42,13 @@ def test_under_an_averaging_encoder_the_fine_grains_average_to_the_coarse_one(ti
     ]
     views = torch.stack([F.avg_pool2d(big, tiles), *tiled], dim=1)
     encoded = F.avg_pool2d(views.flatten(0, 1), patch).flatten(2).mT.unflatten(0, (3, -1))
-    grains = grid(encoded, tiles, rows)
+    grains = arrange_grains(encoded, tiles, rows)
     torch.testing.assert_close(grains[:, 1:].mean(1), grains[:, 0])
 
 
 def test_without_tiles_the_only_grain_is_the_view():
     views = torch.randn(2, 1, 9, DIM)
-    assert grid(views, 0, 3) is views
+    assert arrange_grains(views, 0, 3) is views
 
 
 def mixer(mix, taps=(1, 2), tiles=2, rows=2, grain=0):
@@ -56,7 +56,7 @@ def mixer(mix, taps=(1, 2), tiles=2, rows=2, grain=0):
     torch.manual_seed(0)
     shortcut = Shortcut(taps, 0, mix, grain)
     plan = Plan((shortcut,), tiles=tiles)
-    return MIXERS[mix](shortcut, plan, DIM, rows), torch.randn(
+    return build_mixer(shortcut, plan, DIM, rows), torch.randn(
         2, len(taps), plan.num_grains, rows**2, DIM
     )
 
@@ -64,7 +64,7 @@ def mixer(mix, taps=(1, 2), tiles=2, rows=2, grain=0):
 @pytest.mark.parametrize("grain", range(5))
 def test_pick_is_one_grain_of_the_last_tap(grain):
     module, x = fusion(Shortcut((1, 2), 0, "pick", grain)), features((1, 2))
-    assert torch.equal(module(x)[0], module.paths[0].project(grid(x[2], 2, 2)[:, grain]))
+    assert torch.equal(module(x)[0], module.paths[0].project(arrange_grains(x[2], 2, 2)[:, grain]))
     assert module.paths[0].mixer.out_dim == DIM
 
 
@@ -117,7 +117,7 @@ def test_attend_is_one_post_norm_block_whose_queries_are_coarse_and_are_no_keys(
 def test_attention_heads_divide_the_width_and_have_about_64_channels(dim, heads):
     shortcut = Shortcut((1, 2), 0, "attend")
     with torch.device("meta"):
-        assert MIXERS["attend"](shortcut, Plan((shortcut,)), dim, 2).num_heads == heads
+        assert build_mixer(shortcut, Plan((shortcut,)), dim, 2).num_heads == heads
 
 
 @pytest.mark.parametrize("mix", ["pick", "channels", "attend"])
@@ -126,8 +126,8 @@ def test_shared_shortcuts_in_one_batched_call_equal_separate_calls(mix):
     x = features((4, 1, 3))
     assert len(module.paths) == 1
     for tap, layer in [(4, 0), (1, 1), (3, 4)]:
-        alone = module.paths[0](grid(x[tap], 2, 2).unsqueeze(1))
-        torch.testing.assert_close(module(x)[layer], alone, atol=1e-6, rtol=1e-5)
+        alone = module.paths[0](arrange_grains(x[tap], 2, 2).unsqueeze(1))
+        torch.testing.assert_close(fuse(module, x)[layer], alone, atol=1e-6, rtol=1e-5)
 
 
 def test_only_shortcuts_of_one_kind_share_a_path():
@@ -169,9 +169,9 @@ def test_gates_are_parameters_only_where_the_plan_trains_them():
 def test_a_gate_scales_its_own_shortcut_and_never_the_input():
     module = fusion(Shortcut((1,), 0), Shortcut((2,), 1), Shortcut((3,), 3), gate="one")
     x = features((1, 2, 3))
-    before = module(x)
+    before = fuse(module, x)
     module.gates.data = torch.tensor([0.5, -2.0])
-    after = module(x)
+    after = fuse(module, x)
     assert torch.equal(after[0], before[0])
     assert torch.equal(after[1], 0.5 * before[1]) and torch.equal(after[3], -2 * before[3])
 
@@ -180,10 +180,10 @@ def test_two_shortcuts_into_one_layer_add_up():
     module = fusion(Shortcut((1,), 0), Shortcut((2,), 2), Shortcut((3,), 2))
     x = features((1, 2, 3))
     parts = [
-        path(grid(x[tap], 2, 2).unsqueeze(1))
+        path(arrange_grains(x[tap], 2, 2).unsqueeze(1))
         for path, tap in zip(module.paths, (1, 2, 3), strict=True)
     ]
-    out = module(x)
+    out = fuse(module, x)
     assert set(out) == {0, 2}
     torch.testing.assert_close(out[2], parts[1] + parts[2], atol=1e-6, rtol=1e-5)
 
@@ -193,8 +193,8 @@ def test_features_of_a_picture_do_not_depend_on_the_others():
     x = features((1, 2), pictures=3)
     for b in range(3):
         alone = module({tap: v[b : b + 1] for tap, v in x.items()})
-        for layer, feature in module(x).items():
-            torch.testing.assert_close(feature[b : b + 1], alone[layer], atol=1e-6, rtol=1e-5)
+        for together, one in zip(module(x), alone, strict=True):
+            torch.testing.assert_close(together[b : b + 1], one, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mix", ["channels", "attend"])

@@ -12,6 +12,7 @@ import torch
 from helpers import checks
 from helpers.checks import IMAGE, batch, expanded
 from helpers.families import family_language
+from helpers.fusions import fuse
 from torch import nn
 
 from sparsecut.hooks import connect_decoder, connect_encoder, find_layers, read_taps
@@ -50,7 +51,7 @@ def by_hand(model, row, pixels):
     taps = {
         t: torch.stack([s[t][:, 1:] for s in states]) for t in range(depth + 1)
     }  # without the class token
-    fused = model.fusion({t: taps[t] for t in model.plan.resolved_taps(depth)})
+    fused = fuse(model.fusion, {t: taps[t] for t in model.plan.resolved_taps(depth)})
     spots = [i for i, token in enumerate(ids) if token == IMAGE]
     decoder = model.language_model.model
     h = decoder.embed_tokens(torch.tensor([ids])).clone()

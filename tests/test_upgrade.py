@@ -217,9 +217,10 @@ def test_another_base_is_refused_and_nothing_left_on_it(llava, tmp_path):
 
 SHORTCUTS_TOO_DEEP = [{"taps": [1], "layer": 0}, {"taps": [2], "layer": 9}]
 TAP_TOO_DEEP = [{"taps": [1], "layer": 0}, {"taps": [7], "layer": 1}]
+LONGER_PROMPT = [{"taps": [1], "layer": layer, "mix": "tokens"} for layer in (0, 1)]
 REFUSED_PLANS = {
-    "no shortcut": ("llava", "shortcuts"),
-    "a longer prompt": ("hires_tokens", "prompt"),
+    "no shortcut": ("llava", "no shortcut"),
+    "a longer prompt": ({"tiles": 2, "shortcuts": LONGER_PROMPT}, "'tokens'"),
     "not an identity": ({"method": "sparsecut", "gate": "one"}, "without effect"),
     "too deep": ({"shortcuts": SHORTCUTS_TOO_DEEP}, "layer 9"),
     "no such tap": ({"shortcuts": TAP_TOO_DEEP}, "tap 7"),

@@ -99,14 +99,14 @@ def shuffled(fusion, number: int) -> Iterator[None]:
         fusion: The model's fusion.
         number: The shortcut's place in the plan.
     """
-    layer = fusion.plan.shortcuts[number].layer
+    position = _get_position(fusion, number)
 
     def mix(module, args, output):
         with module.switched_off(number):
-            features = {d: z[::2] for d, z in module.forward(*args).items()}
+            features = [z[::2] for z in module.forward(*args)]
         with _only(module, number):
-            features[layer] = features[layer] + module.forward(*args)[layer][1::2]
-        return features
+            features[position] = features[position] + module.forward(*args)[position][1::2]
+        return tuple(features)
 
     handle = fusion.register_forward_hook(mix)
     try:
@@ -318,9 +318,7 @@ def measure_additions(
         batch = distinct[start : start + batch_size]
         all_added, all_hidden = trace(model, processor, batch, features)
         for i, shortcut in enumerate(shortcuts):
-            added, gate = _apply_context_gate(
-                fusion, shortcut.layer, all_added[i].flatten(0, 1), all_hidden[i]
-            )
+            added, gate = _apply_context_gate(fusion, shortcut.layer, all_added[i], all_hidden[i])
             sums[i] += _sum_over_tokens(added.double(), all_hidden[i].double(), gate)
     facts = []
     for i, shortcut in enumerate(shortcuts):
@@ -365,7 +363,7 @@ def _trace_joined(model, processor, batch: Sequence[Example], features) -> tuple
     added = []
     for i, shortcut in enumerate(model.plan.shortcuts):
         with _only(fusion, i):
-            added.append(fusion(encoded)[shortcut.layer])
+            added.append(fusion(encoded)[_get_position(fusion, i)])
     prompts = [render_question(example, processor) for example in batch]
     inputs = prepare_inputs(model, processor, prompts, None)
     outputs = model(**inputs, vision_states=encoded, output_hidden_states=True, use_cache=False)
@@ -392,7 +390,7 @@ def _trace_upgraded(model, processor, batch: Sequence[Example], features) -> tup
     def watched_forward(*, grains):
         for i in fusion.gated:
             with _only(fusion, i):
-                added[i] = original_forward(grains=grains)[shortcuts[i].layer]
+                added[i] = original_forward(grains=grains)[_get_position(fusion, i)]
         return original_forward(grains=grains)
 
     prompts = [render_question(example, processor) for example in batch]
@@ -410,6 +408,11 @@ def _trace_upgraded(model, processor, batch: Sequence[Example], features) -> tup
     return [added[i] for i in range(len(shortcuts))], hidden
 
 
+def _get_position(fusion, number: int) -> int:
+    """Where the fusion returns the features of the layer that a shortcut adds to."""
+    return fusion.plan.fused_layers.index(fusion.plan.shortcuts[number].layer)
+
+
 def _apply_context_gate(
     fusion, layer: int, features: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -417,9 +420,11 @@ def _apply_context_gate(
 
     A context gate depends on its own shortcut's features only; those of the others are zeros here.
     """
+    num_tokens = features.shape[1]
+    features = features.flatten(0, 1)
     if str(layer) not in fusion.context:
         return features, torch.ones(len(features), device=features.device)
-    added = fusion.context[str(layer)](hidden, features)
+    added = fusion.context[str(layer)](hidden, features, num_tokens)
     return added, added.norm(dim=-1) / features.norm(dim=-1).clamp(min=1e-12)
 
 

@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse
 
 from ..data.examples import Example
-from ..drawing import MIXERS, summary
+from ..drawing import summary
 from ..evaluation.ablation import measure_additions
 from ..schema import UserError
 from .context import APIError, ServerConfig, ServerContext, busy
@@ -88,7 +88,7 @@ def plan_facts(model, settings: ServerConfig) -> dict:
                 "taps": sorted({tap % (depth + 1) for tap in s.flat_taps}),
                 "layer": s.layer,
                 "mix": s.mix,
-                "words": MIXERS[s.mix],
+                "words": s.mixer.description,
                 "is_fine": bool(plan.tiles) and not s.is_coarse,
                 "can_be_off": s.mix != "base",
             }

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from helpers.fusions import fuse
 from helpers.runs import write_records
 from helpers.tiny import tiny_model
 
@@ -139,7 +140,7 @@ def test_norms_are_those_of_a_plain_computation(examples, shared):
     model, processor = shared
     example = examples[0]
     found = explain(model, processor, [example], max_new_tokens=2)["shortcuts"]
-    fused = model.fusion(model.encode(processor.pixels(example.pictures())))
+    fused = fuse(model.fusion, model.encode(processor.pixels(example.pictures())))
     text = example.messages[0]["content"].replace("<image>", processor.image_token)
     prompt = f"USER : {text} ASSISTANT :"
     inputs = processor(images=example.pictures(), text=prompt, return_tensors="pt")
@@ -186,10 +187,10 @@ def test_a_shuffled_shortcut_reads_the_other_image_and_the_rest_their_own(exampl
     pair_keys = []
     for key in keys:
         pair_keys += [key, pairs.partners[key]]
-    plain = model.fusion(features.stack(keys, views))
+    plain = fuse(model.fusion, features.stack(keys, views))
     num_hooks = len(model.fusion._forward_hooks)
     with shuffled(model.fusion, 2):
-        mixed = model.fusion(features.stack(pair_keys, views))
+        mixed = fuse(model.fusion, features.stack(pair_keys, views))
     changed_layer = model.plan.shortcuts[2].layer
     for layer in plain:
         expected = plain[layer].roll(-1, 0) if layer == changed_layer else plain[layer]

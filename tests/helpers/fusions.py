@@ -19,3 +19,8 @@ def features(taps, *, pictures=2, tiles=2, rows=2) -> dict:
     """Random features of every tap: [B, V, N, D]."""
     torch.manual_seed(1)
     return {tap: torch.randn(pictures, 1 + tiles**2, rows**2, DIM) for tap in taps}
+
+
+def fuse(module: Fusion, states) -> dict[int, torch.Tensor]:
+    """What a fusion makes of encoder states, by layer."""
+    return dict(zip(module.plan.fused_layers, module(states), strict=True))
