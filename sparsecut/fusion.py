@@ -216,6 +216,10 @@ class Fusion(nn.Module):
             path for path, members in zip(self.paths, self.groups, strict=True) if number in members
         )
 
+    def get_position(self, number: int) -> int:
+        """Return where `forward` has the features of the layer that a shortcut adds to."""
+        return self.plan.fused_layers.index(self.plan.shortcuts[number].layer)
+
     @contextmanager
     def switched_off(self, *shortcuts: int) -> Iterator[None]:
         """Inside the block these shortcuts add zeros. One thread at a time may use it.

@@ -99,7 +99,7 @@ def shuffled(fusion, number: int) -> Iterator[None]:
         fusion: The model's fusion.
         number: The shortcut's place in the plan.
     """
-    position = _get_position(fusion, number)
+    position = fusion.get_position(number)
 
     def mix(module, args, output):
         with module.switched_off(number):
@@ -361,9 +361,9 @@ def _trace_joined(model, processor, batch: Sequence[Example], features) -> tuple
         for tap in views:
             encoded[tap] = torch.cat([taps[tap] for taps in cached]).to(model.device)
     added = []
-    for i, shortcut in enumerate(model.plan.shortcuts):
+    for i in range(len(model.plan.shortcuts)):
         with _only(fusion, i):
-            added.append(fusion(encoded)[_get_position(fusion, i)])
+            added.append(fusion(encoded)[fusion.get_position(i)])
     prompts = [render_question(example, processor) for example in batch]
     inputs = prepare_inputs(model, processor, prompts, None)
     outputs = model(**inputs, vision_states=encoded, output_hidden_states=True, use_cache=False)
@@ -390,7 +390,7 @@ def _trace_upgraded(model, processor, batch: Sequence[Example], features) -> tup
     def watched_forward(*, grains):
         for i in fusion.gated:
             with _only(fusion, i):
-                added[i] = original_forward(grains=grains)[_get_position(fusion, i)]
+                added[i] = original_forward(grains=grains)[fusion.get_position(i)]
         return original_forward(grains=grains)
 
     prompts = [render_question(example, processor) for example in batch]
@@ -406,11 +406,6 @@ def _trace_upgraded(model, processor, batch: Sequence[Example], features) -> tup
     added[fusion.main] = outputs.hidden_states[0][is_image].unsqueeze(1)
     hidden = [outputs.hidden_states[shortcut.layer][is_image] for shortcut in shortcuts]
     return [added[i] for i in range(len(shortcuts))], hidden
-
-
-def _get_position(fusion, number: int) -> int:
-    """Where the fusion returns the features of the layer that a shortcut adds to."""
-    return fusion.plan.fused_layers.index(fusion.plan.shortcuts[number].layer)
 
 
 def _apply_context_gate(
