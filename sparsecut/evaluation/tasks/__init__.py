@@ -1,12 +1,12 @@
-"""Benchmarks: scores as pure functions that equal the benchmarks' own scripts, and the tasks that
-ask their questions.
+"""Benchmark tasks, and their scores as pure functions.
 
-Scores take what the benchmarks' files hold and return what their scripts say. The rules of those scripts that surprise are kept and named,
-because a score is compared with published ones.
+The scores take what the benchmarks' files hold and return what the benchmarks' own scripts compute.
+Surprising rules of those scripts are followed and named, because a score is compared with published
+ones.
 """
 
 from .multiple_choice_metrics import infer_option, mmbench, scienceqa, seed
-from .open_ended_metrics import anls, textvqa, textvqa_text, vqa, vqa_text
+from .open_ended_metrics import anls, normalize_textvqa, normalize_vqa, textvqa, vqa
 from .single_word_metrics import gqa, mme, nlvr, pope
 
 __all__ = [
@@ -16,11 +16,11 @@ __all__ = [
     "mmbench",
     "mme",
     "nlvr",
+    "normalize_textvqa",
+    "normalize_vqa",
     "pope",
     "scienceqa",
     "seed",
     "textvqa",
-    "textvqa_text",
     "vqa",
-    "vqa_text",
 ]

@@ -1,4 +1,4 @@
-"""ScienceQA, MMBench (English and Chinese) and SEED-Bench, which ask for an option's letter."""
+"""The tasks ScienceQA, MMBench (English and Chinese) and SEED-Bench, which ask for a letter."""
 
 from __future__ import annotations
 
@@ -20,281 +20,330 @@ from .task import (
     Score,
     Task,
     TaskData,
-    llava_questions,
+    find_file,
     read_json,
-    the_file,
+    read_llava_questions,
 )
 
 LETTER_CN = "\u8bf7\u76f4\u63a5\u56de\u7b54\u9009\u9879\u5b57\u6bcd\u3002"
-SHORTEST_PICTURE = (
-    64  # characters of base64; a shorter cell is the index of the row that holds the picture
-)
-DROPPED = (
-    "hint",
-    "category",
-    "source",
-    "image",
-    "comment",
-    "l2-category",
-)  # columns that a submission leaves out
+# Characters of base64; a shorter cell is the index of the row that has the image.
+SHORTEST_IMAGE = 64
+# Columns of the table that a submission leaves out.
+LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")
 
 
 def read_scienceqa(root: Path, options: Mapping[str, str]) -> TaskData:
-    """The test split, or its questions with a picture."""
+    """The test split, or its questions with an image."""
     folder = root / "scienceqa"
-    file, truth, splits = (
-        folder / "llava_test_CQM-A.json",
-        folder / "problems.json",
-        folder / "pid_splits.json",
-    )
-    problems, test = read_json(truth), set(read_json(splits)["test"])
+    question_file = folder / "llava_test_CQM-A.json"
+    problem_file = folder / "problems.json"
+    split_file = folder / "pid_splits.json"
+    problems = read_json(problem_file)
+    test_ids = set(read_json(split_file)["test"])
     questions = []
-    for number, one in enumerate(read_json(file)):
-        key, source = str(one["id"]), f"{file.name} record {number}"
-        if key not in problems or key not in test:
+    for number, record in enumerate(read_json(question_file)):
+        key = str(record["id"])
+        source = f"{question_file.name} record {number}"
+        if key not in problems or key not in test_ids:
             raise UserError(
-                f"{source} asks problem {key}, which is not of the test split in {folder}; download"
-                " again"
+                f"{source} asks problem {key}, which is not in the test split in {folder}; download"
+                " both again"
             )
-        text = one["conversations"][0]["value"].replace("<image>", "").strip()
-        problem, image = problems[key], one.get("image")
-        if image is None and options["part"] == "image":
+        if options["part"] == "image" and record.get("image") is None:
             continue
-        facts = {"problem": problem}
-        right = LETTERS[problem["answer"]]
-        questions.append(
-            Question(key, f"{text}\n{LETTER}", image, facts, "", right, problem["subject"], source)
+        problem = problems[key]
+        text = record["conversations"][0]["value"].replace("<image>", "").strip()
+        question = Question(
+            id=key,
+            text=f"{text}\n{LETTER}",
+            image=record.get("image"),
+            facts={"problem": problem},
+            reference=LETTERS[problem["answer"]],
+            group=problem["subject"],
+            source=source,
         )
-    return TaskData(
-        questions, Pictures(the_file(folder / "images" / "test")), [file, truth, splits]
-    )
+        questions.append(question)
+    images = Pictures(find_file(folder / "images" / "test"))
+    return TaskData(questions, images, [question_file, problem_file, split_file])
 
 
-def score_scienceqa(asked: TaskData, answers: Mapping[str, str]) -> Score:
-    """Accuracy of questions with a picture (the paper's ScienceQA-IMG) and of all, in per cent."""
-    problems = {q.id: q.facts["problem"] for q in asked.questions}
-    shown = {q.id: "<image>" if q.image is not None else "" for q in asked.questions}
-    said = [
-        {"question_id": q.id, "text": answers[q.id], "prompt": shown[q.id]} for q in asked.questions
-    ]
-    found = scienceqa(problems, said)
-    read = found["llava"].pop("parsed_index")
-    main = {
-        "image accuracy": found["llava"]["img_accuracy"],
-        "accuracy": found["llava"]["accuracy"],
-    }
-    each = {key: float(read[key] == problem["answer"]) for key, problem in problems.items()}
-    return Score({name: value for name, value in main.items() if value is not None}, found, each)
+def score_scienceqa(data: TaskData, answers: Mapping[str, str]) -> Score:
+    """Accuracy of questions with an image (the paper's ScienceQA-IMG) and of all, in per cent."""
+    problems = {}
+    predictions = []
+    for question in data.questions:
+        problems[question.id] = question.facts["problem"]
+        prompt = "" if question.image is None else "<image>"
+        predictions.append(
+            {"question_id": question.id, "text": answers[question.id], "prompt": prompt}
+        )
+    details = scienceqa(problems, predictions)
+    parsed = details["llava"].pop("parsed_index")
+    main = {}
+    if details["llava"]["img_accuracy"] is not None:
+        main["image accuracy"] = details["llava"]["img_accuracy"]
+    main["accuracy"] = details["llava"]["accuracy"]
+    per_question = {}
+    for key, problem in problems.items():
+        per_question[key] = float(parsed[key] == problem["answer"])
+    return Score(main, details, per_question)
 
 
 def read_mmbench(
-    root: Path, options: Mapping[str, str], *, names: Mapping[str, str], last: str
+    root: Path, options: Mapping[str, str], *, files: Mapping[str, str], instruction: str
 ) -> TaskData:
-    """All rows of the table, rotations too, or with circular=off the first of each question."""
-    import pandas
+    """All rows of a split's table, or with circular=off the first row of each question.
 
-    name = names[options["split"]]
-    if options["split"] == "test" and importlib.util.find_spec("openpyxl") is None:
+    Args:
+        root: The folder with the benchmarks.
+        options: `split` and `circular`.
+        files: Names of the tables by split.
+        instruction: The last line of every prompt.
+    """
+    split = options["split"]
+    if split == "test" and importlib.util.find_spec("openpyxl") is None:
         raise UserError(
             "answers to MMBench's test split are submitted as .xlsx; install openpyxl"
             " (sparsecut[tasks]) first"
         )
-    file = the_file(root / "mmbench" / name, root / "mmbench_cn" / name)
-    # As text, and with pandas' own idea of empty cells: it is what the released script reads,
-    # "None" and "NA" included.
-    try:
-        rows = pandas.read_table(file, dtype=str).to_dict("records")
-    except ValueError as error:  # pandas' own are such
-        raise UserError(f"{file} cannot be read as a table ({error}); download it again") from None
-    missing = [
-        column for column in ("index", "question", "A", "image") if column not in (rows or [{}])[0]
-    ]
-    if missing:
+    file = find_file(root / "mmbench" / files[split], root / "mmbench_cn" / files[split])
+    all_rows = _read_mmbench_table(file)
+    images = {row["index"]: row["image"] for row in all_rows}
+    unrotated = [row for row in all_rows if int(row["index"]) < ROTATIONS]
+    is_circular = options["circular"] == "on"
+    if is_circular and len(unrotated) == len(all_rows):
         raise UserError(
-            f"{file} has no column {', '.join(missing)}; is it MMBench's table? download it again"
+            f"{file} holds no rotated rows (index over a million); ask each question once, as"
+            " circular=off"
         )
-    if odd := [row["index"] for row in rows if not str(row["index"]).isdigit()]:
-        raise UserError(
-            f"{file} has a row whose index is {odd[0]!r}, no number; its columns are out of place:"
-            " download it again"
-        )
-    pictures = {row["index"]: row["image"] for row in rows}
-    if options["circular"] == "off":
-        rows = [row for row in rows if int(row["index"]) < ROTATIONS]
-    elif all(int(row["index"]) < ROTATIONS for row in rows):
-        raise UserError(
-            f"{file} holds no rotated rows (index over a million); ask each once, as circular=off"
-        )
+    rows = all_rows if is_circular else unrotated
     questions = []
     for row in rows:
+        facts = {key: cell for key, cell in row.items() if key != "image" and not is_empty(cell)}
         source = f"{file.name} index {row['index']}"
-        unit, kind = str(int(row["index"]) % ROTATIONS), row.get("category")
-        facts = {key: value for key, value in row.items() if key != "image" and not is_empty(value)}
-        truth = facts.get("answer", "")
-        text, picture = _mmbench_text(row, last), _picture(row, pictures, source)
-        questions.append(Question(row["index"], text, picture, facts, unit, truth, kind, source))
-    return TaskData(
-        questions, None, [file], {"circular": options["circular"] == "on", "columns": list(rows[0])}
-    )
+        question = Question(
+            id=row["index"],
+            text=_build_mmbench_prompt(row, instruction),
+            image=_decode_mmbench_image(row, images, source),
+            facts=facts,
+            unit=str(int(row["index"]) % ROTATIONS),
+            reference=facts.get("answer", ""),
+            group=row.get("category"),
+            source=source,
+        )
+        questions.append(question)
+    return TaskData(questions, None, [file], {"circular": is_circular, "columns": list(rows[0])})
 
 
-def _mmbench_text(row: Mapping, last: str) -> str:
-    """Hint, question and the options A to D up to the first empty one, as model_vqa_mmbench.py
-    writes them.
+def _read_mmbench_table(file: Path) -> list[dict]:
+    """The rows of a table, all cells as text.
+
+    Cells are empty where pandas takes them for empty ("None" and "NA" too), as in the released
+    script.
+    """
+    import pandas
+
+    try:
+        rows = pandas.read_table(file, dtype=str).to_dict("records")
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read as a table ({error}); download it again") from None
+    columns = rows[0] if rows else {}
+    missing = [name for name in ("index", "question", "A", "image") if name not in columns]
+    if missing:
+        raise UserError(
+            f"{file} has no column {', '.join(missing)}; is it MMBench's table? Download it again"
+        )
+    for row in rows:
+        if not str(row["index"]).isdigit():
+            raise UserError(
+                f"{file} has a row whose index is {row['index']!r}, which is not a number; its"
+                " columns are out of place: download it again"
+            )
+    return rows
+
+
+def _build_mmbench_prompt(row: Mapping, instruction: str) -> str:
+    """Hint, question and the options A to D up to the first empty one, as in model_vqa_mmbench.py
+    of LLaVA.
     """
     hint = row.get("hint")
-    lines = [] if is_empty(hint) or hint.lower() in ("nan", "none") else [hint]
+    lines = [] if _is_none(hint) else [hint]
     lines.append(row["question"])
     for letter in "ABCD":
         option = row.get(letter)
-        if is_empty(option) or option.lower() in ("nan", "none"):
+        if _is_none(option):
             break
         lines.append(f"{letter}. {option}")
-    return "\n".join([*lines, last])
+    return "\n".join([*lines, instruction])
 
 
-def _picture(row: Mapping, pictures: Mapping[str, str], source: str) -> bytes:
-    """The bytes of a row's picture; a short cell names the row that has it."""
+def _is_none(cell) -> bool:
+    return is_empty(cell) or cell.lower() in ("nan", "none")
+
+
+def _decode_mmbench_image(row: Mapping, images: Mapping[str, str], source: str) -> bytes:
+    """The bytes of a row's image; a short cell names the row that has it."""
     cell = row["image"]
-    if not is_empty(cell) and len(cell) < SHORTEST_PICTURE:
-        cell = pictures.get(cell)
+    if not is_empty(cell) and len(cell) < SHORTEST_IMAGE:
+        cell = images.get(cell)
     try:
         return base64.b64decode(cell, validate=True)
     except (TypeError, binascii.Error):
-        raise UserError(f"{source} has no picture in base64; download the table again") from None
+        raise UserError(f"{source} has no image in base64; download the table again") from None
 
 
-def score_mmbench(asked: TaskData, answers: Mapping[str, str]) -> Score | None:
-    """Circular accuracy, or plain accuracy of the first rows, in per cent; None where the table has
-    no answers (test split).
+def score_mmbench(data: TaskData, answers: Mapping[str, str]) -> Score | None:
+    """Circular accuracy, or plain accuracy of the first rows, in per cent.
+
+    None where the table has no answers (test split).
     """
-    if not all("answer" in q.facts for q in asked.questions):
+    rows = [question.facts for question in data.questions]
+    if not all("answer" in row for row in rows):
         return None
-    rows = [q.facts for q in asked.questions]
-    found = mmbench(rows, [answers[q.id] for q in asked.questions])
-    read = found.pop("inferred")
-    each = {q.id: float(r == q.facts["answer"]) for q, r in zip(asked.questions, read, strict=True)}
-    plain = {"plain accuracy": 100 * found["vanilla_accuracy"]}
-    if not asked.facts["circular"]:
-        return Score(
-            plain,
-            {
-                "vanilla_accuracy": found["vanilla_accuracy"],
-                "by_category": found["circular_accuracy"],
-            },
-            each,
-        )
-    return Score(
-        {"circular accuracy": 100 * found["circular_accuracy"]["Overall"], **plain}, found, each
-    )
+    details = mmbench(rows, [answers[question.id] for question in data.questions])
+    inferred = details.pop("inferred")
+    per_question = {}
+    for question, letter in zip(data.questions, inferred, strict=True):
+        per_question[question.id] = float(letter == question.facts["answer"])
+    plain = {"plain accuracy": 100 * details["vanilla_accuracy"]}
+    if data.facts["circular"]:
+        circular = 100 * details["circular_accuracy"]["Overall"]
+        return Score({"circular accuracy": circular, **plain}, details, per_question)
+    details = {
+        "vanilla_accuracy": details["vanilla_accuracy"],
+        "by_category": details["circular_accuracy"],
+    }
+    return Score(plain, details, per_question)
 
 
-def submit_mmbench(asked: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
-    """The table that MMBench's server takes: the rows with a column `prediction`, as .xlsx, which
-    needs the package openpyxl.
+def submit_mmbench(data: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
+    """Write the table that MMBench's server takes: the rows with a column `prediction`, as .xlsx.
+
+    Without the package openpyxl nothing is written.
     """
     import pandas
 
     if importlib.util.find_spec("openpyxl") is None:
         return []
-    columns = [name for name in asked.facts["columns"] if name not in DROPPED]
-    rows = pandas.DataFrame(
-        [{name: q.facts.get(name) for name in columns} for q in asked.questions]
-    )
-    rows["index"] = rows["index"].astype(int)
-    rows.insert(min(6, len(columns)), "prediction", [answers[q.id] for q in asked.questions])
-    path = folder / "mmbench_submission.xlsx"
-    rows.to_excel(path, index=False, engine="openpyxl")
-    return [path]
+    columns = [name for name in data.facts["columns"] if name not in LEFT_OUT]
+    rows = []
+    for question in data.questions:
+        rows.append({name: question.facts.get(name) for name in columns})
+    table = pandas.DataFrame(rows)
+    table["index"] = table["index"].astype(int)
+    predictions = [answers[question.id] for question in data.questions]
+    table.insert(min(6, len(columns)), "prediction", predictions)
+    file = folder / "mmbench_submission.xlsx"
+    table.to_excel(file, index=False, engine="openpyxl")
+    return [file]
 
 
 def read_seed(root: Path, options: Mapping[str, str]) -> TaskData:
-    """SEED-Bench: pictures, the middle frames of videos, or both."""
+    """SEED-Bench: images, the middle frames of videos, or both."""
     folder = root / "seed_bench"
-    file, truth = folder / "llava-seed-bench.jsonl", folder / "SEED-Bench.json"
-    facts = read_json(truth)
-    known = {str(one["question_id"]): one for one in facts["questions"]}
-    names = {number: name for name, number in facts["question_type"].items()}
+    question_file = folder / "llava-seed-bench.jsonl"
+    truth_file = folder / "SEED-Bench.json"
+    truth = read_json(truth_file)
+    type_names = {number: name for name, number in truth["question_type"].items()}
+    by_id = {str(record["question_id"]): record for record in truth["questions"]}
     questions = []
-    for q in llava_questions(file):
-        if q.id not in known:
+    for question in read_llava_questions(question_file):
+        if question.id not in by_id:
             raise UserError(
-                f"{q.source} asks question {q.id}, which {truth.name} does not hold; download both"
-                " again"
+                f"{question.source} asks question {question.id}, which {truth_file.name} does not"
+                " hold; download both again"
             )
-        one = known[q.id]
-        if options["part"] in ("all", one["data_type"]):
-            more = {"truth": one}
-            kind = names[one["question_type_id"]]
-            questions.append(
-                Question(q.id, q.text, q.image, more, "", one["answer"], kind, q.source)
-            )
+        record = by_id[question.id]
+        if options["part"] not in ("all", record["data_type"]):
+            continue
+        question = Question(
+            id=question.id,
+            text=question.text,
+            image=question.image,
+            facts={"truth": record},
+            reference=record["answer"],
+            group=type_names[record["question_type_id"]],
+            source=question.source,
+        )
+        questions.append(question)
     if not questions:
         raise UserError(
-            f"{file} holds no {options['part']} questions; download it again, or ask seed:part=all"
+            f"{question_file} holds no {options['part']} questions; download it again, or ask all,"
+            " as seed:part=all"
         )
-    return TaskData(
-        questions, Pictures(folder), [file, truth], {"question_type": facts["question_type"]}
-    )
+    facts = {"question_type": truth["question_type"]}
+    return TaskData(questions, Pictures(folder), [question_file, truth_file], facts)
 
 
-def score_seed(asked: TaskData, answers: Mapping[str, str]) -> Score:
-    """Share of exactly right letters, in per cent, of images, of videos and of all."""
-    truth = {q.id: q.facts["truth"] for q in asked.questions}
-    found = seed(
-        asked.facts["question_type"],
-        list(truth.values()),
-        [{"question_id": k, "text": answers[k]} for k in truth],
-    )
-    main = {name: found[name] for name in ("image", "video", "total") if found[name] is not None}
-    return Score(
-        main, found, {key: float(answers[key] == one["answer"]) for key, one in truth.items()}
-    )
+def score_seed(data: TaskData, answers: Mapping[str, str]) -> Score:
+    """Answers that are exactly the right letter, in per cent, of images, of videos and of all."""
+    truth = []
+    predictions = []
+    per_question = {}
+    for question in data.questions:
+        answer = answers[question.id]
+        truth.append(question.facts["truth"])
+        predictions.append({"question_id": question.id, "text": answer})
+        per_question[question.id] = float(answer == question.facts["truth"]["answer"])
+    details = seed(data.facts["question_type"], truth, predictions)
+    main = {}
+    for name in ("image", "video", "total"):
+        if details[name] is not None:
+            main[name] = details[name]
+    return Score(main, details, per_question)
 
 
-def submit_seed(asked: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
-    """What SEED-Bench's leaderboard takes."""
-    rows = [
-        {"question_id": q.facts["truth"]["question_id"], "prediction": answers[q.id]}
-        for q in asked.questions
-    ]
+def submit_seed(data: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
+    """Write what SEED-Bench's leaderboard takes."""
+    rows = []
+    for question in data.questions:
+        number = question.facts["truth"]["question_id"]
+        rows.append({"question_id": number, "prediction": answers[question.id]})
     return [write_json_lines(folder / "seed_submission.jsonl", rows)]
 
 
-def _mmbench(title: str, dev: str, test: str, last: str) -> Task:
+def _build_mmbench_task(title: str, dev: str, test: str, instruction: str) -> Task:
     return Task(
-        title,
-        partial(read_mmbench, names={"dev": dev, "test": test}, last=last),
-        f"put {dev} from MMBench's site (download.openmmlab.com/mmclassification/datasets/mmbench)"
-        " into mmbench/",
-        score_mmbench,
-        submit_mmbench,
-        {"split": ("dev", "test"), "circular": ("on", "off")},
+        title=title,
+        read=partial(read_mmbench, files={"dev": dev, "test": test}, instruction=instruction),
+        source=(
+            f"put {dev} from MMBench's site"
+            " (download.openmmlab.com/mmclassification/datasets/mmbench) into mmbench/"
+        ),
+        score=score_mmbench,
+        submit=submit_mmbench,
+        options={"split": ("dev", "test"), "circular": ("on", "off")},
         max_new_tokens=1024,
     )
 
 
-CHOICE_TASKS = {
+MULTIPLE_CHOICE_TASKS = {
     "scienceqa": Task(
-        "ScienceQA",
-        read_scienceqa,
-        f"{EVAL_ZIP}, and put problems.json, pid_splits.json and images of ScienceQA into"
-        " scienceqa/",
-        score_scienceqa,
+        title="ScienceQA",
+        read=read_scienceqa,
+        source=(
+            f"{EVAL_ZIP}, and put problems.json, pid_splits.json and images of ScienceQA into"
+            " scienceqa/"
+        ),
+        score=score_scienceqa,
         options={"part": ("all", "image")},
         max_new_tokens=1024,
     ),
-    "mmbench": _mmbench("MMBench", "mmbench_dev_20230712.tsv", "mmbench_test_20230712.tsv", LETTER),
-    "mmbench_cn": _mmbench(
+    "mmbench": _build_mmbench_task(
+        "MMBench", "mmbench_dev_20230712.tsv", "mmbench_test_20230712.tsv", LETTER
+    ),
+    "mmbench_cn": _build_mmbench_task(
         "MMBench-CN", "mmbench_dev_cn_20231003.tsv", "mmbench_test_cn_20231003.tsv", LETTER_CN
     ),
     "seed": Task(
-        "SEED-Bench",
-        read_seed,
-        f"{EVAL_ZIP}, and put SEED-Bench.json, SEED-Bench-image and SEED-Bench-video-image into"
-        " seed_bench/",
-        score_seed,
-        submit_seed,
-        {"part": ("all", "image", "video")},
+        title="SEED-Bench",
+        read=read_seed,
+        source=(
+            f"{EVAL_ZIP}, and put SEED-Bench.json, SEED-Bench-image and SEED-Bench-video-image into"
+            " seed_bench/"
+        ),
+        score=score_seed,
+        submit=submit_seed,
+        options={"part": ("all", "image", "video")},
     ),
 }

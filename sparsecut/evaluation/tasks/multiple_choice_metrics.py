@@ -1,12 +1,13 @@
-"""Scores of MMBench, SEED-Bench and ScienceQA, which ask for an option's letter: each equals the
-benchmark's own script.
+"""Scores of MMBench, SEED-Bench and ScienceQA, which ask for an option's letter.
+
+Each function returns what the benchmark's own script computes from the same input.
 """
 
 from __future__ import annotations
 
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ...schema import UserError
 from .open_ended_metrics import mean
@@ -18,8 +19,10 @@ REFUSALS = (
     "I'm sorry, but without the image provided",
     "Cannot determine the answer",
 )
-VERBOSE = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
-ABBREVIATED = {
+REFUSED = "Z"  # VLMEvalKit's letter for a refusal
+BRACKETS_AND_MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+ANSWER_IS = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
+ABBREVIATIONS = {
     "coarse_perception": "CP",
     "finegrained_perception (instance-level)": "FP-S",
     "finegrained_perception (cross-instance)": "FP-C",
@@ -27,168 +30,217 @@ ABBREVIATED = {
     "relation_reasoning": "RR",
     "attribute_reasoning": "AR",
 }
-ROTATIONS = 1_000_000  # an index above is a rotation of the row with what is left of it
+ROTATIONS = 1_000_000  # a row whose index is larger is a rotation of the row index % ROTATIONS
 
 
 def mmbench(rows: Sequence[Mapping], predictions: Sequence[str]) -> dict:
-    """MMBench: the option read from each answer, circular and plain accuracy, of 1 (VLMEvalKit,
-    multiple_choice.py, without a judge).
+    """MMBench: circular and plain accuracy, 0 to 1, with options read without a judge.
 
-    rows: `index`, `answer`, options A, B, ... and, for the table, `category` and `l2-category`;
-    rows whose index exceeds a million are rotations of that row modulo a million. predictions: an
-    answer for each row, in order. A question is hit only where all its rotations are. Returns
-    `circular_accuracy` (Overall, then categories), `circular_hit` by question, `vanilla_accuracy`
-    over all rows, and `inferred` (None where no option could be read, which counts as wrong).
+    Source: multiple_choice.py of VLMEvalKit. In circular accuracy a question counts only where all
+    rotations of its options are answered rightly.
+
+    Args:
+        rows: `index`, `answer`, options A, B, ... and, for the table, `category` and `l2-category`.
+            A row whose index exceeds a million is a rotation of the row index % 1,000,000.
+        predictions: The answer to every row, in the same order.
+
+    Returns:
+        `circular_accuracy` (Overall, then by category), `circular_hit` by question,
+        `vanilla_accuracy` over all rows, and `inferred`, the option read from each answer (None,
+        which is wrong, where no option could be read).
+
+    Raises:
+        UserError: There is no row, or not one answer for each.
     """
     if len(rows) != len(predictions) or not rows:
         raise UserError(
-            f"there are {len(rows)} rows and {len(predictions)} answers; give as many of both, at"
-            " least one"
+            f"there are {len(rows)} rows and {len(predictions)} answers; give one answer for each"
+            " row, and at least one row"
         )
-    read = [
-        infer_option(said, options_of(row)) for row, said in zip(rows, predictions, strict=True)
-    ]
-    right = [found == row["answer"] for found, row in zip(read, rows, strict=True)]
-    hit: dict[int, bool] = {}
-    for row, good in zip(rows, right, strict=True):
+    inferred = []
+    right = []
+    hits: dict[int, bool] = {}
+    for row, prediction in zip(rows, predictions, strict=True):
+        letter = infer_option(prediction, get_options(row))
+        inferred.append(letter)
+        right.append(letter == row["answer"])
         number = int(row["index"]) % ROTATIONS
-        hit[number] = hit.get(number, True) and good
-    main = [row for row in rows if int(row["index"]) < ROTATIONS]
-    table = {"Overall": mean([float(hit[int(row["index"])]) for row in main])}
-    for level in ("l2-category", "category"):
-        for name in sorted({row[level] for row in main if row.get(level)}):
-            members = [float(hit[int(row["index"])]) for row in main if row.get(level) == name]
-            table[ABBREVIATED.get(name, name)] = mean(members)
+        hits[number] = hits.get(number, True) and right[-1]
+    unrotated = [row for row in rows if int(row["index"]) < ROTATIONS]
     return {
-        "circular_accuracy": table,
-        "circular_hit": {str(int(row["index"])): int(hit[int(row["index"])]) for row in main},
+        "circular_accuracy": _tabulate_hits(unrotated, hits),
+        "circular_hit": {str(int(row["index"])): int(hits[int(row["index"])]) for row in unrotated},
         "vanilla_accuracy": mean(right),
-        "inferred": read,
+        "inferred": inferred,
     }
 
 
-def options_of(row: Mapping) -> dict[str, str]:
-    """The options of a row by letter; columns that are missing or empty are none."""
-    return {c: str(row[c]) for c in LETTERS if c in row and not is_empty(row[c])}
+def _tabulate_hits(rows: Sequence[Mapping], hits: Mapping[int, bool]) -> dict[str, float]:
+    """Circular accuracy overall, by coarse category and by category."""
+    table = {"Overall": mean([float(hits[int(row["index"])]) for row in rows])}
+    for level in ("l2-category", "category"):
+        by_category: dict[str, list[float]] = {}
+        for row in rows:
+            if row.get(level):
+                by_category.setdefault(row[level], []).append(float(hits[int(row["index"])]))
+        for name in sorted(by_category):
+            table[ABBREVIATIONS.get(name, name)] = mean(by_category[name])
+    return table
+
+
+def get_options(row: Mapping) -> dict[str, str]:
+    """The options of a row by letter, without columns that are missing or empty."""
+    options = {}
+    for letter in LETTERS:
+        if letter in row and not is_empty(row[letter]):
+            options[letter] = str(row[letter])
+    return options
 
 
 def is_empty(value) -> bool:
     """Whether a cell of a table holds nothing."""
-    return value is None or value != value or value == ""
+    is_nan = value != value
+    return value is None or is_nan or value == ""
 
 
-def infer_option(answer: str, choices: Mapping[str, str]) -> str | None:
-    """The letter of the option that an answer names, "Z" for a refusal, None where it names none or
-    several.
+def infer_option(answer: str, options: Mapping[str, str]) -> str | None:
+    """Read the letter of the option that an answer names, as VLMEvalKit does without a judge.
 
-    First by its letter, standing alone among the last four words, then by "answer is X", then by
-    the option's text in the answer.
+    First by its letter as one of the last four words, then by "answer is X", then by the text of a
+    single option in the answer.
+
+    Returns:
+        The letter, "Z" for a refusal, or None where no option or several are named.
     """
     answer = str(answer)
     if any(refusal in answer for refusal in REFUSALS):
-        return "Z"
-    words = answer.translate(str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))).split()
-    named = [letter for letter in choices if letter in words]
+        return REFUSED
+    words = answer.translate(BRACKETS_AND_MARKS).split()
+    named = [letter for letter in options if letter in words]
     if len(named) == 1 and words.index(named[0]) > len(words) - 5:
         return named[0]
-    if not named and "Z" in words:
-        return "Z"
-    verbose = VERBOSE.search(answer)
-    if verbose and verbose[1].upper() in choices:
-        return verbose[1].upper()
-    if len(answer) > 2 * sum(len(str(text)) for text in choices.values()):
+    if not named and REFUSED in words:
+        return REFUSED
+    match = ANSWER_IS.search(answer)
+    if match and match[1].upper() in options:
+        return match[1].upper()
+    if len(answer) > 2 * sum(len(str(text)) for text in options.values()):
         return None
-    inside = [letter for letter, text in choices.items() if str(text).lower() in answer.lower()]
-    return inside[0] if len(inside) == 1 else None
+    contained = [letter for letter, text in options.items() if str(text).lower() in answer.lower()]
+    return contained[0] if len(contained) == 1 else None
 
 
 def seed(
     question_type: Mapping[str, int], questions: Sequence[Mapping], predictions: Sequence[Mapping]
 ) -> dict:
-    """SEED-Bench: share of answers that are exactly the right letter, in per cent: per type, in
-    total, of images and of videos.
+    """SEED-Bench: answers that are exactly the right letter, in per cent.
 
-    As LLaVA's convert_seed_for_submission.py: "A." is wrong, and so is a question without
-    prediction. total, image or video is None where there is no such question.
+    Source: LLaVA's convert_seed_for_submission.py, where "A." is wrong, and so is a question
+    without a prediction.
+
+    Args:
+        question_type: Numbers of the types by name.
+        questions: `question_id`, `answer`, `question_type_id` and `data_type` of every question.
+        predictions: `question_id` and `text` of every question.
+
+    Returns:
+        `per_type` by name; `total`, `image` and `video`, None where there is no such question.
     """
-    said = {str(one["question_id"]): one["text"] for one in predictions}
-    right = [said.get(str(one["question_id"])) == one["answer"] for one in questions]
+    answers = {str(one["question_id"]): one["text"] for one in predictions}
     names = {number: name for name, number in question_type.items()}
-    types = sorted({one["question_type_id"] for one in questions})
-
-    def of(key: str, value) -> list[bool]:
-        return [r for r, one in zip(right, questions, strict=True) if one[key] == value]
-
-    kinds = {kind: of("data_type", kind) for kind in ("image", "video")}
+    all_right = []
+    by_type: dict[int, list[bool]] = {}
+    by_kind: dict[str, list[bool]] = {"image": [], "video": []}
+    for question in questions:
+        right = answers.get(str(question["question_id"])) == question["answer"]
+        all_right.append(right)
+        by_type.setdefault(question["question_type_id"], []).append(right)
+        by_kind.setdefault(question["data_type"], []).append(right)
     return {
-        "per_type": {names[number]: mean(of("question_type_id", number), 100) for number in types},
-        "total": mean(right, 100) if right else None,
-        **{kind: mean(found, 100) if found else None for kind, found in kinds.items()},
+        "per_type": {names[number]: mean(by_type[number], 100) for number in sorted(by_type)},
+        "total": mean(all_right, 100) if all_right else None,
+        "image": mean(by_kind["image"], 100) if by_kind["image"] else None,
+        "video": mean(by_kind["video"], 100) if by_kind["video"] else None,
     }
 
 
 def scienceqa(problems: Mapping[str, Mapping], predictions: Sequence[Mapping]) -> dict:
-    """ScienceQA: accuracy and accuracy of questions with a picture (LLaVA's eval_science_qa.py),
-    and the official groups, in per cent.
+    """ScienceQA: accuracy as in LLaVA's script, and the official groups, in per cent.
 
-    problems: by id, as in problems.json, of the questions asked; predictions: `question_id`, `text`
-    and `prompt`, whose <image> says whether a picture was shown. A question without prediction is
-    wrong. Returns `llava` (with parsed_index: the choice read from each answer, -1 for none) and
-    `official_by_group` (evaluate_acc.py; groups without a question are left out).
+    Source: eval_science_qa.py of LLaVA and evaluate_acc.py of ScienceQA. A question without a
+    prediction is wrong.
+
+    Args:
+        problems: The questions by id, as in problems.json.
+        predictions: `question_id`, `text` and `prompt` of every question. `<image>` in the prompt
+            tells that an image was shown.
+
+    Returns:
+        `llava`: total, correct, accuracy, img_accuracy (None without images) and parsed_index,
+        which is the choice read from each answer, -1 for none. `official_by_group`: accuracy by
+        group, without groups that have no question.
     """
-    said = {str(one["question_id"]): one for one in predictions}
-    read = {
-        k: read_choice(said[k]["text"], len(p["choices"])) if k in said else -1
-        for k, p in problems.items()
-    }
-    right = {key: read[key] == problem["answer"] for key, problem in problems.items()}
-    shown = [right[key] for key in problems if key in said and "<image>" in said[key]["prompt"]]
-    groups = {
-        name: [right[key] for key, problem in problems.items() if belongs(problem)]
-        for name, belongs in _science_groups(problems).items()
-    }
+    by_id = {str(prediction["question_id"]): prediction for prediction in predictions}
+    parsed = {}
+    right = {}
+    right_with_image = []
+    for key, problem in problems.items():
+        parsed[key] = -1
+        if key in by_id:
+            parsed[key] = read_choice(by_id[key]["text"], len(problem["choices"]))
+        right[key] = parsed[key] == problem["answer"]
+        if key in by_id and "<image>" in by_id[key]["prompt"]:
+            right_with_image.append(right[key])
+    groups = {}
+    for name, is_member in _get_scienceqa_groups(problems).items():
+        members = [right[key] for key, problem in problems.items() if is_member(problem)]
+        if members:
+            groups[name] = mean(members, 100)
     return {
         "llava": {
             "total": len(right),
             "correct": sum(right.values()),
             "accuracy": mean(list(right.values()), 100),
-            "img_accuracy": mean(shown, 100) if shown else None,
-            "parsed_index": read,
+            "img_accuracy": mean(right_with_image, 100) if right_with_image else None,
+            "parsed_index": parsed,
         },
-        "official_by_group": {name: mean(values, 100) for name, values in groups.items() if values},
+        "official_by_group": groups,
     }
 
 
-def _science_groups(problems: Mapping[str, Mapping]) -> dict:
-    def one_of(key: str, *values: str):
+def _get_scienceqa_groups(problems: Mapping[str, Mapping]) -> dict[str, Callable]:
+    """The official groups, each as a function that tells whether a problem belongs to it."""
+
+    def has(key: str, *values: str) -> Callable:
         return lambda problem: problem[key] in values
 
     grades = [f"grade{number}" for number in range(1, 13)]
-    return {
-        **{
-            name: one_of("subject", f"{name} science") for name in ("natural", "social", "language")
-        },
+    groups = {
+        "natural": has("subject", "natural science"),
+        "social": has("subject", "social science"),
+        "language": has("subject", "language science"),
         "has_text": lambda problem: bool(problem["hint"]),
         "has_image": lambda problem: bool(problem["image"]),
         "no_context": lambda problem: not problem["hint"] and not problem["image"],
-        "grade_1_6": one_of("grade", *grades[:6]),
-        "grade_7_12": one_of("grade", *grades[6:]),
+        "grade_1_6": has("grade", *grades[:6]),
+        "grade_7_12": has("grade", *grades[6:]),
         "average": lambda problem: True,
-        **{
-            topic: one_of("topic", topic)
-            for topic in sorted({problem["topic"] for problem in problems.values()})
-        },
     }
+    for topic in sorted({problem["topic"] for problem in problems.values()}):
+        groups[topic] = has("topic", topic)
+    return groups
 
 
 def read_choice(text: str, num_choices: int) -> int:
-    """The choice, from 0, that ScienceQA's script of LLaVA reads from "B", "B. ..." or one "The
-    answer is B."; -1 for none.
+    """Read the choice, from 0, as LLaVA's script does for ScienceQA; -1 where it reads none.
+
+    It reads "B", "B. ..." and a single "The answer is B.".
     """
-    options = LETTERS[:5]
-    if text in tuple(options) or (text[:1] in tuple(options) and text[1:3] == ". "):
-        found = text[0]
+    letters = LETTERS[:5]
+    starts_with_letter = text[:1] in tuple(letters)
+    if starts_with_letter and (len(text) == 1 or text[1:3] == ". "):
+        letter = text[0]
     else:
         named = re.findall(r"The answer is ([A-Z]).", text)
-        found = named[0] if len(named) == 1 else "none"
-    return options.index(found) if found in tuple(options[:num_choices]) else -1
+        letter = named[0] if len(named) == 1 else ""
+    return letters.index(letter) if letter in tuple(letters[:num_choices]) else -1

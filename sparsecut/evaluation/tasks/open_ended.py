@@ -1,5 +1,5 @@
-"""VQAv2, VizWiz and TextVQA, which ask for a short text, and MM-Vet and LLaVA-Bench, which ask for
-a long one.
+"""The tasks VQAv2, VizWiz and TextVQA, which ask for a short text, and MM-Vet and LLaVA-Bench, which
+ask for a long one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from ...data.images import Pictures
 from ...data.jsonl import write_json_lines
 from ...schema import UserError
-from .open_ended_metrics import textvqa, textvqa_text, vqa, vqa_score
+from .open_ended_metrics import normalize_textvqa, score_vqa_answer, textvqa, vqa
 from .task import (
     EVAL_ZIP,
     SHORT,
@@ -19,217 +19,235 @@ from .task import (
     Score,
     Task,
     TaskData,
-    llava_questions,
+    find_file,
     read_json,
-    read_lines,
-    the_file,
+    read_llava_questions,
+    read_records,
     write_json,
 )
 
-OCR = "Reference OCR token:"  # begins the line of a prompt that names what a text recogniser read
+OCR = "Reference OCR token:"  # begins the line of a prompt with text that was read in the image
 
 
 def read_vqav2(root: Path, options: Mapping[str, str]) -> TaskData:
-    """test-dev and test from LLaVA's question files, or the validation split from the official
-    ones, whose answers are public.
+    """test-dev or test from LLaVA's question files, or the validation split from the official ones.
+
+    Only the validation split has public answers.
     """
-    folder, split = root / "vqav2", options["split"]
-    if split == "val":
+    folder = root / "vqav2"
+    if options["split"] == "val":
         return _read_vqav2_val(folder)
-    asked = folder / f"llava_vqav2_mscoco_{'test2015' if split == 'test' else 'test-dev2015'}.jsonl"
-    whole = folder / "llava_vqav2_mscoco_test2015.jsonl"
-    ids = [record["question_id"] for record in read_lines(whole, "question_id")]
+    test_file = folder / "llava_vqav2_mscoco_test2015.jsonl"
+    question_file = test_file
+    if options["split"] == "testdev":
+        question_file = folder / "llava_vqav2_mscoco_test-dev2015.jsonl"
+    # A submission has a row for every question of the test split, answered or not.
+    submitted_ids = [record["question_id"] for record in read_records(test_file, "question_id")]
     return TaskData(
-        llava_questions(asked),
-        Pictures(the_file(folder / "test2015")),
-        [asked, whole],
-        {"submitted": ids},
+        read_llava_questions(question_file),
+        Pictures(find_file(folder / "test2015")),
+        [question_file, test_file],
+        {"submitted": submitted_ids},
     )
 
 
 def _read_vqav2_val(folder: Path) -> TaskData:
-    asked, truth = (
-        folder / "v2_OpenEnded_mscoco_val2014_questions.json",
-        folder / "v2_mscoco_val2014_annotations.json",
-    )
-    annotations = {one["question_id"]: one for one in read_json(truth)["annotations"]}
-    questions = [
-        Question(
-            str(one["question_id"]),
-            f"{one['question']}\n{SHORT}",
-            f"COCO_val2014_{one['image_id']:012d}.jpg",
-            {"question_id": one["question_id"], "annotation": annotations[one["question_id"]]},
-            reference=annotations[one["question_id"]]["multiple_choice_answer"],
-            group=annotations[one["question_id"]]["answer_type"],
-            source=f"{asked.name} question {one['question_id']}",
+    question_file = folder / "v2_OpenEnded_mscoco_val2014_questions.json"
+    truth_file = folder / "v2_mscoco_val2014_annotations.json"
+    annotations = {}
+    for annotation in read_json(truth_file)["annotations"]:
+        annotations[annotation["question_id"]] = annotation
+    questions = []
+    for record in read_json(question_file)["questions"]:
+        number = record["question_id"]
+        annotation = annotations[number]
+        question = Question(
+            id=str(number),
+            text=f"{record['question']}\n{SHORT}",
+            image=f"COCO_val2014_{record['image_id']:012d}.jpg",
+            facts={"question_id": number, "annotation": annotation},
+            reference=annotation["multiple_choice_answer"],
+            group=annotation["answer_type"],
+            source=f"{question_file.name} question {number}",
         )
-        for one in read_json(asked)["questions"]
-    ]
-    return TaskData(questions, Pictures(the_file(folder / "val2014")), [asked, truth])
+        questions.append(question)
+    images = Pictures(find_file(folder / "val2014"))
+    return TaskData(questions, images, [question_file, truth_file])
 
 
-def score_vqav2(asked: TaskData, answers: Mapping[str, str]) -> Score | None:
-    """VQA accuracy of the validation split, of answers as a submission holds them; None for test
-    splits.
+def score_vqav2(data: TaskData, answers: Mapping[str, str]) -> Score | None:
+    """VQA accuracy of the validation split, of answers as a submission holds them.
+
+    None for the test splits.
     """
-    if "submitted" in asked.facts:
+    if "submitted" in data.facts:
         return None
-    said = {q.id: textvqa_text(answers[q.id]) for q in asked.questions}
-    truth = {q.id: q.facts["annotation"] for q in asked.questions}
-    given = [{"question_id": q.facts["question_id"], "answer": said[q.id]} for q in asked.questions]
-    found = vqa(list(truth.values()), given)["accuracy"]
-    each = {key: vqa_score(said[key], one["answers"]) for key, one in truth.items()}
-    return Score({"accuracy": found["overall"]}, found, each)
+    annotations = []
+    predictions = []
+    per_question = {}
+    for question in data.questions:
+        annotation = question.facts["annotation"]
+        answer = normalize_textvqa(answers[question.id])
+        annotations.append(annotation)
+        predictions.append({"question_id": question.facts["question_id"], "answer": answer})
+        per_question[question.id] = score_vqa_answer(answer, annotation["answers"])
+    details = vqa(annotations, predictions)["accuracy"]
+    return Score({"accuracy": details["overall"]}, details, per_question)
 
 
-def submit_vqav2(asked: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
-    """What eval.ai takes: an answer for every question of the test split, empty where it was not
-    asked.
+def submit_vqav2(data: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
+    """Write what eval.ai takes: an answer to every question of the test split, empty where it was
+    not asked.
     """
-    if "submitted" not in asked.facts:
+    if "submitted" not in data.facts:
         return []
-    said = {q.facts["question_id"]: textvqa_text(answers[q.id]) for q in asked.questions}
-    rows = [
-        {"question_id": number, "answer": said.get(number, "")}
-        for number in asked.facts["submitted"]
-    ]
+    by_number = {}
+    for question in data.questions:
+        by_number[question.facts["question_id"]] = normalize_textvqa(answers[question.id])
+    rows = []
+    for number in data.facts["submitted"]:
+        rows.append({"question_id": number, "answer": by_number.get(number, "")})
     return [write_json(folder / "vqav2_submission.json", rows)]
 
 
 def read_vizwiz(root: Path, options: Mapping[str, str]) -> TaskData:
     """The test split; its prompts allow "Unanswerable"."""
-    file = root / "vizwiz" / "llava_test.jsonl"
-    return TaskData(llava_questions(file), Pictures(the_file(root / "vizwiz" / "test")), [file])
+    question_file = root / "vizwiz" / "llava_test.jsonl"
+    questions = read_llava_questions(question_file)
+    return TaskData(questions, Pictures(find_file(root / "vizwiz" / "test")), [question_file])
 
 
-def submit_vizwiz(asked: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
-    """What eval.ai takes: picture and answer of each question."""
-    rows = [{"image": q.image, "answer": textvqa_text(answers[q.id])} for q in asked.questions]
+def submit_vizwiz(data: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
+    """Write what eval.ai takes: image and answer of each question."""
+    rows = []
+    for question in data.questions:
+        rows.append({"image": question.image, "answer": normalize_textvqa(answers[question.id])})
     return [write_json(folder / "vizwiz_submission.json", rows)]
 
 
 def read_textvqa(root: Path, options: Mapping[str, str]) -> TaskData:
-    """The validation split, with or without the line that names what a text recogniser read in the
-    picture.
-    """
+    """The validation split, with or without the prompt's line of text that was read in the image."""
     folder = root / "textvqa"
-    file, truth = folder / "llava_textvqa_val_v051_ocr.jsonl", folder / "TextVQA_0.5.1_val.json"
-    annotations = {
-        (str(one["image_id"]), one["question"].lower()): one for one in read_json(truth)["data"]
-    }
+    question_file = folder / "llava_textvqa_val_v051_ocr.jsonl"
+    truth_file = folder / "TextVQA_0.5.1_val.json"
+    references = {}
+    for record in read_json(truth_file)["data"]:
+        references[str(record["image_id"]), record["question"].lower()] = record["answers"]
     questions = []
-    for q in llava_questions(file):
-        lines = q.text.split("\n")
-        plain = [line for line in lines if not line.startswith(OCR)]
-        key = str(q.facts["question_id"]), plain[0].lower()
-        if key not in annotations:
+    for question in read_llava_questions(question_file):
+        lines = [line for line in question.text.split("\n") if not line.startswith(OCR)]
+        key = (str(question.facts["question_id"]), lines[0].lower())
+        if key not in references:
             raise UserError(
-                f"{q.source} asks {plain[0]!r} of {key[0]}, which {truth.name} does not; download"
-                " both again"
+                f"{question.source} asks {lines[0]!r} about {key[0]}, which {truth_file.name} does"
+                " not; download both again"
             )
-        text = "\n".join(plain) if options["ocr"] == "off" else q.text
-        answers = annotations[key]["answers"]
-        questions.append(
-            replace(q, text=text, facts={**q.facts, "answers": answers}, reference=_most(answers))
+        answers = references[key]
+        question = replace(
+            question,
+            text="\n".join(lines) if options["ocr"] == "off" else question.text,
+            facts={**question.facts, "answers": answers},
+            reference=max(answers, key=answers.count),
         )
-    if options["ocr"] == "on" and not any(OCR in q.text for q in questions):
+        questions.append(question)
+    if options["ocr"] == "on" and not any(OCR in question.text for question in questions):
         raise UserError(
-            f"{file} holds no line that begins with {OCR!r}; ask without, as textvqa:ocr=off"
+            f"{question_file} holds no line that begins with {OCR!r}; ask without these lines, as"
+            " textvqa:ocr=off"
         )
-    return TaskData(questions, Pictures(the_file(folder / "train_images")), [file, truth])
+    images = Pictures(find_file(folder / "train_images"))
+    return TaskData(questions, images, [question_file, truth_file])
 
 
-def score_textvqa(asked: TaskData, answers: Mapping[str, str]) -> Score:
+def score_textvqa(data: TaskData, answers: Mapping[str, str]) -> Score:
     """TextVQA accuracy by the M4C evaluator, in per cent."""
-    pairs = [
-        {"pred_answer": answers[q.id], "gt_answers": q.facts["answers"]} for q in asked.questions
-    ]
-    found = textvqa(pairs)
-    each = dict(zip([q.id for q in asked.questions], found.pop("per_question"), strict=True))
-    return Score({"accuracy": 100 * found["textvqa_accuracy"]}, found, each)
-
-
-def _most(answers: list[str]) -> str:
-    return max(answers, key=answers.count)
+    pairs = []
+    for question in data.questions:
+        references = question.facts["answers"]
+        pairs.append({"pred_answer": answers[question.id], "gt_answers": references})
+    details = textvqa(pairs)
+    ids = [question.id for question in data.questions]
+    per_question = dict(zip(ids, details.pop("per_question"), strict=True))
+    return Score({"accuracy": 100 * details["textvqa_accuracy"]}, details, per_question)
 
 
 def read_mmvet(root: Path, options: Mapping[str, str]) -> TaskData:
-    """All questions; the released script and its instructions name the folder differently, either
-    is taken.
-    """
-    folder = the_file(root / "mm-vet", root / "mmvet")
-    file = folder / "llava-mm-vet.jsonl"
-    return TaskData(llava_questions(file), Pictures(the_file(folder / "images")), [file])
+    """All questions. The released script names the folder mm-vet, its instructions mmvet."""
+    folder = find_file(root / "mm-vet", root / "mmvet")
+    question_file = folder / "llava-mm-vet.jsonl"
+    questions = read_llava_questions(question_file)
+    return TaskData(questions, Pictures(find_file(folder / "images")), [question_file])
 
 
-def submit_mmvet(asked: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
-    """What MM-Vet's notebook and evaluation server take."""
-    rows = {f"v1_{q.facts['question_id']}": answers[q.id] for q in asked.questions}
+def submit_mmvet(data: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
+    """Write what MM-Vet's notebook and evaluation server take."""
+    rows = {f"v1_{q.facts['question_id']}": answers[q.id] for q in data.questions}
     return [write_json(folder / "mmvet_submission.json", rows, indent=2)]
 
 
 def read_llava_bench(root: Path, options: Mapping[str, str]) -> TaskData:
     """LLaVA-Bench (in the wild); its kinds of question are groups."""
     folder = root / "llava-bench-in-the-wild"
-    file = folder / "questions.jsonl"
-    return TaskData(
-        llava_questions(file, group=lambda one: one.get("category")),
-        Pictures(the_file(folder / "images")),
-        [file],
-    )
+    question_file = folder / "questions.jsonl"
+    questions = read_llava_questions(question_file, group_key="category")
+    return TaskData(questions, Pictures(find_file(folder / "images")), [question_file])
 
 
-def submit_llava_bench(asked: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
-    """What LLaVA's eval_gpt_review_bench.py takes as one of its --answer-list."""
-    rows = [
-        {
-            "question_id": q.facts["question_id"],
-            "prompt": q.text,
-            "text": answers[q.id],
-            "answer_id": q.id,
+def submit_llava_bench(data: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
+    """Write what LLaVA's eval_gpt_review_bench.py takes as one of its --answer-list."""
+    rows = []
+    for question in data.questions:
+        row = {
+            "question_id": question.facts["question_id"],
+            "prompt": question.text,
+            "text": answers[question.id],
+            "answer_id": question.id,
             "model_id": "sparsecut",
             "metadata": {},
         }
-        for q in asked.questions
-    ]
+        rows.append(row)
     return [write_json_lines(folder / "llava_bench_answers.jsonl", rows)]
 
 
-TEXT_TASKS = {
+OPEN_ENDED_TASKS = {
     "vqav2": Task(
-        "VQAv2",
-        read_vqav2,
-        f"{EVAL_ZIP}, and put COCO's test2015 (val2014 and the official val files for split=val)"
-        " into vqav2/",
-        score_vqav2,
-        submit_vqav2,
-        {"split": ("testdev", "test", "val")},
+        title="VQAv2",
+        read=read_vqav2,
+        source=(
+            f"{EVAL_ZIP}, and put COCO's test2015 (val2014 and the official val files for"
+            " split=val) into vqav2/"
+        ),
+        score=score_vqav2,
+        submit=submit_vqav2,
+        options={"split": ("testdev", "test", "val")},
     ),
     "vizwiz": Task(
-        "VizWiz",
-        read_vizwiz,
-        f"{EVAL_ZIP}, and put VizWiz's test pictures into vizwiz/test",
+        title="VizWiz",
+        read=read_vizwiz,
+        source=f"{EVAL_ZIP}, and put VizWiz's test images into vizwiz/test",
         submit=submit_vizwiz,
     ),
     "textvqa": Task(
-        "TextVQA",
-        read_textvqa,
-        f"{EVAL_ZIP}, and put TextVQA_0.5.1_val.json and train_images into textvqa/",
-        score_textvqa,
+        title="TextVQA",
+        read=read_textvqa,
+        source=f"{EVAL_ZIP}, and put TextVQA_0.5.1_val.json and train_images into textvqa/",
+        score=score_textvqa,
         options={"ocr": ("on", "off")},
     ),
     "mmvet": Task(
-        "MM-Vet",
-        read_mmvet,
-        f"{EVAL_ZIP}, and put the images of mm-vet.zip into mm-vet/images",
+        title="MM-Vet",
+        read=read_mmvet,
+        source=f"{EVAL_ZIP}, and put the images of mm-vet.zip into mm-vet/images",
         submit=submit_mmvet,
         max_new_tokens=1024,
     ),
     "llava_bench": Task(
-        "LLaVA-Bench (in the wild)",
-        read_llava_bench,
-        "put the files of the data set liuhaotian/llava-bench-in-the-wild into"
-        " llava-bench-in-the-wild/",
+        title="LLaVA-Bench (in the wild)",
+        read=read_llava_bench,
+        source=(
+            "put the files of the data set liuhaotian/llava-bench-in-the-wild into"
+            " llava-bench-in-the-wild/"
+        ),
         submit=submit_llava_bench,
         max_new_tokens=1024,
     ),

@@ -1,6 +1,4 @@
-"""Ask a model the questions of benchmarks, on one process or several, and write what the benchmarks
-say of the answers.
-"""
+"""Run benchmark tasks: ask a model, in one process or several, and write the scores."""
 
 from __future__ import annotations
 
@@ -13,100 +11,164 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...data.examples import IMAGE, Example
-from ...data.jsonl import write_json_lines
+from ...data.jsonl import read_json_lines, write_json_lines
+from ...drawing import text_table
 from ...schema import UserError, nearest
 from ..evaluator import evaluate
-from ..output_dir import PREDICTIONS, RESULT, SETTINGS, read_lines, write_json
+from ..output_dir import PREDICTIONS, RESULT, SETTINGS, write_json
 from ..scoring import Z95, wilson_interval
-from .multiple_choice import CHOICE_TASKS
-from .open_ended import TEXT_TASKS
-from .single_word import WORD_TASKS
+from .multiple_choice import MULTIPLE_CHOICE_TASKS
+from .open_ended import OPEN_ENDED_TASKS
+from .single_word import SINGLE_WORD_TASKS
 from .task import MissingFileError, Question, Score, Task, TaskData
 
+# In the order of the paper's table.
 TASKS: dict[str, Task] = {
-    name: {**TEXT_TASKS, **WORD_TASKS, **CHOICE_TASKS}[name]
-    for name in (
-        *("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "mmbench_cn"),
-        *("seed", "llava_bench", "mmvet"),
-    )
+    "vqav2": OPEN_ENDED_TASKS["vqav2"],
+    "gqa": SINGLE_WORD_TASKS["gqa"],
+    "vizwiz": OPEN_ENDED_TASKS["vizwiz"],
+    "scienceqa": MULTIPLE_CHOICE_TASKS["scienceqa"],
+    "textvqa": OPEN_ENDED_TASKS["textvqa"],
+    "pope": SINGLE_WORD_TASKS["pope"],
+    "mme": SINGLE_WORD_TASKS["mme"],
+    "mmbench": MULTIPLE_CHOICE_TASKS["mmbench"],
+    "mmbench_cn": MULTIPLE_CHOICE_TASKS["mmbench_cn"],
+    "seed": MULTIPLE_CHOICE_TASKS["seed"],
+    "llava_bench": OPEN_ENDED_TASKS["llava_bench"],
+    "mmvet": OPEN_ENDED_TASKS["mmvet"],
 }
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A task with its options, and what it asks of the files below a root folder."""
+class SelectedTask:
+    """A task with its options, and its data.
+
+    Attributes:
+        name: A key of `TASKS`.
+        options: The value of every option.
+        data: The questions to ask.
+        limit: About how many questions were selected; None for all.
+    """
 
     name: str
     options: Mapping[str, str]
-    asked: TaskData
+    data: TaskData
     limit: int | None = None
 
     @property
     def task(self) -> Task:
-        """What the name means."""
+        """The task by its name."""
         return TASKS[self.name]
 
     @property
     def label(self) -> str:
-        """The name and the options that are not the first ones, as a folder is called:
-        textvqa-ocr-off.
-        """
-        own = [f"{k}-{v}" for k, v in self.options.items() if v != self.task.options[k][0]]
-        return "-".join([self.name, *own, *([f"limit-{self.limit}"] if self.limit else [])])
+        """The folder's name: the task and what is not the default, such as textvqa-ocr-off."""
+        parts = [self.name]
+        for key, value in self.options.items():
+            if value != self.task.options[key][0]:
+                parts.append(f"{key}-{value}")
+        if self.limit:
+            parts.append(f"limit-{self.limit}")
+        return "-".join(parts)
+
+
+# ---- names and options
 
 
 def parse_tasks(text: str) -> list[tuple[str, dict[str, str]]]:
-    """Names with options as typed, "pope:split=random,textvqa:ocr=off", each with all its options;
-    "all" is every task.
+    """Parse task names with options, such as "pope:split=random,textvqa:ocr=off".
 
-    Raises ValueError for a name, an option or a value that does not exist, and for a task that is
-    asked twice.
+    Args:
+        text: Names with commas between them, or "all".
+
+    Returns:
+        (name, value of every option) of each task.
+
+    Raises:
+        UserError: A name, an option or a value does not exist, or a task is named twice.
     """
-    typed = [part.strip() for part in text.split(",") if part.strip()]
-    typed = list(TASKS) if typed == ["all"] else typed
-    if not typed:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
         raise UserError(f"no task is named; allowed are {', '.join(TASKS)}, or all")
-    found = []
-    for part in typed:
-        name, *pairs = part.split(":")
-        if name not in TASKS:
-            raise UserError(
-                f"there is no task {name!r}{nearest(name, TASKS)}; allowed are {', '.join(TASKS)},"
-                " or all"
-            )
-        options = {key: values[0] for key, values in TASKS[name].options.items()}
-        keys = [pair.partition("=")[0] for pair in pairs]
-        if twice := [key for key in options if keys.count(key) > 1]:
-            raise UserError(f"{part} says {twice[0]} twice; say it once, or name the task twice")
-        for pair in pairs:
-            key, _, value = pair.partition("=")
-            if key not in options:
-                known = (
-                    ", ".join(f"{k}={'|'.join(v)}" for k, v in TASKS[name].options.items())
-                    or "none"
-                )
-                raise UserError(
-                    f"{name} has no option {key!r}{nearest(key, options)}; its options are: {known}"
-                )
-            if value not in TASKS[name].options[key]:
-                allowed = TASKS[name].options[key]
-                raise UserError(
-                    f"{name}:{key}={value} is not known{nearest(value, allowed)}; allowed are"
-                    f" {', '.join(allowed)}"
-                )
-            options[key] = value
-        if (name, options) in found:
+    if parts == ["all"]:
+        parts = list(TASKS)
+    tasks = []
+    for part in parts:
+        task = _parse_task(part)
+        if task in tasks:
             raise UserError(f"{part} is named twice; leave one out")
-        found.append((name, options))
-    return found
+        tasks.append(task)
+    return tasks
 
 
-def read_tasks(text: str, root: str | Path, limit: int | None = None) -> list[Chosen]:
-    """The tasks named, their files read and their pictures looked for, so that what is missing is
-    told before anything is asked.
+def _parse_task(text: str) -> tuple[str, dict[str, str]]:
+    """(name, value of every option) of "name:key=value:key=value"."""
+    name, *pairs = text.split(":")
+    if name not in TASKS:
+        raise UserError(
+            f"there is no task {name!r}{nearest(name, TASKS)}; allowed are {', '.join(TASKS)}, or"
+            " all"
+        )
+    allowed = TASKS[name].options
+    options = {key: values[0] for key, values in allowed.items()}
+    seen = set()
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if key not in allowed:
+            known = ", ".join(f"{k}={'|'.join(values)}" for k, values in allowed.items())
+            raise UserError(
+                f"{name} has no option {key!r}{nearest(key, allowed)}; its options are:"
+                f" {known or 'none'}"
+            )
+        if key in seen:
+            raise UserError(f"{text} gives {key} twice; give it once, or name the task twice")
+        if value not in allowed[key]:
+            raise UserError(
+                f"{name}:{key} is {value!r}{nearest(value, allowed[key])}, but allowed are"
+                f" {', '.join(allowed[key])}"
+            )
+        seen.add(key)
+        options[key] = value
+    return name, options
 
-    limit: at most about so many questions of each, a choice that is the same for every model; what
-    belongs together stays together.
+
+def parse_part(text: str | None) -> tuple[int, int]:
+    """Parse which part of the questions this process asks.
+
+    Args:
+        text: Such as "2/4". None takes the process's rank among those that torchrun started.
+
+    Returns:
+        (index of the part, from 0; number of parts), which is (0, 1) for a single process.
+
+    Raises:
+        UserError: The text does not name a part.
+    """
+    if text is None:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    number, _, count = text.partition("/")
+    is_valid = number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)
+    if not is_valid:
+        raise UserError(
+            f"--part is {text!r}, but must be a number and the number of parts, as 1/4 to 4/4"
+        )
+    return int(number) - 1, int(count)
+
+
+# ---- data
+
+
+def read_tasks(text: str, root: str | Path, limit: int | None = None) -> list[SelectedTask]:
+    """Read the data of tasks, and check that every image is there.
+
+    Args:
+        text: Names and options, as for `parse_tasks`.
+        root: The folder with the benchmarks, LLaVA's playground/data/eval.
+        limit: About how many questions of each task to select. The selection is the same for every
+            model, and the questions of a unit stay together.
+
+    Raises:
+        UserError: A name or option does not exist, or a file is missing or broken.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
@@ -114,83 +176,79 @@ def read_tasks(text: str, root: str | Path, limit: int | None = None) -> list[Ch
             f"there is no folder {root}; give --root, the folder that holds gqa/, pope/, textvqa/"
             " and so on"
         )
-    chosen = []
+    selected = []
     for name, options in parse_tasks(text):
-        try:
-            asked = TASKS[name].read(root, options)
-        except MissingFileError as error:
-            raise UserError(
-                f"{name} needs {error.path}, which is not there; {TASKS[name].source}"
-                " (docs/benchmarks.md)"
-            ) from None
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"the files of {name} below {root} are not what they should be"
-                f" ({type(error).__name__}: {error}); download them again"
-            ) from error
-        chosen.append(
-            Chosen(name, options, replace(asked, questions=_limited(asked.questions, limit)), limit)
-        )
-    for one in chosen:
-        for example in examples_of(one.asked):
+        data = _read_task(name, options, root)
+        data = replace(data, questions=_select_questions(data.questions, limit))
+        selected.append(SelectedTask(name, options, data, limit))
+    for task in selected:
+        for example in build_examples(task.data):
             example.check_pictures()
-    return chosen
+    return selected
 
 
-def _limited(questions: Sequence[Question], limit: int | None) -> Sequence[Question]:
+def _read_task(name: str, options: Mapping[str, str], root: Path) -> TaskData:
+    try:
+        return TASKS[name].read(root, options)
+    except MissingFileError as error:
+        raise UserError(
+            f"{name} needs {error.path}, which is not there; {TASKS[name].source}"
+            " (docs/benchmarks.md)"
+        ) from None
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        # The readers take the structure of the official files for granted.
+        raise UserError(
+            f"the files of {name} below {root} do not have the expected structure"
+            f" ({type(error).__name__}: {error}); download them again"
+        ) from error
+
+
+def _select_questions(questions: Sequence[Question], limit: int | None) -> Sequence[Question]:
     """Whole units, in the order of a hash of their names, until there are enough questions."""
     if limit is None or limit >= len(questions):
         return questions
-    units: dict[str, int] = {}
-    for q in questions:
-        units[q.unit or q.id] = units.get(q.unit or q.id, 0) + 1
-    kept, total = set(), 0
-    for unit in sorted(units, key=lambda name: hashlib.sha1(name.encode()).digest()):
-        if total >= limit:
+    sizes: dict[str, int] = {}
+    for question in questions:
+        unit = question.unit or question.id
+        sizes[unit] = sizes.get(unit, 0) + 1
+    selected = set()
+    num_selected = 0
+    for unit in sorted(sizes, key=lambda name: hashlib.sha1(name.encode()).digest()):
+        if num_selected >= limit:
             break
-        kept.add(unit)
-        total += units[unit]
-    return [q for q in questions if (q.unit or q.id) in kept]
+        selected.add(unit)
+        num_selected += sizes[unit]
+    return [question for question in questions if (question.unit or question.id) in selected]
 
 
-def examples_of(asked: TaskData) -> list[Example]:
-    """The questions as they are put to a model: the picture before the prompt, as the released
-    scripts do.
-    """
-    return [
-        Example(
-            q.id,
-            [] if q.image is None else [q.image],
+def build_examples(data: TaskData) -> list[Example]:
+    """The questions as examples, the image before the prompt as in the released scripts."""
+    examples = []
+    for question in data.questions:
+        has_image = question.image is not None
+        text = f"{IMAGE}\n{question.text}" if has_image else question.text
+        example = Example(
+            question.id,
+            [question.image] if has_image else [],
             [
-                {"role": "user", "content": q.text if q.image is None else f"{IMAGE}\n{q.text}"},
-                {"role": "assistant", "content": q.reference},
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": question.reference},
             ],
-            group=q.group,
-            source=q.source,
-            store=asked.pictures,
+            group=question.group,
+            source=question.source,
+            store=data.pictures,
         )
-        for q in asked.questions
-    ]
+        examples.append(example)
+    return examples
 
 
-def part_of(text: str | None) -> tuple[int, int]:
-    """(number from 0, how many) of "2/4", or of this process among those that torchrun started; (0,
-    1) where there is one.
-    """
-    if text is None:
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    number, _, many = text.partition("/")
-    if not (number.isdigit() and many.isdigit() and 1 <= int(number) <= int(many)):
-        raise UserError(
-            f"--part is {text!r}, but must be a number of a number of parts, as 1/4 to 4/4"
-        )
-    return int(number) - 1, int(many)
+# ---- answers and scores
 
 
 def run_task(
     model,
     processor,
-    chosen: Chosen,
+    selected: SelectedTask,
     out: str | Path,
     *,
     part: tuple[int, int] = (0, 1),
@@ -200,130 +258,173 @@ def run_task(
     workers: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict | None:
-    """Ask a part of a task's questions into `out`/label; the result once all parts are answered, or
-    None.
+    """Ask a part of a task's questions, and score the task once all parts are answered.
 
-    An interrupted run goes on where it stopped. The folder holds predictions.jsonl (prompt, answer
-    and worth of each question), result.json (scores, options, prompts' files, decoding settings,
-    versions) and, where there is one, the official submission.
-    max_new_tokens: None for what the released scripts allow. Raises ValueError as `evaluate` does.
+    The folder `out`/label gets predictions.jsonl (prompt, answer and score of each question),
+    result.json (scores, options, question files, settings, versions) and, where the benchmark has
+    a server, the file to submit. An interrupted run resumes.
+
+    Args:
+        model: A SparseCut model.
+        processor: Its processor.
+        selected: The task and its data.
+        out: The folder that gets a folder for the task.
+        part: (index, number of parts) of the questions to ask; see `parse_part`.
+        batch_size: Questions that are answered at once.
+        max_new_tokens: The longest answer; None takes that of the released scripts.
+        resume: Whether to keep answers that are there.
+        workers: Processes that prepare images.
+        progress: Called with the number of answered questions and the number of all.
+
+    Returns:
+        What result.json holds, or None where other parts are not answered yet.
+
+    Raises:
+        UserError: As `evaluate`; or the parts do not belong together, or are too many.
     """
-    number, many = part
-    folder = Path(out) / chosen.label
-    place = folder if many == 1 else folder / f"part-{number + 1}-of-{many}"
-    longest = max_new_tokens or chosen.task.max_new_tokens
-    examples = examples_of(chosen.asked)[number::many]
+    index, count = part
+    folder = Path(out) / selected.label
+    part_folders = [folder / f"part-{i + 1}-of-{count}" for i in range(count)]
+    if count == 1:
+        part_folders = [folder]
+    examples = build_examples(selected.data)[index::count]
     if not examples:
         raise UserError(
-            f"{chosen.label} asks {len(chosen.asked.questions)} questions, too few for {many}"
+            f"{selected.label} has {len(selected.data.questions)} questions, too few for {count}"
             " processes; use fewer"
         )
-    settings = {
-        "batch_size": batch_size,
-        "max_new_tokens": longest,
-        "resume": resume,
-        "workers": workers,
-        "progress": progress,
-    }
-    evaluate(model, processor, examples, out=place, metric=None, **settings)
-    if many == 1:
-        return finish(chosen, folder, [place])
-    places = [folder / f"part-{i + 1}-of-{many}" for i in range(many)]
-    return (
-        finish(chosen, folder, places) if all((one / RESULT).is_file() for one in places) else None
+    evaluate(
+        model,
+        processor,
+        examples,
+        out=part_folders[index],
+        metric=None,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens or selected.task.max_new_tokens,
+        resume=resume,
+        workers=workers,
+        progress=progress,
     )
+    if not all((part_folder / RESULT).is_file() for part_folder in part_folders):
+        return None
+    return merge_parts(selected, folder, part_folders)
 
 
-def finish(chosen: Chosen, folder: Path, places: Sequence[Path]) -> dict:
-    """Put the parts' answers together, score them, and write predictions, submission and result
-    into the folder.
+def merge_parts(selected: SelectedTask, folder: Path, part_folders: Sequence[Path]) -> dict:
+    """Score the answers of all parts, and write predictions, submission and result.
+
+    Raises:
+        UserError: The parts were answered with different settings, or lack questions.
     """
-    settings = [json.loads((place / SETTINGS).read_text(encoding="utf-8")) for place in places]
-    if any(one != settings[0] for one in settings):
-        raise UserError(
-            f"the parts in {folder} were answered by different models or settings; give another"
-            " output folder, or start over (--fresh)"
-        )
-    said = {line["id"]: line for place in places for line in read_lines(place / PREDICTIONS)}
-    if missing := [q.id for q in chosen.asked.questions if q.id not in said]:
-        raise UserError(
-            f"the parts in {folder} hold no answer to {len(missing)} questions, such as"
-            f" {missing[0]}: some were asked other questions; start over (--fresh) with all parts,"
-            " or give another output folder"
-        )
-    lines = [said[q.id] for q in chosen.asked.questions]
-    answers = {line["id"]: line["prediction"] for line in lines}
-    score = chosen.task.score(chosen.asked, answers) if chosen.task.score else None
-    lines = [{**line, "correct": score.each[line["id"]] if score else None} for line in lines]
-    submitted = (
-        chosen.task.submit(chosen.asked, answers, folder)
-        if chosen.task.submit and not chosen.limit
-        else []
-    )
-    first = json.loads((places[0] / RESULT).read_text(encoding="utf-8"))
-    result = {
-        "task": chosen.name,
-        "title": chosen.task.title,
-        "options": dict(chosen.options),
-        "main": dict(score.main) if score else None,
-        "share_right": _share(score),
-        "scores": score.details if score else None,
-        "submission": [path.name for path in submitted],
-        **{
-            k: v
-            for k, v in first.items()
-            if k not in ("num_kept", "seconds", "metric", "num_examples")
-        },
-        "num_examples": len(lines),
-        "limit": chosen.limit,
-        "pictures": str(chosen.asked.pictures.path) if chosen.asked.pictures else None,
-        "question_files": {str(file): _digest(file) for file in chosen.asked.files},
-    }
-    write_json_lines(folder / PREDICTIONS, lines)
+    records = _read_parts(selected, folder, part_folders)
+    answers = {record["id"]: record["prediction"] for record in records}
+    task = selected.task
+    score = task.score(selected.data, answers) if task.score else None
+    for record in records:
+        record["correct"] = score.per_question[record["id"]] if score else None
+    submission = []
+    if task.submit and not selected.limit:
+        submission = task.submit(selected.data, answers, folder)
+    result = _build_result(selected, score, submission, len(records), part_folders[0])
+    write_json_lines(folder / PREDICTIONS, records)
     write_json(folder / RESULT, result)
     return result
 
 
-def _share(score: Score | None) -> dict | None:
-    """Mean worth of a question with its 95 % interval over questions, as shares of 1."""
-    if score is None:
-        return None
-    values = list(score.each.values())
-    mean = sum(values) / len(values)
-    if set(values) <= {0, 1}:
-        return {"value": mean, "interval": wilson_interval(round(sum(values)), len(values))}
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values))
+def _read_parts(selected: SelectedTask, folder: Path, part_folders: Sequence[Path]) -> list[dict]:
+    """The records of all parts in the order of the questions."""
+    settings = [_read_json(part_folder / SETTINGS) for part_folder in part_folders]
+    if any(other != settings[0] for other in settings):
+        raise UserError(
+            f"the parts in {folder} were answered by different models or settings; give another"
+            " output folder, or start over (--fresh)"
+        )
+    by_id = {}
+    for part_folder in part_folders:
+        for record in read_json_lines(part_folder / PREDICTIONS, skip_partial=True):
+            by_id[record["id"]] = record
+    ids = [question.id for question in selected.data.questions]
+    missing = [key for key in ids if key not in by_id]
+    if missing:
+        raise UserError(
+            f"the parts in {folder} hold no answer to {len(missing)} questions, such as"
+            f" {missing[0]}, since some were asked other questions; start over (--fresh) with all"
+            " parts, or give another output folder"
+        )
+    return [by_id[key] for key in ids]
+
+
+def _build_result(
+    selected: SelectedTask,
+    score: Score | None,
+    submission: Sequence[Path],
+    num_examples: int,
+    part_folder: Path,
+) -> dict:
+    """What result.json holds, with the settings of one part's result."""
+    left_out = ("num_kept", "seconds", "metric", "num_examples")
+    settings = _read_json(part_folder / RESULT)
+    settings = {key: value for key, value in settings.items() if key not in left_out}
+    pictures = selected.data.pictures
     return {
-        "value": mean,
-        "interval": [max(0.0, mean - Z95 * spread), min(1.0, mean + Z95 * spread)],
+        "task": selected.name,
+        "title": selected.task.title,
+        "options": dict(selected.options),
+        "main": dict(score.main) if score else None,
+        "share_right": _estimate_fraction(score) if score else None,
+        "scores": score.details if score else None,
+        "submission": [path.name for path in submission],
+        **settings,
+        "num_examples": num_examples,
+        "limit": selected.limit,
+        "pictures": str(pictures.path) if pictures else None,
+        "question_files": {str(file): _hash_file(file) for file in selected.data.files},
     }
 
 
-def _digest(file: Path) -> str:
+def _estimate_fraction(score: Score) -> dict:
+    """The mean score of a question, 0 to 1, with its 95 % interval over questions."""
+    values = list(score.per_question.values())
+    count = len(values)
+    mean = sum(values) / count
+    if set(values) <= {0, 1}:
+        return {"value": mean, "interval": wilson_interval(round(sum(values)), count)}
+    squares = sum((value - mean) ** 2 for value in values)
+    standard_error = math.sqrt(squares / max(1, count - 1) / count)
+    low = max(0.0, mean - Z95 * standard_error)
+    high = min(1.0, mean + Z95 * standard_error)
+    return {"value": mean, "interval": [low, high]}
+
+
+def _read_json(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _hash_file(file: Path) -> str:
     with file.open("rb") as data:
         return "sha256:" + hashlib.file_digest(data, "sha256").hexdigest()
 
 
-def table(results: Sequence[dict]) -> str:
-    """Results as lines of text: task, number of questions, scores, and the file to submit where the
-    score is given elsewhere.
+def format_results(results: Sequence[dict]) -> str:
+    """Results as a table of text: task, number of questions, and scores.
+
+    A task that is scored elsewhere has the file to submit in place of scores.
     """
     rows = [("task", "questions", "scores")]
-    for one in results:
-        options = "".join(f":{key}={value}" for key, value in one["options"].items())
-        scores = ", ".join(f"{name} {value:.2f}" for name, value in (one["main"] or {}).items())
-        if one["share_right"] and len(one["main"]) == 1:
-            low, high = (100 * bound for bound in one["share_right"]["interval"])
-            scores += f" ({low:.1f} to {high:.1f})"
-        files = ", ".join(one["submission"])
-        if not scores:
-            scores = (
-                f"to be scored elsewhere: {files}"
-                if files
-                else "no score and no file of a part of the questions"
-            )
-        rows.append((one["task"] + options, f"{one['num_examples']:,}", scores))
-    width = [max(len(row[i]) for row in rows) for i in range(2)]
-    return "\n".join(
-        f"{name:{width[0]}}  {number:>{width[1]}}  {scores}" for name, number, scores in rows
-    )
+    for result in results:
+        options = [f":{key}={value}" for key, value in result["options"].items()]
+        name = result["task"] + "".join(options)
+        rows.append((name, f"{result['num_examples']:,}", _format_scores(result)))
+    return text_table(rows, align="<><")
+
+
+def _format_scores(result: dict) -> str:
+    if not result["main"]:
+        if result["submission"]:
+            return f"to be scored elsewhere: {', '.join(result['submission'])}"
+        return "no score, and no file to submit for a selection of the questions"
+    text = ", ".join(f"{name} {value:.2f}" for name, value in result["main"].items())
+    if result["share_right"] and len(result["main"]) == 1:
+        low, high = result["share_right"]["interval"]
+        text += f" ({100 * low:.1f} to {100 * high:.1f})"
+    return text

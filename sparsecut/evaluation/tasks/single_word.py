@@ -1,4 +1,4 @@
-"""GQA, POPE and MME, which ask for one word."""
+"""The tasks GQA, POPE and MME, which ask for one word."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...data.images import Pictures
 from ...schema import UserError
-from .single_word_metrics import gqa, is_no, mme, pope, yes_or_no
+from .single_word_metrics import gqa, is_no, mme, pope, read_yes_or_no
 from .task import (
     EVAL_ZIP,
     SHORT,
@@ -16,10 +16,10 @@ from .task import (
     Score,
     Task,
     TaskData,
-    llava_questions,
+    find_file,
     read_json,
-    read_lines,
-    the_file,
+    read_llava_questions,
+    read_records,
 )
 
 POPE_SPLITS = ("random", "popular", "adversarial")
@@ -27,211 +27,238 @@ YES_NO = "Please answer yes or no."
 
 
 def read_gqa(root: Path, options: Mapping[str, str]) -> TaskData:
-    """The balanced test-dev split, whose answers are public; choices, if there, give validity and
-    plausibility.
+    """The balanced test-dev split, whose answers are public.
+
+    With testdev_balanced_choices.json, validity and plausibility are scored too.
     """
     folder = root / "gqa"
-    file, truth = (
-        folder / "llava_gqa_testdev_balanced.jsonl",
-        folder / "data" / "testdev_balanced_questions.json",
-    )
-    choices = folder / "data" / "testdev_balanced_choices.json"
-    facts = read_json(truth)
+    question_file = folder / "llava_gqa_testdev_balanced.jsonl"
+    truth_file = folder / "data" / "testdev_balanced_questions.json"
+    choices_file = folder / "data" / "testdev_balanced_choices.json"
+    truth = read_json(truth_file)
     questions = []
-    for q in llava_questions(file):
-        if q.id not in facts:
+    for question in read_llava_questions(question_file):
+        if question.id not in truth:
             raise UserError(
-                f"{q.source} asks question {q.id}, which {truth.name} does not hold; download both"
-                " again"
+                f"{question.source} asks question {question.id}, which {truth_file.name} does not"
+                " hold; download both again"
             )
-        kind = facts[q.id]["types"]["structural"]
+        facts = truth[question.id]
+        kind = facts["types"]["structural"]
         questions.append(
-            replace(q, reference=facts[q.id]["answer"], group=kind, facts={"truth": facts[q.id]})
+            replace(question, reference=facts["answer"], group=kind, facts={"truth": facts})
         )
-    files = [file, truth, *([choices] if choices.exists() else [])]
-    more = {"choices": read_json(choices) if choices.exists() else None}
-    return TaskData(questions, Pictures(the_file(folder / "data" / "images")), files, more)
+    files = [question_file, truth_file]
+    choices = None
+    if choices_file.exists():
+        files.append(choices_file)
+        choices = read_json(choices_file)
+    images = Pictures(find_file(folder / "data" / "images"))
+    return TaskData(questions, images, files, {"choices": choices})
 
 
-def score_gqa(asked: TaskData, answers: Mapping[str, str]) -> Score:
-    """GQA's scores of answers in small letters without full stops at the end, as
-    convert_gqa_for_eval.py hands them over.
+def score_gqa(data: TaskData, answers: Mapping[str, str]) -> Score:
+    """GQA's scores of answers in lower case without final full stops.
+
+    That is how LLaVA's convert_gqa_for_eval.py writes them for GQA's eval.py.
     """
-    said = {q.id: answers[q.id].rstrip(".").lower() for q in asked.questions}
-    truth = {q.id: q.facts["truth"] for q in asked.questions}
-    given = [{"questionId": key, "prediction": text} for key, text in said.items()]
-    found = gqa(truth, given, asked.facts["choices"])
-    return Score(
-        {"accuracy": found["accuracy"]},
-        found,
-        {key: float(said[key] == one["answer"]) for key, one in truth.items()},
-    )
+    truth = {}
+    predictions = {}
+    for question in data.questions:
+        truth[question.id] = question.facts["truth"]
+        predictions[question.id] = answers[question.id].rstrip(".").lower()
+    pairs = [{"questionId": key, "prediction": text} for key, text in predictions.items()]
+    details = gqa(truth, pairs, data.facts["choices"])
+    per_question = {key: float(predictions[key] == truth[key]["answer"]) for key in truth}
+    return Score({"accuracy": details["accuracy"]}, details, per_question)
 
 
 def read_pope(root: Path, options: Mapping[str, str]) -> TaskData:
-    """POPE on COCO: one split or all three. Labels are in the official files, in the order of
-    LLaVA's questions.
+    """POPE on COCO, one split or all three.
+
+    The labels are in the official files, in the order of LLaVA's questions.
     """
-    folder, questions, files = root / "pope", [], []
-    file = folder / "llava_pope_test.jsonl"
-    every = llava_questions(file, group=lambda one: one.get("category"))
-    for split in POPE_SPLITS if options["split"] == "all" else (options["split"],):
-        truth = folder / "coco" / f"coco_pope_{split}.json"
-        labels = read_lines(truth, "image", "text", "label")
-        mine = [q for q in every if q.group == split]
-        if len(mine) != len(labels):
+    folder = root / "pope"
+    question_file = folder / "llava_pope_test.jsonl"
+    all_questions = read_llava_questions(question_file, group_key="category")
+    splits = POPE_SPLITS if options["split"] == "all" else (options["split"],)
+    questions = []
+    files = [question_file]
+    for split in splits:
+        truth_file = folder / "coco" / f"coco_pope_{split}.json"
+        labels = read_records(truth_file, "image", "text", "label")
+        of_split = [question for question in all_questions if question.group == split]
+        if len(of_split) != len(labels):
             raise UserError(
-                f"{file} asks {len(mine)} {split} questions, {truth} has {len(labels)}; download"
-                " both again"
+                f"{question_file} asks {len(of_split)} {split} questions, but {truth_file} has"
+                f" {len(labels)}; download both again"
             )
-        for q, label in zip(mine, labels, strict=True):
-            if q.image != label["image"] or not q.text.startswith(label["text"]):
-                raise UserError(
-                    f"{q.source} is not what {label['source']} asks; download both files again"
-                )
-            questions.append(
-                replace(q, reference=label["label"], facts={**q.facts, "label": label["label"]})
-            )
-        files.append(truth)
-    return TaskData(questions, Pictures(the_file(folder / "val2014")), [file, *files])
+        for question, label in zip(of_split, labels, strict=True):
+            questions.append(_add_pope_label(question, label))
+        files.append(truth_file)
+    return TaskData(questions, Pictures(find_file(folder / "val2014")), files)
 
 
-def score_pope(asked: TaskData, answers: Mapping[str, str]) -> Score:
-    """F1 in per cent, averaged over the splits asked, and everything by split."""
-    splits = {}
-    for split in dict.fromkeys(q.group for q in asked.questions):
-        mine = [q for q in asked.questions if q.group == split]
-        splits[split] = pope([q.facts for q in mine], [{"answer": answers[q.id]} for q in mine])
-    means = {
-        key: 100 * sum(one[key] for one in splits.values()) / len(splits)
-        for key in ("f1", "accuracy", "yes_ratio")
-    }
-    each = {
-        q.id: float(is_no(answers[q.id]) == (q.facts["label"] == "no")) for q in asked.questions
-    }
-    return Score(
-        {"F1": means["f1"], "accuracy": means["accuracy"], "yes": means["yes_ratio"]}, splits, each
-    )
+def _add_pope_label(question: Question, label: Mapping) -> Question:
+    if question.image != label["image"] or not question.text.startswith(label["text"]):
+        raise UserError(
+            f"{question.source} is not the question of {label['source']}; download both files again"
+        )
+    facts = {**question.facts, "label": label["label"]}
+    return replace(question, reference=label["label"], facts=facts)
+
+
+def score_pope(data: TaskData, answers: Mapping[str, str]) -> Score:
+    """POPE's scores by split; the main ones are means over the splits, in per cent."""
+    by_split: dict[str, list[Question]] = {}
+    per_question = {}
+    for question in data.questions:
+        by_split.setdefault(question.group, []).append(question)
+        is_right = is_no(answers[question.id]) == (question.facts["label"] == "no")
+        per_question[question.id] = float(is_right)
+    details = {}
+    for split, questions in by_split.items():
+        labels = [question.facts for question in questions]
+        predictions = [{"answer": answers[question.id]} for question in questions]
+        details[split] = pope(labels, predictions)
+    main = {}
+    for name, key in (("F1", "f1"), ("accuracy", "accuracy"), ("yes", "yes_ratio")):
+        total = sum(scores[key] for scores in details.values())
+        main[name] = 100 * total / len(details)
+    return Score(main, details, per_question)
 
 
 def read_mme(root: Path, options: Mapping[str, str]) -> TaskData:
-    """All fourteen tasks, the questions of a picture after each other; the truth lies beside the
-    pictures.
+    """All fourteen tasks of MME, the two questions of an image one after the other.
+
+    The truth is in text files beside the images.
     """
-    folder = root / "MME"
-    file, release = folder / "llava_mme.jsonl", the_file(folder / "MME_Benchmark_release_version")
-    truth: dict[str, dict] = {}
-    questions: dict[str, list[Question]] = {}
-    for q in llava_questions(file):
-        task, _, picture = str(q.facts["question_id"]).partition("/")
+    question_file = root / "MME" / "llava_mme.jsonl"
+    release = find_file(root / "MME" / "MME_Benchmark_release_version")
+    truth: dict[str, dict] = {}  # by task
+    pairs: dict[str, list[Question]] = {}  # by image
+    for question in read_llava_questions(question_file):
+        task = str(question.facts["question_id"]).partition("/")[0]
         if task not in truth:
-            truth[task] = _mme_truth(release / task)
-        key, plain = Path(picture).stem, _squeezed(q.text.replace(SHORT, ""))
-        plain = plain if YES_NO in plain else f"{plain} {YES_NO}"
-        if (key, plain) not in truth[task]:
-            raise UserError(
-                f"{q.source} asks {plain!r}, which the files of {release / task} do not; download"
-                " both again"
-            )
-        facts = {
-            "task": task,
-            "picture": picture,
-            "truth": truth[task][key, plain],
-            "question": plain,
-        }
-        named = replace(
-            q, facts=facts, unit=f"{task}/{picture}", group=task, reference=facts["truth"]
-        )
-        pair = questions.setdefault(named.unit, [])
-        if plain not in [other.facts["question"] for other in pair]:  # some are in the file twice
-            pair.append(named)
-    for unit, pair in questions.items():
+            truth[task] = _read_mme_truth(release / task)
+        question = _add_mme_truth(question, task, truth[task], release)
+        pair = pairs.setdefault(question.unit, [])
+        texts = [other.facts["question"] for other in pair]
+        if question.facts["question"] not in texts:  # the file repeats some questions
+            pair.append(question)
+    questions = []
+    for unit, pair in pairs.items():
         if len(pair) != 2:
             raise UserError(
-                f"{file} asks {len(pair)} questions of {unit}, but MME asks two of a picture;"
-                " download it again"
+                f"{question_file} asks {len(pair)} questions about {unit}, but MME asks two about"
+                " every image; download it again"
             )
-    return TaskData([q for pair in questions.values() for q in pair], Pictures(release), [file])
+        questions += pair
+    return TaskData(questions, Pictures(release), [question_file])
 
 
-def _mme_truth(folder: Path) -> dict[tuple[str, str], str]:
-    """(name of the picture, question) -> yes or no, from the text files beside the pictures or in a
-    folder of their own.
+def _add_mme_truth(question: Question, task: str, truth: dict, release: Path) -> Question:
+    image = str(question.facts["question_id"]).partition("/")[2]
+    text = _join_words(question.text.replace(SHORT, ""))
+    if YES_NO not in text:
+        text = f"{text} {YES_NO}"
+    key = (Path(image).stem, text)
+    if key not in truth:
+        raise UserError(
+            f"{question.source} asks {text!r}, which is not in the files of {release / task};"
+            " download both again"
+        )
+    facts = {"task": task, "image": image, "truth": truth[key], "question": text}
+    unit = f"{task}/{image}"
+    return replace(question, facts=facts, unit=unit, group=task, reference=truth[key])
+
+
+def _read_mme_truth(folder: Path) -> dict[tuple[str, str], str]:
+    """Yes or no by (name of the image, question).
+
+    The text files are beside the images or in a folder of their own.
     """
-    apart = folder / "questions_answers_YN"
-    files = sorted((apart if apart.is_dir() else the_file(folder)).glob("*.txt"))
-    lines = [
-        (f.stem, line.strip().split("\t"))
-        for f in files
-        for line in f.read_text(encoding="utf-8").splitlines()
-        if line.strip()
-    ]
-    for name, parts in lines:
-        if len(parts) != 2:
-            raise UserError(
-                f"{folder}/{name}.txt has a line that is not a question, a tab and an answer;"
-                " download it again"
-            )
-    return {(name, _squeezed(parts[0])): parts[1] for name, parts in lines}
+    separate = folder / "questions_answers_YN"
+    if not separate.is_dir():
+        separate = find_file(folder)
+    truth = {}
+    for file in sorted(separate.glob("*.txt")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if not line.strip():
+                continue
+            cells = line.strip().split("\t")
+            if len(cells) != 2:
+                raise UserError(
+                    f"{file} has a line that is not a question, a tab and an answer; download it"
+                    " again"
+                )
+            question, answer = cells
+            truth[file.stem, _join_words(question)] = answer
+    return truth
 
 
-def _squeezed(text: str) -> str:
-    """With single blanks: the release's questions and LLaVA's differ in them."""
+def _join_words(text: str) -> str:
+    """With single spaces, in which the release's questions differ from LLaVA's."""
     return " ".join(text.split())
 
 
-def score_mme(asked: TaskData, answers: Mapping[str, str]) -> Score:
-    """Totals of perception (2000 at most) and cognition (800 at most), and every task."""
-    results: dict[str, list] = {}
-    for q in asked.questions:
-        row = [q.facts["picture"], q.facts["question"], q.facts["truth"], answers[q.id]]
-        results.setdefault(q.facts["task"], []).append(row)
-    found = mme(results)
-    each = {
-        q.id: float(yes_or_no(answers[q.id]) == q.facts["truth"].lower()) for q in asked.questions
-    }
-    return Score(
-        {"perception": found["perception_total"], "cognition": found["cognition_total"]},
-        found,
-        each,
-    )
+def score_mme(data: TaskData, answers: Mapping[str, str]) -> Score:
+    """MME's totals of perception (at most 2000) and cognition (at most 800), and every task."""
+    rows: dict[str, list] = {}
+    per_question = {}
+    for question in data.questions:
+        facts = question.facts
+        answer = answers[question.id]
+        row = [facts["image"], facts["question"], facts["truth"], answer]
+        rows.setdefault(facts["task"], []).append(row)
+        per_question[question.id] = float(read_yes_or_no(answer) == facts["truth"].lower())
+    details = mme(rows)
+    main = {"perception": details["perception_total"], "cognition": details["cognition_total"]}
+    return Score(main, details, per_question)
 
 
-def submit_mme(asked: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
-    """A text file for each task, as MME's eval_tool takes them: picture, question, truth and
-    answer, between tabs.
+def submit_mme(data: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
+    """Write a text file for each task, as MME's eval_tool takes them.
+
+    A line is image, question, truth and answer, with tabs between them.
     """
-    rows: dict[str, list[str]] = {}
-    for q in asked.questions:
-        cells = q.facts["picture"], q.facts["question"], q.facts["truth"], _squeezed(answers[q.id])
-        rows.setdefault(q.facts["task"], []).append("\t".join(cells) + "\n")
-    place = folder / "mme_results"
-    place.mkdir(exist_ok=True)
-    for task, lines in rows.items():
-        (place / f"{task}.txt").write_text("".join(lines), encoding="utf-8")
-    return [place]
+    lines: dict[str, list[str]] = {}
+    for question in data.questions:
+        facts = question.facts
+        answer = _join_words(answers[question.id])
+        line = "\t".join([facts["image"], facts["question"], facts["truth"], answer])
+        lines.setdefault(facts["task"], []).append(line + "\n")
+    results = folder / "mme_results"
+    results.mkdir(exist_ok=True)
+    for task, task_lines in lines.items():
+        (results / f"{task}.txt").write_text("".join(task_lines), encoding="utf-8")
+    return [results]
 
 
-WORD_TASKS = {
+SINGLE_WORD_TASKS = {
     "gqa": Task(
-        "GQA",
-        read_gqa,
-        f"{EVAL_ZIP}, and put GQA's images and testdev_balanced_questions.json into gqa/data",
-        score_gqa,
+        title="GQA",
+        read=read_gqa,
+        source=(
+            f"{EVAL_ZIP}, and put GQA's images and testdev_balanced_questions.json into gqa/data"
+        ),
+        score=score_gqa,
     ),
     "pope": Task(
-        "POPE",
-        read_pope,
-        f"{EVAL_ZIP}, and put POPE's coco folder and COCO's val2014 into pope/",
-        score_pope,
+        title="POPE",
+        read=read_pope,
+        source=f"{EVAL_ZIP}, and put POPE's coco folder and COCO's val2014 into pope/",
+        score=score_pope,
         options={"split": ("all", *POPE_SPLITS)},
     ),
     "mme": Task(
-        "MME",
-        read_mme,
-        f"{EVAL_ZIP}, and put MME_Benchmark_release_version, which MME's authors give on request,"
-        " into MME/",
-        score_mme,
-        submit_mme,
+        title="MME",
+        read=read_mme,
+        source=(
+            f"{EVAL_ZIP}, and put MME_Benchmark_release_version, which MME's authors give on"
+            " request, into MME/"
+        ),
+        score=score_mme,
+        submit=submit_mme,
     ),
 }

@@ -1,5 +1,6 @@
-"""Scores of POPE, MME, GQA and NLVR, which ask for one word: each equals the benchmark's own script
-on the same input.
+"""Scores of POPE, MME, GQA and NLVR, which ask for one word.
+
+Each function returns what the benchmark's own script computes from the same input.
 """
 
 from __future__ import annotations
@@ -10,74 +11,8 @@ from collections.abc import Mapping, Sequence
 from ...schema import UserError
 from .open_ended_metrics import check_all_answered, mean
 
-
-def pope(questions: Sequence[Mapping], answers: Sequence[Mapping]) -> dict:
-    """POPE: accuracy, precision, recall, F1 of "yes", and the share of yes, all of 1
-    (github.com/AoiDragon/POPE, evaluate.py).
-
-    questions: `label` (yes or no) of each; answers: `answer` of each, in the same order. An answer
-    is no where its first sentence has the word No, no or not, and yes otherwise. A ratio without a
-    case is 0.
-    """
-    _check_as_many(questions, answers)
-    said = ["no" if is_no(one["answer"]) else "yes" for one in answers]
-    pairs = Counter(
-        (one["label"] != "no", word == "yes") for one, word in zip(questions, said, strict=True)
-    )
-    tp, fp, tn, fn = (
-        pairs[pair] for pair in ((True, True), (False, True), (False, False), (True, False))
-    )
-    precision, recall = (tp / total if total else 0.0 for total in (tp + fp, tp + fn))
-    both = precision + recall
-    return {
-        **{"TP": tp, "FP": fp, "TN": tn, "FN": fn},
-        "accuracy": (tp + tn) / len(said),
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / both if both else 0.0,
-        "yes_ratio": said.count("yes") / len(said),
-    }
-
-
-def is_no(answer: str) -> bool:
-    """Whether POPE reads an answer as no."""
-    words = answer.split(".")[0].replace(",", "").split(" ")
-    return any(word in words for word in ("No", "no", "not"))
-
-
-def mme(results: Mapping[str, Sequence[Sequence[str]]]) -> dict:
-    """MME: accuracy, accuracy+ (both questions of a picture right) and their sum, in per cent, by
-    task (MME's calculation.py).
-
-    results: by task, rows (picture, question, truth, answer), two rows after each other for a
-    picture. Returns `task` with score, acc, acc_plus and other (answers that are neither yes nor
-    no), `perception_total` and `cognition_total`.
-    """
-    tasks = {}
-    for task, rows in results.items():
-        if len(rows) % 2 or any(a[0] != b[0] for a, b in zip(rows[::2], rows[1::2], strict=True)):
-            raise UserError(
-                f"MME asks two questions for each picture, one after the other, but the {len(rows)}"
-                f" rows of {task} do not pair up"
-            )
-        said = [yes_or_no(row[3]) for row in rows]
-        right = [word == row[2].strip().lower() for word, row in zip(said, rows, strict=True)]
-        acc = mean(right, 100)
-        plus = mean([a and b for a, b in zip(right[::2], right[1::2], strict=True)], 100)
-        tasks[task] = {"score": acc + plus, "acc": acc, "acc_plus": plus, "other": said.count(None)}
-    totals = {
-        kind: sum(tasks[t]["score"] for t in names if t in tasks)
-        for kind, names in MME_TASKS.items()
-    }
-    return {
-        "task": tasks,
-        "perception_total": totals["perception"],
-        "cognition_total": totals["cognition"],
-    }
-
-
 MME_TASKS = {
-    "perception": [
+    "perception": (
         "existence",
         "count",
         "position",
@@ -88,143 +23,279 @@ MME_TASKS = {
         "landmark",
         "artwork",
         "OCR",
-    ],
-    "cognition": [
+    ),
+    "cognition": (
         "commonsense_reasoning",
         "numerical_calculation",
         "text_translation",
         "code_reasoning",
-    ],
+    ),
 }
 
 
-def yes_or_no(answer: str) -> str | None:
-    """What MME reads from an answer: yes or no by its first four characters, or neither."""
-    return next((word for word in ("yes", "no") if word in answer.lower()[:4]), None)
+def pope(questions: Sequence[Mapping], answers: Sequence[Mapping]) -> dict:
+    """POPE: accuracy, precision, recall and F1 of "yes", and the fraction of yes, each 0 to 1.
+
+    Source: evaluate.py of github.com/AoiDragon/POPE. An answer is no where its first sentence has
+    the word No, no or not, and yes otherwise. A ratio with an empty denominator is 0.
+
+    Args:
+        questions: `label` (yes or no) of every question.
+        answers: `answer` of every question, in the same order.
+
+    Raises:
+        UserError: There is no question, or not one answer for each.
+    """
+    if len(questions) != len(answers) or not questions:
+        raise UserError(
+            f"there are {len(questions)} questions and {len(answers)} answers; give one answer for"
+            " each question, and at least one question"
+        )
+    pairs: Counter = Counter()  # (the truth is yes, the answer is yes)
+    for question, answer in zip(questions, answers, strict=True):
+        pairs[question["label"] != "no", not is_no(answer["answer"])] += 1
+    tp = pairs[True, True]
+    fp = pairs[False, True]
+    tn = pairs[False, False]
+    fn = pairs[True, False]
+    precision = tp / (tp + fp) if tp + fp else 0.0
+    recall = tp / (tp + fn) if tp + fn else 0.0
+    total = precision + recall
+    return {
+        "TP": tp,
+        "FP": fp,
+        "TN": tn,
+        "FN": fn,
+        "accuracy": (tp + tn) / len(answers),
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / total if total else 0.0,
+        "yes_ratio": (tp + fp) / len(answers),
+    }
+
+
+def is_no(answer: str) -> bool:
+    """Whether POPE reads an answer as no."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return any(word in words for word in ("No", "no", "not"))
+
+
+def mme(results: Mapping[str, Sequence[Sequence[str]]]) -> dict:
+    """MME: accuracy, accuracy+ (both questions of an image right) and their sum, in per cent.
+
+    Source: calculation.py of MME's eval_tool.
+
+    Args:
+        results: By task, rows (image, question, truth, answer); the two rows of an image follow
+            each other.
+
+    Returns:
+        `task`: by task `score`, `acc`, `acc_plus` and `other` (answers that are neither yes nor
+        no); `perception_total` and `cognition_total`.
+
+    Raises:
+        UserError: The rows of a task are not pairs.
+    """
+    by_task = {task: _score_mme_task(task, rows) for task, rows in results.items()}
+    totals = {}
+    for kind, tasks in MME_TASKS.items():
+        totals[kind] = sum(by_task[task]["score"] for task in tasks if task in by_task)
+    return {
+        "task": by_task,
+        "perception_total": totals["perception"],
+        "cognition_total": totals["cognition"],
+    }
+
+
+def _score_mme_task(task: str, rows: Sequence[Sequence[str]]) -> dict:
+    images = [row[0] for row in rows]
+    if images[::2] != images[1::2]:
+        raise UserError(
+            f"MME asks two questions about each image, one after the other, but the {len(rows)}"
+            f" rows of {task} do not pair up"
+        )
+    answers = [read_yes_or_no(row[3]) for row in rows]
+    truth = [row[2].strip().lower() for row in rows]
+    right = [answer == label for answer, label in zip(answers, truth, strict=True)]
+    both_right = [a and b for a, b in zip(right[::2], right[1::2], strict=True)]
+    accuracy = mean(right, 100)
+    accuracy_plus = mean(both_right, 100)
+    return {
+        "score": accuracy + accuracy_plus,
+        "acc": accuracy,
+        "acc_plus": accuracy_plus,
+        "other": answers.count(None),
+    }
+
+
+def read_yes_or_no(answer: str) -> str | None:
+    """What MME reads from the first four characters of an answer: "yes", "no" or None."""
+    start = answer.lower()[:4]
+    if "yes" in start:
+        return "yes"
+    return "no" if "no" in start else None
 
 
 def gqa(
     questions: Mapping[str, Mapping], predictions: Sequence[Mapping], choices: Mapping | None = None
 ) -> dict:
-    """GQA: accuracy (binary, open), consistency, validity, plausibility in per cent, and
-    distribution (lower is better), by eval.py.
+    """GQA: accuracy and the benchmark's other figures, in per cent.
 
-    questions: by id, as in GQA's files; predictions: `questionId` and `prediction`, compared as
-    they stand; choices: by id the lists `valid` and `plausible`. Only balanced questions count, but
-    what they entail may be any; consistency is None unless every entailed question has a
-    prediction, validity and plausibility are None without choices. Raises ValueError for a balanced
-    one without prediction.
+    Source: eval.py of GQA (cs.stanford.edu/people/dorarad/gqa). Only balanced questions count.
+
+    Args:
+        questions: The questions by id, as in GQA's files. What a balanced question entails may be
+            any question of them.
+        predictions: `questionId` and `prediction` of every question, compared as they stand.
+        choices: By id, the lists `valid` and `plausible`.
+
+    Returns:
+        `binary`, `open` and `accuracy`; `consistency`, None unless every entailed question has a
+        prediction; `validity` and `plausibility`, None without choices; `distribution` (chi square,
+        lower is better); and accuracy with the number of questions by four kinds.
+
+    Raises:
+        UserError: A balanced question has no prediction.
     """
-    said = {one["questionId"]: one["prediction"] for one in predictions}
+    answers = {one["questionId"]: one["prediction"] for one in predictions}
     balanced = {key: one for key, one in questions.items() if one["isBalanced"]}
-    check_all_answered(list(balanced), said)
-    right = {key: said[key] == questions[key]["answer"] for key in said if key in questions}
-    scores = {key: float(right[key]) for key in balanced}
-    kinds: dict[str, dict] = {name: defaultdict(list) for name in GQA_KINDS}
-    parts: dict[str, list] = {"binary": [], "open": []}
-    for key, one in balanced.items():
-        parts["open" if one["types"]["structural"] == "query" else "binary"].append(scores[key])
-        for name, of in GQA_KINDS.items():
-            kinds[name][of(one)].append(scores[key])
-    result = {name: mean(values, 100) for name, values in parts.items()} | {
-        "accuracy": mean(list(scores.values()), 100)
+    check_all_answered(list(balanced), answers)
+    right = {}
+    for key, answer in answers.items():
+        if key in questions:
+            right[key] = answer == questions[key]["answer"]
+    by_form: dict[str, list[float]] = {"binary": [], "open": []}
+    for key, question in balanced.items():
+        is_open = question["types"]["structural"] == "query"
+        by_form["open" if is_open else "binary"].append(float(right[key]))
+    return {
+        "binary": mean(by_form["binary"], 100),
+        "open": mean(by_form["open"], 100),
+        "accuracy": mean([float(right[key]) for key in balanced], 100),
+        "consistency": _compute_consistency(balanced, right),
+        "validity": _compute_fitting(balanced, answers, choices, "valid"),
+        "plausibility": _compute_fitting(balanced, answers, choices, "plausible"),
+        "distribution": _compute_distribution(balanced, answers),
+        **_score_gqa_kinds(balanced, right),
     }
-    result["consistency"] = _consistency(balanced, questions, right)
-    for name, of in (("validity", "valid"), ("plausibility", "plausible")):
-        fits = (
-            [said[k] in _allowed(one, choices[k][of]) for k, one in balanced.items()]
-            if choices is not None
-            else None
-        )
-        result[name] = None if fits is None else mean(fits, 100)
-    result["distribution"] = _distribution(balanced, said)
-    tables = {
-        name: {str(k): [mean(v, 100), len(v)] for k, v in sorted(by.items())}
-        for name, by in kinds.items()
+
+
+def _score_gqa_kinds(balanced: Mapping, right: Mapping) -> dict:
+    """Accuracy and number of questions by kind, as eval.py prints them."""
+    kinds = {
+        "Accuracy / structural type": lambda question: question["types"]["structural"],
+        "Accuracy / semantic type": lambda question: question["types"]["semantic"],
+        "Accuracy / steps number": lambda question: _count_steps(question["semantic"]),
+        "Accuracy / words number": lambda question: len(question["question"].split()),
     }
-    return {**result, **tables}
+    tables = {}
+    for title, get_kind in kinds.items():
+        by_kind = defaultdict(list)
+        for key, question in balanced.items():
+            by_kind[get_kind(question)].append(float(right[key]))
+        tables[title] = {
+            str(kind): [mean(scores, 100), len(scores)] for kind, scores in sorted(by_kind.items())
+        }
+    return tables
 
 
-GQA_KINDS = {
-    "Accuracy / structural type": lambda one: one["types"]["structural"],
-    "Accuracy / semantic type": lambda one: one["types"]["semantic"],
-    "Accuracy / steps number": lambda one: _steps(one["semantic"]),
-    "Accuracy / words number": lambda one: len(one["question"].split()),
-}
+def _count_steps(program: Sequence[Mapping]) -> int:
+    """Reasoning steps of a question, without the last one, which asks."""
+    count = 0
+    for step in program:
+        text = f"{step['operation']}: {step['argument']}"
+        asks = any(words in text for words in ("exist", "query: name", "choose name"))
+        count += not asks
+    return count
 
 
-def _steps(program: Sequence[Mapping]) -> int:
-    """Reasoning steps of a question, without the one that asks."""
-    told = [f"{step['operation']}: {step['argument']}" for step in program]
-    return sum(
-        not any(asks in step for asks in ("exist", "query: name", "choose name")) for step in told
-    )
-
-
-def _consistency(balanced: Mapping, questions: Mapping, right: Mapping) -> float | None:
-    """Mean over rightly answered questions of the share of what they entail that is right, too."""
-    shares = []
-    for key, one in balanced.items():
-        entailed = [other for other in one.get("entailed", ()) if other != key]
+def _compute_consistency(balanced: Mapping, right: Mapping) -> float | None:
+    """For a question that was answered rightly, the mean fraction of right answers to what it
+    entails.
+    """
+    fractions = []
+    for key, question in balanced.items():
+        entailed = [other for other in question.get("entailed", ()) if other != key]
         if any(other not in right for other in entailed):
             return None
         if right[key] and entailed:
-            shares.append(mean([float(right[other]) for other in entailed]))
-    return mean(shares, 100)
+            fractions.append(mean([float(right[other]) for other in entailed]))
+    return mean(fractions, 100)
 
 
-def _allowed(question: Mapping, listed: Sequence[str]) -> Sequence[str]:
-    """A question of what two things have in common is answered by the kind of the property,
-    whatever its list says.
-    """
-    return ("color", "material", "shape") if "Common" in question["types"]["detailed"] else listed
+def _compute_fitting(
+    balanced: Mapping, answers: Mapping, choices: Mapping | None, name: str
+) -> float | None:
+    """Answers that are in a question's list of valid or plausible ones, in per cent."""
+    if choices is None:
+        return None
+    fits = []
+    for key, question in balanced.items():
+        allowed = choices[key][name]
+        if "Common" in question["types"]["detailed"]:
+            # What two things have in common is answered by the kind of the property.
+            allowed = ("color", "material", "shape")
+        fits.append(answers[key] in allowed)
+    return mean(fits, 100)
 
 
-def _distribution(balanced: Mapping, said: Mapping) -> float:
-    """Chi square of the answers given against those that are true, averaged over groups of
-    questions by their size, over 100.
+def _compute_distribution(balanced: Mapping, answers: Mapping) -> float:
+    """Chi square of the answers given against the true ones, over 100.
+
+    It is averaged over groups of questions, weighted by their size.
     """
     truth: dict[str, Counter] = defaultdict(Counter)
     given: dict[str, Counter] = defaultdict(Counter)
-    for key, one in balanced.items():
-        if (group := one["groups"]["global"]) is not None:
-            truth[group][one["answer"]] += 1
-            given[group][said[key]] += 1
-    sizes = {group: sum(answers.values()) for group, answers in truth.items()}
-    apart = {
-        g: sum((given[g][a] - n) ** 2 / n for a, n in answers.items())
-        for g, answers in truth.items()
-    }
-    return sum(apart[g] * sizes[g] for g in truth) / sum(sizes.values()) / 100 if truth else 0.0
+    for key, question in balanced.items():
+        group = question["groups"]["global"]
+        if group is not None:
+            truth[group][question["answer"]] += 1
+            given[group][answers[key]] += 1
+    if not truth:
+        return 0.0
+    weighted = []
+    sizes = []
+    for group, counts in truth.items():
+        chi_squared = sum((given[group][a] - n) ** 2 / n for a, n in counts.items())
+        size = sum(counts.values())
+        weighted.append(chi_squared * size)
+        sizes.append(size)
+    return sum(weighted) / sum(sizes) / 100
 
 
 def nlvr(examples: Sequence[Mapping], predictions: Mapping[str, str]) -> dict:
-    """NLVR: share of pictures judged rightly, and of sentences judged rightly throughout, of 1
-    (lil-lab/nlvr, metrics_images.py).
+    """NLVR: fractions of images, and of sentences throughout, that were judged rightly.
 
-    examples: `identifier` (sentence-number) and `label`; predictions: by picture,
-    "split-identifier-0.png" to "-5.png", the six orders of its boxes. Letter case does not count.
+    Source: metrics_images.py of github.com/lil-lab/nlvr. Case does not count.
+
+    Args:
+        examples: `identifier` ("sentence-number") and `label` of every example.
+        predictions: Answers by image, "split-identifier-0.png" to "-5.png", which are the six
+            orders of an example's boxes.
+
+    Returns:
+        `precision` over images and `consistency` over sentences, 0 to 1.
+
+    Raises:
+        UserError: An image has no prediction.
     """
-    said = {name.split(".")[0].partition("-")[2]: word for name, word in predictions.items()}
-    names = {one["identifier"]: [f"{one['identifier']}-{i}" for i in range(6)] for one in examples}
-    check_all_answered([name for six in names.values() for name in six], said)
-    right = {
-        one["identifier"]: [
-            said[n].lower() == one["label"].lower() for n in names[one["identifier"]]
-        ]
-        for one in examples
-    }
+    answers = {}
+    for name, answer in predictions.items():
+        answers[name.split(".")[0].partition("-")[2]] = answer
+    images = {}
+    for example in examples:
+        identifier = example["identifier"]
+        images[identifier] = [f"{identifier}-{i}" for i in range(6)]
+    check_all_answered([name for names in images.values() for name in names], answers)
+    right_by_identifier = {}
+    for example in examples:
+        names = images[example["identifier"]]
+        label = example["label"].lower()
+        right_by_identifier[example["identifier"]] = [answers[n].lower() == label for n in names]
     sentences: dict[str, bool] = {}
-    for identifier, six in right.items():
+    all_right = []
+    for identifier, right in right_by_identifier.items():
         sentence = identifier.split("-")[0]
-        sentences[sentence] = sentences.get(sentence, True) and all(six)
-    every = [one for six in right.values() for one in six]
-    return {"precision": mean(every), "consistency": mean(list(sentences.values()))}
-
-
-def _check_as_many(asked: Sequence, answered: Sequence) -> None:
-    if len(asked) != len(answered) or not asked:
-        raise UserError(
-            f"there are {len(asked)} questions and {len(answered)} answers; give as many of both,"
-            " at least one"
-        )
+        sentences[sentence] = sentences.get(sentence, True) and all(right)
+        all_right += right
+    return {"precision": mean(all_right), "consistency": mean(list(sentences.values()))}

@@ -1,7 +1,7 @@
-"""What a benchmark asks: its questions, read from the folders that LLaVA's instructions make people
-download.
+"""What a benchmark task is, and how its questions are read from disk.
 
-The folders are those under `playground/data/eval` of LLaVA's docs/Evaluation.md, whose eval.zip holds question files with prompts.
+The folders are those that LLaVA's docs/Evaluation.md makes people download into
+playground/data/eval. Its eval.zip holds the question files, prompts included.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...data.errors import RecordError
 from ...data.images import Pictures
 from ...data.jsonl import iterate_lines, parse_line
 from ...schema import UserError
@@ -22,12 +23,17 @@ EVAL_ZIP = "extract LLaVA's eval.zip (docs/Evaluation.md of LLaVA links it) into
 
 @dataclass(frozen=True)
 class Question:
-    """One question as it is asked.
+    """One question, as the model is asked.
 
-    id: unique in the task. text: the prompt, without the picture's place, which is before it.
-    image: a name in the task's pictures, the bytes of a file, or None. facts: what the score or the
-    submission needs of it. unit: questions of one unit are kept or left out together. reference:
-    the right answer in words, where there is one. group: its kind. source: where it stands.
+    Attributes:
+        id: The question's name, unique in its task.
+        text: The prompt without its image, which stands before it.
+        image: A name among the task's images, the bytes of an image file, or None.
+        facts: What the score or the submission needs to know about the question.
+        unit: Questions of one unit are selected or left out together; empty for a unit of its own.
+        reference: The right answer as text; empty where it is not known.
+        group: The kind of question, or None.
+        source: The question's place, such as "llava_test.jsonl line 3".
     """
 
     id: str
@@ -42,8 +48,13 @@ class Question:
 
 @dataclass(frozen=True)
 class TaskData:
-    """What a task asks: questions, their pictures, the files that they came from, and what else the
-    score needs.
+    """The data of a task.
+
+    Attributes:
+        questions: The questions, in order.
+        pictures: Where the images are; None where the questions hold their bytes.
+        files: The files that were read.
+        facts: What the score or the submission needs besides the questions.
     """
 
     questions: Sequence[Question]
@@ -54,23 +65,32 @@ class TaskData:
 
 @dataclass(frozen=True)
 class Score:
-    """What a benchmark says of a model: main by name, in the unit that papers print; details; what
-    each question is worth, 0 to 1.
+    """How a benchmark scores a model.
+
+    Attributes:
+        main: The figures that papers print, by name and in the papers' unit.
+        details: All figures.
+        per_question: The score of every answer by the question's id, 0 to 1.
     """
 
     main: Mapping[str, float]
     details: Mapping
-    each: Mapping[str, float]
+    per_question: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark: how its questions are read, and what becomes of the answers (by question id).
+    """A benchmark task. Answers are mappings from a question's id to the model's text.
 
-    score is None where the truth is not public or the score needs a judge, and may return None for
-    some options; submit writes the official files into a folder and returns them. options: allowed
-    values by name, the first is taken where none is named. The longest answer is that of the
-    released scripts. source: where the files come from.
+    Attributes:
+        title: The benchmark's name.
+        read: Reads the task's data from the root folder, for some options.
+        source: Where the files come from, for an error message.
+        score: Scores answers. None where the truth is not public or a judge is needed; the
+            function may return None for some options.
+        submit: Writes the files that the benchmark's server takes into a folder, and returns them.
+        options: Allowed values by name; the first value is the default.
+        max_new_tokens: The longest answer in the released scripts, in tokens.
     """
 
     title: str
@@ -82,72 +102,91 @@ class Task:
     max_new_tokens: int = 128
 
 
-class MissingFileError(ValueError):
-    """A file of a benchmark is missing; the runner adds where to get it."""
+class MissingFileError(UserError):
+    """A benchmark's file is missing. `run.read_tasks` adds where to get it.
+
+    Attributes:
+        path: The missing file or folder.
+    """
 
     def __init__(self, path: Path):
         super().__init__(f"there is no {path}")
         self.path = path
 
 
-def the_file(*places: Path) -> Path:
-    """The first of some places that exists; NotThereError names the first where none does."""
-    found = next((place for place in places if place.exists()), None)
-    if found is None:
-        raise MissingFileError(places[0])
-    return found
+def find_file(*paths: Path) -> Path:
+    """The first path that exists; MissingFileError names the first path where none does."""
+    for path in paths:
+        if path.exists():
+            return path
+    raise MissingFileError(paths[0])
 
 
 def read_json(path: Path):
-    """What a JSON file holds; ValueError where it is missing or broken."""
+    """The value of a JSON file.
+
+    Raises:
+        UserError: The file is missing or is not JSON.
+    """
+    text = find_file(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     try:
-        return json.loads(the_file(path).read_text(encoding="utf-8-sig"))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}); download it again") from None
 
 
-def read_lines(path: Path, *keys: str) -> list[dict]:
-    """The records of a JSON Lines file, each with the keys asked for; ValueError names the line
-    that is broken.
+def read_records(path: Path, *keys: str) -> list[dict]:
+    """The records of a JSON Lines file, each with its place as `source`.
+
+    Args:
+        path: The file.
+        keys: What every record must have.
+
+    Raises:
+        UserError: The file is missing or empty, or a line is not a record with these keys.
     """
     records = []
-    for number, line in iterate_lines(the_file(path)):
+    for number, line in iterate_lines(find_file(path)):
         try:
             record = parse_line(line)
         except UserError as error:
-            raise UserError(
-                f"{path} line {number} is not JSON ({error}); download the file again"
-            ) from None
-        missing = [key for key in keys if not isinstance(record, dict) or key not in record]
+            problem = f"{error}; download the file again"
+            raise RecordError(f"{path} line {number}", problem) from None
+        is_record = isinstance(record, dict)
+        missing = [key for key in keys if not is_record or key not in record]
         if missing:
-            raise UserError(
-                f"{path} line {number} has no {', '.join(missing)}; is it the file of this"
-                " benchmark?"
-            )
+            problem = f"there is no {', '.join(missing)}; is it the file of this benchmark?"
+            raise RecordError(f"{path} line {number}", problem)
         records.append({**record, "source": f"{path.name} line {number}"})
     if not records:
         raise UserError(f"{path} holds no question; download it again")
     return records
 
 
-def llava_questions(path: Path, **more: Callable[[dict], object]) -> list[Question]:
-    """The questions of one of LLaVA's question files; more: fields of `Question`, each made from
-    the record.
+def read_llava_questions(path: Path, *, group_key: str | None = None) -> list[Question]:
+    """The questions of one of LLaVA's question files.
 
-    `facts` holds question_id as it stands there. Ids that come again (TextVQA's are its pictures')
-    get a number.
+    `facts` holds `question_id` as it stands there. An id that appears again (TextVQA's are those of
+    its images) gets a number.
+
+    Args:
+        path: A JSON Lines file with question_id, image and text.
+        group_key: The record's key that names the group.
     """
-    questions, seen = [], {}
-    for record in read_lines(path, "question_id", "image", "text"):
+    questions = []
+    counts: dict[str, int] = {}
+    for record in read_records(path, "question_id", "image", "text"):
         name = str(record["question_id"])
-        seen[name] = seen.get(name, 0) + 1
-        fields = {key: make(record) for key, make in more.items()}
-        facts = {"question_id": record["question_id"], **fields.pop("facts", {})}
-        unique = name if seen[name] == 1 else f"{name}#{seen[name]}"
-        source = record["source"]
-        questions.append(
-            Question(unique, record["text"], record["image"], facts, source=source, **fields)
+        counts[name] = counts.get(name, 0) + 1
+        question = Question(
+            id=name if counts[name] == 1 else f"{name}#{counts[name]}",
+            text=record["text"],
+            image=record["image"],
+            facts={"question_id": record["question_id"]},
+            group=record.get(group_key) if group_key else None,
+            source=record["source"],
         )
+        questions.append(question)
     return questions
 
 
