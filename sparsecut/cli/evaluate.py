@@ -125,9 +125,9 @@ def _run_tasks(
     **settings,
 ) -> None:
     """Read the benchmarks, ask the model their questions, print the scores."""
-    from ..evaluation.tasks.run import part_of, read_tasks, run_task, table
+    from ..evaluation.tasks.run import format_results, parse_part, read_tasks, run_task
 
-    number, count = part_of(part)
+    number, count = parse_part(part)
     tasks = read_tasks(names, root, limit)
     loaded, processor = load_model(model, device or _get_local_device(), dtype)
     results = []
@@ -145,7 +145,7 @@ def _run_tasks(
             results.append(result)
             typer.echo(f"{task.label} is answered: {out / task.label}/result.json", err=True)
     if results:
-        typer.echo(table(results))
+        typer.echo(format_results(results))
         typer.echo(f"wrote result.json and predictions.jsonl of each into folders of {out}")
 
 

@@ -55,7 +55,7 @@ def open_output_dir(folder: Path, settings: dict, records: list[dict], resume: b
 
 
 def _take_over_answers(file: Path, records: list[dict], metric: str | None) -> None:
-    answers = {_get_key(line): line["prediction"] for line in read_lines(file)}
+    answers = {_get_key(line): line["prediction"] for line in read_predictions(file)}
     unknown = set(answers) - {_get_key(record) for record in records}
     if unknown:
         raise UserError(
@@ -106,7 +106,7 @@ def _flatten(settings: dict) -> dict:
     return flat
 
 
-def read_lines(file: Path) -> list[dict]:
+def read_predictions(file: Path) -> list[dict]:
     """The records of predictions.jsonl, without a last line that an interruption cut short.
 
     Raises:
@@ -120,6 +120,8 @@ def read_lines(file: Path) -> list[dict]:
         ) from None
 
 
-def write_json(file: Path, value: dict) -> None:
-    """Write a value as indented JSON."""
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json(file: Path, value, *, indent: int | None = 2) -> Path:
+    """Write a JSON file, and return its path."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
+    return file

@@ -11,6 +11,7 @@ from pathlib import Path
 from ...data.images import Pictures
 from ...data.jsonl import write_json_lines
 from ...schema import UserError
+from ..output_dir import write_json
 from .open_ended_metrics import normalize_textvqa, score_vqa_answer, textvqa, vqa
 from .task import (
     EVAL_ZIP,
@@ -23,7 +24,6 @@ from .task import (
     read_json,
     read_llava_questions,
     read_records,
-    write_json,
 )
 
 OCR = "Reference OCR token:"  # begins the line of a prompt with text that was read in the image
@@ -107,7 +107,7 @@ def submit_vqav2(data: TaskData, answers: Mapping[str, str], folder: Path) -> li
     rows = []
     for number in data.facts["submitted"]:
         rows.append({"question_id": number, "answer": by_number.get(number, "")})
-    return [write_json(folder / "vqav2_submission.json", rows)]
+    return [write_json(folder / "vqav2_submission.json", rows, indent=None)]
 
 
 def read_vizwiz(root: Path, options: Mapping[str, str]) -> TaskData:
@@ -122,7 +122,7 @@ def submit_vizwiz(data: TaskData, answers: Mapping[str, str], folder: Path) -> l
     rows = []
     for question in data.questions:
         rows.append({"image": question.image, "answer": normalize_textvqa(answers[question.id])})
-    return [write_json(folder / "vizwiz_submission.json", rows)]
+    return [write_json(folder / "vizwiz_submission.json", rows, indent=None)]
 
 
 def read_textvqa(root: Path, options: Mapping[str, str]) -> TaskData:
@@ -182,7 +182,7 @@ def read_mmvet(root: Path, options: Mapping[str, str]) -> TaskData:
 def submit_mmvet(data: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
     """Write what MM-Vet's notebook and evaluation server take."""
     rows = {f"v1_{q.facts['question_id']}": answers[q.id] for q in data.questions}
-    return [write_json(folder / "mmvet_submission.json", rows, indent=2)]
+    return [write_json(folder / "mmvet_submission.json", rows)]
 
 
 def read_llava_bench(root: Path, options: Mapping[str, str]) -> TaskData:

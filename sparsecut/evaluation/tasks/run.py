@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...data.examples import IMAGE, Example
-from ...data.jsonl import read_json_lines, write_json_lines
+from ...data.jsonl import write_json_lines
 from ...drawing import text_table
 from ...schema import UserError, nearest
 from ..evaluator import evaluate
-from ..output_dir import PREDICTIONS, RESULT, SETTINGS, write_json
+from ..output_dir import PREDICTIONS, RESULT, SETTINGS, read_predictions, write_json
 from ..scoring import Z95, wilson_interval
 from .multiple_choice import MULTIPLE_CHOICE_TASKS
 from .open_ended import OPEN_ENDED_TASKS
@@ -341,7 +341,7 @@ def _read_parts(selected: SelectedTask, folder: Path, part_folders: Sequence[Pat
         )
     by_id = {}
     for part_folder in part_folders:
-        for record in read_json_lines(part_folder / PREDICTIONS, skip_partial=True):
+        for record in read_predictions(part_folder / PREDICTIONS):
             by_id[record["id"]] = record
     ids = [question.id for question in selected.data.questions]
     missing = [key for key in ids if key not in by_id]

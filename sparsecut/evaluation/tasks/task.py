@@ -188,9 +188,3 @@ def read_llava_questions(path: Path, *, group_key: str | None = None) -> list[Qu
         )
         questions.append(question)
     return questions
-
-
-def write_json(path: Path, value, *, indent: int | None = None) -> Path:
-    """Write a JSON file and return its path."""
-    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
