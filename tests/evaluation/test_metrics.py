@@ -70,7 +70,9 @@ def test_scores_are_those_of_the_benchmarks_own_scripts(name):
         found = list(differences(SCORES[name](file, run), run["expected"], PRINTED.get(name, 1e-9)))
         assert not found, (run["name"], found[:5])
     for one in file.get("normalisation", []):
-        assert {"vqa": normalize_vqa, "textvqa": normalize_textvqa}[name](one["in"]) == one["out"], one
+        assert {"vqa": normalize_vqa, "textvqa": normalize_textvqa}[name](one["in"]) == one[
+            "out"
+        ], one
     for one in file.get("infer", []):
         assert infer_option(one["answer"], one["choices"]) == one["inferred"], one
 
