@@ -1,8 +1,7 @@
-"""LoRA on a part of the model, through PEFT: put on before a stage, merged into the part or kept
-beside the model after it.
+"""LoRA on a part of the model through PEFT: added before a stage, then merged or saved beside it.
 
-A part's adapter is PEFT's own model around the part's module, whose layers it changes in place; the module keeps its place in our
-model, and what is saved is PEFT's own format.
+A part's adapter is PEFT's own model around the part's module, whose layers it changes in place. The
+module keeps its place in our model. Adapters are saved in PEFT's own format.
 """
 
 from __future__ import annotations
@@ -14,128 +13,140 @@ from torch import Tensor, nn
 
 from .schema import UserError
 
-FOLDER = "adapters"  # beside a saved model: one folder of PEFT's for every part that has an adapter
-LORA = ":lora"  # behind a part's name in `train`: its adapter learns, and the part rests
+FOLDER = "adapters"  # beside a saved model; it has one folder of PEFT's per part with an adapter
+LORA = ":lora"  # follows a part's name in `train`: its adapter is trained, and the part is frozen
 
 
-def adapted(name: str) -> str | None:
-    """The part whose adapter is meant by a name in `train`, None where the part itself is."""
+def get_adapted_part(name: str) -> str | None:
+    """The part whose adapter a name in `train` means; None for the name of a part itself."""
     return name.removesuffix(LORA) if name.endswith(LORA) else None
 
 
-def adapters_of(model: nn.Module) -> dict:
-    """Part -> PEFT's model around it, for parts that have an adapter."""
+def get_adapters(model: nn.Module) -> dict:
+    """Part -> PEFT's model around it, for the parts that have an adapter."""
     return model.__dict__.setdefault("part_adapters", {})
 
 
-def adapter_parameters(model: nn.Module, part: str) -> list[nn.Parameter]:
-    """The adapter's own parameters; none where the part has no adapter."""
-    found = adapters_of(model).get(part)
-    return (
-        [p for name, p in found.named_parameters() if "lora_" in name] if found is not None else []
-    )
+def get_adapter_parameters(model: nn.Module, part: str) -> list[nn.Parameter]:
+    """The parameters of a part's adapter; an empty list for a part without one."""
+    adapter = get_adapters(model).get(part)
+    if adapter is None:
+        return []
+    return [parameter for name, parameter in adapter.named_parameters() if "lora_" in name]
 
 
 def add_adapters(model: nn.Module, train: tuple[str, ...], settings) -> None:
-    """Put an adapter on every part that `train` names with `:lora`; one that is there already goes
-    on learning.
+    """Add an adapter to every part that `train` names with `:lora`.
 
-    settings: the stage's `lora`. Raises ValueError where PEFT is missing, or no layer of the part
-    is one it is to change.
+    A part that has an adapter already keeps it.
+
+    Args:
+        model: a model of this package.
+        train: the stage's `train`.
+        settings: the stage's `lora`.
+
+    Raises:
+        UserError: PEFT is not installed, or the part has no layer of `settings.targets`.
     """
-    for part in filter(None, map(adapted, train)):
-        if part in adapters_of(model):
-            continue
-        peft = need_peft()
-        module = module_of(model, part)
-        targets = (
-            list(settings.targets) if not isinstance(settings.targets, str) else settings.targets
-        )
-        config = peft.LoraConfig(
-            r=settings.r,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            target_modules=targets,
-        )
-        frozen = [p.requires_grad for p in module.parameters()]
-        try:
-            adapters_of(model)[part] = peft.get_peft_model(module, config)
-        except ValueError as error:
-            names = sorted(
-                {
-                    name.rpartition(".")[2]
-                    for name, m in module.named_modules()
-                    if isinstance(m, nn.Linear)
-                }
-            )
-            raise UserError(
-                f"no adapter can be put on {part} with targets {settings.targets!r}: {error}; its"
-                f" linear layers are {', '.join(names)}"
-            ) from None
-        for parameter, learns in zip(
-            (p for n, p in module.named_parameters() if "lora_" not in n), frozen, strict=True
-        ):
-            parameter.requires_grad_(learns)  # what learns is the stage's to say
+    for name in train:
+        part = get_adapted_part(name)
+        if part is not None and part not in get_adapters(model):
+            get_adapters(model)[part] = _add_adapter(get_part_module(model, part), part, settings)
+
+
+def _add_adapter(module: nn.Module, part: str, settings):
+    peft = import_peft()
+    targets = settings.targets
+    config = peft.LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+    parameters = list(module.parameters())
+    required_grad = [parameter.requires_grad for parameter in parameters]
+    try:
+        adapter = peft.get_peft_model(module, config)
+    except ValueError as error:
+        names = ", ".join(_get_linear_names(module))
+        raise UserError(
+            f"no adapter can be added to {part} with targets {targets!r} ({error}); its linear"
+            f" layers are {names}"
+        ) from error
+    # PEFT freezes the module, but the stage decides what is trained.
+    for parameter, requires_grad in zip(parameters, required_grad, strict=True):
+        parameter.requires_grad_(requires_grad)
+    return adapter
+
+
+def _get_linear_names(module: nn.Module) -> list[str]:
+    """Last names of a module's linear layers, such as q_proj, each once."""
+    names = set()
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            names.add(name.rpartition(".")[2])
+    return sorted(names)
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Add every adapter's product to the weights it stands beside, and take it off."""
-    for part in list(adapters_of(model)):
-        adapters_of(model).pop(part).merge_and_unload()
+    """Add every adapter's product to the weights it belongs to, and remove the adapter."""
+    adapters = get_adapters(model)
+    for part in list(adapters):
+        adapters.pop(part).merge_and_unload()
 
 
 def save_adapters(model: nn.Module, folder: Path) -> None:
-    """Write adapters in PEFT's own format, one folder for each part."""
-    for part, adapter in adapters_of(model).items():
+    """Write the adapters in PEFT's own format, one folder per part."""
+    for part, adapter in get_adapters(model).items():
         adapter.save_pretrained(str(folder / FOLDER / part), save_embedding_layers=False)
 
 
 def load_adapters(model: nn.Module, folder: Path) -> None:
-    """Put the adapters saved with a model back on its parts."""
-    for path in sorted((folder / FOLDER).glob("*/adapter_config.json")):
-        module = module_of(model, path.parent.name)
-        adapter = need_peft().PeftModel.from_pretrained(module, str(path.parent), is_trainable=True)
-        adapters_of(model)[path.parent.name] = adapter.eval()
+    """Add the adapters saved beside a model to its parts."""
+    for config_file in sorted((folder / FOLDER).glob("*/adapter_config.json")):
+        source = config_file.parent
+        module = get_part_module(model, source.name)
+        adapter = import_peft().PeftModel.from_pretrained(module, str(source), is_trainable=True)
+        get_adapters(model)[source.name] = adapter.eval()
 
 
-def read_weights(model: nn.Module, folder: Path) -> None:
-    """Read a checkpoint's weights, and those of its adapters, into a model that has the same
-    adapters.
-    """
-    names = {name.replace(".base_layer.", "."): name for name in model.state_dict()}
+def load_checkpoint(model: nn.Module, folder: Path) -> None:
+    """Load the weights of a checkpoint, adapters included, into a model with the same adapters."""
+    current_names = {_strip_layer(name): name for name in model.state_dict()}
     for path in sorted(folder.glob("model*.safetensors")):
-        model.load_state_dict(
-            {names[name]: value for name, value in load_file(path).items()}, strict=False
-        )
-    for part, adapter in adapters_of(model).items():
+        weights = {current_names[name]: value for name, value in load_file(path).items()}
+        model.load_state_dict(weights, strict=False)
+    for part, adapter in get_adapters(model).items():
         weights = load_file(folder / FOLDER / part / "adapter_model.safetensors")
-        need_peft().set_peft_model_state_dict(adapter, weights)
+        import_peft().set_peft_model_state_dict(adapter, weights)
 
 
-def without_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the names that they have without adapters."""
-    return {
-        name.replace(".base_layer.", "."): value
-        for name, value in state.items()
-        if ".lora_" not in name
-    }
+def strip_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without those of adapters, under the names of a model without adapters."""
+    return {_strip_layer(name): value for name, value in state.items() if ".lora_" not in name}
 
 
-def module_of(model: nn.Module, part: str) -> nn.Module:
-    """The module that a part's adapter stands on."""
-    if part == "vision":
-        return model.vision_backbone()
-    assert part == "language", part
-    return model.language_backbone()
+def _strip_layer(name: str) -> str:
+    """A weight's name without PEFT's wrapper around its layer."""
+    return name.replace(".base_layer.", ".")
 
 
-def need_peft():
-    """The package peft; ValueError where it is not installed."""
+def get_part_module(model: nn.Module, part: str) -> nn.Module:
+    """The module that a part's adapter is added to; part: "vision" or "language"."""
+    return {"vision": model.vision_backbone, "language": model.language_backbone}[part]()
+
+
+def import_peft():
+    """Import the package peft.
+
+    Raises:
+        UserError: It is not installed.
+    """
     try:
         import peft
-    except ImportError:
+    except ImportError as error:
         raise UserError(
-            "adapters need the package peft, which is not installed; install it (pip install"
-            " 'sparsecut[lora]')"
-        ) from None
+            "adapters need the package peft, which is not installed; run pip install"
+            " 'sparsecut[lora]'"
+        ) from error
     return peft

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..adapters import adapted
+from ..adapters import get_adapted_part
 from ..config.recipe import Recipe, Stage
 from ..config.yaml_io import expand_path
 from ..schema import UserError
@@ -122,7 +122,7 @@ def _stage_plan(
     flops = held = None
     if model is not None:
         flops, held = _counted(model, stage, item, size, dtype)
-    if any(map(adapted, stage.train)):
+    if any(map(get_adapted_part, stage.train)):
         found.notes.append(
             "adapters' own operations and states between forward and backward are not counted; they"
             " are small"
@@ -136,7 +136,7 @@ def _stage_plan(
             if found.number is None
             else math.ceil(found.number / (rows * item.records) * epochs)
         )
-    beside = any(adapted(name) for name in stage.train)
+    beside = any(get_adapted_part(name) for name in stage.train)
     resting = sum(v for k, v in parts.items() if k != "head") - (
         0 if beside else sum(trained.values())
     )

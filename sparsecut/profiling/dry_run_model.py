@@ -24,7 +24,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters import adapted, module_of
+from ..adapters import get_adapted_part, get_part_module
 from ..config.recipe import Recipe, Stage
 from ..config.yaml_io import expand_path
 from ..configuration import SparseCutConfig
@@ -92,10 +92,10 @@ def on_paper(recipe: Recipe, mode: FakeTensorMode) -> EstimatedModel:
 
 def trained_number(model: nn.Module, name: str, stage: Stage) -> int:
     """How many numbers of a part the stage trains, or of the adapter on it."""
-    if (part := adapted(name)) is None:
+    if (part := get_adapted_part(name)) is None:
         return sum(p.numel() for p in model.parameter_groups()[name])
     module, head, targets = (
-        module_of(model, part),
+        get_part_module(model, part),
         model.get_output_embeddings(),
         stage.lora.targets,
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..adapters import LORA, adapted, adapter_parameters, adapters_of
+from ..adapters import LORA, get_adapted_part, get_adapter_parameters, get_adapters
 from ..config.recipe import Stage
 from ..schema import UserError
 
@@ -17,7 +17,7 @@ def all_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     them.
     """
     return model.parameter_groups() | {
-        f"{part}{LORA}": adapter_parameters(model, part) for part in adapters_of(model)
+        f"{part}{LORA}": get_adapter_parameters(model, part) for part in get_adapters(model)
     }
 
 
@@ -26,7 +26,7 @@ def check_parts(model: nn.Module, train: tuple[str, ...]) -> None:
     not count.
     """
     parts = model.parameter_groups()
-    if unknown := [name for name in train if (adapted(name) or name) not in parts]:
+    if unknown := [name for name in train if (get_adapted_part(name) or name) not in parts]:
         raise UserError(
             f"the model has no part {unknown[0]}; its parts are {', '.join(parts)}, and only"
             " upgraded models have a projector of their own"

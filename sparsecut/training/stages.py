@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments, set_seed
 
-from ..adapters import adapted, add_adapters, merge_adapters, need_peft
+from ..adapters import add_adapters, get_adapted_part, import_peft, merge_adapters
 from ..building import build, is_saved, load
 from ..config.recipe import Recipe, Source, Stage, dump_recipe, load_recipe
 from ..config.yaml_io import expand_path
@@ -98,7 +98,7 @@ def train(
     for stage in recipe.stages:
         check_parts(model, stage.train)
         if stage.lora is not None:
-            need_peft()
+            import_peft()
     skips = any(source.on_error == "skip" for stage in recipe.stages for source in stage.data)
     opened = check or (
         skips and recipe.states is not None
@@ -229,7 +229,9 @@ def changes_base(stage: Stage) -> bool:
     it does not.
     """
     beside = stage.lora is not None and not stage.lora.merge
-    return any(not (name == "fusion" or (beside and adapted(name))) for name in stage.train)
+    return any(
+        not (name == "fusion" or (beside and get_adapted_part(name))) for name in stage.train
+    )
 
 
 def kept_states(

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from ..adapters import adapters_of, read_weights, save_adapters, without_adapters
+from ..adapters import get_adapters, load_checkpoint, save_adapters, strip_adapters
 from ..config.recipe import Stage
 from ..data.dataset import blank_item, picture_inputs, raise_errors
 from ..data.encoding import IGNORED
@@ -58,7 +58,7 @@ class StageTrainer(Trainer):
         blank = blank_item(
             data.processor, template=data.template, states=data.states, views=data.views
         )
-        if self.is_sharded and adapters_of(self.model):
+        if self.is_sharded and get_adapters(self.model):
             raise UserError(
                 "adapters are trained whole on every process; remove fsdp or deepspeed from args,"
                 " the adapters are small"
@@ -338,8 +338,8 @@ class StageTrainer(Trainer):
         """
         folder = Path(output_dir or self.args.output_dir)
         if not self.model.saves_fusion_only:
-            if adapters_of(self.model):
-                state_dict = without_adapters(state_dict or self.model.state_dict())
+            if get_adapters(self.model):
+                state_dict = strip_adapters(state_dict or self.model.state_dict())
             super()._save(str(folder), state_dict)
         elif self.args.should_save:
             self.model.save_fusion(folder, state_dict)
@@ -349,11 +349,11 @@ class StageTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """As the Trainer, and also from a checkpoint of shortcuts alone, or with adapters."""
         folder = Path(resume_from_checkpoint)
-        if self.is_sharded or not ((folder / WEIGHTS).is_file() or adapters_of(self.model)):
+        if self.is_sharded or not ((folder / WEIGHTS).is_file() or get_adapters(self.model)):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         if (folder / WEIGHTS).is_file():
             self.model.fusion.load_state_dict(load_file(folder / WEIGHTS))
-        read_weights(self.model, folder)
+        load_checkpoint(self.model, folder)
 
     def _num_bytes(self) -> int:
         """What the disk must hold: the stage's result and, where checkpoints are written, one of

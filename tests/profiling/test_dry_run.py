@@ -60,13 +60,13 @@ def test_parameters_are_those_of_the_model(model, train):
     assert plan.trained["fusion"] == real["fusion"]
     if "language:lora" in train:
         peft = pytest.importorskip("peft")
-        from sparsecut.adapters import adapter_parameters, add_adapters, merge_adapters
+        from sparsecut.adapters import add_adapters, get_adapter_parameters, merge_adapters
         from sparsecut.config.recipe import Lora
 
         add_adapters(model, ("language:lora",), Lora())
         assert (
             plan.trained["language:lora"]
-            == sum(p.numel() for p in adapter_parameters(model, "language"))
+            == sum(p.numel() for p in get_adapter_parameters(model, "language"))
             and peft
         )
         merge_adapters(model)
