@@ -1,8 +1,8 @@
-"""Answers under way: how each row of a batch chooses its next token, when it ends, and what of it
-can be told already.
+"""Answers under way: how each row of a batch draws its next token, when it ends, and which part of
+its text can be sent already.
 
-Every row has its own temperature, random state, stop strings and length, so that requests of any settings share a batch, and
-what one of them draws does not depend on the others.
+Every row has its own temperature, random state, stop strings and length. So requests of any
+settings share a batch, and what one of them draws does not depend on the others.
 """
 
 from __future__ import annotations
@@ -13,14 +13,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# what a tokenizer writes for the first bytes of a character whose others are to come
-UNFINISHED = "\ufffd"
+# What a tokenizer writes for the first bytes of a character whose other bytes are still missing.
+INCOMPLETE_CHARACTER = "\ufffd"
+MIN_LOGPROB = -9999.0  # JSON has no minus infinity; OpenAI writes this number
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How an answer is drawn and where it ends; temperature 0 takes the likeliest token.
-    top_logprobs: None for none at all.
+    """How an answer is drawn and where it ends.
+
+    Attributes:
+        max_new_tokens: Tokens of the answer at most.
+        temperature: 0 takes the likeliest token.
+        top_p: Draw from the likeliest tokens that together reach this probability.
+        seed: Seed of the random draws; None takes another one each time.
+        stop: The answer ends before any of these texts.
+        top_logprobs: How many other likely tokens are reported at each position; None reports no
+            log-probabilities at all.
     """
 
     max_new_tokens: int
@@ -33,8 +42,13 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """Some more of an answer's text, the tokens it is made of where these are asked for, and at the
-    end the reason.
+    """Some more text of an answer.
+
+    Attributes:
+        index: Which of the request's answers it belongs to.
+        text: The new text.
+        tokens: The tokens of it with their log-probabilities, where the request asks for these.
+        finish_reason: In the last delta why the answer ended: "stop" or "length".
     """
 
     index: int
@@ -44,11 +58,14 @@ class TextDelta:
 
 
 class GenerationRow:
-    """One answer being written; `on_delta` receives its text in pieces, the last one with a
-    finish_reason.
+    """One answer being written: one row of a batch.
 
-    Outer blanks are left out, as evaluation and chat do, so that the pieces together are what those
-    would show.
+    Whitespace around the answer is left out, as evaluation and chat do.
+
+    Attributes:
+        token_ids: Tokens drawn so far.
+        text: Their text.
+        finish_reason: Why the answer ended; None while it is being written.
     """
 
     def __init__(
@@ -56,150 +73,173 @@ class GenerationRow:
         index: int,
         sampling: SamplingParams,
         tokenizer,
-        ends: set[int],
+        end_ids: set[int],
         on_delta: Callable[[TextDelta], None],
     ):
-        self.index, self.sampling, self.tokenizer, self.ends, self.on_delta = (
-            index,
-            sampling,
-            tokenizer,
-            ends,
-            on_delta,
-        )
-        self.ids: list[int] = []
-        self.text, self.sent = "", 0
-        self.tokens: list[
-            tuple[int, dict]
-        ] = []  # not told yet, each with the place in the text where it begins
+        """
+        Args:
+            index: Which of the request's answers this is; it is added to the seed.
+            sampling: How to draw.
+            tokenizer: The model's tokenizer.
+            end_ids: Tokens that end an answer.
+            on_delta: Receives the text in pieces; the last one has a finish_reason.
+        """
+        self.index = index
+        self.sampling = sampling
+        self.tokenizer = tokenizer
+        self.end_ids = end_ids
+        self.on_delta = on_delta
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.num_sent = 0  # characters
+        # Log-probabilities that are not sent yet, each with the place where its text begins.
+        self.unsent_tokens: list[tuple[int, dict]] = []
         self.finish_reason: str | None = None
-        self.chance = torch.Generator()
+        self.generator = torch.Generator()
         if sampling.seed is None:
-            self.chance.seed()
+            self.generator.seed()
         else:
-            self.chance.manual_seed((sampling.seed + index) % 2**63)
+            self.generator.manual_seed((sampling.seed + index) % 2**63)
 
     def choose(self, scores: Tensor) -> int:
-        """The next token by its scores [V], which is taken into the answer."""
-        s = self.sampling
-        token = int(scores.argmax()) if s.temperature == 0 else self._draw(scores.float().cpu())
-        if token not in self.ends and s.top_logprobs is not None:
-            self.tokens.append(
-                (len(self.text), self._told(token, torch.log_softmax(scores.float(), -1).cpu()))
-            )
-        self._take(token)
+        """Draw the next token and append it to the answer.
+
+        Args:
+            scores: Scores of all tokens, [V].
+        """
+        token = self._draw(scores)
+        if token not in self.end_ids and self.sampling.top_logprobs is not None:
+            logprobs = torch.log_softmax(scores.float(), -1).cpu()
+            self.unsent_tokens.append((len(self.text), self._describe_token(token, logprobs)))
+        self._append(token)
         return token
 
     def _draw(self, scores: Tensor) -> int:
-        shares = torch.softmax(scores / self.sampling.temperature, -1)
+        if self.sampling.temperature == 0:
+            return int(scores.argmax())
+        scores = scores.float().cpu()
+        probabilities = torch.softmax(scores / self.sampling.temperature, -1)
         if self.sampling.top_p < 1:
-            ordered, places = shares.sort(descending=True, stable=True)
-            before = (
-                ordered.cumsum(-1) - ordered
-            )  # a token stays while those before it have not reached top_p
-            shares = torch.zeros_like(shares).scatter_(
-                0, places, ordered.masked_fill(before >= self.sampling.top_p, 0)
-            )
-        return int(torch.multinomial(shares, 1, generator=self.chance))
+            probabilities = self._keep_top_p(probabilities)
+        return int(torch.multinomial(probabilities, 1, generator=self.generator))
 
-    def _told(self, token: int, logprobs: Tensor) -> dict:
-        best = (
-            logprobs.topk(min(self.sampling.top_logprobs, len(logprobs)))
-            if self.sampling.top_logprobs
-            else None
-        )
-        top = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best else ()
-        return {
-            **self._named(token, logprobs[token].item()),
-            "top_logprobs": [self._named(other, value) for other, value in top],
-        }
+    def _keep_top_p(self, probabilities: Tensor) -> Tensor:
+        """A token stays while those before it have not reached top_p."""
+        ordered, indices = probabilities.sort(descending=True, stable=True)
+        sum_before = ordered.cumsum(-1) - ordered
+        ordered = ordered.masked_fill(sum_before >= self.sampling.top_p, 0)
+        return torch.zeros_like(probabilities).scatter_(0, indices, ordered)
 
-    def _named(self, token: int, value: float) -> dict:
+    def _describe_token(self, token: int, logprobs: Tensor) -> dict:
+        """The token and the likeliest other ones, as OpenAI's clients read them."""
+        entry = self._format_logprob(token, logprobs[token].item())
+        entry["top_logprobs"] = []
+        if self.sampling.top_logprobs:
+            best = logprobs.topk(min(self.sampling.top_logprobs, len(logprobs)))
+            for other, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+                entry["top_logprobs"].append(self._format_logprob(other, value))
+        return entry
+
+    def _format_logprob(self, token: int, logprob: float) -> dict:
         text = self.tokenizer.decode([token])
-        return {"token": text, "logprob": max(value, -9999.0), "bytes": list(text.encode())}
+        return {"token": text, "logprob": max(logprob, MIN_LOGPROB), "bytes": list(text.encode())}
 
-    def _take(self, token: int) -> None:
-        self.ids.append(token)
-        full = len(self.ids) >= self.sampling.max_new_tokens
-        reason = "stop" if token in self.ends else "length" if full else None
-        self.text = self.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
-        cuts = [place for s in self.sampling.stop if (place := self.text.find(s)) >= 0]
-        if cuts:
-            self.text, reason = self.text[: min(cuts)], "stop"
-        if reason is not None:
+    def _append(self, token: int) -> None:
+        self.token_ids.append(token)
+        self.text = self.tokenizer.decode(self.token_ids, skip_special_tokens=True).lstrip()
+        reason = None
+        if token in self.end_ids:
+            reason = "stop"
+        elif len(self.token_ids) >= self.sampling.max_new_tokens:
+            reason = "length"
+        places = [self.text.find(stop) for stop in self.sampling.stop]
+        places = [place for place in places if place >= 0]
+        if places:
+            self.text = self.text[: min(places)]
+            reason = "stop"
+        if reason is None:
+            self._send_ready_text()
+        else:
             self._finish(reason)
-            return
-        ready = self._ready()
-        if ready > self.sent:
-            piece = self.text[self.sent : ready]
-            self.sent = ready
-            self.on_delta(TextDelta(self.index, piece, self._tokens_before(ready)))
 
-    def _ready(self) -> int:
-        """How much of the text is sure: not outer blanks, half a character, or what may become a
-        stop string.
+    def _send_ready_text(self) -> None:
+        end = self._find_ready_end()
+        if end > self.num_sent:
+            text = self.text[self.num_sent : end]
+            self.num_sent = end
+            self.on_delta(TextDelta(self.index, text, self._take_tokens_before(end)))
+
+    def _find_ready_end(self) -> int:
+        """How many characters are sure: no outer whitespace, no half character, nothing that may
+        become a stop string.
         """
-        text = self.text.rstrip(UNFINISHED).rstrip()
-        held = [
-            n for s in self.sampling.stop for n in range(1, len(s)) if self.text.endswith(s[:n])
-        ]
-        return min(len(text), len(self.text) - max(held, default=0))
+        ready = self.text.rstrip(INCOMPLETE_CHARACTER).rstrip()
+        num_held_back = 0
+        for stop in self.sampling.stop:
+            for length in range(1, len(stop)):
+                if self.text.endswith(stop[:length]):
+                    num_held_back = max(num_held_back, length)
+        return min(len(ready), len(self.text) - num_held_back)
 
-    def _tokens_before(self, end: int) -> tuple[dict, ...]:
-        told = tuple(entry for start, entry in self.tokens if start < end)
-        self.tokens = [(start, entry) for start, entry in self.tokens if start >= end]
-        return told
+    def _take_tokens_before(self, end: int) -> tuple[dict, ...]:
+        """The unsent tokens whose text begins before a place; they count as sent."""
+        taken = tuple(entry for start, entry in self.unsent_tokens if start < end)
+        self.unsent_tokens = [(start, entry) for start, entry in self.unsent_tokens if start >= end]
+        return taken
 
     def _finish(self, reason: str) -> None:
-        cut = reason == "stop" and (not self.ids or self.ids[-1] not in self.ends)
-        tokens = self._tokens_before(len(self.text) if cut else len(self.text) + 1)
-        self.text, self.finish_reason = self.text.rstrip(), reason
-        self.on_delta(TextDelta(self.index, self.text[self.sent :], tokens, reason))
+        is_cut = reason == "stop" and self.token_ids[-1] not in self.end_ids
+        tokens = self._take_tokens_before(len(self.text) if is_cut else len(self.text) + 1)
+        self.text = self.text.rstrip()
+        self.finish_reason = reason
+        self.on_delta(TextDelta(self.index, self.text[self.num_sent :], tokens, reason))
 
     def abandon(self) -> None:
-        """End it where it is: nobody reads it any more."""
-        self.finish_reason = self.finish_reason or "abandoned"
+        """End the answer where it is, because nobody reads it any more."""
+        if self.finish_reason is None:
+            self.finish_reason = "abandoned"
 
 
 class PerRowSampler:
-    """For `generate`: as a logits processor it lets every row choose its token, as a stopping
-    criterion it ends rows.
+    """Lets every row of a batch draw its own tokens inside `generate`.
 
-    is_wanted(row) says whether somebody still reads that row.
+    `choose` is a logits processor, `find_ended` a stopping criterion.
     """
 
-    def __init__(self, answers: list[GenerationRow], is_wanted: Callable[[int], bool]):
-        self.answers, self.is_wanted = answers, is_wanted
-
-    def choose(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [B, V] under which the likeliest token of every row is the one that it has
-        chosen.
+    def __init__(self, rows: list[GenerationRow], is_wanted: Callable[[int], bool]):
         """
+        Args:
+            rows: The rows of the batch.
+            is_wanted: Whether somebody still reads the row of this number.
+        """
+        self.rows = rows
+        self.is_wanted = is_wanted
+
+    def choose(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [B, V] under which the likeliest token of every row is the one it has drawn."""
         forced = torch.full_like(scores, torch.finfo(scores.dtype).min)
-        for row, answer in enumerate(self.answers):
-            token = 0 if answer.finish_reason else answer.choose(scores[row])
-            forced[row, token] = 0
+        for i, row in enumerate(self.rows):
+            token = 0 if row.finish_reason else row.choose(scores[i])
+            forced[i, token] = 0
         return forced
 
-    def ended(self, ids: Tensor, scores, **kwargs) -> Tensor:
-        """Which rows have ended, [B]."""
-        for row, answer in enumerate(self.answers):
-            if not answer.finish_reason and not self.is_wanted(row):
-                answer.abandon()
-        return torch.tensor(
-            [answer.finish_reason is not None for answer in self.answers], device=ids.device
-        )
+    def find_ended(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        """Which rows have ended, booleans [B]."""
+        for i, row in enumerate(self.rows):
+            if not self.is_wanted(i):
+                row.abandon()
+        ended = [row.finish_reason is not None for row in self.rows]
+        return torch.tensor(ended, device=input_ids.device)
 
 
-def joined(pieces: Sequence[TextDelta], num_answers: int) -> list[TextDelta]:
-    """One Piece per choice, in order, of all its pieces."""
-    of = [[piece for piece in pieces if piece.index == i] for i in range(num_answers)]
-    return [
-        TextDelta(
-            i,
-            "".join(p.text for p in one),
-            tuple(t for p in one for t in p.tokens),
-            one[-1].finish_reason,
-        )
-        for i, one in enumerate(of)
-        if one
-    ]
+def join_deltas(deltas: Sequence[TextDelta], num_answers: int) -> list[TextDelta]:
+    """One delta per answer, in order, with its whole text and all its tokens."""
+    answers = []
+    for index in range(num_answers):
+        parts = [delta for delta in deltas if delta.index == index]
+        if not parts:
+            continue
+        text = "".join(part.text for part in parts)
+        tokens = tuple(token for part in parts for token in part.tokens)
+        answers.append(TextDelta(index, text, tokens, parts[-1].finish_reason))
+    return answers

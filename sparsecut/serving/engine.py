@@ -1,8 +1,7 @@
-"""The engine behind the server: one thread that owns the model, a queue with a limit, and batches
-of what waits.
+"""The engine behind the server: a queue with a limit, and one thread that owns the model.
 
-Batches are static: requests that arrive while one runs wait for its longest answer, though each answer is told as soon as it is
-there. Pictures are encoded one by one, so that their features do not depend on the batch, and are kept by digest.
+Batches are static: requests that arrive while one runs wait for its longest answer. Every answer
+is sent as soon as it is there.
 """
 
 from __future__ import annotations
@@ -12,32 +11,19 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
-import torch
 from PIL import Image
-from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from ..modeling_base import SparseCutImageFeatures
-from ..prompts import (
-    check_length,
-    get_max_length,
-    is_fixed,
-    make_greedy_config,
-    prepare_inputs,
-    render_prompt,
-)
+from ..prompts import check_length
 from ..schema import UserError
-from .decoding import GenerationRow, PerRowSampler, SamplingParams, TextDelta, joined
-from .image_cache import ImageFeatureCache, Picture
+from .decoding import GenerationRow, SamplingParams, TextDelta
+from .image_cache import PreparedImage
+from .model_runner import ModelRunner
 
-MIB = 2**20
-KEEPING = (
-    "llava",
-    "qwen2_5_vl",
-)  # bases of which a picture's features are known to be the same alone as in a batch
-PIXELS = ("pixel_values", "fine_pixel_values")
+SHUTTING_DOWN = "the server is shutting down; send the request to another one"
+
+OnDelta = Callable[[TextDelta | Exception | None], None]
 
 
 class QueueFullError(Exception):
@@ -46,43 +32,61 @@ class QueueFullError(Exception):
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What is asked: prompt with its pictures in order, how to answer, how often, and which
-    shortcuts are off.
+    """A checked request, ready for the queue.
+
+    Attributes:
+        prompt: The conversation by the chat template.
+        images: Its images, in the order of the placeholders.
+        num_tokens: Tokens of the prompt, those of the images included.
+        sampling: How to draw the answers.
+        num_answers: How many answers to write.
+        shortcuts_off: Numbers of the shortcuts that add nothing, ascending.
     """
 
     prompt: str
-    pictures: tuple[Picture, ...]
+    images: tuple[PreparedImage, ...]
     num_tokens: int
     sampling: SamplingParams
     num_answers: int = 1
-    off: tuple[int, ...] = ()
+    shortcuts_off: tuple[int, ...] = ()
 
 
 @dataclass
 class RequestHandle:
-    """A question on its way; `on_delta` receives every Piece, then None, or the exception that
-    ended it.
+    """A request in the engine.
+
+    Attributes:
+        request: The request.
+        on_delta: Receives every `TextDelta`, then None, or the exception that ended the request.
+        num_generated: Tokens written, known at the end.
+        is_cancelled: Nobody reads the answers any more.
+        has_ended: The engine is done with it.
     """
 
-    question: GenerationRequest
-    on_delta: Callable[[TextDelta | Exception | None], None]
+    request: GenerationRequest
+    on_delta: OnDelta
     num_generated: int = 0
-    cancelled: bool = False
-    ended: bool = False
+    is_cancelled: bool = False
+    has_ended: bool = False
 
     def cancel(self) -> None:
-        """Nobody reads the answer any more: it is dropped from the queue, or ends at the next
-        token; nothing once it has ended.
+        """Drop the request from the queue, or end its answers at the next token.
+
+        Does nothing once it has ended.
         """
-        self.cancelled = self.cancelled or not self.ended
+        if not self.has_ended:
+            self.is_cancelled = True
 
 
 class Engine:
     """A model that answers many requests at once, from any thread.
 
-    max_batch: answers written together (each of a request's choices is one). max_queue: requests
-    that may wait. cache_bytes: features of pictures kept; 0 keeps none. Upgraded models of families
-    beyond KEEPING encode every time, because what a base makes of pictures differs by family.
+    Attributes:
+        runner: The model with its processor and feature cache.
+        counts: Counts "batches", "rows", "cancelled", "refused" and "failed".
+        waiting: Requests in the queue, the oldest first.
+        num_running: Answers being written.
+        is_closed: No request is taken any more.
     """
 
     def __init__(
@@ -92,67 +96,90 @@ class Engine:
         *,
         max_batch: int = 16,
         max_queue: int = 64,
-        cache_bytes: int = 256 * MIB,
+        cache_bytes: int = 256 * 2**20,
     ):
-        for name, value, least in (
-            ("max_batch", max_batch, 1),
-            ("max_queue", max_queue, 1),
-            ("cache_bytes", cache_bytes, 0),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise UserError(
-                    f"{name} is {value!r}, but must be a whole number of at least {least}"
-                )
-        if not hasattr(processor, "image_token"):
-            raise UserError(
-                f"{type(processor).__name__} has no placeholder for pictures; the server answers"
-                " about pictures and texts, so give a model whose encoder sees"
-            )
-        self.model, self.processor = model.eval(), processor
-        self.max_batch, self.max_queue = max_batch, max_queue
-        self.views = is_fixed(processor)
-        self.keeps = self.views or self.model.config.base_config.model_type in KEEPING
-        self.kept = ImageFeatureCache(cache_bytes if self.keeps else 0)
+        """
+        Args:
+            model: A SparseCut model, joined or upgraded.
+            processor: Its processor.
+            max_batch: Answers written together; each answer of a request is one.
+            max_queue: Requests that may wait.
+            cache_bytes: Bytes of vision features to keep; 0 keeps none. Upgraded models of
+                families beyond `CACHEABLE_BASES` encode every image anew.
+
+        Raises:
+            UserError: For limits that are no whole numbers or too small, and for models without a
+                vision encoder.
+        """
+        _check_whole_number("max_batch", max_batch, 1)
+        _check_whole_number("max_queue", max_queue, 1)
+        _check_whole_number("cache_bytes", cache_bytes, 0)
+        self.runner = ModelRunner(model, processor, cache_bytes)
+        self.max_batch = max_batch
+        self.max_queue = max_queue
         self.counts: Counter = Counter()
         self.num_running = 0
-        ends = self.model.generation_config.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [ends]) - {None}
-        self.words = threading.Lock()  # a tokenizer changes its padding while it works
         self.waiting: deque[RequestHandle] = deque()
-        self.tasks: queue.SimpleQueue = queue.SimpleQueue()
+        self.calls: queue.SimpleQueue = queue.SimpleQueue()  # of `run`
         self.changed = threading.Condition()
-        self.closed = False
+        self.is_closed = False
         self.thread = threading.Thread(target=self._work, name="model", daemon=True)
         self.thread.start()
 
-    def ask(
+    @property
+    def model(self):
+        """The model."""
+        return self.runner.model
+
+    @property
+    def processor(self):
+        """The model's processor."""
+        return self.runner.processor
+
+    @property
+    def image_token(self) -> str:
+        """The model's placeholder for an image in a text."""
+        return self.runner.image_token
+
+    def prepare_image(self, image: Image.Image) -> PreparedImage:
+        """An image as requests hold it."""
+        return self.runner.prepare_image(image)
+
+    def prepare(
         self,
         messages: list[dict],
-        pictures: Sequence[Image.Image | Picture],
+        images: Sequence[PreparedImage],
         sampling: SamplingParams,
-        **more,
+        *,
+        num_answers: int = 1,
+        shortcuts_off: Sequence[int] = (),
+        may_shorten: bool = False,
     ) -> GenerationRequest:
-        """A question from turns with one placeholder per picture; more: num_answers, off.
+        """Check a request against the model and this engine's limits.
 
-        Raises ValueError for what the chat template refuses, what is too long, and shortcuts or
-        numbers that are not there.
+        Args:
+            messages: The conversation, with one placeholder per image.
+            images: From `prepare_image`, in the order of the placeholders.
+            sampling: How to draw the answers.
+            num_answers: How many answers to write.
+            shortcuts_off: Numbers of the shortcuts that add nothing to them.
+            may_shorten: Take fewer new tokens where the language model's positions do not allow
+                all of them.
+
+        Raises:
+            UserError: For a conversation that the chat template refuses or that is too long, too
+                many answers, and shortcuts that do not exist.
         """
-        shown = tuple(p if isinstance(p, Picture) else self.preprocess_image(p) for p in pictures)
-        num_answers, off = more.pop("num_answers", 1), tuple(sorted(set(more.pop("off", ()))))
-        if not 1 <= num_answers <= self.max_batch:
-            raise UserError(
-                f"n is {num_answers}, but this server writes 1 to {self.max_batch} answers to one"
-                " request; ask for fewer"
-            )
-        shortcuts = range(len(self.model.plan.shortcuts))
-        if unknown := [i for i in off if i not in shortcuts]:
-            raise UserError(
-                f"there is no shortcut {unknown[0]} to switch off; this plan's are 0 to"
-                f" {shortcuts[-1]}"
-            )
-        with self.words:
-            prompt = render_prompt(self.processor, messages)
-            num_tokens = self._count(prompt, shown)
+        self._check_num_answers(num_answers)
+        shortcuts_off = tuple(sorted(set(shortcuts_off)))
+        self._check_shortcuts(shortcuts_off)
+        prompt = self.runner.build_prompt(messages)
+        num_tokens = self.runner.count_tokens(prompt, images)
+        max_positions = self.runner.max_positions
+        if may_shorten and max_positions is not None:
+            num_left = max(1, max_positions - num_tokens)
+            max_new_tokens = min(sampling.max_new_tokens, num_left)
+            sampling = replace(sampling, max_new_tokens=max_new_tokens)
         check_length(
             self.model,
             num_tokens,
@@ -160,199 +187,175 @@ class Engine:
             "the prompt",
             "shorten it or lower max_tokens",
         )
-        return GenerationRequest(prompt, shown, num_tokens, sampling, num_answers, off)
+        return GenerationRequest(
+            prompt, tuple(images), num_tokens, sampling, num_answers, shortcuts_off
+        )
 
-    def preprocess_image(self, image: Image.Image) -> Picture:
-        """A picture as it waits: its views where these are enough, because photographs would fill
-        the memory.
+    def _check_num_answers(self, num_answers: int) -> None:
+        if not 1 <= num_answers <= self.max_batch:
+            raise UserError(
+                f"n is {num_answers}, but this server writes 1 to {self.max_batch} answers to one"
+                " request; ask for fewer"
+            )
+
+    def _check_shortcuts(self, shortcuts_off: Sequence[int]) -> None:
+        last = len(self.model.plan.shortcuts) - 1
+        for number in shortcuts_off:
+            if not 0 <= number <= last:
+                raise UserError(
+                    f"shortcuts_off contains {number}, but the plan has no such shortcut;"
+                    f" allowed are 0 to {last}"
+                )
+
+    def submit(self, request: GenerationRequest, on_delta: OnDelta) -> RequestHandle:
+        """Put a request into the queue.
+
+        Args:
+            request: From `prepare`.
+            on_delta: Receives the answers; called from the model's thread, so it must not block.
+
+        Raises:
+            QueueFullError: Where the queue is full or the engine closed.
         """
-        return Picture.of(image, self.processor if self.views else None)
-
-    def _count(self, prompt: str, shown: Sequence[Picture]) -> int:
-        """Tokens of the prompt, pictures included."""
-        images = None if self.views else [[p.image for p in shown]]
-        return prepare_inputs(self.model, self.processor, [prompt], images)["input_ids"].shape[1]
-
-    def room(self, num_tokens: int = 0) -> int | None:
-        """How many tokens fit beside so many; None where the model does not say."""
-        limit = get_max_length(self.model)
-        return None if limit is None else limit - num_tokens
-
-    def submit(
-        self, question: GenerationRequest, on_delta: Callable[[TextDelta | Exception | None], None]
-    ) -> RequestHandle:
-        """Queue a question; `on_delta` is called from the model's thread and must not block. Raises
-        Busy where the queue is full.
-        """
-        job = RequestHandle(question, on_delta)
+        handle = RequestHandle(request, on_delta)
         with self.changed:
-            if self.closed:
-                raise QueueFullError("the server is shutting down; ask another one")
+            if self.is_closed:
+                raise QueueFullError(SHUTTING_DOWN)
             if len(self.waiting) >= self.max_queue:
                 self.counts["refused"] += 1
                 raise QueueFullError(
-                    f"{len(self.waiting)} requests wait already, which is the limit; try again in a"
-                    " moment"
+                    f"{len(self.waiting)} requests wait already, which is the limit;"
+                    " try again in a moment"
                 )
-            self.waiting.append(job)
+            self.waiting.append(handle)
             self.changed.notify()
-        return job
-
-    def answer(self, question: GenerationRequest) -> list[TextDelta]:
-        """The finished answers to a question, waited for: one Piece per choice with its whole text,
-        tokens and reason.
-        """
-        told: queue.SimpleQueue = queue.SimpleQueue()
-        self.submit(question, told.put)
-        pieces: list[TextDelta] = []
-        while (piece := told.get()) is not None:
-            if isinstance(piece, Exception):
-                raise piece
-            pieces.append(piece)
-        return joined(pieces, question.num_answers)
+        return handle
 
     def run(self, function: Callable[[], object]) -> Future:
-        """Call a function on the model's thread between two batches; its result, or its exception,
-        comes with the Future.
+        """Call a function on the model's thread between two batches.
+
+        Returns:
+            A future with the function's result or exception.
+
+        Raises:
+            QueueFullError: Where too many functions wait or the engine is closed.
         """
         future: Future = Future()
         with self.changed:
-            if self.closed or self.tasks.qsize() >= self.max_queue:
+            if self.is_closed or self.calls.qsize() >= self.max_queue:
                 raise QueueFullError(
                     "the server has too much to do or is shutting down; try again in a moment"
                 )
-            self.tasks.put((function, future))
+            self.calls.put((function, future))
             self.changed.notify()
         return future
 
     def close(self) -> None:
-        """End: what waits is refused, what runs ends at its next token."""
+        """Refuse what waits, end what runs at its next token, and end the thread."""
         with self.changed:
-            self.closed = True
+            self.is_closed = True
             self.changed.notify()
         self.thread.join()
+
+    # ---- on the model's thread
 
     def _work(self) -> None:
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.closed or self.waiting or not self.tasks.empty())
-                if self.closed:
+                self.changed.wait_for(self._has_work)
+                if self.is_closed:
                     break
-                jobs = self._next_batch()
-                self.num_running = sum(job.question.num_answers for job in jobs)
-            while not self.tasks.empty():
-                function, future = self.tasks.get()
-                _call(function, future)
-            if jobs:
-                self._answer(jobs)
+                batch = self._take_batch()
+                self.num_running = sum(handle.request.num_answers for handle in batch)
+            while not self.calls.empty():
+                _call(*self.calls.get())
+            if batch:
+                self._answer(batch)
             self.num_running = 0
-        for job in self.waiting:
-            job.on_delta(QueueFullError("the server is shutting down; ask another one"))
-        while not self.tasks.empty():
-            self.tasks.get()[1].set_exception(
-                QueueFullError("the server is shutting down; ask another one")
-            )
+        self._refuse_everything()
 
-    def _next_batch(self) -> list[RequestHandle]:
-        """The longest waiting request and, in their order, those that fit beside it: the same
-        shortcuts off, enough rows.
+    def _has_work(self) -> bool:
+        return self.is_closed or bool(self.waiting) or not self.calls.empty()
+
+    def _refuse_everything(self) -> None:
+        for handle in self.waiting:
+            handle.on_delta(QueueFullError(SHUTTING_DOWN))
+        while not self.calls.empty():
+            _, future = self.calls.get()
+            future.set_exception(QueueFullError(SHUTTING_DOWN))
+
+    def _take_batch(self) -> list[RequestHandle]:
+        """The oldest request and, in their order, those that fit beside it.
+
+        They need the same shortcuts, and together no more rows than a batch has.
         """
-        jobs, left, rows = [], [], 0
-        for job in self.waiting:
-            if job.cancelled:
+        batch: list[RequestHandle] = []
+        left: list[RequestHandle] = []
+        num_rows = 0
+        for handle in self.waiting:
+            if handle.is_cancelled:
                 self.counts["cancelled"] += 1
                 continue
-            fits = not jobs or jobs[0].question.off == job.question.off
-            if fits and rows + job.question.num_answers <= self.max_batch:
-                jobs.append(job)
-                rows += job.question.num_answers
+            request = handle.request
+            is_alike = not batch or batch[0].request.shortcuts_off == request.shortcuts_off
+            if is_alike and num_rows + request.num_answers <= self.max_batch:
+                batch.append(handle)
+                num_rows += request.num_answers
             else:
-                left.append(job)
+                left.append(handle)
         self.waiting = deque(left)
-        return jobs
+        return batch
 
-    def _answer(self, jobs: list[RequestHandle]) -> None:
+    def _answer(self, batch: list[RequestHandle]) -> None:
+        """Write a batch's answers, and send each request its end."""
+        end = None
         try:
-            self._generate(jobs)
-            outcome = [
-                QueueFullError("the server is shutting down; ask another one")
-                if self.closed
-                else None
-            ] * len(jobs)
-        except Exception as error:  # told to those who asked; the next batch may go well
-            self.counts["failed"] += len(jobs)
-            outcome = [error] * len(jobs)
-        for job, end in zip(jobs, outcome, strict=True):
-            self.counts["cancelled"] += job.cancelled
-            job.ended = True
-            job.on_delta(end)
+            self._generate(batch)
+            if self.is_closed:
+                end = QueueFullError(SHUTTING_DOWN)
+        except Exception as error:  # sent to the clients; the next batch may go well
+            self.counts["failed"] += len(batch)
+            end = error
+        for handle in batch:
+            self.counts["cancelled"] += handle.is_cancelled
+            handle.has_ended = True
+            handle.on_delta(end)
 
-    @torch.inference_mode()
-    def _generate(self, jobs: list[RequestHandle]) -> None:
-        rows = [(job, i) for job in jobs for i in range(job.question.num_answers)]
-        tokenizer, ends = self.processor.tokenizer, self.ends
-        answers = [
-            GenerationRow(i, job.question.sampling, tokenizer, ends, job.on_delta)
-            for job, i in rows
-        ]
-        chooser = PerRowSampler(answers, lambda row: not (self.closed or rows[row][0].cancelled))
-        config = make_greedy_config(
-            self.model, max(job.question.sampling.max_new_tokens for job in jobs)
+    def _generate(self, batch: list[RequestHandle]) -> None:
+        handles: list[RequestHandle] = []  # of each row
+        rows = []
+        tokenizer = self.processor.tokenizer
+        for handle in batch:
+            for index in range(handle.request.num_answers):
+                row = GenerationRow(
+                    index,
+                    handle.request.sampling,
+                    tokenizer,
+                    self.runner.end_ids,
+                    handle.on_delta,
+                )
+                handles.append(handle)
+                rows.append(row)
+
+        def is_wanted(i: int) -> bool:
+            return not (self.is_closed or handles[i].is_cancelled)
+
+        self.runner.generate(
+            rows,
+            prompts=[handle.request.prompt for handle in handles],
+            images=[handle.request.images for handle in handles],
+            shortcuts_off=batch[0].request.shortcuts_off,
+            is_wanted=is_wanted,
         )
-        questions = [job.question for job, _ in rows]
-        with self.model.fusion.switched_off(*jobs[0].question.off):
-            self.model.generate(
-                **self._inputs(questions),
-                generation_config=config,
-                logits_processor=LogitsProcessorList([chooser.choose]),
-                stopping_criteria=StoppingCriteriaList([chooser.ended]),
-            )
         self.counts["batches"] += 1
         self.counts["rows"] += len(rows)
-        for (job, _), answer in zip(rows, answers, strict=True):
-            job.num_generated += len(answer.ids)
+        for handle, row in zip(handles, rows, strict=True):
+            handle.num_generated += len(row.token_ids)
 
-    def _inputs(self, questions: list[GenerationRequest]) -> dict:
-        """What `generate` takes: the padded prompts, and pixels or the pictures' features."""
-        prompts = [q.prompt for q in questions]
-        shown = [picture for q in questions for picture in q.pictures]
-        images = None if self.views else [[p.image for p in q.pictures] for q in questions]
-        with self.words:
-            inputs = dict(prepare_inputs(self.model, self.processor, prompts, images))
-        if not shown or not self.keeps:
-            self.counts["pictures"] += len(shown)
-            return inputs
-        inputs = {name: value for name, value in inputs.items() if name not in PIXELS}
-        features = list(map(partial(self._features, questions[0].off), shown))
-        into, *above = (list(layer) for layer in zip(*features, strict=True))
-        output = SparseCutImageFeatures(pooler_output=into, deepstack_features=above or None)
-        return {**inputs, "mm_encoder_outputs": {"image": output}}
 
-    def _features(self, off: tuple[int, ...], picture: Picture) -> list[torch.Tensor]:
-        """Of one picture the features of every layer, from the input up: kept ones, or encoded
-        now.
-        """
-        features = self.kept.get((picture.digest, off))
-        self.counts["pictures"] += 1
-        if features is None:
-            features = [
-                f.clone() for f in self._encoded(picture)
-            ]  # a view would keep more memory than is counted
-            self.kept.put((picture.digest, off), features)
-        else:
-            self.counts["pictures_kept"] += 1
-        return features
-
-    def _encoded(self, picture: Picture) -> list[torch.Tensor]:
-        if self.views:
-            found = self.model.get_image_features(picture.views.to(self.model.device))
-            return [found.pooler_output[0], *(layer[0] for layer in found.deepstack_features or ())]
-        with self.words:
-            made = prepare_inputs(
-                self.model, self.processor, [self.processor.image_token], [[picture.image]]
-            )
-        seen = {name: value for name, value in made.items() if name in (*PIXELS, "image_grid_thw")}
-        return [torch.cat(list(self.model.get_image_features(**seen).pooler_output))]
+def _check_whole_number(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise UserError(f"{name} is {value!r}, but must be a whole number of at least {least}")
 
 
 def _call(function: Callable[[], object], future: Future) -> None:
@@ -360,5 +363,5 @@ def _call(function: Callable[[], object], future: Future) -> None:
         return
     try:
         future.set_result(function())
-    except Exception as error:  # told to the caller
+    except Exception as error:  # the caller receives it
         future.set_exception(error)

@@ -1,61 +1,69 @@
-"""Pictures by digest, and their features kept under a limit of bytes."""
+"""Images known by a digest, and a cache of their vision features with a limit of bytes."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Hashable
+from dataclasses import dataclass
 from hashlib import sha256
 
-import torch
 from PIL import Image
+from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture and what it is known by; views: what the encoder takes of it, [1, V, 3, h, w], in
-    place of the picture where known.
+class PreparedImage:
+    """An image that waits for the model: either whole or as the encoder's views.
+
+    Attributes:
+        digest: SHA-256 of its size and pixels.
+        image: The image in RGB; None where the views are known.
+        views: What the encoder reads of it, [1, V, 3, h, w]; None where the image is kept.
     """
 
     digest: str
     image: Image.Image | None = None
-    views: torch.Tensor | None = None
-
-    @classmethod
-    def of(cls, image: Image.Image, processor=None) -> Picture:
-        """A picture by the digest of its size and pixels; its views alone where a processor of ours
-        is given.
-        """
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        digest = sha256(repr(image.size).encode())
-        digest.update(image.tobytes())
-        digest = digest.hexdigest()
-        return (
-            cls(digest, image)
-            if processor is None
-            else cls(digest, views=processor.pixels([image]))
-        )
+    views: Tensor | None = None
 
 
-@dataclass
+def hash_image(image: Image.Image) -> str:
+    """SHA-256 of an RGB image's size and pixels."""
+    digest = sha256(repr(image.size).encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
 class ImageFeatureCache:
-    """Features of pictures under a limit of bytes; the longest unused go first."""
+    """Vision features of images; those unused for longest go first.
 
-    limit: int
-    size: int = 0
-    found: OrderedDict = field(default_factory=OrderedDict)
+    Attributes:
+        max_bytes: Bytes of features at most; 0 keeps none.
+        num_bytes: Bytes of the features in it.
+        entries: Key -> features, the longest unused first.
+    """
 
-    def get(self, key):
-        """The features kept under a key, or None."""
-        if key in self.found:
-            self.found.move_to_end(key)
-        return self.found.get(key)
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self.entries: OrderedDict[Hashable, list[Tensor]] = OrderedDict()
 
-    def put(self, key, features: list[torch.Tensor]) -> None:
-        """Keep features, unless they alone are more than the limit."""
-        num_bytes = sum(f.nbytes for f in features)
-        if num_bytes > self.limit:
+    def get(self, key: Hashable) -> list[Tensor] | None:
+        """The features under a key, or None."""
+        if key in self.entries:
+            self.entries.move_to_end(key)
+        return self.entries.get(key)
+
+    def put(self, key: Hashable, features: list[Tensor]) -> None:
+        """Store features, unless they alone are more than the limit."""
+        num_bytes = _count_bytes(features)
+        if num_bytes > self.max_bytes:
             return
-        self.found[key] = features
-        self.size += num_bytes
-        while self.size > self.limit:
-            self.size -= sum(f.nbytes for f in self.found.popitem(last=False)[1])
+        self.entries[key] = features
+        self.num_bytes += num_bytes
+        while self.num_bytes > self.max_bytes:
+            _, oldest = self.entries.popitem(last=False)
+            self.num_bytes -= _count_bytes(oldest)
+
+
+def _count_bytes(features: list[Tensor]) -> int:
+    return sum(feature.nbytes for feature in features)

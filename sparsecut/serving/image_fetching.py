@@ -1,7 +1,8 @@
-"""Pictures from a request: data URLs, and, only where it is allowed, the public internet.
+"""Images of a request: data URLs, and, only where it is allowed, the public internet.
 
-A server that fetches what strangers name could be sent to machines that only it can reach. So every address that a host has must
-be a public one, the connection goes to the address that was checked, and a redirect is checked like the first URL.
+A server that fetches what strangers name could be sent to machines that only it can reach. So
+every address of a host must be public, the connection goes to the address that was checked, and a
+redirect is checked like the first URL.
 """
 
 from __future__ import annotations
@@ -18,26 +19,33 @@ import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from PIL import Image
 
 from ..imaging import open_upright
 from ..schema import UserError
 
-FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")  # others would wake decoders that nobody needs here
-REDIRECTS = (301, 302, 303, 307, 308)
-SAFE = "/?%:@!$&'()*+,;=~[]"  # of a path and a query, what stays as it is
-BLOCK = 65536
-GIVEN_OUT = ipaddress.ip_network(
-    "2000::/3"
-)  # the addresses of IPv6 that are anyone's (RFC 4291, section 2.4)
 MIB = 2**20
+BLOCK_BYTES = 65536
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")  # no other decoder of Pillow is run
+PORTS = {"http": 80, "https": 443}
+REDIRECTS = (301, 302, 303, 307, 308)
+SAFE_CHARACTERS = "/?%:@!$&'()*+,;=~[]"  # of a path and a query; others are quoted
+# The IPv6 addresses that anyone may have (RFC 4291, section 2.4).
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What one picture may be: bytes of its file, pixels, and whether and how it may be fetched
-    from elsewhere.
+    """What one image may be.
+
+    Attributes:
+        max_bytes: Bytes of its file.
+        max_pixels: Pixels, width times height.
+        remote: Whether http(s) URLs are fetched.
+        seconds: Time in which an image must be fetched, redirects included.
+        max_redirects: Redirects of one URL.
     """
 
     max_bytes: int = 20 * MIB
@@ -47,214 +55,263 @@ class ImageLimits:
     max_redirects: int = 3
 
 
-def picture_of(url: str, limits: ImageLimits) -> Image.Image:
-    """The picture of a data URL, or of a remote one where these are allowed, in RGB and upright;
-    ValueError for any other.
+def read_image(url: str, limits: ImageLimits) -> Image.Image:
+    """The image of a data URL, or of an http(s) URL where these are allowed; RGB, upright.
+
+    Raises:
+        UserError: For other URLs, files that are no images, and images beyond a limit.
     """
     scheme = url.split(":", 1)[0].lower() if ":" in url[:16] else ""
     if scheme == "data":
-        return picture_in(data_of(url), limits)
-    if scheme not in ("http", "https"):
+        return decode_image(decode_data_url(url), limits)
+    if scheme not in PORTS:
         raise UserError(
-            f"the picture {_short(url)} is neither a data URL nor http(s); send"
-            " data:image/png;base64,... with the file's bytes"
+            f"the image {_shorten(url)} is neither a data URL nor http(s);"
+            " send data:image/png;base64,... with the file's bytes"
         )
     if not limits.remote:
         raise UserError(
-            "this server fetches no pictures from elsewhere; send data:image/png;base64,... with"
-            " the file's bytes, or start the server with --remote"
+            f"the image {_shorten(url)} is a remote one, which this server does not fetch; send"
+            " data:image/png;base64,... with the file's bytes, or start the server with --remote"
         )
-    return picture_in(fetch(url, limits), limits)
+    return decode_image(fetch(url, limits), limits)
 
 
-def data_of(url: str) -> bytes:
-    """The bytes of a base64 data URL; ValueError where it is none."""
+def decode_data_url(url: str) -> bytes:
+    """The bytes of a base64 data URL.
+
+    Raises:
+        UserError: Where it is not one.
+    """
     head, comma, body = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise UserError(
-            f"the picture {_short(url)} is no base64 data URL; send data:image/png;base64,... with"
-            " the file's bytes"
+            f"the image {_shorten(url)} is not a base64 data URL;"
+            " send data:image/png;base64,... with the file's bytes"
         )
     try:
         return base64.b64decode(urllib.parse.unquote(body), validate=True)
     except ValueError as error:
         raise UserError(
-            f"the picture {_short(url)} holds broken base64 ({error}); encode the file's bytes"
-            " again"
+            f"the image {_shorten(url)} has broken base64 ({error}); encode the file's bytes again"
         ) from None
 
 
-def picture_in(data: bytes, limits: ImageLimits) -> Image.Image:
-    """The picture of a file's bytes; ValueError where it is none, broken or too large, before its
-    pixels are read.
+def decode_image(data: bytes, limits: ImageLimits) -> Image.Image:
+    """The image of a file's bytes, in RGB and upright.
+
+    Raises:
+        UserError: Where the file is not an image, broken or too large. Its size is checked before
+            its pixels are read.
     """
     if len(data) > limits.max_bytes:
         raise UserError(
-            f"a picture has {len(data)} bytes, but this server takes {limits.max_bytes}; send a"
-            " smaller one"
+            f"an image has {len(data)} bytes, but this server takes {limits.max_bytes};"
+            " send a smaller one"
         )
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             width, height = opened.size
         if width * height <= limits.max_pixels:
             return open_upright(io.BytesIO(data))
-    except (
-        Exception
-    ) as error:  # of many kinds: what Pillow meets in a broken file is seldom caught there
-        unknown = isinstance(error, Image.UnidentifiedImageError)
-        reason = "it is none of these formats" if unknown else f"it is broken or too large: {error}"
-        raise UserError(f"a picture cannot be read ({reason}); send {', '.join(FORMATS)}") from None
+    except Exception as error:  # Pillow raises errors of many kinds for broken files
+        raise UserError(_describe_broken_file(error)) from None
     raise UserError(
-        f"a picture has {width} x {height} pixels, but this server takes {limits.max_pixels}; send"
-        " a smaller one"
+        f"an image has {width} x {height} pixels, but this server takes {limits.max_pixels};"
+        " send a smaller one"
     )
 
 
+def _describe_broken_file(error: Exception) -> str:
+    reason = f"it is broken or too large: {error}"
+    if isinstance(error, Image.UnidentifiedImageError):
+        reason = "it has none of these formats"
+    return f"an image cannot be read ({reason}); send {', '.join(FORMATS)}"
+
+
 def fetch(url: str, limits: ImageLimits) -> bytes:
-    """The bytes behind a public http(s) URL; ValueError for private addresses and where a limit is
-    passed.
+    """The bytes behind a public http(s) URL.
+
+    Raises:
+        UserError: For private addresses, failures, and where a limit is passed.
     """
-    until = time.monotonic() + limits.seconds
+    deadline = time.monotonic() + limits.seconds
     for _ in range(limits.max_redirects + 1):
-        status, value = _get(url, limits, until)
-        if status == 200:
-            return value
-        if status not in REDIRECTS:
+        response = _get(url, limits, deadline)
+        if response.status == 200:
+            return response.data
+        if response.status not in REDIRECTS:
             raise UserError(
-                f"the picture {_short(url)} could not be fetched: the answer was {status}; send its"
-                " bytes"
+                f"the image {_shorten(url)} could not be fetched: its server answered with status"
+                f" {response.status}; send the file's bytes as a data URL"
             )
-        if not value:
+        if not response.location:
             raise UserError(
-                f"the picture {_short(url)} is redirected to nowhere; send its bytes as a data URL"
+                f"the image {_shorten(url)} is redirected without a new URL;"
+                " send the file's bytes as a data URL"
             )
-        url = urllib.parse.urljoin(url, value)
+        url = urllib.parse.urljoin(url, response.location)
     raise UserError(
-        f"a picture is redirected more than {limits.max_redirects} times, last to {_short(url)};"
+        f"an image is redirected more than {limits.max_redirects} times, last to {_shorten(url)};"
         " give its final URL"
     )
 
 
-def public_address(host: str, port: int) -> str:
-    """An address of a host, all of which must be public; ValueError for any that is not and for
-    unknown hosts.
+def find_public_address(host: str, port: int) -> str:
+    """An address of a host.
+
+    Raises:
+        UserError: Where any of the host's addresses is not public, and for unknown hosts.
     """
     try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
-    except (OSError, UnicodeError) as error:
+        entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, ValueError) as error:  # ValueError: characters that no host has
         raise UserError(
-            f"the host {_short(host)} of a picture is not known ({error}); send its bytes as a"
-            " data URL"
+            f"the host {_shorten(host)} of an image is not known ({error});"
+            " send the file's bytes as a data URL"
         ) from None
-    for address in found:
-        if not _is_public(ipaddress.ip_address(address.split("%")[0])):
+    addresses = sorted({entry[4][0] for entry in entries})
+    for address in addresses:
+        without_zone = address.split("%")[0]
+        if not _is_public(ipaddress.ip_address(without_zone)):
             raise UserError(
-                f"the host {_short(host)} of a picture has the address {address}, which is not a"
-                " public one; this server fetches from public addresses only, so send the file's"
-                " bytes as a data URL"
+                f"the host {_shorten(host)} of an image has the address {address}, which is not"
+                " public; send the file's bytes as a data URL"
             )
-    return sorted(found)[0]
+    return addresses[0]
 
 
-def _is_public(address) -> bool:
-    """Addresses of IPv4 that are written as IPv6 ones count as what they stand for, where that can
-    be told.
-    """
-    inner = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether anybody could reach an address; an IPv4 address inside an IPv6 one counts itself."""
+    if address.is_multicast:
+        return False
+    if address.version == 4:
+        return address.is_global
+    inner = address.ipv4_mapped or address.sixtofour
     if inner is not None:
         return _is_public(inner)
-    # The others that carry an IPv4 address (compatible, translated, NAT64) lie outside of what is
-    # given out, and may lead inside.
-    given_out = address.version == 4 or (address in GIVEN_OUT and address.teredo is None)
-    return given_out and address.is_global and not address.is_multicast
+    # The other kinds that carry an IPv4 address (compatible, translated, NAT64) lie outside of
+    # the global unicast addresses, and may lead inside.
+    return address.is_global and address in GLOBAL_UNICAST and address.teredo is None
 
 
-def _get(url: str, limits: ImageLimits, until: float) -> tuple[int, bytes | str | None]:
-    """One request: (200, bytes), or another status with where it redirects to."""
+class FetchedResponse(NamedTuple):
+    """The response to one GET: the data of status 200, or where another status redirects to."""
+
+    status: int
+    data: bytes = b""
+    location: str | None = None
+
+
+class Target(NamedTuple):
+    """The parts of an http(s) URL that a request needs."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+
+def _parse_url(url: str) -> Target:
+    problem = f"{_shorten(url)} is not an http(s) URL of an image; give https://host/image.png"
     try:
         parts = urllib.parse.urlsplit(url)
-        host, port = parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
-        if not host or parts.username is not None:
-            raise KeyError
-        path = urllib.parse.quote(f"{parts.path or '/'}?{parts.query}".removesuffix("?"), safe=SAFE)
-    except (KeyError, ValueError):
-        raise UserError(
-            f"{_short(url)} is no http(s) URL of a picture; give one as https://host/picture.png"
-        ) from None
-    address = public_address(host, port)
+        port = parts.port
+    except ValueError:
+        raise UserError(problem) from None
+    if parts.scheme not in PORTS or not parts.hostname or parts.username is not None:
+        raise UserError(problem)
+    path = parts.path or "/"
+    if parts.query:
+        path = f"{path}?{parts.query}"
     try:
-        with _connected(parts.scheme, host, port, address, until) as connection:
-            connection.request(
-                "GET", path, headers={"User-Agent": "sparsecut", "Accept": "image/*"}
-            )
-            answer = connection.getresponse()
-            if answer.status != 200:
-                return answer.status, answer.getheader("Location")
-            return 200, _read(answer, url, limits, until)
-    except (OSError, http.client.HTTPException, UnicodeError) as error:
-        reason = (
-            str(error) or type(error).__name__ if time.monotonic() < until else "it took too long"
-        )
+        path = urllib.parse.quote(path, safe=SAFE_CHARACTERS)
+    except UnicodeEncodeError:  # half a character
+        raise UserError(problem) from None
+    return Target(parts.scheme, parts.hostname, port or PORTS[parts.scheme], path)
+
+
+def _get(url: str, limits: ImageLimits, deadline: float) -> FetchedResponse:
+    """One GET request to a public address."""
+    target = _parse_url(url)
+    address = find_public_address(target.host, target.port)
+    headers = {"User-Agent": "sparsecut", "Accept": "image/*"}
+    try:
+        with _connect(target, address, deadline) as connection:
+            connection.request("GET", target.path, headers=headers)
+            response = connection.getresponse()
+            if response.status != 200:
+                return FetchedResponse(response.status, location=response.getheader("Location"))
+            return FetchedResponse(200, _read_data(response, url, limits, deadline))
+    except UserError:
+        raise
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = str(error) or type(error).__name__
+        if time.monotonic() >= deadline:
+            reason = "it took too long"
         raise UserError(
-            f"the picture {_short(url)} could not be fetched ({reason}); send its bytes as a"
-            " data URL"
+            f"the image {_shorten(url)} could not be fetched ({reason});"
+            " send the file's bytes as a data URL"
         ) from None
 
 
 @contextmanager
-def _connected(
-    scheme: str, host: str, port: int, address: str, until: float
-) -> Iterator[http.client.HTTPConnection]:
-    """A connection to the address that was checked, which a second look-up of the name could no
-    longer change.
+def _connect(target: Target, address: str, deadline: float) -> Iterator[http.client.HTTPConnection]:
+    """A connection to the address that was checked.
+
+    A second look-up of the host's name could give another address.
     """
-    connection = http.client.HTTPConnection(host, port)
-    sock = socket.create_connection((address, port), timeout=_left(until))
-    if scheme == "https":
+    connection = http.client.HTTPConnection(target.host, target.port)
+    sock = socket.create_connection((address, target.port), timeout=_get_seconds_left(deadline))
+    if target.scheme == "https":
         context = ssl.create_default_context()
-        sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
-    # A timeout of the socket begins anew with every byte, so a slow site could hold on for hours:
-    # it is cut off.
-    watch = threading.Timer(_left(until), _cut_off, [sock])
-    watch.daemon = True
-    watch.start()
+        sock = context.wrap_socket(sock, server_hostname=target.host, do_handshake_on_connect=False)
+    # The timeout of a socket begins anew with every byte, so a slow site could hold it for hours.
+    # A timer cuts it off.
+    timer = threading.Timer(_get_seconds_left(deadline), _cut_off, [sock])
+    timer.daemon = True
+    timer.start()
     try:
-        if scheme == "https":
+        if target.scheme == "https":
             sock.do_handshake()
         connection.sock = sock
         yield connection
     finally:
-        watch.cancel()
+        timer.cancel()
         connection.close()
         sock.close()
 
 
 def _cut_off(sock: socket.socket) -> None:
     with suppress(OSError):  # it may be closed by now
+        # Not the method of an SSL socket, which would wait for the other side.
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
-def _read(answer, url: str, limits: ImageLimits, until: float) -> bytes:
+def _read_data(
+    response: http.client.HTTPResponse, url: str, limits: ImageLimits, deadline: float
+) -> bytes:
     data = bytearray()
     while True:
-        block = answer.read1(BLOCK)
-        _left(until)
+        block = response.read1(BLOCK_BYTES)
+        _get_seconds_left(deadline)
         if not block:
             return bytes(data)
         data += block
         if len(data) > limits.max_bytes:
             raise UserError(
-                f"the picture {_short(url)} has more than the {limits.max_bytes} bytes that this"
+                f"the image {_shorten(url)} has more than the {limits.max_bytes} bytes that this"
                 " server takes; send a smaller one"
             )
 
 
-def _left(until: float) -> float:
-    left = until - time.monotonic()
-    if left <= 0:
+def _get_seconds_left(deadline: float) -> float:
+    """Seconds until a deadline; TimeoutError where there are none."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
         raise TimeoutError("it took too long")
-    return left
+    return seconds
 
 
-def _short(url: str) -> str:
-    return url if len(url) <= 60 else f"{url[:57]}..."
+def _shorten(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,18 +1,36 @@
-"""OpenAI's chat completions, from JSON to a checked request and from answers to JSON."""
+"""OpenAI's chat completion request: its schema, and from JSON to a checked request.
+
+Every problem becomes a `UserError` with one sentence: the key, the value, what is allowed. What
+depends on the model is checked later, in `conversation` and by the engine.
+"""
 
 from __future__ import annotations
 
 import json
-import time
-import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from ..schema import UserError, nearest
-from .decoding import SamplingParams, TextDelta
+from .decoding import SamplingParams
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-IGNORED = (  # change nothing in an answer
+MAX_ANSWERS = 128
+MAX_STOP_STRINGS = 4
+MAX_STOP_CHARACTERS = 255
+MAX_TOP_LOGPROBS = 20
+MIN_TOP_P = 1e-6
+IGNORED = (  # settings that do not change an answer
     "user",
     "metadata",
     "store",
@@ -21,331 +39,338 @@ IGNORED = (  # change nothing in an answer
     "prompt_cache_key",
     "parallel_tool_calls",
 )
-NEUTRAL = {  # of what is not offered, the values that ask for nothing
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "modalities": (["text"],),
+NEUTRAL = {  # settings that this server does not offer -> the one value that asks for nothing
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    "response_format": {"type": "text"},
+    "tools": [],
+    "tool_choice": "none",
+    "modalities": ["text"],
 }
-MAX_STOPS, MAX_STOP_LETTERS, MAX_TOP_LOGPROBS = 4, 255, 20
 
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """What one request may ask for: tokens of an answer (and how many where it does not say),
-    pictures, turns, letters of text.
+    """What one request may ask for.
+
+    Attributes:
+        max_tokens: Tokens of one answer at most.
+        default_tokens: Tokens of one answer at most, where the request does not say.
+        max_images: Images in one request.
+        max_messages: Messages in one request.
+        max_characters: Characters of text in all messages together. Tokenizing a longer text would
+            only show that it is too long, while other requests wait.
     """
 
     max_tokens: int = 1024
     default_tokens: int = 256
-    max_pictures: int = 8
-    max_turns: int = 256
-    max_letters: int = (
-        1_000_000  # more would only be read to be found too long, and others wait for that
+    max_images: int = 8
+    max_messages: int = 256
+    max_characters: int = 1_000_000
+
+
+# ---- the schema; a field's description says what is allowed and is part of the error message
+
+
+class RequestPart(BaseModel):
+    """Base of the schema: no conversion between types, no NaN, unknown keys are passed over."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, frozen=True)
+
+
+class ImageURL(RequestPart):
+    """Where an image comes from."""
+
+    url: str = Field(description="the text of a data URL, or of an http(s) URL")
+
+
+class TextPart(RequestPart):
+    """A text inside a message."""
+
+    type: Literal["text"]
+    text: str = Field(description="text")
+
+
+def _wrap_url(value: Any) -> Any:
+    """Some clients send the bare URL."""
+    return {"url": value} if isinstance(value, str) else value
+
+
+class ImagePart(RequestPart):
+    """An image inside a message."""
+
+    type: Literal["image_url"]
+    image_url: Annotated[ImageURL, BeforeValidator(_wrap_url)] = Field(
+        description='an object such as {"url": "data:image/png;base64,..."}'
     )
 
 
-@dataclass(frozen=True)
-class Request:
-    """A checked request: turns with placeholders, where the pictures are, and how to answer;
-    sampling holds no length yet.
+def _wrap_text(value: Any) -> Any:
+    """A content of text alone is short for a list of one text part."""
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+class Message(RequestPart):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="system, developer, user or assistant"
+    )
+    content: Annotated[list[ContentPart], FailFast(), BeforeValidator(_wrap_text)] = Field(
+        min_length=1, description="a text, or a list of parts of type text and image_url"
+    )
+
+
+def _check_number_of_messages(messages: Any, info: ValidationInfo) -> Any:
+    """Before the messages themselves are read: a body can hold a million of them."""
+    limit = info.context.max_messages
+    if isinstance(messages, list) and len(messages) > limit:
+        raise UserError(
+            f"has {len(messages)} messages, but this server takes {limit}; send the last ones"
+        )
+    return messages
+
+
+class ConversationRequest(RequestPart):
+    """A request of which only the conversation matters."""
+
+    messages: Annotated[list[Message], FailFast(), BeforeValidator(_check_number_of_messages)] = (
+        Field(
+            min_length=1,
+            description='a list such as [{"role": "user", "content": "What is this?"}]',
+        )
+    )
+
+
+class StreamOptions(RequestPart):
+    """Options of a streamed response; others than ours are passed over."""
+
+    model_config = ConfigDict(extra="allow")
+
+    include_usage: bool = Field(False, description="true or false")
+
+
+def _wrap_stop(value: Any) -> Any:
+    """One stop string is short for a list of it."""
+    return [value] if isinstance(value, str) else value
+
+
+def _check_stop(stop: list[str]) -> list[str]:
+    if len(stop) > MAX_STOP_STRINGS:
+        raise UserError(f"has {len(stop)} texts, but at most {MAX_STOP_STRINGS} are allowed")
+    for text in stop:
+        if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
+            raise UserError(
+                f"holds a text of {len(text)} characters,"
+                f" but 1 to {MAX_STOP_CHARACTERS} are allowed"
+            )
+    return stop
+
+
+def _check_length(length: int, info: ValidationInfo) -> int:
+    limit = info.context.max_tokens
+    if not 1 <= length <= limit:
+        raise UserError(f"is {length}, but must be a whole number from 1 to {limit}")
+    return length
+
+
+def _whole_number(default: int | None, least: int, most: int) -> Any:
+    """A field for a whole number in a range."""
+    allowed = f"a whole number from {least} to {most}"
+    return Field(default, ge=least, le=most, description=allowed)
+
+
+class ChatCompletionRequest(ConversationRequest):
+    """The body of POST /v1/chat/completions.
+
+    Attributes:
+        model: Name of the model; None takes the one that is served.
+        max_tokens: Tokens of an answer at most.
+        max_completion_tokens: The newer name of max_tokens; it wins where both are given.
+        temperature: 0 takes the likeliest token.
+        top_p: Draw from the likeliest tokens that together reach this probability.
+        n: Number of answers.
+        seed: Repeats an answer.
+        stop: An answer ends before any of these texts.
+        logprobs: Whether to return the log-probability of every token.
+        top_logprobs: How many other likely tokens to return at each position.
+        stream: Whether to send the answer in pieces.
+        stream_options: Only beside stream.
+        shortcuts_off: Ours: numbers of the plan's shortcuts that add nothing to this answer.
     """
 
-    model: str | None
-    messages: list[dict]
-    urls: list[str]
-    max_tokens: int | None
-    sampling: dict = field(default_factory=dict)
-    num_answers: int = 1
-    off: tuple[int, ...] = ()
-    stream: bool = False
-    usage: bool = False
+    model: str | None = Field(None, description="text")
+    max_tokens: Annotated[int, AfterValidator(_check_length)] | None = Field(
+        None, description="a whole number above 0"
+    )
+    max_completion_tokens: Annotated[int, AfterValidator(_check_length)] | None = Field(
+        None, description="a whole number above 0"
+    )
+    temperature: float = Field(1.0, ge=0, le=2, description="a number from 0 to 2")
+    top_p: float = Field(1.0, ge=MIN_TOP_P, le=1, description="a number above 0, up to 1")
+    n: int = _whole_number(1, 1, MAX_ANSWERS)
+    seed: int | None = _whole_number(None, -(2**63), 2**63 - 1)
+    stop: Annotated[
+        list[str], FailFast(), BeforeValidator(_wrap_stop), AfterValidator(_check_stop)
+    ] = Field(
+        [],
+        description=f"a text, or a list of up to {MAX_STOP_STRINGS} texts"
+        f" of 1 to {MAX_STOP_CHARACTERS} characters",
+    )
+    logprobs: bool = Field(False, description="true or false")
+    top_logprobs: int = _whole_number(0, 0, MAX_TOP_LOGPROBS)
+    stream: bool = Field(False, description="true or false")
+    stream_options: StreamOptions = Field(
+        StreamOptions(), description='an object such as {"include_usage": true}'
+    )
+    shortcuts_off: Annotated[list[int], FailFast()] = Field(
+        [], description="a list of shortcuts' numbers such as [1, 2]"
+    )
 
-    def sampled(self, default_tokens: int) -> SamplingParams:
-        """How to answer, in at most so many tokens where the request does not say."""
-        return SamplingParams(max_new_tokens=self.max_tokens or default_tokens, **self.sampling)
+    @model_validator(mode="after")
+    def _check_pairs(self) -> ChatCompletionRequest:
+        """Settings that need another one beside them."""
+        if self.top_logprobs and not self.logprobs:
+            raise UserError("top_logprobs needs logprobs: true beside it")
+        if self.stream_options.model_fields_set and not self.stream:
+            raise UserError("stream_options needs stream: true beside it")
+        return self
+
+    def build_sampling(self, default_tokens: int) -> SamplingParams:
+        """How to draw an answer.
+
+        Args:
+            default_tokens: Length of the answer where the request does not say.
+        """
+        requested = self.max_completion_tokens or self.max_tokens
+        return SamplingParams(
+            max_new_tokens=requested or default_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=tuple(self.stop),
+            top_logprobs=self.top_logprobs if self.logprobs else None,
+        )
+
+    @property
+    def has_length(self) -> bool:
+        """Whether the request says how long an answer may be."""
+        return self.max_completion_tokens is not None or self.max_tokens is not None
 
 
-KNOWN = (
-    "model",
-    "messages",
-    "max_tokens",
-    "max_completion_tokens",
-    "temperature",
-    "top_p",
-    "n",
-    "seed",
-    "stop",
-    "logprobs",
-    "top_logprobs",
-    "stream",
-    "stream_options",
-    "shortcuts_off",
-)
+# ---- from JSON to a checked request
 
 
-def read_request(body: object, image_token: str, bounds: RequestLimits) -> Request:
-    """A request from its JSON; shortcuts_off (a list of numbers) is ours. Raises ValueError with a
-    sentence for anything else.
+def parse_chat_request(body: object, limits: RequestLimits) -> ChatCompletionRequest:
+    """Check the JSON of a chat completion request.
+
+    Raises:
+        UserError: For unknown keys, wrong types, values out of range, and settings that this
+            server does not offer.
     """
+    settings = _drop_settings_without_effect(body)
+    return _validate(ChatCompletionRequest, settings, limits)
+
+
+def parse_conversation(body: object, limits: RequestLimits) -> list[Message]:
+    """Check the messages of a request and pass over everything else in it.
+
+    Raises:
+        UserError: As `parse_chat_request`.
+    """
+    _check_object(body)
+    return _validate(ConversationRequest, body, limits).messages
+
+
+def _check_object(body: object) -> None:
     if not isinstance(body, dict):
-        raise UserError(f"the request is {_shown(body)}, but must be an object with messages")
-    body = {name: value for name, value in body.items() if value is not None}
+        raise UserError(f"the request is {_format(body)}, but must be an object with messages")
+
+
+def _drop_settings_without_effect(body: object) -> dict:
+    """The settings that matter: without nulls, ignored ones, and neutral values."""
+    _check_object(body)
+    known = ChatCompletionRequest.model_fields
+    settings = {}
     for name, value in body.items():
-        if name in NEUTRAL and value not in NEUTRAL[name]:
-            raise UserError(f"{name} is not offered by this server; leave it out")
-        if name not in (*KNOWN, *IGNORED, *NEUTRAL):
+        if value is None or name in IGNORED:
+            continue
+        if name in NEUTRAL:
+            if value != NEUTRAL[name]:
+                raise UserError(
+                    f"{name} is {_format(value)}, but this server does not offer it; leave it out"
+                )
+            continue
+        if name not in known:
+            suggestion = nearest(name, known)
             raise UserError(
-                f"{_shown(name)} is not a setting of a chat completion{nearest(name, KNOWN)}; leave"
-                " it out"
+                f"{_format(name)} is not a setting of a chat completion{suggestion}; leave it out"
             )
-    messages, urls = read_messages(body.get("messages"), image_token, bounds)
-    stream = _bool(body, "stream")
-    options = body.get("stream_options", {})
-    if not isinstance(options, dict) or (options and not stream):
-        raise UserError(
-            'stream_options must be an object such as {"include_usage": true}, beside stream: true'
-        )
-    off = body.get("shortcuts_off", [])
-    if not isinstance(off, list) or any(type(i) is not int for i in off):
-        raise UserError(
-            f"shortcuts_off is {_shown(off)}, but must be a list of shortcuts' numbers, as [1, 2]"
-        )
-    return Request(
-        model=_text(body, "model"),
-        messages=messages,
-        urls=urls,
-        max_tokens=_length(body, bounds),
-        sampling={
-            "temperature": float(_number(body, "temperature", 1.0, 0, 2)),
-            "top_p": float(_number(body, "top_p", 1.0, 1e-6, 1)),
-            "seed": _whole(body, "seed", None, -(2**63), 2**63 - 1),
-            "stop": _stops(body.get("stop")),
-            "top_logprobs": _logprobs(body),
-        },
-        num_answers=_whole(body, "n", 1, 1, 128),
-        off=tuple(off),
-        stream=stream,
-        usage=_bool(options, "include_usage"),
-    )
+        settings[name] = value
+    if "max_completion_tokens" in settings:
+        settings.pop("max_tokens", None)
+    return settings
 
 
-def read_messages(
-    messages: object, image_token: str, bounds: RequestLimits
-) -> tuple[list[dict], list[str]]:
-    """Turns with one placeholder per picture, and the pictures' URLs in order; ValueError with a
-    sentence.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise UserError(
-            'messages must be a list of turns, as [{"role": "user", "content": "What is this?"}]'
-        )
-    if len(messages) > bounds.max_turns:
-        raise UserError(
-            f"messages has {len(messages)} turns, but this server takes {bounds.max_turns}; send"
-            " the last ones"
-        )
-    turns, urls = [], []
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("role"), str)
-            or message["role"] not in ROLES
-        ):
-            role = message.get("role") if isinstance(message, dict) else message
-            raise UserError(f"{where} has the role {_shown(role)}; allowed are {', '.join(ROLES)}")
-        content = _content(
-            message.get("content"), where, image_token, urls, message["role"] == "user"
-        )
-        turns.append({"role": ROLES[message["role"]], "content": content})
-    if (letters := sum(len(turn["content"]) for turn in turns)) > bounds.max_letters:
-        raise UserError(
-            f"the turns hold {letters} letters of text, but this server takes {bounds.max_letters};"
-            " shorten them"
-        )
-    if turns[-1]["role"] != "user":
-        raise UserError(
-            f"the last turn is the {turns[-1]['role']}'s, but must be the user's; end with a"
-            " question"
-        )
-    if len(urls) > bounds.max_pictures:
-        raise UserError(
-            f"the turns hold {len(urls)} pictures, but this server takes {bounds.max_pictures};"
-            " send fewer"
-        )
-    return turns, urls
+def _validate(schema: type[RequestPart], values: dict, limits: RequestLimits) -> Any:
+    try:
+        return schema.model_validate(values, context=limits)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(_describe_error(first)) from None
 
 
-def _content(content: object, where: str, token: str, urls: list[str], may_show: bool) -> str:
-    """One string: a picture as the placeholder on a line of its own, as in training."""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list) or not parts:
-        raise UserError(
-            f"{where}.content is {_shown(content)}, but must be a text, or a list of texts and"
-            " pictures"
-        )
-    text = ""
-    for i, part in enumerate(parts):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            if token in part["text"]:
-                raise UserError(
-                    f"{where}.content holds {token}, the model's mark for a picture; leave it out"
-                    " and send the picture as a part of type image_url"
-                )
-            try:
-                part["text"].encode()
-            except UnicodeEncodeError:
-                raise UserError(
-                    f"{where}.content holds half a character (a lone surrogate); send whole ones"
-                ) from None
-            text += part["text"]
-        elif kind == "image_url":
-            url = part.get("image_url")
-            url = url.get("url") if isinstance(url, dict) else url
-            if not isinstance(url, str) or not may_show:
-                raise UserError(
-                    f'{where}.content[{i}] is no picture of a user; send {{"type": "image_url",'
-                    ' "image_url": {"url": "data:..."}} in a user\'s turn'
-                )
-            urls.append(url)
-            text += token + ("\n" if i + 1 < len(parts) else "")
+def _list_allowed_values() -> dict[str, str]:
+    """What every key of the schema allows, from the descriptions of its fields."""
+    allowed = {}
+    schemas = (ChatCompletionRequest, Message, TextPart, ImagePart, ImageURL, StreamOptions)
+    for schema in schemas:
+        for name, field in schema.model_fields.items():
+            allowed[name] = field.description
+    return allowed
+
+
+ALLOWED = _list_allowed_values()
+
+
+def _describe_error(error: dict) -> str:
+    """One sentence for one of pydantic's errors: the key, the value, what is allowed."""
+    kind = error["type"]
+    path = _format_path(error["loc"])
+    value = error["input"]
+    if kind == "value_error":  # raised by one of our checks
+        return f"{path} {error['ctx']['error']}".lstrip()
+    if kind == "union_tag_not_found":
+        return f"{path} has no type; allowed are text and image_url"
+    if kind == "union_tag_invalid":
+        return f"{path} has the type {_format(value['type'])}; allowed are text and image_url"
+    key = [part for part in error["loc"] if part in ALLOWED][-1]
+    subject = "" if error["loc"][-1] == key else f"{key} "
+    if kind == "missing":
+        return f"{path} is missing, but must be {ALLOWED[key]}"
+    return f"{path} is {_format(value)}, but {subject}must be {ALLOWED[key]}"
+
+
+def _format_path(location: tuple[str | int, ...]) -> str:
+    """A place in a request, such as messages[0].content[1].image_url.url."""
+    path = ""
+    for i, part in enumerate(location):
+        follows_index = i > 1 and isinstance(location[i - 1], int)
+        if follows_index and location[i - 2] == "content":
+            continue  # pydantic inserts the type of a content part
+        if isinstance(part, int):
+            path += f"[{part}]"
         else:
-            raise UserError(
-                f"{where}.content[{i}] has the type {_shown(kind)}; allowed are text (with a text)"
-                " and image_url"
-            )
-    return text
+            path += f".{part}" if path else part
+    return path
 
 
-def _length(body: dict, bounds: RequestLimits) -> int | None:
-    for name in ("max_completion_tokens", "max_tokens"):
-        if name in body:
-            return _whole(body, name, None, 1, bounds.max_tokens)
-    return None
-
-
-def _logprobs(body: dict) -> int | None:
-    wanted, top = _bool(body, "logprobs"), _whole(body, "top_logprobs", 0, 0, MAX_TOP_LOGPROBS)
-    if top and not wanted:
-        raise UserError("top_logprobs needs logprobs: true beside it")
-    return top if wanted else None
-
-
-def _stops(stop: object) -> tuple[str, ...]:
-    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if (
-        not isinstance(stops, list)
-        or len(stops) > MAX_STOPS
-        or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LETTERS for s in stops)
-    ):
-        raise UserError(
-            f"stop is {_shown(stop)}, but must be a text or a list of up to {MAX_STOPS} texts of 1"
-            f" to {MAX_STOP_LETTERS} letters"
-        )
-    return tuple(stops)
-
-
-def _number(body: dict, name: str, default, least, most):
-    value = body.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        low = 0 if least == 1e-6 else least
-        raise UserError(
-            f"{name} is {_shown(value)}, but must be a number {'above' if low != least else 'from'}"
-            f" {low} to {most}"
-        )
-    return value
-
-
-def _whole(body: dict, name: str, default: int | None, least: int, most: int) -> int | None:
-    value = body.get(name, default)
-    if value is default:
-        return value
-    if type(value) is not int or not least <= value <= most:
-        raise UserError(
-            f"{name} is {_shown(value)}, but must be a whole number from {least} to {most}"
-        )
-    return value
-
-
-def _bool(body: dict, name: str) -> bool:
-    value = body.get(name, False)
-    if not isinstance(value, bool):
-        raise UserError(f"{name} is {_shown(value)}, but must be true or false")
-    return value
-
-
-def _text(body: dict, name: str) -> str | None:
-    value = body.get(name)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{name} is {_shown(value)}, but must be a text")
-    return value
-
-
-def _shown(value: object) -> str:
-    shown = (
-        json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    )  # as the client wrote it
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
-
-
-def new_heading(model: str, stream: bool) -> dict:
-    """What every part of one response begins with."""
-    kind = "chat.completion.chunk" if stream else "chat.completion"
-    return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": model,
-    }
-
-
-def usage_of(prompt_tokens: int, completion_tokens: int) -> dict:
-    """Tokens read, pictures included, and written."""
-    total = prompt_tokens + completion_tokens
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": total,
-    }
-
-
-def completion(
-    heading: dict, answers: Sequence[TextDelta], usage: dict, with_logprobs: bool
-) -> dict:
-    """The response to a request that does not stream."""
-    choices = [
-        {
-            "index": a.index,
-            "message": {"role": "assistant", "content": a.text, "refusal": None},
-            "logprobs": {"content": list(a.tokens), "refusal": None} if with_logprobs else None,
-            "finish_reason": a.finish_reason,
-        }
-        for a in answers
-    ]
-    return {**heading, "choices": choices, "usage": usage}
-
-
-def chunk(heading: dict, piece: TextDelta, with_logprobs: bool) -> dict:
-    """One event of a stream."""
-    delta = {"content": piece.text} if piece.text or piece.finish_reason is None else {}
-    logprobs = {"content": list(piece.tokens), "refusal": None} if with_logprobs else None
-    choice = {
-        "index": piece.index,
-        "delta": delta,
-        "logprobs": logprobs,
-        "finish_reason": piece.finish_reason,
-    }
-    return {**heading, "choices": [choice]}
-
-
-def failure(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict:
-    """An error as OpenAI's clients read it."""
-    message = message.encode(
-        "utf-8", "backslashreplace"
-    ).decode()  # half characters of a request that it quotes
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+def _format(value: object) -> str:
+    """A value as the client wrote it, shortened."""
+    is_json_word = value is None or isinstance(value, bool)
+    text = json.dumps(value) if is_json_word else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,5 +1,5 @@
 """The server's page: a chat in the browser that shows the plan, how much each shortcut adds, and
-answers without some.
+answers without some of them.
 """
 
 from __future__ import annotations
@@ -11,122 +11,141 @@ from importlib.resources import files
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse
+from PIL import Image
 
 from ..data.examples import Example
 from ..drawing import summary
 from ..evaluation.ablation import measure_additions
 from ..schema import UserError
-from .context import APIError, ServerConfig, ServerContext, busy
+from .context import APIError, ServerConfig, ServerContext, build_busy_error
+from .conversation import build_conversation
 from .decoding import SamplingParams
 from .engine import Engine, QueueFullError
-from .image_fetching import picture_of
-from .protocol import read_messages
+from .image_fetching import read_image
+from .protocol import parse_conversation
 
 # Nothing is loaded from elsewhere, and what a model writes could not load anything either.
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
-    " blob:; connect-src 'self'"
+CONTENT_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
+    " img-src data: blob:; connect-src 'self'"
 )
 HEADERS = {
-    "Content-Security-Policy": POLICY,
+    "Content-Security-Policy": CONTENT_POLICY,
     "Referrer-Policy": "no-referrer",
     "X-Frame-Options": "DENY",
 }
+MEASURES = ("gate", "norm", "hidden_norm", "ratio", "cosine")
 
 
-def page() -> str:
-    """The page as HTML, whole: styles and script are inside."""
+def read_page() -> str:
+    """The page as one HTML file; styles and script are inside."""
     return (files(__package__) / "ui.html").read_text(encoding="utf-8")
 
 
-def add_page(app: FastAPI, engine: Engine, settings: ServerConfig) -> None:
-    """Give the application its page at / and what the page asks beside chat: the plan, and how much
-    its shortcuts add.
+def add_page(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
+    """Add the page at /, and what it requests: the plan, and how much each shortcut adds.
+
+    Args:
+        app: From `make_app`.
+        engine: The engine of this application.
+        config: The settings of this application.
     """
-    desk: ServerContext = app.state.desk
+    context: ServerContext = app.state.context
 
     @app.get("/")
-    async def start() -> HTMLResponse:
-        return HTMLResponse(page(), headers=HEADERS)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(read_page(), headers=HEADERS)
 
     @app.get("/sparsecut/plan")
     async def plan(request: Request) -> dict:
-        desk.check_token(request)
-        return plan_facts(engine.model, settings)
+        context.check_token(request)
+        return build_plan_facts(engine.model, config)
 
     @app.post("/sparsecut/strengths")
     async def strengths(request: Request) -> dict:
-        desk.check_token(request)
-        async with desk.admit():
-            body = await desk.read(request)
+        context.check_token(request)
+        async with context.admit():
+            body = await context.read_json(request)
+            example = await context.run_reader(build_example, engine, config, body)
             try:
-                async with desk.readers:
-                    example = await asyncio.to_thread(_example, engine, settings, body)
-                found = await asyncio.wrap_future(engine.run(lambda: measured(engine, example)))
+                future = engine.run(lambda: measure_shortcuts(engine, example))
+                shortcuts = await asyncio.wrap_future(future)
             except QueueFullError as error:
-                raise busy(str(error)) from None
-            except ValueError as error:
+                raise build_busy_error(str(error)) from None
+            except UserError as error:
                 raise APIError(400, str(error)) from None
-        return {"shortcuts": found}
+        return {"shortcuts": shortcuts}
 
 
-def plan_facts(model, settings: ServerConfig) -> dict:
-    """What the page draws: depths, and of each shortcut its taps (absolute), layer and mixer in
-    words.
-    """
-    plan, depth = model.plan, model.config.vision_depth
+def build_plan_facts(model, config: ServerConfig) -> dict:
+    """What the page draws: the depths of both stacks, and the facts of each shortcut."""
+    plan = model.plan
+    vision_depth = model.config.vision_depth
+    shortcuts = []
+    for number, shortcut in enumerate(plan.shortcuts):
+        # Taps may count from the end; 0 are the patches before the first block.
+        taps = {tap % (vision_depth + 1) for tap in shortcut.flat_taps}
+        facts = {
+            "number": number,
+            "taps": sorted(taps),
+            "layer": shortcut.layer,
+            "mix": shortcut.mix,
+            "words": shortcut.mixer.description,
+            "is_fine": bool(plan.tiles) and not shortcut.is_coarse,
+            "can_be_off": shortcut.mix != "base",
+        }
+        shortcuts.append(facts)
     return {
-        "model": settings.name,
+        "model": config.name,
         "summary": summary(plan),
-        "vision_depth": depth,
+        "vision_depth": vision_depth,
         "language_depth": model.config.language_depth,
-        "max_pictures": settings.bounds.max_pictures,
-        "max_tokens": settings.bounds.max_tokens,
-        "shortcuts": [
-            {
-                "number": i,
-                "taps": sorted({tap % (depth + 1) for tap in s.flat_taps}),
-                "layer": s.layer,
-                "mix": s.mix,
-                "words": s.mixer.description,
-                "is_fine": bool(plan.tiles) and not s.is_coarse,
-                "can_be_off": s.mix != "base",
-            }
-            for i, s in enumerate(plan.shortcuts)
-        ],
+        "max_pictures": config.request_limits.max_images,
+        "max_tokens": config.request_limits.max_tokens,
+        "shortcuts": shortcuts,
     }
 
 
-def _example(engine: Engine, settings: ServerConfig, body: object) -> Example:
-    """The conversation of a request, its pictures as files' bytes; ValueError where it has none."""
-    messages = body.get("messages") if isinstance(body, dict) else None
-    turns, urls = read_messages(messages, engine.processor.image_token, settings.bounds)
-    if not urls:
-        raise UserError(
-            "the turns hold no picture, and shortcuts add nothing without one; send a picture"
-        )
-    pictures = [picture_of(url, settings.pictures) for url in urls]
-    engine.ask(
-        turns, pictures, SamplingParams(1)
-    )  # what is too long is refused before the model sees it
-    contents = []
-    for picture in pictures:
-        file = io.BytesIO()
-        picture.save(file, "PNG")
-        contents.append(file.getvalue())
-    return Example("page", contents, turns)
+def build_example(engine: Engine, config: ServerConfig, body: object) -> Example:
+    """The conversation of a request as an example, its images as the bytes of PNG files.
 
-
-def measured(engine: Engine, example: Example) -> list[dict]:
-    """How much every shortcut adds at the example's image tokens (`explain.measure_additions`),
-    numbers that JSON can hold.
+    Raises:
+        UserError: Where the conversation has no image or cannot be read.
     """
-    found = measure_additions(engine.model, engine.processor, [example], None)
-    sizes = ("gate", "norm", "hidden_norm", "ratio", "cosine")
-    return [
-        {"number": one["number"], **{name: _finite(one[name]) for name in sizes}} for one in found
-    ]
+    limits = config.request_limits
+    messages = parse_conversation(body, limits)
+    conversation = build_conversation(messages, engine.image_token, limits)
+    if not conversation.image_urls:
+        raise UserError(
+            "the messages hold no image, and shortcuts add nothing without one; send an image"
+        )
+    images = [read_image(url, config.image_limits) for url in conversation.image_urls]
+    prepared = [engine.prepare_image(image) for image in images]
+    # Refuses what is too long before the model sees it.
+    engine.prepare(conversation.messages, prepared, SamplingParams(max_new_tokens=1))
+    contents = [_encode_png(image) for image in images]
+    return Example("page", contents, conversation.messages)
 
 
-def _finite(value: float | None) -> float | None:
+def _encode_png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def measure_shortcuts(engine: Engine, example: Example) -> list[dict]:
+    """How much every shortcut adds at the example's image tokens, as numbers that JSON can hold.
+
+    See `evaluation.ablation.measure_additions`.
+    """
+    measured = []
+    for row in measure_additions(engine.model, engine.processor, [example], None):
+        values = {"number": row["number"]}
+        for name in MEASURES:
+            values[name] = _drop_infinite(row[name])
+        measured.append(values)
+    return measured
+
+
+def _drop_infinite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
