@@ -188,7 +188,7 @@ def test_the_upgrade_walk_through_runs(tmp_path, monkeypatch, llava):
     not (shutil.which("curl") and shutil.which("base64")), reason="curl or base64 is not installed"
 )
 def test_both_ways_of_asking_a_server_run(tmp_path, monkeypatch, capsys):
-    from helpers.clients import served
+    from helpers.clients import start_server
     from helpers.tiny import tiny_model
 
     from sparsecut.serving.engine import Engine
@@ -197,7 +197,7 @@ def test_both_ways_of_asking_a_server_run(tmp_path, monkeypatch, capsys):
     Path("runs/demo/data/test").mkdir(parents=True)
     draw(split_scene("test/0/0")).save("runs/demo/data/test/0.png")
     engine = Engine(*tiny_model())
-    with served(engine) as client:
+    with start_server(engine) as client:
 
         def here(block: str) -> str:
             assert "http://127.0.0.1:8000/v1" in block

@@ -1,40 +1,38 @@
-"""The server's page: what it asks of the server, and, where Chromium is there, a question asked in
-it.
-"""
+"""The server's page: what it requests, and, where Chromium is installed, a question in it."""
 
 import asyncio
-import base64
 import json
 import re
 import shutil
 import subprocess
 
 import pytest
-import torch
 from fastapi.responses import HTMLResponse
-from helpers.clients import data_url, openai, picture, served, turn
-from helpers.example_bases import build_example_base
-from helpers.tiny import tiny_model
+from helpers.clients import (
+    encode_image,
+    make_data_url,
+    make_image,
+    make_messages,
+    request,
+    start_server,
+)
 
-from sparsecut import upgrade
 from sparsecut.data.examples import Example
 from sparsecut.evaluation.ablation import measure_additions
-from sparsecut.serving.engine import Engine
-from sparsecut.serving.web import add_page, page
+from sparsecut.serving.web import add_page, read_page
 
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-# Chromium writes the page down when it has loaded, which the picture at the end delays until the
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+# The browser writes the page down when it has loaded. The image at the end delays that until the
 # answers are there.
 DRIVER = """<img src="hold" alt="" hidden><script>
 const until = async test => { while (!test()) await new Promise(r => setTimeout(r, 20)); };
 (async () => {
   await until(() => plan);
-  add([new File(["a"], "notes.txt", {type: "text/plain"})]);
-  document.body.dataset.left = $("unread").textContent;
-  add([]);
-  waiting = [PICTURE];
+  addFiles([new File(["a"], "notes.txt", {type: "text/plain"})]);
+  document.body.dataset.unread = $("unread").textContent;
+  addFiles([]);
+  waiting = [IMAGE];
   showWaiting();
   $("text").value = "what is it";
   $("shortcut1").click();
@@ -42,16 +40,24 @@ const until = async test => { while (!test()) await new Promise(r => setTimeout(
   $("text").value = "are you <b>sure</b>";
   $("shortcut1").click();
   await ask();
-  document.body.dataset.over = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  document.body.dataset.over = document.documentElement.scrollWidth - innerWidth;
+  const sizes = [...document.querySelectorAll("body *")]
+    .filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()))
+    .filter(e => e.getClientRects().length)
+    .map(e => parseFloat(getComputedStyle(e).fontSize) * scaleOf(e));
+  document.body.dataset.smallest = Math.min(...sizes);
   await fetch("finished");
 })();
+function scaleOf(element) {
+  const matrix = element.getScreenCTM?.();
+  return matrix ? matrix.a : 1;
+}
 </script>"""
 
 
-def drive(app, engine, settings):
-    add_page(app, engine, settings)
-    driver = DRIVER.replace("PICTURE", json.dumps(data_url(picture(5).resize((120, 90)))))
-
+def add_driven_page(app, engine, config):
+    """A page that asks two questions by itself."""
+    driver = DRIVER.replace("IMAGE", json.dumps(make_data_url(make_image(5).resize((120, 90)))))
     finished = asyncio.Event()
 
     @app.get("/finished")
@@ -65,105 +71,81 @@ def drive(app, engine, settings):
 
     @app.get("/driven")
     async def driven():
-        return HTMLResponse(page() + driver)
-
-
-@pytest.fixture(scope="module")
-def client():
-    model, processor = tiny_model()
-    with torch.no_grad():
-        for path in model.fusion.paths:
-            path.linear_2.weight.normal_(0, 2)
-    engine = Engine(model, processor)
-    with served(engine, drive) as client:
-        client.engine = engine
-        yield client
-    engine.close()
-
-
-def get(client, path: str, **body):
-    root = str(client.base_url).removesuffix("v1/")
-    with openai.DefaultHttpxClient() as web:
-        return web.post(f"{root}{path}", json=body) if body else web.get(f"{root}{path}")
+        return HTMLResponse(read_page() + driver)
 
 
 def test_the_page_is_one_file_that_loads_nothing_from_elsewhere(client):
-    response = get(client, "")
-    assert (
-        response.text == page()
-        and "default-src 'none'" in response.headers["content-security-policy"]
-    )
-    assert not re.search(r'(src|href)="?https?:|@import|url\(', page())
-    assert "innerHTML" not in page()  # what a model writes is never read as HTML
+    response = request(client, "")
+    page = read_page()
+    assert response.text == page
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    assert not re.search(r'(src|href)="?https?:|@import|url\(', page)
+    assert "innerHTML" not in page  # what a model writes is never read as HTML
 
 
-def test_the_plan_is_told_as_it_is(client):
-    facts, plan = get(client, "sparsecut/plan").json(), client.engine.model.plan
-    assert [(s["layer"], s["mix"]) for s in facts["shortcuts"]] == [
-        (s.layer, s.mix) for s in plan.shortcuts
-    ]
-    assert facts["vision_depth"] == 6 and facts["language_depth"] == 4
-    assert all(0 <= tap <= 6 for s in facts["shortcuts"] for tap in s["taps"])
+def test_the_pages_plan_is_the_models(engine, client):
+    facts = request(client, "sparsecut/plan").json()
+    shortcuts = facts["shortcuts"]
+    expected = [(s.layer, s.mix) for s in engine.model.plan.shortcuts]
+    assert [(s["layer"], s["mix"]) for s in shortcuts] == expected
+    assert facts["vision_depth"] == 6
+    assert facts["language_depth"] == 4
+    taps = [tap for shortcut in shortcuts for tap in shortcut["taps"]]
+    assert min(taps) >= 0
+    assert max(taps) <= 6
 
 
-def test_strengths_are_those_of_explain(client):
-    found = get(client, "sparsecut/strengths", messages=turn("what is it", picture(5))).json()[
-        "shortcuts"
-    ]
-    model, processor = client.engine.model, client.engine.processor
-    data = base64.b64decode(data_url(picture(5)).split(",")[1])
-    example = Example("one", [data], [{"role": "user", "content": "<image>\nwhat is it"}])
-    for told, own in zip(found, measure_additions(model, processor, [example], None), strict=True):
-        assert told["ratio"] == pytest.approx(own["ratio"]) and told["norm"] == pytest.approx(
-            own["norm"]
-        )
+def test_strengths_are_those_of_explain(engine, client):
+    messages = make_messages("what is it", make_image(5))
+    response = request(client, "sparsecut/strengths", json={"messages": messages})
+    turns = [{"role": "user", "content": "<image>\nwhat is it"}]
+    example = Example("one", [encode_image(make_image(5))], turns)
+    expected = measure_additions(engine.model, engine.processor, [example], None)
+    for row, expected_row in zip(response.json()["shortcuts"], expected, strict=True):
+        assert row["ratio"] == pytest.approx(expected_row["ratio"])
+        assert row["norm"] == pytest.approx(expected_row["norm"])
 
 
-def test_strengths_of_no_picture_are_refused(client):
-    response = get(client, "sparsecut/strengths", messages=turn("what is it"))
-    assert response.status_code == 400 and "hold no picture" in response.json()["error"]["message"]
+@pytest.mark.parametrize("body", [{"messages": make_messages("what is it")}, {"other": 1}, [1]])
+def test_strengths_without_an_image_or_messages_are_refused(client, body):
+    response = request(client, "sparsecut/strengths", json=body)
+    assert response.status_code == 400
+    assert "messages" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen"])
-def test_an_upgraded_model_has_a_page_too(kind):
-    base, processor = build_example_base(kind)
-    model, processor = upgrade(base, processor=processor)
-    engine = Engine(model, processor)
-    try:
-        with served(engine, add_page) as client:
-            shortcuts = get(client, "sparsecut/plan").json()["shortcuts"]
-            assert [s["can_be_off"] for s in shortcuts] == [
-                s.mix != "base" for s in model.plan.shortcuts
-            ]
-            assert not all(
-                s["can_be_off"] for s in shortcuts
-            )  # what the base feeds to its input itself stays
-            found = get(
-                client, "sparsecut/strengths", messages=turn("what is it", picture(5))
-            ).json()["shortcuts"]
-            assert [s["number"] for s in found] == list(range(len(shortcuts)))
-    finally:
-        engine.close()
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_a_question_in_the_browser_is_answered_with_and_without_a_shortcut(client, tmp_path):
-    url = str(client.base_url).removesuffix("v1/") + "driven"
+@pytest.fixture(scope="module")
+def page_source(engine, tmp_path_factory):
+    """The page in a narrow window, after two questions, as HTML."""
     flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom"
-        " --window-size=500,900"
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+        " --disable-background-networking --disable-component-update --disable-sync"
+        " --dump-dom --window-size=390,844"
     )
-    command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path}", url]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    assert 'data-done="2"' in dom, dom[-2000:]
-    assert 'data-over="0"' in dom  # as wide as a phone, nothing stands out
-    assert 'data-left="notes.txt: no picture, left out' in dom
-    assert dom.count('class="answer without"') == 1 and dom.count('class="answer"') == 2
-    assert (
-        "are you &lt;b&gt;sure" in dom
-        and '<span class="error"' not in dom
-        and '"broken" class="error"></p>' in dom
-    )
-    assert re.search(r"The answers differ|Both answers are the same", dom)
-    assert len(re.findall(r'class="bar"', dom)) == len(client.engine.model.plan.shortcuts) - 1
-    assert "<svg" in dom and " %</span>" in dom
+    profile = tmp_path_factory.mktemp("browser")
+    with start_server(engine, add_page, add_driven_page) as client:
+        url = str(client.base_url).removesuffix("v1/") + "driven"
+        command = [BROWSER, *flags.split(), f"--user-data-dir={profile}", url]
+        browser = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return browser.stdout
+
+
+@pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
+def test_a_question_in_the_browser_is_answered_with_and_without_a_shortcut(engine, page_source):
+    assert 'data-done="2"' in page_source, page_source[-2000:]
+    assert 'data-unread="notes.txt' in page_source
+    assert page_source.count('class="answer without"') == 1
+    assert page_source.count('class="answer"') == 2
+    assert "are you &lt;b&gt;sure" in page_source
+    assert '<span class="error"' not in page_source
+    assert '"broken" class="error"></p>' in page_source
+    assert re.search(r'class="verdict">[^<]*answers', page_source)
+    num_bars = len(re.findall(r'class="bar"', page_source))
+    assert num_bars == len(engine.model.plan.shortcuts) - 1
+    assert "<svg" in page_source
+    assert " %</span>" in page_source
+
+
+@pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
+def test_the_page_fits_a_phone_and_its_text_can_be_read(page_source):
+    assert float(re.search(r'data-over="([-\d.]+)"', page_source)[1]) <= 0
+    assert float(re.search(r'data-smallest="([\d.]+)"', page_source)[1]) >= 11
