@@ -1,8 +1,8 @@
-"""The demo: plain fusion, two controls and SparseCut, trained alike on the picture world, and one
-page about them.
+"""The demo: the LLaVA baseline, two controls and SparseCut, trained alike, and one page about them.
 
-The controls stand beside the claim because they explain much of it: `hires_channels` has the same fine views but no
-shortcuts, `sparsecut_input` the same encoder layers but all of them added to the input.
+The controls stand beside the claim because they explain much of it. `hires_channels` has the same
+fine views but no shortcuts. `sparsecut_input` has the same encoder layers, but adds them all to the
+input.
 """
 
 from __future__ import annotations
@@ -13,51 +13,62 @@ from pathlib import Path
 from typing import Annotated
 
 from ..experiments.study import Study, load_study
-from .app import app, option
+from ..reports.demo import DemoVariant
 
-ARMS = {  # of demo.yaml: title and meaning
-    "llava": ("plain (LLaVA)", "one coarse view, the last block but one, into the input"),
-    "hires_channels": (
-        "hi-res at the input",
-        "control: plain fusion's block, with four fine views, into the input",
+VARIANTS = {  # of demo.yaml
+    "llava": DemoVariant(
+        "plain (LLaVA)", "one coarse view, the last block but one, into the input"
     ),
-    "sparsecut_input": (
-        "same taps at the input",
-        "control: SparseCut's blocks and views, all into the input",
+    "hires_channels": DemoVariant(
+        "hi-res at the input", "control: LLaVA's block, with four fine views, into the input"
     ),
-    "sparsecut": (
+    "sparsecut_input": DemoVariant(
+        "same taps at the input", "control: SparseCut's blocks and views, all into the input"
+    ),
+    "sparsecut": DemoVariant(
         "SparseCut",
-        (
-            "shallow blocks with fine views, the deepest into the input, the others before decoder"
-            " layers"
-        ),
+        "shallow blocks with fine views; the deepest goes into the input, the others before decoder"
+        " layers",
     ),
 }
 
 
-def run(out: str | Path = "runs/demo", *, seed: int = 0, quick: bool = False, log=print) -> Path:
-    """Draw pictures, train and evaluate every arm (two at a time), print some answers and write
-    out/report.html.
+def run_demo(
+    out: str | Path = "runs/demo", *, seed: int = 0, quick: bool = False, log=print
+) -> Path:
+    """Train and evaluate every variant, two at a time, and write a page about them.
 
-    seed: draws the pictures, starts the fusion and orders the batches. quick: a small part of
-    everything, to see that it runs; its figures mean nothing. Arms that are finished in `out` are
-    kept. Returns the report's path; raises ValueError where `out` holds a demo of another seed or
-    size, ChildProcessError with the end of an arm's log where one fails.
+    Args:
+        out: Folder for images, models and report.html. Variants that are finished there are kept.
+        seed: Draws the images, starts the fusion, and orders the batches.
+        quick: A small part of everything, to see that it runs; its numbers mean nothing.
+        log: Takes lines about the progress, and some answers at the end.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        UserError: matplotlib is missing, or `out` holds a demo of another seed or size.
+        ChildProcessError: A variant failed; the message has the end of its log.
     """
     from ..experiments.runner import run_study
-    from ..reports.demo import answer_aloud, write_page
+    from ..reports.demo import print_answers, write_page
+    from ..reports.figures import check_matplotlib
 
-    start, study = time.monotonic(), demo_study(out, seed, quick)
+    check_matplotlib()
+    start = time.monotonic()
+    study = build_demo_study(out, seed, quick)
     run_study(study, log=log)
     minutes = (time.monotonic() - start) / 60
-    page = write_page(study, ARMS, minutes)
-    answer_aloud(study, ARMS, log)
-    log(f"\n{minutes:.1f} minutes in all. The report with pictures, intervals and costs: {page}")
+    page = write_page(study, VARIANTS, minutes, is_quick=quick)
+    titles = {name: variant.title for name, variant in VARIANTS.items()}
+    print_answers(study, titles, log)
+    log(f"\n{minutes:.1f} minutes in all. The report with images, intervals and costs: {page}")
     return page
 
 
-def demo_study(out: str | Path, seed: int = 0, quick: bool = False) -> Study:
-    """The demo as a study: its pictures and its one seed are of `seed`."""
+def build_demo_study(out: str | Path, seed: int = 0, quick: bool = False) -> Study:
+    """The demo as a study: `seed` draws its images and is its one seed."""
     changes = [f"output={out}", f"pictures.seed={seed}", f"seeds=[{seed}]"]
     if quick:
         changes += ["pictures.train=64", "pictures.ask=64", "recipe.evaluate.data.keep=42"]

@@ -1,6 +1,4 @@
-"""Finished evaluations side by side: one table, paired differences over the same items, and the
-items on which they differ.
-"""
+"""Finished evaluations side by side: paired differences over the same items, and cost."""
 
 from __future__ import annotations
 
@@ -11,26 +9,26 @@ from pathlib import Path
 
 from ..config.yaml_io import expand_path, read_yaml
 from ..data.images import Pictures
-from ..data.jsonl import read_json_lines
-from ..evaluation.statistics import (
-    Answers,
-    Contrast,
-    estimate_accuracy,
-    estimate_difference,
-    pool_seed_spread,
-)
+from ..evaluation.statistics import Answers, Spread, difference, interval, seed_spread
 from ..plan import Plan
 from ..schema import UserError
 
 RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
+ITEM_KEYS = ("id", "prompt", "images", "reference", "group", "level")
 
 
 @dataclass
-class Compared:
-    """One name in a comparison: its evaluations by seed, and what is known of its model.
+class ComparedRun:
+    """One name in a comparison: its evaluations, and what is known of its model.
 
-    folders: seed -> folder with result.json and predictions.jsonl. records: seed -> lines of the
-    latter. plan, depths and cost are None where no saved model lies beside the evaluation.
+    Attributes:
+        name: The name that tables show.
+        folders: Seed to the folder with result.json and predictions.jsonl.
+        records: Seed to the lines of predictions.jsonl.
+        results: Seed to result.json.
+        plan: The model's plan; None where no saved model lies beside the evaluation.
+        depths: Blocks of the encoder and layers of the language model, or None.
+        cost: The counted cost of a prompt, or None.
     """
 
     name: str
@@ -46,300 +44,287 @@ class Compared:
         """Its answers as the statistics take them."""
         return Answers.from_records(self.records)
 
+    @property
+    def first_records(self) -> list[dict]:
+        """The lines of its first seed."""
+        return next(iter(self.records.values()))
 
-def read_runs(named: Sequence[str]) -> list[Compared]:
-    """Runs as typed: a folder, or NAME=FOLDER; folders of one name are seeds of one arm. The first
-    is the baseline.
+    def is_right(self, item: int) -> bool:
+        """Whether most seeds answered an item right."""
+        votes = [bool(records[item]["correct"]) for records in self.records.values()]
+        return 2 * sum(votes) > len(votes)
 
-    A folder is an evaluation's (`--out` of eval), or a training run's, which holds `eval`. Raises
-    ValueError for folders without a finished evaluation, for fewer than two names, and where
-    different questions were asked.
+
+def read_runs(arguments: Sequence[str]) -> list[ComparedRun]:
+    """Read evaluations from folders.
+
+    Args:
+        arguments: Each a folder, or NAME=FOLDER. Folders of one name are seeds of one variant. A
+            folder is an evaluation's, or a training run's, which holds `eval`.
+
+    Returns:
+        One run for each name; the first is the baseline.
+
+    Raises:
+        UserError: A folder holds no finished evaluation, there are fewer than two names, or
+            different questions were asked.
     """
-    found: dict[str, Compared] = {}
-    for name, path in _names(named):
-        run, folder = found.setdefault(name, Compared(name)), _evaluation(Path(path))
-        config = _config(folder)
-        seed = config.get("seed", len(run.folders)) if config else len(run.folders)
-        seed = seed if seed not in run.folders else max(run.folders) + 1
-        run.folders[seed] = folder
-        run.results[seed] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        run.records[seed] = read_json_lines(folder / PREDICTIONS)
-        if run.plan is None:
-            run.plan, run.depths, run.cost = _model_facts(folder, run.results[seed].get("model"))
-    runs = list(found.values())
+    runs: dict[str, ComparedRun] = {}
+    for name, path in _name_folders(arguments):
+        run = runs.setdefault(name, ComparedRun(name))
+        _add_evaluation(run, _find_evaluation(Path(path)))
     if len(runs) < 2:
         raise UserError(
             f"a comparison needs two runs or more, but {len(runs)} was named; name another, as"
             " a=runs/a b=runs/b"
         )
-    _check_same(runs)
-    return runs
+    _check_same_questions(list(runs.values()))
+    return list(runs.values())
 
 
-def figures(runs: Sequence[Compared], *, num_items: int = 24) -> dict:
-    """All figures of a comparison as plain values: shares with intervals, differences from the
-    first run, kinds, cost, items.
-
-    Intervals of differences are corrected for the number of them. items: at most num_items on which
-    the runs differ, those where the baseline alone is wrong and those where it alone is right in
-    turn.
-    """
-    answers = {run.name: run.answers for run in runs}
-    base, *others = runs
-    spread = pool_seed_spread(list(answers.values()))
-    common = set.intersection(*(set(run.records) for run in runs))
-    paired = answers if common else {name: _unseeded(a) for name, a in answers.items()}
-    rows = {}
-    for run in runs:
-        row = {
-            "seeds": sorted(run.folders),
-            "share": estimate_accuracy(answers[run.name]).to_dict(),
-        }
-        if run is not base:
-            more = {"comparisons": len(others), "spread": spread if common else None}
-            row["difference"] = _plain(
-                estimate_difference(paired[run.name], paired[base.name], **more)
-            )
-        row |= {
-            "kinds": _kinds(run),
-            "plan": run.plan and run.plan.to_dict(),
-            "depths": run.depths,
-            "cost": run.cost,
-        }
-        row["folders"] = {str(seed): str(folder) for seed, folder in run.folders.items()}
-        rows[run.name] = row
-    return {
-        "baseline": base.name,
-        "num_questions": len(next(iter(base.records.values()))),
-        "runs": rows,
-        "items": _items(runs, num_items),
-        "num_differing": sum(
-            len({_rights(run, i) for run in runs}) > 1 for i in range(len(answers[base.name].ids))
-        ),
-    }
+def _add_evaluation(run: ComparedRun, folder: Path) -> None:
+    config = _read_config(folder) or {}
+    seed = config.get("seed", len(run.folders))
+    if seed in run.folders:
+        seed = max(run.folders) + 1
+    lines = (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()
+    run.folders[seed] = folder
+    run.results[seed] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    run.records[seed] = [json.loads(line) for line in lines]
+    if run.plan is None:
+        _add_model_facts(run, folder, run.results[seed].get("model"))
 
 
-def table(found: dict) -> list[list[str]]:
-    """The comparison as rows of text; the first row is the head."""
-    levels = list(next(iter(found["runs"].values()))["share"]["levels"])
-    levels = [] if levels == ["all"] else levels
-    head = [
-        "run",
-        "seeds",
-        "average (95 %)",
-        *levels,
-        f"above {found['baseline']} (corrected)",
-        "image tokens",
-        "prompt FLOPs",
-    ]
-    first = next((row["cost"] for row in found["runs"].values() if row["cost"]), None)
-    rows = [head]
-    for name, row in found["runs"].items():
-        share, cost = row["share"], row["cost"]
-        by_level = [f"{100 * share['levels'][level]['value']:.1f}" for level in levels]
-        gap = row.get("difference")
-        rows.append(
-            [
-                name,
-                str(len(row["seeds"])),
-                f"{100 * share['average']['value']:.1f} ({_span(share['average'])})",
-                *by_level,
-                f"{100 * gap['average']['value']:+.1f} ({_span(gap['average'])})" if gap else "-",
-                f"{cost['num_image_tokens']:,}" if cost else "-",
-                f"{cost['prefill_total_flops'] / first['prefill_total_flops']:.3f}"
-                if cost
-                else "-",
-            ]
-        )
-    return rows
-
-
-def notes(found: dict) -> list[str]:
-    """What a reader must know of the figures, in sentences."""
-    lines = [
-        (
-            f"{found['num_questions']:,} questions, the same for all; {found['num_differing']:,} of"
-            " them are not answered alike."
-        ),
-        (
-            "Intervals: bootstrap over pictures and seeds; differences are paired by question (and"
-            " seed), and corrected for their number."
-        ),
-    ]
-    if any(len(row["seeds"]) == 1 for row in found["runs"].values()):
-        lines.append(
-            "One seed is one seed: such an interval speaks of the pictures only, another training"
-            " may differ by more."
-        )
-    if any(row["cost"] for row in found["runs"].values()):
-        lines.append(
-            "Prompt FLOPs: of a prompt with one picture and 64 text tokens, relative to the first"
-            " run with a saved model."
-        )
-    return lines
-
-
-def _names(named: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, folder) of each; a folder without a name is called by what sets its path apart from
-    the others'.
-    """
-    paths = [Path(text).parts for text in named if "=" not in text]
-    shared = min(map(len, paths), default=0) - 1 if len(set(paths)) > 1 else 0
-    start = next((i for i in range(shared) if len({path[i] for path in paths}) > 1), max(shared, 0))
-    end = next(
-        (i for i in range(shared - start) if len({path[-1 - i] for path in paths}) > 1),
-        max(shared - start, 0),
-    )
+def _name_folders(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, folder) of each; a folder without a name gets the part of its path that differs."""
+    paths = [Path(argument).parts for argument in arguments if "=" not in argument]
+    start, end = _find_differing_parts(paths)
     pairs = []
-    for text in named:
-        name, equals, path = text.partition("=")
-        parts = Path(text).parts
-        pairs.append((name, path) if equals else ("/".join(parts[start : len(parts) - end]), text))
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if equals:
+            pairs.append((name, path))
+        else:
+            parts = Path(argument).parts
+            pairs.append(("/".join(parts[start : len(parts) - end]), argument))
     return pairs
 
 
-def _span(estimate: dict) -> str:
-    return f"{100 * estimate['low']:.1f} to {100 * estimate['high']:.1f}"
+def _find_differing_parts(paths: list[tuple[str, ...]]) -> tuple[int, int]:
+    """How many parts at the start and at the end all paths share; at least one part stays."""
+    shortest = min((len(path) for path in paths), default=0)
+    most = shortest - 1 if len(set(paths)) > 1 else 0
+    start = 0
+    while start < most and len({path[start] for path in paths}) == 1:
+        start += 1
+    end = 0
+    while end < most - start and len({path[-1 - end] for path in paths}) == 1:
+        end += 1
+    return start, end
 
 
-def _plain(gap: Contrast) -> dict:
-    return gap.to_dict()
-
-
-def _evaluation(folder: Path) -> Path:
-    for place in (folder, folder / "eval"):
+def _find_evaluation(folder: Path) -> Path:
+    places = (folder, folder / "eval")
+    for place in places:
         if (place / RESULT).is_file() and (place / PREDICTIONS).is_file():
             return place
-    unfinished = any((place / PREDICTIONS).is_file() for place in (folder, folder / "eval"))
+    hint = ""
+    if any((place / PREDICTIONS).is_file() for place in places):
+        hint = ", only a begun one: run the same command again, it goes on"
     raise UserError(
-        f"{folder} holds no finished evaluation ({RESULT} and {PREDICTIONS})"
-        + (", only a begun one: run the same command again, it goes on" if unfinished else "")
-        + "; give the folder of `sparsecut eval --out` or of a recipe with `evaluate`"
+        f"{folder} holds no finished evaluation ({RESULT} and {PREDICTIONS}){hint}; give the folder"
+        " of `sparsecut eval --out` or of a recipe with `evaluate`"
     )
 
 
-def _config(folder: Path) -> dict | None:
+def _read_config(folder: Path) -> dict | None:
+    """The recipe of the run that an evaluation belongs to."""
     path = folder.parent / "config.yaml"
     return read_yaml(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
 
 
-def _model_facts(
-    folder: Path, asked: str | None
-) -> tuple[Plan | None, tuple[int, int] | None, dict | None]:
-    """Plan, depths and counted cost of the model beside an evaluation, or of the one it says it
-    asked, where it is one of ours.
-    """
+def _add_model_facts(run: ComparedRun, folder: Path, model: str | None) -> None:
+    """Add plan, depths and counted cost of the saved model beside an evaluation, or of its own."""
     place = folder.parent / "final"
-    if asked and not (place / "config.json").is_file():
-        place = Path(asked)
+    if model and not (place / "config.json").is_file():
+        place = Path(model)
     if not (place / "config.json").is_file():
-        return None, None, None
+        return
     from transformers import AutoConfig
 
     from ..configuration import SparseCutConfig
     from ..profiling.counting import count
 
     config = AutoConfig.from_pretrained(place)
-    plan = config.get_plan()
-    depths = config.vision_depth, config.language_depth
-    if not isinstance(config, SparseCutConfig):  # an upgraded model, whose base may be anything
-        return plan, depths, None
-    return plan, depths, count(config.vision_config, config.text_config, plan).to_dict()
+    run.plan = config.get_plan()
+    run.depths = config.vision_depth, config.language_depth
+    if isinstance(config, SparseCutConfig):  # the base of an upgraded model may be anything
+        run.cost = count(config.vision_config, config.text_config, run.plan).to_dict()
 
 
-def _check_same(runs: Sequence[Compared]) -> None:
-    """Refuse runs that answered other questions, whatever their order of answers."""
-    first = next(iter(runs[0].records.values()))
+def _check_same_questions(runs: Sequence[ComparedRun]) -> None:
+    """Refuse runs that answered other questions, or in another order."""
+    first = runs[0].first_records
+    ids = [record["id"] for record in first]
+    references = [record["reference"] for record in first]
     for run in runs:
+        names = f"{runs[0].name} and {run.name}"
         for records in run.records.values():
-            ours, theirs = [r["id"] for r in first], [r["id"] for r in records]
-            if ours != theirs:
-                only = sorted(set(ours) ^ set(theirs))[:2]
+            other_ids = [record["id"] for record in records]
+            if other_ids != ids:
                 raise UserError(
-                    f"{runs[0].name} and {run.name} were asked different questions ({len(ours)} and"
-                    f" {len(theirs)}"
-                    + (
-                        f", for example {' and '.join(map(str, only))} by one of them alone"
-                        if only
-                        else ", in another order"
-                    )
-                    + "); evaluate both on the same file"
+                    f"{names} were asked different questions ({len(ids)} and"
+                    f" {len(other_ids)}{_name_differing(ids, other_ids)}); evaluate both on the"
+                    " same file"
                 )
-            if [r["reference"] for r in first] != [r["reference"] for r in records]:
+            if [record["reference"] for record in records] != references:
                 raise UserError(
-                    f"{runs[0].name} and {run.name} have other references for the same questions;"
-                    " evaluate both again"
+                    f"{names} have other references for the same questions; evaluate both again"
                 )
 
 
-def _unseeded(answers: Answers) -> Answers:
-    """Runs of different seeds are paired by question alone: each as one row, the mean of its
-    seeds.
+def _name_differing(ids: list, other_ids: list) -> str:
+    examples = sorted(set(ids) ^ set(other_ids))[:2]
+    if not examples:
+        return ", in another order"
+    return f", for example {' and '.join(map(str, examples))} by one of them alone"
+
+
+def compare_runs(runs: Sequence[ComparedRun], *, num_items: int = 24) -> dict:
+    """Compute every number of a comparison.
+
+    Args:
+        runs: What `read_runs` returns.
+        num_items: At most so many items on which runs differ. Those that the baseline alone gets
+            wrong and those that it alone gets right come in turn.
+
+    Returns:
+        Plain values, as compare.json holds them: accuracies as fractions with intervals,
+        differences from the first run, kinds of questions, cost, and items. The intervals of
+        differences are corrected for the number of differences.
     """
-    right = answers.correct.mean(0, keepdims=True)
-    return Answers(right, answers.image, answers.level, answers.ids, [0])
+    baseline, *others = runs
+    answers = {run.name: run.answers for run in runs}
+    seeds = [set(run.records) for run in runs]
+    if set.intersection(*seeds):
+        paired = answers
+        spread = seed_spread(list(answers.values()))
+    else:
+        paired = {name: _average_seeds(one) for name, one in answers.items()}
+        spread = None
+    rows = {}
+    for run in runs:
+        row = _summarize_run(run, answers[run.name])
+        if run is not baseline:
+            pair = paired[run.name], paired[baseline.name]
+            row["difference"] = _compute_difference(*pair, len(others), spread)
+        rows[run.name] = row
+    num_questions = len(baseline.first_records)
+    return {
+        "baseline": baseline.name,
+        "num_questions": num_questions,
+        "runs": rows,
+        "items": [_describe_item(runs, i) for i in _choose_items(runs, num_items)],
+        "num_differing": sum(_is_disputed(runs, i) for i in range(num_questions)),
+    }
 
 
-def _kinds(run: Compared) -> dict[str, float]:
-    """Share right by kind of question, mean over seeds."""
-    rights: dict[str, list[bool]] = {}
+def _summarize_run(run: ComparedRun, answers: Answers) -> dict:
+    return {
+        "seeds": sorted(run.folders),
+        "share": interval(answers).to_dict(),
+        "kinds": _compute_kinds(run),
+        "plan": run.plan and run.plan.to_dict(),
+        "depths": run.depths,
+        "cost": run.cost,
+        "folders": {str(seed): str(folder) for seed, folder in run.folders.items()},
+    }
+
+
+def _compute_difference(
+    answers: Answers, base: Answers, comparisons: int, spread: Spread | None
+) -> dict:
+    return difference(answers, base, comparisons=comparisons, spread=spread).to_dict()
+
+
+def _average_seeds(answers: Answers) -> Answers:
+    """One row, the mean over seeds: runs of different seeds are paired by question alone."""
+    right = answers.right.mean(0, keepdims=True)
+    return Answers(right, answers.picture, answers.level, answers.ids, [0])
+
+
+def _compute_kinds(run: ComparedRun) -> dict[str, float]:
+    """Fraction right by kind of question, mean over seeds."""
+    right: dict[str, list[bool]] = {}
     for records in run.records.values():
         for record in records:
             if record["group"] is not None:
-                rights.setdefault(record["group"], []).append(bool(record["correct"]))
-    return {kind: sum(right) / len(right) for kind, right in sorted(rights.items())}
+                right.setdefault(record["group"], []).append(bool(record["correct"]))
+    return {kind: sum(votes) / len(votes) for kind, votes in sorted(right.items())}
 
 
-def _rights(run: Compared, i: int) -> tuple[bool, ...]:
-    """Whether item i was answered right, most seeds deciding."""
-    votes = [bool(records[i]["correct"]) for records in run.records.values()]
-    return (2 * sum(votes) > len(votes),)
+def _is_disputed(runs: Sequence[ComparedRun], item: int) -> bool:
+    return len({run.is_right(item) for run in runs}) > 1
 
 
-def _items(runs: Sequence[Compared], number: int) -> list[dict]:
-    base, *others = runs
-    first = next(iter(base.records.values()))
-    gained, lost = [], []
-    for i in range(len(first)):
-        own, theirs = _rights(base, i)[0], [_rights(run, i)[0] for run in others]
-        if not own and any(theirs):
-            gained.append((-sum(theirs), i))
-        elif own and not all(theirs):
-            lost.append((sum(theirs), i))
-    ordered = [[i for _, i in sorted(side)] for side in (gained, lost)]
-    chosen = [i for k in range(number) for side in ordered for i in side[k : k + 1]][:number]
-    return [
-        {
-            **{
-                key: first[i][key]
-                for key in ("id", "prompt", "images", "reference", "group", "level")
-            },
-            "answers": {
-                run.name: {
-                    str(seed): [r[i]["prediction"], bool(r[i]["correct"])]
-                    for seed, r in run.records.items()
-                }
-                for run in runs
-            },
-        }
-        for i in chosen
-    ]
+def _choose_items(runs: Sequence[ComparedRun], number: int) -> list[int]:
+    """Items that most others gain over the baseline, and items that most others lose, in turn."""
+    baseline, *others = runs
+    gained = []
+    lost = []
+    for i in range(len(baseline.first_records)):
+        num_right = sum(run.is_right(i) for run in others)
+        if baseline.is_right(i):
+            if num_right < len(others):
+                lost.append((num_right, i))
+        elif num_right:
+            gained.append((-num_right, i))
+    chosen = []
+    gained.sort()
+    lost.sort()
+    for k in range(number):
+        for side in (gained, lost):
+            chosen += [i for _, i in side[k : k + 1]]
+    return chosen[:number]
 
 
-def stores(runs: Sequence[Compared], images: str | Path | None = None) -> list[Pictures]:
-    """Where the items' pictures lie: the folder or archive given, or those that the runs' own
-    recipes, or their benchmarks, name.
+def _describe_item(runs: Sequence[ComparedRun], i: int) -> dict:
+    item = {key: runs[0].first_records[i][key] for key in ITEM_KEYS}
+    item["answers"] = {}
+    for run in runs:
+        answers = {}
+        for seed, records in run.records.items():
+            answers[str(seed)] = [records[i]["prediction"], bool(records[i]["correct"])]
+        item["answers"][run.name] = answers
+    return item
+
+
+def find_images(runs: Sequence[ComparedRun], images: str | Path | None = None) -> list[Pictures]:
+    """Find where the items' images lie.
+
+    Args:
+        runs: What `read_runs` returns.
+        images: A folder or archive. By default those that the runs' recipes or benchmarks name.
     """
     if images is not None:
         return [Pictures(images)]
     places: dict[str, None] = {}
     for run in runs:
-        config = _config(next(iter(run.folders.values()))) or {}
-        sources = (config.get("evaluate") or {}).get("data") or []
-        named = [
-            expand_path(source.get("images") or str(Path(source["path"]).parent))
-            for source in ([sources] if isinstance(sources, dict) else sources)
-        ]
-        named += [result["pictures"] for result in run.results.values() if result.get("pictures")]
-        places |= {str(place): None for place in named if Path(place).exists()}
+        for place in _name_image_places(run):
+            if Path(place).exists():
+                places[str(place)] = None
     return [Pictures(place) for place in places]
+
+
+def _name_image_places(run: ComparedRun) -> list[str]:
+    config = _read_config(next(iter(run.folders.values()))) or {}
+    sources = (config.get("evaluate") or {}).get("data") or []
+    if isinstance(sources, dict):
+        sources = [sources]
+    places = []
+    for source in sources:
+        places.append(expand_path(source.get("images") or str(Path(source["path"]).parent)))
+    for result in run.results.values():
+        if result.get("pictures"):
+            places.append(result["pictures"])
+    return places

@@ -1,5 +1,6 @@
-"""Every figure of a study, computed from what its runs left on disk; study_runner.py says what that
-is.
+"""Every number of a study, computed from what its runs left on disk.
+
+`runner.py` says which files a run leaves.
 """
 
 from __future__ import annotations
@@ -24,283 +25,367 @@ from ..plan import Plan
 from ..schema import UserError
 
 SIZES = {"here": "the study's own size", "large": "CLIP-L/336 + 7B"}
-MOST_PAIRED = 16  # arms of the matrix of all pairs: more cannot be read
-ORDER = ("high", "mid", "low")  # of the picture world's levels
+MAX_PAIRED = 16  # variants in the matrix of all pairs: more cannot be read
+LEVEL_ORDER = ("high", "mid", "low")  # of the built-in shapes
+RUN_FILES = ("eval/result.json", "eval/predictions.jsonl", "facts.json")
+
+AnswersByBudget = dict[str, dict[str, Answers]]  # budget -> variant -> answers
 
 
-def figures(folder: Path) -> dict:
-    """Every figure of a study as plain numbers, lists and strings; shares are 0 to 1, times in
-    seconds.
+def compute_results(folder: str | Path) -> dict:
+    """Compute every number of a study.
+
+    Args:
+        folder: The study's output folder. An unfinished study is computed as far as it goes.
+
+    Returns:
+        Plain numbers, lists and strings, as report.json holds them. Accuracies are fractions (0 to
+        1), times are in seconds.
+
+    Raises:
+        UserError: There is no study, or its runs answered different questions.
     """
-    if not (folder / "study.yaml").is_file():
+    folder = Path(folder)
+    study = _read_study(folder)
+    budgets = _sort_budgets(study)
+    main = budgets[0]
+    results = {key: study.get(key) for key in ("title", "note", "baseline", "seeds")}
+    results["main"] = main
+    results["budgets"] = {name: _get_changes(study["budgets"][name]) for name in budgets}
+
+    variants = {}
+    for name in study["arms"]:
+        variants[name] = {"family": (study.get("families") or {}).get(name), "results": {}}
+    missing: list[str] = []
+    curves: dict[str, dict] = {}
+    answers: AnswersByBudget = {}
+    for budget in budgets:
+        answers[budget] = {}
+        curves[budget] = {}
+        for name, variant in variants.items():
+            place = folder / "runs" / budget / name
+            runs = _find_finished_runs(place, study["seeds"])
+            missing += _name_missing_runs(study, budget, name, runs)
+            if not runs:
+                continue
+            answers[budget][name] = _read_answers(runs, place)
+            variant["results"][budget] = _summarize(runs, answers[budget][name])
+            curves[budget][name] = _average_losses(runs.values())
+            if "facts" not in variant:
+                first_run = next(iter(runs.values()))
+                variant["facts"] = _read_json(first_run / "facts.json")
+    _describe_variants(variants, folder, study["baseline"])
+    results |= _count_questions(answers)
+    results |= {"missing": missing, "arms": variants, "curves": curves}
+    _add_differences(results, answers)
+    results["pairs"] = _compare_pairs(results, answers[main])
+    results["frontier"] = {size: _find_frontier(results, size) for size in SIZES}
+    return results
+
+
+def _read_study(folder: Path) -> dict:
+    path = folder / "study.yaml"
+    if not path.is_file():
         raise UserError(
             f"{folder} holds no study.yaml; give the output folder of a study, or run one with"
             " `sparsecut study`"
         )
-    study = read_yaml(
-        (folder / "study.yaml").read_text(encoding="utf-8"), str(folder / "study.yaml")
-    )
+    return read_yaml(path.read_text(encoding="utf-8"), str(path))
+
+
+def _sort_budgets(study: dict) -> list[str]:
+    """The budgets' names, the main one first."""
     budgets = list(study["budgets"])
     main = study.get("main") or budgets[0]
-    budgets.sort(key=lambda name: name != main)
-    costs = _json(folder / "costs.json") or {}
-    answers: dict[str, dict[str, Answers]] = {b: {} for b in budgets}
-    arms = {
-        name: {"family": (study.get("families") or {}).get(name), "results": {}}
-        for name in study["arms"]
-    }
-    missing, curves = [], {b: {} for b in budgets}
-    for budget in budgets:
-        for name, arm in arms.items():
-            runs, lacking = _runs(folder / "runs" / budget / name, study["seeds"])
-            lacking = [seed for seed in lacking if _is_asked(study["budgets"][budget], name, seed)]
-            missing += [f"{budget}/{name}/{seed}" for seed in lacking]
-            if runs:
-                answers[budget][name] = _answers(runs, folder / "runs" / budget / name)
-                arm["results"][budget] = _result(runs, answers[budget][name])
-                curves[budget][name] = _curve(runs.values())
-                arm.setdefault("facts", _json(next(iter(runs.values())) / "facts.json"))
-    for name, arm in arms.items():
-        arm |= _about(
-            arm.pop("facts", None) or {}, costs.get(name) or {}, costs.get(study["baseline"]) or {}
-        )
-        arm["family"] = arm["family"] or _family(arm["plan"])
-    known = next((a for of in answers.values() for a in of.values()), None)
-    levels = (
-        sorted(known.levels, key=lambda w: (ORDER.index(w) if w in ORDER else 9, w))
-        if known
-        else []
-    )
-    found = {
-        **{key: study.get(key) for key in ("title", "note", "baseline", "seeds")},
-        "main": main,
-        "budgets": {b: _changes(study["budgets"][b]) for b in budgets},
-        "levels": levels,
-        "num_questions": len(known.ids) if known else 0,
-        "num_pictures": len(set(known.image)) if known else 0,
-        "missing": missing,
-        "arms": arms,
-        "curves": curves,
-    }
-    _compare(found, answers)
-    found["pairs"] = _pairs(found, answers[main])
-    found["frontier"] = {size: _frontier(found, size) for size in SIZES}
-    return found
+    return sorted(budgets, key=lambda name: name != main)
 
 
-def _changes(budget: list | dict | None) -> list[str]:
-    """A budget's overrides, whether or not it names arms and seeds of its own."""
-    return list((budget.get("change") if isinstance(budget, dict) else budget) or [])
+def _get_changes(budget: list | dict | None) -> list[str]:
+    """A budget's overrides, whether or not it names variants and seeds of its own."""
+    if isinstance(budget, dict):
+        return list(budget.get("change") or [])
+    return list(budget or [])
 
 
-def _is_asked(budget: list | dict | None, arm: str, seed: int) -> bool:
-    part = budget if isinstance(budget, dict) else {}
-    return arm in (part.get("arms") or [arm]) and seed in (part.get("seeds") or [seed])
+def _find_finished_runs(folder: Path, seeds: list[int]) -> dict[int, Path]:
+    """Folders of finished runs by seed."""
+    runs = {}
+    for seed in seeds:
+        run = folder / str(seed)
+        if all((run / name).is_file() for name in RUN_FILES):
+            runs[seed] = run
+    return runs
 
 
-def _runs(folder: Path, seeds: list[int]) -> tuple[dict[int, Path], list[int]]:
-    """Folders of finished runs by seed, and the seeds that are missing."""
-    needed = ("eval/result.json", "eval/predictions.jsonl", "facts.json")
-    done = {
-        seed: folder / str(seed)
-        for seed in seeds
-        if all((folder / str(seed) / n).is_file() for n in needed)
-    }
-    return done, [seed for seed in seeds if seed not in done]
+def _name_missing_runs(study: dict, budget: str, name: str, runs: dict[int, Path]) -> list[str]:
+    part = study["budgets"][budget]
+    part = part if isinstance(part, dict) else {}
+    if name not in (part.get("arms") or [name]):
+        return []
+    wanted = part.get("seeds") or study["seeds"]
+    seeds = [seed for seed in study["seeds"] if seed in wanted and seed not in runs]
+    return [f"{budget}/{name}/{seed}" for seed in seeds]
 
 
-def _json(path: Path):
+def _read_json(path: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _lines(path: Path) -> list[dict]:
-    return read_json_lines(path, skip_partial=True) if path.is_file() else []
+def _read_json_lines(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _answers(runs: dict[int, Path], folder: Path) -> Answers:
+def _read_answers(runs: dict[int, Path], folder: Path) -> Answers:
+    records = {}
+    for seed, run in runs.items():
+        records[seed] = _read_json_lines(run / "eval" / "predictions.jsonl")
     try:
-        return Answers.from_records(
-            {seed: _lines(run / "eval" / "predictions.jsonl") for seed, run in runs.items()}
-        )
-    except ValueError as error:
+        return Answers.from_records(records)
+    except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 
 
-def _result(runs: dict[int, Path], answers: Answers) -> dict:
-    """One arm under one budget: its scores, and what its runs took."""
-    own, facts = estimate_accuracy(answers), [_json(run / "facts.json") for run in runs.values()]
-    groups: dict[str, list[float]] = {}
-    for run in runs.values():
-        for name, row in (_json(run / "eval" / "result.json").get("groups") or {}).items():
-            groups.setdefault(name, []).append(row["accuracy"])
-    by_seed = answers.accuracies.mean(1)
+def _summarize(runs: dict[int, Path], answers: Answers) -> dict:
+    """One variant under one budget: its accuracy, and what its runs took."""
+    estimates = interval(answers)
+    accuracies = answers.shares.mean(1)
+    facts = [_read_json(run / "facts.json") for run in runs.values()]
     return {
         "seeds": list(runs),
-        "by_seed": dict(zip(map(str, runs), map(float, by_seed), strict=True)),
-        "average": asdict(own.average),
-        "levels": {name: asdict(e) for name, e in own.levels.items()},
-        "groups": {name: sum(shares) / len(shares) for name, shares in sorted(groups.items())},
-        **{key: _mean([f.get(key) for f in facts]) for key in ("train_seconds", "eval_seconds")},
+        "by_seed": {str(seed): float(value) for seed, value in zip(runs, accuracies, strict=True)},
+        "average": asdict(estimates.average),
+        "levels": {name: asdict(estimate) for name, estimate in estimates.levels.items()},
+        "groups": _average_groups(runs.values()),
+        "train_seconds": _mean([fact.get("train_seconds") for fact in facts]),
+        "eval_seconds": _mean([fact.get("eval_seconds") for fact in facts]),
     }
 
 
+def _average_groups(runs) -> dict[str, float]:
+    """Accuracy by kind of question, mean over runs."""
+    groups: dict[str, list[float]] = {}
+    for run in runs:
+        result = _read_json(run / "eval" / "result.json")
+        for name, row in (result.get("groups") or {}).items():
+            groups.setdefault(name, []).append(row["accuracy"])
+    return {name: sum(values) / len(values) for name, values in sorted(groups.items())}
+
+
 def _mean(values: list) -> float | None:
-    values = [v for v in values if v is not None]
+    values = [value for value in values if value is not None]
     return sum(values) / len(values) if values else None
 
 
-def _curve(runs) -> list[list[float]]:
-    """(step, loss) of the last stage, mean over the runs that logged the step."""
+def _average_losses(runs) -> list[list[float]]:
+    """(step, loss) of the last stage, mean over runs, at the steps that most runs logged."""
     losses: dict[int, list[float]] = {}
     for run in runs:
-        config = (
-            read_yaml((run / "config.yaml").read_text(), "config.yaml")
-            if (run / "config.yaml").is_file()
-            else {}
-        )
-        stages = [stage["name"] for stage in config.get("stages", [])] or ["tune"]
-        for line in _lines(run / stages[-1] / "log.jsonl"):
+        for line in _read_json_lines(run / _get_last_stage(run) / "log.jsonl"):
             if line.get("loss") is not None:
                 losses.setdefault(line["step"], []).append(line["loss"])
-    most = max(map(len, losses.values()), default=0)
-    return [
-        [step, sum(values) / len(values)]
-        for step, values in sorted(losses.items())
-        if len(values) == most
-    ]
+    most = max((len(values) for values in losses.values()), default=0)
+    curve = []
+    for step, values in sorted(losses.items()):
+        if len(values) == most:
+            curve.append([step, sum(values) / len(values)])
+    return curve
 
 
-def _about(facts: dict, cost: dict, baseline: dict) -> dict:
-    """What does not depend on the budget: the plan, its sizes and its cost."""
-    count = {size: cost.get(size) or {} for size in SIZES}
+def _get_last_stage(run: Path) -> str:
+    path = run / "config.yaml"
+    config = read_yaml(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
+    names = [stage["name"] for stage in config.get("stages", [])]
+    return names[-1] if names else "tune"
+
+
+def _describe_variants(variants: dict[str, dict], folder: Path, baseline: str) -> None:
+    """Add what does not depend on the budget: the plan, its sizes and its cost."""
+    costs = _read_json(folder / "costs.json") or {}
+    for name, variant in variants.items():
+        facts = variant.pop("facts", None) or {}
+        variant |= _describe_variant(facts, costs.get(name) or {}, costs.get(baseline) or {})
+        if not variant["family"]:
+            variant["family"] = _describe_family(variant["plan"])
+
+
+def _describe_variant(facts: dict, cost: dict, baseline_cost: dict) -> dict:
+    counts = {size: cost.get(size) or {} for size in SIZES}
     relative = {}
     for size in SIZES:
-        own, base = (
-            count[size].get("prefill_total_flops"),
-            (baseline.get(size) or {}).get("prefill_total_flops"),
-        )
-        relative[size] = own / base if own and base else None
+        flops = counts[size].get("prefill_total_flops")
+        baseline_flops = (baseline_cost.get(size) or {}).get("prefill_total_flops")
+        relative[size] = flops / baseline_flops if flops and baseline_flops else None
     return {
         "plan": facts.get("plan") or cost.get("plan"),
         "depths": facts.get("depths"),
-        "image_tokens": facts.get("image_tokens", count["here"].get("num_image_tokens")),
+        "image_tokens": facts.get("image_tokens", counts["here"].get("num_image_tokens")),
         "views": facts.get("views"),
         "parameters": facts.get("parameters") or {},
-        "cost": count,
+        "cost": counts,
         "relative": relative,
     }
 
 
-def _family(plan: dict | None) -> str:
-    """Where a plan adds and what it sees, in words; for studies that name no families."""
+def _describe_family(plan: dict | None) -> str:
+    """Where a plan adds and what it sees; for studies that name no families."""
     if plan is None:
         return "not run yet"
     plan = Plan.from_dict(plan)
-    where = "into layers too" if plan.layers else "input only"
-    return f"{where}, {'fine views' if plan.tiles else 'one view'}"
+    place = "into layers too" if plan.layers else "input only"
+    views = "fine views" if plan.tiles else "one view"
+    return f"{place}, {views}"
 
 
-def _compare(found: dict, answers: dict[str, dict[str, Answers]]) -> None:
-    """Add differences from the baseline, per budget, and how they change between budgets."""
-    baseline, main = found["baseline"], found["main"]
-    found["spread"] = {}
-    for budget, of in answers.items():
-        spread = _spread(of)
+def _count_questions(answers: AnswersByBudget) -> dict:
+    """The levels, and how many questions about how many images were asked."""
+    for by_variant in answers.values():
+        for first in by_variant.values():
+            return {
+                "levels": sorted(first.levels, key=_get_level_rank),
+                "num_questions": len(first.ids),
+                "num_pictures": len(set(first.picture)),
+            }
+    return {"levels": [], "num_questions": 0, "num_pictures": 0}
+
+
+def _get_level_rank(name: str) -> tuple[int, str]:
+    rank = LEVEL_ORDER.index(name) if name in LEVEL_ORDER else len(LEVEL_ORDER)
+    return rank, name
+
+
+def _add_differences(results: dict, answers: AnswersByBudget) -> None:
+    """Add differences from the baseline for each budget, and their changes between budgets."""
+    baseline = results["baseline"]
+    results["spread"] = {}
+    for budget, by_variant in answers.items():
+        spread = _pool_spread(by_variant)
         if spread:
-            found["spread"][budget] = {
-                "average": float(spread.deviations[-1]),
-                "num_free": spread.degrees_of_freedom,
-            }
-        others = [
-            name for name in of if name != baseline and _share_seeds(of[name], of.get(baseline))
-        ]
+            average = float(spread.deviations[-1])
+            results["spread"][budget] = {"average": average, "num_free": spread.num_free}
+        base = by_variant.get(baseline)
+        others = [name for name in by_variant if name != baseline]
+        others = [name for name in others if _have_common_seed(by_variant[name], base)]
         for name in others:
-            wide = estimate_difference(
-                of[name], of[baseline], comparisons=len(others), spread=spread
-            )
-            found["arms"][name]["results"][budget]["difference"] = {
-                **_plain(estimate_difference(of[name], of[baseline], spread=spread)),
-                "corrected": asdict(wide.average),
-                "corrected_levels": {level: asdict(e) for level, e in wide.levels.items()},
-                "comparisons": len(others),
-            }
-            if budget != main and _share_seeds(
-                *(a.get(n) for a in (of, answers[main]) for n in (name, baseline))
-            ):
-                pair = sorted((main, budget), key=lambda b: _length(found["curves"][b]))
-                terms = [
-                    (w * v, answers[b][n])
-                    for w, b in ((-1, pair[0]), (1, pair[1]))
-                    for v, n in ((1, name), (-1, baseline))
-                ]
-                change = estimate_contrast(terms, spread=_spread(answers[main], of)).average
-                kept = {"from": pair[0], "to": pair[1], **asdict(change)}
-                found["arms"][name]["results"][main].setdefault("change", {})[budget] = kept
+            result = results["arms"][name]["results"][budget]
+            result["difference"] = _compute_difference(by_variant[name], base, len(others), spread)
+            if budget != results["main"]:
+                _add_change(results, answers, name, budget)
 
 
-def _share_seeds(*arms: Answers | None) -> bool:
-    """Whether all of them were run, with a seed in common; in an unfinished study they need not
-    be.
-    """
-    return None not in arms and bool(set.intersection(*(set(a.seeds) for a in arms)))
+def _compute_difference(
+    answers: Answers, base: Answers, comparisons: int, spread: Spread | None
+) -> dict:
+    """A difference with plain intervals, and with intervals corrected for all comparisons."""
+    plain = difference(answers, base, spread=spread)
+    corrected = difference(answers, base, comparisons=comparisons, spread=spread)
+    return {
+        **_to_plain(plain),
+        "corrected": asdict(corrected.average),
+        "corrected_levels": {level: asdict(e) for level, e in corrected.levels.items()},
+        "comparisons": comparisons,
+    }
 
 
-def _spread(*budgets: dict[str, Answers]) -> Spread | None:
-    """The seeds' spread, pooled over the arms of each budget that were trained with the same
-    seeds.
-    """
-    groups: dict[tuple, list[Answers]] = {}
-    for i, of in enumerate(budgets):
-        for answers in of.values():
-            groups.setdefault((i, *sorted(answers.seeds)), []).append(answers)
-    return pool_seed_spread(*groups.values())
-
-
-def _length(curves: dict) -> float:
-    """Steps of a budget, by what was logged."""
-    return max((line[-1][0] for line in curves.values() if line), default=0)
-
-
-def _plain(whole: Contrast) -> dict:
-    plain = whole.to_dict()
+def _to_plain(estimates: Contrast) -> dict:
+    plain = estimates.to_dict()
     plain.pop("comparisons")
     return plain
 
 
-def _pairs(found: dict, answers: dict[str, Answers]) -> dict:
-    """Differences of all pairs among the arms with the most seeds, the best MOST_PAIRED of them and
-    the baseline.
-    """
+def _add_change(results: dict, answers: AnswersByBudget, name: str, budget: str) -> None:
+    """Add how the difference from the baseline changes from the shorter budget to the longer."""
+    main, baseline = results["main"], results["baseline"]
+    needed = []
+    for one in (budget, main):
+        needed += [answers[one].get(name), answers[one].get(baseline)]
+    if not _have_common_seed(*needed):
+        return
+    curves = results["curves"]
+    shorter, longer = sorted((main, budget), key=lambda one: _get_num_steps(curves[one]))
+    terms = [
+        (-1, answers[shorter][name]),
+        (1, answers[shorter][baseline]),
+        (1, answers[longer][name]),
+        (-1, answers[longer][baseline]),
+    ]
+    spread = _pool_spread(answers[main], answers[budget])
+    change = contrast(terms, spread=spread).average
+    changes = results["arms"][name]["results"][main].setdefault("change", {})
+    changes[budget] = {"from": shorter, "to": longer, **asdict(change)}
+
+
+def _have_common_seed(*variants: Answers | None) -> bool:
+    """Whether all were run, with a seed in common; not given in an unfinished study."""
+    if None in variants:
+        return False
+    seeds = [set(answers.seeds) for answers in variants]
+    return bool(set.intersection(*seeds))
+
+
+def _pool_spread(*budgets: dict[str, Answers]) -> Spread | None:
+    """The seeds' spread, pooled over variants that a budget trained with the same seeds."""
+    groups: dict[tuple, list[Answers]] = {}
+    for i, by_variant in enumerate(budgets):
+        for answers in by_variant.values():
+            groups.setdefault((i, *sorted(answers.seeds)), []).append(answers)
+    return seed_spread(*groups.values())
+
+
+def _get_num_steps(curves: dict) -> float:
+    """Steps of a budget, by what was logged."""
+    return max((line[-1][0] for line in curves.values() if line), default=0)
+
+
+def _compare_pairs(results: dict, answers: dict[str, Answers]) -> dict:
+    """Differences of all pairs among the best `MAX_PAIRED` variants with the most seeds."""
     if len(answers) < 2:
         return {"arms": list(answers), "cells": []}
-    value = {
-        name: found["arms"][name]["results"][found["main"]]["average"]["value"] for name in answers
-    }
-    full = max(len(a.seeds) for a in answers.values())
-    ranked = sorted((n for n in answers if len(answers[n].seeds) == full), key=lambda n: -value[n])
-    chosen = ranked[:MOST_PAIRED]
-    if found["baseline"] in ranked and found["baseline"] not in chosen:
-        chosen = [*chosen[:-1], found["baseline"]]
-    pairs = [(a, b) for a, b in combinations(chosen, 2) if _share_seeds(answers[a], answers[b])]
-    spread = _spread(answers)
+    chosen = _choose_paired(results, answers)
+    pairs = []
+    for a, b in combinations(chosen, 2):
+        if _have_common_seed(answers[a], answers[b]):
+            pairs.append((a, b))
+    spread = _pool_spread(answers)
     cells = []
     for a, b in pairs:
-        own = estimate_difference(answers[a], answers[b], spread=spread).average
-        cells.append([a, b, {**asdict(own), "corrected_p": min(1.0, own.p * len(pairs))}])
+        estimate = difference(answers[a], answers[b], spread=spread).average
+        corrected_p = min(1.0, estimate.p * len(pairs))
+        cells.append([a, b, {**asdict(estimate), "corrected_p": corrected_p}])
     return {"arms": chosen, "cells": cells}
 
 
-def _frontier(found: dict, size: str) -> list[str]:
-    """Arms that no other beats in average at no more prefill FLOPs, cheapest first."""
-    places = {
-        name: (arm["relative"][size], -arm["results"][found["main"]]["average"]["value"])
-        for name, arm in found["arms"].items()
-        if arm["relative"][size] and found["main"] in arm["results"]
-    }
-    beaten = {
-        a
-        for a, pa in places.items()
-        for pb in places.values()
-        if pb != pa and pb[0] <= pa[0] and pb[1] <= pa[1]
-    }
-    return sorted((name for name in places if name not in beaten), key=lambda name: places[name])
+def _choose_paired(results: dict, answers: dict[str, Answers]) -> list[str]:
+    """The best variants among those with the most seeds, the baseline included."""
+    most = max(len(one.seeds) for one in answers.values())
+    names = [name for name in answers if len(answers[name].seeds) == most]
+    names.sort(key=lambda name: -_get_average(results, name))
+    chosen = names[:MAX_PAIRED]
+    baseline = results["baseline"]
+    if baseline in names and baseline not in chosen:
+        chosen = [*chosen[:-1], baseline]
+    return chosen
+
+
+def _get_average(results: dict, name: str) -> float:
+    """A variant's accuracy under the main budget."""
+    return results["arms"][name]["results"][results["main"]]["average"]["value"]
+
+
+def _find_frontier(results: dict, size: str) -> list[str]:
+    """Variants that no other beats in average at no more prefill FLOPs, cheapest first."""
+    places = {}
+    for name, variant in results["arms"].items():
+        if variant["relative"][size] and results["main"] in variant["results"]:
+            places[name] = (variant["relative"][size], -_get_average(results, name))
+    frontier = []
+    for name, place in places.items():
+        if not any(_beats(other, place) for other in places.values()):
+            frontier.append(name)
+    return sorted(frontier, key=lambda name: places[name])
+
+
+def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether (cost, -accuracy) is no worse in both and better in one."""
+    return one != other and one[0] <= other[0] and one[1] <= other[1]

@@ -1,1 +1,1 @@
-"""Tables, figures and pages of results."""
+"""Pages about finished work: jinja2 templates, matplotlib figures as SVG, tables."""

@@ -1,160 +1,192 @@
-"""The page of a comparison: one HTML file with tables, plans, and the items on which runs differ,
-with their pictures.
-"""
+"""The report of a comparison: a page with the items on which runs differ, Markdown, and JSON."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
-from ..data.images import Pictures
-from ..experiments.compare import Compared, notes, stores, table
-from . import charts
-from .evaluations import STYLE
+from markupsafe import Markup
 
-SIDE = 224  # pixels of a picture on the page
-MORE_STYLE = """
-.item{width:310px;font-size:.86rem;border:1px solid #ddd;padding:.6rem;break-inside:avoid;overflow-wrap:anywhere}
-.item img{max-width:100%;max-height:224px;display:block;margin-bottom:.3rem}.wide{overflow-x:auto}
-.right::before{content:"\\2713 "}.wrong::before{content:"\\2717 "}.item ul{padding-left:1.1rem;margin:.3rem 0;list-style:none}
-"""
+from ..data.images import Pictures
+from ..experiments.compare import ComparedRun, find_images
+from ..plan import Plan
+from .figures import draw_bars
+from .pages import embed_image, render
+from .plan_drawing import draw_plan
+from .tables import (
+    Rows,
+    format_change,
+    format_interval,
+    format_number,
+    format_percent_interval,
+    to_markdown,
+)
+from .verdicts import judge_comparison
+
+IMAGE_SIDE = 224  # pixels of an image on the page
 
 
 def write_comparison(
-    folder: Path, runs: Sequence[Compared], found: dict, images: str | Path | None = None
+    folder: Path,
+    runs: Sequence[ComparedRun],
+    comparison: dict,
+    images: str | Path | None = None,
 ) -> Path:
-    """Write compare.html, compare.md and compare.json into a folder and return the page's path."""
+    """Write compare.html, compare.md and compare.json.
+
+    Args:
+        folder: Where to write.
+        runs: What `experiments.compare.read_runs` returned.
+        comparison: What `experiments.compare.compare_runs` returned.
+        images: A folder or archive of the items' images; by default the runs' own.
+
+    Returns:
+        The path of compare.html.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "compare.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    rows = table(found)
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    (folder / "compare.md").write_text(
-        "\n".join([*lines, "", *(f"- {n}" for n in notes(found)), ""]), encoding="utf-8"
-    )
-    page = folder / "compare.html"
-    page.write_text(_page(found, stores(runs, images)), encoding="utf-8")
-    return page
+    verdict = judge_comparison(comparison)
+    stored = {"verdict": verdict, **comparison}
+    (folder / "compare.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    notes = "\n".join(f"- {note}" for note in write_notes(comparison))
+    table = to_markdown(make_main_table(comparison))
+    (folder / "compare.md").write_text(f"**{verdict}**\n\n{table}\n\n{notes}\n", encoding="utf-8")
+    path = folder / "compare.html"
+    path.write_text(write_page(comparison, find_images(runs, images)), encoding="utf-8")
+    return path
 
 
-def _page(found: dict, pictures: Sequence[Pictures]) -> str:
-    title = " and ".join(found["runs"]) if len(found["runs"]) < 4 else f"{len(found['runs'])} runs"
-    kinds = _kinds(found)
-    sections = [
-        f"<h1>{escape(title)}, compared</h1>",
-        _table(table(found)),
-        '<ul class="note">'
-        + "".join(f"<li>{escape(line)}</li>" for line in notes(found))
-        + "</ul>",
-        "<h2>Average over levels</h2>" + _bars(found),
-        f"<h2>By kind of question</h2>{_table(kinds)}" if len(kinds[0]) > 1 else "",
-        _plans(found),
-        f"<h2>Items on which they differ</h2>{_items(found, pictures)}" if found["items"] else "",
-    ]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport"'
-        f' content="width=device-width"><title>{escape(title)}</title>'
-    )
-    style = f"<style>{STYLE}{MORE_STYLE}</style>"
-    return (
-        "<!doctype html><html"
-        f" lang='en'><head>{head}{style}</head><body>{''.join(sections)}</body></html>"
+def write_page(comparison: dict, images: Sequence[Pictures]) -> str:
+    """Return the comparison as one HTML page; images are looked up by name."""
+    names = list(comparison["runs"])
+    subject = " and ".join(names) if len(names) < 4 else f"{len(names)} runs"
+    kinds = make_kind_table(comparison)
+    return render(
+        "compare.html.j2",
+        title=f"{subject}, compared",
+        verdict=judge_comparison(comparison),
+        baseline=comparison["baseline"],
+        charts=_draw_levels(comparison),
+        main_table=make_main_table(comparison),
+        notes=write_notes(comparison),
+        kind_table=kinds if len(kinds[0]) > 1 else [],
+        plans=_draw_plans(comparison),
+        num_differing=comparison["num_differing"],
+        items=[_make_item(item, images) for item in comparison["items"]],
     )
 
 
-def _bars(found: dict) -> str:
-    shares = {name: row["share"] for name, row in found["runs"].items()}
-    groups = [
-        "average",
-        *(level for level in next(iter(shares.values()))["levels"] if level != "all"),
-    ]
-    cells = {
-        name: [
-            (e["value"], e["low"], e["high"])
-            for e in (share["average"] if g == "average" else share["levels"][g] for g in groups)
-        ]
-        for name, share in shares.items()
-    }
-    return charts.bars(groups, cells)
-
-
-def _kinds(found: dict) -> list[list[str]]:
-    names = sorted({kind for row in found["runs"].values() for kind in row["kinds"]})
-    rows = [["run", *names]]
-    for name, row in found["runs"].items():
-        rows.append(
-            [
-                name,
-                *(
-                    f"{100 * row['kinds'][kind]:.1f}" if kind in row["kinds"] else "-"
-                    for kind in names
-                ),
-            ]
-        )
+def make_main_table(comparison: dict) -> Rows:
+    """Accuracy, difference from the first run, and cost of every run."""
+    runs = comparison["runs"]
+    first = runs[comparison["baseline"]]
+    levels = [level for level in first["share"]["levels"] if level != "all"]
+    costs = [row["cost"] for row in runs.values() if row["cost"]]
+    head = ["run", "seeds", "average (95 %)", *levels]
+    head += [f"above {comparison['baseline']} (corrected)", "image tokens", "prompt FLOPs"]
+    rows = [head]
+    for name, row in runs.items():
+        fractions = row["share"]
+        gap = row.get("difference")
+        cells = [name, str(len(row["seeds"])), format_percent_interval(fractions["average"])]
+        cells += [f"{100 * fractions['levels'][level]['value']:.1f}" for level in levels]
+        cells.append(format_change(gap and gap["average"]))
+        cells += _format_cost(row["cost"], costs)
+        rows.append(cells)
     return rows
 
 
-def _plans(found: dict) -> str:
-    from ..plan import Plan
+def _format_cost(cost: dict | None, costs: list[dict]) -> list[str]:
+    """Image tokens, and FLOPs relative to the first run with a cost."""
+    if not cost:
+        return [format_number(None), format_number(None)]
+    ratio = cost["prefill_total_flops"] / costs[0]["prefill_total_flops"]
+    return [format_number(cost["num_image_tokens"]), format_number(ratio, ".3f")]
 
-    figures = [
-        f"<figure>{charts.plan_drawing(Plan.from_dict(row['plan']), *row['depths'])}<figcaption><b>{escape(name)}</b></figcaption></figure>"
-        for name, row in found["runs"].items()
-        if row["plan"]
+
+def make_kind_table(comparison: dict) -> Rows:
+    """Accuracy by kind of question."""
+    kinds: set[str] = set()
+    for row in comparison["runs"].values():
+        kinds |= set(row["kinds"])
+    rows = [["run", *sorted(kinds)]]
+    for name, row in comparison["runs"].items():
+        cells = [name]
+        for kind in sorted(kinds):
+            value = row["kinds"].get(kind)
+            cells.append(format_number(None if value is None else 100 * value, ".1f"))
+        rows.append(cells)
+    return rows
+
+
+def write_notes(comparison: dict) -> list[str]:
+    """How the numbers were made, in sentences."""
+    runs = comparison["runs"].values()
+    notes = [
+        f"All runs answered the same {comparison['num_questions']:,} questions."
+        f" {comparison['num_differing']:,} of them are right in some runs and wrong in others.",
+        "Intervals: bootstrap over images and seeds. Differences are paired by question (and seed),"
+        " and corrected for their number.",
     ]
-    return f'<h2>What each is</h2><div class="row">{"".join(figures)}</div>' if figures else ""
-
-
-def _items(found: dict, pictures: Sequence[Pictures]) -> str:
-    note = (
-        f'<p class="note">{len(found["items"])} of {found["num_differing"]:,} items: those that'
-        f" {escape(found['baseline'])} gets wrong and another right, and the other way round, in"
-        " turn; chosen by that, so they say nothing about how often it happens. Most seeds"
-        " decide.</p>"
-    )
-    return (
-        note + f'<div class="row">{"".join(_item(item, pictures) for item in found["items"])}</div>'
-    )
-
-
-def _item(item: dict, pictures: Sequence[Pictures]) -> str:
-    shown = "".join(_picture(name, pictures) for name in item["images"])
-    lines = []
-    for run, answers in item["answers"].items():
-        said = ", ".join(dict.fromkeys(text or "(nothing)" for text, _ in answers.values()))
-        right = 2 * sum(correct for _, correct in answers.values()) > len(answers)
-        lines.append(
-            f'<li class="{"right" if right else "wrong"}">{escape(run)}: {escape(said)}</li>'
+    if any(len(row["seeds"]) == 1 for row in runs):
+        notes.append(
+            "One seed is one seed: such an interval is about the images only, and another training"
+            " may differ by more."
         )
-    kind = f" ({escape(item['group'])})" if item["group"] else ""
-    return (
-        f'<div class="item">{shown}<b>{escape(item["prompt"])}</b>{kind}<br>reference:'
-        f" {escape(item['reference'])}"
-        f"<ul>{''.join(lines)}</ul></div>"
-    )
+    if any(row["cost"] for row in runs):
+        notes.append(
+            "Prompt FLOPs: of a prompt with one image and 64 text tokens, relative to the first run"
+            " with a saved model."
+        )
+    return notes
 
 
-def _picture(name: str, pictures: Sequence[Pictures]) -> str:
-    store = next((store for store in pictures if isinstance(name, str) and name in store), None)
-    if store is None:
-        return f"<i>{escape(str(name))}</i><br>"
-    picture = store.open(name)
-    picture.thumbnail((SIDE, SIDE))
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return (
-        f'<img alt="{escape(name)}"'
-        f' src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
-    )
+def _draw_levels(comparison: dict) -> list[Markup]:
+    """A chart of the average, then one of each level."""
+    runs = comparison["runs"]
+    first = runs[comparison["baseline"]]
+    levels = [level for level in first["share"]["levels"] if level != "all"]
+    charts = []
+    for title in ("average", *levels):
+        rows = {}
+        for name, row in runs.items():
+            fractions = row["share"]
+            estimate = fractions["average"] if title == "average" else fractions["levels"][title]
+            rows[name] = (estimate["value"], estimate["low"], estimate["high"])
+        charts.append(draw_bars(rows, title=title, reference=comparison["baseline"]))
+    return charts
 
 
-def _table(rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:]
-    )
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+def _draw_plans(comparison: dict) -> dict[str, Markup]:
+    drawings = {}
+    for name, row in comparison["runs"].items():
+        if row["plan"]:
+            drawings[name] = draw_plan(Plan.from_dict(row["plan"]), *row["depths"])
+    return drawings
+
+
+def _make_item(item: dict, images: Sequence[Pictures]) -> dict:
+    """What the page shows of an item: its images, and every run's answers."""
+    answers = []
+    for name, by_seed in item["answers"].items():
+        texts = dict.fromkeys(text or "(nothing)" for text, _ in by_seed.values())
+        num_right = sum(is_right for _, is_right in by_seed.values())
+        is_right = 2 * num_right > len(by_seed)
+        answers.append({"name": name, "text": ", ".join(texts), "is_right": is_right})
+    return {
+        "images": [(str(name), _embed(name, images)) for name in item["images"]],
+        "prompt": item["prompt"],
+        "group": item["group"] or "",
+        "reference": item["reference"],
+        "answers": answers,
+    }
+
+
+def _embed(name: str, images: Sequence[Pictures]) -> Markup | None:
+    """An image as a URL, or None where no folder or archive holds it."""
+    for store in images:
+        if isinstance(name, str) and name in store:
+            image = store.open(name)
+            image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
+            return embed_image(image)
+    return None

@@ -1,124 +1,209 @@
-"""What the demo says and shows of its finished arms: a table and some answers on screen, and the
-page.
-"""
+"""The demo's page, and its summary for the terminal: a study of four variants with one seed."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.jsonl import read_json_lines
+from markupsafe import Markup
+from PIL import Image
+
+from ..drawing import text_table
+from ..experiments.results import compute_results
 from ..experiments.study import Run, Study
 from ..plan import Plan
-from .evaluations import Arm, Sample, write_report
+from .figures import draw_bars, draw_curves
+from .pages import embed_image, render
+from .plan_drawing import draw_plan
+from .study_tables import get_main_results
+from .tables import Rows, format_change, format_number, format_percent, format_percent_interval
+from .verdicts import judge_demo
 
 LEVELS = {
     "high": "high: shape, place",
     "mid": "mid: texture, count",
     "low": "low: shade, lines, digit",
 }
-INTRODUCTION = """<p>Four ways to feed the same frozen encoder's features to the same small language model, trained on the same
-pictures, questions, order and number of steps, with the same number of image tokens in the prompt. Between plain fusion and
-SparseCut stand two controls: one has the fine views but no other layer, the other has the same layers and views but adds them all to
-the input. What the controls reach is not owed to the shortcuts.</p>
-<p class="note">{pictures} training pictures of the built-in picture world, seed {seed}, one run per arm, {minutes:.1f}
-minutes on this machine.
-The encoder was deliberately trained so that its top speaks of shape and colour only; how much several layers help depends on
-that. <b>One seed is one seed</b>: this page shows that the software works, it is no evidence about the method.</p>"""
+NUM_ITEMS_ON_SCREEN = 6
+NUM_ITEMS_ON_PAGE = 8
 
 
-def answer_aloud(study: Study, arms: dict[str, tuple[str, str]], log, number: int = 6) -> None:
-    """Print the table of scores and some questions with every arm's answer."""
-    results = {
-        title: json.loads((_folder(study, arm) / "eval" / "result.json").read_text())
-        for arm, (title, _) in arms.items()
-    }
-    width = max(map(len, results))
-    log(
-        f"\n{'accuracy in per cent':{width}}   average   "
-        + "   ".join(f"{level:>5}" for level in LEVELS)
-    )
-    for name, result in results.items():
-        cells = "   ".join(f"{100 * result['levels'][level]['accuracy']:5.1f}" for level in LEVELS)
-        log(f"{name:{width}}   {100 * result['mean_over_levels']:7.1f}   {cells}")
-    log("one seed is one seed: other seeds move every figure by some points\n")
-    for sample in choose_samples(study, arms, number):
-        answers = ", ".join(f"{arm}: {answer}" for arm, answer in sample.answers.items())
-        log(f"{sample.picture.name}: {sample.question}? ({sample.reference})\n    {answers}")
+@dataclass(frozen=True)
+class DemoVariant:
+    """How the demo presents one of its variants.
 
-
-def write_page(study: Study, arms: dict[str, tuple[str, str]], minutes: float) -> Path:
-    """Write report.html from what the arms left in the study's folder."""
-    brought = [_arm(study, arm, title, meaning) for arm, (title, meaning) in arms.items()]
-    introduction = INTRODUCTION.format(
-        pictures=f"{study.pictures.train:,}", seed=study.seeds[0], minutes=minutes
-    )
-    depths = _facts(study, next(iter(arms)))["depths"]
-    page = Path(study.output) / "report.html"
-    write_report(
-        page, study.title, introduction, brought, choose_samples(study, arms, 8), tuple(depths)
-    )
-    return page
-
-
-def choose_samples(study: Study, arms: dict[str, tuple[str, str]], number: int) -> list[Sample]:
-    """Questions spread evenly over the file, kinds in turn, each with every arm's answer: not
-    chosen by who is right.
+    Attributes:
+        title: The name that the page shows.
+        meaning: What the variant is, in a few words.
     """
-    rows = {
-        title: read_json_lines(_folder(study, arm) / "eval" / "predictions.jsonl")
-        for arm, (title, _) in arms.items()
-    }
-    first = next(iter(rows.values()))
-    kinds = sorted({row["group"] for row in first})
-    chosen = []
-    for i in range(number):
-        kind, start = kinds[i % len(kinds)], i * len(first) // number
-        chosen.append(
-            next(j for j in [*range(start, len(first)), *range(start)] if first[j]["group"] == kind)
-        )
-    return [
-        Sample(
-            picture=Path(study.output) / "data" / first[j]["images"][0],
-            question=first[j]["prompt"].rpartition(">")[2].strip(),
-            reference=first[j]["reference"],
-            answers={name: lines[j]["prediction"] for name, lines in rows.items()},
-        )
-        for j in chosen
-    ]
+
+    title: str
+    meaning: str
 
 
-def _arm(study: Study, arm: str, title: str, meaning: str) -> Arm:
-    facts, folder = _facts(study, arm), _folder(study, arm)
-    result = json.loads((folder / "eval" / "result.json").read_text())
-    rows, parameters = result["levels"], facts["parameters"]
-    return Arm(
-        name=title,
-        meaning=meaning,
-        plan=Plan.from_dict(facts["plan"]),
-        scores={
-            words: (rows[level]["accuracy"], *rows[level]["interval"], rows[level]["num_examples"])
-            for level, words in LEVELS.items()
-        },
-        average=result["mean_over_levels"],
-        losses=[
-            (line["step"], line["loss"])
-            for line in read_json_lines(folder / study.recipe["stages"][-1]["name"] / "log.jsonl")
-        ],
-        facts={
-            "image tokens per picture": str(facts["image_tokens"]),
-            "encoder passes per picture": str(facts["views"]),
-            "fusion parameters": f"{parameters['fusion']:,}",
-            "language model parameters": f"{parameters['language']:,}",
-            "training seconds": f"{facts['train_seconds']:.0f}",
-            "answering seconds": f"{facts['eval_seconds']:.0f}",
-        },
+def write_page(
+    study: Study, variants: dict[str, DemoVariant], minutes: float, *, is_quick: bool = False
+) -> Path:
+    """Write report.html into a finished demo's folder.
+
+    Args:
+        study: The demo as a study.
+        variants: How to present each of its variants.
+        minutes: How long the demo took.
+        is_quick: Whether it was the small demo, whose numbers mean nothing.
+
+    Returns:
+        The path of report.html.
+    """
+    out = Path(study.output)
+    results = compute_results(out)
+    titles = {name: variant.title for name, variant in variants.items()}
+    page = render(
+        "demo.html.j2",
+        title=study.title,
+        verdict=judge_demo(results, titles, is_quick=is_quick),
+        num_images=study.pictures.train,
+        seed=study.seeds[0],
+        minutes=minutes,
+        baseline=titles[study.baseline],
+        charts=_draw_levels(results, titles),
+        score_table=_make_score_table(results, titles),
+        cards=_make_cards(results, variants),
+        cost_table=_make_cost_table(results, titles),
+        curves=_draw_losses(results, titles),
+        items=[_make_item(out, item) for item in choose_items(study, titles, NUM_ITEMS_ON_PAGE)],
     )
+    path = out / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
 
 
-def _folder(study: Study, arm: str) -> Path:
-    return Run(study.main, arm, study.seeds[0]).folder(Path(study.output))
+def print_answers(study: Study, titles: dict[str, str], log: Callable[[str], None]) -> None:
+    """Print a table of accuracies, and some questions with every variant's answer."""
+    rows = [["accuracy in per cent", "average", *LEVELS]]
+    for name, title in titles.items():
+        result = json.loads((_get_folder(study, name) / "eval" / "result.json").read_text())
+        row = [title, f"{100 * result['mean_over_levels']:.1f}"]
+        for level in LEVELS:
+            row.append(f"{100 * result['levels'][level]['accuracy']:.1f}")
+        rows.append(row)
+    log(f"\n{text_table(rows)}")
+    log("one seed is one seed: other seeds move every number by some points\n")
+    for item in choose_items(study, titles, NUM_ITEMS_ON_SCREEN):
+        answers = ", ".join(f"{answer['name']}: {answer['text']}" for answer in item["answers"])
+        log(f"{item['image']}: {item['question']}? ({item['reference']})\n    {answers}")
 
 
-def _facts(study: Study, arm: str) -> dict:
-    return json.loads((_folder(study, arm) / "facts.json").read_text())
+def choose_items(study: Study, titles: dict[str, str], number: int) -> list[dict]:
+    """Choose questions evenly over the file, kinds in turn, whoever is right.
+
+    Returns:
+        For each question: image, question, reference, and the answer of each variant.
+    """
+    records = {}
+    for name, title in titles.items():
+        lines = (_get_folder(study, name) / "eval" / "predictions.jsonl").read_text().splitlines()
+        records[title] = [json.loads(line) for line in lines]
+    first = next(iter(records.values()))
+    kinds = sorted({record["group"] for record in first})
+    items = []
+    for i in range(number):
+        start = i * len(first) // number
+        chosen = _find_next(first, kinds[i % len(kinds)], start)
+        items.append(_collect_answers(records, first[chosen], chosen))
+    return items
+
+
+def _find_next(records: list[dict], kind: str, start: int) -> int:
+    """The first question of a kind from a place on, going round at the end."""
+    order = [*range(start, len(records)), *range(start)]
+    return next(i for i in order if records[i]["group"] == kind)
+
+
+def _collect_answers(records: dict[str, list[dict]], question: dict, number: int) -> dict:
+    answers = []
+    for title, rows in records.items():
+        text = rows[number]["prediction"]
+        answers.append(
+            {"name": title, "text": text, "is_right": text == question["reference"]}
+        )
+    return {
+        "image": question["images"][0],
+        "question": question["prompt"].rpartition(">")[2].strip(),
+        "reference": question["reference"],
+        "answers": answers,
+    }
+
+
+def _make_item(out: Path, item: dict) -> dict:
+    with Image.open(out / "data" / item["image"]) as image:
+        return item | {"url": embed_image(image)}
+
+
+def _draw_levels(results: dict, titles: dict[str, str]) -> list[Markup]:
+    by_variant = get_main_results(results)
+    charts = []
+    for level in ("average", *results["levels"]):
+        rows = {}
+        for name, title in titles.items():
+            result = by_variant[name]
+            estimate = result["average"] if level == "average" else result["levels"][level]
+            rows[title] = (estimate["value"], estimate["low"], estimate["high"])
+        chart_title = LEVELS.get(level, level)
+        charts.append(draw_bars(rows, title=chart_title, reference=titles[results["baseline"]]))
+    return charts
+
+
+def _make_score_table(results: dict, titles: dict[str, str]) -> Rows:
+    by_variant = get_main_results(results)
+    head = ["variant", "average (95 %)", *results["levels"]]
+    rows = [[*head, f"above {titles[results['baseline']]} (95 %)"]]
+    for name, title in titles.items():
+        result = by_variant[name]
+        gap = result.get("difference")
+        row = [title, format_percent_interval(result["average"])]
+        row += [format_percent(result["levels"][level]) for level in results["levels"]]
+        rows.append([*row, format_change(gap and gap["average"])])
+    return rows
+
+
+def _make_cards(results: dict, variants: dict[str, DemoVariant]) -> list[dict]:
+    cards = []
+    for name, variant in variants.items():
+        facts = results["arms"][name]
+        drawing = draw_plan(Plan.from_dict(facts["plan"]), *facts["depths"])
+        cards.append({"name": variant.title, "meaning": variant.meaning, "drawing": drawing})
+    return cards
+
+
+def _make_cost_table(results: dict, titles: dict[str, str]) -> Rows:
+    head = ["variant", "image tokens per image", "encoder passes per image", "fusion parameters"]
+    rows = [[*head, "language model parameters", "training seconds", "answering seconds"]]
+    by_variant = get_main_results(results)
+    for name, title in titles.items():
+        facts = results["arms"][name]
+        result = by_variant[name]
+        rows.append(
+            [
+                title,
+                format_number(facts["image_tokens"]),
+                format_number(facts["views"]),
+                format_number(facts["parameters"]["fusion"]),
+                format_number(facts["parameters"]["language"]),
+                format_number(result["train_seconds"], ",.0f"),
+                format_number(result["eval_seconds"], ",.0f"),
+            ]
+        )
+    return rows
+
+
+def _draw_losses(results: dict, titles: dict[str, str]) -> Markup:
+    curves = results["curves"][results["main"]]
+    lines = {title: curves.get(name, []) for name, title in titles.items()}
+    return draw_curves(lines, title="loss of the second stage", x_label="step")
+
+
+def _get_folder(study: Study, name: str) -> Path:
+    return Run(study.main, name, study.seeds[0]).folder(Path(study.output))

@@ -1,8 +1,7 @@
-"""What a study found: every figure from what its runs left on disk, as JSON, as Markdown tables and
-as a page.
+"""A study's report: every number as JSON, tables as Markdown, and one page.
 
-`study_figures.figures` computes; its result is report.json, and the other two files only show it. An unfinished study is
-reported as far as it goes, and what is missing is named.
+`experiments.results` computes; its result is report.json, and the other two files only show it. An
+unfinished study is reported as far as it goes, and what is missing is named.
 """
 
 from __future__ import annotations
@@ -10,155 +9,217 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..experiments.results import SIZES, figures
-from .study_page import page
-from .tables import (
-    budget_rows,
-    cost_rows,
-    group_rows,
-    is_clear,
-    level_rows,
-    main_rows,
-    missing_words,
-    notes,
-    points,
-    share,
-    span,
+from markupsafe import Markup
+
+from ..experiments.results import SIZES, compute_results
+from ..plan import Plan
+from .figures import Point, draw_bars, draw_curves, draw_scatter, get_curve_limit
+from .findings import write_findings
+from .pages import render
+from .plan_drawing import draw_plan
+from .study_tables import (
+    get_main_results,
+    make_budget_table,
+    make_cost_table,
+    make_kind_table,
+    make_level_table,
+    make_main_table,
+    name_missing_runs,
+    rank_variants,
+    write_notes,
 )
+from .tables import (
+    Cell,
+    format_interval,
+    format_number,
+    format_percent,
+    format_points,
+    is_clear,
+    to_markdown,
+)
+from .verdicts import judge_study
 
-AFFORDABLE = 1.10  # times the baseline's prefill FLOPs
+MAX_CURVES = 5  # beside the baseline in one chart
 
 
-def write_study_report(folder: Path) -> Path:
-    """Write report.json, report.md and report.html into a study's folder; returns the last one's
-    path.
+def write_study_report(folder: str | Path) -> Path:
+    """Write report.json, report.md and report.html into a study's folder.
 
-    Raises ValueError where there is no study, or where runs were asked different questions.
+    Returns:
+        The path of report.html.
+
+    Raises:
+        UserError: There is no study, or its runs answered different questions.
     """
     folder = Path(folder)
-    found = figures(folder)
-    found["headline"] = headline(found)
-    (folder / "report.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    (folder / "report.md").write_text(markdown(found), encoding="utf-8")
+    results = compute_results(folder)
+    results["verdict"] = judge_study(results)
+    results["headline"] = write_findings(results)
+    (folder / "report.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    (folder / "report.md").write_text(write_markdown(results), encoding="utf-8")
     path = folder / "report.html"
-    path.write_text(page(found), encoding="utf-8")
+    path.write_text(write_page(results), encoding="utf-8")
     return path
 
 
-def headline(found: dict) -> list[str]:
-    """What the figures say, in sentences."""
-    arms, main, baseline = found["arms"], found["main"], found["baseline"]
-    done = {name: arm["results"][main] for name, arm in arms.items() if main in arm["results"]}
-    if not done:
-        return ["No run of the main budget is finished, so there is nothing to say yet."]
-    best = max(done, key=lambda name: done[name]["average"]["value"])
-    lines = [f"Highest average: {best} with {_said(done[best])}{_beside(found, best)}."]
-    if alike := [name for name in done if name != best and not _surely_differ(found, best, name)]:
-        lines.append(
-            f"Not told apart from it once all pairs are corrected for: {', '.join(alike)}."
-        )
-    for size, words in SIZES.items():
-        cheap = [n for n in done if (arms[n]["relative"][size] or 9e9) <= AFFORDABLE]
-        if cheap and any(arms[n]["relative"][size] for n in done):
-            top = max(cheap, key=lambda name: done[name]["average"]["value"])
-            lines.append(
-                f"Best at no more than {AFFORDABLE:.2f} times the prefill FLOPs of {baseline} at"
-                f" {words}: {top} with {_said(done[top])}{_beside(found, top, size)}."
-            )
-        if found["frontier"][size]:
-            lines.append(
-                f"No arm is both better and cheaper at {words} than:"
-                f" {', '.join(found['frontier'][size])}."
-            )
-    compared = {n: r["difference"]["corrected"] for n, r in done.items() if r.get("difference")}
-    if compared:
-        above = [n for n, e in compared.items() if e["low"] > 0]
-        below = [n for n, e in compared.items() if e["high"] < 0]
-        rest = [n for n in compared if n not in above and n not in below]
-        said = [
-            (above, "clearly above it"),
-            (below, "clearly below it"),
-            (rest, "not told apart from it"),
-        ]
-        parts = "; ".join(
-            f"{len(names)} {words} ({', '.join(names)})" for names, words in said if names
-        )
-        lines.append(
-            f"Of {len(compared)} arms compared with {baseline}, corrected for so many comparisons:"
-            f" {parts}."
-        )
-    for budget in found["budgets"]:
-        if change := done[best].get("change", {}).get(budget):
-            old, new = (
-                arms[best]["results"][b]["difference"]["average"]["value"]
-                for b in (change["from"], change["to"])
-            )
-            lines.append(
-                f"Between the budgets {change['from']} and {change['to']} the lead of {best} over"
-                f" {baseline} goes from {points(old)} to {points(new)} points, a change of"
-                f" {points(change['value'])} ({span(change)})."
-            )
-    if any((r.get("difference") or {}).get("note") for r in done.values()):
-        lines.append(
-            "Some arms have one seed in common only: their intervals leave out that another"
-            " training may differ."
-        )
-    if found["missing"]:
-        lines.append(
-            f"Unfinished: {len(found['missing'])} runs are missing, see the end of this report."
-        )
-    return lines
-
-
-def markdown(found: dict) -> str:
-    """The report's tables in GitHub's Markdown."""
-    parts = [f"# {found['title']}", *([found["note"]] if found["note"] else [])]
-    parts.append("\n".join(f"- {line}" for line in found["headline"]))
-    for title, rows in (
-        ("Quality and cost", main_rows(found)),
-        ("Differences per level", level_rows(found)),
-        ("By kind of question", group_rows(found)),
-        ("Training budgets", budget_rows(found)),
-        ("Cost", cost_rows(found)),
-    ):
+def write_markdown(results: dict) -> str:
+    """Return the report's tables in GitHub's Markdown."""
+    parts = [f"# {results['title']}", f"**{results['verdict']}**"]
+    if results["note"]:
+        parts.append(results["note"])
+    parts.append("\n".join(f"- {line}" for line in results["headline"]))
+    tables = {
+        "Quality and cost": make_main_table(results),
+        "Differences per level": make_level_table(results),
+        "By kind of question": make_kind_table(results),
+        "Training budgets": make_budget_table(results),
+        "Cost": make_cost_table(results),
+    }
+    for title, rows in tables.items():
         if len(rows) > 1:
-            parts.append(f"## {title}\n\n" + _table(rows))
-    parts.append("\n".join(f"- {line}" for line in notes(found)))
-    if found["missing"]:
-        parts.append(f"Missing runs: {missing_words(found)}.")
+            parts.append(f"## {title}\n\n{to_markdown(rows)}")
+    parts.append("\n".join(f"- {note}" for note in write_notes(results)))
+    if results["missing"]:
+        parts.append(f"Missing runs: {name_missing_runs(results)}.")
     return "\n\n".join(parts) + "\n"
 
 
-def _table(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
-def _surely_differ(found: dict, one: str, other: str) -> bool:
-    """Whether the two differ after correction for all pairs; arms outside the matrix count as
-    differing.
-    """
-    cells = [e for a, b, e in found["pairs"]["cells"] if {a, b} == {one, other}]
-    return not cells or cells[0]["corrected_p"] < 0.05
-
-
-def _said(result: dict) -> str:
-    seeds = len(result["seeds"])
-    return (
-        f"{share(result['average'])} % ({span(result['average'])}, {seeds} seed{'s' * (seeds > 1)})"
+def write_page(results: dict) -> str:
+    """Return the report as one HTML page."""
+    names = rank_variants(results)
+    return render(
+        "study.html.j2",
+        title=results["title"] or "A study",
+        verdict=results["verdict"],
+        note=results["note"] or "",
+        findings=results["headline"],
+        baseline=results["baseline"],
+        has_results=bool(names),
+        main_table=make_main_table(results),
+        notes=write_notes(results),
+        level_charts=_draw_levels(results, names),
+        scatters=_draw_scatters(results, names),
+        level_table=make_level_table(results),
+        pair_head=["", *(str(i + 1) for i in range(len(results["pairs"]["arms"])))],
+        pair_rows=_make_pair_rows(results["pairs"]),
+        num_pairs=len(results["pairs"]["cells"]),
+        cards=[_make_card(results, name) for name in _list_variants(results, names)],
+        budget_table=make_budget_table(results),
+        curves=_draw_all_curves(results, names),
+        kind_table=make_kind_table(results),
+        cost_table=make_cost_table(results),
+        missing=name_missing_runs(results),
     )
 
 
-def _beside(found: dict, name: str, size: str = "large") -> str:
-    """How far an arm is from the baseline, and at which cost, as the end of a sentence."""
-    arm, baseline = found["arms"][name], found["baseline"]
-    words = ""
-    if gap := arm["results"][found["main"]].get("difference"):
-        wide = gap["corrected"]
-        clear = "clear of zero" if is_clear(wide) else "not clear of zero"
-        value = gap["average"]["value"]
-        words = f", {abs(100 * value):.1f} points {'above' if value >= 0 else 'below'} {baseline}"
-        words += f" (difference {span(wide)} after correction, {clear})"
-    if name != baseline and arm["relative"][size]:
-        words += f", at {arm['relative'][size]:.3f} times its prefill FLOPs ({SIZES[size]})"
-    return words
+def _list_variants(results: dict, ranked: list[str]) -> list[str]:
+    """All variants: those with results first, best first."""
+    return ranked + [name for name in results["arms"] if name not in ranked]
+
+
+def _to_interval(estimate: dict) -> tuple[float, float, float]:
+    return estimate["value"], estimate["low"], estimate["high"]
+
+
+def _draw_levels(results: dict, names: list[str]) -> list[Markup]:
+    """A chart of the average, then one of each level."""
+    by_variant = get_main_results(results)
+    charts = []
+    for title in ("average", *results["levels"]):
+        rows = {}
+        for name in names:
+            result = by_variant[name]
+            estimate = result["average"] if title == "average" else result["levels"][title]
+            rows[name] = _to_interval(estimate)
+        charts.append(draw_bars(rows, title=title, reference=results["baseline"]))
+    return charts
+
+
+def _draw_scatters(results: dict, names: list[str]) -> list[Markup]:
+    """Accuracy against cost, at the study's own size and at the large one."""
+    by_variant = get_main_results(results)
+    drawings = []
+    for size, size_name in SIZES.items():
+        points = []
+        for name in names:
+            variant = results["arms"][name]
+            cost = variant["relative"][size]
+            if cost:
+                interval = _to_interval(by_variant[name]["average"])
+                on_frontier = name in results["frontier"][size]
+                points.append(Point(name, cost, interval, variant["family"], on_frontier))
+        x_label = f"prefill FLOPs / those of {results['baseline']}, stretched near 1"
+        drawings.append(draw_scatter(points, title=f"At {size_name}", x_label=x_label))
+    return drawings
+
+
+def _make_pair_rows(pairs: dict) -> list[list[Cell]]:
+    """Row minus column of every pair, as cells with a shade."""
+    values: dict[tuple[str, str], dict] = {}
+    for a, b, estimate in pairs["cells"]:
+        values[a, b] = estimate
+        values[b, a] = {**estimate, "value": -estimate["value"]}
+    largest = max((abs(one["value"]) for one in values.values()), default=0) or 1
+    rows = []
+    for i, row_name in enumerate(pairs["arms"]):
+        row = [Cell(f"{i + 1} {row_name}")]
+        for column_name in pairs["arms"]:
+            estimate = values.get((row_name, column_name))
+            row.append(_make_pair_cell(estimate, largest) if estimate else Cell(""))
+        rows.append(row)
+    return rows
+
+
+def _make_pair_cell(estimate: dict, largest: float) -> Cell:
+    depth = max(0.0, estimate["value"]) / largest
+    classes = ["shaded"] if depth else []
+    if estimate["corrected_p"] < 0.05:
+        classes.append("sure")
+    elif not is_clear(estimate):
+        classes.append("unclear")
+    return Cell(format_points(estimate["value"]), depth, " ".join(classes))
+
+
+def _make_card(results: dict, name: str) -> dict:
+    """What the page shows of one variant."""
+    variant = results["arms"][name]
+    result = variant["results"].get(results["main"], {})
+    gap = result.get("difference")
+    score = f"average {format_percent(result['average'])} %" if result else "not run"
+    if gap:
+        points = format_points(gap["average"]["value"])
+        score += f", {points} points ({format_interval(gap['corrected'])} corrected)"
+    drawing = None
+    if variant["plan"] and variant["depths"]:
+        drawing = draw_plan(Plan.from_dict(variant["plan"]), *variant["depths"])
+    facts = {
+        "image tokens": format_number(variant["image_tokens"]),
+        "encoder views": format_number(variant["views"]),
+        "fusion parameters": format_number(variant["parameters"].get("fusion")),
+        "prefill FLOPs here": format_number(variant["relative"]["here"], ".3f"),
+        "prefill FLOPs large": format_number(variant["relative"]["large"], ".3f"),
+        "training seconds": format_number(result.get("train_seconds"), ",.0f"),
+    }
+    card = {"name": name, "family": variant["family"], "score": score}
+    return card | {"drawing": drawing, "facts": facts}
+
+
+def _draw_all_curves(results: dict, names: list[str]) -> list[Markup]:
+    """Losses by family, a few variants and the baseline in a chart, all on one scale."""
+    families: dict[str, list[str]] = {}
+    for name, variant in results["arms"].items():
+        if name in names and name != results["baseline"]:
+            families.setdefault(variant["family"], []).append(name)
+    all_lines = []
+    for by_variant in results["curves"].values():
+        all_lines += [line for line in by_variant.values() if line]
+    limit = get_curve_limit(all_lines)
+    charts = []
+    for family, members in families.items():
+        for start in range(0, len(members), MAX_CURVES):
+            shown = [results["baseline"], *members[start : start + MAX_CURVES]]
+            for budget, by_variant in results["curves"].items():
+                lines = {name: by_variant[name] for name in shown if by_variant.get(name)}
+                title = f"{family}, {budget}"
+                charts.append(draw_curves(lines, title=title, x_label="step", y_limit=limit))
+    return charts

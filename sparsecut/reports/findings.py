@@ -1,0 +1,121 @@
+"""What a study's numbers say, in sentences: the list below the verdict of its report."""
+
+from __future__ import annotations
+
+from ..experiments.results import SIZES
+from .study_tables import get_main_results
+from .tables import format_interval, format_percent, format_points, is_clear
+from .verdicts import find_alike
+
+AFFORDABLE = 1.10  # times the baseline's prefill FLOPs
+
+
+def write_findings(results: dict) -> list[str]:
+    """Return what the numbers of a study say, each finding a sentence."""
+    by_variant = get_main_results(results)
+    if not by_variant:
+        return ["No run of the main budget is finished, so there is nothing to say yet."]
+    best = max(by_variant, key=lambda name: by_variant[name]["average"]["value"])
+    findings = [f"Highest average: {_describe(results, best, 'large')}."]
+    alike = find_alike(results, best)
+    if alike:
+        findings.append(f"Not told apart from it, corrected for all pairs: {', '.join(alike)}.")
+    for size in SIZES:
+        findings += _describe_affordable(results, size)
+    findings += _sort_by_side(results)
+    for budget in results["budgets"]:
+        change = by_variant[best].get("change", {}).get(budget)
+        if change:
+            findings.append(_describe_budget_change(results, best, change))
+    gaps = [result.get("difference") for result in by_variant.values()]
+    if any(gap and gap["note"] for gap in gaps):
+        findings.append(
+            "Some variants have one seed in common only: their intervals leave out that another"
+            " training may differ."
+        )
+    if results["missing"]:
+        findings.append(
+            f"Unfinished: {len(results['missing'])} runs are missing, see the end of this report."
+        )
+    return findings
+
+
+def _describe(results: dict, name: str, size: str) -> str:
+    """A variant's accuracy, how far it is from the baseline, and at which cost."""
+    variant = results["arms"][name]
+    result = variant["results"][results["main"]]
+    baseline = results["baseline"]
+    seeds = f"{len(result['seeds'])} seed{'s' * (len(result['seeds']) > 1)}"
+    average = result["average"]
+    text = f"{name} with {format_percent(average)} % ({format_interval(average)}, {seeds})"
+    gap = result.get("difference")
+    if gap:
+        value = gap["average"]["value"]
+        clear = "clear of zero" if is_clear(gap["corrected"]) else "not clear of zero"
+        side = "above" if value >= 0 else "below"
+        text += f", {abs(100 * value):.1f} points {side} {baseline}"
+        text += f" (difference {format_interval(gap['corrected'])} after correction, {clear})"
+    if name != baseline and variant["relative"][size]:
+        text += f", at {variant['relative'][size]:.3f} times its prefill FLOPs ({SIZES[size]})"
+    return text
+
+
+def _describe_affordable(results: dict, size: str) -> list[str]:
+    """The best variant that costs little more than the baseline, and the frontier."""
+    by_variant = get_main_results(results)
+    costs = {name: results["arms"][name]["relative"][size] for name in by_variant}
+    cheap = [name for name, cost in costs.items() if cost and cost <= AFFORDABLE]
+    findings = []
+    if cheap:
+        best = max(cheap, key=lambda name: by_variant[name]["average"]["value"])
+        findings.append(
+            f"Best at no more than {AFFORDABLE:.2f} times the prefill FLOPs of"
+            f" {results['baseline']} at {SIZES[size]}: {_describe(results, best, size)}."
+        )
+    frontier = results["frontier"][size]
+    if frontier:
+        findings.append(
+            f"No variant is both better and cheaper at {SIZES[size]} than: {', '.join(frontier)}."
+        )
+    return findings
+
+
+def _sort_by_side(results: dict) -> list[str]:
+    """Which variants are clearly above or below the baseline."""
+    sides: dict[str, list[str]] = {
+        "clearly above it": [],
+        "clearly below it": [],
+        "not told apart from it": [],
+    }
+    for name, result in get_main_results(results).items():
+        gap = result.get("difference")
+        if not gap:
+            continue
+        if gap["corrected"]["low"] > 0:
+            sides["clearly above it"].append(name)
+        elif gap["corrected"]["high"] < 0:
+            sides["clearly below it"].append(name)
+        else:
+            sides["not told apart from it"].append(name)
+    parts = []
+    for side, names in sides.items():
+        if names:
+            parts.append(f"{len(names)} {side} ({', '.join(names)})")
+    if not parts:
+        return []
+    number = sum(len(names) for names in sides.values())
+    return [
+        f"Of {number} variants compared with {results['baseline']}, corrected for so many"
+        f" comparisons: {'; '.join(parts)}."
+    ]
+
+
+def _describe_budget_change(results: dict, name: str, change: dict) -> str:
+    by_budget = results["arms"][name]["results"]
+    old = by_budget[change["from"]]["difference"]["average"]["value"]
+    new = by_budget[change["to"]]["difference"]["average"]["value"]
+    return (
+        f"Between the budgets {change['from']} and {change['to']} the lead of {name} over"
+        f" {results['baseline']} goes from {format_points(old)} to {format_points(new)} points, a"
+        f" change of {format_points(change['value'])} ({format_interval(change)})."
+    )

@@ -1,0 +1,192 @@
+"""The one sentence on top of each page, computed from its numbers.
+
+A difference is called clear only where its interval leaves out zero. A verdict also names what does
+as well as the best variant, and what the intervals leave out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .study_tables import get_main_results
+from .tables import format_interval, format_percent, is_clear
+
+ONE_SEED = "with one seed, another training may differ by more"
+
+
+def judge_study(results: dict) -> str:
+    """Return what a study shows: whether the best variant is above the baseline, and who else is."""
+    by_variant = get_main_results(results)
+    baseline = results["baseline"]
+    if not by_variant:
+        return "Nothing can be said yet: no run of the main budget is finished."
+    best = max(by_variant, key=lambda name: by_variant[name]["average"]["value"])
+    alike = [name for name in find_alike(results, best) if name != baseline]
+    gap = by_variant[best].get("difference")
+    percent = f"{format_percent(by_variant[best]['average'])} %"
+    if best == baseline:
+        verdict = f"No variant is above {baseline}, which has the highest average, {percent}"
+    elif gap is None:
+        verdict = (
+            f"{best} has the highest average, {percent}, but it cannot be compared: no run of"
+            f" {baseline} is finished with the same seed"
+        )
+    elif not is_clear(gap["corrected"]):
+        verdict = (
+            f"No variant is clearly above {baseline}: {best}, the highest, is ahead by"
+            f" {_format_gap(gap['average']['value'], gap['corrected'])}"
+        )
+    else:
+        verdict = (
+            f"{best} is above {baseline} by"
+            f" {_format_gap(gap['average']['value'], gap['corrected'])}"
+        )
+        if alike:
+            verdict += f", but {_join_names(alike)} cannot be told apart from it"
+    caveats = []
+    if gap and gap["note"]:
+        caveats.append(ONE_SEED)
+    if results["missing"]:
+        number = len(results["missing"])
+        caveats.append(f"{number} run{'s are' if number > 1 else ' is'} missing")
+    return "; ".join([verdict, *caveats]) + "."
+
+
+def find_alike(results: dict, name: str) -> list[str]:
+    """Variants that no corrected comparison of all pairs tells apart from this one, best first."""
+    by_variant = get_main_results(results)
+    alike = []
+    for a, b, estimate in results["pairs"]["cells"]:
+        if name in (a, b) and estimate["corrected_p"] >= 0.05:
+            alike.append(b if a == name else a)
+    return sorted(alike, key=lambda other: -by_variant[other]["average"]["value"])
+
+
+def judge_comparison(comparison: dict) -> str:
+    """Return which runs are clearly above or below the first run."""
+    baseline = comparison["baseline"]
+    gaps = {}
+    for name, row in comparison["runs"].items():
+        if "difference" in row:
+            gaps[name] = row["difference"]
+    if len(gaps) == 1:
+        [(name, gap)] = gaps.items()
+        verdict = _judge_pair(name, baseline, gap["average"])
+    else:
+        verdict = f"Of {len(gaps)} runs compared with {baseline}, {_sort_by_side(gaps)}"
+    if any(gap["note"] for gap in gaps.values()):
+        verdict += f"; {ONE_SEED}"
+    return verdict + "."
+
+
+def _judge_pair(name: str, baseline: str, estimate: dict) -> str:
+    value = estimate["value"]
+    if not is_clear(estimate):
+        difference = f"{100 * value:+.1f} points ({format_interval(estimate)})"
+        return f"{name} cannot be told apart from {baseline}: the difference is {difference}"
+    if value > 0:
+        return f"{name} is above {baseline} by {_format_gap(value, estimate)}"
+    return f"{name} is below {baseline} by {_format_gap(value, estimate)}"
+
+
+def _sort_by_side(gaps: dict[str, dict]) -> str:
+    sides: dict[str, list[str]] = {"is above it": [], "is below it": [], "cannot be told apart": []}
+    for name, gap in gaps.items():
+        estimate = gap["average"]
+        text = f"{name} ({100 * estimate['value']:+.1f} points, {format_interval(estimate)})"
+        if not is_clear(estimate):
+            sides["cannot be told apart"].append(text)
+        elif estimate["value"] > 0:
+            sides["is above it"].append(text)
+        else:
+            sides["is below it"].append(text)
+    parts = []
+    for side, texts in sides.items():
+        if texts:
+            verb = side.replace("is ", "are ", 1) if len(texts) > 1 else side
+            parts.append(f"{_join_names(texts)} {verb}")
+    return ", ".join(parts)
+
+
+def judge_ablation(explanation: dict) -> str:
+    """Return which shortcuts a model leans on, by what is lost without them."""
+    conditions = explanation["conditions"]
+    losses = {}
+    for name, condition in conditions.items():
+        word, _, number = name.rpartition(" ")
+        if word == "without":
+            losses[int(number)] = condition["difference"]["average"]
+    missed = [number for number, estimate in losses.items() if estimate["high"] < 0]
+    together = conditions["input only"]["difference"]["average"]
+    if missed:
+        most = min(missed, key=lambda number: losses[number]["value"])
+        verdict = (
+            f"The model leans most on shortcut {locate_shortcut(explanation, most)}: without it,"
+            f" accuracy falls by {_format_gap(losses[most]['value'], losses[most])}"
+        )
+        return verdict + _describe_rest(len(losses) - 1, len(missed) - 1) + "."
+    if together["high"] < 0:
+        return (
+            "No single shortcut is clearly missed, but without all of them accuracy falls by"
+            f" {_format_gap(together['value'], together)}."
+        )
+    return (
+        "No use of the shortcuts can be seen: without all of them accuracy changes by"
+        f" {100 * together['value']:+.1f} points ({format_interval(together)})."
+    )
+
+
+def locate_shortcut(explanation: dict, number: int) -> str:
+    """Return a shortcut's number with where it reads and adds: 1 (tap 3 to layer 0)."""
+    shortcut = explanation["shortcuts"][number]
+    taps = ", ".join(str(tap) for tap in shortcut["taps"])
+    return f"{number} (tap {taps} to layer {shortcut['layer']})"
+
+
+def _describe_rest(number: int, missed: int) -> str:
+    if number == 0:
+        return ""
+    if number == 1:
+        return "; the other one is clearly missed too" if missed else "; the other one is not missed"
+    if missed == 0:
+        return f"; none of the other {number} is clearly missed"
+    return f"; of the other {number}, {missed} {'are' if missed > 1 else 'is'} clearly missed too"
+
+
+def judge_demo(results: dict, titles: dict[str, str], *, is_quick: bool) -> str:
+    """Return how SparseCut compares with the baseline and its controls, after one training.
+
+    Args:
+        results: The numbers of the demo's study.
+        titles: Variant to the name that the page shows.
+        is_quick: Whether this was the small demo, whose numbers mean nothing.
+    """
+    name = titles["sparsecut"]
+    baseline = titles[results["baseline"]]
+    gap = get_main_results(results)["sparsecut"]["difference"]
+    verdict = _judge_pair(name, baseline, gap["corrected"] | {"value": gap["average"]["value"]})
+    alike = [titles[other] for other in find_alike(results, "sparsecut")]
+    alike = [title for title in alike if title != baseline]
+    if alike and is_clear(gap["corrected"]):
+        verdict += f", but {_join_names(alike)} cannot be told apart from it"
+    if is_quick:
+        return f"A quick demo shows only that the software runs; its numbers mean nothing ({verdict})."
+    return f"{verdict}; one seed is one seed: this is no evidence about the method."
+
+
+def _format_gap(value: float, estimate: dict) -> str:
+    """The size of a difference with its interval, both without sign where the sign is clear."""
+    low, high = 100 * estimate["low"], 100 * estimate["high"]
+    if value < 0 and high <= 0:
+        low, high = -high, -low
+    return f"{abs(100 * value):.1f} points ({low:.1f} to {high:.1f})"
+
+
+def _join_names(names: Sequence[str], most: int = 3) -> str:
+    """Names as a list in a sentence; those beyond `most` are counted."""
+    shown = list(names[:most])
+    if len(names) > most:
+        shown.append(f"{len(names) - most} other{'s' * (len(names) - most > 1)}")
+    if len(shown) == 1:
+        return shown[0]
+    return f"{', '.join(shown[:-1])} and {shown[-1]}"
