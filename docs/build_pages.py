@@ -24,7 +24,7 @@ def plans_page() -> str:
     """
     from sparsecut.drawing import summary
     from sparsecut.methods import METHODS, make_plan
-    from sparsecut.reports.charts import plan_drawing
+    from sparsecut.reports.plan_drawing import draw_plan
 
     parts = [
         "# Plans, drawn\n\nEvery way of fusion that has a name, at an encoder of 24 blocks and a"
@@ -40,7 +40,7 @@ def plans_page() -> str:
             .replace("\n", " ")
             .replace("docs/results.md", "[results](results.md)")
         )
-        drawing = f'<div class="plan">{plan_drawing(plan, *depths)}</div>'
+        drawing = f'<div class="plan">{draw_plan(plan, *depths)}</div>'
         command = (
             f"    sparsecut show {name} --vision-depth {depths[0]} --language-depth {depths[1]}"
         )

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from ..config.yaml_io import expand_path, read_yaml
 from ..data.images import Pictures
-from ..evaluation.statistics import Answers, Spread, difference, interval, seed_spread
+from ..data.jsonl import read_json_lines
+from ..evaluation.statistics import (
+    Answers,
+    Spread,
+    estimate_accuracy,
+    estimate_difference,
+    pool_seed_spread,
+)
 from ..plan import Plan
 from ..schema import UserError
 
@@ -87,10 +94,9 @@ def _add_evaluation(run: ComparedRun, folder: Path) -> None:
     seed = config.get("seed", len(run.folders))
     if seed in run.folders:
         seed = max(run.folders) + 1
-    lines = (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()
     run.folders[seed] = folder
     run.results[seed] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    run.records[seed] = [json.loads(line) for line in lines]
+    run.records[seed] = read_json_lines(folder / PREDICTIONS)
     if run.plan is None:
         _add_model_facts(run, folder, run.results[seed].get("model"))
 
@@ -208,7 +214,7 @@ def compare_runs(runs: Sequence[ComparedRun], *, num_items: int = 24) -> dict:
     seeds = [set(run.records) for run in runs]
     if set.intersection(*seeds):
         paired = answers
-        spread = seed_spread(list(answers.values()))
+        spread = pool_seed_spread(list(answers.values()))
     else:
         paired = {name: _average_seeds(one) for name, one in answers.items()}
         spread = None
@@ -232,7 +238,7 @@ def compare_runs(runs: Sequence[ComparedRun], *, num_items: int = 24) -> dict:
 def _summarize_run(run: ComparedRun, answers: Answers) -> dict:
     return {
         "seeds": sorted(run.folders),
-        "share": interval(answers).to_dict(),
+        "share": estimate_accuracy(answers).to_dict(),
         "kinds": _compute_kinds(run),
         "plan": run.plan and run.plan.to_dict(),
         "depths": run.depths,
@@ -244,13 +250,13 @@ def _summarize_run(run: ComparedRun, answers: Answers) -> dict:
 def _compute_difference(
     answers: Answers, base: Answers, comparisons: int, spread: Spread | None
 ) -> dict:
-    return difference(answers, base, comparisons=comparisons, spread=spread).to_dict()
+    return estimate_difference(answers, base, comparisons=comparisons, spread=spread).to_dict()
 
 
 def _average_seeds(answers: Answers) -> Answers:
     """One row, the mean over seeds: runs of different seeds are paired by question alone."""
-    right = answers.right.mean(0, keepdims=True)
-    return Answers(right, answers.picture, answers.level, answers.ids, [0])
+    right = answers.correct.mean(0, keepdims=True)
+    return Answers(right, answers.image, answers.level, answers.ids, [0])
 
 
 def _compute_kinds(run: ComparedRun) -> dict[str, float]:

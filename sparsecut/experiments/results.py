@@ -131,16 +131,14 @@ def _read_json(path: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _read_json_lines(path: Path) -> list[dict]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _read_lines(path: Path) -> list[dict]:
+    return read_json_lines(path, skip_partial=True) if path.is_file() else []
 
 
 def _read_answers(runs: dict[int, Path], folder: Path) -> Answers:
     records = {}
     for seed, run in runs.items():
-        records[seed] = _read_json_lines(run / "eval" / "predictions.jsonl")
+        records[seed] = _read_lines(run / "eval" / "predictions.jsonl")
     try:
         return Answers.from_records(records)
     except UserError as error:
@@ -149,8 +147,8 @@ def _read_answers(runs: dict[int, Path], folder: Path) -> Answers:
 
 def _summarize(runs: dict[int, Path], answers: Answers) -> dict:
     """One variant under one budget: its accuracy, and what its runs took."""
-    estimates = interval(answers)
-    accuracies = answers.shares.mean(1)
+    estimates = estimate_accuracy(answers)
+    accuracies = answers.accuracies.mean(1)
     facts = [_read_json(run / "facts.json") for run in runs.values()]
     return {
         "seeds": list(runs),
@@ -182,7 +180,7 @@ def _average_losses(runs) -> list[list[float]]:
     """(step, loss) of the last stage, mean over runs, at the steps that most runs logged."""
     losses: dict[int, list[float]] = {}
     for run in runs:
-        for line in _read_json_lines(run / _get_last_stage(run) / "log.jsonl"):
+        for line in _read_lines(run / _get_last_stage(run) / "log.jsonl"):
             if line.get("loss") is not None:
                 losses.setdefault(line["step"], []).append(line["loss"])
     most = max((len(values) for values in losses.values()), default=0)
@@ -245,7 +243,7 @@ def _count_questions(answers: AnswersByBudget) -> dict:
             return {
                 "levels": sorted(first.levels, key=_get_level_rank),
                 "num_questions": len(first.ids),
-                "num_pictures": len(set(first.picture)),
+                "num_pictures": len(set(first.image)),
             }
     return {"levels": [], "num_questions": 0, "num_pictures": 0}
 
@@ -263,7 +261,7 @@ def _add_differences(results: dict, answers: AnswersByBudget) -> None:
         spread = _pool_spread(by_variant)
         if spread:
             average = float(spread.deviations[-1])
-            results["spread"][budget] = {"average": average, "num_free": spread.num_free}
+            results["spread"][budget] = {"average": average, "num_free": spread.degrees_of_freedom}
         base = by_variant.get(baseline)
         others = [name for name in by_variant if name != baseline]
         others = [name for name in others if _have_common_seed(by_variant[name], base)]
@@ -278,8 +276,8 @@ def _compute_difference(
     answers: Answers, base: Answers, comparisons: int, spread: Spread | None
 ) -> dict:
     """A difference with plain intervals, and with intervals corrected for all comparisons."""
-    plain = difference(answers, base, spread=spread)
-    corrected = difference(answers, base, comparisons=comparisons, spread=spread)
+    plain = estimate_difference(answers, base, spread=spread)
+    corrected = estimate_difference(answers, base, comparisons=comparisons, spread=spread)
     return {
         **_to_plain(plain),
         "corrected": asdict(corrected.average),
@@ -311,7 +309,7 @@ def _add_change(results: dict, answers: AnswersByBudget, name: str, budget: str)
         (-1, answers[longer][baseline]),
     ]
     spread = _pool_spread(answers[main], answers[budget])
-    change = contrast(terms, spread=spread).average
+    change = estimate_contrast(terms, spread=spread).average
     changes = results["arms"][name]["results"][main].setdefault("change", {})
     changes[budget] = {"from": shorter, "to": longer, **asdict(change)}
 
@@ -330,7 +328,7 @@ def _pool_spread(*budgets: dict[str, Answers]) -> Spread | None:
     for i, by_variant in enumerate(budgets):
         for answers in by_variant.values():
             groups.setdefault((i, *sorted(answers.seeds)), []).append(answers)
-    return seed_spread(*groups.values())
+    return pool_seed_spread(*groups.values())
 
 
 def _get_num_steps(curves: dict) -> float:
@@ -350,7 +348,7 @@ def _compare_pairs(results: dict, answers: dict[str, Answers]) -> dict:
     spread = _pool_spread(answers)
     cells = []
     for a, b in pairs:
-        estimate = difference(answers[a], answers[b], spread=spread).average
+        estimate = estimate_difference(answers[a], answers[b], spread=spread).average
         corrected_p = min(1.0, estimate.p * len(pairs))
         cells.append([a, b, {**asdict(estimate), "corrected_p": corrected_p}])
     return {"arms": chosen, "cells": cells}

@@ -17,7 +17,6 @@ from .plan_drawing import draw_plan
 from .tables import (
     Rows,
     format_change,
-    format_interval,
     format_number,
     format_percent_interval,
     to_markdown,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
 from PIL import Image
 
+from ..data.jsonl import read_json_lines
 from ..drawing import text_table
+from ..experiments.demo import DemoVariant
 from ..experiments.results import compute_results
 from ..experiments.study import Run, Study
 from ..plan import Plan
@@ -28,19 +29,6 @@ LEVELS = {
 }
 NUM_ITEMS_ON_SCREEN = 6
 NUM_ITEMS_ON_PAGE = 8
-
-
-@dataclass(frozen=True)
-class DemoVariant:
-    """How the demo presents one of its variants.
-
-    Attributes:
-        title: The name that the page shows.
-        meaning: What the variant is, in a few words.
-    """
-
-    title: str
-    meaning: str
 
 
 def write_page(
@@ -104,8 +92,7 @@ def choose_items(study: Study, titles: dict[str, str], number: int) -> list[dict
     """
     records = {}
     for name, title in titles.items():
-        lines = (_get_folder(study, name) / "eval" / "predictions.jsonl").read_text().splitlines()
-        records[title] = [json.loads(line) for line in lines]
+        records[title] = read_json_lines(_get_folder(study, name) / "eval" / "predictions.jsonl")
     first = next(iter(records.values()))
     kinds = sorted({record["group"] for record in first})
     items = []
@@ -126,9 +113,7 @@ def _collect_answers(records: dict[str, list[dict]], question: dict, number: int
     answers = []
     for title, rows in records.items():
         text = rows[number]["prediction"]
-        answers.append(
-            {"name": title, "text": text, "is_right": text == question["reference"]}
-        )
+        answers.append({"name": title, "text": text, "is_right": text == question["reference"]})
     return {
         "image": question["images"][0],
         "question": question["prompt"].rpartition(">")[2].strip(),

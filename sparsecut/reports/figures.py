@@ -85,8 +85,8 @@ def check_matplotlib() -> None:
     """
     if find_spec("matplotlib") is None:
         raise UserError(
-            "reports need matplotlib, which is not installed; run `pip install"
-            ' "sparsecut[reports]"` and try again'
+            "the report needs matplotlib, which is not installed; run `pip install matplotlib`"
+            " (the extra `reports` brings it) and try again"
         )
 
 
@@ -325,8 +325,12 @@ def draw_curves(
         axes.grid(axis="y", color=INK, alpha=0.15)
         axes.locator_params(nbins=5)
         axes.legend(
-            loc="upper left", bbox_to_anchor=(0, -46 / 146), borderaxespad=0, borderpad=0,
-            labelspacing=0.35, handlelength=3,
+            loc="upper left",
+            bbox_to_anchor=(0, -46 / 146),
+            borderaxespad=0,
+            borderpad=0,
+            labelspacing=0.35,
+            handlelength=3,
         )
         return _to_svg(figure, title)
 
@@ -386,7 +390,9 @@ class _begin_figure:
 def _set_margins(axes, *, left: float, right: float, top: float, bottom: float) -> None:
     """Leave so many pixels around the axes."""
     width, height = 72 * axes.figure.get_size_inches()
-    axes.set_position([left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height])
+    axes.set_position(
+        [left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height]
+    )
 
 
 def _to_svg(figure, label: str) -> Markup:

@@ -32,7 +32,9 @@ def place_labels(
     for i in sorted(range(len(anchors)), key=lambda i: -neighbours[i]):
         taken = [*marks, *boxes.values()]
         others = [*marks[:i], *marks[i + 1 :], *boxes.values()]
-        candidates = [box for box in _make_candidates(anchors[i], sizes[i]) if _is_inside(box, room)]
+        candidates = [
+            box for box in _make_candidates(anchors[i], sizes[i]) if _is_inside(box, room)
+        ]
         free = [box for box in candidates if not _covers_any(box, taken)]
         clear = [box for box in free if not _covers_any(box, lines)]
         seen = [box for box in clear if not _is_hidden(box, anchors[i], others)]

@@ -147,7 +147,9 @@ def _describe_rest(number: int, missed: int) -> str:
     if number == 0:
         return ""
     if number == 1:
-        return "; the other one is clearly missed too" if missed else "; the other one is not missed"
+        return (
+            "; the other one is clearly missed too" if missed else "; the other one is not missed"
+        )
     if missed == 0:
         return f"; none of the other {number} is clearly missed"
     return f"; of the other {number}, {missed} {'are' if missed > 1 else 'is'} clearly missed too"
@@ -170,7 +172,9 @@ def judge_demo(results: dict, titles: dict[str, str], *, is_quick: bool) -> str:
     if alike and is_clear(gap["corrected"]):
         verdict += f", but {_join_names(alike)} cannot be told apart from it"
     if is_quick:
-        return f"A quick demo shows only that the software runs; its numbers mean nothing ({verdict})."
+        return (
+            f"A quick demo shows only that the software runs; its numbers mean nothing ({verdict})."
+        )
     return f"{verdict}; one seed is one seed: this is no evidence about the method."
 
 

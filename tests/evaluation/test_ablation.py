@@ -21,7 +21,7 @@ from sparsecut.evaluation.ablation import (
     shuffled,
 )
 from sparsecut.evaluation.evaluator import evaluate
-from sparsecut.reports.ablation import lines, write_explanation
+from sparsecut.reports.ablation import write_explanation, write_text
 from sparsecut.schema import UserError
 
 PLAN = {"method": "sparsecut", "pattern": "sparse", "gate": "one"}  # two shortcuts above the input
@@ -100,7 +100,7 @@ def test_accuracy_drops_without_the_shortcut_that_carries_the_answer(examples, t
     assert "without 2 (tap" in page
     assert "<svg" in page
     assert (tmp_path / "explain.md").read_text().startswith("# What each")
-    assert lines(explanation).count("\n") > 8
+    assert write_text(explanation).count("\n") > 8
 
 
 def test_the_model_is_left_as_it_was(examples, monkeypatch):

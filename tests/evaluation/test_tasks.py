@@ -21,7 +21,7 @@ from sparsecut.evaluation.tasks.run import (
     read_tasks,
     run_task,
 )
-from sparsecut.experiments.compare import figures, read_runs, stores
+from sparsecut.experiments.compare import compare_runs, find_images, read_runs
 from sparsecut.schema import UserError
 
 PERFECT_SCORES = {
@@ -275,10 +275,10 @@ def test_scores_between_zero_and_one_are_compared_as_they_are(root, tmp_path):
         lines = [json.dumps({**r, "correct": score}) for r in read_records(folders[name])]
         (folders[name] / "predictions.jsonl").write_text("\n".join(lines) + "\n")
     runs = read_runs([f"{name}={folder}" for name, folder in folders.items()])
-    rows = figures(runs)["runs"]
+    rows = compare_runs(runs)["runs"]
     assert rows["one"]["share"]["average"]["value"] == pytest.approx(0.3)
     assert rows["two"]["share"]["average"]["value"] == pytest.approx(0.9)
-    assert [store.path for store in stores(runs)] == [root / "vqav2" / "val2014"]
+    assert [store.path for store in find_images(runs)] == [root / "vqav2" / "val2014"]
 
 
 # ---- mistakes

@@ -1,30 +1,53 @@
-"""The demo from end to end, small: four arms, one page, and nothing trained twice."""
-
-import re
+"""The demo from end to end, small: four variants, one page, and nothing trained twice."""
 
 import pytest
+from helpers.pages import check_page
 
-from sparsecut.cli.demo import ARMS, demo_study, run
-
-
-def test_arms_differ_in_fusion_and_output_only(tmp_path):
-    study = demo_study(tmp_path)
-    recipes = [study.recipe_of(one) for one in study.runs()]
-    assert len({r.output for r in recipes}) == len(recipes) == len(ARMS)
-    assert all(r.stages == recipes[0].stages and r.evaluate == recipes[0].evaluate for r in recipes)
-    assert {r.fusion["method"] for r in recipes} == set(ARMS) == set(study.arms)
+from sparsecut.cli.demo import run_demo
+from sparsecut.experiments.demo import VARIANTS, build_demo_study
+from sparsecut.schema import UserError
 
 
-def test_a_quick_demo_writes_its_page_and_keeps_what_is_finished(tmp_path):
-    said = []
-    page = run(tmp_path, quick=True, log=said.append)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, page, lines of the log) of a quick demo."""
+    folder = tmp_path_factory.mktemp("demo")
+    lines = []
+    page = run_demo(folder, quick=True, log=lines.append)
+    return folder, page, lines
+
+
+def test_variants_differ_in_fusion_and_output_only(tmp_path):
+    study = build_demo_study(tmp_path)
+    recipes = [study.recipe_of(run) for run in study.runs()]
+    assert len({recipe.output for recipe in recipes}) == len(recipes) == len(VARIANTS)
+    for recipe in recipes:
+        assert recipe.stages == recipes[0].stages
+        assert recipe.evaluate == recipes[0].evaluate
+    methods = {recipe.fusion["method"] for recipe in recipes}
+    assert methods == set(VARIANTS) == set(study.arms)
+
+
+def test_the_page_shows_every_variant_and_some_answers(finished):
+    _, page, lines = finished
     text = page.read_text()
-    assert all(title in text for title, _ in ARMS.values()) and "one seed is one seed" in text
-    assert text.count("<svg") > 6 and text.count("data:image/png;base64,") == 8
-    assert not re.search(r'(src|href)="(?!data:)', text), "the page must need no other file"
-    assert sum(line.startswith(f"{k}/4  main ") for line in said for k in range(1, 5)) == len(ARMS)
-    said.clear()
-    assert run(tmp_path, quick=True, log=said.append) == page
-    assert "4 runs: 4 finished, 0 to do in 2 processes" in said
-    with pytest.raises(ValueError, match=r"holds another study \(it differs in pictures"):
-        run(tmp_path, seed=1, quick=True, log=said.append)
+    outline = check_page(text)
+    for variant in VARIANTS.values():
+        assert variant.title in text
+        assert any(variant.title in line for line in lines)
+    assert outline.counts["svg"] >= 8
+    assert text.count("data:image/png;base64,") == 8
+    assert "one seed is one seed" in text
+    assert "mean nothing" in outline.verdicts[0]
+    assert "is empty" in text, "four steps log one loss, which is no curve"
+
+
+def test_what_is_finished_is_kept_and_another_demo_is_refused(finished):
+    folder, page, lines = finished
+    for number in range(1, 5):
+        assert any(line.startswith(f"{number}/4  main ") for line in lines)
+    again = []
+    assert run_demo(folder, quick=True, log=again.append) == page
+    assert any("4 finished, 0 to do" in line for line in again)
+    with pytest.raises(UserError, match="pictures"):
+        run_demo(folder, seed=1, quick=True, log=again.append)

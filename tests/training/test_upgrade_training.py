@@ -20,7 +20,7 @@ from sparsecut.data.native_encoding import encode_batch
 from sparsecut.evaluation.ablation import explain
 from sparsecut.evaluation.evaluator import evaluate
 from sparsecut.prompts import render_prompt, run_processor, split_at_images
-from sparsecut.reports.ablation import lines
+from sparsecut.reports.ablation import write_text
 from sparsecut.training.arguments import stage_arguments
 from sparsecut.training.trainer import StageTrainer
 
@@ -281,7 +281,7 @@ def test_an_explanation_switches_shortcuts_off_and_measures_what_they_add(folder
     beside = model.get_image_features(**{name: inputs[name] for name in names}).pooler_output
     norms = torch.cat(list(beside)).unflatten(-1, (-1, 32)).norm(dim=-1).mean(0).tolist()[1:]
     assert np.allclose([s["norm"] for s in found["shortcuts"][1:]], norms, rtol=1e-4)
-    assert lines(found).count("\n") > 10
+    assert write_text(found).count("\n") > 10
 
 
 def test_contents_in_parts_leave_line_ends_to_the_template():

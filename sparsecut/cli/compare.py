@@ -1,0 +1,94 @@
+"""`sparsecut compare` and `sparsecut explain`: what finished models do differently, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import (
+    Device,
+    Dtype,
+    File,
+    SavedModel,
+    Text,
+    app,
+    argument,
+    load_model,
+    option,
+    show_progress,
+)
+
+
+@app.command()
+def explain(
+    model: SavedModel,
+    data: Annotated[Path, option("Questions in LLaVA's format (.json, .jsonl, .parquet).")],
+    images: Annotated[
+        File, option("Folder or tar archive of the images; by default the data's folder.")
+    ] = None,
+    out: Annotated[File, option("Folder for explain.html, .md and .json.")] = None,
+    limit: Annotated[
+        int | None, option("At most so many questions, a fixed random choice.", min=1)
+    ] = None,
+    batch_size: Annotated[int, option("Questions answered at once.", min=1)] = 64,
+    max_new_tokens: Annotated[int, option("Longest answer, in tokens.", min=1)] = 16,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Tell what each shortcut of a trained model is good for: answers without it, and its size."""
+    from ..config.recipe import Source
+    from ..data.examples import read_source
+
+    examples = read_source(Source(str(data), images and str(images), keep=limit), [])
+    from ..evaluation.ablation import explain
+    from ..reports.ablation import write_explanation, write_text
+
+    loaded = load_model(model, device, dtype)
+    with show_progress("asking") as progress:
+        explanation = explain(
+            *loaded,
+            examples,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+        )
+    if out is not None:
+        page = write_explanation(explanation, out)
+    typer.echo(write_text(explanation))
+    if out is not None:
+        typer.echo(f"\nThe page: {page}, with tables in explain.md and numbers in explain.json")
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        argument(
+            "Folders of evaluations or training runs, or NAME=FOLDER; one name is one variant.",
+            "RUN...",
+        ),
+    ],
+    out: Annotated[Path, option("Folder for the page, the table and the numbers.")] = Path(
+        "runs/compare"
+    ),
+    images: Annotated[
+        Text, option("Folder or tar archive of the images, where the runs' recipes name none.")
+    ] = None,
+    items: Annotated[int, option("At most so many items on which they differ.", min=0)] = 24,
+) -> None:
+    """Put finished evaluations side by side: paired differences over the same items, and cost."""
+    from ..drawing import text_table
+    from ..experiments.compare import compare_runs, read_runs
+    from ..reports.compare import make_main_table, write_comparison, write_notes
+    from ..reports.figures import check_matplotlib
+    from ..reports.verdicts import judge_comparison
+
+    check_matplotlib()
+    chosen = read_runs(runs)
+    comparison = compare_runs(chosen, num_items=items)
+    typer.echo(judge_comparison(comparison))
+    typer.echo(f"\n{text_table(make_main_table(comparison))}\n")
+    typer.echo("\n".join(write_notes(comparison)))
+    typer.echo(f"wrote {write_comparison(out, chosen, comparison, images)}")

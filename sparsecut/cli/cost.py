@@ -1,0 +1,96 @@
+"""`sparsecut cost`: what plans cost at a size, counted or measured."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from ..schema import UserError
+from .app import Device, File, MethodOptions, Text, app, argument, find_device, option
+
+
+@app.command()
+def cost(
+    plans: Annotated[
+        list[str],
+        argument("Methods' names or files with plans; ratios are to the first.", "PLAN..."),
+    ],
+    vision: Annotated[
+        str, option("Encoder: a known size's name, folder, hub name, or shapes.")
+    ] = "clip-l-336",
+    language: Annotated[
+        str, option("Language model: a known size's name, folder, hub name, or shapes.")
+    ] = "llama-7b",
+    text_tokens: Annotated[
+        int, option("Text tokens of the prompt, beside its one image.", min=1)
+    ] = 64,
+    base: Annotated[
+        Text, option("Count upgrades of this pretrained VLM instead. Loads it.")
+    ] = None,
+    method_options: MethodOptions = None,
+    measure: Annotated[
+        bool, option("Also time each on this machine, with random weights.", "--measure")
+    ] = False,
+    device: Device = None,
+    json_file: Annotated[
+        File, option("File for all numbers, also those of a training step.", "--json")
+    ] = None,
+) -> None:
+    """Count what plans cost at a size: parameters, FLOPs, memory. Loads no weights but --base."""
+    from .plan_argument import read_plan
+
+    specs = {plan: read_plan(plan, method_options or []) for plan in plans}
+    if base is not None:
+        if measure:
+            raise UserError(
+                "--measure times models of random weights, not a pretrained VLM; leave out"
+                " --measure or --base"
+            )
+        numbers = _count_upgrades(base, specs)
+    else:
+        numbers = _count_plans(vision, language, specs, text_tokens)
+        if measure:
+            _measure_plans(numbers, vision, language, specs, text_tokens, find_device(device))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        typer.echo(f"wrote {json_file}")
+
+
+def _count_plans(vision: str, language: str, specs: dict, text_tokens: int) -> dict:
+    """Print the counted cost of plans, and return it as plain values by plan."""
+    from ..profiling.counting import backbone_config, count, table
+
+    configs = backbone_config(vision, "vision"), backbone_config(language, "language")
+    counts = {}
+    for name, spec in specs.items():
+        counts[name] = count(*configs, spec, num_text_tokens=text_tokens)
+    typer.echo(table(counts))
+    return {name: {"count": counted.to_dict()} for name, counted in counts.items()}
+
+
+def _measure_plans(
+    numbers: dict, vision: str, language: str, specs: dict, text_tokens: int, device: str
+) -> None:
+    """Print measured times of plans, and add them to the plans' numbers."""
+    from ..profiling import timing
+    from ..profiling.counting import backbone_config
+
+    configs = backbone_config(vision, "vision"), backbone_config(language, "language")
+    models = timing.random_models(*configs, specs, device=device)
+    measured = timing.measure_all(models, num_text_tokens=text_tokens)
+    typer.echo(f"\n{timing.table(measured)}")
+    for name, one in measured.items():
+        numbers[name]["measured"] = one.to_dict()
+
+
+def _count_upgrades(base: str, specs: dict) -> dict:
+    """Print what upgrading a pretrained VLM costs, and return it as plain values by plan."""
+    from ..profiling.upgraded import count_upgrades, describe_cost
+
+    counts = count_upgrades(base, specs)
+    for name, counted in counts.items():
+        typer.echo(f"{name}\n{describe_cost(counted)}")
+    return {name: {"count": counted.to_dict()} for name, counted in counts.items()}
