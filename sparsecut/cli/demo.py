@@ -42,7 +42,7 @@ def run_demo(
     study = build_demo_study(out, seed, quick)
     run_study(study, log=log)
     minutes = (time.monotonic() - start) / 60
-    page = write_page(study, VARIANTS, minutes, is_quick=quick)
+    page = write_page(study, VARIANTS, is_quick=quick)
     titles = {name: variant.title for name, variant in VARIANTS.items()}
     print_answers(study, titles, log)
     log(f"\n{minutes:.1f} minutes in all. The report with images, intervals and costs: {page}")

@@ -31,15 +31,12 @@ NUM_ITEMS_ON_SCREEN = 6
 NUM_ITEMS_ON_PAGE = 8
 
 
-def write_page(
-    study: Study, variants: dict[str, DemoVariant], minutes: float, *, is_quick: bool = False
-) -> Path:
+def write_page(study: Study, variants: dict[str, DemoVariant], *, is_quick: bool = False) -> Path:
     """Write report.html into a finished demo's folder.
 
     Args:
         study: The demo as a study.
         variants: How to present each of its variants.
-        minutes: How long the demo took.
         is_quick: Whether it was the small demo, whose numbers mean nothing.
 
     Returns:
@@ -54,7 +51,6 @@ def write_page(
         verdict=judge_demo(results, titles, is_quick=is_quick),
         num_images=study.pictures.train,
         seed=study.seeds[0],
-        minutes=minutes,
         baseline=titles[study.baseline],
         charts=_draw_levels(results, titles),
         score_table=_make_score_table(results, titles),

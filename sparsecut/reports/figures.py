@@ -311,7 +311,9 @@ def draw_curves(
     """
     lines = {name: points for name, points in lines.items() if len(points) > 1}
     if not lines:
-        return write_empty("no run logged two values or more", title)
+        return write_empty(
+            "no run logged two values; more steps, or smaller logging_steps, give a curve", title
+        )
     y_limit = y_limit or get_curve_limit(lines.values())
     height = 220 + 18 * len(lines)
     with _begin_figure(NARROW, height) as (figure, axes):

@@ -172,9 +172,7 @@ def judge_demo(results: dict, titles: dict[str, str], *, is_quick: bool) -> str:
     if alike and is_clear(gap["corrected"]):
         verdict += f", but {_join_names(alike)} cannot be told apart from it"
     if is_quick:
-        return (
-            f"A quick demo shows only that the software runs; its numbers mean nothing ({verdict})."
-        )
+        return f"Quick demo, whose numbers mean nothing: {verdict}."
     return f"{verdict}; one seed is one seed: this is no evidence about the method."
 
 
