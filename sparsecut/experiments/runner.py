@@ -319,13 +319,13 @@ def _is_running(run: Run, out: Path) -> bool:
 def do(study: Study, run: Run) -> None:
     """Train and evaluate one run, from the start or from its last whole stage."""
     from ..evaluation.evaluator import evaluate_recipe, evaluation_examples
-    from ..training.stages import kept_states, train
+    from ..training.stages import open_feature_cache, train
 
     out = Path(study.output)
     recipe, folder = study.recipe_of(run), run.folder(out)
     model, processor = train(recipe, resume=True)
     trained = [read_json_lines(folder / stage.name / "log.jsonl")[-1] for stage in recipe.stages]
-    states = kept_states(recipe, model, processor, evaluation_examples(recipe))
+    states = open_feature_cache(recipe, model, processor, evaluation_examples(recipe))
     result = evaluate_recipe(recipe, model, processor, resume=True, feature_cache=states)
     facts = {
         "arm": run.arm,

@@ -21,7 +21,7 @@ from ..adapters import get_adapted_part
 from ..config.recipe import Recipe, Stage
 from ..config.yaml_io import expand_path
 from ..schema import UserError
-from ..training.arguments import accumulation
+from ..training.arguments import compute_accumulation_steps
 from ..training.freezing import check_parts
 from .counting import FakeScalarMode, build_fake_model, counter, saved_bytes
 from .dry_run_data import Item, item_of, records_of
@@ -127,7 +127,7 @@ def _stage_plan(
             "adapters' own operations and states between forward and backward are not counted; they"
             " are small"
         )
-    rows = size * accumulation(stage, devices) * devices
+    rows = size * compute_accumulation_steps(stage, devices) * devices
     steps = stage.args.get("max_steps", -1)
     if steps <= 0:
         epochs = stage.args.get("num_train_epochs", 3)

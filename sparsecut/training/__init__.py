@@ -1,1 +1,1 @@
-"""Stages of training, one Hugging Face Trainer each."""
+"""Training by a recipe: stage after stage, each one Hugging Face Trainer."""

@@ -1,12 +1,11 @@
-"""`TrainingArguments` from a stage: nothing renamed, everything checked, and what cannot work with
-a stage refused.
-"""
+"""`TrainingArguments` of a stage: transformers' own names, checked before anything else runs."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import Field, fields
 from pathlib import Path
 
 import torch
@@ -15,39 +14,144 @@ from transformers import TrainingArguments
 from ..config.recipe import Stage
 from ..schema import UserError, nearest
 
-OWN_ARGS = {"output_dir": "the recipe's `output`", "seed": "the recipe's `seed`"}
+# Arguments that the recipe sets itself, with the recipe's key for each.
+RECIPE_KEYS = {"output_dir": "output", "seed": "seed"}
+DEFAULT_BATCH_SIZE = 8  # transformers' default of per_device_train_batch_size
 
 
-def stage_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
-    """`TrainingArguments(**stage.args)` with what a stage needs besides; ValueError names an
-    argument that cannot be taken.
+def build_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
+    """Build the arguments of a stage's Trainer.
 
-    Other than in transformers, nothing is reported anywhere, no checkpoint is written and every
-    tenth step is logged unless args say otherwise.
+    Three defaults differ from transformers': nothing is reported anywhere, no checkpoint is
+    written, and every tenth step is logged.
+
+    Args:
+        stage: The stage; its `args` are keyword arguments of `TrainingArguments`.
+        seed: The recipe's seed, for the model and for the order of the data.
+        output: The recipe's output folder; the stage writes into a folder of its name there.
+
+    Returns:
+        The arguments. Making them also sets up accelerate for this stage.
+
+    Raises:
+        UserError: If an argument is unknown, has a wrong type, or cannot work with a stage, or if
+            the number of processes or GPUs does not fit.
     """
-    known = {f.name: f for f in fields(TrainingArguments) if f.init}
-    for key, value in stage.args.items():
-        if key not in known:
-            raise UserError(
-                f"stage {stage.name}: args.{key} is no argument of transformers'"
-                f" TrainingArguments{nearest(key, known)}"
-            )
-        if key in OWN_ARGS:
-            raise UserError(
-                f"stage {stage.name}: args.{key} is set by {OWN_ARGS[key]}; set that instead"
-            )
-        if (
-            isinstance(known[key].default, int | float)
-            and isinstance(value, str)
-            and "str" not in str(known[key].type)
-        ):
-            raise UserError(
-                f"stage {stage.name}: args.{key} is the text {value!r}, but must be a number; write"
-                " it without quotes"
-            )
+    _check_names_and_types(stage)
+    _check_unsupported(stage)
+    defaults = {
+        "data_seed": seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 10,
+        # Without it, processes on CPUs would not know of one another.
+        "use_cpu": not torch.accelerator.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    fixed = {
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,  # the stage's trainer stops at such a loss
+        "gradient_accumulation_steps": compute_accumulation_steps(stage, num_processes),
+    }
+    values = {**defaults, **stage.args, **fixed}
+    try:
+        args = TrainingArguments(output_dir=str(output / stage.name), seed=seed, **values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(
+            f"stage {stage.name}: transformers' TrainingArguments refuses args: {error}"
+        ) from None
+    _check_processes(args, num_processes)
+    return args
+
+
+def compute_accumulation_steps(stage: Stage, num_processes: int) -> int:
+    """Compute how many micro-batches one step of a stage accumulates.
+
+    Args:
+        stage: The stage; `global_batch` asks for so many records a step over all processes.
+        num_processes: Number of processes that train together.
+
+    Returns:
+        `args.gradient_accumulation_steps`, or the number that reaches `global_batch`.
+
+    Raises:
+        UserError: If a size is not a whole number of at least 1, or if `global_batch` cannot be
+            reached; the message shows the arithmetic.
+    """
+    batch_size = stage.args.get("per_device_train_batch_size", DEFAULT_BATCH_SIZE)
+    steps = stage.args.get("gradient_accumulation_steps")
+    _check_positive(stage, "per_device_train_batch_size", batch_size)
+    if steps is not None:
+        _check_positive(stage, "gradient_accumulation_steps", steps)
+    if stage.global_batch is None:
+        return 1 if steps is None else steps
+    if stage.args.get("auto_find_batch_size"):
+        raise UserError(
+            f"stage {stage.name}: global_batch is {stage.global_batch}, but"
+            " args.auto_find_batch_size makes batches smaller where memory is short, and would"
+            " change the global batch; remove one of them"
+        )
+    records = batch_size * num_processes
+    if steps is None:
+        quotient, remainder = divmod(stage.global_batch, records)
+        if quotient and not remainder:
+            return quotient
+    elif steps * records == stage.global_batch:
+        return steps
+    processes = "1 process" if num_processes == 1 else f"{num_processes} processes"
+    arithmetic = f"per_device_train_batch_size {batch_size} x {processes}"
+    if steps is None:
+        remedy = "choose a divisor of global_batch"
+    else:
+        arithmetic += f" x gradient_accumulation_steps {steps} = {steps * records}"
+        remedy = "leave gradient_accumulation_steps out, or correct one of them"
+    raise UserError(
+        f"stage {stage.name}: global_batch is {stage.global_batch}, but {arithmetic} does not give"
+        f" it; {remedy}"
+    )
+
+
+def _check_positive(stage: Stage, name: str, value) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise UserError(
+            f"stage {stage.name}: args.{name} is {value!r}, but must be a whole number of at least"
+            " 1"
+        )
+
+
+def _check_names_and_types(stage: Stage) -> None:
+    known = {field.name: field for field in fields(TrainingArguments) if field.init}
+    for name, value in stage.args.items():
+        _check_argument(stage, name, value, known)
+
+
+def _check_argument(stage: Stage, name: str, value, known: Mapping[str, Field]) -> None:
+    if name not in known:
+        raise UserError(
+            f"stage {stage.name}: args.{name} is not an argument of transformers'"
+            f" TrainingArguments{nearest(name, known)}"
+        )
+    if name in RECIPE_KEYS:
+        raise UserError(
+            f"stage {stage.name}: args.{name} is set by the recipe's `{RECIPE_KEYS[name]}`; set"
+            " that instead"
+        )
+    is_number = isinstance(known[name].default, int | float)
+    takes_text = "str" in str(known[name].type)
+    if is_number and not takes_text and isinstance(value, str):
+        raise UserError(
+            f"stage {stage.name}: args.{name} is the text {value!r}, but must be a number; write"
+            " it without quotes"
+        )
+
+
+def _check_unsupported(stage: Stage) -> None:
+    """Raise UserError for arguments of transformers that cannot work with a stage."""
     if stage.args.get("remove_unused_columns"):
         raise UserError(
-            f"stage {stage.name}: args.remove_unused_columns must stay false, or pictures would be"
+            f"stage {stage.name}: args.remove_unused_columns must stay false, or images would be"
             " dropped; remove it"
         )
     if stage.args.get("use_liger_kernel") and not importlib.util.find_spec("liger_kernel"):
@@ -57,98 +161,22 @@ def stage_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
         )
     if stage.args.get("label_smoothing_factor"):
         raise UserError(
-            f"stage {stage.name}: args.label_smoothing_factor cannot be used: transformers would"
-            " smooth wrong positions; remove it"
+            f"stage {stage.name}: args.label_smoothing_factor cannot be used, because transformers"
+            " would smooth the wrong positions; remove it"
         )
-    defaults = {
-        "data_seed": seed,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 10,
-        "use_cpu": (
-            not torch.accelerator.is_available()
-        ),  # without it processes on CPUs would not know of one another
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }
-    ours = {
-        "remove_unused_columns": False,
-        "logging_nan_inf_filter": False,
-    }  # the stage's trainer stops at such a loss
-    ours["gradient_accumulation_steps"] = accumulation(
-        stage, int(os.environ.get("WORLD_SIZE", "1"))
-    )
-    try:
-        args = TrainingArguments(
-            output_dir=str(output / stage.name), seed=seed, **{**defaults, **stage.args, **ours}
-        )
-    except (ValueError, TypeError, ImportError) as error:
+
+
+def _check_processes(args: TrainingArguments, num_processes: int) -> None:
+    """Raise UserError unless accelerate sees all processes, and each of them one GPU."""
+    if args.world_size != num_processes:
         raise UserError(
-            f"stage {stage.name}: transformers' TrainingArguments refuses args: {error}"
-        ) from None
-    if args.world_size != (started := int(os.environ.get("WORLD_SIZE", "1"))):
-        raise UserError(
-            f"{started} processes were started, but each would train by itself as one of"
+            f"{num_processes} processes were started, but each would train by itself as one of"
             f" {args.world_size}; start them with torchrun or accelerate launch, and leave"
             " args.use_cpu out"
         )
     if args.n_gpu > 1:
         raise UserError(
-            f"{args.n_gpu} GPUs are visible to one process, which would split pictures from their"
+            f"{args.n_gpu} GPUs are visible to one process, which would split images from their"
             f" texts; start one process per GPU (torchrun --nproc-per-node {args.n_gpu} -m"
-            " sparsecut train ...) or show it one (CUDA_VISIBLE_DEVICES=0)"
+            " sparsecut train ...), or show it one (CUDA_VISIBLE_DEVICES=0)"
         )
-    return args
-
-
-def accumulation(stage: Stage, processes: int) -> int:
-    """Micro-batches that a step of a stage adds up: as args say, or as many as make its global
-    batch.
-
-    Raises ValueError with the arithmetic where they cannot, and for a size that is no number of
-    records.
-    """
-    size, given = (
-        stage.args.get("per_device_train_batch_size", 8),
-        stage.args.get("gradient_accumulation_steps"),
-    )
-    for name, value in (
-        ("per_device_train_batch_size", size),
-        ("gradient_accumulation_steps", given),
-    ):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise UserError(
-                f"stage {stage.name}: args.{name} is {value!r}, but must be a whole number of at"
-                " least 1"
-            )
-    if stage.global_batch is None:
-        return 1 if given is None else given
-    if stage.args.get("auto_find_batch_size"):
-        raise UserError(
-            f"stage {stage.name}: global_batch is {stage.global_batch}, but"
-            " args.auto_find_batch_size makes batches smaller where memory is short, and the"
-            " global one with them; remove one of them"
-        )
-    many, left = divmod(stage.global_batch, size * processes)
-    if given is None and many and not left:
-        return many
-    if given is None or given * size * processes != stage.global_batch:
-        told = (
-            f"per_device_train_batch_size {size} x {processes}"
-            f" {'process' if processes == 1 else 'processes'}"
-        )
-        told += (
-            ""
-            if given is None
-            else f" x gradient_accumulation_steps {given} = {size * processes * given}"
-        )
-        remedy = (
-            "choose a divisor of it"
-            if given is None
-            else "leave gradient_accumulation_steps out, or correct one of them"
-        )
-        raise UserError(
-            f"stage {stage.name}: global_batch is {stage.global_batch}, which {told} does not give;"
-            f" {remedy}"
-        )
-    return given

@@ -1,6 +1,4 @@
-"""Stopping when the system asks for it: SIGTERM, which batch systems send before they kill, ends
-training with a checkpoint.
-"""
+"""Stopping on SIGTERM, which batch systems send before they kill: training ends with a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,41 +11,45 @@ from transformers import TrainerCallback
 
 
 class TrainingInterrupted(InterruptedError):
-    """Training was asked to stop, and what it had reached is on disk."""
+    """SIGTERM has ended training; a checkpoint of the last step is on disk."""
 
 
 class SigtermCallback(TrainerCallback):
-    """After the step in which SIGTERM arrives, on whichever process, all processes write a
-    checkpoint and stop.
+    """Ends training after the step in which any process receives SIGTERM.
 
-    Outside the main thread signals cannot be caught, and nothing is changed.
+    All processes then write a checkpoint and stop. Outside the main thread signals cannot be
+    caught, and nothing is changed.
+
+    Attributes:
+        received: Whether SIGTERM has arrived, on any process as far as this one knows.
     """
 
     def __init__(self):
         self.received = False
-        self.before = None
+        self._previous_handler = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Listen from the first step on: before it there is nothing to lose."""
+        """Catch the signal from here on; before the first step there is nothing to lose."""
         if threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGTERM, self._note)
+            self._previous_handler = signal.signal(signal.SIGTERM, self._on_signal)
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Ask for a checkpoint and the end, if any process has been told to stop."""
+        """Ask for a checkpoint and the end, if any process has received the signal."""
         if args.world_size > 1:
-            # Without agreement some would wait forever for those that have stopped.
-            told = torch.tensor(float(self.received), device=args.device)
-            distributed.all_reduce(told, distributed.ReduceOp.MAX)
-            self.received = bool(told.item())
+            # Without agreement some processes would wait forever for those that have stopped.
+            received = torch.tensor(float(self.received), device=args.device)
+            distributed.all_reduce(received, distributed.ReduceOp.MAX)
+            self.received = bool(received.item())
         if self.received:
-            control.should_save = control.should_training_stop = True
+            control.should_save = True
+            control.should_training_stop = True
         return control
 
     def close(self) -> None:
-        """Listen no more."""
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
-            self.before = None
+        """Restore the handler that was there before."""
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
+            self._previous_handler = None
 
-    def _note(self, number, frame) -> None:
+    def _on_signal(self, number, frame) -> None:
         self.received = True

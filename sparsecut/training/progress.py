@@ -1,6 +1,4 @@
-"""What a stage shows and writes while it runs: a progress line on screen, one JSON line per log in
-log.jsonl.
-"""
+"""What a stage shows while it runs: a progress line on screen, and one JSON line per log."""
 
 from __future__ import annotations
 
@@ -25,139 +23,154 @@ from ..data.jsonl import append_json_lines, read_json_lines, write_json_lines
 QUIET_SECONDS = 20  # between two lines where the screen is a file
 
 
-def report(sentence: str) -> None:
-    """Show a sentence on screen, beside and not among what a command prints."""
-    Console(stderr=True, soft_wrap=True).print(sentence, highlight=False, markup=False)
+def print_message(message: str) -> None:
+    """Print to stderr, so that it does not mix with what a command prints."""
+    Console(stderr=True, soft_wrap=True).print(message, highlight=False, markup=False)
 
 
 class StageLog(TrainerCallback):
-    """Losses to `folder/log.jsonl` and, if shown, a progress line; silent on all processes but the
-    first.
+    """Writes `log.jsonl` and shows progress; silent on all processes but the first.
 
-    A line holds step, loss (mean since the last line), grad_norm, lr by part, tokens (seen so far,
-    without padding), image_tokens, seconds, memory_gib (the most that was taken), and shortcuts:
-    what `ShortcutMonitor` says of each. Where the stage is evaluated while it trains, lines with
-    step and eval_loss stand between. `count(tokens, image_tokens)` is called once per batch with
-    sums that may still be on the device.
+    A line of the file holds step, loss (mean since the last line), grad_norm, lr (by part), tokens
+    (seen so far, without padding), image_tokens, seconds, memory_gib (the peak), and shortcuts (see
+    `ShortcutMonitor`). A stage that is evaluated while it trains also writes lines with step and
+    eval_loss.
+
+    Attributes:
+        tokens: Tokens that this process has seen, also before it was resumed.
+        image_tokens: Image tokens among them.
+        shortcuts: What the next line says of the shortcuts; the trainer sets it.
     """
 
     def __init__(self, stage: str, folder: Path, *, shown: bool = True):
-        self.stage, self.file, self.shown = stage, folder / "log.jsonl", shown
-        self.tokens = self.image_tokens = 0
-        self.rates: dict[str, float] = {}
+        self.stage = stage
+        self.file = folder / "log.jsonl"
+        self.shown = shown
+        self.tokens = 0
+        self.image_tokens = 0
         self.shortcuts: list[dict] = []
-        self.bar = self.task = None
-        self.held_out = ""
+        self._rates: dict[str, float] = {}
+        self._progress: Progress | None = None
+        self._task = None
+        self._eval_loss = ""
 
     def count(self, tokens, image_tokens) -> None:
-        """Add one batch to what has been seen."""
-        self.tokens, self.image_tokens = self.tokens + tokens, self.image_tokens + image_tokens
+        """Add one micro-batch; the numbers may still be tensors on the device."""
+        self.tokens = self.tokens + tokens
+        self.image_tokens = self.image_tokens + image_tokens
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Start the file, or go on with the part of it that lies before the resumed step."""
-        self.world_size, self.last = (
-            args.world_size,
-            {
-                "tokens": 0,
-                "image_tokens": 0,
-                "seconds": 0.0,
-            },
-        )
-        self.started = self.printed = time.perf_counter()
+        """Start the file, or continue the part of it that lies before the resumed step."""
+        self.world_size = args.world_size
+        self.last_line = {"tokens": 0, "image_tokens": 0, "seconds": 0.0}
+        self.start_time = time.perf_counter()
+        self.print_time = self.start_time
         if not state.is_world_process_zero:
             return
+        self._continue_file(state.global_step)
+        self.tokens += self.last_line["tokens"] // self.world_size
+        self.image_tokens += self.last_line["image_tokens"] // self.world_size
+        self.start_time -= self.last_line["seconds"]
+        self.print_time = self.start_time
+        if self.shown:
+            self._show_progress(state)
+
+    def _continue_file(self, step: int) -> None:
+        """Keep the lines up to a step, and take the totals of the last one."""
         lines = []
-        if self.file.exists() and state.global_step:
+        if step and self.file.exists():
             lines = read_json_lines(self.file, skip_partial=True)
-        lines = [line for line in lines if line["step"] <= state.global_step]
+        lines = [line for line in lines if line["step"] <= step]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_json_lines(self.file, lines)
-        full = [line for line in lines if "loss" in line]
-        self.last = full[-1] if full else self.last
-        self.tokens += self.last["tokens"] // self.world_size
-        self.image_tokens += self.last["image_tokens"] // self.world_size
-        self.started = self.printed = self.started - self.last["seconds"]
-        if self.shown:
-            self._show(state)
+        for line in lines:
+            if "loss" in line:
+                self.last_line = line
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        """Remember the learning rates of this step, before the schedule moves on."""
-        self.rates = {group.get("part", "all"): group["lr"] for group in optimizer.param_groups}
+        """Note the learning rates of this step, before the schedule moves on."""
+        self._rates = {group.get("part", "all"): group["lr"] for group in optimizer.param_groups}
 
     def on_step_end(self, args, state, control, **kwargs):
         """Move the bar; the last step is always logged."""
-        if self.bar:
-            self.bar.update(self.task, completed=state.global_step)
+        if self._progress:
+            self._progress.update(self._task, completed=state.global_step)
         control.should_log = control.should_log or state.global_step == state.max_steps
         return control
 
-    def figures(self) -> dict[str, float]:
-        """Speed since the last line, of this process's share of the work, and memory, for
-        `report_to`.
-        """
-        took = max(time.perf_counter() - self.started - self.last["seconds"], 1e-9)
+    def compute_speed(self) -> dict[str, float]:
+        """Tokens a second since the last line, and memory, for the Trainer's own logs."""
+        elapsed = time.perf_counter() - self.start_time - self.last_line["seconds"]
+        elapsed = max(elapsed, 1e-9)
+        tokens = int(self.tokens) * self.world_size - self.last_line["tokens"]
+        image_tokens = int(self.image_tokens) * self.world_size - self.last_line["image_tokens"]
         return {
-            "tokens_per_second": (int(self.tokens) * self.world_size - self.last["tokens"]) / took,
-            "image_tokens_per_second": (
-                (int(self.image_tokens) * self.world_size - self.last["image_tokens"]) / took
-            ),
-            "memory_gib": _memory_gib(),
+            "tokens_per_second": tokens / elapsed,
+            "image_tokens_per_second": image_tokens / elapsed,
+            "memory_gib": _peak_memory_gib(),
         }
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Write a line and refresh the figures on screen."""
+        """Write a line and refresh what is on screen."""
         if not state.is_world_process_zero:
             return
         if "eval_loss" in logs:
             self._write({"step": state.global_step, "eval_loss": logs["eval_loss"]})
-            self.held_out = f"  held out {logs['eval_loss']:.3f}"
+            self._eval_loss = f"  eval loss {logs['eval_loss']:.3f}"
         if "loss" not in logs:
             return
         line = {
             "step": state.global_step,
             "loss": logs["loss"],
             "grad_norm": logs.get("grad_norm"),
-            "lr": self.rates,
+            "lr": self._rates,
             "tokens": int(self.tokens) * self.world_size,
             "image_tokens": int(self.image_tokens) * self.world_size,
-            "seconds": round(time.perf_counter() - self.started, 3),
+            "seconds": round(time.perf_counter() - self.start_time, 3),
             "memory_gib": round(logs["memory_gib"], 3),
             "shortcuts": self.shortcuts,
         }
         self._write(line)
-        self.last = line
-        figures = (
-            f"loss {line['loss']:.3f}{self.held_out}  {logs['tokens_per_second']:,.0f} tokens/s "
-            f"({logs['image_tokens_per_second']:,.0f} of pictures)  {line['memory_gib']:.1f} GiB"
+        self.last_line = line
+        self._show_line(state, line, logs)
+
+    def _show_line(self, state, line: dict, logs: dict) -> None:
+        text = (
+            f"loss {line['loss']:.3f}{self._eval_loss}  {logs['tokens_per_second']:,.0f} tokens/s"
+            f" ({logs['image_tokens_per_second']:,.0f} of images)  {line['memory_gib']:.1f} GiB"
         )
-        if self.bar:
-            self.bar.update(self.task, figures=figures)
-        elif self.shown and time.perf_counter() - self.printed > QUIET_SECONDS:
-            self.printed = time.perf_counter()
-            report(f"{self.stage}: step {state.global_step}/{state.max_steps}  {figures}")
+        if self._progress:
+            self._progress.update(self._task, figures=text)
+        elif self.shown and time.perf_counter() - self.print_time > QUIET_SECONDS:
+            self.print_time = time.perf_counter()
+            print_message(f"{self.stage}: step {state.global_step}/{state.max_steps}  {text}")
 
     def _write(self, line: dict) -> None:
         append_json_lines(self.file, [line])
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Close the bar."""
+        """Close the bar, or print one last line where there is none."""
         self.close()
-        if self.shown and self.bar is None and state.is_world_process_zero and "loss" in self.last:
-            report(
-                f"{self.stage}: {state.global_step} steps, loss {self.last['loss']:.3f},"
-                f" {self.last['seconds']:.0f} s"
+        has_bar = self._progress is not None
+        if not self.shown or has_bar or not state.is_world_process_zero:
+            return
+        if "loss" in self.last_line:
+            loss = self.last_line["loss"]
+            seconds = self.last_line["seconds"]
+            print_message(
+                f"{self.stage}: {state.global_step} steps, loss {loss:.3f}, {seconds:.0f} s"
             )
 
     def close(self) -> None:
         """Leave the screen as it is; called too when training stops early."""
-        if self.bar:
-            self.bar.stop()
+        if self._progress:
+            self._progress.stop()
 
-    def _show(self, state) -> None:
+    def _show_progress(self, state) -> None:
         console = Console(stderr=True)
         if not console.is_terminal:
             return
-        self.bar = Progress(
+        self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -167,16 +180,14 @@ class StageLog(TrainerCallback):
             console=console,
             refresh_per_second=4,
         )
-        self.task = self.bar.add_task(
+        self._task = self._progress.add_task(
             self.stage, total=state.max_steps, completed=state.global_step, figures=""
         )
-        self.bar.start()
+        self._progress.start()
 
 
-def _memory_gib() -> float:
-    """The most memory taken so far: of the accelerator where there is one, of this process
-    otherwise.
-    """
+def _peak_memory_gib() -> float:
+    """Peak memory of the accelerator or, where there is none, of this process."""
     if torch.accelerator.is_available():
         return torch.accelerator.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

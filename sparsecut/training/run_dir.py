@@ -1,8 +1,8 @@
-"""What a run leaves on disk, and what of it is whole: the part of training that a power cut, a full
-disk or a kill must not spoil.
+"""What a run leaves on disk, and which of it is complete.
 
-Everything that counts is marked by a file that is written last. What lacks its mark was being written when the run ended: it is
-removed, and the run goes on from what was whole before.
+This is the part of training that a power cut, a full disk or a kill must not spoil. Every stage and
+every checkpoint has a marker file, which is written last. What lacks its marker was being written
+when the run ended: it is removed, and the run goes on from what was complete before.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from pathlib import Path
 from transformers.utils import logging as hf_logging
 
 from ..adapters import FOLDER as ADAPTERS
-from ..config.recipe import Recipe, dump_recipe, load_recipe
+from ..config.recipe import Recipe, Stage, dump_recipe, load_recipe
 from ..schema import UserError
 
-FINISHED = "versions.json"  # written last, so a stage that has it is whole
-SKIPPED = "skipped.txt"  # sentences about records that were left out
-WHOLE = "whole.json"  # the same for a checkpoint inside a stage
-
-
+FINISHED = "versions.json"  # the marker of a stage
+WHOLE = "whole.json"  # the marker of a checkpoint inside a stage
+SKIPPED = "skipped.txt"  # one line about each record that was left out
+PACKAGES = ("sparsecut", "torch", "transformers", "accelerate", "tokenizers", "pillow", "numpy")
+GIB = 2**30
+# Arguments that may differ between a run and its continuation, by the beginning of their names.
 HARMLESS = (
     "logging",
     "save",
@@ -40,125 +41,159 @@ HARMLESS = (
     "hub",
     "disable_tqdm",
 )
-GIB = 2**30
 
 
 def check_output(recipe: Recipe, output: Path, *, resume: bool) -> None:
-    """Refuse to write over another experiment, or over checkpoints of an unfinished run that nobody
-    said to go on with.
+    """Check that a run may write to its output folder.
 
-    The same recipe may be run again after it has finished, as it gives the same.
+    The same recipe may run again after it has finished, because it gives the same result.
+
+    Args:
+        recipe: The recipe that is to run.
+        output: Its output folder, which need not exist.
+        resume: Whether an unfinished run there is to be continued.
+
+    Raises:
+        UserError: If the folder holds a run of another recipe, or an unfinished run that is not to
+            be continued.
     """
-    written = output / "config.yaml"
-    if not written.is_file():
+    recipe_file = output / "config.yaml"
+    if not recipe_file.is_file():
         return
-    before = load_recipe(written)
-    same = {
-        name: getattr(before, name) == getattr(recipe, name) for name in ("model", "fusion", "seed")
-    }
-    same["stages"] = _decisive(before) == _decisive(recipe)
-    if changed := [name for name, equal in same.items() if not equal]:
+    changed = _find_differences(load_recipe(recipe_file), recipe)
+    if changed:
         raise UserError(
             f"{output} holds a run of another recipe (it differs in {', '.join(changed)}); choose"
             " another folder (output=...) or remove this one"
         )
-    done = finished(recipe, output)
-    if resume or done == len(recipe.stages):
+    num_finished = count_finished_stages(recipe, output)
+    if resume or num_finished == len(recipe.stages):
         return
-    if (kept := last_checkpoint(output / recipe.stages[done].name)) or done:
+    complete = last_checkpoint(output / recipe.stages[num_finished].name)
+    if complete is None and num_finished:
+        complete = recipe.stages[num_finished - 1].name
+    if complete is not None:
         raise UserError(
-            f"{output} holds an unfinished run, whole as far as"
-            f" {kept or recipe.stages[done - 1].name}; add --resume to go on from there, choose"
-            " another folder (output=...), or remove this one to start over"
+            f"{output} holds an unfinished run, complete up to {complete}; add --resume to go on"
+            " from there, choose another folder (output=...), or remove this one to start over"
         )
 
 
-def _decisive(recipe: Recipe) -> list:
-    """The stages without arguments that may differ between a run and its continuation."""
-    kept = [
-        {k: v for k, v in stage.args.items() if not k.startswith(HARMLESS)}
-        for stage in recipe.stages
+def _find_differences(previous: Recipe, recipe: Recipe) -> list[str]:
+    """Keys in which two recipes differ so that one cannot continue the other."""
+    changed = [
+        name
+        for name in ("model", "fusion", "seed")
+        if getattr(previous, name) != getattr(recipe, name)
     ]
-    return [replace(stage, args=args) for stage, args in zip(recipe.stages, kept, strict=True)]
+    if _comparable_stages(previous) != _comparable_stages(recipe):
+        changed.append("stages")
+    return changed
 
 
-def finished(recipe: Recipe, output: Path) -> int:
-    """How many stages are whole on disk, from the first on."""
-    whole = [(output / stage.name / FINISHED).is_file() for stage in recipe.stages]
-    return whole.index(False) if False in whole else len(whole)
+def _comparable_stages(recipe: Recipe) -> list[Stage]:
+    """The stages without the arguments that may differ between a run and its continuation."""
+    stages = []
+    for stage in recipe.stages:
+        args = {name: v for name, v in stage.args.items() if not name.startswith(HARMLESS)}
+        stages.append(replace(stage, args=args))
+    return stages
+
+
+def count_finished_stages(recipe: Recipe, output: Path) -> int:
+    """Number of stages that are complete on disk, from the first on."""
+    for number, stage in enumerate(recipe.stages):
+        if not (output / stage.name / FINISHED).is_file():
+            return number
+    return len(recipe.stages)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint of a stage that is whole."""
-    steps = {
-        path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")
-    }
-    whole = {
-        int(found[1]): path for path, found in steps.items() if found and (path / WHOLE).is_file()
-    }
-    return whole[max(whole)] if whole else None
+    """The last complete checkpoint of a stage, None where there is none."""
+    complete: dict[int, Path] = {}
+    for path in folder.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and (path / WHOLE).is_file():
+            complete[int(match[1])] = path
+    return complete[max(complete)] if complete else None
 
 
-def mark_whole(folder: Path, facts: dict) -> None:
-    """Say that a checkpoint is complete, once everything else of it is on disk; facts: what a
-    continuation must agree with.
+def mark_complete(folder: Path, batch_facts: dict) -> None:
+    """Write a checkpoint's marker, once everything else of it is on disk.
+
+    Args:
+        folder: The checkpoint.
+        batch_facts: What a continuation must agree with, see `StageTrainer.batch_facts`.
     """
     for path in folder.rglob("*"):
         if path.is_file():
-            _sync(path)
-    (folder / WHOLE).write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    _sync(folder / WHOLE)
+            _flush_to_disk(path)
+    (folder / WHOLE).write_text(json.dumps(batch_facts) + "\n", encoding="utf-8")
+    _flush_to_disk(folder / WHOLE)
 
 
-def check_continues(checkpoint: Path, facts: dict, stage: str) -> None:
-    """Raise ValueError where a run would go on from a checkpoint with other batches than it was
-    made with.
-    """
+def check_same_batches(checkpoint: Path, batch_facts: dict) -> None:
+    """Raise UserError where a run would continue a checkpoint with batches of another size."""
     before = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
-    if before["global_batch"] != facts["global_batch"]:
+    if before["global_batch"] != batch_facts["global_batch"]:
         raise UserError(
-            f"stage {stage}: {checkpoint} was written with {before['global_batch']} records a step"
-            f" ({before['processes']} processes), but now a step has {facts['global_batch']}"
-            f" ({facts['processes']} processes), so batches would be missed or seen twice; keep"
-            " per_device_train_batch_size x gradient_accumulation_steps x processes as it was"
+            f"{checkpoint} was written with {before['global_batch']} records a step"
+            f" ({before['processes']} processes), but now a step has"
+            f" {batch_facts['global_batch']} ({batch_facts['processes']} processes), so records"
+            " would be missed or seen twice; keep per_device_train_batch_size x"
+            " gradient_accumulation_steps x processes as it was"
         )
 
 
 def clear_stage(folder: Path, *, resume: bool, main: bool) -> Path | None:
-    """The checkpoint to go on from; what is not whole, and without resuming every leftover of a
-    finished run, is removed.
+    """Remove what is incomplete and, without resuming, every leftover of a finished run.
+
+    Args:
+        folder: The stage's folder.
+        resume: Whether to keep complete checkpoints.
+        main: Whether this process writes; the others only look.
+
+    Returns:
+        The checkpoint to continue from, None to start from the beginning.
     """
-    kept = last_checkpoint(folder) if resume else None
-    if main:
-        if not resume:
-            for left in (FINISHED, SKIPPED):
-                (folder / left).unlink(missing_ok=True)
-        for old in folder.glob("checkpoint-*"):
-            if not (resume and (old / WHOLE).is_file()):
-                shutil.rmtree(old, ignore_errors=True)
-    return kept
+    checkpoint = last_checkpoint(folder) if resume else None
+    if not main:
+        return checkpoint
+    if not resume:
+        for name in (FINISHED, SKIPPED):
+            (folder / name).unlink(missing_ok=True)
+    for path in folder.glob("checkpoint-*"):
+        if not (resume and (path / WHOLE).is_file()):
+            shutil.rmtree(path, ignore_errors=True)
+    return checkpoint
 
 
-def check_room(folder: Path, needed: int, stage: str) -> None:
-    """Raise ValueError where the disk of `folder` has no room for `needed` bytes of weights and
-    optimizer states.
-    """
+def check_disk_space(folder: Path, num_bytes: int) -> None:
+    """Raise UserError where the disk of a folder lacks room for so many bytes of checkpoints."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if needed > (free := shutil.disk_usage(place).free):
+    free = shutil.disk_usage(place).free
+    if num_bytes > free:
         raise UserError(
-            f"stage {stage}: a checkpoint takes about {needed / GIB:.2f} GiB, but {place} has"
+            f"a checkpoint takes about {num_bytes / GIB:.2f} GiB, but {place} has"
             f" {free / GIB:.2f} GiB free; free some space, choose another disk (output=...), or"
             " keep fewer checkpoints (args: save_total_limit, save_only_model)"
         )
 
 
-def not_written(error: Exception, checkpoint: Path, stage: str) -> OSError:
-    """The error that says what is left after a checkpoint could not be written; what was written of
-    it is removed.
+def discard_checkpoint(checkpoint: Path, error: Exception, stage: str) -> OSError:
+    """Remove a checkpoint that could not be written.
+
+    Args:
+        checkpoint: Its folder.
+        error: What went wrong.
+        stage: The stage's name.
+
+    Returns:
+        An error to raise, which names the last complete checkpoint.
     """
     shutil.rmtree(checkpoint, ignore_errors=True)
-    kept = last_checkpoint(checkpoint.parent)
-    left = f"the last whole one is {kept}" if kept else "there is none before it"
+    previous = last_checkpoint(checkpoint.parent)
+    left = f"the last complete one is {previous}" if previous else "there is none before it"
     free = shutil.disk_usage(checkpoint.parent).free
     return OSError(
         f"stage {stage}: {checkpoint.name} could not be written ({error}; {free / GIB:.2f} GiB are"
@@ -167,57 +202,53 @@ def not_written(error: Exception, checkpoint: Path, stage: str) -> OSError:
 
 
 def save_stage(trainer, processor, recipe: Recipe, folder: Path) -> None:
-    """Write a stage's model and processor, and what they were made with; the file that says it is
-    whole comes last.
+    """Write a stage's model and processor, and how they were made.
+
+    Args:
+        trainer: The stage's trainer, on every process.
+        processor: The model's processor.
+        recipe: The recipe that is running.
+        folder: The stage's folder.
     """
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()  # a bar per shard would break ours
+    had_bar = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()  # a bar for each shard would break ours
     trainer.save_model(str(folder))
-    if shown:
+    if had_bar:
         hf_logging.enable_progress_bar()
     if trainer.is_world_process_zero():
-        (folder / "training_args.bin").unlink(
-            missing_ok=True
-        )  # a pickle of what config.yaml says in words
+        # A pickle of what config.yaml says in text.
+        (folder / "training_args.bin").unlink(missing_ok=True)
         processor.save_pretrained(folder)
         dump_recipe(recipe, folder / "config.yaml")
-        (folder / "plan.json").write_text(json.dumps(trainer.model.plan.to_dict(), indent=1) + "\n")
-        packages = (
-            "sparsecut",
-            "torch",
-            "transformers",
-            "accelerate",
-            "tokenizers",
-            "pillow",
-            "numpy",
-        )
-        versions = {name: importlib.metadata.version(name) for name in packages}
-        versions |= {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "seed": recipe.seed,
-        }
-        (folder / FINISHED).write_text(json.dumps(versions, indent=1) + "\n")
+        plan = json.dumps(trainer.model.plan.to_dict(), indent=1)
+        (folder / "plan.json").write_text(plan + "\n")
+        versions = json.dumps(_collect_versions(recipe.seed), indent=1)
+        (folder / FINISHED).write_text(versions + "\n")  # last: the marker of the stage
     trainer.accelerator.wait_for_everyone()
 
 
-def link_all(source: Path, target: Path) -> None:
-    """The stage's files under a second name, without taking the space twice where the disk can do
-    that.
-    """
+def _collect_versions(seed: int) -> dict:
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions["python"] = platform.python_version()
+    versions["platform"] = platform.platform()
+    versions["seed"] = seed
+    return versions
+
+
+def link_files(source: Path, target: Path) -> None:
+    """Give a stage's files a second name, or copy them where the disk has no hard links."""
     for path in [*source.iterdir(), *(source / ADAPTERS).rglob("*")]:
         if not path.is_file() or path.name == "log.jsonl":
             continue
-        linked = target / path.relative_to(source)
-        linked.parent.mkdir(parents=True, exist_ok=True)
-        linked.unlink(missing_ok=True)
+        link = target / path.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
         try:
-            os.link(path, linked)
+            os.link(path, link)
         except OSError:
-            shutil.copy2(path, linked)
+            shutil.copy2(path, link)
 
 
-def _sync(path: Path) -> None:
-    """Have a file's contents on the disk, not only on their way to it."""
+def _flush_to_disk(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())

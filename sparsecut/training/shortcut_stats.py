@@ -1,7 +1,7 @@
-"""What every shortcut does while it is trained: how large its gradient is, and how much it adds to
-the states it meets.
+"""Statistics of each shortcut while it is trained: its gradient, and how much it adds.
 
-Measured on logged steps alone, so that it costs next to nothing. A shortcut whose gradient stays exactly zero is dead, and said to be.
+They are measured on logged steps alone, so that they cost next to nothing. A shortcut whose
+gradient stays exactly zero is dead, and a warning names it.
 """
 
 from __future__ import annotations
@@ -14,95 +14,132 @@ from torch import Tensor
 
 from ..hooks import observe_injections
 
-PATIENCE = 3  # logged steps with pictures and no gradient before a shortcut is called dead
+PATIENCE = 3  # logged steps with images and no gradient before a shortcut is called dead
 logger = logging.getLogger(__name__)
 
 
 class ShortcutMonitor:
-    """Figures of a fusion's shortcuts, one dict for each: number, layer, grad_norm and, above the
-    input, ratio.
+    """Measures a fusion's shortcuts.
 
-    grad_norm: of its own parameters (of its group's where the plan is shared) and its gate, over
-    the whole step, before clipping.
-    ratio: mean norm of what is added at image tokens over that of the hidden states there, of this
-    process's last micro-batch; shortcuts into one layer share it. Either is left out where it
-    cannot be known: no picture in the batch, a compiled model, DeepSpeed.
+    `get_statistics` gives one dict per shortcut, with these keys:
+
+    - number, layer: which shortcut, and the decoder layer it adds to.
+    - grad_norm: norm of the gradient of its own parameters (its group's, where the plan shares
+      them) and of its gate, over the whole step, before clipping.
+    - ratio: mean norm of what is added at image tokens, divided by the mean norm of the hidden
+      states there, in this process's last micro-batch. Shortcuts into one layer share it, and the
+      model's input has none.
+
+    A figure is left out where it cannot be known: in a batch without images, a compiled model, or
+    with DeepSpeed.
+
+    Args:
+        fusion: The fusion.
+        stage: The stage's name, for warnings.
+        compiled: Whether the model is compiled, so that nothing can be observed in its forward.
     """
 
     def __init__(self, fusion, stage: str, *, compiled: bool = False):
-        self.fusion, self.stage, self.compiled = fusion, stage, compiled
-        self.norms: dict[int, Tensor] = {}
-        self.ratios: dict[int, Tensor] = {}
-        self.quiet = dict.fromkeys(range(len(fusion.plan.shortcuts)), 0)
+        self.fusion = fusion
+        self.stage = stage
+        self.compiled = compiled
+        self._grad_norms: dict[int, float] = {}
+        self._ratios: dict[int, Tensor] = {}
+        # Logged steps in a row without any gradient, by shortcut.
+        self._zero_steps = dict.fromkeys(range(len(fusion.plan.shortcuts)), 0)
 
     @contextmanager
-    def watching(self, wanted: bool):
-        """Inside the block, the forward pass of a step that will be logged is looked at."""
-        if not wanted or self.compiled:
+    def observe(self, enabled: bool):
+        """Observe the forward pass inside the block, where it belongs to a logged step."""
+        if not enabled or self.compiled:
             yield
             return
-        self.ratios = {}
-        with observe_injections(self._see):
+        self._ratios = {}
+        with observe_injections(self._record_ratio):
             yield
 
-    def _see(self, layer: int, hidden: Tensor, features: Tensor) -> None:
-        norm = hidden.detach().float().norm(dim=-1).mean()
-        self.ratios[layer] = features.detach().float().norm(dim=-1).mean() / norm.clamp(min=1e-12)
+    def _record_ratio(self, layer: int, hidden: Tensor, features: Tensor) -> None:
+        hidden_norm = hidden.detach().float().norm(dim=-1).mean()
+        feature_norm = features.detach().float().norm(dim=-1).mean()
+        self._ratios[layer] = feature_norm / hidden_norm.clamp(min=1e-12)
 
-    def take_gradients(self, pictures: bool, scale: float = 1.0) -> None:
-        """Note the gradients of a whole step; pictures: whether it had any, without which no
-        gradient is no news.
+    def record_gradients(self, has_images: bool, scale: float = 1.0) -> None:
+        """Record the gradients of a whole step, and warn of a dead shortcut.
+
+        Args:
+            has_images: Whether the step has images. Without any, no gradient is expected.
+            scale: The loss scale that the gradients still contain.
         """
-        self.norms = {}
-        for i in self.quiet:
-            learning = [p.grad for p in parameters_of(self.fusion, i) if p.grad is not None]
-            squares = [_whole(grad.float().square().sum()) for grad in learning]
-            gate = self.fusion.gates.grad
-            if i in self.fusion.gated and gate is not None:
-                squares.append(_whole(gate.float())[self.fusion.gated.index(i)].square().sum())
+        self._grad_norms = {}
+        for number in self._zero_steps:
+            squares = self._squared_gradients(number)
             if not squares:
                 continue
-            self.norms[i] = (sum(squares).sqrt() / scale).item()
-            self.quiet[i] = self.quiet[i] + 1 if pictures and self.norms[i] == 0 else 0
-            if self.quiet[i] == PATIENCE:
-                shortcut = self.fusion.plan.shortcuts[i]
-                logger.warning(
-                    "stage %s: shortcut %d (taps %s into layer %d) had no gradient in %d logged"
-                    " steps with pictures: it is dead; look at its gate and projector (all zero?),"
-                    " or leave it out",
-                    *(self.stage, i, list(shortcut.taps), shortcut.layer, PATIENCE),
-                )
+            norm = (sum(squares).sqrt() / scale).item()
+            self._grad_norms[number] = norm
+            is_zero = has_images and norm == 0
+            self._zero_steps[number] = self._zero_steps[number] + 1 if is_zero else 0
+            if self._zero_steps[number] == PATIENCE:
+                self._warn_dead(number)
 
-    def figures(self) -> list[dict]:
-        """What is known of every shortcut since the last step that was looked at."""
-        found = []
-        for i, shortcut in enumerate(self.fusion.plan.shortcuts):
-            known = {
-                "grad_norm": self.norms.get(i),
-                "ratio": self.ratios.get(shortcut.layer) if shortcut.layer else None,
-            }
-            known = {name: float(value) for name, value in known.items() if value is not None}
-            if known:
-                found.append({"number": i, "layer": shortcut.layer, **known})
-        return found
+    def _squared_gradients(self, number: int) -> list[Tensor]:
+        """Sums of squared gradients of a shortcut's parameters and gate; empty without any."""
+        squares = []
+        for parameter in get_shortcut_parameters(self.fusion, number):
+            if parameter.grad is not None:
+                squares.append(_gather(parameter.grad.float().square().sum()))
+        gate_gradient = self.fusion.gates.grad
+        if number in self.fusion.gated and gate_gradient is not None:
+            position = self.fusion.gated.index(number)
+            squares.append(_gather(gate_gradient.float())[position].square().sum())
+        return squares
+
+    def _warn_dead(self, number: int) -> None:
+        shortcut = self.fusion.plan.shortcuts[number]
+        logger.warning(
+            "stage %s: shortcut %d (taps %s into layer %d) had no gradient in %d logged steps with"
+            " images, so it is dead; check whether its gate and projector are all zero, or leave it"
+            " out",
+            self.stage,
+            number,
+            list(shortcut.taps),
+            shortcut.layer,
+            PATIENCE,
+        )
+
+    def get_statistics(self) -> list[dict]:
+        """Statistics of every shortcut as of the last recorded step, as `log.jsonl` holds them."""
+        statistics = []
+        for number, shortcut in enumerate(self.fusion.plan.shortcuts):
+            figures = {}
+            if number in self._grad_norms:
+                figures["grad_norm"] = float(self._grad_norms[number])
+            if shortcut.layer and shortcut.layer in self._ratios:
+                figures["ratio"] = float(self._ratios[shortcut.layer])
+            if figures:
+                statistics.append({"number": number, "layer": shortcut.layer, **figures})
+        return statistics
 
 
-def parameters_of(fusion, i: int) -> list[torch.nn.Parameter]:
-    """The learning parameters of shortcut i, without its gate: its path (its group's), its
-    correction, its layer's context gate.
+def get_shortcut_parameters(fusion, number: int) -> list[torch.nn.Parameter]:
+    """Trained parameters of one shortcut, without its gate.
+
+    These are its projector (its group's), its correction, and the context gate of its layer.
     """
     modules = [
-        path for path, members in zip(fusion.paths, fusion.groups, strict=True) if i in members
+        projector
+        for projector, members in zip(fusion.paths, fusion.groups, strict=True)
+        if number in members
     ]
-    layer = str(fusion.plan.shortcuts[i].layer)
-    modules += [
-        held[name]
-        for held, name in ((fusion.corrections, str(i)), (fusion.context, layer))
-        if name in held
-    ]
-    return [p for module in modules for p in module.parameters() if p.requires_grad]
+    if str(number) in fusion.corrections:
+        modules.append(fusion.corrections[str(number)])
+    layer = str(fusion.plan.shortcuts[number].layer)
+    if layer in fusion.context:
+        modules.append(fusion.context[layer])
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    return [parameter for parameter in parameters if parameter.requires_grad]
 
 
-def _whole(value: Tensor) -> Tensor:
-    """A value that may be spread over processes, on each of them."""
+def _gather(value: Tensor) -> Tensor:
+    """A value that may be sharded over processes, whole."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value

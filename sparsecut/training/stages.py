@@ -1,55 +1,84 @@
-"""Training by a recipe: stage after stage, each one Hugging Face Trainer, everything checked before
-the first step.
+"""Training by a recipe, in three parts that follow one another.
 
-Written to the recipe's output folder:
+    read_inputs    (reading)    the recipe, its arguments and its records  -> RunInputs
+    prepare_run    (preparing)  the model, checked against every stage     -> PreparedRun
+    run_stages     (here)       one `StageTrainer` after another           -> RunResult
 
-    config.yaml                 the recipe as it ran; loading it repeats the run skipped.txt
-    sentences about records left out (on_error: skip), if there are any STAGE/skipped.txt
-    sentences about those that turned out to be broken while training, and were replaced STAGE/
-    model and processor after the stage, config.yaml, plan.json, versions.json, log.jsonl
-    STAGE/checkpoint-N/         only where args ask for it (save_strategy: steps), for resuming
-    inside a stage final/                      the last stage's model again (hard links where the
-    disk has them): what `load` takes
+Everything is checked in the first two, so that a run does not stop hours later for a wrong key.
 
-Of an upgraded model whose base no stage has trained, only the shortcuts are written, which name their base.
+A run writes to the recipe's output folder:
+
+    config.yaml            the recipe as it ran; loading it repeats the run
+    skipped.txt            records that were left out (on_error: skip), if there are any
+    STAGE/                 model and processor after the stage, with config.yaml, plan.json,
+                           versions.json and log.jsonl
+    STAGE/skipped.txt      records that turned out to be broken while training
+    STAGE/checkpoint-N/    only where args ask for it (save_strategy: steps), for resuming
+    final/                 the last stage's model again (hard links where the disk has them)
+
+If no stage trains the base of an upgraded model, only the shortcuts are written. They name their
+base.
 """
 
 from __future__ import annotations
 
-import logging
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import TrainingArguments
 
-from ..adapters import add_adapters, get_adapted_part, import_peft, merge_adapters
-from ..building import build, is_saved, load
-from ..config.recipe import Recipe, Source, Stage, dump_recipe, load_recipe
+from ..adapters import add_adapters, merge_adapters
+from ..building import load
+from ..config.recipe import Recipe, Stage, dump_recipe
 from ..config.yaml_io import expand_path
-from ..data.dataset import Collator, Example, TrainingData, check_examples, choose, read_source
-from ..data.errors import RecordError
+from ..data.dataset import Collator, TrainingData
+from ..data.examples import Example
 from ..data.feature_cache import VisionFeatureCache, prepare_states, views_of
 from ..data.packing import in_rows
-from ..data.streaming import Stream, first_of
+from ..data.streaming import Stream
 from ..fingerprint import base_hash
-from ..methods import make_plan
-from ..modeling_base import is_sparsecut_model
-from ..prompts import get_max_length
 from ..schema import UserError
-from ..upgrading import upgrade
-from .arguments import stage_arguments
-from .freezing import apply_liger, check_parts, freeze
-from .progress import StageLog, report
-from .run_dir import SKIPPED, check_output, clear_stage, finished, link_all, save_stage
+from .arguments import build_arguments
+from .freezing import apply_liger, freeze, trains_base, unfreeze
+from .preparing import PreparedRun, PreparedStage, get_length_limits, prepare_run
+from .progress import StageLog, print_message
+from .reading import read_inputs
+from .run_dir import SKIPPED, clear_stage, link_files, save_stage
 from .trainer import StageTrainer
 
-HALVES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}  # by the argument that asks for computing in it
-HELD_OUT = 256  # records at most that are looked at while training
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class StageResult:
+    """A stage that has run.
+
+    Attributes:
+        name: The stage's name.
+        folder: Its folder, with the model after the stage.
+        num_steps: Optimizer steps, also those before it was resumed.
+    """
+
+    name: str
+    folder: Path
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run that has ended.
+
+    Attributes:
+        model: The trained model, in evaluation mode.
+        processor: Its processor.
+        folder: The run's output folder; the model is in `final` there.
+        stages: Results of the stages that ran, without those that were complete before.
+    """
+
+    model: torch.nn.Module
+    processor: object
+    folder: Path
+    stages: list[StageResult]
 
 
 def train(
@@ -61,315 +90,234 @@ def train(
     processor=None,
     shown: bool = True,
 ):
-    """Train by a recipe (or its file) and return (model, processor), in evaluation mode.
+    """Train by a recipe.
 
-    check: read and encode all records, open every picture, and stop there. resume: go on after the
-    last finished stage or checkpoint of the same recipe. model, processor: start from these instead
-    of building `recipe.model`. shown: progress on screen. Raises ValueError, before anything is
-    written, for whatever of the recipe or its data cannot be used.
+    Args:
+        recipe: The recipe, or its file.
+        check: Read and encode all records, open every image, and stop there.
+        resume: Continue after the last finished stage or checkpoint of the same recipe.
+        model: A model to start from instead of building `recipe.model`.
+        processor: Its processor.
+        shown: Whether to show progress on screen.
+
+    Returns:
+        (model, processor), the model in evaluation mode.
+
+    Raises:
+        UserError: If something of the recipe or its data cannot be used. What can be known
+            beforehand is raised before anything is written.
+        TrainingInterrupted: If SIGTERM has ended training, after a checkpoint is written.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    output = Path(expand_path(recipe.output))
-    arguments = [stage_arguments(stage, recipe.seed, output) for stage in recipe.stages]
-    check_output(recipe, output, resume=resume or check)
-    problems: list[RecordError] = []
-    read = [
-        [
-            (source, None if source.streaming else read_source(source, problems))
-            for source in stage.data
-        ]
-        for stage in recipe.stages
-    ]
-    asked = [
-        e
-        for source in (recipe.evaluate.data if recipe.evaluate else ())
-        for e in read_source(source, problems)
-    ]
-    for example in asked if check else ():
-        example.pictures()
-
-    done = finished(recipe, output) if resume and not check else 0
-    if done:
-        model, processor = load(output / recipe.stages[done - 1].name)
-    else:
-        model, processor = _start(recipe, arguments, model, processor)
-    _check_plan(recipe, model)
-    _check_states(recipe, model)
-    for stage in recipe.stages:
-        check_parts(model, stage.train)
-        if stage.lora is not None:
-            import_peft()
-    skips = any(source.on_error == "skip" for stage in recipe.stages for source in stage.data)
-    opened = check or (
-        skips and recipe.states is not None
-    )  # states are kept of every good picture before training
-    data = [
-        _checked(
-            stage,
-            sources,
-            processor,
-            limits=_limits(stage, model),
-            open_pictures=opened,
-            problems=problems,
-        )
-        for stage, sources in zip(recipe.stages, read, strict=True)
-    ]
-    for stage, found in zip(recipe.stages, data, strict=True):
-        _check_batches(stage, found, model, processor)
-    held_out = _held_out(arguments, asked, processor)
-    _report(recipe, data, problems, shown=shown and arguments[0].should_log)
+    inputs = read_inputs(recipe, check=check, resume=resume)
+    prepared = prepare_run(inputs, model, processor, shown=shown)
     if check:
-        return model, processor
+        return prepared.model, prepared.processor
+    result = run_stages(prepared, shown=shown)
+    return result.model, result.processor
 
-    if arguments[0].should_save:
-        output.mkdir(parents=True, exist_ok=True)
-        dump_recipe(recipe, output / "config.yaml")
-        if problems:
-            (output / SKIPPED).write_text("".join(f"{error}\n" for error in problems))
-    kept = [e for found in data for _, examples in found for e in examples] + asked
-    states = kept_states(recipe, model, processor, kept, arguments[0])
-    for stage, found in list(zip(recipe.stages, data, strict=True))[done:]:
-        args = stage_arguments(
-            stage, recipe.seed, output
-        )  # anew: making them sets accelerate up for this stage
+
+def run_stages(prepared: PreparedRun, *, shown: bool = True) -> RunResult:
+    """Train the stages that are not complete yet, and write what each gives.
+
+    Args:
+        prepared: The model and its stages; the model is changed in place.
+        shown: Whether to show progress on screen.
+
+    Returns:
+        The trained model, and what ran.
+
+    Raises:
+        UserError: If training cannot go on, for example at a loss that is not finite.
+        TrainingInterrupted: If SIGTERM has ended training, after a checkpoint is written.
+    """
+    inputs = prepared.inputs
+    model = prepared.model
+    processor = prepared.processor
+    if inputs.arguments[0].should_save:
+        _write_recipe(prepared)
+    examples = [example for stage in prepared.stages for example in stage.examples]
+    examples += inputs.evaluation_examples
+    cache = open_feature_cache(inputs.recipe, model, processor, examples, inputs.arguments[0])
+    results = []
+    for stage in prepared.stages[inputs.num_finished :]:
+        # Made anew, because making arguments sets up accelerate for this stage.
+        args = build_arguments(stage.stage, inputs.recipe.seed, inputs.output)
         folder = Path(args.output_dir)
-        checkpoint = clear_stage(folder, resume=resume, main=args.should_save)
-        more = {"states": states, "held_out": held_out if args.eval_strategy != "no" else None}
+        checkpoint = clear_stage(folder, resume=inputs.resume, main=args.should_save)
+        held_out = prepared.held_out if args.eval_strategy != "no" else []
         trainer = train_stage(
-            model, processor, stage, found, args, checkpoint=checkpoint, shown=shown, **more
+            stage,
+            model,
+            processor,
+            args,
+            checkpoint=checkpoint,
+            cache=cache,
+            held_out=held_out,
+            shown=shown,
         )
-        save_stage(trainer, processor, recipe, folder)
-        if (
-            trainer.is_sharded
-        ):  # its weights lie in pieces on several processes; the next stage begins with whole ones
+        save_stage(trainer, processor, inputs.recipe, folder)
+        if trainer.is_sharded:
+            # Its weights lie in pieces on several processes; the next stage starts with whole ones.
             model, processor = load(folder)
-            if model.is_upgrade:
-                model.config.base_digest = base_hash(model.base)
-    if arguments[-1].should_save:
-        link_all(Path(arguments[-1].output_dir), output / "final")
-    return model, processor
+            _update_base_hash(model)
+        results.append(StageResult(stage.stage.name, folder, trainer.state.global_step))
+    if inputs.arguments[-1].should_save:
+        link_files(Path(inputs.arguments[-1].output_dir), inputs.output / "final")
+    return RunResult(model, processor, inputs.output, results)
 
 
 def train_stage(
+    prepared: PreparedStage,
     model,
     processor,
-    stage: Stage,
-    found: list[tuple[Source, list[Example]]],
     args: TrainingArguments,
     *,
-    checkpoint=None,
-    shown: bool = True,
-    states: VisionFeatureCache | None = None,
+    checkpoint: Path | None = None,
+    cache: VisionFeatureCache | None = None,
     held_out: list[Example] | None = None,
+    shown: bool = True,
 ) -> StageTrainer:
-    """Train the parts that a stage names on checked examples; the model is changed in place and
-    left in evaluation mode.
+    """Train the parts that a stage names.
 
-    found: the stage's sources with their examples; of streams these are the first, and the rest is
-    read while training goes on.
-    states: kept states of all the examples' pictures, read instead of running the encoder.
-    held_out: what the loss is told of while training (args.eval_strategy).
+    Args:
+        prepared: The stage with its checked examples.
+        model: The model, which is changed in place and left in evaluation mode.
+        processor: Its processor.
+        args: The stage's arguments, made just before.
+        checkpoint: A checkpoint of the stage to continue.
+        cache: Vision features of all examples, read instead of running the encoder.
+        held_out: Examples for the loss that is logged beside the training loss.
+        shown: Whether to show progress on screen.
+
+    Returns:
+        The stage's trainer, after training.
+
+    Raises:
+        UserError: If training cannot go on; the message starts with the stage's name.
     """
-    add_adapters(model, stage.train, stage.lora)
-    freeze(model, stage.train)
-    if "fusion" in stage.train and model.is_upgrade:
-        model.fusion.float()  # whatever its base is in: steps are lost in half precision
-    if changes_base(stage) and model.is_upgrade:
-        model.config.base_name = None  # its base is no longer the one of that name
-    views = views_of(model.plan, model.config.vision_depth)
+    stage = prepared.stage
     log = StageLog(stage.name, Path(args.output_dir), shown=shown)
-    settings = {"template": stage.template, "max_length": stage.max_length}
-    limits = _limits(stage, model)
-    collator = Collator(processor, **settings, **limits, pad_to=stage.pad_to, defer_errors=True)
-    examples = [example for _, of_source in found for example in of_source]
-    data = TrainingData(examples, processor, **settings, states=states, views=views)
-    mixture = (
-        [(len(of_source), source.weight) for source, of_source in found]
-        if stage.data[0].weight
-        else None
-    )
     try:
-        if stage.data[0].streaming:
-            share = {
-                "batch": args.per_device_train_batch_size,
-                "rank": args.process_index,
-                "processes": args.world_size,
-            }
-            data = Stream(stage.data, data, {**settings, **limits}, seed=args.data_seed, **share)
-        data = in_rows(data, model, stage)
-        if args.use_liger_kernel:
-            apply_liger(model, args.liger_kernel_config)
-            args.use_liger_kernel = (
-                False  # the Trainer would look for kernels of the whole model's type, and find none
-            )
-        asked = TrainingData(held_out, processor, states=states, views=views) if held_out else None
-        sets = {"train_dataset": data, "eval_dataset": asked, "data_collator": collator}
-        trainer = StageTrainer(
-            model=model, args=args, stage=stage, log=log, mixture=mixture, **sets
+        _make_trainable(model, stage)
+        trainer = _build_trainer(
+            prepared, model, processor, args, log, cache=cache, held_out=held_out
         )
         trainer.train_from(checkpoint)
         if stage.lora and stage.lora.merge:
             merge_adapters(model)
-        if model.is_upgrade and not trainer.is_sharded:
-            model.config.base_digest = base_hash(model.base)
+        if not trainer.is_sharded:
+            _update_base_hash(model)
     except UserError as error:
-        if str(error).startswith("stage "):
-            raise
         raise UserError(f"stage {stage.name}: {error}") from error
     finally:
         log.close()
-        for parameter in model.parameters():  # those of a quantised base are whole numbers
-            parameter.requires_grad_(parameter.is_floating_point())
+        unfreeze(model)
         model.eval()
     return trainer
 
 
-def changes_base(stage: Stage) -> bool:
-    """Whether a stage changes weights of an upgraded model's base; an adapter that is kept beside
-    it does not.
-    """
-    beside = stage.lora is not None and not stage.lora.merge
-    return any(
-        not (name == "fusion" or (beside and get_adapted_part(name))) for name in stage.train
-    )
-
-
-def kept_states(
-    recipe: Recipe, model, processor, examples: list[Example], args=None
+def open_feature_cache(
+    recipe: Recipe,
+    model,
+    processor,
+    examples: list[Example],
+    args: TrainingArguments | None = None,
 ) -> VisionFeatureCache | None:
-    """The recipe's folder of encoder states, filled for these examples; None where it names
-    none.
+    """Open the recipe's folder of vision features, filled for these examples.
+
+    Args:
+        recipe: The recipe; `states` names the folder.
+        model: The model whose encoder makes features that are missing.
+        processor: Its processor.
+        examples: Examples whose images must be there.
+        args: Arguments of a stage, so that among several processes only the first one writes.
+
+    Returns:
+        The cache, None where the recipe names no folder.
     """
     if recipe.states is None:
         return None
-    with args.main_process_first(desc="keeping states of the encoder") if args else nullcontext():
-        return prepare_states(expand_path(recipe.states), model, processor, examples, log=report)
+    folder = expand_path(recipe.states)
+    first = args.main_process_first(desc="caching vision features") if args else nullcontext()
+    with first:
+        return prepare_states(folder, model, processor, examples, log=print_message)
 
 
-def _start(recipe: Recipe, arguments: list[TrainingArguments], model, processor):
-    """The model that training starts with: the one given, upgraded if it is a finished
-    vision-language model, or the recipe's.
-    """
-    set_seed(recipe.seed)  # fusion starts from random weights
-    if model is not None:
-        return (
-            (model, processor)
-            if is_sparsecut_model(model)
-            else upgrade(model, recipe.fusion, processor=processor)
-        )
-    if recipe.model.base is None:
-        parts = expand_path(recipe.model.vision), expand_path(recipe.model.language)
-        return build(*parts, recipe.fusion, view_size=recipe.model.view_size)
-    base = expand_path(recipe.model.base)
-    if is_saved(base):
-        return load(base)
-    # A base that stays frozen takes the room of the precision it computes in; one that is trained
-    # too needs single precision.
-    frozen = not any(changes_base(stage) for stage in recipe.stages)
-    half = next(
-        (dtype for name, dtype in HALVES.items() if all(getattr(args, name) for args in arguments)),
-        None,
-    )
-    return upgrade(base, recipe.fusion, dtype=half if half and frozen else torch.float32)
+def _write_recipe(prepared: PreparedRun) -> None:
+    output = prepared.inputs.output
+    output.mkdir(parents=True, exist_ok=True)
+    dump_recipe(prepared.inputs.recipe, output / "config.yaml")
+    if prepared.problems:
+        lines = "".join(f"{problem}\n" for problem in prepared.problems)
+        (output / SKIPPED).write_text(lines)
 
 
-def _check_plan(recipe: Recipe, model) -> None:
-    if recipe.fusion is None:
+def _make_trainable(model, stage: Stage) -> None:
+    """Put adapters on the model and freeze all but the stage's parts."""
+    add_adapters(model, stage.train, stage.lora)
+    freeze(model, stage.train)
+    if not model.is_upgrade:
         return
-    plan = make_plan(recipe.fusion, model.config.vision_depth, model.config.language_depth)
-    if model.is_upgrade and not plan.has_base_input:
-        plan = plan.for_upgrade(fine=model.family.has_one_view(model.base))
-    if plan != model.plan:
-        raise UserError(
-            f"the recipe's fusion gives the plan {plan}, but the model given has {model.plan}; make"
-            " them the same, or leave fusion out"
-        )
+    if "fusion" in stage.train:
+        model.fusion.float()  # whatever the base's dtype: in half precision small steps are lost
+    if trains_base(stage):
+        model.config.base_name = None  # its base is no longer the one of that name
 
 
-def _check_states(recipe: Recipe, model) -> None:
-    if recipe.states is not None and not model.supports_feature_cache:
-        raise UserError(
-            f"states is {recipe.states!r}, but states cannot be kept of an upgraded model, whose"
-            " base runs its encoder in its own way; remove `states`"
-        )
-
-
-def _check_batches(stage: Stage, found: list, model, processor) -> None:
-    """Raise ValueError, before any stage is trained, where this one's batches cannot be made as it
-    says.
-    """
-    if stage.pad_to is not None and model.is_upgrade:
-        raise UserError(
-            f"pad_to is {stage.pad_to}, but an upgraded model's own processor pads its batches;"
-            " remove pad_to"
-        )
-    if stage.pack is not None:
-        examples = [example for _, of_source in found for example in of_source]
-        in_rows(
-            TrainingData(examples, processor, template=stage.template, max_length=stage.max_length),
-            model,
-            stage,
-        )
-
-
-def _limits(stage: Stage, model) -> dict:
-    return {"limit": get_max_length(model), "max_images": stage.max_image_tokens}
-
-
-def _checked(
-    stage: Stage,
-    sources,
+def _build_trainer(
+    prepared: PreparedStage,
+    model,
     processor,
+    args: TrainingArguments,
+    log: StageLog,
     *,
-    limits: dict,
-    open_pictures: bool,
-    problems: list[RecordError],
-) -> list:
-    """Every source of a stage with its good examples, of a stream the first ones."""
-    settings = {"template": stage.template, "max_length": stage.max_length, **limits}
-    good = []
-    for source, found in sources:
-        if source.streaming:
-            good.append((source, first_of(source, processor, settings)))
-            continue
-        notes = problems if source.on_error == "skip" else None
-        good.append(
-            (
-                source,
-                check_examples(
-                    found, processor, **settings, open_pictures=open_pictures, problems=notes
-                ),
-            )
+    cache: VisionFeatureCache | None,
+    held_out: list[Example] | None,
+) -> StageTrainer:
+    """The trainer of a stage, with its datasets."""
+    stage = prepared.stage
+    settings = {"template": stage.template, "max_length": stage.max_length}
+    limits = get_length_limits(stage, model)
+    views = views_of(model.plan, model.config.vision_depth)
+    collator = Collator(processor, **settings, **limits, pad_to=stage.pad_to, defer_errors=True)
+    data = TrainingData(prepared.examples, processor, **settings, states=cache, views=views)
+    if prepared.is_stream:
+        data = Stream(
+            stage.data,
+            data,
+            {**settings, **limits},
+            seed=args.data_seed,
+            batch=args.per_device_train_batch_size,
+            rank=args.process_index,
+            processes=args.world_size,
         )
-    if not all(examples for _, examples in good):
-        raise UserError(
-            f"stage {stage.name}: a source has no record left to learn from; {len(problems)} were"
-            f" skipped, the last: {problems[-1] if problems else None}"
-        )
-    return good
+    data = in_rows(data, model, stage)
+    if args.use_liger_kernel:
+        apply_liger(model, args.liger_kernel_config)
+        # The Trainer would look for kernels of the whole model's type, and find none.
+        args.use_liger_kernel = False
+    held_out_data = None
+    if held_out:
+        held_out_data = TrainingData(held_out, processor, states=cache, views=views)
+    return StageTrainer(
+        model=model,
+        args=args,
+        stage=stage,
+        log=log,
+        mixture=_get_mixture(prepared),
+        train_dataset=data,
+        eval_dataset=held_out_data,
+        data_collator=collator,
+    )
 
 
-def _held_out(arguments: list[TrainingArguments], asked: list[Example], processor) -> list[Example]:
-    """A fixed choice of what the recipe evaluates on, for stages that look at it while they
-    train.
-    """
-    wanted = [args.output_dir for args in arguments if args.eval_strategy != "no"]
-    if wanted and not asked:
-        raise UserError(
-            f"stage {Path(wanted[0]).name}: args.eval_strategy asks for a look at held-out data"
-            " while training, but the recipe has no `evaluate`; add one with its data, or remove"
-            " args.eval_strategy"
-        )
-    return check_examples(choose(asked, keep=HELD_OUT), processor) if wanted else []
+def _get_mixture(prepared: PreparedStage) -> list[tuple[int, float]] | None:
+    """Number of examples and weight of every source, None where sources have no weights."""
+    if not prepared.stage.data[0].weight:
+        return None
+    return [(len(entry.examples), entry.source.weight) for entry in prepared.sources]
 
 
-def _report(recipe: Recipe, data: list, problems: list[RecordError], *, shown: bool) -> None:
-    if problems:
-        logger.warning("%d records are skipped, the first: %s", len(problems), problems[0])
-    for stage, found in zip(recipe.stages, data, strict=True) if shown else ():
-        examples = [example for _, of_source in found for example in of_source]
-        pictures = sum(len(example.images) for example in examples)
-        size = f"{len(examples):,} records with {pictures:,} pictures"
-        if stage.data[0].streaming:
-            size = f"a stream of {len(found)} sources"
-        report(f"{stage.name}: {size}, training {', '.join(stage.train)}")
+def _update_base_hash(model) -> None:
+    if model.is_upgrade:
+        model.config.base_digest = base_hash(model.base)

@@ -1,5 +1,7 @@
-"""One Hugging Face Trainer per stage, with what a stage adds: frozen parts, a learning rate per
-part, loud failures.
+"""The Hugging Face Trainer of one stage.
+
+It adds what a stage needs: frozen parts, learning rates by part, complete checkpoints, and errors
+that stop a run which cannot learn.
 """
 
 from __future__ import annotations
@@ -23,84 +25,104 @@ from ..data.packing import LengthGroupedSampler, PackedDataset, check_packing
 from ..data.streaming import Stream
 from ..modeling_upgraded import WEIGHTS
 from ..schema import UserError
-from .freezing import freeze_unused_vision_blocks, frozen_modules, part_names
+from .freezing import freeze_unused_vision_blocks, get_frozen_modules, get_part_names
 from .preemption import SigtermCallback, TrainingInterrupted
 from .progress import StageLog
-from .run_dir import SKIPPED, check_continues, check_room, mark_whole, not_written
+from .run_dir import (
+    SKIPPED,
+    check_disk_space,
+    check_same_batches,
+    discard_checkpoint,
+    mark_complete,
+)
 from .shortcut_stats import ShortcutMonitor
 
-FEW = 10  # broken records that any stage may have
+MIN_BROKEN = 10  # broken records that any stage may have
 
 
 class StageTrainer(Trainer):
-    """A Trainer for one stage: frozen parts stay in evaluation mode, parts have their own learning
-    rates, bad losses stop it.
+    """Trains one stage.
+
+    Errors do not name the stage: `stages.train_stage` puts its name in front.
+
+    Args:
+        stage: The stage.
+        log: The stage's log.
+        mixture: Number of records and weight of every source, where the stage mixes sources.
+        *args: Passed to `Trainer`.
+        **kwargs: Passed to `Trainer`.
+
+    Raises:
+        UserError: If the engine, adapters or packed rows cannot work with this model.
     """
 
     def __init__(self, *args, stage: Stage, log: StageLog, mixture=None, **kwargs):
-        self.stop, self.mixture = SigtermCallback(), mixture
-        super().__init__(*args, callbacks=[log, self.stop], **kwargs)
-        self.stage, self.stage_log = stage, log
-        self._check_sharding()
+        self.sigterm = SigtermCallback()
+        self.mixture = mixture
+        try:
+            super().__init__(*args, callbacks=[log, self.sigterm], **kwargs)
+        except ValueError as error:
+            raise UserError(f"transformers' Trainer refuses args: {error}") from error
+        self.stage = stage
+        self.stage_log = log
+        self._check_engine()
         if stage.loss_over == "batches":
-            self.model_accepts_loss_kwargs = (
-                False  # then the Trainer averages over micro-batches and processes
-            )
+            # Then the Trainer averages over micro-batches and processes.
+            self.model_accepts_loss_kwargs = False
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.watch = ShortcutMonitor(
-            self.model.fusion, stage.name, compiled=self.args.torch_compile
-        )
-        self.frozen = frozen_modules(self.model, stage)
+        compiled = self.args.torch_compile
+        self.monitor = ShortcutMonitor(self.model.fusion, stage.name, compiled=compiled)
+        self.frozen_modules = get_frozen_modules(self.model, stage)
+        self._prepare_image_parameters()
+
+    def _prepare_image_parameters(self) -> None:
+        """Find the trained parameters that only images reach, and freeze those that none reaches."""
         parts = self.model.parameter_groups()
-        pictured = [*parts["vision"], *parts.get("projector", ())]
+        parameters = [*parts["vision"], *parts.get("projector", ())]
         data = self.train_dataset
         blank = blank_item(
             data.processor, template=data.template, states=data.states, views=data.views
         )
-        if self.is_sharded and get_adapters(self.model):
-            raise UserError(
-                "adapters are trained whole on every process; remove fsdp or deepspeed from args,"
-                " the adapters are small"
-            )
-        whole = not any(
-            hasattr(p, "ds_id") for p in pictured
-        )  # DeepSpeed may hold pieces from the start
-        if whole and isinstance(data, PackedDataset):
+        # DeepSpeed may hold parameters in pieces from the start.
+        is_whole = not any(hasattr(parameter, "ds_id") for parameter in parameters)
+        if is_whole and isinstance(data, PackedDataset):
             check_packing(self.model, self.data_collator, data)
-        if whole and any(p.requires_grad for p in pictured):
-            freeze_unused_vision_blocks(self.model, pictured, picture_inputs(blank, data.processor))
-        self.pictured = [p for p in pictured if p.requires_grad]
+        if is_whole and any(parameter.requires_grad for parameter in parameters):
+            image_inputs = picture_inputs(blank, data.processor)
+            freeze_unused_vision_blocks(self.model, parameters, image_inputs)
+        self.image_parameters = [p for p in parameters if p.requires_grad]
         self.data_collator.blank = blank if self.is_sharded else None
 
-    def _check_sharding(self) -> None:
+    def _check_engine(self) -> None:
+        """Raise UserError where FSDP or DeepSpeed would not shard, or would train wrongly."""
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise UserError(
                 "args.fsdp is set, but the processes compute on CPUs, where accelerate would copy"
                 " the model to each of them instead of sharding it; remove args.fsdp, or run on"
                 " accelerators"
             )
-        zero = (
-            self.accelerator.deepspeed_plugin.deepspeed_config if self.is_deepspeed_enabled else {}
-        )
-        zero = zero.get("zero_optimization", {})
-        if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
-            raise UserError(
-                "DeepSpeed would not gather the weights that this stage has trained, so they could"
-                " not be saved; set zero_optimization.stage3_gather_16bit_weights_on_model_save to"
-                " true in its configuration"
-            )
+        if self.is_deepspeed_enabled:
+            config = self.accelerator.deepspeed_plugin.deepspeed_config
+            zero = config.get("zero_optimization", {})
+            gathers = zero.get("stage3_gather_16bit_weights_on_model_save")
+            if zero.get("stage") == 3 and not gathers:
+                raise UserError(
+                    "DeepSpeed would not gather the trained weights, so they could not be saved;"
+                    " set zero_optimization.stage3_gather_16bit_weights_on_model_save to true in"
+                    " its configuration"
+                )
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.activation_checkpointing:
             raise UserError(
-                "fsdp_config.activation_checkpointing would compute layers again without what"
-                " shortcuts add to them, and give wrong gradients; remove it and set"
+                "fsdp_config.activation_checkpointing would recompute layers without what shortcuts"
+                " add to them, and give wrong gradients; remove it and set"
                 " args.activation_checkpointing: true"
             )
-
-    @property
-    def num_seen(self) -> int:
-        """Records seen so far, over all processes."""
-        return (self.state.global_step + 1) * self.batch_facts["global_batch"]
+        if self.is_sharded and get_adapters(self.model):
+            raise UserError(
+                "adapters are not sharded: every process trains all of them; remove fsdp or"
+                " deepspeed from args, because adapters are small"
+            )
 
     @property
     def is_sharded(self) -> bool:
@@ -109,94 +131,94 @@ class StageTrainer(Trainer):
 
     @property
     def batch_facts(self) -> dict[str, int]:
-        """What a run must have in common with its continuation, for the batches to be the same."""
-        args, processes = self.args, self.args.world_size
-        return {
-            "global_batch": (
-                args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
-            ),
-            "processes": processes,
-        }
+        """Facts that a run and its continuation must share, for the batches to be the same."""
+        args = self.args
+        records = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        return {"global_batch": records * args.world_size, "processes": args.world_size}
+
+    @property
+    def num_records_seen(self) -> int:
+        """Records seen up to the present step, over all processes."""
+        return (self.state.global_step + 1) * self.batch_facts["global_batch"]
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """Train, from a whole checkpoint on if there is one; Stopped where SIGTERM has ended it,
-        with a checkpoint written.
+        """Train from the beginning, or continue a complete checkpoint.
+
+        Args:
+            checkpoint: The checkpoint's folder, None for the beginning.
+
+        Raises:
+            UserError: If the batches differ from those of the checkpoint, or the disk is too small.
+            TrainingInterrupted: If SIGTERM has ended training, after a checkpoint is written.
         """
         if checkpoint is not None:
-            check_continues(checkpoint, self.batch_facts, self.stage.name)
+            check_same_batches(checkpoint, self.batch_facts)
             if isinstance(self.train_dataset, Stream):
-                self.args.ignore_data_skip = (
-                    True  # the stream passes over what was seen without opening it
-                )
+                # The stream passes over what was seen without opening it.
+                self.args.ignore_data_skip = True
                 steps = int(checkpoint.name.rpartition("-")[2])
                 self.train_dataset.start = steps * self.args.gradient_accumulation_steps
-        check_room(Path(self.args.output_dir), self._num_bytes(), self.stage.name)
+        check_disk_space(Path(self.args.output_dir), self._estimate_disk_bytes())
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
-            self.stop.close()
-        if self.stop.received:
+            self.sigterm.close()
+        if self.sigterm.received:
             raise TrainingInterrupted(
                 f"stage {self.stage.name}: stopped by SIGTERM after step {self.state.global_step}"
-                f" of {self.state.max_steps}, which is kept in {self.args.output_dir}; go on with"
-                " --resume"
+                f" of {self.state.max_steps}; its checkpoint is in {self.args.output_dir}; go on"
+                " with --resume"
             )
 
+    def _estimate_disk_bytes(self) -> int:
+        """Bytes of the stage's result and, where checkpoints are written, of one of them."""
+        saved = self.model.fusion if self.model.saves_fusion_only else self.model
+        weights = sum(p.numel() * p.element_size() for p in saved.parameters())
+        if self.args.save_strategy == "no":
+            return weights
+        if self.args.save_only_model:
+            return 2 * weights
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        moments = 2 * 4 * trained  # Adam's two, in single precision
+        return 2 * weights + moments
+
+    # Data
+
     def _get_train_sampler(self, train_dataset=None):
-        """The Trainer's random order, or one with alike records in a step."""
+        """The Trainer's random order, or one that groups and mixes records as the stage says."""
         if not (self.stage.group or self.stage.pack or self.mixture):
             return super()._get_train_sampler(train_dataset)
-        data, step = self.train_dataset, self.batch_facts["global_batch"]
-        lengths, images = (
-            (data.lengths, data.num_image_tokens) if self.stage.group else ([0] * len(data),) * 2
+        data = self.train_dataset
+        if self.stage.group:
+            lengths = data.lengths
+            image_tokens = data.num_image_tokens
+        else:
+            lengths = [0] * len(data)
+            image_tokens = lengths
+        return LengthGroupedSampler(
+            lengths,
+            image_tokens,
+            self.batch_facts["global_batch"],
+            seed=self.args.data_seed,
+            grouped=self.stage.group,
+            mixture=self.mixture,
         )
-        more = {"seed": self.args.data_seed, "grouped": self.stage.group, "mixture": self.mixture}
-        return LengthGroupedSampler(lengths, images, step, **more)
 
     def get_train_dataloader(self):
-        """The Trainer's; a stream divides itself between processes."""
+        """The Trainer's DataLoader; a stream divides itself between processes."""
         data = self.train_dataset
         if not isinstance(data, Stream):
             return super().get_train_dataloader()
-        generator = torch.Generator().manual_seed(
-            self.args.data_seed
-        )  # or it would take random numbers of the model's
-        workers = {
-            "num_workers": self.args.dataloader_num_workers,
-            "pin_memory": self.args.dataloader_pin_memory,
-        }
+        # Without its own generator it would draw from the model's.
+        generator = torch.Generator().manual_seed(self.args.data_seed)
         return DataLoader(
-            data, data.batch, collate_fn=self.data_collator, generator=generator, **workers
+            data,
+            data.batch,
+            collate_fn=self.data_collator,
+            generator=generator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
         )
-
-    def create_optimizer(self, model=None):
-        """The usual optimizer, its groups divided by part so that each takes its own learning
-        rate.
-        """
-        optimizer = super().create_optimizer(model)
-        names, groups = part_names(self.model, self.stage), []
-        decaying = set(self.get_decay_parameter_names(self.model))
-        decayed = {id(p) for name, p in self.model.named_parameters() if name in decaying}
-        for group in optimizer.param_groups:
-            for part in dict.fromkeys(names[id(p)] for p in group["params"]):
-                parameters = [p for p in group["params"] if names[id(p)] == part]
-                rate = self.stage.lr.get(part, group["lr"])
-                decay = group["weight_decay"]
-                if id(parameters[0]) in decayed:
-                    decay = self.stage.weight_decay.get(part, decay)
-                groups.append(
-                    {**group, "params": parameters, "lr": rate, "weight_decay": decay, "part": part}
-                )
-        optimizer.param_groups = groups
-        return optimizer
-
-    def get_decay_parameter_names(self, model) -> list[str]:
-        """Weight decay is for matrices: neither biases and norms nor the gates."""
-        return [
-            name
-            for name in super().get_decay_parameter_names(model)
-            if not name.endswith("fusion.gates")
-        ]
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The Trainer's; raises the error of a record that a worker process could not read."""
@@ -207,135 +229,176 @@ class StageTrainer(Trainer):
         inputs = next(raise_errors([inputs]))
         return super().prediction_step(model, inputs, *args, **kwargs)
 
+    # Optimizer
+
+    def create_optimizer(self, model=None):
+        """The usual optimizer, its groups divided by part so that each has its own rate."""
+        optimizer = super().create_optimizer(model)
+        names = get_part_names(self.model, self.stage)
+        decay_names = set(self.get_decay_parameter_names(self.model))
+        decayed = {id(p) for name, p in self.model.named_parameters() if name in decay_names}
+        groups = []
+        for group in optimizer.param_groups:
+            for part in dict.fromkeys(names[id(p)] for p in group["params"]):
+                parameters = [p for p in group["params"] if names[id(p)] == part]
+                decay = group["weight_decay"]
+                if id(parameters[0]) in decayed:
+                    decay = self.stage.weight_decay.get(part, decay)
+                part_group = {
+                    "params": parameters,
+                    "lr": self.stage.lr.get(part, group["lr"]),
+                    "weight_decay": decay,
+                    "part": part,
+                }
+                groups.append({**group, **part_group})
+        optimizer.param_groups = groups
+        return optimizer
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Names of matrices: weight decay spares biases, norms and the gates."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.endswith("fusion.gates")]
+
+    # Steps
+
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """A step that counts tokens and stops at a loss that is not a number or has nothing to
-        learn.
+        """One micro-batch: counts tokens, and measures shortcuts where the step is logged.
+
+        Raises:
+            UserError: If no token of the step has a label, if the loss is not finite, or if too
+                many records are broken.
         """
+        step = self.state.global_step + 1
         if num_items_in_batch is not None and num_items_in_batch.max() == 0:
             raise UserError(
-                f"{self._place()} has no token to learn: all its labels are masked; check template"
-                " and data"
+                f"step {step} has no token to learn: all its labels are masked; check template and"
+                " data"
             )
-        self._note_broken(inputs.pop("broken", ()))
-        images = (inputs["input_ids"] == self.model.config.image_token_id).sum()
-        # Packed rows have no mask; a padding token that is learned is an end token.
-        told = (inputs["labels"] != IGNORED) | (
-            inputs["input_ids"] != self.data_collator.pad_token_id
-        )
-        self.stage_log.count(inputs.get("attention_mask", told).sum(), images)
-        steps = self.state.global_step + 1
-        logged = steps % self.state.logging_steps == 0 or steps in (1, self.state.max_steps)
-        with self.watch.watching(logged):
+        self._record_broken(inputs.pop("broken", ()))
+        num_image_tokens = self._count_tokens(inputs)
+        is_logged = step % self.state.logging_steps == 0 or step in (1, self.state.max_steps)
+        with self.monitor.observe(is_logged):
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if logged and self.accelerator.sync_gradients:
+        if is_logged and self.accelerator.sync_gradients:
             scaler = self.accelerator.scaler
-            self.watch.take_gradients(
-                bool(images), scaler.get_scale() if scaler is not None else 1.0
-            )
+            scale = scaler.get_scale() if scaler is not None else 1.0
+            self.monitor.record_gradients(bool(num_image_tokens), scale)
         if not math.isfinite(loss):
             raise UserError(
-                f"{self._place()} has the loss {loss.item()}, so training cannot go on; lower the"
+                f"step {step} has the loss {loss.item()}, so training cannot go on; lower the"
                 " learning rate, warm it up, or clip gradients (args: learning_rate, warmup_steps,"
                 " max_grad_norm)"
             )
         return loss
 
-    def _note_broken(self, errors) -> None:
-        """Count and name broken records, of all processes and of this run's beginning; ValueError
-        where they are more than their share.
+    def _count_tokens(self, inputs) -> torch.Tensor:
+        """Add a micro-batch to the log; returns its number of image tokens."""
+        input_ids = inputs["input_ids"]
+        num_image_tokens = (input_ids == self.model.config.image_token_id).sum()
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            # Packed rows have no mask; a padding token with a label is an end token.
+            is_padding = input_ids == self.data_collator.pad_token_id
+            mask = (inputs["labels"] != IGNORED) | ~is_padding
+        self.stage_log.count(mask.sum(), num_image_tokens)
+        return num_image_tokens
+
+    def _record_broken(self, errors) -> None:
+        """Write broken records to the stage's file, unless this run has named them already.
+
+        Args:
+            errors: Errors of this micro-batch's broken records.
+
+        Raises:
+            UserError: If they are more than `max_broken` allows.
         """
         if not errors:
             return
         file = Path(self.args.output_dir) / SKIPPED
         known = set(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else set()
-        new = [
-            one
-            for one in dict.fromkeys(" ".join(str(error).split()) for error in errors)
-            if one not in known
-        ]
+        lines = dict.fromkeys(" ".join(str(error).split()) for error in errors)
+        new = [line for line in lines if line not in known]
         if not new:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write("".join(f"{sentence}\n" for sentence in new))
-        data, num = self.train_dataset, len(known) + len(new)
-        seen = self.num_seen if isinstance(data, Stream) else len(data.examples)
-        share = max(source.max_broken for source in self.stage.data)
-        if num > max(FEW, share * seen):
+        with file.open("a", encoding="utf-8") as skipped:
+            skipped.write("".join(f"{line}\n" for line in new))
+        is_stream = isinstance(self.train_dataset, Stream)
+        total = self.num_records_seen if is_stream else len(self.train_dataset.examples)
+        num_broken = len(known) + len(new)
+        fraction = max(source.max_broken for source in self.stage.data)
+        if num_broken > max(MIN_BROKEN, fraction * total):
             raise UserError(
-                f"{self._place()}: {num} of {seen:,} records were left out as broken, more than"
-                f" max_broken={share} allows; they are named in {file}, the last: {new[-1]}; mend"
-                " them, or raise max_broken"
+                f"step {self.state.global_step + 1}: {num_broken} of {total:,} records were left"
+                f" out as broken, more than max_broken={fraction} allows; {file} names them, the"
+                f" last: {new[-1]}; repair them, or raise max_broken"
             )
 
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        """The model's loss, with the gate penalty; frozen parts stay in evaluation mode."""
+        # The Trainer has just put the whole model into training mode.
+        for module, part in self.frozen_modules:
+            # Gradients pass through a frozen language model: where checkpointing is on, its layers
+            # must still be recomputed.
+            checkpoints = getattr(module, "gradient_checkpointing", False)
+            module.training = part == "language" and checkpoints
+        inputs = {**inputs, "use_cache": False}
+        result = super().compute_loss(model, inputs, return_outputs, **kwargs)
+        loss = result[0] if return_outputs else result
+        if "pixel_values" not in inputs and self.image_parameters:
+            # As in the model for fusion: a batch without images must still give every trained part
+            # a gradient.
+            loss = loss + 0.0 * sum(p.sum() for p in self.image_parameters)
+        if self.stage.gate_penalty:
+            loss = loss + self.stage.gate_penalty * self.model.fusion.gates.abs().sum()
+        return (loss, result[1]) if return_outputs else loss
+
     def log(self, logs, start_time=None):
-        """The Trainer's figures and those of the shortcuts, to log.jsonl and wherever `report_to`
-        says.
-        """
+        """Log the Trainer's figures and those of the shortcuts."""
         if "loss" in logs:
-            self.stage_log.shortcuts = self.watch.figures()
-            for of_one in self.stage_log.shortcuts:
+            self.stage_log.shortcuts = self.monitor.get_statistics()
+            for statistics in self.stage_log.shortcuts:
+                prefix = f"shortcuts/{statistics['number']}_into_layer_{statistics['layer']}"
                 for name in ("grad_norm", "ratio"):
-                    if name in of_one:
-                        logs[
-                            f"shortcuts/{of_one['number']}_into_layer_{of_one['layer']}/{name}"
-                        ] = of_one[name]
-            logs |= self.stage_log.figures()
+                    if name in statistics:
+                        logs[f"{prefix}/{name}"] = statistics[name]
+            logs |= self.stage_log.compute_speed()
         super().log(logs, start_time)
 
     def evaluate(self, *args, **kwargs):
-        """As the Trainer, but the random numbers that training goes on with are the same as without
-        it.
-        """
-        states = random.getstate(), np.random.get_state()
+        """Evaluate without a change to the random numbers that training goes on with."""
+        python_state = random.getstate()
+        numpy_state = np.random.get_state()
         with torch.random.fork_rng():
             metrics = super().evaluate(*args, **kwargs)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
         return metrics
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        """The model's loss per learned token of the global batch."""
-        for (
-            module,
-            part,
-        ) in self.frozen:  # the Trainer has just put the whole model into training mode
-            # Gradients pass through a frozen language model: where checkpointing is on, its layers
-            # must still be recomputed.
-            module.training = part == "language" and getattr(
-                module, "gradient_checkpointing", False
-            )
-        inputs = {**inputs, "use_cache": False}  # a cache of keys and values is of no use here
-        loss = super().compute_loss(model, inputs, return_outputs, **kwargs)
-        if "pixel_values" not in inputs and self.pictured:
-            # As in the model for fusion: a batch without pictures must still give every trained
-            # part a gradient.
-            zero = 0.0 * sum(p.sum() for p in self.pictured)
-            loss = (loss[0] + zero, loss[1]) if return_outputs else loss + zero
-        if self.stage.gate_penalty:
-            extra = self.stage.gate_penalty * self.model.fusion.gates.abs().sum()
-            loss = (loss[0] + extra, loss[1]) if return_outputs else loss + extra
-        return loss
+    def floating_point_ops(self, inputs) -> int:
+        """Nothing: the Trainer's estimate ignores images and walks all parameters at every step."""
+        return 0
+
+    # Checkpoints
 
     def _save_checkpoint(self, model, trial):
-        """As the Trainer, but marked once it is whole, and only then are old ones removed."""
+        """Write a checkpoint; old ones are removed only after it is marked as complete."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                mark_whole(folder, self.batch_facts)
+                mark_complete(folder, self.batch_facts)
                 rotate_checkpoints(str(folder.parent), limit)
         except Exception as error:  # safetensors, torch and the file system each have their own
-            raise not_written(error, folder, self.stage.name) from error
+            raise discard_checkpoint(folder, error, self.stage.name) from error
         finally:
             self.args.save_total_limit = limit
 
     def _save(self, output_dir=None, state_dict=None):
-        """As the Trainer, but of an upgraded model whose base is untouched only the shortcuts, and
-        adapters in files of their own.
-        """
+        """Save the model: shortcuts alone where the base is unchanged, and adapters separately."""
         folder = Path(output_dir or self.args.output_dir)
         if not self.model.saves_fusion_only:
             if get_adapters(self.model):
@@ -347,33 +410,11 @@ class StageTrainer(Trainer):
             save_adapters(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """As the Trainer, and also from a checkpoint of shortcuts alone, or with adapters."""
+        """Load what `_save` has written."""
         folder = Path(resume_from_checkpoint)
-        if self.is_sharded or not ((folder / WEIGHTS).is_file() or get_adapters(self.model)):
+        has_fusion = (folder / WEIGHTS).is_file()
+        if self.is_sharded or not (has_fusion or get_adapters(self.model)):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if (folder / WEIGHTS).is_file():
+        if has_fusion:
             self.model.fusion.load_state_dict(load_file(folder / WEIGHTS))
         load_checkpoint(self.model, folder)
-
-    def _num_bytes(self) -> int:
-        """What the disk must hold: the stage's result and, where checkpoints are written, one of
-        them.
-        """
-        saved = self.model.fusion if self.model.saves_fusion_only else self.model
-        weights = sum(p.numel() * p.element_size() for p in saved.parameters())
-        if self.args.save_strategy == "no":
-            return weights
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        states = (
-            0 if self.args.save_only_model else 2 * 4 * trained
-        )  # Adam's two moments in single precision
-        return 2 * weights + states
-
-    def floating_point_ops(self, inputs) -> int:
-        """Not counted here: the Trainer's rule of thumb knows no pictures and walks all parameters
-        at every step.
-        """
-        return 0
-
-    def _place(self) -> str:
-        return f"stage {self.stage.name}: step {self.state.global_step + 1}"

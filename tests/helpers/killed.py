@@ -74,7 +74,7 @@ POINTS = {  # where a run is killed -> how that is brought about
         torch, "save", lambda what, path, *a: _half(path, "checkpoint-4/optimizer")
     ),
     "checkpoint not yet marked": lambda: before(
-        run_folder, "_sync", lambda path: "checkpoint-4" in str(path)
+        run_folder, "_flush_to_disk", lambda path: "checkpoint-4" in str(path)
     ),
     "between the stages": lambda: before(
         training, "clear_stage", lambda folder, *a: folder.name == "two"

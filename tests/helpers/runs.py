@@ -9,7 +9,7 @@ from PIL import Image
 
 from sparsecut.config.recipe import parse_recipe
 from sparsecut.data.dataset import Collator, TrainingData, check_examples, read_examples
-from sparsecut.training.arguments import stage_arguments
+from sparsecut.training.arguments import build_arguments
 from sparsecut.training.freezing import freeze
 from sparsecut.training.progress import StageLog
 from sparsecut.training.stages import train
@@ -108,7 +108,7 @@ def trainer_for(model, processor, folder, **changes):
     examples = check_examples(read_examples(folder / "data.json"), processor)
     return StageTrainer(
         model=model,
-        args=stage_arguments(one, 0, folder / "out"),
+        args=build_arguments(one, 0, folder / "out"),
         stage=one,
         log=StageLog("one", folder / "out", shown=False),
         train_dataset=TrainingData(examples, processor),

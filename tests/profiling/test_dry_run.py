@@ -19,7 +19,7 @@ from sparsecut.config.recipe import load_recipe, parse_recipe
 from sparsecut.profiling.counting import counter
 from sparsecut.profiling.dry_run import GIB, dry_run, lines
 from sparsecut.profiling.dry_run_data import PUBLISHED, records_of
-from sparsecut.training.arguments import accumulation
+from sparsecut.training.arguments import compute_accumulation_steps
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 WORLD = {
@@ -145,7 +145,8 @@ def test_recipes_of_the_paper_differ_in_what_they_should():
     for recipe in (small, large):
         args = [stage.args for stage in recipe.stages]
         steps = [
-            8 * s.args["per_device_train_batch_size"] * accumulation(s, 8) for s in recipe.stages
+            8 * s.args["per_device_train_batch_size"] * compute_accumulation_steps(s, 8)
+            for s in recipe.stages
         ]
         assert steps == [256, 128] and recipe.stages[1].max_length == 2048
         assert all(
@@ -264,7 +265,7 @@ def test_deepspeed_shares_out_what_its_stage_says(level, shared, tmp_path):
 )
 def test_a_global_batch_is_accumulated(processes, args, many):
     one = parse_recipe({**WORLD, "stages": [one_stage(global_batch=256, args=args)]}).stages[0]
-    assert accumulation(one, processes) == many
+    assert compute_accumulation_steps(one, processes) == many
 
 
 @pytest.mark.parametrize(
@@ -296,7 +297,7 @@ def test_a_global_batch_is_accumulated(processes, args, many):
 def test_a_global_batch_that_cannot_be_is_refused_with_its_arithmetic(processes, args, sentence):
     one = parse_recipe({**WORLD, "stages": [one_stage(global_batch=256, args=args)]}).stages[0]
     with pytest.raises(ValueError, match=sentence):
-        accumulation(one, processes)
+        compute_accumulation_steps(one, processes)
 
 
 def test_a_folder_that_is_made_first_is_asked_for(tmp_path, monkeypatch):

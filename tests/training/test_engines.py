@@ -112,12 +112,12 @@ def test_sharding_that_would_not_shard_or_train_wrongly_is_refused(folder, monke
     trainer = trainer_for(*tiny_model(), folder, args={"use_cpu": True})
     trainer.args.fsdp = True
     with pytest.raises(ValueError, match="the processes compute on CPUs"):
-        trainer._check_sharding()
+        trainer._check_engine()
     trainer.args.fsdp, trainer.is_deepspeed_enabled = None, True
     plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3}})
     monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(deepspeed_plugin=plugin))
     with pytest.raises(ValueError, match=r"set zero_optimization\.stage3_gather"):
-        trainer._check_sharding()
+        trainer._check_engine()
     trainer.is_deepspeed_enabled = False
     plugin = SimpleNamespace(activation_checkpointing=True)
     monkeypatch.setattr(
@@ -125,4 +125,4 @@ def test_sharding_that_would_not_shard_or_train_wrongly_is_refused(folder, monke
     )
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match=r"set args\.activation_checkpointing"):
-        trainer._check_sharding()
+        trainer._check_engine()

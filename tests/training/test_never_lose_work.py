@@ -95,7 +95,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 @pytest.mark.parametrize(
     "owner, name",
-    [(StageTrainer, "_save"), (StageTrainer, "_save_rng_state"), (run_folder, "_sync")],
+    [(StageTrainer, "_save"), (StageTrainer, "_save_rng_state"), (run_folder, "_flush_to_disk")],
 )
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_can_go_on(
     folder, monkeypatch, owner, name
@@ -112,8 +112,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_can_go_on(
     with pytest.raises(
         OSError,
         match=(
-            r"checkpoint-4 could not be written .*No space.* last whole one is .*checkpoint-2; make"
-            r" room"
+            r"checkpoint-4 .*No space left.*checkpoint-2.*--resume"
         ),
     ):
         run(folder, stage(folder, args=CHECKPOINTS))
@@ -157,7 +156,7 @@ def test_an_unfinished_run_is_not_started_over_by_accident(folder):
     run(folder, stage(folder, args=CHECKPOINTS))  # a finished one may be repeated
     (folder / "out" / "one" / run_folder.FINISHED).unlink()
     with pytest.raises(
-        ValueError, match=r"unfinished run, whole as far as .*checkpoint-6; add --resume"
+        ValueError, match=r"checkpoint-6.*--resume"
     ):
         run(folder, stage(folder, args=CHECKPOINTS))
     changed = {**CHECKPOINTS, "save_steps": 3, "logging_steps": 2, "dataloader_num_workers": 1}

@@ -46,7 +46,7 @@ def test_another_recipe_does_not_overwrite_a_run(folder):
     run(folder)
     with pytest.raises(
         ValueError,
-        match=r"holds a run of another recipe \(it differs in seed\); choose another folder",
+        match=r"out .*seed",
     ):
         run(folder, seed=1)
     run(
@@ -108,17 +108,17 @@ def test_bad_records_are_skipped_and_listed_where_the_recipe_says_so(folder):
     [
         (
             {"args": {"learning_rte": 1}},
-            "args.learning_rte is no argument .* .did you mean 'learning_rate'",
+            "args.learning_rte .*'learning_rate'",
         ),
-        ({"args": {"output_dir": "x"}}, "args.output_dir is set by the recipe's `output`"),
-        ({"args": {"seed": 3}}, "args.seed is set by the recipe's `seed`"),
+        ({"args": {"output_dir": "x"}}, "args.output_dir .*`output`"),
+        ({"args": {"seed": 3}}, "args.seed .*`seed`"),
         (
             {"args": {"learning_rate": "fast"}},
-            "args.learning_rate is the text 'fast', but must be a number",
+            "args.learning_rate .*'fast'",
         ),
-        ({"args": {"remove_unused_columns": True}}, "must stay false"),
-        ({"args": {"eval_strategy": "steps", "eval_steps": 1}}, "the recipe has no `evaluate`"),
-        ({"args": {"label_smoothing_factor": 0.1}}, "would smooth wrong positions"),
+        ({"args": {"remove_unused_columns": True}}, "args.remove_unused_columns"),
+        ({"args": {"eval_strategy": "steps", "eval_steps": 1}}, "args.eval_strategy .*`evaluate`"),
+        ({"args": {"label_smoothing_factor": 0.1}}, "args.label_smoothing_factor"),
         (
             {"loss_over": "token"},
             "loss_over is 'token' .did you mean 'tokens'",
@@ -140,19 +140,19 @@ def test_what_cannot_be_trained_stops_with_a_sentence(folder, changes, sentence)
 def test_a_step_or_part_without_anything_to_learn_is_an_error(folder, monkeypatch):
     model, processor = tiny_model()
     monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
-    with pytest.raises(ValueError, match="training head would train nothing"):
+    with pytest.raises(ValueError, match="training head"):
         freeze(model, ("head",))
     trainer = trainer_for(tiny_model()[0], processor, folder)
-    with pytest.raises(ValueError, match="stage one: step 1 has no token to learn"):
+    with pytest.raises(ValueError, match="step 1"):
         trainer.training_step(trainer.model, {}, torch.tensor(0))
-    with pytest.raises(ValueError, match="the recipe's fusion gives the plan"):
+    with pytest.raises(ValueError, match="fusion"):
         train(recipe(folder, fusion="llava"), model=model, processor=processor, shown=False)
     monkeypatch.setattr(
         TrainingData,
         "_tokens",
         lambda self, i: {"input_ids": torch.ones(3).int(), "labels": torch.full((3,), -100)},
     )
-    with pytest.raises(ValueError, match="stage one: no item of the batch has a token to learn"):
+    with pytest.raises(ValueError, match=r"stage one: .*label"):
         run(folder)
 
 
