@@ -111,9 +111,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_can_go_on(
     monkeypatch.setattr(owner, name, full)
     with pytest.raises(
         OSError,
-        match=(
-            r"checkpoint-4 .*No space left.*checkpoint-2.*--resume"
-        ),
+        match=(r"checkpoint-4 .*No space left.*checkpoint-2.*--resume"),
     ):
         run(folder, stage(folder, args=CHECKPOINTS))
     assert sorted(path.name for path in (folder / "out" / "one").glob("checkpoint-*")) == [
@@ -155,9 +153,7 @@ def test_an_unfinished_run_is_not_started_over_by_accident(folder):
     run(folder, stage(folder, args=CHECKPOINTS))
     run(folder, stage(folder, args=CHECKPOINTS))  # a finished one may be repeated
     (folder / "out" / "one" / run_folder.FINISHED).unlink()
-    with pytest.raises(
-        ValueError, match=r"checkpoint-6.*--resume"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint-6.*--resume"):
         run(folder, stage(folder, args=CHECKPOINTS))
     changed = {**CHECKPOINTS, "save_steps": 3, "logging_steps": 2, "dataloader_num_workers": 1}
     run(folder, stage(folder, args=changed), resume=True)  # what changes no weight may change

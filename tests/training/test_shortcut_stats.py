@@ -81,9 +81,7 @@ def test_a_shortcut_without_gradient_is_called_dead_once(folder, caplog):
             model.zero_grad()
             trainer.compute_loss(model, dict(batch)).backward()
             trainer.monitor.record_gradients(True)
-    warned = [
-        record.getMessage() for record in caplog.records if "dead" in record.getMessage()
-    ]
+    warned = [record.getMessage() for record in caplog.records if "dead" in record.getMessage()]
     assert len(warned) == len(model.fusion.gated)
     assert "shortcut 1 " in warned[0] and "stage one" in warned[0]
 
