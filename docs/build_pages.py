@@ -22,7 +22,7 @@ def plans_page() -> str:
     """Every method: what its docstring says, its drawing, and its command; at the depths of CLIP-L
     and a 7B model.
     """
-    from sparsecut.drawing import summary
+    from sparsecut.drawing import summarize
     from sparsecut.methods import METHODS, make_plan
     from sparsecut.reports.plan_drawing import draw_plan
 
@@ -45,7 +45,7 @@ def plans_page() -> str:
             f"    sparsecut show {name} --vision-depth {depths[0]} --language-depth {depths[1]}"
         )
         parts.append(
-            f"## {name}\n\n{words}\n\n{summary(plan).splitlines()[0]}\n\n{drawing}\n\n{command}"
+            f"## {name}\n\n{words}\n\n{summarize(plan).splitlines()[0]}\n\n{drawing}\n\n{command}"
         )
     return "\n\n".join(parts) + "\n"
 

@@ -1,9 +1,9 @@
-"""A plan drawn for the terminal: encoder on the left, language model on the right, an arrow for
-every shortcut.
+"""A plan drawn for the terminal: encoder on the left, language model on the right, arrows between.
 
-Both stacks grow upwards. Shortcuts in the same order on both sides are straight arrows; the others, and those into the
-input, run along a track between the stacks, one track for each layer they reach. A track that meets an arrow without a
-joint only passes it. Layers that nothing reads or reaches are folded into dots.
+Both stacks grow upwards. Shortcuts in the same order on both sides are straight arrows. The others,
+and those into the input, run along a track between the stacks, one track for each layer they reach.
+A track that meets an arrow without a joint only passes it. Layers that no shortcut reads or reaches
+are folded into dots.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .plan import GATES, MIXERS, Plan, Shortcut
+from .plan import GATES, Plan
 
 LEFT, RIGHT, UP, DOWN = 1, 2, 4, 8
-LINES = {  # arms of a cell -> the character that has them
+LINES = {  # directions of the lines in a cell -> its character
     LEFT | RIGHT: "\u2500",
     UP | DOWN: "\u2502",
     RIGHT | DOWN: "\u250c",
@@ -28,47 +28,66 @@ LINES = {  # arms of a cell -> the character that has them
     LEFT | RIGHT | UP: "\u2534",
     LEFT | RIGHT | UP | DOWN: "\u253c",
 }
-LINE, POST = LINES[LEFT | RIGHT], LINES[UP | DOWN]
-DOTS, ARROW = "\u22ee", "\u25b6"
-NAMES = {0: "0 = patches"}, {0: "0 = input"}  # of numbers inside the stacks
-BOX = 13  # columns inside a stack
-MANY = 12  # tracks that still leave a free column each
-Item = int | str  # a layer's number, dots for folded ones, or nothing
+LINE = LINES[LEFT | RIGHT]
+POST = LINES[UP | DOWN]
+DOTS = "\u22ee"
+ARROW = "\u25b6"
+VISION_NAMES = {0: "0 = patches"}
+LANGUAGE_NAMES = {0: "0 = input"}
+STACK_WIDTH = 13  # columns inside a stack
+MANY_TRACKS = 12  # up to so many tracks have a free column between them
+
+Item = int | str  # in a stack: a number, dots for folded ones, or nothing
+Row = tuple[Item, Item]  # what stands in both stacks at one height
 
 
-@dataclass
-class Wires:
-    """The space between the stacks: the arms of the lines in every cell, where lines cross, and
-    where they are joined.
+@dataclass(frozen=True)
+class Arrow:
+    """A shortcut as every drawing shows it.
+
+    Attributes:
+        number: Its place in the plan.
+        taps: The encoder states it reads, from 0, those of means included, ascending.
+        layer: The decoder layer it adds to.
+        mix: The name of its mixer.
+        label: That name, with what sets the shortcut apart from others of the same mixer.
+        description: What the mixer does, in a few words.
+        reads_fine: Whether it reads fine views, too.
+        has_weights: Whether it can be switched off. The input of an upgraded model cannot.
     """
 
-    width: int
-    arms: Counter = field(default_factory=Counter)
-    crossings: set = field(default_factory=set)
-    joints: set = field(default_factory=set)
+    number: int
+    taps: tuple[int, ...]
+    layer: int
+    mix: str
+    label: str
+    description: str
+    reads_fine: bool
+    has_weights: bool
 
-    def across(self, y: int, start: int, stop: int) -> None:
-        """A horizontal line from column `start` to `stop`, open at the edges of the space."""
-        for x in range(start, stop + 1):
-            self._add(
-                x, y, LEFT * (x > start or x == 0) | RIGHT * (x < stop or x == self.width - 1)
-            )
 
-    def upright(self, x: int, low: int, high: int) -> None:
-        """A vertical line between two rows, which are counted upwards."""
-        for y in range(low, high + 1):
-            self._add(x, y, UP * (y < high) | DOWN * (y > low))
-
-    def _add(self, x: int, y: int, arms: int) -> None:
-        if {arms, self.arms[x, y]} == {LEFT | RIGHT, UP | DOWN}:
-            self.crossings.add((x, y))
-        self.arms[x, y] |= arms
-
-    def line(self, y: int) -> str:
-        """One row as text; of two lines that only cross, the upright one is seen."""
-        passing = self.crossings - self.joints
-        cells = (UP | DOWN if (x, y) in passing else self.arms[x, y] for x in range(self.width))
-        return "".join(LINES.get(arms, " ") for arms in cells)
+def list_arrows(plan: Plan, vision_depth: int) -> list[Arrow]:
+    """Return the arrows of a plan, for an encoder of `vision_depth` blocks."""
+    arrows = []
+    for number, shortcut in enumerate(plan.shortcuts):
+        taps = sorted({tap % (vision_depth + 1) for tap in shortcut.flat_taps})
+        label = shortcut.mix
+        if len(taps) > 1:
+            label += f" of {len(taps)} taps"
+        if shortcut.grain:
+            label += f" grain {shortcut.grain}"
+        arrow = Arrow(
+            number=number,
+            taps=tuple(taps),
+            layer=shortcut.layer,
+            mix=shortcut.mix,
+            label=label,
+            description=shortcut.mixer.description,
+            reads_fine=plan.tiles > 0 and not shortcut.is_coarse,
+            has_weights=shortcut.mix != "base",
+        )
+        arrows.append(arrow)
+    return arrows
 
 
 def draw(
@@ -79,174 +98,274 @@ def draw(
     num_patches: int | None = None,
     title: str | None = None,
 ) -> str:
-    """The plan as lines of text; `num_patches` of one view, where known, gives the image tokens."""
-    plan.check(vision_depth, language_depth)
-    flat = [
-        sorted({t % (vision_depth + 1) for t in s.flat_taps}) for s in plan.shortcuts
-    ]  # a mean is drawn as its states
-    shortcuts = [
-        Shortcut(taps, s.layer, s.mix, s.grain)
-        for taps, s in zip(flat, plan.shortcuts, strict=True)
-    ]
-    used = {tap for s in shortcuts for tap in s.taps}, {s.layer for s in shortcuts}
-    straight = straight_pairs(shortcuts)
-    rows = align(fold(used[0], vision_depth + 1), fold(used[1], language_depth), straight, used)
-    wires, labels = connect(rows, [s for s in shortcuts if s.taps], straight), arrivals(shortcuts)
-    room = max(map(len, labels.values())) + 8
-    space, beam = " " * (wires.width + room + 1), LINE * BOX
-    lines = [*([title] if title else []), summary(plan), ""]
-    lines += [
-        f"  {left:^{BOX + 2}}{space}{right:^{BOX + 2}}".rstrip()
-        for left, right in (
-            ("vision encoder", "language model"),
-            (f"{vision_depth} blocks", f"{language_depth} layers"),
-        )
-    ]
-    lines.append("  " + space.join([LINES[RIGHT | DOWN] + beam + LINES[LEFT | DOWN]] * 2))
-    for y, (tap, layer) in reversed(list(enumerate(rows))):
-        edge = LINES[UP | DOWN | RIGHT * (tap in used[0])]
-        arrow = (
-            f" {labels[layer]} ".center(room, LINE) + ARROW if layer in labels else " " * (room + 1)
-        )
-        left, right = NAMES[0].get(tap, tap), NAMES[1].get(layer, layer)
-        lines.append(f"  {POST}{left:^{BOX}}{edge}{wires.line(y)}{arrow}{POST}{right:^{BOX}}{POST}")
-    lines.append("  " + space.join([LINES[RIGHT | UP] + beam + LINES[LEFT | UP]] * 2))
-    return "\n".join([*lines, "", *remarks(plan, vision_depth, num_patches)])
+    """Draw a plan as lines of text.
 
+    Args:
+        plan: The plan.
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+        num_patches: Patches of one view, where known. They give the number of image tokens.
+        title: The first line.
 
-def summary(plan: Plan) -> str:
-    """The plan in one line of words."""
-    count = len(plan.shortcuts) - 1
-    words = [
-        f"{count or 'no'}"
-        f" shortcut{'s' * (count != 1)}{' into the input' * (count > 0 and not plan.layers)}"
-    ]
-    words.append(f"{plan.tiles}x{plan.tiles} fine views" if plan.tiles else "coarse view only")
-    if count:
-        rank = f" of rank {plan.rank}" if plan.rank else ""
-        shared = f"one projector, corrections{rank}" if rank else "one shared projector"
-        words.append(shared if plan.shared else f"a projector{rank} each")
-    words.append("norm on taps" if plan.norm else "no norm")
-    if plan.layers:
-        words.append(GATES[plan.gate].description)
-    return ", ".join(words)
-
-
-def remarks(plan: Plan, vision_depth: int, num_patches: int | None) -> list[str]:
-    """What the drawing cannot show: views, image tokens, mixers, and how layers are numbered."""
-    fine = f"1 coarse and {plan.tiles} x {plan.tiles} fine" if plan.tiles else "coarse only"
-    taps, deep = plan.resolved_taps(vision_depth), plan.fine_taps(vision_depth)
-    if deep and max(deep) < max(taps):
-        fine += f", the fine ones as far as block {max(deep)}"
-    if plan.has_base_input:
-        tokens = "the base's own, as many as before"
-    elif num_patches is None:
-        tokens = f"{plan.image_tokens(8) / 8:g} for each coarse patch"
-    else:
-        tokens = f"{plan.image_tokens(num_patches)} per picture ({num_patches} patches per view)"
-    mixes = list(dict.fromkeys(s.mix for s in plan.shortcuts))
-    return [
-        f"  picture       {plan.num_views} view{'s' * (plan.num_views > 1)}: {fine}",
-        f"  image tokens  {tokens}",
-        *(f"  {mix:13} {MIXERS[mix].description}" for mix in mixes),
-        "  left          hidden states of the encoder: 0 = patch embedding, k = after block k",
-        "  right         the layer before which features are added: 0 = input embedding",
-    ]
-
-
-def straight_pairs(shortcuts: Sequence[Shortcut]) -> list[tuple[int, int]]:
-    """(tap, layer) of the longest run of shortcuts that climb both stacks together; none where most
-    would not join it.
+    Raises:
+        UserError: The plan does not fit these depths.
     """
-    pairs = sorted((s.layer, s.taps[0]) for s in shortcuts if s.layer > 0 and len(s.taps) == 1)
-    chains: list[list[tuple[int, int]]] = []
+    plan.check(vision_depth, language_depth)
+    arrows = list_arrows(plan, vision_depth)
+    lines = [] if title is None else [title]
+    lines += [summarize(plan), ""]
+    lines += _draw_stacks(arrows, vision_depth, language_depth)
+    lines += ["", *_list_details(plan, vision_depth, num_patches)]
+    return "\n".join(lines)
+
+
+def summarize(plan: Plan) -> str:
+    """Return the plan in one line of words."""
+    count = len(plan.shortcuts) - 1
+    words = f"{count or 'no'} shortcut{'' if count == 1 else 's'}"
+    if count and not plan.layers:
+        words += " into the input"
+    parts = [words, f"{plan.tiles}x{plan.tiles} fine views" if plan.tiles else "coarse view only"]
+    if count:
+        parts.append(_describe_projectors(plan))
+    parts.append("norm on taps" if plan.norm else "no norm")
+    if plan.layers:
+        parts.append(GATES[plan.gate].description)
+    return ", ".join(parts)
+
+
+def _describe_projectors(plan: Plan) -> str:
+    rank = f" of rank {plan.rank}" if plan.rank else ""
+    if not plan.shared:
+        return f"a projector{rank} each"
+    return f"one projector, corrections{rank}" if rank else "one shared projector"
+
+
+def _list_details(plan: Plan, vision_depth: int, num_patches: int | None) -> list[str]:
+    """What the drawing cannot show: views, image tokens, mixers, and how layers are numbered."""
+    plural = "s" if plan.num_views > 1 else ""
+    details = {
+        "image": f"{plan.num_views} view{plural}: {_describe_views(plan, vision_depth)}",
+        "image tokens": _describe_tokens(plan, num_patches),
+    }
+    details |= {s.mix: s.mixer.description for s in plan.shortcuts}
+    details |= {
+        "left": "hidden states of the encoder: 0 = patch embedding, k = after block k",
+        "right": "the layer before which features are added: 0 = input embedding",
+    }
+    return [f"  {name:13} {text}" for name, text in details.items()]
+
+
+def _describe_views(plan: Plan, vision_depth: int) -> str:
+    if not plan.tiles:
+        return "coarse only"
+    text = f"1 coarse and {plan.tiles} x {plan.tiles} fine"
+    fine_taps = plan.fine_taps(vision_depth)
+    if fine_taps and max(fine_taps) < max(plan.resolved_taps(vision_depth)):
+        text += f", the fine ones as far as block {max(fine_taps)}"
+    return text
+
+
+def _describe_tokens(plan: Plan, num_patches: int | None) -> str:
+    if plan.has_base_input:
+        return "the base's own, as many as before"
+    if num_patches is None:
+        return f"{plan.image_tokens(8) / 8:g} for each coarse patch"
+    return f"{plan.image_tokens(num_patches)} per image ({num_patches} patches per view)"
+
+
+def _draw_stacks(arrows: Sequence[Arrow], vision_depth: int, language_depth: int) -> list[str]:
+    taps = {tap for arrow in arrows for tap in arrow.taps}
+    layers = {arrow.layer for arrow in arrows}
+    straight = find_straight_pairs(arrows)
+    left = fold(taps, vision_depth + 1)
+    right = fold(layers, language_depth)
+    rows = _align(left, right, straight, taps, layers)
+    wires = _route(rows, arrows, straight)
+    labels = _label_layers(arrows)
+    label_width = max(len(label) for label in labels.values()) + 8
+    space = " " * (wires.width + label_width + 1)
+    lines = []
+    headers = [("vision encoder", "language model")]
+    headers.append((f"{vision_depth} blocks", f"{language_depth} layers"))
+    for vision, language in headers:
+        width = STACK_WIDTH + 2
+        lines.append(f"  {vision:^{width}}{space}{language:^{width}}".rstrip())
+    lines.append(_draw_edges(RIGHT | DOWN, LEFT | DOWN, space))
+    for y in reversed(range(len(rows))):
+        tap, layer = rows[y]
+        vision = f"{VISION_NAMES.get(tap, tap):^{STACK_WIDTH}}"
+        language = f"{LANGUAGE_NAMES.get(layer, layer):^{STACK_WIDTH}}"
+        edge = LINES[UP | DOWN | RIGHT] if tap in taps else POST
+        arrow = " " * (label_width + 1)
+        if layer in labels:
+            arrow = f" {labels[layer]} ".center(label_width, LINE) + ARROW
+        lines.append(f"  {POST}{vision}{edge}{wires.draw_row(y)}{arrow}{POST}{language}{POST}")
+    lines.append(_draw_edges(RIGHT | UP, LEFT | UP, space))
+    return lines
+
+
+def _draw_edges(left_corner: int, right_corner: int, space: str) -> str:
+    """The upper or lower edges of both stacks."""
+    edge = LINES[left_corner] + LINE * STACK_WIDTH + LINES[right_corner]
+    return f"  {edge}{space}{edge}"
+
+
+def find_straight_pairs(arrows: Sequence[Arrow]) -> list[tuple[int, int]]:
+    """Return (tap, layer) of the longest run of arrows that climb both stacks together.
+
+    The list is empty where most arrows would not join the run.
+    """
+    single = [arrow for arrow in arrows if arrow.layer > 0 and len(arrow.taps) == 1]
+    pairs = sorted((arrow.layer, arrow.taps[0]) for arrow in single)
+    runs: list[list[tuple[int, int]]] = []
     for layer, tap in pairs:
-        below = [chain for chain in chains if chain[-1][0] < tap and chain[-1][1] < layer]
-        chains.append([*max(below, key=len, default=[]), (tap, layer)])
-    longest = max(chains, key=len, default=[])
+        longest: list[tuple[int, int]] = []
+        for run in runs:
+            last_tap, last_layer = run[-1]
+            if last_tap < tap and last_layer < layer and len(run) > len(longest):
+                longest = run
+        runs.append([*longest, (tap, layer)])
+    longest = max(runs, key=len, default=[])
     return longest if 2 * len(longest) >= len(pairs) else []
 
 
 def fold(used: set[int], count: int) -> list[Item]:
-    """Numbers 0 to count - 1 from the bottom up, with dots for two or more unused ones in a row."""
+    """Return the numbers from 0 to `count` - 1, with dots for unused ones that have an unused
+    neighbour.
+    """
     items: list[Item] = []
     for number in range(count):
-        lonely = number in used or ({number - 1, number + 1} & set(range(count))) <= used
-        if lonely:
+        neighbours = {number - 1, number + 1} & set(range(count))
+        if number in used or neighbours <= used:
             items.append(number)
         elif not items or items[-1] != DOTS:
             items.append(DOTS)
     return items
 
 
-def align(
-    left: list[Item], right: list[Item], straight, used: tuple[set, set]
-) -> list[tuple[Item, Item]]:
-    """Put both stacks on common rows: straight pairs on one row, and no other tap beside a layer,
-    where wires would meet.
-    """
-    rows: list[tuple[Item, Item]] = []
-    for tap, layer in [*straight, (None, None)]:
-        i, j = (left.index(tap), right.index(layer)) if tap is not None else (len(left), len(right))
-        below, beside = left[:i], right[:j]
-        while below or beside:
-            clash = below and beside and below[0] in used[0] and beside[0] in used[1]
-            taller = len(below) >= len(beside)
-            rows.append(
-                (
-                    below.pop(0) if below and (not clash or taller) else "",
-                    beside.pop(0) if beside and (not clash or not taller) else "",
-                )
-            )
-        if tap is not None:
-            rows.append((tap, layer))
-        left, right = left[i + 1 :], right[j + 1 :]
-    for y in range(1, len(rows)):  # folded layers fill the height that the other stack takes
-        rows[y] = tuple(
-            DOTS if (item, below) == ("", DOTS) else item
-            for item, below in zip(rows[y], rows[y - 1], strict=True)
-        )
+def _align(
+    left: list[Item],
+    right: list[Item],
+    straight: Sequence[tuple[int, int]],
+    taps: set[int],
+    layers: set[int],
+) -> list[Row]:
+    """Put both stacks on common rows, from the bottom up, with straight pairs on one row."""
+    rows: list[Row] = []
+    for tap, layer in straight:
+        i = left.index(tap)
+        j = right.index(layer)
+        rows += _interleave(left[:i], right[:j], taps, layers)
+        rows.append((tap, layer))
+        left = left[i + 1 :]
+        right = right[j + 1 :]
+    rows += _interleave(left, right, taps, layers)
+    for y in range(1, len(rows)):  # dots fill the height that the other stack takes
+        items = []
+        for item, below in zip(rows[y], rows[y - 1], strict=True):
+            items.append(DOTS if item == "" and below == DOTS else item)
+        rows[y] = (items[0], items[1])
     return rows
 
 
-def connect(rows: list[tuple[Item, Item]], shortcuts: Sequence[Shortcut], straight) -> Wires:
-    """The wires of all shortcuts; lower layers have their track further left, so that wires of one
-    tap do not cross.
+def _interleave(left: list[Item], right: list[Item], taps: set[int], layers: set[int]) -> list[Row]:
+    """Put items side by side, but no used tap beside a used layer, where lines would meet."""
+    left = list(left)
+    right = list(right)
+    rows: list[Row] = []
+    while left or right:
+        clash = bool(left and right) and left[0] in taps and right[0] in layers
+        left_is_taller = len(left) >= len(right)
+        takes_left = left and (left_is_taller or not clash)
+        takes_right = right and not (left_is_taller and clash)
+        rows.append((left.pop(0) if takes_left else "", right.pop(0) if takes_right else ""))
+    return rows
+
+
+@dataclass
+class Wires:
+    """The space between the stacks, as cells that lines pass in some directions.
+
+    Attributes:
+        width: Number of columns.
+        directions: (column, row) -> the directions of the lines in the cell.
+        crossings: Cells where a horizontal and a vertical line meet.
+        joints: Crossings where the two belong together.
     """
-    of_tap = {tap: y for y, (tap, _) in enumerate(rows)}
-    of_layer = {layer: y for y, (_, layer) in enumerate(rows)}
-    routed = [s for s in shortcuts if (s.taps[0], s.layer) not in straight or len(s.taps) > 1]
-    targets = sorted({s.layer for s in routed})
-    step = 2 if len(targets) <= MANY else 1
-    tracks = {layer: 1 + step * k for k, layer in enumerate(targets)}
-    wires = Wires(width=2 + step * len(targets))
+
+    width: int
+    directions: Counter = field(default_factory=Counter)
+    crossings: set[tuple[int, int]] = field(default_factory=set)
+    joints: set[tuple[int, int]] = field(default_factory=set)
+
+    def add_horizontal(self, y: int, start: int, stop: int) -> None:
+        """Add a line from column `start` to `stop`. It is open at the edges of the space."""
+        for x in range(start, stop + 1):
+            goes_left = x > start or x == 0
+            goes_right = x < stop or x == self.width - 1
+            self._add(x, y, LEFT * goes_left | RIGHT * goes_right)
+
+    def add_vertical(self, x: int, low: int, high: int) -> None:
+        """Add a line between two rows, which are counted upwards."""
+        for y in range(low, high + 1):
+            self._add(x, y, UP * (y < high) | DOWN * (y > low))
+
+    def _add(self, x: int, y: int, directions: int) -> None:
+        if {directions, self.directions[x, y]} == {LEFT | RIGHT, UP | DOWN}:
+            self.crossings.add((x, y))
+        self.directions[x, y] |= directions
+
+    def draw_row(self, y: int) -> str:
+        """Return one row as text. Of two lines that only cross, the vertical one is seen."""
+        row = ""
+        for x in range(self.width):
+            is_passed = (x, y) in self.crossings and (x, y) not in self.joints
+            row += POST if is_passed else LINES.get(self.directions[x, y], " ")
+        return row
+
+
+def _route(
+    rows: Sequence[Row], arrows: Sequence[Arrow], straight: Sequence[tuple[int, int]]
+) -> Wires:
+    """Route every arrow. Lower layers have their track further left.
+
+    So lines that leave one tap do not cross.
+    """
+    tap_rows = {tap: y for y, (tap, _) in enumerate(rows)}
+    layer_rows = {layer: y for y, (_, layer) in enumerate(rows)}
+    routed = []
+    for arrow in arrows:
+        is_straight = len(arrow.taps) == 1 and (arrow.taps[0], arrow.layer) in straight
+        if arrow.taps and not is_straight:
+            routed.append(arrow)
+    layers = sorted({arrow.layer for arrow in routed})
+    step = 2 if len(layers) <= MANY_TRACKS else 1
+    wires = Wires(width=2 + step * len(layers))
     for tap, _ in straight:
-        wires.across(of_tap[tap], 0, wires.width - 1)
-    for s in routed:
-        x, end = tracks[s.layer], of_layer[s.layer]
-        ends = [end, *(of_tap[tap] for tap in s.taps)]
-        for y in ends[1:]:
-            wires.across(y, 0, x)
+        wires.add_horizontal(tap_rows[tap], 0, wires.width - 1)
+    for arrow in routed:
+        x = 1 + step * layers.index(arrow.layer)
+        end = layer_rows[arrow.layer]
+        starts = [tap_rows[tap] for tap in arrow.taps]
+        for y in starts:
+            wires.add_horizontal(y, 0, x)
             wires.joints.add((x, y))
-        wires.upright(x, min(ends), max(ends))
-        wires.across(end, x, wires.width - 1)
+        wires.add_vertical(x, min(end, *starts), max(end, *starts))
+        wires.add_horizontal(end, x, wires.width - 1)
     return wires
 
 
-def arrivals(shortcuts: Sequence[Shortcut]) -> dict[int, str]:
-    """What arrives at each layer, in words: mixers, with their number where several add up."""
-    words: dict[int, Counter] = {}
-    for s in shortcuts:
-        name = (
-            s.mix
-            + f" of {len(s.taps)} taps" * (len(s.taps) > 1)
-            + f" grain {s.grain}" * (s.grain > 0)
-        )
-        words.setdefault(s.layer, Counter())[name] += 1
-    return {
-        layer: " + ".join(f"{n} x {name}" if n > 1 else name for name, n in names.items())
-        for layer, names in words.items()
-    }
+def _label_layers(arrows: Sequence[Arrow]) -> dict[int, str]:
+    """What arrives at each layer: the mixers' names, counted where several add up."""
+    counters: dict[int, Counter] = {}
+    for arrow in arrows:
+        counters.setdefault(arrow.layer, Counter())[arrow.label] += 1
+    labels = {}
+    for layer, counter in counters.items():
+        names = [f"{n} x {name}" if n > 1 else name for name, n in counter.items()]
+        labels[layer] = " + ".join(names)
+    return labels
 
 
 def text_table(

@@ -2,35 +2,34 @@
 
 import pytest
 
-from sparsecut.drawing import ARROW, draw, fold, straight_pairs, text_table
+from sparsecut.drawing import (
+    ARROW,
+    draw,
+    find_straight_pairs,
+    fold,
+    list_arrows,
+    summarize,
+    text_table,
+)
 from sparsecut.methods import METHODS, PATTERNS, make_plan
-from sparsecut.plan import Plan, Shortcut
+from sparsecut.plan import GATES, MIXERS, Plan, Shortcut
+from sparsecut.schema import UserError
 
 PLANS = [*METHODS, *({"method": "sparsecut", "pattern": pattern} for pattern in PATTERNS)]
-
-
-def arrows(text: str) -> list[str]:
-    return [line for line in text.splitlines() if ARROW in line]
 
 
 @pytest.mark.parametrize("spec", PLANS, ids=str)
 @pytest.mark.parametrize("depths", [(24, 40), (40, 40)], ids=str)
 def test_every_layer_that_receives_features_has_one_arrow(spec, depths):
     plan = make_plan(spec, *depths)
-    text = draw(plan, *depths, title="a plan")
+    lines = draw(plan, *depths, title="a plan").splitlines()
     layers = sorted({s.layer for s in plan.shortcuts}, reverse=True)
-    labels = [line.split(ARROW)[1].strip("\u2502 ") for line in arrows(text)]
-    assert labels == [str(layer) if layer else "0 = input" for layer in layers]
-    assert max(map(len, text.splitlines())) <= 100
-    for tap in plan.resolved_taps(depths[0]):  # a wire leaves every tap that is read
-        assert (
-            sum(
-                f" {tap} " in line.split("\u251c")[0]
-                for line in text.splitlines()
-                if "\u251c" in line
-            )
-            == 1
-        )
+    ends = [line.split(ARROW)[1].strip("\u2502 ") for line in lines if ARROW in line]
+    assert ends == [str(layer) if layer else "0 = input" for layer in layers]
+    assert max(map(len, lines)) <= 100
+    starts = [line.split("\u251c")[0] for line in lines if "\u251c" in line]
+    for tap in plan.resolved_taps(depths[0]):  # a line leaves every tap that is read
+        assert sum(f" {tap} " in start for start in starts) == 1
 
 
 def test_a_small_drawing_by_heart():
@@ -50,11 +49,24 @@ def test_a_small_drawing_by_heart():
     ]
 
 
+def find_straight(*shortcuts: Shortcut) -> list[tuple[int, int]]:
+    return find_straight_pairs(list_arrows(Plan((Shortcut((8,), 0), *shortcuts)), 8))
+
+
 def test_straight_arrows_need_the_same_order_on_both_sides():
     ascending = [Shortcut((t,), t + 1) for t in (1, 3, 5)]
-    assert straight_pairs(ascending) == [(1, 2), (3, 4), (5, 6)]
-    assert straight_pairs([Shortcut((6 - t,), t) for t in (1, 2, 3, 4)]) == []
-    assert straight_pairs([Shortcut((-2,), 0)]) == []
+    assert find_straight(*ascending) == [(1, 2), (3, 4), (5, 6)]
+    assert find_straight(*(Shortcut((6 - t,), t) for t in (1, 2, 3, 4))) == []
+    assert find_straight() == []
+
+
+def test_arrows_say_what_drawings_show():
+    plan = Plan((Shortcut((-2,), 0), Shortcut(((1, -3), 2), 3, "channels")), tiles=2)
+    plain, fine = list_arrows(plan, 4)
+    assert (plain.taps, plain.label, plain.reads_fine) == ((3,), "pick", False)
+    assert (fine.taps, fine.label, fine.reads_fine) == ((1, 2), "channels of 2 taps", True)
+    base, _ = list_arrows(plan.for_upgrade(fine=True), 4)
+    assert base.taps == () and not base.has_weights
 
 
 def test_unused_layers_are_folded_and_single_ones_are_not():
@@ -62,33 +74,22 @@ def test_unused_layers_are_folded_and_single_ones_are_not():
     assert fold({0}, 2) == [0, 1]
 
 
-def test_the_words_beside_the_picture():
-    plan = Plan(
-        (Shortcut((-2,), 0), Shortcut((3, 5), 4, "attend")),
-        tiles=2,
-        shared=True,
-        norm=False,
-        gate="zero",
-    )
+def test_the_words_beside_the_drawing():
+    shortcuts = (Shortcut((-2,), 0), Shortcut((3, 5), 4, "attend"))
+    plan = Plan(shortcuts, tiles=2, shared=True, norm=False, gate="zero")
     text = draw(plan, 6, 8, num_patches=9)
-    assert (
-        text.splitlines()[0]
-        == "1 shortcut, 2x2 fine views, one shared projector, no norm, gates that start at zero"
-    )
-    assert (
-        "9 per picture (9 patches per view)" in text and "5 views: 1 coarse and 2 x 2 fine" in text
-    )
-    assert "attend of 2 taps" in text
-    tokens = draw(make_plan("hires_tokens", 6, 8), 6, 8)
-    assert "5 for each coarse patch" in tokens
-    assert draw(make_plan("sparsecut_input", 6, 8), 6, 8).startswith("3 shortcuts into the input, ")
-    assert draw(make_plan("llava", 6, 8), 6, 8).startswith(
-        "no shortcuts, coarse view only, no norm\n"
-    )
+    first = text.splitlines()[0]
+    for words in ("1 shortcut,", "2x2 fine views", "shared", "no norm", GATES["zero"].description):
+        assert words in first
+    assert "9 per image" in text and "5 views" in text and "attend of 2 taps" in text
+    assert MIXERS["attend"].description in text
+    assert "5 for each coarse patch" in draw(make_plan("hires_tokens", 6, 8), 6, 8)
+    assert summarize(make_plan("sparsecut_input", 6, 8)).startswith("3 shortcuts into the input")
+    assert summarize(make_plan("llava", 6, 8)).startswith("no shortcuts, coarse view only")
 
 
 def test_a_plan_that_cannot_fire_is_not_drawn():
-    with pytest.raises(ValueError, match="adds to layer 34"):
+    with pytest.raises(UserError, match="layer 34"):
         draw(make_plan("official_13b", 24, 40), 24, 32)
 
 

@@ -14,7 +14,7 @@ from fastapi.responses import HTMLResponse
 from PIL import Image
 
 from ..data.examples import Example
-from ..drawing import summary
+from ..drawing import list_arrows, summarize
 from ..evaluation.ablation import measure_additions
 from ..schema import UserError
 from .context import APIError, ServerConfig, ServerContext, build_busy_error
@@ -82,22 +82,20 @@ def build_plan_facts(model, config: ServerConfig) -> dict:
     plan = model.plan
     vision_depth = model.config.vision_depth
     shortcuts = []
-    for number, shortcut in enumerate(plan.shortcuts):
-        # Taps may count from the end; 0 are the patches before the first block.
-        taps = {tap % (vision_depth + 1) for tap in shortcut.flat_taps}
+    for arrow in list_arrows(plan, vision_depth):
         facts = {
-            "number": number,
-            "taps": sorted(taps),
-            "layer": shortcut.layer,
-            "mix": shortcut.mix,
-            "words": shortcut.mixer.description,
-            "is_fine": bool(plan.tiles) and not shortcut.is_coarse,
-            "can_be_off": shortcut.mix != "base",
+            "number": arrow.number,
+            "taps": arrow.taps,
+            "layer": arrow.layer,
+            "mix": arrow.mix,
+            "words": arrow.description,
+            "is_fine": arrow.reads_fine,
+            "can_be_off": arrow.has_weights,
         }
         shortcuts.append(facts)
     return {
         "model": config.name,
-        "summary": summary(plan),
+        "summary": summarize(plan),
         "vision_depth": vision_depth,
         "language_depth": model.config.language_depth,
         "max_pictures": config.request_limits.max_images,

@@ -162,7 +162,7 @@ def test_show_draws_methods_files_recipes_and_models(run, home, model):
     assert "no shortcuts, coarse view only" in run("show", "plan.json")[1]
     code, out, _ = run("show", "recipe.yaml")  # the depths are those of the recipe's models
     assert code == 0 and "6 blocks" in out and "4 layers" in out
-    assert "4 per picture (4 patches per view)" in run("show", model)[1]
+    assert "4 per image (4 patches per view)" in run("show", model)[1]
 
 
 def test_studies_and_searches_are_refused_in_a_sentence_before_anything_runs(run, home):
