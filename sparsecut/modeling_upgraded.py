@@ -25,10 +25,10 @@ from .schema import UserError
 from .upgrade_hooks import (
     UpgradeCall,
     connect,
-    depth_of,
     disconnect_all,
+    get_encoder_depth,
+    get_encoder_width,
     shortcuts_active,
-    width_of,
 )
 
 IGNORED = -100  # a label that is not learned
@@ -65,8 +65,8 @@ class SparseCutUpgrade(SparseCutPreTrainedModel, GenerationMixin):
         parts = self.family.parts(self.base)
         self.fusion = Fusion(
             self.plan,
-            vision_depth=depth_of(parts.vision),
-            vision_dim=width_of(parts.vision),
+            vision_depth=get_encoder_depth(parts.vision),
+            vision_dim=get_encoder_width(parts.vision),
             language_dim=parts.language.config.get_text_config().hidden_size,
             rows=patch_rows(parts.vision.config) if self.plan.tiles else 1,
             num_under=self.family.patches_under(self.base),
@@ -166,7 +166,7 @@ class SparseCutUpgrade(SparseCutPreTrainedModel, GenerationMixin):
         own = num_items_in_batch is not None and getattr(self.base, "accepts_loss_kwargs", True)
         if own:
             kwargs["num_items_in_batch"] = num_items_in_batch
-        with self.shortcuts_active(fine_pixel_values) as overlay:
+        with self.shortcuts_active(fine_pixel_values) as call:
             output = self.base(
                 input_ids, *args, **{k: v for k, v in named.items() if v is not None}, **kwargs
             )
@@ -174,7 +174,7 @@ class SparseCutUpgrade(SparseCutPreTrainedModel, GenerationMixin):
         if loss is not None and num_items_in_batch is not None and not own:
             # This base knows only the mean over the tokens it is given.
             loss = output["loss"] = loss * ((labels[:, 1:] != IGNORED).sum() / num_items_in_batch)
-        if loss is not None and self.training and not overlay.used:
+        if loss is not None and self.training and not call.is_fusion_used:
             # A text-only batch leaves fusion unused on this rank, but DDP needs a gradient from
             # every rank.
             output["loss"] = loss + 0.0 * sum(

@@ -1,12 +1,13 @@
-"""How shortcuts ride through a finished vision-language model that keeps its own forward and
-generate.
+"""How shortcuts work inside a pretrained VLM that keeps its own forward and generate.
 
-Methods of the model's inner module are wrapped where it stands: `get_image_features`, whose encoder pass is watched and
-whose patches are gathered under the image tokens they belong to, and `forward`, around which the features are added to
-the decoder. They do what they always did unless an `UpgradeCall` is at work, which `shortcuts_active` sets for one call.
+Three methods of the model's inner module are wrapped. In `get_image_features` the encoder's taps
+are captured, and their patches are gathered under the image tokens they belong to. In `forward` the
+features are added in the decoder. `get_video_features` runs without shortcuts. All three do what
+they did before, unless an `UpgradeCall` is active: `shortcuts_active` sets it for one call.
 
-`generate` encodes pictures before the prompt pass, and expands and cuts what comes out for beams and chunks. There the features
-travel beside the model's own, [N, H] -> [N, (1 + layers) * H], and are taken off before the model sees them.
+`generate` encodes images before the prefill, then repeats and cuts the result for beams and chunks.
+So there the shortcuts' features follow the model's own along the channels,
+[N, H] -> [N, (1 + layers) * H], and `forward` separates them again.
 """
 
 from __future__ import annotations
@@ -38,259 +39,320 @@ from .schema import UserError
 
 @dataclass
 class UpgradeCall:
-    """One call into an upgraded model: whose shortcuts, and what is known of its pictures.
+    """One call into an upgraded model.
 
-    fine: finer views of the call's pictures, [P, tiles^2, 3, S, S]. features: while a forward is
-    under way, layer -> [tokens, H].
-    used: whether the fusion has been used. paused: while the model encodes a video, which shortcuts
-    do not read.
+    Attributes:
+        family: Family of the base.
+        parts: Parts of the base.
+        fusion: The model's fusion.
+        fine_pixels: Fine views of the call's images, [images, tiles^2, 3, S, S].
+        features: Inside `forward`, features of image tokens by layer, [tokens, H]; else None.
+        is_fusion_used: Whether the fusion was used in this call.
+        is_paused: Whether the model encodes a video, which shortcuts do not read.
     """
 
     family: VLMFamily
     parts: VLMParts
     fusion: Fusion
-    fine: Tensor | None = None
+    fine_pixels: Tensor | None = None
     features: dict[int, Tensor] | None = None
-    used: bool = False
-    paused: bool = False
+    is_fusion_used: bool = False
+    is_paused: bool = False
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Decoder layers that receive features, ascending, the input included."""
+        """Decoder layers that receive features, ascending; 0 is the input."""
         return self.fusion.plan.fused_layers
 
+    @property
+    def hidden_size(self) -> int:
+        """Width H of the language model."""
+        return self.parts.language.config.get_text_config().hidden_size
 
-_overlay = CompileableContextVar("sparsecut_overlay")
+
+# Holds {"call": UpgradeCall}: transformers' own variables of this class hold dicts too.
+_active_call = CompileableContextVar("sparsecut_upgrade_call")
 
 
-def depth_of(vision: nn.Module) -> int:
-    """Number of blocks of an encoder, by its configuration."""
+def get_encoder_depth(vision: nn.Module) -> int:
+    """Number of blocks of an encoder, from its configuration."""
     config = vision.config
     return config.num_hidden_layers if hasattr(config, "num_hidden_layers") else config.depth
 
 
-def width_of(vision: nn.Module) -> int:
-    """Width of an encoder's states; Qwen2-VL's `hidden_size` is the language model's."""
+def get_encoder_width(vision: nn.Module) -> int:
+    """Width of an encoder's hidden states, from its configuration."""
+    # Qwen2-VL's `hidden_size` is that of the language model.
     return getattr(vision.config, "embed_dim", None) or vision.config.hidden_size
 
 
 def connect(parts: VLMParts) -> None:
-    """Hook encoder and decoder, and wrap the inner module's two methods; connecting again only
-    renews this.
+    """Hook encoder and decoder, and wrap methods of the inner module.
+
+    Connecting again only renews the hooks.
     """
-    language = parts.language.config.get_text_config()
     disconnect_all(parts)
-    connect_encoder(parts.vision, depth_of(parts.vision))
-    connect_decoder(parts.language, language.num_hidden_layers)
+    connect_encoder(parts.vision, get_encoder_depth(parts.vision))
+    connect_decoder(parts.language, parts.language.config.get_text_config().num_hidden_layers)
     for name, wrapper in WRAPPERS.items():
-        if (own := getattr(parts.inner, name, None)) is None:
-            continue  # not every family has videos
-        wrapped = partial(wrapper, parts.inner, own)
-        wrapped.__signature__ = inspect.signature(own)  # generate asks what it may hand over
-        setattr(parts.inner, name, wrapped)
+        original = getattr(parts.inner, name, None)
+        if original is not None:  # not every family has videos
+            wrapped = partial(wrapper, parts.inner, original)
+            # generate reads the signature to know which arguments it may pass
+            wrapped.__signature__ = inspect.signature(original)
+            setattr(parts.inner, name, wrapped)
 
 
 def disconnect_all(parts: VLMParts) -> None:
-    """Take hooks and wraps off, so that nothing of ours is left on the model."""
+    """Remove all hooks and wrappers, so that nothing of ours is left on the model."""
     disconnect(parts.vision)
     disconnect(parts.language)
-    for name in WRAPPERS:
-        if getattr(getattr(parts.inner, name, None), "func", None) is WRAPPERS[name]:
+    for name, wrapper in WRAPPERS.items():
+        method = getattr(parts.inner, name, None)
+        if getattr(method, "func", None) is wrapper:
             delattr(parts.inner, name)
 
 
 @contextmanager
-def shortcuts_active(overlay: UpgradeCall) -> Iterator[UpgradeCall]:
-    """Inside the block the overlay's model has its shortcuts, in this thread."""
-    token = _overlay.set(
-        {"overlay": overlay}
-    )  # a dict, as transformers' own variables of this class hold
+def shortcuts_active(call: UpgradeCall) -> Iterator[UpgradeCall]:
+    """Inside the block the call's model has its shortcuts, in this thread."""
+    token = _active_call.set({"call": call})
     try:
-        yield overlay
+        yield call
     finally:
-        _overlay.reset(token)
+        _active_call.reset(token)
 
 
-def _ours(inner: nn.Module) -> UpgradeCall | None:
-    held = _overlay.get()
-    ours = held is not None and held["overlay"].parts.inner is inner and not held["overlay"].paused
-    return held["overlay"] if ours else None
+def _get_active_call(inner: nn.Module) -> UpgradeCall | None:
+    """The active call of the model with this inner module; None where it runs without shortcuts."""
+    active = _active_call.get()
+    if active is None:
+        return None
+    call = active["call"]
+    return call if call.parts.inner is inner and not call.is_paused else None
 
 
-def _get_image_features(inner: nn.Module, own: Callable, *args, **kwargs):
-    """The model's own features, shortcuts' features beside them or, inside a forward, put where the
-    decoder finds them.
+def _bind_arguments(function: Callable, args: tuple, kwargs: dict) -> dict:
+    """All arguments of a call by name."""
+    arguments = inspect.signature(function).bind(*args, **kwargs).arguments
+    return {**arguments.pop("kwargs", {}), **arguments}
+
+
+# --- encoder side: from images to features ---
+
+
+def _get_image_features(inner: nn.Module, original: Callable, *args, **kwargs):
+    """Wraps `get_image_features`: computes the shortcuts' features in the same encoder pass.
+
+    Inside `forward` they go to the decoder. Outside they follow the model's own features in
+    `pooler_output`.
     """
-    overlay = _ours(inner)
-    if overlay is None:
-        return own(*args, **kwargs)
-    call = inspect.signature(own).bind(*args, **kwargs).arguments
-    call = {**call.pop("kwargs", {}), **call}
-    wanted = overlay.fusion.plan.resolved_taps(depth_of(overlay.parts.vision))
-    output, taps = capture_taps(lambda: own(*args, **kwargs), wanted)
-    if missing := set(wanted) - set(taps):
+    call = _get_active_call(inner)
+    if call is None:
+        return original(*args, **kwargs)
+    vision = call.parts.vision
+    wanted = call.fusion.plan.resolved_taps(get_encoder_depth(vision))
+    output, taps = capture_taps(lambda: original(*args, **kwargs), wanted)
+    missing = set(wanted) - set(taps)
+    if missing:
         raise RuntimeError(
-            f"taps {sorted(missing)} were not reached in {type(overlay.parts.vision).__name__}: it"
-            " was called in another way than expected, or modules in it were replaced; upgrade the"
-            " model again"
+            f"taps {sorted(missing)} were not reached in {type(vision).__name__}: it was called in"
+            " an unexpected way, or its modules were replaced; upgrade the model again"
         )
-    features = _fuse(overlay, taps, call, output.pooler_output)
-    if overlay.features is None:
-        output.pooler_output = _beside(output.pooler_output, features)
+    arguments = _bind_arguments(original, args, kwargs)
+    features = _compute_features(call, taps, arguments, output.pooler_output)
+    if call.features is None:
+        output.pooler_output = _append_features(output.pooler_output, features)
     else:
-        overlay.features |= features
+        call.features |= features
     return output
 
 
-def _get_video_features(inner: nn.Module, own: Callable, *args, **kwargs):
-    """The model's own: some models encode videos through their get_image_features, which is not to
-    be taken for a picture.
+def _get_video_features(inner: nn.Module, original: Callable, *args, **kwargs):
+    """Wraps `get_video_features`: runs it without shortcuts.
+
+    Some models encode videos through `get_image_features`, which must not take them for images.
     """
-    overlay = _ours(inner)
-    if overlay is None:
-        return own(*args, **kwargs)
-    overlay.paused = True
+    call = _get_active_call(inner)
+    if call is None:
+        return original(*args, **kwargs)
+    call.is_paused = True
     try:
-        return own(*args, **kwargs)
+        return original(*args, **kwargs)
     finally:
-        overlay.paused = False
+        call.is_paused = False
 
 
-def _fuse(overlay: UpgradeCall, taps: dict[int, Tensor], call: dict, pooled) -> dict[int, Tensor]:
-    """Layer -> [tokens, H] for the tokens of the pooled features, zeros where a token shows no
-    patch.
+def _compute_features(
+    call: UpgradeCall, taps: dict[int, Tensor], arguments: dict, pooled
+) -> dict[int, Tensor]:
+    """Features by layer, [tokens, H], for the tokens of the model's own features `pooled`.
+
+    They are zero where a token shows no patch.
     """
-    fusion, vision = overlay.fusion, overlay.parts.vision
     shape = next(iter(taps.values())).shape
-    index = overlay.family.patch_index(overlay.parts.inner, shape, call)
-    wanted = sum(rows.shape[0] if rows.dim() > 1 else 1 for rows in pooled)
-    if index.shape[0] != wanted:
+    index = call.family.patch_index(call.parts.inner, shape, arguments)
+    num_tokens = _count_tokens(pooled)
+    if len(index) != num_tokens:
         raise RuntimeError(
-            f"{type(overlay.parts.inner).__name__} made {wanted} image tokens where"
-            f" {index.shape[0]} were expected by its geometry; it is not known which patches lie"
-            " under which token; this is a fault of SparseCut: please report the model and the"
-            " pictures"
+            f"{type(call.parts.inner).__name__} made {num_tokens} image tokens, but its geometry"
+            f" gives {len(index)}, so the patches under each token are not known; this is a fault"
+            " of SparseCut: please report the model and the image sizes"
         )
-    device = fusion.gates.device
-    index = index.to(device)
+    index = index.to(call.fusion.gates.device)
+    grains = _gather_grains(call, taps, arguments, index)
+    call.is_fusion_used = True
+    shows_no_patch = (index[:, 0] < 0).unsqueeze(-1)
+    features = {}
+    for layer, output in zip(call.layers, call.fusion(grains=grains), strict=True):
+        features[layer] = output[:, 0].masked_fill(shows_no_patch, 0.0)
+    return features
+
+
+def _count_tokens(pooled) -> int:
+    """Image tokens of the model's own features: a list of [tokens, H], or a tensor."""
+    return sum(image.shape[0] if image.dim() > 1 else 1 for image in pooled)
+
+
+def _gather_grains(
+    call: UpgradeCall, taps: dict[int, Tensor], arguments: dict, index: Tensor
+) -> dict[int, Tensor]:
+    """Grains under each token by tap, [tokens, G, 1, patches * D], for index [tokens, patches]."""
+    fusion = call.fusion
+    fine_taps = fusion.plan.fine_taps(get_encoder_depth(call.parts.vision))
+    fine_states = {}
+    if fine_taps and fusion.plan.tiles:
+        fine_states = _read_fine_states(call, arguments["pixel_values"], fine_taps)
     grains = {}
-    fine_taps = fusion.plan.fine_taps(depth_of(vision))
-    fine = _fine_states(overlay, call, fine_taps) if fine_taps and fusion.plan.tiles else {}
     for tap, states in taps.items():
-        states = fusion.normed(states.to(device))
-        if tap in fine:
-            grains[tap] = _with_fine(states, fusion.normed(fine[tap].to(device)), index, fusion)
+        states = fusion.normed(states.to(index.device))
+        if tap in fine_states:
+            fine = fusion.normed(fine_states[tap].to(index.device))
+            grains[tap] = _gather_all_grains(states, fine, index, fusion)
         else:
-            grains[tap] = states.flatten(0, -2)[index.clamp(min=0)].flatten(1)[:, None, None]
-    overlay.used = True
-    blank = (index[:, 0] < 0).unsqueeze(-1)
-    outputs = zip(fusion.plan.fused_layers, fusion(grains=grains), strict=True)
-    return {layer: z[:, 0].masked_fill(blank, 0.0) for layer, z in outputs}
+            patches = states.flatten(0, -2)[index.clamp(min=0)]
+            grains[tap] = patches.flatten(1)[:, None, None]
+    return grains
 
 
-def _with_fine(states: Tensor, fine: Tensor, index: Tensor, fusion: Fusion) -> Tensor:
-    """Coarse states [P, L, D], fine ones [P, tiles^2, N, D], index [K, U] into P * L -> grains [K,
-    G, 1, U * D].
+def _gather_all_grains(coarse: Tensor, fine: Tensor, index: Tensor, fusion: Fusion) -> Tensor:
+    """Coarse and fine grains under each token.
+
+    Args:
+        coarse: [images, L, D], prefix tokens included.
+        fine: [images, tiles^2, N, D], without prefix tokens.
+        index: [tokens, patches], numbers of patches in the flattened coarse states.
+        fusion: gives tiles and rows.
+
+    Returns:
+        [tokens, G, 1, patches * D].
     """
-    length, num_patches = states.shape[1], fine.shape[2]
-    prefix = length - num_patches
-    views = torch.cat([states[:, None, prefix:], fine], dim=1)
-    under = arrange_grains(views, fusion.plan.tiles, fusion.rows)  # [P, G, N, D]
+    length = coarse.shape[1]
+    num_prefix = length - fine.shape[2]
+    views = torch.cat([coarse[:, None, num_prefix:], fine], dim=1)
+    grains = arrange_grains(views, fusion.plan.tiles, fusion.rows)  # [images, G, N, D]
     number = index.clamp(min=0)
-    picture, patch = number // length, number % length - prefix
-    return under[picture, :, patch].transpose(1, 2).flatten(2).unsqueeze(2)
+    image = number // length
+    patch = number % length - num_prefix
+    return grains[image, :, patch].transpose(1, 2).flatten(2).unsqueeze(2)
 
 
-def _fine_states(overlay: UpgradeCall, call: dict, taps: tuple[int, ...]) -> dict[int, Tensor]:
-    """The states of the call's finer views: tap -> [P, tiles^2, N, D]; the encoder runs no further
-    than the deepest tap.
+def _read_fine_states(
+    call: UpgradeCall, pixels: Tensor, taps: tuple[int, ...]
+) -> dict[int, Tensor]:
+    """Encoder states of the fine views by tap, [images, tiles^2, N, D].
+
+    The encoder runs up to the deepest tap only.
     """
-    pixels, fine = call["pixel_values"], overlay.fine
-    num = overlay.fusion.plan.tiles**2
-    if fine is None or fine.shape[:2] != (len(pixels), num):
-        given = (
-            "none were given"
-            if fine is None
-            else f"fine_pixel_values of shape {tuple(fine.shape)} were given"
-        )
+    fine = call.fine_pixels
+    num_views = call.fusion.plan.tiles**2
+    expected = (len(pixels), num_views)
+    if fine is None or fine.shape[:2] != expected:
+        problem = "is missing" if fine is None else f"has the shape {tuple(fine.shape)}"
         raise UserError(
-            f"this model's shortcuts read {num} finer views of each of the {len(pixels)} pictures,"
-            f" but {given}; prepare pictures with the processor that came with the upgraded model"
-            " (its fine_pixel_values go to the model with the rest)"
+            f"fine_pixel_values {problem}, but the shortcuts read {num_views} fine views of each of"
+            f" the {len(pixels)} images; prepare images with the processor of the upgraded model,"
+            " and pass on all that it returns"
         )
-    vision = overlay.parts.vision
-    states = read_taps(vision, fine.flatten(0, 1).to(pixels), overlay.fusion.rows**2, taps)
-    return {tap: x.unflatten(0, (-1, num)) for tap, x in states.items()}
+    states = read_taps(call.parts.vision, fine.flatten(0, 1).to(pixels), call.fusion.rows**2, taps)
+    return {tap: x.unflatten(0, (-1, num_views)) for tap, x in states.items()}
 
 
-def _beside(pooled, features: dict[int, Tensor]):
-    """The pooled features, list or tensor, with the layers' features to the right of them."""
+def _append_features(pooled, features: dict[int, Tensor]):
+    """Put the shortcuts' features, in the order of layers, behind the model's own channels."""
     extra = torch.cat([features[layer] for layer in sorted(features)], dim=-1)
     if isinstance(pooled, Tensor):
         return torch.cat([pooled, extra.to(pooled).view(*pooled.shape[:-1], -1)], dim=-1)
-    parts = extra.split([len(rows) for rows in pooled])
-    return [
-        torch.cat([rows, part.to(rows)], dim=-1) for rows, part in zip(pooled, parts, strict=True)
-    ]
+    extras = extra.split([len(image) for image in pooled])
+    joined = []
+    for image, extra in zip(pooled, extras, strict=True):
+        joined.append(torch.cat([image, extra.to(image)], dim=-1))
+    return joined
 
 
-def _apart(pooled, width: int):
-    """The model's own pooled features as they came, and what stood beside them, [tokens, layers *
-    H].
-    """
+def _split_features(pooled, width: int):
+    """Undo `_append_features`: the model's own features, and the others [tokens, layers * H]."""
     if isinstance(pooled, Tensor):
         return pooled[..., :width], pooled[..., width:].flatten(0, -2)
-    return [rows[:, :width] for rows in pooled], torch.cat([rows[:, width:] for rows in pooled])
+    extra = torch.cat([image[:, width:] for image in pooled])
+    return [image[:, :width] for image in pooled], extra
 
 
-def _forward(inner: nn.Module, own: Callable, *args, **kwargs):
-    """The model's own forward, with the features of its pictures added before the decoder layers of
-    the plan.
-    """
-    overlay = _ours(inner)
-    if overlay is None:
-        return own(*args, **kwargs)
-    call = inspect.signature(own).bind(*args, **kwargs).arguments
-    call = {**call.pop("kwargs", {}), **call}
-    width, features = overlay.parts.language.config.get_text_config().hidden_size, {}
-    images = (call.get("mm_encoder_outputs") or {}).get("image")
-    if images is not None:
-        pooled, beside = _apart(images.pooler_output, width)
-        if beside.shape[-1] != len(overlay.layers) * width:
-            raise UserError(
-                f"the image features given have {beside.shape[-1]} channels beside the model's own"
-                f" {width}, but {len(overlay.layers)} layers of {width} are needed; make them with"
-                " the upgraded model's get_image_features, or give pixel_values"
-            )
-        features = dict(zip(overlay.layers, beside.split(width, dim=-1), strict=True))
-        images = copy.copy(images)
-        images.pooler_output = pooled
-        call["mm_encoder_outputs"] = {**call["mm_encoder_outputs"], "image": images}
-    overlay.features = features
+# --- decoder side: from features to hidden states ---
+
+
+def _forward(inner: nn.Module, original: Callable, *args, **kwargs):
+    """Wraps `forward`: adds the features of its images before the decoder layers of the plan."""
+    call = _get_active_call(inner)
+    if call is None:
+        return original(*args, **kwargs)
+    arguments = _bind_arguments(original, args, kwargs)
+    features = _take_features(call, arguments)
+    call.features = features
     try:
-        mask = _image_mask(inner, call.get("input_ids"), call.get("inputs_embeds"))
-        output = inject(lambda: own(**call), mask, features, later=True)
+        mask = _find_image_tokens(inner, arguments.get("input_ids"), arguments.get("inputs_embeds"))
+        output = inject(lambda: original(**arguments), mask, features, later=True)
     finally:
-        overlay.features = None
-    if call.get("pixel_values") is not None and not features:
+        call.features = None
+    if arguments.get("pixel_values") is not None and not features:
         raise RuntimeError(
-            f"{type(inner).__name__} was given pictures but did not encode them through"
-            " get_image_features, so no shortcut fired; upgrade the model again after replacing"
-            " its modules"
+            f"{type(inner).__name__} encoded its images without get_image_features, so no shortcut"
+            " was used; upgrade the model again after replacing its modules"
         )
     return output
 
 
-def _image_mask(inner: nn.Module, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
-    """Where image tokens stand, [B, L]: by id, or by embedding where only embeddings are given, as
-    the models do it.
+def _take_features(call: UpgradeCall, arguments: dict) -> dict[int, Tensor]:
+    """Take the shortcuts' features out of encoder outputs that the call was given, by layer.
+
+    `arguments` then hold what the model itself expects. Without such outputs, the features come
+    from `get_image_features` later.
     """
+    encoder_outputs = arguments.get("mm_encoder_outputs") or {}
+    images = encoder_outputs.get("image")
+    if images is None:
+        return {}
+    width = call.hidden_size
+    pooled, extra = _split_features(images.pooler_output, width)
+    if extra.shape[-1] != len(call.layers) * width:
+        raise UserError(
+            f"the image features have {extra.shape[-1]} channels beside the model's own {width},"
+            f" but {len(call.layers)} layers need {width} each; make them with get_image_features"
+            " of the upgraded model, or give pixel_values"
+        )
+    images = copy.copy(images)
+    images.pooler_output = pooled
+    arguments["mm_encoder_outputs"] = {**encoder_outputs, "image": images}
+    return dict(zip(call.layers, extra.split(width, dim=-1), strict=True))
+
+
+def _find_image_tokens(inner: nn.Module, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+    """Mask [B, L] of image tokens: by id, or by embedding where only embeddings are given."""
     token = inner.config.image_token_id
     if input_ids is not None:
         return input_ids == token
-    return (embeds == inner.get_input_embeddings()(torch.tensor(token, device=embeds.device))).all(
-        -1
-    )
+    placeholder = inner.get_input_embeddings()(torch.tensor(token, device=embeds.device))
+    return (embeds == placeholder).all(-1)
 
 
 WRAPPERS = {

@@ -23,7 +23,7 @@ from .modeling_upgraded import FACTS, WEIGHTS, SparseCutUpgrade
 from .plan import Plan
 from .processing_upgraded import PROCESSOR_FILE, add_fine_views
 from .schema import UserError
-from .upgrade_hooks import depth_of
+from .upgrade_hooks import get_encoder_depth
 
 # Width of the language model over the inner width of a projector, in the default plan.
 NARROWING = 16
@@ -197,7 +197,7 @@ def resolve_plan(base: PreTrainedModel, plan: str | dict | Plan | None) -> tuple
     """
     family = get_family(base)
     text_config = base.config.get_text_config()
-    vision_depth = depth_of(family.parts(base).vision)
+    vision_depth = get_encoder_depth(family.parts(base).vision)
     if plan is None:
         rank = max(SMALLEST_RANK, text_config.hidden_size // NARROWING)
         plan = {"method": "sparsecut", "rank": rank}

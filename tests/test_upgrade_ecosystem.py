@@ -156,7 +156,7 @@ def test_a_decoder_without_floating_weights_is_refused():
     for p in whole.model.language_model.parameters():
         p.requires_grad_(False)
         p.data = p.data.to(torch.int8)
-    with pytest.raises(ValueError, match="holds no floating-point weight"):
+    with pytest.raises(ValueError, match="LlamaModel has no floating-point weight"):
         upgrade(whole)
     assert not whole.model.language_model.layers[0]._forward_pre_hooks
     assert torch.equal(get_logits(base, own), before)

@@ -13,7 +13,7 @@ from helpers.bases import randomize_fusion
 from sparsecut import upgrade
 from sparsecut.families import get_family
 from sparsecut.hooks import find_layers
-from sparsecut.upgrade_hooks import depth_of
+from sparsecut.upgrade_hooks import get_encoder_depth
 
 SHORT = {"max_new_tokens": 4, "min_new_tokens": 4}
 READ_BLOCK = {"llava": -2, "vipllava": -2, "llava_next": -2}  # the block that the base reads
@@ -51,7 +51,7 @@ def find_patches_by_gradient(base, inputs: dict, block: int) -> tuple[list[set[i
 
     accepted = inspect.signature(parts.inner.get_image_features).parameters
     arguments = {key: value for key, value in inputs.items() if key in accepted}
-    blocks = find_layers(parts.vision, depth_of(parts.vision), "the encoder")
+    blocks = find_layers(parts.vision, get_encoder_depth(parts.vision), "the encoder")
     handle = blocks[block].register_forward_hook(cut_graph, prepend=True)
     images = parts.inner.get_image_features(**arguments).pooler_output
     handle.remove()
