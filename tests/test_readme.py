@@ -1,47 +1,66 @@
-"""The README's Python runs as it stands, and its commands are the command line's own."""
+"""The README's Python runs as printed; its commands, options, files and tests exist.
+
+`tests/conformance/test_readme_commands.py` runs its commands as printed.
+"""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from sparsecut.shapes.questions import split_scene
-from sparsecut.shapes.scenes import draw
+import pytest
+import typer
+from helpers.ecosystem import llava  # noqa: F401  a fixture
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+from sparsecut.cli.main import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_blocks_run(tmp_path, monkeypatch, capsys, llava):
+def test_the_python_blocks_run(tmp_path, monkeypatch, capsys, llava):  # noqa: F811
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert blocks
+    assert len(blocks) >= 2
     monkeypatch.chdir(tmp_path)
-    draw(split_scene("test/0/0")).save("picture.png")
-    for part in llava:  # a tiny one in the place that is named
+    for part in llava:  # a tiny model in the place of the one that is named
         part.save_pretrained("llava-hf/llava-1.5-7b-hf")
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
-    assert "channels" in capsys.readouterr().out
+    answer = capsys.readouterr().out.strip()
+    assert answer, "the shortest code prints an answer"
 
 
 def test_the_drawing_is_what_the_command_prints():
-    command = re.search(r"\$ (sparsecut show .*)\n", README)[1].split()
-    printed = subprocess.run(
-        [sys.executable, "-m", *command], capture_output=True, text=True, check=True
-    ).stdout
-    shown = re.search(r"\$ sparsecut show .*\n(.*?)```", README, re.S)[1].rstrip()
-    assert printed.startswith(shown)
+    block = re.search(r"\$ (sparsecut show .*)\n(.*?)```", README, re.S)
+    command = [sys.executable, "-m", *block[1].split()]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith(block[2].rstrip())
 
 
-def test_every_command_it_names_exists():
-    named = set(
-        re.findall(
-            r"sparsecut"
-            r" (show|build|upgrade|train|eval|chat|convert|demo|shapes|cost|study|search|explain|compare)\b",
-            README,
-        )
-    )
-    listed = subprocess.run(
-        [sys.executable, "-m", "sparsecut", "--help"], capture_output=True, text=True
-    ).stdout
-    assert named >= {"show", "train", "eval", "chat", "convert"}
-    assert all(name in listed for name in named)
+def list_commands() -> list[list[str]]:
+    """Every `sparsecut ...` of the README, in code blocks and in the text, split into words."""
+    lines = re.findall(r"^\$? ?(sparsecut [^\n#]*)", README, re.M)
+    lines += re.findall(r"`(sparsecut [^`\n]*)`", README)
+    return [shlex.split(line) for line in lines]
+
+
+@pytest.mark.parametrize("words", list_commands(), ids=" ".join)
+def test_every_command_and_option_exists(words):
+    group = typer.main.get_command(app)
+    command = group.commands[words[1]]
+    rest = words[2:]
+    if isinstance(command, typer.core.TyperGroup):
+        command = command.commands[rest[0]]
+        rest = rest[1:]
+    known = set()
+    for parameter in command.params:
+        known.update(parameter.opts)
+    assert {word for word in rest if word.startswith("-")} <= known
+
+
+def test_every_file_that_it_names_exists():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    paths = re.findall(r"`?(?:pytest|python|sparsecut \w+) ((?:[\w-]+/)+[\w.-]+\.\w+)", README)
+    assert len(links) > 10 and len(paths) > 5
+    assert [name for name in links + paths if not (ROOT / name).exists()] == []

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
+EXAMPLE_IMAGE = Path(__file__).parent / "example.png"  # 96 x 96 pixels, of the test split
 
 
 def vision_path() -> Path:
