@@ -74,7 +74,7 @@ def commands() -> list[tuple[str, object]]:
     """
     import typer
 
-    from sparsecut.cli.app import app
+    from sparsecut.cli.main import app
 
     found = []
 
@@ -82,7 +82,7 @@ def commands() -> list[tuple[str, object]]:
         if hasattr(command, "commands"):
             for name, inner in command.commands.items():
                 walk(f"{words} {name}", inner)
-        else:
+        elif not command.hidden:
             found.append((words, command))
 
     walk("sparsecut", typer.main.get_command(app))

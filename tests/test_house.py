@@ -4,6 +4,7 @@ hold what they show.
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -174,3 +175,15 @@ def test_nothing_unfinished_is_left():
     words = ("TO" + "DO", "FIX" + "ME", "XX" + "X", "NotImplemented" + "Error")
     for path in [*PACKAGE.rglob("*.py"), *ROOT.glob("tests/**/*.py")]:
         assert not any(w in path.read_text() for w in words), path
+
+
+def test_the_architecture_page_names_every_module():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = page.split("```text")[1].split("```")[0]
+    words = set(re.findall(r"\w+", tree))
+    for name in MODULES:
+        leaf = name.rpartition(".")[2]
+        listed = leaf in words or name.startswith(
+            ("evaluation.tasks.", "cli.", "profiling.dry_run")
+        )
+        assert listed or not leaf or leaf == "__main__", f"{name} is missing from the page"

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import typer
-from helpers.ecosystem import llava  # noqa: F401  a fixture
 
 from sparsecut.cli.main import app
 
@@ -19,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_blocks_run(tmp_path, monkeypatch, capsys, llava):  # noqa: F811
+def test_the_python_blocks_run(tmp_path, monkeypatch, capsys, llava):
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) >= 2
     monkeypatch.chdir(tmp_path)
@@ -32,7 +31,7 @@ def test_the_python_blocks_run(tmp_path, monkeypatch, capsys, llava):  # noqa: F
 
 
 def test_the_drawing_is_what_the_command_prints():
-    block = re.search(r"\$ (sparsecut show .*)\n(.*?)```", README, re.S)
+    block = re.search(r"\$ (sparsecut show [^\n]*)\n(.*?)```", README, re.S)
     command = [sys.executable, "-m", *block[1].split()]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed.startswith(block[2].rstrip())
