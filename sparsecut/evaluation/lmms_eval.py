@@ -1,9 +1,9 @@
-"""Our models in lmms-eval: `python -m lmms_eval --model sparsecut --model_args pretrained=DIR
---tasks ...`.
+"""SparseCut models in lmms-eval: `python -m lmms_eval --model sparsecut --model_args pretrained=DIR`.
 
-The harness finds `manifest` by the entry point group `lmms_eval.models`. `SparseCut` answers its chat messages, and
-`SparseCutSimple` (--force_simple) its older form of text and pictures, which tasks that score given choices need. Both
-are made when they are asked for, since their base class lives in the harness; `Adapter` is what they add to it, and needs no harness.
+The harness finds `manifest` by the entry point group `lmms_eval.models`. `SparseCut` answers its
+chat messages. `SparseCutSimple` (--force_simple) answers its older form of text and images, which
+tasks with given choices need. Both classes are made on access, because their base class is in the
+harness. `Adapter` is what they add to it, and needs no harness.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 from ..building import load
 from ..imaging import open_image
@@ -29,7 +31,7 @@ from ..schema import UserError
 
 LOG = logging.getLogger(__name__)
 SETTINGS = ("max_new_tokens", "until", "do_sample", "temperature", "top_p", "num_beams")
-CLASSES = {"SparseCut": False, "SparseCutSimple": True}  # name: is_simple, as the harness calls it
+CLASSES = {"SparseCut": False, "SparseCutSimple": True}  # name: the harness's `is_simple`
 
 
 def manifest():
@@ -39,13 +41,35 @@ def manifest():
     return ModelManifest("sparsecut", f"{__name__}.SparseCutSimple", f"{__name__}.SparseCut")
 
 
-class Adapter:
-    """Requests of the harness to answers of a saved model.
+@dataclass(frozen=True)
+class Request:
+    """A request of the harness in our form.
 
-    pretrained: its folder or hub name. batch_size: requests answered at once. device: as cpu or
-    cuda:0; by default the accelerator, of several processes each its own. max_new_tokens: longest
-    answer where a task asks for longer ones, or names no length. dtype: of the weights, as
-    bfloat16; by default as saved.
+    Attributes:
+        prompt: The rendered prompt.
+        images: Its images, in order.
+        payload: The task's generation settings, or the continuation whose loss is asked for.
+    """
+
+    prompt: str
+    images: list[Image.Image]
+    payload: dict | str
+
+
+class Adapter:
+    """A saved model that answers requests of lmms-eval.
+
+    Args:
+        pretrained: The model's folder or hub name.
+        batch_size: Requests that are answered at once.
+        device: Such as cpu or cuda:0. By default the accelerator; each of several processes has
+            its own.
+        max_new_tokens: The longest answer, where a task asks for longer ones or names no length.
+        dtype: Of the weights, such as bfloat16. By default as saved.
+        max_batch_size: Not used; the harness always passes it.
+
+    Raises:
+        UserError: An argument is not allowed, or the model cannot be loaded.
     """
 
     def __init__(
@@ -58,226 +82,241 @@ class Adapter:
         max_batch_size: int | None = None,
     ):
         super().__init__()
-        self.batch_size = _whole("batch_size", batch_size)
-        self.max_new_tokens = _whole("max_new_tokens", max_new_tokens)
-        if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise UserError(
-                f"dtype is {dtype!r}, but must be a number format, as float32, bfloat16 or float16"
-            )
-        self.device = torch.device(device or _own_device())
+        self.batch_size = _parse_positive("batch_size", batch_size)
+        self.max_new_tokens = _parse_positive("max_new_tokens", max_new_tokens)
+        self.device = torch.device(device or _get_local_device())
+        torch_dtype = _parse_dtype(dtype)
         model, self.processor = load(str(pretrained))
-        self.model = model.to(self.device, dtype=dtype and getattr(torch, dtype)).eval()
+        self.model = model.to(self.device, dtype=torch_dtype).eval()
+        self.ignored_settings: set[str] = set()
 
     def generate_until(self, requests: Sequence) -> list[str]:
-        """An answer to every request, in their order; those with equal settings are answered
-        together.
-        """
-        asked = [self._asked(request.args) for request in requests]
+        """Answer requests, in their order. Those with equal settings are answered together."""
+        read = [self._read_request(request.args) for request in requests]
         groups: dict[str, list[int]] = {}
-        for i, (_, _, settings) in enumerate(asked):
-            groups.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(i)
-        answers = [""] * len(asked)
-        for places in groups.values():
-            places.sort(key=lambda i: -len(asked[i][0]))  # prompts of like length together
-            for start in range(0, len(places), self.batch_size):
-                chunk = places[start : start + self.batch_size]
-                found = self._answers([asked[i] for i in chunk])
-                for i, answer in zip(chunk, found, strict=True):
+        for i, request in enumerate(read):
+            key = json.dumps(request.payload, sort_keys=True, default=str)
+            groups.setdefault(key, []).append(i)
+        answers = [""] * len(read)
+        for indices in groups.values():
+            indices.sort(key=lambda i: -len(read[i].prompt))  # prompts of like length together
+            for start in range(0, len(indices), self.batch_size):
+                batch = indices[start : start + self.batch_size]
+                batch_answers = self._answer([read[i] for i in batch])
+                for i, answer in zip(batch, batch_answers, strict=True):
                     answers[i] = answer
-                    self.cache_hook.add_partial(
-                        "generate_until", (asked[i][0], asked[i][2]), answer
-                    )
+                    key = (read[i].prompt, read[i].payload)
+                    self.cache_hook.add_partial("generate_until", key, answer)
         return answers
 
     def loglikelihood(self, requests: Sequence) -> list:
-        """`losses` as the harness takes them: it would write a bare pair as a string."""
+        """`compute_losses` as the harness takes them; it would write a bare pair as a string."""
         from lmms_eval.api.instance import GenerationResult
 
-        return [GenerationResult(pair) for pair in self.losses(requests)]
+        return [GenerationResult(pair) for pair in self.compute_losses(requests)]
 
     @torch.inference_mode()
-    def losses(self, requests: Sequence) -> list[tuple[float, bool]]:
-        """For every request the mean loss of its continuation's tokens, and whether greedy decoding
-        would write it.
+    def compute_losses(self, requests: Sequence) -> list[tuple[float, bool]]:
+        """The mean loss of a continuation's tokens, and whether greedy decoding would write it.
 
-        A loss, since the harness takes the choice with the least value, whatever the method's name
-        says.
+        Losses, although the harness calls its method loglikelihood: it takes the choice with the
+        least value.
         """
-        asked = [self._asked(request.args) for request in requests]
-        return [
-            self._loss(prompt, pictures, continuation) for prompt, pictures, continuation in asked
-        ]
+        return [self._compute_loss(self._read_request(request.args)) for request in requests]
 
     def generate_until_multi_round(self, requests: Sequence) -> list[str]:
-        """Refused: no task of several rounds is known to work."""
+        """Raise UserError: tasks of several rounds are not supported."""
         raise UserError(
-            f"{len(requests)} requests ask in several rounds, which this model does not do in the"
-            " harness; leave the task out"
+            f"{len(requests)} requests ask in several rounds, which is not supported here; leave"
+            " the task out"
         )
 
-    def _asked(self, args: tuple) -> tuple[str, list[Image.Image], object]:
-        """(prompt, pictures, settings or continuation) of a request's arguments, in either form of
-        the harness.
+    def _read_request(self, args: tuple) -> Request:
+        """Read a request's arguments, in either form of the harness.
+
+        The harness sends both forms to a chat model, depending on how a task was named. In the form
+        with messages, the second argument is a function.
         """
-        # The form is seen by what comes second: the harness sends either one to a chat model,
-        # depending on how a task was named.
+        token = self.processor.image_token
         if callable(args[1]):
-            _, to_messages, more, doc_id, task, split = args
-            turns = to_messages(self.task_dict[task][split][doc_id])
-            messages, pictures = chat_messages(turns, self.processor.image_token)
+            _, build_messages, payload, doc_id, task, split = args
+            turns = build_messages(self.task_dict[task][split][doc_id])
+            messages, images = convert_messages(turns, token)
         else:
-            text, more, show, doc_id, task, split = (
-                args if len(args) > 2 else (*args, None, None, None, None)
-            )
-            visuals = (show(self.task_dict[task][split][doc_id]) or []) if show else []
-            messages = [simple_message(text, visuals, self.processor.image_token)]
-            pictures = [_picture(one) for one in visuals]
-        return render_prompt(self.processor, messages), pictures, more
+            text, payload, *place = args
+            visuals = []
+            if place and place[0]:
+                get_visuals, doc_id, task, split = place
+                visuals = get_visuals(self.task_dict[task][split][doc_id]) or []
+            messages = [convert_simple(text, visuals, token)]
+            images = [_open_visual(visual) for visual in visuals]
+        return Request(render_prompt(self.processor, messages), images, payload)
 
     @torch.inference_mode()
-    def _answers(self, asked: list[tuple]) -> list[str]:
-        prompts, pictures, (settings, *_) = zip(*asked, strict=True)
-        config, until = self._config(settings)
-        inputs = prepare_inputs(self.model, self.processor, list(prompts), list(pictures))
+    def _answer(self, batch: list[Request]) -> list[str]:
+        """Answers to requests with equal settings."""
+        config, stop_strings = self._read_settings(batch[0].payload)
+        prompts = [request.prompt for request in batch]
+        images = [request.images for request in batch]
+        inputs = prepare_inputs(self.model, self.processor, prompts, images)
         for length in inputs["attention_mask"].sum(-1).tolist():
             remedy = "lower it with --model_args ...,max_new_tokens=N"
             check_length(self.model, length, config.max_new_tokens, "a prompt", remedy)
-        found = decode_answers(
-            self.processor, inputs, self.model.generate(**inputs, generation_config=config)
-        )
-        return [cut(answer, until) for answer in found]
+        token_ids = self.model.generate(**inputs, generation_config=config)
+        answers = decode_answers(self.processor, inputs, token_ids)
+        return [cut_at_stop(answer, stop_strings) for answer in answers]
 
-    def _config(self, settings: dict):
-        """The generation settings of a task, and its stop strings; what is not among SETTINGS is
-        named once in the log.
+    def _read_settings(self, settings: dict) -> tuple[GenerationConfig, tuple[str, ...]]:
+        """A task's settings as a generation config and stop strings.
+
+        Settings without meaning here are named in the log, once.
         """
-        given = {key: value for key, value in settings.items() if value is not None}
-        if ignored := given.keys() - {*SETTINGS, *_IGNORED}:
-            LOG.warning(
-                "the task's generation settings %s have no meaning here", ", ".join(sorted(ignored))
-            )
-            _IGNORED.update(ignored)
-        config = make_greedy_config(
-            self.model,
-            min(int(given.get("max_new_tokens", self.max_new_tokens)), self.max_new_tokens),
-        )
-        temperature = float(given.get("temperature", 0))
-        if given.get("do_sample", temperature > 0):
+        settings = {key: value for key, value in settings.items() if value is not None}
+        ignored = settings.keys() - {*SETTINGS} - self.ignored_settings
+        if ignored:
+            names = ", ".join(sorted(ignored))
+            LOG.warning("the task's generation settings %s have no meaning here", names)
+            self.ignored_settings |= ignored
+        longest = int(settings.get("max_new_tokens", self.max_new_tokens))
+        config = make_greedy_config(self.model, min(longest, self.max_new_tokens))
+        temperature = float(settings.get("temperature", 0))
+        if settings.get("do_sample", temperature > 0):
             config.update(
                 do_sample=True,
                 temperature=temperature or 1.0,
-                top_p=float(given.get("top_p", 1.0)),
+                top_p=float(settings.get("top_p", 1.0)),
                 top_k=0,
             )
-        config.update(num_beams=int(given.get("num_beams", 1)))
-        until = given.get("until", ())
+        config.update(num_beams=int(settings.get("num_beams", 1)))
+        until = settings.get("until", ())
         return config, (until,) if isinstance(until, str) else tuple(until)
 
-    def _loss(
-        self, prompt: str, pictures: list[Image.Image], continuation: str
-    ) -> tuple[float, bool]:
-        whole, before = (
-            prepare_inputs(self.model, self.processor, [text], [pictures])
-            for text in (prompt + continuation, prompt)
-        )
-        check_length(
-            self.model,
-            whole["input_ids"].shape[1],
-            0,
-            "a prompt with its choice",
-            "leave the task out",
-        )
-        start = before["input_ids"].shape[1]
-        num_new = whole["input_ids"].shape[1] - start
-        if num_new < 1 or not torch.equal(whole["input_ids"][:, :start], before["input_ids"]):
+    def _compute_loss(self, request: Request) -> tuple[float, bool]:
+        continuation = request.payload
+        prompt_ids = self._encode(request.prompt, request.images)["input_ids"]
+        inputs = self._encode(request.prompt + continuation, request.images)
+        token_ids = inputs["input_ids"]
+        num_tokens = token_ids.shape[1]
+        name = "a prompt with its choice"
+        check_length(self.model, num_tokens, 0, name, "leave the task out")
+        num_prompt_tokens = prompt_ids.shape[1]
+        num_new = num_tokens - num_prompt_tokens
+        if num_new < 1 or not torch.equal(token_ids[:, :num_prompt_tokens], prompt_ids):
             raise UserError(
-                f"the choice {continuation!r} runs into the last token of its prompt, so it has no"
-                ' loss of its own; give the task a target_delimiter, as " "'
+                f"the choice {continuation!r} shares a token with its prompt, so it has no loss of"
+                ' its own; give the task a target_delimiter, as " "'
             )
-        logits = self.model(**whole).logits[0, -num_new - 1 : -1].float()
-        ids = whole["input_ids"][0, -num_new:]
-        loss = torch.nn.functional.cross_entropy(logits, ids)
-        return loss.item(), bool((logits.argmax(-1) == ids).all())
+        logits = self.model(**inputs).logits[0, -num_new - 1 : -1].float()
+        new_ids = token_ids[0, -num_new:]
+        loss = torch.nn.functional.cross_entropy(logits, new_ids)
+        is_greedy = bool((logits.argmax(-1) == new_ids).all())
+        return loss.item(), is_greedy
+
+    def _encode(self, prompt: str, images: list[Image.Image]):
+        return prepare_inputs(self.model, self.processor, [prompt], [images])
 
 
-_IGNORED: set[str] = set()
+def convert_simple(text: str, visuals: Sequence, image_token: str) -> dict:
+    """A user message of a text and its images.
 
+    Images stand first, or where the text has placeholders.
 
-def simple_message(text: str, visuals: Sequence, token: str) -> dict:
-    """A user's turn of a text and pictures, which come first where the text does not say where they
-    stand.
+    Raises:
+        UserError: The text has placeholders, but not one for each image.
     """
-    count = text.count(token)
+    count = text.count(image_token)
     if count not in (0, len(visuals)):
         raise UserError(
-            f"a question has {count} {token} but {len(visuals)} pictures; the task must write one"
-            " where each stands, or none"
+            f"a question has {count} {image_token} but {len(visuals)} images; the task must write"
+            " one where each image stands, or none"
         )
-    return {"role": "user", "content": text if count else f"{token}\n" * len(visuals) + text}
+    if count == 0:
+        text = f"{image_token}\n" * len(visuals) + text
+    return {"role": "user", "content": text}
 
 
-def chat_messages(turns: Sequence[dict], token: str) -> tuple[list[dict], list[Image.Image]]:
-    """The harness's turns as ours, a placeholder on a line of its own for every picture, and the
-    pictures in order.
+def convert_messages(
+    turns: Sequence[dict], image_token: str
+) -> tuple[list[dict], list[Image.Image]]:
+    """The harness's messages as ours, with a placeholder on its own line for every image.
+
+    Returns:
+        (messages, images in order).
+
+    Raises:
+        UserError: A message holds something else than text and images.
     """
-    messages, pictures = [], []
+    messages = []
+    images = []
     for turn in turns:
         parts = turn["content"]
-        parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+        if isinstance(parts, str):
+            parts = [{"type": "text", "text": parts}]
         text = ""
         for i, part in enumerate(parts):
             if part["type"] == "text":
-                if token in part["text"]:
-                    raise UserError(
-                        f"a question's text holds {token}, the model's mark for a picture; change"
-                        " the task"
-                    )
+                _check_text(part["text"], image_token)
                 text += part["text"]
             elif part["type"] == "image":
-                pictures.append(_picture(part["url"]))
-                text += token + "\n" * (i + 1 < len(parts))
+                images.append(_open_visual(part["url"]))
+                is_last = i + 1 == len(parts)
+                text += image_token if is_last else f"{image_token}\n"
             else:
                 raise UserError(
-                    f"a question holds {part['type']}, but these models take texts and pictures"
-                    " only"
+                    f"a question holds {part['type']}, but these models take text and images only"
                 )
         messages.append({"role": turn["role"], "content": text})
-    return messages, pictures
+    return messages, images
 
 
-def cut(answer: str, until: Sequence[str]) -> str:
-    """The answer up to the first of the stop strings."""
-    places = [place for stop in until if stop and (place := answer.find(stop)) >= 0]
+def _check_text(text: str, image_token: str) -> None:
+    if image_token in text:
+        raise UserError(
+            f"a question's text holds {image_token}, the model's placeholder for an image; change"
+            " the task"
+        )
+
+
+def cut_at_stop(answer: str, stop_strings: Sequence[str]) -> str:
+    """The answer up to the first stop string."""
+    places = [answer.find(stop) for stop in stop_strings if stop]
+    places = [place for place in places if place >= 0]
     return answer[: min(places)].strip() if places else answer
 
 
-def _picture(visual) -> Image.Image:
+def _open_visual(visual) -> Image.Image:
     if not isinstance(visual, Image.Image | str):
         raise UserError(
-            f"a question shows {type(visual).__name__}, but these models take pictures only; leave"
+            f"a question shows {type(visual).__name__}, but these models take images only; leave"
             " the task out"
         )
     return open_image(visual)
 
 
-def _whole(name: str, value) -> int:
+def _parse_positive(name: str, value) -> int:
     if not str(value).isdigit() or int(value) < 1:
         raise UserError(f"{name} is {value!r}, but must be a whole number of at least 1")
     return int(value)
 
 
-def _own_device() -> str:
+def _parse_dtype(name: str | None) -> torch.dtype | None:
+    dtype = getattr(torch, name, None) if name is not None else None
+    if name is not None and not isinstance(dtype, torch.dtype):
+        raise UserError(f"dtype is {name!r}, but must be a dtype such as float32 or bfloat16")
+    return dtype
+
+
+def _get_local_device() -> str:
     if not torch.accelerator.is_available():
         return "cpu"
     return f"{torch.accelerator.current_accelerator().type}:{os.environ.get('LOCAL_RANK', 0)}"
 
 
-def __getattr__(name: str) -> type | Callable:
+def __getattr__(name: str) -> type:
     if name not in CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from lmms_eval.api.model import lmms
 
-    globals()[name] = type(
-        name, (Adapter, lmms), {"is_simple": CLASSES[name], "__doc__": Adapter.__doc__}
-    )
+    attributes = {"is_simple": CLASSES[name], "__doc__": Adapter.__doc__}
+    globals()[name] = type(name, (Adapter, lmms), attributes)
     return globals()[name]
