@@ -123,15 +123,15 @@ def test_files_hold_the_answers_and_the_settings(tiny, examples, tmp_path):
 
 
 def test_an_interrupted_evaluation_resumes(shared, examples, tmp_path):
-    evaluate(*shared, examples, out=tmp_path, batch_size=4)
+    evaluate(*shared, examples, out=tmp_path, batch_size=4, max_new_tokens=3)
     file = tmp_path / "predictions.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     changed = json.dumps(json.loads(lines[0]) | {"prediction": "as it was"}) + "\n"
     file.write_text(changed + "".join(lines[1:6]) + lines[6][:20])
-    again = evaluate(*shared, examples, out=tmp_path, batch_size=4)
+    again = evaluate(*shared, examples, out=tmp_path, batch_size=4, max_new_tokens=3)
     assert again["num_kept"] == 6  # the seventh line was cut, and its question is asked again
     assert file.read_text().splitlines(keepends=True) == [changed, *lines[1:]]
-    fresh = evaluate(*shared, examples, out=tmp_path, batch_size=4, resume=False)
+    fresh = evaluate(*shared, examples, out=tmp_path, batch_size=4, max_new_tokens=3, resume=False)
     assert fresh["num_kept"] == 0
     assert file.read_text().splitlines(keepends=True) == lines
 
@@ -142,10 +142,12 @@ def test_an_exception_in_the_middle_loses_nothing(shared, examples, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(*shared, examples, out=tmp_path, batch_size=4, progress=stop)
+        evaluate(*shared, examples, out=tmp_path, batch_size=4, max_new_tokens=3, progress=stop)
     assert len(read_predictions(tmp_path)) == 8
     assert not (tmp_path / "result.json").exists()
-    assert evaluate(*shared, examples, out=tmp_path, batch_size=4)["num_kept"] == 8
+    assert (
+        evaluate(*shared, examples, out=tmp_path, batch_size=4, max_new_tokens=3)["num_kept"] == 8
+    )
 
 
 def test_answers_of_another_evaluation_are_not_mixed_in(shared, examples, tmp_path):

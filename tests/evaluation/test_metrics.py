@@ -1,6 +1,4 @@
-"""Scores equal what the benchmarks' own scripts say, on recorded cases where they are present and
-on invented ones.
-"""
+"""Scores equal those of the benchmarks' own scripts, on recorded cases and on invented ones."""
 
 import json
 from pathlib import Path
@@ -21,9 +19,10 @@ from sparsecut.evaluation.tasks import (
     textvqa,
     vqa,
 )
+from sparsecut.schema import UserError
 
 FIXTURES = Path(__file__).parents[3] / "shared" / "data" / "eval-fixtures"
-SCORES = {  # what a file's run is scored by
+SCORES = {  # how a run of a file is scored
     "vqa": lambda file, run: vqa(run["annotations"], run["predictions"]),
     "textvqa": lambda file, run: textvqa(run["predictions"]),
     "gqa": lambda file, run: gqa(file["questions"], run["predictions"], file["choices"]),
@@ -34,27 +33,23 @@ SCORES = {  # what a file's run is scored by
     "seed": lambda file, run: seed(file["question_type"], run["questions"], run["predictions"]),
     "nlvr": lambda file, run: nlvr(run["examples"], run["predictions"]),
 }
-PRINTED = {
-    "gqa": 0.005,
-    "scienceqa": 0.005,
-    "seed": 0.005,
-    "mmbench": 5e-7,
-}  # scripts that print so many digits: half the last
+NORMALIZE = {"vqa": normalize_vqa, "textvqa": normalize_textvqa}
+# Half of the last digit, for scripts that print few digits.
+TOLERANCES = {"gqa": 0.005, "scienceqa": 0.005, "seed": 0.005, "mmbench": 5e-7}
 
 
-def differences(ours, theirs, digits: float, where: str = ""):
-    """Places at which two results differ, numbers by more than digits."""
+def find_differences(ours, theirs, tolerance: float, where: str = ""):
+    """Places at which two results differ, numbers by more than the tolerance."""
     if isinstance(theirs, dict):
-        assert isinstance(ours, dict), where
-        if missing := theirs.keys() ^ ours.keys():
-            yield f"{where} {sorted(missing)}"
+        if theirs.keys() != ours.keys():
+            yield f"{where} {sorted(theirs.keys() ^ ours.keys())}"
         for key in theirs.keys() & ours.keys():
-            yield from differences(ours[key], theirs[key], digits, f"{where}/{key}")
+            yield from find_differences(ours[key], theirs[key], tolerance, f"{where}/{key}")
     elif isinstance(theirs, list):
-        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            yield from differences(a, b, digits, f"{where}/{i}")
+        for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            yield from find_differences(one, other, tolerance, f"{where}/{i}")
     elif isinstance(theirs, float):
-        if abs(ours - theirs) > digits * (1 + 1e-6):
+        if abs(ours - theirs) > tolerance * (1 + 1e-6):
             yield f"{where}: {ours} for {theirs}"
     elif ours != theirs:
         yield f"{where}: {ours!r} for {theirs!r}"
@@ -67,132 +62,139 @@ def test_scores_are_those_of_the_benchmarks_own_scripts(name):
         pytest.skip("the recorded cases are not here")
     file = json.loads(path.read_text(encoding="utf-8"))
     for run in file["runs"]:
-        found = list(differences(SCORES[name](file, run), run["expected"], PRINTED.get(name, 1e-9)))
-        assert not found, (run["name"], found[:5])
-    for one in file.get("normalisation", []):
-        assert {"vqa": normalize_vqa, "textvqa": normalize_textvqa}[name](one["in"]) == one[
-            "out"
-        ], one
-    for one in file.get("infer", []):
-        assert infer_option(one["answer"], one["choices"]) == one["inferred"], one
+        result = SCORES[name](file, run)
+        tolerance = TOLERANCES.get(name, 1e-9)
+        differences = list(find_differences(result, run["expected"], tolerance))
+        assert not differences, (run["name"], differences[:5])
+    for case in file.get("normalisation", []):
+        assert NORMALIZE[name](case["in"]) == case["out"], case
+    for case in file.get("infer", []):
+        assert infer_option(case["answer"], case["choices"]) == case["inferred"], case
 
 
-def test_vqa_counts_equal_answers_with_one_person_left_out():
-    def people(*answers):
-        return [{"answer": answer, "answer_id": number} for number, answer in enumerate(answers)]
-
-    def worth(said: str, answers: list) -> float:
-        kinds = {"question_id": 1, "question_type": "what", "answer_type": "other"}
-        return vqa([{**kinds, "answers": answers}], [{"question_id": 1, "answer": said}])[
-            "accuracy"
-        ]["overall"]
-
-    mixed = people(*["Two dogs."] * 3, *["a cat"] * 2, *["red"] * 5)
-    assert (
-        worth("2 dogs", mixed) == 90
-    )  # each of the three leaves two others: (3 x 2/3 + 7 x 1) / 10
-    assert (
-        worth("the cat", mixed) == 60 and worth("red", mixed) == 100 and worth("blue", mixed) == 0
-    )
-    alike = people(*["red"] * 10)
-    assert (
-        worth("red", alike) == 100 and worth("Red", alike) == 0
-    )  # ten that agree are compared as they stand
+def make_references(*answers: str) -> list[dict]:
+    return [{"answer": answer, "answer_id": i} for i, answer in enumerate(answers)]
 
 
-def test_textvqa_always_normalises():
-    answers = ["Red"] * 4 + ["the blue"] * 6
-    found = textvqa(
-        [
-            {"pred_answer": "red.", "gt_answers": answers},
-            {"pred_answer": "bluee", "gt_answers": answers},
-        ]
-    )
-    assert found["per_question"] == [1, 0] and found["stvqa_accuracy"] == 0.5
-    assert (
-        found["stvqa_anls"] == 0.75 / 2
-    )  # "red." to "red"; less than half of "the blue" is in "bluee"
-    with pytest.raises(ValueError, match="against 10 reference answers, but there are 9"):
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("2 dogs", 90),  # each of the three leaves two others: (3 x 2/3 + 7 x 1) / 10
+        ("the cat", 60),
+        ("red", 100),
+        ("blue", 0),
+    ],
+)
+def test_vqa_counts_equal_answers_with_one_person_left_out(answer, score):
+    answers = make_references(*["Two dogs."] * 3, *["a cat"] * 2, *["red"] * 5)
+    assert score_one_vqa_answer(answer, answers) == score
+
+
+def test_vqa_compares_ten_equal_references_as_they_stand():
+    answers = make_references(*["red"] * 10)
+    assert score_one_vqa_answer("red", answers) == 100
+    assert score_one_vqa_answer("Red", answers) == 0
+
+
+def score_one_vqa_answer(answer: str, references: list) -> float:
+    annotation = {"question_id": 1, "question_type": "what", "answer_type": "other"}
+    annotation["answers"] = references
+    result = vqa([annotation], [{"question_id": 1, "answer": answer}])
+    return result["accuracy"]["overall"]
+
+
+def test_textvqa_always_normalizes():
+    references = ["Red"] * 4 + ["the blue"] * 6
+    answers = ["red.", "bluee"]
+    pairs = [{"pred_answer": answer, "gt_answers": references} for answer in answers]
+    result = textvqa(pairs)
+    assert result["per_question"] == [1, 0]
+    assert result["stvqa_accuracy"] == 0.5
+    # "red." has 0.75 of "red", and "bluee" less than half of "the blue".
+    assert result["stvqa_anls"] == 0.75 / 2
+    with pytest.raises(UserError, match=r"10 .* 9"):
         textvqa([{"pred_answer": "a", "gt_answers": ["a"] * 9}])
 
 
 def test_pope_reads_the_first_sentence():
     labels = [{"label": label} for label in ("yes", "yes", "no", "no")]
-    said = ["No dog. Yes.", "None", "not here", "I see one. no"]
-    found = pope(labels, [{"answer": text} for text in said])
-    assert [found[k] for k in ("TP", "FP", "TN", "FN")] == [1, 1, 1, 1]
-    assert found["f1"] == found["accuracy"] == found["yes_ratio"] == 0.5
-    assert pope(labels[2:], [{"answer": "no"}] * 2)["f1"] == 0  # nobody said yes
-    with pytest.raises(ValueError, match="4 questions and 1 answers"):
+    texts = ["No dog. Yes.", "None", "not here", "I see one. no"]
+    result = pope(labels, [{"answer": text} for text in texts])
+    assert [result[key] for key in ("TP", "FP", "TN", "FN")] == [1, 1, 1, 1]
+    assert result["f1"] == result["accuracy"] == result["yes_ratio"] == 0.5
+    assert pope(labels[2:], [{"answer": "no"}] * 2)["f1"] == 0  # without any yes
+    with pytest.raises(UserError, match="4 questions and 1 answers"):
         pope(labels, [{"answer": "no"}])
 
 
-def test_mme_wants_both_questions_of_a_picture():
+def test_mme_counts_images_with_both_answers_right():
     rows = [
         ["a", "q", "Yes", "Yes."],
         ["a", "r", "No", "Surely not"],
         ["b", "q", "Yes", "yes"],
         ["b", "r", "No", "no"],
     ]
-    found = mme({"count": rows, "code_reasoning": rows[2:]})
-    assert found["task"]["count"] == {"score": 125, "acc": 75, "acc_plus": 50, "other": 1}
-    assert (found["perception_total"], found["cognition_total"]) == (125, 200)
-    with pytest.raises(ValueError, match="do not pair up"):
-        mme({"count": rows[1:3]})
+    result = mme({"count": rows, "code_reasoning": rows[2:]})
+    assert result["task"]["count"] == {"score": 125, "acc": 75, "acc_plus": 50, "other": 1}
+    assert result["perception_total"] == 125
+    assert result["cognition_total"] == 200
+    for unpaired in (rows[1:3], rows[:3]):
+        with pytest.raises(UserError, match="rows of count"):
+            mme({"count": unpaired})
 
 
-def test_gqa_asks_what_follows_from_a_right_answer():
-    def question(
-        answer: str, *entailed: str, structural: str = "verify", balanced: bool = True
-    ) -> dict:
-        types = {"structural": structural, "semantic": "obj", "detailed": "x"}
-        more = {
-            "entailed": list(entailed),
-            "isBalanced": balanced,
-            "groups": {"global": None},
-            "semantic": [],
-        }
-        return {"question": "is it", "answer": answer, "types": types, **more}
-
-    questions = {
-        "1": question("yes", "1", "2", "3"),
-        "2": question("no", balanced=False),
-        "3": question("cat", structural="query"),
+def make_gqa_question(answer: str, *entailed: str, kind="verify", is_balanced=True) -> dict:
+    return {
+        "question": "is it",
+        "answer": answer,
+        "types": {"structural": kind, "semantic": "obj", "detailed": "x"},
+        "entailed": list(entailed),
+        "isBalanced": is_balanced,
+        "groups": {"global": None},
+        "semantic": [],
     }
-    said = {"1": "yes", "2": "yes", "3": "cat"}
-    given = [{"questionId": key, "prediction": text} for key, text in said.items()]
-    found = gqa(questions, given)
-    assert (found["accuracy"], found["binary"], found["open"], found["consistency"]) == (
-        100,
-        100,
-        100,
-        50,
-    )
-    assert (
-        found["validity"] is None and gqa(questions, given[::2])["consistency"] is None
-    )  # one entailed is not answered
-    with pytest.raises(ValueError, match="1 of 2 questions have no prediction"):
-        gqa(questions, given[1:])
 
 
-def test_choices_are_read_as_each_script_reads_them():
+def test_gqa_consistency_is_about_what_a_right_answer_entails():
+    questions = {
+        "1": make_gqa_question("yes", "1", "2", "3"),
+        "2": make_gqa_question("no", is_balanced=False),
+        "3": make_gqa_question("cat", kind="query"),
+    }
+    answers = {"1": "yes", "2": "yes", "3": "cat"}
+    predictions = [{"questionId": key, "prediction": text} for key, text in answers.items()]
+    result = gqa(questions, predictions)
+    assert result["accuracy"] == result["binary"] == result["open"] == 100
+    assert result["consistency"] == 50
+    assert result["validity"] is None
+    assert gqa(questions, predictions[::2])["consistency"] is None  # question 2 has no answer
+    with pytest.raises(UserError, match=r"1 of 2 .*'1'"):
+        gqa(questions, predictions[1:])
+
+
+def test_mmbench_wants_all_rotations_right():
     rows = [
         {"index": 1, "A": "a cat", "B": "dogs", "answer": "A"},
         {"index": 1000001, "A": "dogs", "B": "a cat", "answer": "B"},
     ]
-    both, one = (mmbench(rows, said) for said in (["A.", "It is a cat"], ["A.", "neither"]))
-    assert (both["circular_accuracy"], both["vanilla_accuracy"]) == ({"Overall": 1}, 1)
-    assert (one["circular_accuracy"], one["vanilla_accuracy"], one["inferred"]) == (
-        {"Overall": 0},
-        0.5,
-        ["A", None],
-    )
-    asked = {"question_type_id": 1, "data_type": "image"}
-    questions = [{**asked, "question_id": i, "answer": "A"} for i in range(2)]
-    found = seed(
-        {"Scene": 1}, questions, [{"question_id": 0, "text": "A"}, {"question_id": 1, "text": "A."}]
-    )
-    assert found == {"per_type": {"Scene": 50}, "total": 50, "image": 50, "video": None}
+    right = mmbench(rows, ["A.", "It is a cat"])
+    assert right["circular_accuracy"] == {"Overall": 1}
+    assert right["vanilla_accuracy"] == 1
+    half = mmbench(rows, ["A.", "neither"])
+    assert half["circular_accuracy"] == {"Overall": 0}
+    assert half["vanilla_accuracy"] == 0.5
+    assert half["inferred"] == ["A", None]
+
+
+def test_seed_wants_the_bare_letter():
+    facts = {"question_type_id": 1, "data_type": "image", "answer": "A"}
+    questions = [{**facts, "question_id": i} for i in range(2)]
+    predictions = [{"question_id": 0, "text": "A"}, {"question_id": 1, "text": "A."}]
+    result = seed({"Scene": 1}, questions, predictions)
+    assert result == {"per_type": {"Scene": 50}, "total": 50, "image": 50, "video": None}
+
+
+def test_scienceqa_reads_a_letter_or_one_sentence():
     problem = {
         "choices": ["x", "y"],
         "answer": 1,
@@ -202,29 +204,36 @@ def test_choices_are_read_as_each_script_reads_them():
         "grade": "grade7",
         "topic": "t",
     }
-    texts = ["B", "B. y", "The answer is B.", "b", "C", "The answer is A. The answer is B."]
-    said = [
-        {"question_id": str(i), "text": text, "prompt": "<image>" if i else ""}
-        for i, text in enumerate(texts)
-    ]
-    found = scienceqa({str(i): problem for i in range(7)}, said)
-    assert list(found["llava"]["parsed_index"].values()) == [
-        1,
-        1,
-        1,
-        -1,
-        -1,
-        -1,
-        -1,
-    ]  # the seventh was not answered
-    assert (found["llava"]["correct"], found["llava"]["img_accuracy"]) == (3, 40)
-    assert set(found["official_by_group"]) == {"social", "no_context", "grade_7_12", "average", "t"}
+    parsed = {
+        "B": 1,
+        "B. y": 1,
+        "The answer is B.": 1,
+        "b": -1,
+        "C": -1,
+        "The answer is A. The answer is B.": -1,
+    }
+    predictions = []
+    for i, text in enumerate(parsed):
+        prompt = "<image>" if i else ""
+        predictions.append({"question_id": str(i), "text": text, "prompt": prompt})
+    problems = {str(i): problem for i in range(len(parsed) + 1)}
+    result = scienceqa(problems, predictions)
+    not_answered = -1
+    assert list(result["llava"]["parsed_index"].values()) == [*parsed.values(), not_answered]
+    assert result["llava"]["correct"] == 3
+    assert result["llava"]["img_accuracy"] == 40
+    groups = {"social", "no_context", "grade_7_12", "average", "t"}
+    assert set(result["official_by_group"]) == groups
 
 
 def test_nlvr_wants_a_sentence_right_throughout():
     examples = [{"identifier": name, "label": "true"} for name in ("1-0", "1-1", "2-0")]
-    said = {f"dev-{one['identifier']}-{i}.png": "True" for one in examples for i in range(6)}
-    found = nlvr(examples, {**said, "dev-1-1-5.png": "false"})
-    assert found == {"precision": 17 / 18, "consistency": 0.5}
-    with pytest.raises(ValueError, match="1 of 18 questions have no prediction"):
-        nlvr(examples, {k: v for k, v in said.items() if k != "dev-2-0-3.png"})
+    predictions = {}
+    for example in examples:
+        for i in range(6):
+            predictions[f"dev-{example['identifier']}-{i}.png"] = "True"
+    result = nlvr(examples, {**predictions, "dev-1-1-5.png": "false"})
+    assert result == {"precision": 17 / 18, "consistency": 0.5}
+    del predictions["dev-2-0-3.png"]
+    with pytest.raises(UserError, match=r"1 of 18 .*2-0-3"):
+        nlvr(examples, predictions)
