@@ -159,20 +159,6 @@ def test_yaml_blocks_load(page):
             assert sparsecut.make_plan(plain["fusion"], 24, 32)
 
 
-def test_a_method_of_20_lines_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sparsecut.methods.METHODS", sparsecut.METHODS)
-    draw(split_scene("test/0/0")).save("picture.png")
-    (block,) = blocks("add-a-method.md", "python")
-    assert len([line for line in block.splitlines() if line.strip()]) <= 20
-    try:
-        exec(compile(block, "add-a-method.md", "exec"), {})
-    finally:
-        sparsecut.METHODS.pop("twice", None)
-    assert "channels" in capsys.readouterr().out
-    assert sparsecut.load("twice")[0].plan.layers == (1, 3)
-
-
 def test_the_upgrade_walk_through_runs(tmp_path, monkeypatch, llava):
     monkeypatch.chdir(tmp_path)
     draw(split_scene("test/0/0")).save("picture.png")
