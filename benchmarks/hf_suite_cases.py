@@ -26,8 +26,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from sparsecut.configuration import SparseCutConfig
-from sparsecut.configuration_upgraded import SparseCutUpgradeConfig
+from sparsecut.configuration import SparseCutConfig, SparseCutUpgradeConfig
 from sparsecut.modeling import SparseCutForConditionalGeneration
 from sparsecut.modeling_upgraded import SparseCutUpgrade
 from sparsecut.plan import Plan, Shortcut

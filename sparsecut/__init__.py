@@ -25,7 +25,7 @@ _HOMES = {
     "SparseCutProcessor": "processing",
     "SparseCutForConditionalGeneration": "modeling",
     "SparseCutUpgrade": "modeling_upgraded",
-    "SparseCutUpgradeConfig": "configuration_upgraded",
+    "SparseCutUpgradeConfig": "configuration",
 }
 __all__ = sorted(_HOMES)
 

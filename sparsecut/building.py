@@ -22,8 +22,7 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 
 from .adapters import load_adapters
-from .configuration import SparseCutConfig
-from .configuration_upgraded import SparseCutUpgradeConfig
+from .configuration import SparseCutConfig, SparseCutUpgradeConfig
 from .encoders import encoder_of, is_audio
 from .hooks import check_language_model
 from .modeling import SparseCutForConditionalGeneration
@@ -43,10 +42,12 @@ OLD_SHAPES = "world"  # their former name
 AUTO_MAPS = {
     "modeling": {
         "AutoConfig": "configuration.SparseCutConfig",
+        "AutoModel": "modeling.SparseCutModel",
         "AutoModelForImageTextToText": "modeling.SparseCutForConditionalGeneration",
     },
     "modeling_upgraded": {
-        "AutoConfig": "configuration_upgraded.SparseCutUpgradeConfig",
+        "AutoConfig": "configuration.SparseCutUpgradeConfig",
+        "AutoModel": "modeling_upgraded.SparseCutUpgradeModel",
         "AutoModelForImageTextToText": "modeling_upgraded.SparseCutUpgrade",
     },
     "SparseCutAudioProcessor": {"AutoProcessor": "processing.SparseCutAudioProcessor"},

@@ -1,9 +1,8 @@
-"""The configuration of a SparseCut model: an encoder's, a language model's, and the plan that
-connects them.
-"""
+"""The configurations of both models: one joined from two parts, and an upgraded pretrained VLM."""
 
 from __future__ import annotations
 
+import copy
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -13,8 +12,10 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from .encoders import PatchGrid, is_audio, read_grid
 from .methods import make_plan
 from .plan import Plan
-from .registration import register_configuration, register_model
+from .registration import register_configurations, register_models
 from .schema import UserError
+
+IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 
 
 @strict
@@ -22,17 +23,22 @@ class SparseCutConfig(PreTrainedConfig):
     r"""
     Configuration of [`SparseCutForConditionalGeneration`].
 
-    vision_config, text_config: configurations (or their dicts) of any supported encoder and causal
-    language model.
-    plan: a method's name, a method with options, or a plan in full; kept in full, and refused if it
-    does not fit the depths.
-    view_size: pixels of a view, or (height, width), for encoders that take pictures of any size;
-    else the encoder's own.
-    image_token_id: the placeholder that stands once per image token in `input_ids`.
-    mask_image_token: give the placeholder's logit the lowest value, so that neither loss nor
-    decoding knows of it. Set by
-        conversions, whose vocabulary never had the placeholder; elsewhere the generation config
-        suppresses it.
+    Attributes:
+        vision_config: Configuration of the vision (or audio) encoder, or its dict.
+        text_config: Configuration of the causal language model, or its dict.
+        plan: The shortcuts: a method's name, a method with options, or a whole plan. It is
+            stored as a whole plan. Default: the method `sparsecut`.
+        view_size: Pixels of a view, or (height, width). Only for encoders that take images of
+            any size; other encoders fix it themselves.
+        image_token_id: The placeholder in `input_ids`, once per image token.
+        mask_image_token: Give the placeholder's logit the lowest value, so that neither the loss
+            nor decoding uses it. Conversions set it, as their vocabulary never had the
+            placeholder. Elsewhere the generation config suppresses the placeholder.
+        tie_word_embeddings: Not used: the language model's own configuration decides.
+
+    Raises:
+        UserError: The encoder or the language model is not supported, or the plan does not fit
+            their depths.
     """
 
     model_type = "sparsecut"
@@ -50,27 +56,19 @@ class SparseCutConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        # The base class resets how sub-configurations compute attention and experts, also of models
-        # that already run with it.
-        ready = [
-            c for c in (self.vision_config, self.text_config) if isinstance(c, PreTrainedConfig)
-        ]
-        names = ("_attn_implementation", "_experts_implementation")
-        kept = [(config, name, getattr(config, name)) for config in ready for name in names]
+        implementations = _read_implementations(self.vision_config, self.text_config)
         super().__post_init__(**kwargs)
-        for config, name, implementation in kept:
-            if getattr(config, name) is None:
-                setattr(config, name, implementation)
+        _restore_implementations(implementations)
         grid = read_grid(self.vision_config, self.view_size)
         check_text_config(self.text_config)
         spec = "sparsecut" if self.plan is None else self.plan
         plan = make_plan(spec, self.vision_depth, self.language_depth)
         check_fine_views(self.vision_config, grid, plan)
         self.plan = plan.to_dict()
-        register_model()
+        register_models(type(self))
 
     def get_plan(self) -> Plan:
-        """The plan as data of this package."""
+        """The plan as a `Plan`."""
         return Plan.from_dict(self.plan)
 
     @property
@@ -85,9 +83,7 @@ class SparseCutConfig(PreTrainedConfig):
 
     @property
     def grid(self) -> PatchGrid:
-        """What a view is and how its patches lie, from sizes of the encoder's configuration, never
-        a length of something.
-        """
+        """Shape of a view and layout of its patches, read from the encoder's configuration."""
         return read_grid(self.vision_config, self.view_size)
 
     @property
@@ -97,47 +93,138 @@ class SparseCutConfig(PreTrainedConfig):
 
     @property
     def image_size(self) -> int | tuple[int, int]:
-        """Side of one view in pixels, or height and width where they differ; of a sound, mels and
-        frames.
-        """
+        """Side of a view in pixels, or (height, width); for audio (mels, frames)."""
         height, width = self.grid.view[-2:]
-        return height if height == width and not is_audio(self.vision_config) else (height, width)
+        if height == width and not is_audio(self.vision_config):
+            return height
+        return height, width
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions one picture takes in the prompt."""
+        """Positions of one image in the prompt."""
         return self.get_plan().image_tokens(self.num_patches)
 
 
+@strict
+class SparseCutUpgradeConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`SparseCutUpgrade`].
+
+    Attributes:
+        base_config: Configuration of the pretrained VLM that was upgraded, or its dict.
+        plan: The shortcuts, as a whole plan.
+        base_name: Hub name or folder of the base. None once the base's weights were trained.
+        base_digest: `fingerprint.base_hash` of the base, to recognize it again.
+        tie_word_embeddings: Whether the base ties its embeddings to its head.
+    """
+
+    model_type = "sparsecut_upgrade"
+    sub_configs_defaults: ClassVar[dict] = {
+        "base_config": SubConfigSpec(config_class=AutoConfig, model_type="llava")
+    }
+
+    base_config: dict | PreTrainedConfig | None = None
+    plan: dict | None = None
+    base_name: str | None = None
+    base_digest: str | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        register_models(type(self))
+
+    @classmethod
+    def from_base(
+        cls, base, plan: Plan, name: str | None, digest: str | None
+    ) -> SparseCutUpgradeConfig:
+        """The configuration of a loaded base under a plan."""
+        # Copied, because transformers resets a sub-configuration that is handed over.
+        return cls(
+            base_config=copy.deepcopy(base.config),
+            plan=plan.to_dict(),
+            base_name=name,
+            base_digest=digest,
+        )
+
+    def get_plan(self) -> Plan:
+        """The plan as a `Plan`."""
+        return Plan.from_dict(self.plan)
+
+    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+        """The configuration of the base's language model."""
+        return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """The configuration of the base's language model."""
+        return self.base_config.get_text_config()
+
+    @property
+    def vision_config(self) -> PreTrainedConfig:
+        """The configuration of the base's vision encoder."""
+        return self.base_config.vision_config
+
+    @property
+    def vision_depth(self) -> int:
+        """Number of encoder blocks."""
+        vision = self.vision_config
+        if hasattr(vision, "num_hidden_layers"):
+            return vision.num_hidden_layers
+        return vision.depth
+
+    @property
+    def language_depth(self) -> int:
+        """Number of decoder layers."""
+        return self.text_config.num_hidden_layers
+
+    @property
+    def image_token_id(self) -> int:
+        """The base's placeholder for one image token."""
+        return self.base_config.image_token_id
+
+
+def _read_implementations(*configs) -> list[tuple]:
+    """How given sub-configurations compute attention and experts: (config, name, value).
+
+    PreTrainedConfig resets this on sub-configurations, also of models that already run with it.
+    """
+    ready = [config for config in configs if isinstance(config, PreTrainedConfig)]
+    return [(config, name, getattr(config, name)) for config in ready for name in IMPLEMENTATIONS]
+
+
+def _restore_implementations(implementations: list[tuple]) -> None:
+    for config, name, value in implementations:
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+
+
 def check_fine_views(vision_config, grid: PatchGrid, plan: Plan) -> None:
-    """Refuse fine views of a sound, which has one view."""
+    """Raise UserError where a plan needs fine views of audio, which has one view."""
     if plan.tiles and is_audio(vision_config):
         raise UserError(
-            f"the plan has tiles={plan.tiles}, but {vision_config.model_type} listens to sounds,"
-            " which have no finer views; choose a plan without, for example {'method':"
-            " 'sparsecut', 'tiles': 0}"
+            f"the plan has tiles={plan.tiles}, but {vision_config.model_type} is an audio encoder,"
+            " and audio has no fine views; set tiles to 0, for example"
+            " {'method': 'sparsecut', 'tiles': 0}"
         )
 
 
 def check_text_config(config) -> None:
-    """Refuse language models that cannot read a prompt of embeddings from left to right, where a
-    configuration tells.
-    """
-    text, reasons = config.get_text_config(), []
-    if config.is_encoder_decoder or any(
-        hasattr(text, f"{n}_layers") for n in ("encoder", "num_encoder", "decoder")
-    ):
-        reasons.append("belongs to a pair of encoder and decoder")
+    """Raise UserError for language models that cannot read embeddings from left to right."""
+    text = config.get_text_config()
+    encoder_fields = ("encoder_layers", "num_encoder_layers", "decoder_layers")
+    reasons = []
+    if config.is_encoder_decoder or any(hasattr(text, name) for name in encoder_fields):
+        reasons.append("is part of an encoder-decoder pair")
     elif hasattr(text, "add_cross_attention") and not getattr(text, "is_decoder", True):
-        reasons.append("looks at later tokens too (is_decoder is false)")
+        reasons.append("attends to later tokens too (is_decoder is false)")
     if getattr(text, "hidden_size_per_layer_input", 0):
         reasons.append("reads the token ids again in every layer (hidden_size_per_layer_input)")
     if reasons:
         raise UserError(
-            f"the language model {config.model_type} {' and '.join(reasons)}, but image features"
-            " can only be given to a decoder that reads embeddings from left to right; use a"
+            f"the language model {config.model_type} {' and '.join(reasons)}. Image features can"
+            " only be given to a decoder that reads embeddings from left to right; use a"
             " decoder-only transformer such as Llama, Qwen or Mistral"
         )
 
 
-register_configuration()
+register_configurations()

@@ -1,6 +1,4 @@
-"""The model: a vision encoder, the fusion, and a causal language model that is used exactly as it
-is.
-"""
+"""The joined model: a vision encoder, the fusion, and a causal language model used as it is."""
 
 from __future__ import annotations
 
@@ -10,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
 from .configuration import SparseCutConfig
-from .encoders import encoder_inputs, make_encoder
+from .encoders import make_encoder
 from .fusion import Fusion
 from .hooks import (
     accepts,
@@ -28,26 +27,36 @@ from .hooks import (
 from .modeling_base import (
     SparseCutCausalLMOutputWithPast,
     SparseCutImageFeatures,
+    SparseCutModelOutputWithPast,
     SparseCutPreTrainedModel,
     check_image_features,
     check_image_tokens,
+    check_pixels,
     has_begun,
+    has_part_below_head,
+    record_encoder,
+    share_modules,
+    without_head,
 )
-from .modeling_body import SparseCutModel
-from .plan import Plan
 from .schema import UserError
 
-RECORDS = ("hidden_states", "attentions")  # what an encoder keeps of its blocks when it is asked to
-UNRECORDED = {f"output_{name}": False for name in RECORDS}
+RECORDS = ("hidden_states", "attentions")  # what an encoder returns of its blocks on request
+NO_RECORDS = {f"output_{name}": False for name in RECORDS}
 
 
-class SparseCutForConditionalGeneration(SparseCutPreTrainedModel, GenerationMixin):
-    r"""Any supported vision encoder and causal language model, joined by a plan of sparse
-    shortcuts (arXiv 2602.00505).
+class SparseCutModel(SparseCutPreTrainedModel):
+    r"""A vision encoder and a decoder, joined by sparse shortcuts (arXiv 2602.00505); no head.
 
-    Features of layer 0 replace the placeholders' embeddings; features of a layer above are added to
-    the hidden states that enter it, at the placeholders' positions, once per prompt. Ready modules
-    can be handed over instead of being made anew.
+    Features of layer 0 replace the embeddings of image tokens. Features of a layer above are
+    added to the hidden states that enter it, at the image tokens, once per prompt.
+
+    Args:
+        config: Both parts' configurations and the plan.
+        vision_tower: The encoder, if it is loaded already. Default: a new one.
+        language_model: The causal language model, if it is loaded already. Default: a new one.
+
+    Raises:
+        UserError: A part needs inputs that cannot be given to it.
     """
 
     config: SparseCutConfig
@@ -61,18 +70,21 @@ class SparseCutForConditionalGeneration(SparseCutPreTrainedModel, GenerationMixi
         language_model: nn.Module | None = None,
     ):
         super().__init__(config)
-        self.plan: Plan = config.get_plan()
+        self.plan = config.get_plan()
         self.grid = config.grid
-        self.vision_tower = (
-            vision_tower if vision_tower is not None else make_encoder(config.vision_config)
-        )
-        self.language_model = (
-            language_model
-            if language_model is not None
-            else AutoModelForCausalLM.from_config(config.text_config)
-        )
-        check_vision_tower(self.vision_tower, self.grid)
-        check_language_model(self.language_model)
+        self.tokens_per_image = config.num_image_tokens
+        if vision_tower is None:
+            vision_tower = make_encoder(config.vision_config)
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        check_vision_tower(vision_tower, self.grid)
+        check_language_model(language_model)
+        if not self.has_head:
+            language_model = without_head(language_model)
+            above = rf"^language_model\.(?!{language_model.base_model_prefix}\.)"
+            self._keys_to_ignore_on_load_unexpected = [above]
+        self.vision_tower = vision_tower
+        self.language_model = language_model
         self.fusion = Fusion(
             self.plan,
             vision_depth=config.vision_depth,
@@ -85,58 +97,52 @@ class SparseCutForConditionalGeneration(SparseCutPreTrainedModel, GenerationMixi
         self.post_init()
         self._no_split_modules = whole_modules(self)
 
-    @property
-    def base_model(self) -> SparseCutModel:
-        """The same modules without the head."""
-        return SparseCutModel(self)
-
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value):
         self.language_model.set_input_embeddings(value)
 
-    def get_output_embeddings(self):
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings):
-        self.language_model.set_output_embeddings(new_embeddings)
-
     def get_decoder(self):
         return self.language_model.get_decoder()
 
     def encode(self, pixel_values: Tensor) -> dict[int, Tensor]:
-        """The encoder's states that the plan reads, of pictures [P, 1 + tiles^2, 3, h, w]: tap ->
-        [P, V, N, D].
+        """Run the encoder and return the vision features that the plan reads.
 
-        Sounds come as spectrograms [P, 1, mels, frames]. V is 1 for taps that are read from the
-        coarse view alone; the fine views run no further than the deepest tap read from them. A plan
-        without fine views also takes [P, 3, h, w]. Raises ValueError on any other shape.
+        Fine views run no further than the deepest tap that is read from them.
+
+        Args:
+            pixel_values: Images [P, 1 + tiles^2, 3, h, w], coarse view first. Without fine views
+                also [P, 3, h, w]. Audio: spectrograms [P, 1, mels, frames].
+
+        Returns:
+            Tap -> [P, V, N, D]. V is 1 for taps that are read from the coarse view alone.
+
+        Raises:
+            UserError: The pixels have another shape.
         """
-        view, num_views, depth = self.grid.view, self.plan.num_views, self.config.vision_depth
-        if tuple(pixel_values.shape[1:]) == view and num_views == 1:
+        num_views = self.plan.num_views
+        if tuple(pixel_values.shape[1:]) == self.grid.view and num_views == 1:
             pixel_values = pixel_values.unsqueeze(1)
-        if tuple(pixel_values.shape[1:]) != (num_views, *view):
-            raise UserError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, but this model's plan"
-                f" (tiles={self.plan.tiles}) and encoder need (pictures, {num_views},"
-                f" {', '.join(map(str, view))}), coarse view first; prepare pictures with the"
-                " model's own processor"
-            )
+        check_pixels(pixel_values, self.grid, self.plan)
         pixels = pixel_values.to(self.vision_tower.dtype)
-        taps, fine = self.plan.resolved_taps(depth), self.plan.fine_taps(depth)
-        if not fine or max(fine) == max(taps):
-            states = self._read(pixels if fine else pixels[:, :1], taps)
-            return {tap: x if tap in fine else x[:, :1] for tap, x in states.items()}
-        coarse, finer = self._read(pixels[:, :1], taps), self._read(pixels[:, 1:], fine)
-        return {
-            tap: torch.cat([x, finer[tap]], dim=1) if tap in fine else x
-            for tap, x in coarse.items()
-        }
+        taps = self.plan.resolved_taps(self.config.vision_depth)
+        fine_taps = self.plan.fine_taps(self.config.vision_depth)
+        if not fine_taps:
+            return self._read(pixels[:, :1], taps)
+        if max(fine_taps) == max(taps):
+            features = self._read(pixels, taps)
+            return {tap: x if tap in fine_taps else x[:, :1] for tap, x in features.items()}
+        features = self._read(pixels[:, :1], taps)
+        fine_features = self._read(pixels[:, 1:], fine_taps)
+        for tap, fine in fine_features.items():
+            features[tap] = torch.cat([features[tap], fine], dim=1)
+        return features
 
     def _read(self, pixels: Tensor, taps: tuple[int, ...]) -> dict[int, Tensor]:
-        states = read_taps(self.vision_tower, pixels.flatten(0, 1), self.grid, taps)
-        return {tap: x.unflatten(0, (-1, pixels.shape[1])) for tap, x in states.items()}
+        """Run the encoder on [P, V, *view] and return tap -> [P, V, N, D]."""
+        features = read_taps(self.vision_tower, pixels.flatten(0, 1), self.grid, taps)
+        return {tap: x.unflatten(0, (-1, pixels.shape[1])) for tap, x in features.items()}
 
     @can_return_tuple
     def get_image_features(
@@ -145,44 +151,207 @@ class SparseCutForConditionalGeneration(SparseCutPreTrainedModel, GenerationMixi
         vision_states: dict[int, Tensor] | None = None,
         **kwargs,
     ) -> SparseCutImageFeatures:
-        """Encode pictures [P, 1 + tiles^2, 3, h, w], coarse view first, and fuse their taps for
-        every layer of the plan.
+        """Encode images and fuse their taps for every layer of the plan.
 
-        vision_states: what `encode` returned for them, instead of pixels. output_hidden_states and
-        output_attentions (here or in the configuration) add the encoder's own for the coarse views
-        of pixels, at the price of another pass through every block. Raises ValueError on another
-        shape, or for both or none.
+        Args:
+            pixel_values: Images, as `encode` takes them.
+            vision_states: What `encode` returned for them, instead of pixels.
+            **kwargs: output_hidden_states and output_attentions add the encoder's own, for the
+                coarse views of pixels. That costs another pass through every block. The
+                configuration can set them too.
+
+        Raises:
+            UserError: The pixels have another shape, or both arguments or none were given.
         """
         if (pixel_values is None) == (vision_states is None):
             raise UserError("give either pixel_values or vision_states, and not both")
-        given = pixel_values if vision_states is None else next(iter(vision_states.values()))
-        if not len(given):
+        images = next(iter(vision_states.values())) if pixel_values is None else pixel_values
+        if not len(images):
             return SparseCutImageFeatures(pooler_output=[])
         states = self.encode(pixel_values) if vision_states is None else vision_states
         input_features, *layer_features = self.fusion(states)
-        whole = {}
-        wanted = [
-            name
-            for name in RECORDS
-            if kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False))
-        ]
-        if wanted and pixel_values is not None:
-            coarse = (
-                pixel_values
-                if pixel_values.dim() == 1 + len(self.grid.view)
-                else pixel_values[:, 0]
-            )
-            flags = {f"output_{name}": True for name in wanted}
-            inputs = encoder_inputs(self.grid, coarse.to(self.vision_tower.dtype))
-            outputs = self.vision_tower(**inputs, return_dict=True, **flags)
-            whole = {name: outputs.get(name) for name in wanted}
+        records = {}
+        names = self._get_requested_records(kwargs)
+        if names and pixel_values is not None:
+            records = record_encoder(self.vision_tower, self.grid, pixel_values, names)
         return SparseCutImageFeatures(
             last_hidden_state=states[max(states)][:, 0],
-            **whole,
+            **records,
             pooler_output=list(input_features),
             deepstack_features=[list(features) for features in layer_features] or None,
             pixel_values=pixel_values,
         )
+
+    def _get_requested_records(self, settings: dict) -> list[str]:
+        """Which of RECORDS the settings or the configuration request."""
+        names = []
+        for name in RECORDS:
+            default = getattr(self.config, f"output_{name}", False)
+            if settings.get(f"output_{name}", default):
+                names.append(name)
+        return names
+
+    def image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """Where image tokens are, [B, L]: by id, or by embedding where there are no ids."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **inputs,
+    ) -> SparseCutModelOutputWithPast:
+        """Hidden states of a prompt.
+
+        Args:
+            **inputs: All arguments are those of the whole model, without labels.
+
+        Returns:
+            `last_hidden_state` [B, L, H] is what the whole model's head reads.
+        """
+        outputs, image_hidden_states = self._run(
+            self.language_model.base_model,
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            **inputs,
+        )
+        return SparseCutModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            image_hidden_states=image_hidden_states,
+        )
+
+    def _run(
+        self,
+        decoder: nn.Module,
+        *,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        vision_states: dict[int, Tensor] | None = None,
+        mm_encoder_outputs: dict[str, SparseCutImageFeatures] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        continued: bool | None = None,
+        has_labels: bool = False,
+        **kwargs,
+    ) -> tuple[ModelOutput, Tensor | None]:
+        """Run a decoder, with or without its head, on a prompt and its images.
+
+        Args:
+            decoder: What to run; the other arguments are those of `forward`.
+            **kwargs: For the decoder, as far as it takes them and they are not None.
+
+        Returns:
+            The decoder's output, and the features that entered the input [tokens, H].
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("give either input_ids or inputs_embeds, and not both")
+        precomputed = (mm_encoder_outputs or {}).get("image")
+        sources = [x for x in (pixel_values, vision_states, precomputed) if x is not None]
+        if len(sources) > 1:
+            raise UserError(
+                "give one of pixel_values, vision_states and mm_encoder_outputs: they stand for the"
+                " same images"
+            )
+        images = self._collect_images(pixel_values, vision_states, precomputed)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        mask = self.image_mask(input_ids, inputs_embeds)
+        has_prompt = images is not None or (input_ids is not None and not continued)
+        if has_prompt and not torch.compiler.is_compiling():
+            begun = has_begun(past_key_values)
+            says_more = sources or has_labels or past_key_values is not None or self.training
+            check_image_tokens(
+                mask,
+                images,
+                warn_only=not says_more and continued is None,
+                tokens_per_image=self.tokens_per_image if begun else 0,
+            )
+        image_hidden_states, features, gates = self._inject_into(inputs_embeds, images)
+        if images is not None:
+            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_hidden_states)
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            position_ids = position_ids[:, -inputs_embeds.shape[1] :]
+        optional = {**kwargs, "position_ids": position_ids, "past_key_values": past_key_values}
+        taken = {k: v for k, v in optional.items() if v is not None and accepts(decoder, k)}
+
+        def run():
+            return decoder(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                return_dict=True,
+                **taken,
+            )
+
+        return inject(run, mask, features, gates), image_hidden_states
+
+    def _collect_images(
+        self,
+        pixel_values: Tensor | None,
+        vision_states: dict[int, Tensor] | None,
+        precomputed: SparseCutImageFeatures | None,
+    ) -> SparseCutImageFeatures | None:
+        """Image features from whichever source was given; None for no images."""
+        images = precomputed
+        if pixel_values is not None or vision_states is not None:
+            images = self.get_image_features(pixel_values, vision_states, **NO_RECORDS)
+        if images is not None and not len(images.pooler_output):
+            return None  # a batch without images
+        return images
+
+    def _inject_into(
+        self, inputs_embeds: Tensor, images: SparseCutImageFeatures | None
+    ) -> tuple[Tensor | None, dict[int, Tensor], dict[int, nn.Module]]:
+        """Features for the input [tokens, H], features by layer, and context gates by layer."""
+        if images is None:
+            return None, {}, {}
+        check_image_features(images, self.plan, inputs_embeds.shape[-1])
+        input_features = torch.cat(list(images.pooler_output)).to(inputs_embeds)
+        by_layer = zip(self.plan.layers, images.deepstack_features or (), strict=True)
+        features = {layer: torch.cat(list(of_images)) for layer, of_images in by_layer}
+        gates = {}
+        if features:
+            for layer, gate in self.fusion.context.items():
+                gates[int(layer)] = partial(gate, num_tokens=self.tokens_per_image)
+        return input_features, features, gates
+
+
+class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
+    r"""`SparseCutModel` whose language model has its head: it gives logits and generates.
+
+    Args are those of `SparseCutModel`.
+    """
+
+    has_head = True
+
+    @property
+    def base_model(self) -> SparseCutModel:
+        """The same modules without the head."""
+        if not has_part_below_head(self.language_model):
+            return self
+        modules = {
+            "vision_tower": self.vision_tower,
+            "language_model": without_head(self.language_model),
+            "fusion": self.fusion,
+        }
+        return share_modules(self, SparseCutModel, modules)
+
+    def get_output_embeddings(self):
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings):
+        self.language_model.set_output_embeddings(new_embeddings)
 
     def prepare_inputs_for_generation(
         self,
@@ -192,7 +361,7 @@ class SparseCutForConditionalGeneration(SparseCutPreTrainedModel, GenerationMixi
         is_first_iteration=False,
         **kwargs,
     ):
-        """What `generate` gives to `forward` at each step: pictures with the prompt only."""
+        """What `generate` gives to `forward` at each step: images with the prompt only."""
         kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
         inputs = super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, **kwargs
@@ -200,19 +369,10 @@ class SparseCutForConditionalGeneration(SparseCutPreTrainedModel, GenerationMixi
         images = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         inputs["continued"] = not is_first_iteration and has_begun(past_key_values)
         # In assisted decoding transformers calls the assistant's prompt a continuation and leaves
-        # the pictures out.
+        # the images out.
         if images is not None and "mm_encoder_outputs" not in inputs and not inputs["continued"]:
             inputs["mm_encoder_outputs"] = {"image": self.get_image_features(images.pixel_values)}
         return inputs
-
-    def image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """Where image tokens stand, [B, L]: by id, or by embedding where only embeddings are
-        given.
-        """
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
 
     @can_return_tuple
     def forward(
@@ -234,98 +394,50 @@ class SparseCutForConditionalGeneration(SparseCutPreTrainedModel, GenerationMixi
     ) -> SparseCutCausalLMOutputWithPast:
         """One pass over a prompt, its continuation, or a training batch.
 
-        input_ids [B, L] with `config.image_token_id` once per image token; pixel_values [P, 1 +
-        tiles^2, 3, h, w] for the pictures that are there, in reading order over the batch;
-        vision_states (of `encode`) or mm_encoder_outputs ({"image": get_image_features(...)})
-        instead of pixels.
-        continued: input_ids were generated or guessed, so that placeholders among them stand for no
-        picture (`generate` says so, None elsewhere). Raises ValueError where image tokens and
-        features do not match (a bare pass without labels, cache and pictures warns), RuntimeError
-        where a shortcut did not fire exactly once.
+        Args:
+            input_ids: [B, L], with `config.image_token_id` once per image token.
+            pixel_values: The images, in reading order over the batch; shapes as in `encode`.
+            vision_states: What `encode` returned for the images, instead of pixels.
+            mm_encoder_outputs: {"image": get_image_features(...)}, instead of pixels.
+            continued: input_ids were generated or guessed, so that placeholders among them stand
+                for no image. `generate` sets it; None elsewhere.
+
+        Raises:
+            UserError: Image tokens and features do not match. A bare pass without labels, cache
+                and images only warns.
+            RuntimeError: A shortcut did not fire exactly once.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise UserError("give either input_ids or inputs_embeds, and not both")
-        images = (mm_encoder_outputs or {}).get("image")
-        num_given = sum(pictures is not None for pictures in (pixel_values, vision_states, images))
-        if num_given > 1:
-            raise UserError(
-                "give one of pixel_values, vision_states and mm_encoder_outputs: they are the same"
-                " pictures"
-            )
-        if pixel_values is not None or vision_states is not None:
-            images = self.get_image_features(pixel_values, vision_states, **UNRECORDED)
-        if images is not None and not len(images.pooler_output):
-            images = None  # a batch of no pictures
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        mask = self.image_mask(input_ids, inputs_embeds)
-        if not torch.compiler.is_compiling() and (
-            images is not None or (input_ids is not None and not continued)
-        ):
-            bare = (
-                not num_given and labels is None and past_key_values is None and continued is None
-            )
-            num_each = self.config.num_image_tokens if has_begun(past_key_values) else 0
-            check_image_tokens(mask, images, bare=bare and not self.training, num_each=num_each)
-        check_image_features(images, self.plan, inputs_embeds.shape[-1])
-        features, image_hidden_states = {}, None
-        if images is not None:
-            image_hidden_states = torch.cat(list(images.pooler_output)).to(inputs_embeds)
-            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_hidden_states)
-            features = {
-                d: torch.cat(list(f))
-                for d, f in zip(self.plan.layers, images.deepstack_features or (), strict=True)
-            }
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[
-                :, -inputs_embeds.shape[1] :
-            ]
-
-        arguments = {
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "use_cache": use_cache,
-            **kwargs,
-        }
-        arguments["output_attentions"] = output_attentions
-        arguments = {
-            k: v for k, v in arguments.items() if v is not None and accepts(self.language_model, k)
-        }
+        optional = {}
         if accepts(self.language_model, "logits_to_keep", by_name=True):
-            arguments["logits_to_keep"] = logits_to_keep
-
-        def run():
-            return self.language_model(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                return_dict=True,
-                **arguments,
-            )
-
-        gates = {}
-        if features:
-            num_tokens = self.config.num_image_tokens
-            for layer, gate in self.fusion.context.items():
-                gates[int(layer)] = partial(gate, num_tokens=num_tokens)
-        outputs = inject(run, mask, features, gates)
+            optional["logits_to_keep"] = logits_to_keep
+        outputs, image_hidden_states = self._run(
+            self.language_model,
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            vision_states=vision_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            continued=continued,
+            has_labels=labels is not None,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            **optional,
+            **kwargs,
+        )
         logits = outputs.logits
         if self.config.mask_image_token:
-            logits = logits.index_fill(
-                -1,
-                torch.tensor([self.config.image_token_id], device=logits.device),
-                torch.finfo(logits.dtype).min,
-            )
+            placeholder = torch.tensor([self.config.image_token_id], device=logits.device)
+            logits = logits.index_fill(-1, placeholder, torch.finfo(logits.dtype).min)
         loss = None
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs
             )
-            if images is None and self.training:
-                # A text-only batch leaves fusion unused on this rank, but DDP needs a gradient from
-                # every rank.
-                loss = loss + 0.0 * sum(
-                    p.sum() for p in self.fusion.parameters() if p.requires_grad
-                )
+            if image_hidden_states is None and self.training:
+                loss = loss + self.zero_from_fusion()
         return SparseCutCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
+from .encoders import PatchGrid, encoder_inputs
 from .fusion import Fusion
 from .hooks import remove_gradient_hooks
 from .plan import Plan
@@ -29,6 +31,7 @@ class SparseCutPreTrainedModel(PreTrainedModel):
         supports_feature_cache: The encoder runs apart from the rest, so that vision features can be
             cached and given back instead of pixels.
         supports_packing: Several examples may share a row, with position ids of their own.
+        has_head: The language model has its head, so the model gives logits and generates.
         plan: The shortcuts, as data.
         fusion: The trained modules of the shortcuts.
     """
@@ -36,6 +39,7 @@ class SparseCutPreTrainedModel(PreTrainedModel):
     is_upgrade: ClassVar[bool] = False
     supports_feature_cache: ClassVar[bool] = True
     supports_packing: ClassVar[bool] = True
+    has_head: ClassVar[bool] = False
     plan: Plan
     fusion: Fusion
 
@@ -75,14 +79,17 @@ class SparseCutPreTrainedModel(PreTrainedModel):
         vision = list(self.vision_backbone().parameters())
         fusion = list(self.fusion.parameters())
         language = list(self.language_backbone().parameters())
-        known = {id(p) for p in language}
-        language += [p for p in head if id(p) not in known]
-        groups = {"vision": vision, "fusion": fusion, "language": language, "head": head}
-        if self.is_upgrade:
-            known = {id(p) for p in (*vision, *fusion, *language)}
-            projector = [p for p in self.parameters() if id(p) not in known]
-            groups = {"vision": vision, "projector": projector} | groups
-        return groups
+        language += _parameters_outside(head, language)
+        if not self.is_upgrade:
+            return {"vision": vision, "fusion": fusion, "language": language, "head": head}
+        projector = _parameters_outside(self.parameters(), [*vision, *fusion, *language])
+        return {
+            "vision": vision,
+            "projector": projector,
+            "fusion": fusion,
+            "language": language,
+            "head": head,
+        }
 
     def enable_input_require_grads(self):
         """Let embeddings require a gradient, so that checkpointed layers pass one on.
@@ -96,6 +103,14 @@ class SparseCutPreTrainedModel(PreTrainedModel):
         vision = self.parameter_groups()["vision"]
         if not any(p.requires_grad for p in vision):
             remove_gradient_hooks(self, vision)
+
+    def zero_from_fusion(self) -> Tensor:
+        """A zero that depends on every trained parameter of the fusion, to add to a loss.
+
+        A text-only batch leaves the fusion unused on this rank, but DDP needs a gradient of every
+        parameter from every rank.
+        """
+        return 0.0 * sum(p.sum() for p in self.fusion.parameters() if p.requires_grad)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -118,15 +133,22 @@ class SparseCutPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
 
 
+def _parameters_outside(parameters: Iterable, known: Iterable) -> list[nn.Parameter]:
+    known_ids = {id(parameter) for parameter in known}
+    return [parameter for parameter in parameters if id(parameter) not in known_ids]
+
+
 @dataclass
 class SparseCutImageFeatures(BaseModelOutputWithPooling):
-    """Fused features of pictures, under the names that `generate` expands for beams and cuts for
-    chunked prefill.
+    """Fused features of images, under names that `generate` knows.
 
-    last_hidden_state: the deepest states read from the coarse views, [P, N, D].
-    pooler_output: per picture the input feature [N', H]; deepstack_features: for each layer of
-    `plan.layers`, the same.
-    pixel_values: what they were made from, for an assistant model that makes features of its own.
+    `generate` repeats these lists for beams and cuts them for chunked prefill.
+
+    Attributes:
+        last_hidden_state: The deepest vision features read from the coarse views, [P, N, D].
+        pooler_output: Features for the input, [N', H] for each image.
+        deepstack_features: The same for each layer of `plan.layers`; None where there is none.
+        pixel_values: The pixels they were made from, for an assistant model in decoding.
     """
 
     deepstack_features: list[list[Tensor]] | None = None
@@ -134,9 +156,35 @@ class SparseCutImageFeatures(BaseModelOutputWithPooling):
 
 
 @dataclass
+class SparseCutModelOutputWithPast(ModelOutput):
+    """Output of a model without a head.
+
+    Attributes:
+        last_hidden_state: States after the last decoder layer and its norm, [B, L, H].
+        past_key_values: The cache.
+        hidden_states: States before each layer and after the last, if requested.
+        attentions: Attention weights of each layer, if requested.
+        image_hidden_states: Features of all images that entered the input, [tokens, H].
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor] | None = None
+    attentions: tuple[Tensor] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+@dataclass
 class SparseCutCausalLMOutputWithPast(ModelOutput):
-    """Loss, logits [B, L, vocabulary], cache, optional states, and the pictures' input features
-    [tokens, H].
+    """Output of the whole model.
+
+    Attributes:
+        loss: Mean cross-entropy of the next tokens, if labels were given.
+        logits: [B, L, vocabulary].
+        past_key_values: The cache.
+        hidden_states: States before each layer and after the last, if requested.
+        attentions: Attention weights of each layer, if requested.
+        image_hidden_states: Features of all images that entered the input, [tokens, H].
     """
 
     loss: Tensor | None = None
@@ -153,47 +201,135 @@ def is_sparsecut_model(model: nn.Module) -> bool:
     return isinstance(inner, SparseCutPreTrainedModel)
 
 
+def share_modules(model: PreTrainedModel, model_class: type, modules: dict[str, nn.Module]):
+    """Make a model of another class that shares attributes and modules with a model.
+
+    Hooks on the model itself are not shared, those inside its modules are.
+
+    Args:
+        model: Where attributes (configuration, plan, settings) come from.
+        model_class: Class of the result. Its `__init__` does not run.
+        modules: The children of the result, by name.
+    """
+    shared = model_class.__new__(model_class)
+    nn.Module.__init__(shared)
+    replaced_by_accelerate = ("forward", "_old_forward", "_hf_hook")
+    for name, value in model.__dict__.items():
+        if name not in shared.__dict__ and name not in replaced_by_accelerate:
+            shared.__dict__[name] = value
+    for name, module in modules.items():
+        shared.add_module(name, module)
+    shared.training = model.training
+    return shared
+
+
+def has_part_below_head(model: nn.Module) -> bool:
+    """Whether a model keeps everything below its head in one child, as transformers' own do."""
+    return getattr(model, "base_model_prefix", None) in model._modules
+
+
+def without_head(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model of the same class that holds the base model alone.
+
+    The base model keeps its name, so weights keep theirs. The result has no use for its own
+    forward; call its `base_model`.
+
+    Raises:
+        UserError: The model has no base model below its head.
+    """
+    if not has_part_below_head(model):
+        raise UserError(
+            f"{type(model).__name__} does not separate its head from the rest, so AutoModel cannot"
+            " give a model without a head; load it with AutoModelForImageTextToText"
+        )
+    prefix = model.base_model_prefix
+    body = share_modules(model, type(model), {prefix: model._modules[prefix]})
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    inside = {a: b for a, b in tied.items() if a.startswith(f"{prefix}.")}
+    body.all_tied_weights_keys = inside
+    body._tied_weights_keys = None
+    return body
+
+
+def record_encoder(
+    encoder: nn.Module, grid: PatchGrid, pixel_values: Tensor, names: list[str]
+) -> dict[str, tuple[Tensor]]:
+    """Run every block on the coarse views and return what the encoder itself records of them.
+
+    Args:
+        encoder: The vision encoder.
+        grid: Its views and patches.
+        pixel_values: [P, 1 + tiles^2, *view] or [P, *view].
+        names: "hidden_states", "attentions" or both.
+    """
+    has_views = pixel_values.dim() > 1 + len(grid.view)
+    coarse = pixel_values[:, 0] if has_views else pixel_values
+    inputs = encoder_inputs(grid, coarse.to(encoder.dtype))
+    flags = {f"output_{name}": True for name in names}
+    outputs = encoder(**inputs, return_dict=True, **flags)
+    return {name: outputs.get(name) for name in names}
+
+
 def has_begun(cache: Cache | None) -> bool:
-    """Whether a cache holds a prompt already."""
+    """Whether a cache already holds a prompt."""
     return cache is not None and cache.get_seq_length() > 0
 
 
 def check_image_tokens(
-    mask: Tensor, images: SparseCutImageFeatures | None, *, bare: bool = False, num_each: int = 0
+    mask: Tensor,
+    images: SparseCutImageFeatures | None,
+    *,
+    warn_only: bool = False,
+    tokens_per_image: int = 0,
 ) -> None:
-    """Raise ValueError unless features and image tokens are equally many; bare: only warn.
+    """Check that there are as many image features as image tokens.
 
-    num_each: tokens of one picture, where a prompt goes on: fewer of them without a picture were
-    written by the model. A warning is what a pass is worth that neither trains nor generates nor
-    continues and was given no pictures: transformers' own classes take such passes, and its tests
-    compare ways of computing attention by them.
+    Args:
+        mask: Where image tokens are, [B, L].
+        images: The features, or None.
+        warn_only: Warn instead of raising. For a bare forward pass without images: transformers'
+            own classes accept it, and its tests use it.
+        tokens_per_image: Image tokens of one image where a prompt continues, else 0. Fewer
+            tokens than that without an image were written by the model.
+
+    Raises:
+        UserError: The two numbers differ.
     """
-    wanted, given = (
-        int(mask.sum()),
-        (0 if images is None else sum(len(f) for f in images.pooler_output)),
-    )
-    if wanted == given or (images is None and wanted < num_each):
+    num_tokens = int(mask.sum())
+    num_features = 0
+    if images is not None:
+        num_features = sum(len(features) for features in images.pooler_output)
+    written_by_model = images is None and num_tokens < tokens_per_image
+    if num_tokens == num_features or written_by_model:
         return
     message = (
-        f"the prompts hold {wanted} image tokens, but the pictures given make {given}; every"
-        " picture's placeholder must be expanded to all of its image tokens and none cut off (a"
-        " length limit?): use the model's processor, one placeholder per picture"
+        f"the prompts hold {num_tokens} image tokens, but the images make {num_features} features."
+        " Every image needs one placeholder, expanded to all its image tokens, none of them cut"
+        " off (by a length limit, for example); prepare prompts with the model's processor"
     )
-    if not bare:
+    if not warn_only:
         raise UserError(message)
-    warnings.warn(f"{message}. They are read as ordinary tokens here", stacklevel=3)
+    warnings.warn(f"{message}. Here image tokens are read as text", stacklevel=3)
 
 
-def check_image_features(images: SparseCutImageFeatures | None, plan: Plan, width: int) -> None:
-    """Raise ValueError where features that were handed over come from a model of another width or
-    plan.
-    """
-    if images is None:
-        return
-    given = images.pooler_output[0].shape[-1], len(images.deepstack_features or ())
-    if given != (width, len(plan.layers)):
+def check_pixels(pixel_values: Tensor, grid: PatchGrid, plan: Plan) -> None:
+    """Raise UserError unless pixels are [P, 1 + tiles^2, *view]."""
+    shape = (plan.num_views, *grid.view)
+    if tuple(pixel_values.shape[1:]) != shape:
         raise UserError(
-            f"the image features given have width {given[0]} and {given[1]} layers above the input,"
-            f" but this model needs width {width} and {len(plan.layers)} layers; make them with"
-            " this model's get_image_features, or give pixel_values"
+            f"pixel_values has shape {tuple(pixel_values.shape)}, but this model's plan"
+            f" (tiles={plan.tiles}) and encoder need (images, {', '.join(map(str, shape))}),"
+            " coarse view first; prepare images with the model's own processor"
+        )
+
+
+def check_image_features(images: SparseCutImageFeatures, plan: Plan, width: int) -> None:
+    """Raise UserError where features come from a model of another width or plan."""
+    given_width = images.pooler_output[0].shape[-1]
+    given_layers = len(images.deepstack_features or ())
+    if (given_width, given_layers) != (width, len(plan.layers)):
+        raise UserError(
+            f"the image features have width {given_width} and {given_layers} layers above the"
+            f" input, but this model needs width {width} and {len(plan.layers)} layers; make them"
+            " with this model's get_image_features, or give pixel_values"
         )

@@ -1,6 +1,4 @@
-"""A finished vision-language model with shortcuts on top: the base's own object, untouched, and the
-fusion beside it.
-"""
+"""The upgraded model: a pretrained VLM, unchanged, with the fusion beside it."""
 
 from __future__ import annotations
 
@@ -8,19 +6,22 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
-from .configuration_upgraded import SparseCutUpgradeConfig
+from .configuration import SparseCutUpgradeConfig
 from .families import get_family
 from .fusion import Fusion
 from .hooks import whole_modules
-from .modeling_base import SparseCutPreTrainedModel
-from .plan import Plan
+from .modeling_base import (
+    SparseCutPreTrainedModel,
+    has_part_below_head,
+    share_modules,
+    without_head,
+)
 from .schema import UserError
 from .upgrade_hooks import (
     UpgradeCall,
@@ -31,18 +32,22 @@ from .upgrade_hooks import (
     shortcuts_active,
 )
 
-IGNORED = -100  # a label that is not learned
+IGNORED = -100  # a label that does not count in the loss
 WEIGHTS, FACTS = "fusion.safetensors", "fusion.json"
 
 
-class SparseCutUpgrade(SparseCutPreTrainedModel, GenerationMixin):
-    r"""A finished vision-language model (`base`) whose decoder receives sparse shortcuts beside
-    its own input (arXiv 2602.00505).
+class SparseCutUpgradeModel(SparseCutPreTrainedModel):
+    r"""A pretrained VLM without its head (`base`), with sparse shortcuts into its decoder.
 
-    It takes the inputs of its base, and `fine_pixel_values` where the plan reads finer views;
-    forward, generate, cache and prompt format are the base's own. Until the fusion is trained it
-    answers as the base does, bit for bit. The base itself goes without shortcuts when it is called
-    directly.
+    Its inputs are those of its base, and `fine_pixel_values` where the plan reads fine views.
+    Called directly, the base runs without shortcuts.
+
+    Args:
+        config: The base's configuration and the plan.
+        base: The base, if it is loaded already. Default: a new one. It is connected, not copied.
+
+    Raises:
+        UserError: The base is of no supported family.
     """
 
     config: SparseCutUpgradeConfig
@@ -53,57 +58,29 @@ class SparseCutUpgrade(SparseCutPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: SparseCutUpgradeConfig, base: PreTrainedModel | None = None):
         super().__init__(config)
-        self.plan: Plan = config.get_plan()
-        if base is None and config.tie_word_embeddings:
-            config.base_config.tie_word_embeddings = True
-        self.base = (
-            base
-            if base is not None
-            else AutoModelForImageTextToText.from_config(config.base_config)
-        )
-        self.family = get_family(self.base)
-        parts = self.family.parts(self.base)
+        self.plan = config.get_plan()
+        if base is None:
+            if config.tie_word_embeddings:
+                config.base_config.tie_word_embeddings = True
+            base = AutoModelForImageTextToText.from_config(config.base_config)
+        if not self.has_head:
+            base = without_head(base)
+            above = rf"^base\.(?!{base.base_model_prefix}\.)"
+            self._keys_to_ignore_on_load_unexpected = [above]
+        self.base = base
+        self.family = get_family(base)
+        parts = self.family.parts(base)
         self.fusion = Fusion(
             self.plan,
             vision_depth=get_encoder_depth(parts.vision),
             vision_dim=get_encoder_width(parts.vision),
             language_dim=parts.language.config.get_text_config().hidden_size,
-            rows=patch_rows(parts.vision.config) if self.plan.tiles else 1,
-            num_under=self.family.patches_under(self.base),
+            rows=count_patch_rows(parts.vision.config) if self.plan.tiles else 1,
+            num_under=self.family.patches_under(base),
         )
         connect(parts)
         self.post_init()
         self._no_split_modules = whole_modules(self)
-
-    @property
-    def generation_config(self):
-        """The base's own generation settings."""
-        return self.base.generation_config
-
-    @generation_config.setter
-    def generation_config(self, value):
-        if "base" in self._modules:  # while the base is not there yet, its own are to come
-            self.base.generation_config = value
-
-    @property
-    def base_model(self) -> nn.Module:
-        """What the base has below its head."""
-        return self.base.base_model if "base" in self._modules else self
-
-    def get_input_embeddings(self):
-        return self.base.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.base.set_input_embeddings(value)
-
-    def get_output_embeddings(self):
-        return self.base.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings):
-        self.base.set_output_embeddings(new_embeddings)
-
-    def get_decoder(self):
-        return self.base.get_decoder()
 
     @property
     def saves_fusion_only(self) -> bool:
@@ -118,39 +95,138 @@ class SparseCutUpgrade(SparseCutPreTrainedModel, GenerationMixin):
         """The base's language model, without its head."""
         return self.family.parts(self.base).language
 
-    def shortcuts_active(self, fine_pixel_values: torch.Tensor | None = None):
-        """A block inside which the base's own calls have the shortcuts, in this thread; yields what
-        is known of the call.
+    def get_input_embeddings(self):
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.base.set_input_embeddings(value)
+
+    def get_decoder(self):
+        return self.base.get_decoder()
+
+    def shortcuts_active(self, fine_pixel_values: Tensor | None = None):
+        """A context in which the base's own calls have the shortcuts, in this thread.
+
+        Args:
+            fine_pixel_values: See `SparseCutUpgrade.forward`.
+
+        Yields:
+            The `UpgradeCall`: what is known of the call.
         """
-        return shortcuts_active(
-            UpgradeCall(self.family, self.family.parts(self.base), self.fusion, fine_pixel_values)
-        )
+        parts = self.family.parts(self.base)
+        return shortcuts_active(UpgradeCall(self.family, parts, self.fusion, fine_pixel_values))
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
         *args,
-        pixel_values: torch.Tensor | None = None,
-        fine_pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        logits_to_keep: int | torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        fine_pixel_values: Tensor | None = None,
         **kwargs,
     ):
-        """The base's own forward with the shortcuts' features added; arguments and result are the
-        base's.
+        """Hidden states: the base model's own forward, with the shortcuts' features added.
 
-        fine_pixel_values [pictures, tiles^2, 3, S, S]: finer views of the pictures, from the
-        processor, where the plan reads them.
-        num_items_in_batch: learned tokens of the whole step, over which the loss is then the mean,
-        for every base. Raises ValueError where these are missing, RuntimeError where a shortcut did
-        not fire exactly once.
+        Args:
+            input_ids: [B, L].
+            fine_pixel_values: See `SparseCutUpgrade.forward`.
+            *args: As the base model takes them.
+            **kwargs: As the base model takes them.
+        """
+        with self.shortcuts_active(fine_pixel_values):
+            return self.base.base_model(input_ids, *args, **kwargs)
+
+    @can_return_tuple
+    def get_image_features(self, *args, fine_pixel_values: Tensor | None = None, **kwargs):
+        """The base's own image features, with the shortcuts' beside them in `pooler_output`.
+
+        They can be given to `forward` and `generate` as `mm_encoder_outputs`.
+        """
+        with self.shortcuts_active(fine_pixel_values):
+            return self.base.get_image_features(*args, **kwargs)
+
+    def save_pretrained(
+        self, folder: str | Path, *args, save_original_format: bool = False, **kwargs
+    ):
+        """Write the whole model, weights named as here and not as in old files of the base.
+
+        A Trainer reads them under these names.
+        """
+        return super().save_pretrained(
+            folder, *args, save_original_format=save_original_format, **kwargs
+        )
+
+    def detach(self) -> PreTrainedModel:
+        """Take everything of ours off the base and return it; this model is unusable afterwards."""
+        disconnect_all(self.family.parts(self.base))
+        return self.base
+
+
+class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
+    r"""A pretrained VLM (`base`) whose decoder receives sparse shortcuts besides its own input.
+
+    forward, generate, cache and prompt format are the base's own. Until the fusion is trained,
+    the model answers exactly as its base (arXiv 2602.00505).
+
+    Args:
+        config: The base's configuration and the plan.
+        base: The base, if it is loaded already. Default: a new one. It is connected, not copied.
+    """
+
+    has_head = True
+
+    @property
+    def generation_config(self):
+        """The base's own generation settings."""
+        return self.base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value):
+        if "base" in self._modules:  # not yet while PreTrainedModel.__init__ runs
+            self.base.generation_config = value
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The same modules without the head."""
+        if "base" not in self._modules or not has_part_below_head(self.base):
+            return self
+        modules = {"base": without_head(self.base), "fusion": self.fusion}
+        return share_modules(self, SparseCutUpgradeModel, modules)
+
+    def get_output_embeddings(self):
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings):
+        self.base.set_output_embeddings(new_embeddings)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *args,
+        pixel_values: Tensor | None = None,
+        fine_pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ):
+        """The base's own forward, with the shortcuts' features added.
+
+        Arguments and result are the base's, besides these two.
+
+        Args:
+            fine_pixel_values: Fine views of the images, [images, tiles^2, 3, S, S], from the
+                processor, where the plan reads them.
+            num_items_in_batch: Number of tokens with a label in the whole step. The loss is then
+                the mean over these, whatever the base.
+
+        Raises:
+            UserError: Fine views are missing.
+            RuntimeError: A shortcut did not fire exactly once.
         """
         named = {
             "pixel_values": pixel_values,
@@ -163,97 +239,78 @@ class SparseCutUpgrade(SparseCutPreTrainedModel, GenerationMixin):
             "output_attentions": output_attentions,
             "logits_to_keep": logits_to_keep,
         }
-        own = num_items_in_batch is not None and getattr(self.base, "accepts_loss_kwargs", True)
-        if own:
-            kwargs["num_items_in_batch"] = num_items_in_batch
+        base_scales_loss = getattr(self.base, "accepts_loss_kwargs", True)
+        if base_scales_loss:
+            named = {**named, "num_items_in_batch": num_items_in_batch}
+        # A new dict: torch.compile breaks the graph of some bases where a dict is changed.
+        given = {name: value for name, value in named.items() if value is not None}
         with self.shortcuts_active(fine_pixel_values) as call:
-            output = self.base(
-                input_ids, *args, **{k: v for k, v in named.items() if v is not None}, **kwargs
-            )
+            output = self.base(input_ids, *args, **given, **kwargs)
         loss = output.get("loss") if isinstance(output, dict) else None
-        if loss is not None and num_items_in_batch is not None and not own:
-            # This base knows only the mean over the tokens it is given.
-            loss = output["loss"] = loss * ((labels[:, 1:] != IGNORED).sum() / num_items_in_batch)
-        if loss is not None and self.training and not call.is_fusion_used:
-            # A text-only batch leaves fusion unused on this rank, but DDP needs a gradient from
-            # every rank.
-            output["loss"] = loss + 0.0 * sum(
-                p.sum() for p in self.fusion.parameters() if p.requires_grad
-            )
+        if loss is None:
+            return output
+        if num_items_in_batch is not None and not base_scales_loss:
+            # This base takes the mean over the tokens of this batch.
+            num_labels = (labels[:, 1:] != IGNORED).sum()
+            loss = output["loss"] = loss * (num_labels / num_items_in_batch)
+        if self.training and not call.is_fusion_used:
+            output["loss"] = loss + self.zero_from_fusion()
         return output
 
-    @can_return_tuple
-    def get_image_features(self, *args, fine_pixel_values: torch.Tensor | None = None, **kwargs):
-        """The base's own image features with the shortcuts' beside them in pooler_output, for
-        `mm_encoder_outputs`.
-        """
-        with self.shortcuts_active(fine_pixel_values):
-            return self.base.get_image_features(*args, **kwargs)
-
-    def generate(self, *args, fine_pixel_values: torch.Tensor | None = None, **kwargs):
-        """The base's own `generate`, in every mode it has, with the shortcuts' features added to
-        the prompt.
-        """
+    def generate(self, *args, fine_pixel_values: Tensor | None = None, **kwargs):
+        """The base's own `generate`, with the shortcuts' features added to the prompt."""
         with self.shortcuts_active(fine_pixel_values):
             return self.base.generate(*args, **kwargs)
 
-    def save_pretrained(
-        self, folder: str | Path, *args, save_original_format: bool = False, **kwargs
-    ):
-        """Write the whole model, its weights named as they are here, not as in old files of the
-        base; a Trainer reads them so.
-        """
-        return super().save_pretrained(
-            folder, *args, save_original_format=save_original_format, **kwargs
-        )
-
     def save_fusion(self, folder: str | Path, state_dict: dict | None = None) -> None:
-        """Write the shortcuts alone: fusion.safetensors (weights) and fusion.json (the plan, the
-        base's name and its digest).
+        """Write the shortcuts alone: their weights, the plan, and which base they belong to.
 
-        state_dict: the whole model's weights where its own are sharded between processes.
-        Raises ValueError where an adapter stands inside the shortcuts.
+        Args:
+            folder: Where fusion.safetensors and fusion.json go.
+            state_dict: The whole model's weights, where they are sharded between processes.
+
+        Raises:
+            UserError: An adapter is inside the shortcuts.
         """
-        fusion = self.fusion
-        if hasattr(
-            fusion, "modules_to_save"
-        ):  # PEFT's wrapper, which trains a copy for each adapter
-            fusion = fusion.modules_to_save[fusion.active_adapter]
-        weights = fusion.state_dict()
-        if state_dict is not None:
-            weights = {name: state_dict[f"fusion.{name}"] for name in weights}
-        weights = {name: value.contiguous() for name, value in weights.items()}
-        if inside := [name for name in weights if "base_layer" in name]:
+        weights = self._read_fusion_weights(state_dict)
+        inside = [name for name in weights if "base_layer" in name]
+        if inside:
             raise UserError(
-                f"an adapter stands inside the shortcuts (at {inside[0]}), whose weights are saved"
-                " apart from any adapter; merge it (merge_and_unload), or leave the fusion out of"
-                " it (exclude_modules=r'.*fusion.*')"
+                f"an adapter is inside the shortcuts (at {inside[0]}), whose weights are saved"
+                " without adapters; merge it (merge_and_unload), or leave the fusion out of it"
+                " (exclude_modules=r'.*fusion.*')"
             )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, folder / WEIGHTS)
+        config = self.config
         facts = {
-            "base": self.config.base_name,
-            "base_type": self.config.base_config.model_type,
-            "base_digest": self.config.base_digest,
+            "base": config.base_name,
+            "base_type": config.base_config.model_type,
+            "base_digest": config.base_digest,
             "plan": self.plan.to_dict(),
-            "depths": [self.config.vision_depth, self.config.language_depth],
-            "version": getattr(
-                sys.modules[__package__], "__version__", None
-            ),  # none where this is remote code
+            "depths": [config.vision_depth, config.language_depth],
+            # None where this file runs as remote code
+            "version": getattr(sys.modules[__package__], "__version__", None),
         }
         (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
 
-    def detach(self) -> PreTrainedModel:
-        """The base as it was given, with nothing of ours left on it; this model is of no use
-        afterwards.
-        """
-        disconnect_all(self.family.parts(self.base))
-        return self.base
+    def _read_fusion_weights(self, state_dict: dict | None) -> dict[str, Tensor]:
+        fusion = self.fusion
+        # PEFT's wrapper trains a copy for each adapter.
+        if (copies := getattr(fusion, "modules_to_save", None)) is not None:
+            fusion = copies[fusion.active_adapter]
+        weights = fusion.state_dict()
+        if state_dict is not None:
+            weights = {name: state_dict[f"fusion.{name}"] for name in weights}
+        return {name: value.contiguous() for name, value in weights.items()}
 
 
-def patch_rows(vision_config) -> int:
+def count_patch_rows(vision_config) -> int:
     """Rows of patches in one view of a fixed-size encoder."""
     size, patch = vision_config.image_size, vision_config.patch_size
-    size, patch = (side if isinstance(side, int) else side[0] for side in (size, patch))
+    if not isinstance(size, int):
+        size = size[0]
+    if not isinstance(patch, int):
+        patch = patch[0]
     return size // patch

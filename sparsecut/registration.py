@@ -1,99 +1,86 @@
-"""Make transformers' Auto classes know SparseCut, without importing transformers before the user
-does.
+"""Make transformers' Auto classes know SparseCut, without importing transformers early.
 
-`import sparsecut` must stay light, yet `AutoModelForImageTextToText.from_pretrained(folder)` must work after it. So a
-finder waits for the Auto modules and registers the configuration and the processor as each has been imported; the model
-class follows when the first configuration is made, since importing it earlier would run into transformers' own
-half-finished imports.
+`import sparsecut` must stay light, yet `AutoModelForImageTextToText.from_pretrained(folder)` must
+work after it. So a finder waits for the Auto modules. It registers configurations and processors
+when those modules have been imported. Model classes follow when the first configuration is made:
+earlier, transformers' own imports may be unfinished.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
 
 CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 PROCESSORS = "transformers.models.auto.processing_auto"
-MAPPINGS = (
-    "MODEL_MAPPING",
-    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
-    "MODEL_FOR_MULTIMODAL_LM_MAPPING",
-)
+# configuration class -> module of its models, class without a head, class with a head
+MODELS = {
+    "SparseCutConfig": ("modeling", "SparseCutModel", "SparseCutForConditionalGeneration"),
+    "SparseCutUpgradeConfig": ("modeling_upgraded", "SparseCutUpgradeModel", "SparseCutUpgrade"),
+}
 
 
-def register_configuration() -> None:
-    """Teach AutoConfig our model type."""
+def register_configurations() -> None:
+    """Teach AutoConfig our model types."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from . import configuration
 
-    if hasattr(
-        configuration, "SparseCutConfig"
-    ):  # else it is being imported, and registers itself at its end
-        CONFIG_MAPPING.register("sparsecut", configuration.SparseCutConfig, exist_ok=True)
+    if not hasattr(configuration, "check_text_config"):
+        return  # it is being imported, and registers itself at its end
+    for config_class in (configuration.SparseCutConfig, configuration.SparseCutUpgradeConfig):
+        CONFIG_MAPPING.register(config_class.model_type, config_class, exist_ok=True)
 
 
-def register_upgraded_configuration() -> None:
-    """Teach AutoConfig the model type of upgraded models."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+def register_models(config_class: type) -> None:
+    """Teach the Auto model classes the models of a configuration class.
 
-    from . import configuration_upgraded
+    `AutoModel` leads to the model without a head, the others to the model with one.
+    """
+    from transformers.models.auto import modeling_auto
 
-    if hasattr(configuration_upgraded, "SparseCutUpgradeConfig"):
-        CONFIG_MAPPING.register(
-            "sparsecut_upgrade", configuration_upgraded.SparseCutUpgradeConfig, exist_ok=True
-        )
+    name, headless, whole = MODELS[config_class.__name__]
+    # By name, not by an import statement: transformers saves every file that one names beside a
+    # model, and a model needs neither the other kind of model nor the processors.
+    try:
+        module = importlib.import_module(f".{name}", __package__)
+    except ModuleNotFoundError as error:
+        if error.name != f"{__package__}.{name}":
+            raise
+        return  # code saved beside a model, of which the configuration alone was fetched so far
+    entries = [
+        (modeling_auto.MODEL_MAPPING, headless),
+        (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, whole),
+        (modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, whole),
+    ]
+    for mapping, class_name in entries:
+        mapping.register(config_class, getattr(module, class_name), exist_ok=True)
 
 
-def register_configurations() -> None:
-    """Teach AutoConfig both our model types."""
-    register_configuration()
-    register_upgraded_configuration()
-
-
-def register_processor() -> None:
+def register_processors() -> None:
     """Teach AutoProcessor our processors."""
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    from .configuration import SparseCutConfig
-    from .configuration_upgraded import SparseCutUpgradeConfig
-    from .processing import SparseCutAudioProcessor, SparseCutProcessor
-    from .processing_upgraded import SparseCutUpgradeProcessor
+    from .configuration import SparseCutConfig, SparseCutUpgradeConfig
 
-    PROCESSOR_MAPPING.register(SparseCutConfig, SparseCutProcessor, exist_ok=True)
-    # One configuration has both processors, and processors are found by their names; a key of its
-    # own is all that is needed.
-    PROCESSOR_MAPPING.register(SparseCutAudioProcessor, SparseCutAudioProcessor, exist_ok=True)
-    PROCESSOR_MAPPING.register(SparseCutUpgradeConfig, SparseCutUpgradeProcessor, exist_ok=True)
-
-
-def register_model() -> None:
-    """Teach the Auto model classes ours."""
-    from transformers.models.auto import modeling_auto
-
-    from .configuration import SparseCutConfig
-    from .modeling import SparseCutForConditionalGeneration
-
-    for mapping in (getattr(modeling_auto, name) for name in MAPPINGS):
-        mapping.register(SparseCutConfig, SparseCutForConditionalGeneration, exist_ok=True)
-
-
-def register_upgraded() -> None:
-    """Teach the Auto model classes the upgraded models."""
-    from transformers.models.auto import modeling_auto
-
-    from .configuration_upgraded import SparseCutUpgradeConfig
-    from .modeling_upgraded import SparseCutUpgrade
-
-    for mapping in (getattr(modeling_auto, name) for name in MAPPINGS):
-        mapping.register(SparseCutUpgradeConfig, SparseCutUpgrade, exist_ok=True)
+    processing = importlib.import_module(".processing", __package__)
+    upgraded = importlib.import_module(".processing_upgraded", __package__)
+    entries = {
+        SparseCutConfig: processing.SparseCutProcessor,
+        SparseCutUpgradeConfig: upgraded.SparseCutUpgradeProcessor,
+        # SparseCutConfig has two processors. They are found by name, so any key does.
+        processing.SparseCutAudioProcessor: processing.SparseCutAudioProcessor,
+    }
+    for key, processor_class in entries.items():
+        PROCESSOR_MAPPING.register(key, processor_class, exist_ok=True)
 
 
 class _Waiter(importlib.abc.MetaPathFinder):
     """Runs a registration right after its module has been imported."""
 
-    waiting = {CONFIGURATIONS: register_configurations, PROCESSORS: register_processor}
+    waiting = {CONFIGURATIONS: register_configurations, PROCESSORS: register_processors}
 
     def find_spec(self, name, path=None, target=None):
         if name not in self.waiting:
@@ -111,7 +98,7 @@ class _Waiter(importlib.abc.MetaPathFinder):
 
 
 def register_when_needed() -> None:
-    """Register what is already imported now, and the rest when it is."""
+    """Register what is already imported now, and the rest when it is imported."""
     for name in (CONFIGURATIONS, PROCESSORS):
         if name in sys.modules:
             _Waiter.waiting.pop(name)()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from .configuration_upgraded import SparseCutUpgradeConfig
+from .configuration import SparseCutUpgradeConfig
 from .families import VLMFamily, get_family
 from .fingerprint import base_hash
 from .methods import make_plan
@@ -96,7 +96,7 @@ def _unwrap_peft(model: nn.Module) -> nn.Module:
 
 def _wrap(base: PreTrainedModel, plan: Plan) -> SparseCutUpgrade:
     name = getattr(base.config, "_name_or_path", None) or None
-    config = SparseCutUpgradeConfig.of(base, plan, name, base_hash(base))
+    config = SparseCutUpgradeConfig.from_base(base, plan, name, base_hash(base))
     for module in base.modules():
         module._is_hf_initialized = True  # transformers must not draw these weights anew
     return SparseCutUpgrade(config, base=base)

@@ -68,17 +68,17 @@ def test_encoders_without_one_fixed_grid_are_refused_by_name(name):
 
 
 REFUSED = {
-    "t5": "belongs to a pair of encoder and decoder",
-    "bart": "belongs to a pair of encoder and decoder",
-    "trocr": "belongs to a pair of encoder and decoder",
-    "bert": "looks at later tokens too",
-    "gemma4_text": "reads the token ids again in every layer",
+    "t5": "encoder-decoder",
+    "bart": "encoder-decoder",
+    "trocr": "encoder-decoder",
+    "bert": "is_decoder",
+    "gemma4_text": "hidden_size_per_layer_input",
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_language_models_that_cannot_read_embeddings_from_left_to_right_are_refused(name):
-    with pytest.raises(ValueError, match=f"the language model {name} {REFUSED[name]}"):
+    with pytest.raises(ValueError, match=f" {name} .*{REFUSED[name]}"):
         SparseCutConfig(
             vision_config=vision_config("clip_vision_model"), text_config=AutoConfig.for_model(name)
         )

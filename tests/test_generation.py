@@ -224,9 +224,9 @@ def test_a_conversation_goes_on_from_its_cache_with_another_picture(model, input
     assert logits[0, -1].argmax() == expected[0, whole.shape[1]]
     new = {"pixel_values": pixels[1:], "past_key_values": caches[1]}
     assert torch.equal(model.generate(input_ids=whole, **new, **GREEDY), expected)
-    with pytest.raises(ValueError, match="hold 4 image tokens, but the pictures given make 0"):
+    with pytest.raises(ValueError, match=r"4 image tokens.* 0 features"):
         model(input_ids=rest, past_key_values=caches[2])
-    with pytest.raises(ValueError, match="hold 4 image tokens, but the pictures given make 0"):
+    with pytest.raises(ValueError, match=r"4 image tokens.* 0 features"):
         model.generate(input_ids=whole, past_key_values=caches[3], **GREEDY)
 
 

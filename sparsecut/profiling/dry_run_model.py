@@ -27,8 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from ..adapters import get_adapted_part, get_part_module
 from ..config.recipe import Recipe, Stage
 from ..config.yaml_io import expand_path
-from ..configuration import SparseCutConfig
-from ..configuration_upgraded import SparseCutUpgradeConfig
+from ..configuration import SparseCutConfig, SparseCutUpgradeConfig
 from ..modeling_upgraded import FACTS, SparseCutUpgrade
 from ..plan import Plan, Shortcut
 from ..schema import UserError
@@ -130,7 +129,8 @@ def _finished(recipe: Recipe, base: str, mode: FakeTensorMode) -> EstimatedModel
         bare = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
         bare.tie_weights()  # which transformers does after it has drawn them
         plan, family = resolve_plan(bare, spec)
-        model = SparseCutUpgrade(SparseCutUpgradeConfig.of(bare, plan, None, None), base=bare)
+        config = SparseCutUpgradeConfig.from_base(bare, plan, None, None)
+        model = SparseCutUpgrade(config, base=bare)
     if not family.has_one_view(bare):
         notes.append(
             f"{base} takes pictures at sizes of their own: image tokens, operations, hours and what"
