@@ -190,7 +190,7 @@ def test_build_refuses_before_it_changes_anything(tiny):
     vision, language = tiny_vision(), tiny[0].language_model
     before = language.get_input_embeddings().num_embeddings
     parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
-    with pytest.raises(ValueError, match="layer 4.*layers 0 to 3"):
+    with pytest.raises(ValueError, match=r"layer 4.*layers 0 to 3"):
         build(
             vision,
             language,
