@@ -1,10 +1,10 @@
 """Many clients at once against `sparsecut serve`: errors, wrong answers, memory and throughput.
 
-    python benchmarks/serve_load.py runs/demo/sparsecut/final runs/demo/data/test.json --clients 32
-    --seconds 60
+    python benchmarks/serve_load.py runs/demo/runs/main/sparsecut/0/final runs/demo/data/test.json --clients 32
 
-Every answer is compared with what the model's own `generate` says to that question alone. The server is a process of its own, whose
-memory is read from /proc every second (elsewhere it is not told).
+Every answer is compared with what the model's own `generate` answers to that question alone. The
+server is a process of its own, whose memory is read from /proc every second. Exits with 1 for an
+error or a wrong answer.
 """
 
 import argparse
@@ -15,193 +15,244 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import openai
 import torch
 
 import sparsecut
-from sparsecut.data.examples import IMAGE, read_examples
+from sparsecut.data.examples import IMAGE, Example, read_examples
 from sparsecut.prompts import decode_answers, make_greedy_config, prepare_inputs, render_prompt
+
+STREAMED_FRACTION = 0.5  # of all requests
+LEFT_FRACTION = 0.1  # of all requests; these are streams
+
+
+@dataclass
+class Question:
+    """A question as a request has it, and the model's own answer."""
+
+    messages: list[dict]
+    answer: str
+
+
+@dataclass
+class Results:
+    """What all clients saw.
+
+    Attributes:
+        num_answers: Whole answers.
+        num_left: Streams that were left in their middle.
+        errors: Errors of the client, as text.
+        wrong: Of each wrong answer the question, the model's own answer and the server's.
+        seconds: Time of each whole answer.
+        memory_mib: Memory of the server, every second.
+        metrics: The lines of /metrics at the end.
+    """
+
+    num_answers: int = 0
+    num_left: int = 0
+    errors: list[str] = field(default_factory=list)
+    wrong: list[tuple[str, str, str]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    memory_mib: list[float] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list)
 
 
 def main() -> None:
-    """Answer alone, start the server, ask from all sides, print what came of it; exit 1 for an
-    error or a wrong answer.
-    """
+    """Answer alone, start the server, ask it from all sides, and print the results."""
+    arguments = parse_arguments()
+    examples = read_examples(arguments.data)
+    num_questions = min(arguments.questions, len(examples))
+    examples = random.Random(0).sample(examples, num_questions)
+    start = time.perf_counter()
+    questions = answer_alone(arguments.model, examples, arguments.length)
+    rate = num_questions / (time.perf_counter() - start)
+    print(f"{num_questions} questions alone: {rate:.1f} answers/s")
+    command = build_server_command(arguments)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            url = re.search(r"http://\S+/v1", server.stdout.readline())[0]
+            results = asyncio.run(run_clients(url, questions, server.pid, arguments))
+        finally:
+            server.terminate()
+    print_results(results, arguments)
+    sys.exit(bool(results.errors or results.wrong))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model")
-    parser.add_argument("records", help="LLaVA-format records with pictures")
+    parser.add_argument("model", help="folder of a saved model")
+    parser.add_argument("data", help="data file in LLaVA's format, with images")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument(
-        "--questions", type=int, default=400, help="different ones, drawn from the records"
-    )
-    parser.add_argument("--length", type=int, default=16, help="most tokens of an answer")
+    parser.add_argument("--questions", type=int, default=400, help="drawn from the data")
+    parser.add_argument("--length", type=int, default=16, help="tokens of an answer at most")
     parser.add_argument("--max-batch", type=int, default=32)
     parser.add_argument(
-        "--keep-mib", type=int, default=256, help="of pictures' features; 0 encodes every time"
+        "--keep-mib", type=int, default=256, help="of vision features; 0 encodes every time"
     )
-    chosen = parser.parse_args()
-    examples = read_examples(chosen.records)
-    examples = random.Random(0).sample(examples, min(chosen.questions, len(examples)))
-    began = time.perf_counter()
-    questions = answered_alone(chosen.model, examples, chosen.length)
-    print(
-        f"{len(questions)} questions alone: {len(questions) / (time.perf_counter() - began):.1f}"
-        " answers/s"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "sparsecut",
-        "serve",
-        chosen.model,
-        "--port",
-        "0",
-        "--threads",
-        "1",
-    ]
-    command += [
-        "--keep-mib",
-        str(chosen.keep_mib),
-        "--max-batch",
-        str(chosen.max_batch),
-        "--queue",
-        str(2 * chosen.clients),
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            url = re.search(r"http://\S+", server.stdout.readline())[0]
-            found = asyncio.run(ask_all(url, questions, server.pid, chosen))
-        finally:
-            server.terminate()
-    told(found, chosen)
-    sys.exit(bool(found["errors"] or found["wrong"]))
+    return parser.parse_args()
+
+
+def build_server_command(arguments: argparse.Namespace) -> list[str]:
+    """The server on a free port, with one thread for the model."""
+    command = [sys.executable, "-m", "sparsecut", "serve", arguments.model]
+    command += ["--port", "0", "--threads", "1"]
+    command += ["--keep-mib", str(arguments.keep_mib)]
+    command += ["--max-batch", str(arguments.max_batch)]
+    command += ["--queue", str(2 * arguments.clients)]
+    return command
 
 
 @torch.inference_mode()
-def answered_alone(path: str, examples, length: int) -> list[tuple[list[dict], str]]:
-    """(messages of a request, answer) of each example, by the model itself, one at a time."""
+def answer_alone(path: str, examples: list[Example], length: int) -> list[Question]:
+    """Answer every example by the model itself, one at a time."""
     torch.set_num_threads(1)
     model, processor = sparsecut.load(path)
+    config = make_greedy_config(model, length)
     questions = []
     for example in examples:
         text = example.messages[0]["content"]
-        prompt = render_prompt(
-            processor, [{"role": "user", "content": text.replace(IMAGE, processor.image_token)}]
-        )
+        content = text.replace(IMAGE, processor.image_token)
+        prompt = render_prompt(processor, [{"role": "user", "content": content}])
         inputs = prepare_inputs(model, processor, [prompt], [example.pictures()])
-        ids = model.generate(**inputs, generation_config=make_greedy_config(model, length))
-        parts = [
-            {"type": "image_url", "image_url": {"url": data_url(example, name)}}
-            for name in example.images
-        ]
-        parts.append({"type": "text", "text": text.replace(IMAGE, "").strip()})
-        questions.append(
-            ([{"role": "user", "content": parts}], decode_answers(processor, inputs, ids)[0])
-        )
+        output = model.generate(**inputs, generation_config=config)
+        answer = decode_answers(processor, inputs, output)[0]
+        questions.append(Question(build_messages(example), answer))
     return questions
 
 
-def data_url(example, name: str) -> str:
-    """A picture's file as it is."""
-    data = (Path(example.store.path) / name).read_bytes()
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+def build_messages(example: Example) -> list[dict]:
+    """An example's first question as a request has it, images first."""
+    parts = []
+    for name in example.images:
+        data = (Path(example.store.path) / name).read_bytes()
+        url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        parts.append({"type": "image_url", "image_url": {"url": url}})
+    text = example.messages[0]["content"].replace(IMAGE, "").strip()
+    parts.append({"type": "text", "text": text})
+    return [{"role": "user", "content": parts}]
 
 
-async def ask_all(url: str, questions, pid: int, chosen) -> dict:
-    """What all clients saw in the time given: every other request streams, every tenth is left in
-    its middle.
-    """
-    found = {"answers": 0, "wrong": [], "errors": [], "left": 0, "seconds": [], "memory": []}
-    until = time.monotonic() + chosen.seconds
-    settings = {"model": openai.omit, "temperature": 0, "max_tokens": chosen.length}
+async def run_clients(
+    url: str, questions: list[Question], pid: int, arguments: argparse.Namespace
+) -> Results:
+    """Ask from all clients for the given time."""
+    results = Results()
+    deadline = time.monotonic() + arguments.seconds
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
-        name = (await client.models.list()).data[0].id
-        settings["model"] = name
-
-        async def one_client(number: int) -> None:
-            chance = random.Random(number)
-            while time.monotonic() < until:
-                messages, wanted = chance.choice(questions)
-                began = time.monotonic()
-                try:
-                    answer = await ask(client, messages, chance.random(), settings)
-                except openai.OpenAIError as error:
-                    found["errors"].append(repr(error))
-                    continue
-                if answer is None:
-                    found["left"] += 1
-                    continue
-                found["answers"] += 1
-                found["seconds"].append(time.monotonic() - began)
-                if answer != wanted:
-                    found["wrong"].append((messages[0]["content"][-1]["text"], wanted, answer))
-
-        async def watch() -> None:
-            while time.monotonic() < until:
-                found["memory"].append(resident_mib(pid))
-                await asyncio.sleep(1)
-
-        await asyncio.gather(watch(), *map(one_client, range(chosen.clients)))
-        found["memory"].append(resident_mib(pid))
+        models = await client.models.list()
+        settings = {
+            "model": models.data[0].id,
+            "temperature": 0,
+            "max_tokens": arguments.length,
+        }
+        tasks = [
+            run_client(client, random.Random(number), questions, settings, deadline, results)
+            for number in range(arguments.clients)
+        ]
+        await asyncio.gather(watch_memory(pid, deadline, results), *tasks)
         metrics = await client.get("../metrics", cast_to=str)
-    found["metrics"] = [line for line in metrics.splitlines() if not line.startswith("#")]
-    return found
+    results.metrics = [line for line in metrics.splitlines() if not line.startswith("#")]
+    return results
 
 
-async def ask(client, messages, chance: float, settings: dict) -> str | None:
-    """An answer, streamed or not by chance; None where the stream was left."""
-    if chance < 0.5:
-        return (
-            (await client.chat.completions.create(messages=messages, **settings))
-            .choices[0]
-            .message.content
-        )
+async def run_client(
+    client: openai.AsyncOpenAI,
+    generator: random.Random,
+    questions: list[Question],
+    settings: dict,
+    deadline: float,
+    results: Results,
+) -> None:
+    """Ask one question after the other until the deadline."""
+    while time.monotonic() < deadline:
+        question = generator.choice(questions)
+        start = time.monotonic()
+        try:
+            answer = await ask(client, question.messages, generator.random(), settings)
+        except openai.OpenAIError as error:
+            results.errors.append(repr(error))
+            continue
+        if answer is None:
+            results.num_left += 1
+            continue
+        results.num_answers += 1
+        results.seconds.append(time.monotonic() - start)
+        if answer != question.answer:
+            text = question.messages[0]["content"][-1]["text"]
+            results.wrong.append((text, question.answer, answer))
+
+
+async def ask(
+    client: openai.AsyncOpenAI, messages: list[dict], draw: float, settings: dict
+) -> str | None:
+    """One answer; None where the stream was left.
+
+    Args:
+        client: The client.
+        messages: The question.
+        draw: A random number from 0 to 1 that decides whether to stream and whether to leave.
+        settings: Settings of the request.
+    """
+    create = client.chat.completions.create
+    if draw >= STREAMED_FRACTION:
+        response = await create(messages=messages, **settings)
+        return response.choices[0].message.content
     text = ""
-    async with await client.chat.completions.create(
-        messages=messages, stream=True, **settings
-    ) as stream:
+    async with await create(messages=messages, stream=True, **settings) as stream:
         async for event in stream:
             text += event.choices[0].delta.content or ""
-            if chance > 0.9:
+            if draw < LEFT_FRACTION:
                 return None
     return text
 
 
-def resident_mib(pid: int) -> float:
-    """Memory that a process holds, in MiB; 0 where /proc does not tell."""
+async def watch_memory(pid: int, deadline: float, results: Results) -> None:
+    """Write down the server's memory every second."""
+    while time.monotonic() < deadline:
+        results.memory_mib.append(read_memory_mib(pid))
+        await asyncio.sleep(1)
+    results.memory_mib.append(read_memory_mib(pid))
+
+
+def read_memory_mib(pid: int) -> float:
+    """Memory that a process holds, in MiB; 0 where there is no /proc."""
     try:
-        return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+        status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0.0
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
 
 
-def told(found: dict, chosen) -> None:
-    """Print it."""
-    seconds, memory = sorted(found["seconds"]), found["memory"]
-    middle = memory[len(memory) // 3 :]
+def print_results(results: Results, arguments: argparse.Namespace) -> None:
+    """Print what came of it."""
     print(
-        f"{chosen.clients} clients for {chosen.seconds:.0f} s: {found['answers']} answers,"
-        f" {found['left']} left in their middle"
+        f"{arguments.clients} clients for {arguments.seconds:.0f} s:"
+        f" {results.num_answers} answers, {results.num_left} left in their middle"
     )
-    print(f"errors {len(found['errors'])}, wrong answers {len(found['wrong'])}")
-    for example in [*found["errors"][:3], *found["wrong"][:3]]:
-        print("   ", example)
-    if seconds:
-        at = [seconds[int(share * (len(seconds) - 1))] for share in (0.5, 0.95)]
-        print(
-            f"{len(seconds) / chosen.seconds:.1f} answers/s, {at[0]:.2f} s in the middle,"
-            f" {at[1]:.2f} s at the 95th percentile"
-        )
+    print(f"errors {len(results.errors)}, wrong answers {len(results.wrong)}")
+    for problem in [*results.errors[:3], *results.wrong[:3]]:
+        print("   ", problem)
+    if results.seconds:
+        seconds = sorted(results.seconds)
+        last = len(seconds) - 1
+        median = seconds[int(0.5 * last)]
+        percentile = seconds[int(0.95 * last)]
+        rate = len(seconds) / arguments.seconds
+        print(f"{rate:.1f} answers/s, median {median:.2f} s, 95th percentile {percentile:.2f} s")
+    memory = results.memory_mib
+    after_a_third = memory[len(memory) // 3]
     print(
-        f"memory MiB: {memory[0]:.0f} at first, {middle[0]:.0f} after a third, {max(memory):.0f} at"
-        f" most, {memory[-1]:.0f} at the end"
+        f"memory MiB: {memory[0]:.0f} at first, {after_a_third:.0f} after a third,"
+        f" {max(memory):.0f} at most, {memory[-1]:.0f} at the end"
     )
-    print("\n".join(found["metrics"]))
+    print("\n".join(results.metrics))
 
 
 if __name__ == "__main__":

@@ -283,13 +283,14 @@ async def _stream_events(
 ) -> AsyncIterator[str]:
     """Server-sent events: per choice a first one with the role, then the text, usage, [DONE]."""
     wants_usage = chat_request.stream_options.include_usage
-    if wants_usage:
-        header = {**header, "usage": None}
+    no_usage_yet = {"usage": None} if wants_usage else {}
     for index in range(chat_request.n):
-        yield _format_event(responses.build_first_chunk(header, index))
+        chunk = responses.build_first_chunk(header, index)
+        yield _format_event({**chunk, **no_usage_yet})
     try:
         async for delta in _receive_deltas(request, handle, events):
-            yield _format_event(responses.build_chunk(header, delta, chat_request.logprobs))
+            chunk = responses.build_chunk(header, delta, chat_request.logprobs)
+            yield _format_event({**chunk, **no_usage_yet})
     except APIError as error:
         yield _format_event(responses.build_error(str(error), error.kind, error.code))
         return
