@@ -37,27 +37,6 @@ def test_padded_batches_have_few_lengths_and_the_same_loss(folder):
     assert lengths == {32} and losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_a_compiled_model_is_compiled_no_more_once_its_shapes_are_known(folder):
-    model, processor = tiny_model()
-    trainer = trainer_for(model, processor, folder)
-    compiled, graphs = Collator(processor, pad_to=32), []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    step = torch.compile(
-        lambda **batch: model(**batch, use_cache=False).loss, backend=backend, dynamic=False
-    )
-    seen = []
-    for rows in ((0, 1), (2, 3), (1, 2), (0, 3)):  # one picture each
-        step(**compiled([trainer.train_dataset[i] for i in rows]))
-        seen.append(len(graphs))
-    assert seen[0] >= 1 and seen[1:] == [seen[0]] * 3
-    torch._dynamo.reset()
-
-
 def test_nothing_of_a_frozen_encoder_waits_for_the_backward_pass(folder):
     """What autograd keeps is of the fusion and the decoder: its size does not hang on the encoder's
     depth.
@@ -184,10 +163,10 @@ def test_liger_s_kernels_go_into_the_language_model(folder, monkeypatch):
     apply_liger(model, {"rope": False})
     assert asked == [(model.language_model, {"fused_linear_cross_entropy": False, "rope": False})]
     patch.MODEL_TYPE_TO_APPLY_LIGER_FN = {"qwen2": None}
-    with pytest.raises(ValueError, match="Liger has no kernels for llama; it has some for qwen2"):
+    with pytest.raises(ValueError, match=r"llama.*qwen2"):
         apply_liger(model, None)
 
 
 def test_liger_without_its_package_is_refused(folder):
-    with pytest.raises(ValueError, match="liger-kernel is not installed"):
+    with pytest.raises(ValueError, match="liger-kernel"):
         run(folder, stage(folder, args={"use_liger_kernel": True}))
