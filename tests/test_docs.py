@@ -109,7 +109,7 @@ TABLES = {
     "A plan's keys": plan.Plan,
     "A shortcut's keys": plan.Shortcut,
     "Study": study.Study,
-    "Its pictures": study.WorldPictures,
+    "Its pictures": study.DrawnImages,
 }
 
 
@@ -152,7 +152,7 @@ def test_yaml_blocks_load(page):
     assert found
     for plain in found:
         if "arms" in plain:
-            assert study.parse_study(plain).runs()
+            assert study.parse_study(plain).list_runs()
         elif "model" in plain:
             assert recipe.parse_recipe(plain).stages
         else:

@@ -15,14 +15,16 @@ def run_demo(
     *,
     seed: int = 0,
     quick: bool = False,
+    workers: int = 2,
     log: Callable[[str], None] = print,
 ) -> Path:
-    """Train and evaluate every variant of the demo, two at a time, and write a page about them.
+    """Train and evaluate every variant of the demo, and write a page about them.
 
     Args:
         out: Folder for images, models and report.html. Variants that are finished there are kept.
         seed: Draws the images, starts the fusion, and orders the batches.
         quick: A small part of everything, to see that it runs; its numbers mean nothing.
+        workers: Processes on this machine; 0 runs everything in this one.
         log: Takes lines about the progress, and some answers at the end.
 
     Returns:
@@ -30,7 +32,7 @@ def run_demo(
 
     Raises:
         UserError: matplotlib is missing, or `out` holds a demo of another seed or size.
-        ChildProcessError: A variant failed; the message has the end of its log.
+        StudyRunError: A variant failed; the message has the end of its error.
     """
     from ..experiments.demo import VARIANTS, build_demo_study
     from ..experiments.runner import run_study
@@ -40,7 +42,7 @@ def run_demo(
     check_matplotlib()
     start = time.monotonic()
     study = build_demo_study(out, seed, quick)
-    run_study(study, log=log)
+    run_study(study, workers=workers, log=log)
     minutes = (time.monotonic() - start) / 60
     page = write_page(study, VARIANTS, is_quick=quick)
     titles = {name: variant.title for name, variant in VARIANTS.items()}

@@ -39,7 +39,9 @@ def study(
     if not report:
         from ..experiments.runner import run_study
 
-        run_study(chosen, workers=workers, arms=variants or (), seeds=seeds or (), log=typer.echo)
+        run_study(
+            chosen, workers=workers, variants=variants or (), seeds=seeds or (), log=typer.echo
+        )
     page = write_study_report(chosen.output)
     typer.echo(
         f"\nThe report: {page}, with tables in {page.with_suffix('.md')} and numbers in"
@@ -71,7 +73,7 @@ def search(
 
     chosen = load_study(file, overrides or [])
     from ..drawing import draw
-    from ..experiments.search import search as search_plan
+    from ..experiments.search import search_plan
 
     plan, pairs = search_plan(
         chosen,

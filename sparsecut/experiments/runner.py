@@ -1,16 +1,17 @@
-"""Runs a study: pictures and encoder states once, then every run in one of several processes, then
-the report.
+"""Runs a study: what runs have in common once, then every run in one of several processes.
 
-Written to the study's output folder:
+A study's output folder holds:
 
-    study.yaml                     the study as it ran; running it again goes on where it stopped
-    data/, states/                 the world's pictures, if it asks for them, and the encoder's
-    states of all pictures costs.json                     what each arm costs, at the study's own
-    size and at a large one runs/BUDGET/ARM/SEED/          one run: what training writes, eval/ with
-    its answers, facts.json; running and failed.txt report.html, .md, .json        the comparison
+    study.yaml               the study as it ran; running it again goes on where it stopped
+    data/                    the images of the built-in shapes, if the study asks for them
+    states/                  the encoder's features of all images
+    costs.json               what each variant costs, at the study's own size and at a large one
+    runs/BUDGET/VARIANT/SEED/    one run: what training writes, eval/ with its answers, facts.json
+    report.html, .md, .json  the comparison, which `sparsecut.reports` writes
 
-Any number of processes, also of several machines on one disk, may work on a folder: a run belongs to whoever creates its file
-`running`. A run whose process is gone is taken over.
+A run that is in progress has a file `running`, one that failed has `failed.txt`. Any number of
+processes, also of several machines on one disk, may work on a folder: a run belongs to the process
+that creates `running`. A run whose process is gone is taken over.
 """
 
 from __future__ import annotations
@@ -22,62 +23,106 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..data.jsonl import read_json_lines
 from ..schema import UserError
-from .study import Run, Study, dump_study, load_study, narrowed
+from .study import Run, Study, dump_study, load_study, narrow_study
 
-LARGE = "clip-l-336", "llama-7b"  # the size that costs are also told at
+LARGE_SIZE = ("clip-l-336", "llama-7b")  # the size that costs are also counted at
+SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_BETWEEN_LINES = 30  # about runs in progress
+SECONDS_TO_CLAIM = 60  # after this an empty file `running` belongs to a process that is gone
+LINES_SHOWN = 12  # of the log of a process that stopped
+
+Log = Callable[[str], None]
 
 
-def run_study(study: Study, *, workers: int = 2, arms=(), seeds=(), log=print) -> Path:
-    """Do what is left of a study; returns its folder.
+class StudyRunError(UserError):
+    """Some runs of a study failed; all others are finished and kept."""
 
-    arms, seeds: only these now. Raises ValueError where the folder holds another study or an arm
-    cannot be built (before anything is trained), ChildProcessError naming the runs that failed,
-    when all others are done.
+
+def run_study(
+    study: Study,
+    *,
+    workers: int = 2,
+    variants: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    log: Log = print,
+) -> Path:
+    """Do what is left of a study.
+
+    Args:
+        study: The study; its `output` folder is made, or gone on with.
+        workers: Processes on this machine, one thread each; 0 runs everything in this process.
+        variants: Only these now; an empty list means all.
+        seeds: Only these now; an empty list means all.
+        log: Takes lines about the progress.
+
+    Returns:
+        The study's folder.
+
+    Raises:
+        UserError: The folder holds another study, or a variant cannot be built. Nothing is trained
+            then.
+        StudyRunError: Some runs failed; it is raised when all others are done.
+        ChildProcessError: A process of the study stopped.
     """
     out = Path(study.output)
     check_folder(study, out)
-    part = narrowed(study, arms, seeds)
+    part = narrow_study(study, variants, seeds)
     out.mkdir(parents=True, exist_ok=True)
     dump_study(study, out / "study.yaml")
     prepare(study, log)
-    todo = [run for run in part.runs() if not run.finished(out)]
+    runs = part.list_runs()
+    pending = [run for run in runs if not run.is_finished(out)]
     log(
-        f"{len(part.runs())} runs: {len(part.runs()) - len(todo)} finished, {len(todo)} to do in"
-        f" {workers} processes"
+        f"{len(runs)} runs: {len(runs) - len(pending)} finished, {len(pending)} to do in"
+        f" {max(workers, 1)} processes"
     )
-    for run in todo:
-        (run.folder(out) / "failed.txt").unlink(missing_ok=True)
-    if todo:
-        _supervise(part, out, min(workers, len(todo)), log)
-    if failed := [run for run in part.runs() if (run.folder(out) / "failed.txt").is_file()]:
-        tail = (failed[0].folder(out) / "failed.txt").read_text().strip().splitlines()[-1]
-        names = ", ".join(f"{r.budget}/{r.arm}/{r.seed}" for r in failed)
-        raise ChildProcessError(
-            f"{len(failed)} runs failed ({names}); the first says: {tail}; mend it and run again,"
-            " the others are kept"
-        )
+    for run in pending:
+        (run.get_folder(out) / "failed.txt").unlink(missing_ok=True)
+    if pending and workers:
+        _supervise(part, out, min(workers, len(pending)), log)
+    elif pending:
+        work(out, variants, seeds, log=log)
+    _check_failures(runs, out)
     return out
 
 
+def _check_failures(runs: Sequence[Run], out: Path) -> None:
+    """Raise StudyRunError, with the end of the first error, where runs failed."""
+    failed = [run for run in runs if (run.get_folder(out) / "failed.txt").is_file()]
+    if not failed:
+        return
+    path = failed[0].get_folder(out) / "failed.txt"
+    reason = path.read_text(encoding="utf-8").strip().splitlines()[-1]
+    raise StudyRunError(
+        f"{len(failed)} runs failed ({', '.join(map(str, failed))}); the first says: {reason}; see"
+        f" {path}, mend it and run again, the others are kept"
+    )
+
+
 def check_folder(study: Study, out: Path) -> None:
-    """Raise ValueError where `out` holds a study with other data or training, or with another
-    meaning of an arm.
+    """Refuse a folder that holds a study with other data, training or meaning of a variant.
+
+    Raises:
+        UserError: The message names the keys that differ.
     """
     if not (out / "study.yaml").is_file():
         return
     before = load_study(out / "study.yaml")
-    changed = [
-        name for name in ("recipe", "pictures") if getattr(before, name) != getattr(study, name)
-    ]
-    changed += [
-        f"arms.{a}" for a, spec in before.arms.items() if a in study.arms and study.arms[a] != spec
-    ]
-    both = [name for name in before.budgets if name in study.budgets]
-    changed += [f"budgets.{b}" for b in both if before.budgets[b].change != study.budgets[b].change]
+    changed = []
+    for key in ("recipe", "pictures"):
+        if getattr(before, key) != getattr(study, key):
+            changed.append(key)
+    for name, spec in before.arms.items():
+        if study.arms.get(name, spec) != spec:
+            changed.append(f"arms.{name}")
+    for name, budget in before.budgets.items():
+        if study.budgets.get(name, budget).change != budget.change:
+            changed.append(f"budgets.{name}")
     if changed:
         raise UserError(
             f"{out} holds another study (it differs in {', '.join(changed)}), whose results would"
@@ -85,199 +130,221 @@ def check_folder(study: Study, out: Path) -> None:
         )
 
 
-def prepare(study: Study, log) -> None:
-    """Everything runs have in common: pictures, the plans checked, costs, and the encoder's
-    states.
-    """
+def prepare(study: Study, log: Log) -> None:
+    """Make what runs have in common: images, checked plans, costs, and the encoder's features."""
     from ..building import build
     from ..config.yaml_io import expand_path
+    from ..methods import make_plan
+
+    if study.pictures is not None:
+        draw_images(study, log)
+    first = study.get_recipe(Run(study.main, next(iter(study.arms)), study.seeds[0]))
+    vision = expand_path(first.model.vision)
+    language = expand_path(first.model.language)
+    tiles = _find_tiles(study, vision, language)
+    widest, processor = build(vision, language, {"method": "hires_channels", "tiles": tiles})
+    depths = widest.config.vision_depth, widest.config.language_depth
+    plans = {name: make_plan(spec, *depths) for name, spec in study.arms.items()}
+    write_costs(study, plans, widest.config, log)
+    if first.states is not None:
+        _cache_features(first, list(plans.values()), widest, processor, log)
+
+
+def _cache_features(recipe, plans: list, model, processor, log: Log) -> None:
+    """Encode every image of training and evaluation once, with the views that any plan reads."""
     from ..data.examples import read_source
     from ..data.feature_cache import prepare_states, views_of
     from ..evaluation.evaluator import evaluation_examples
-    from ..methods import make_plan
 
-    out = Path(study.output)
-    if study.pictures is not None:
-        draw_pictures(study, log)
-    recipes = {arm: study.recipe_of(Run(study.main, arm, study.seeds[0])) for arm in study.arms}
-    first = next(iter(recipes.values()))
-    vision, language = expand_path(first.model.vision), expand_path(first.model.language)
-    widest, processor = build(
-        vision, language, {"method": "hires_channels", "tiles": _tiles(study, vision, language)}
-    )
-    depths = widest.config.vision_depth, widest.config.language_depth
-    plans = {arm: make_plan(spec, *depths) for arm, spec in study.arms.items()}
-    write_costs(
-        {arm: (plans[arm], study.arms[arm]) for arm in plans},
-        widest.config,
-        out / "costs.json",
-        log,
-    )
-    if first.states is None:
-        return
     views: dict[int, int] = {}
-    for plan in plans.values():
-        for tap, num in views_of(plan, depths[0]).items():
-            views[tap] = max(num, views.get(tap, 0))
-    examples = [
-        e for stage in first.stages for source in stage.data for e in read_source(source, [])
-    ]
-    examples += evaluation_examples(first)
+    for plan in plans:
+        for tap, number in views_of(plan, model.config.vision_depth).items():
+            views[tap] = max(number, views.get(tap, 0))
+    examples = []
+    for stage in recipe.stages:
+        for source in stage.data:
+            examples += read_source(source, [])
+    examples += evaluation_examples(recipe)
     if max(views.values()) == 1:
         processor.tiles = 0
-    prepare_states(first.states, widest, processor, examples, views, log=log)
+    prepare_states(recipe.states, model, processor, examples, views, log=log)
 
 
-def _tiles(study: Study, vision, language) -> int:
-    """The one number of fine views per side that the arms have."""
+def _find_tiles(study: Study, vision, language) -> int:
+    """The one number of fine views per side that the variants have."""
     from ..building import depths_of
     from ..methods import make_plan
 
     depths = depths_of(vision, language)
-    tiles = {
-        plan.tiles: arm
-        for arm, spec in study.arms.items()
-        if (plan := make_plan(spec, *depths)).tiles
-    }
-    if len(tiles) > 1:
+    variants: dict[int, str] = {}
+    for name, spec in study.arms.items():
+        plan = make_plan(spec, *depths)
+        if plan.tiles:
+            variants[plan.tiles] = name
+    if len(variants) > 1:
         raise UserError(
-            f"the arms {' and '.join(tiles.values())} have {' and '.join(map(str, tiles))} tiles,"
-            " but states are kept for one grid of fine views; make two studies of them"
+            f"the variants {' and '.join(variants.values())} have"
+            f" {' and '.join(map(str, variants))} tiles, but features are cached for one grid of"
+            " fine views; make two studies of them"
         )
-    return next(iter(tiles), 2)
+    return next(iter(variants), 2)
 
 
-def draw_pictures(study: Study, log) -> None:
-    """The training and test pictures of a study of the built-in world, unless they are there."""
+def draw_images(study: Study, log: Log) -> None:
+    """Draw the training and test images of a study of the built-in shapes, unless they exist."""
     from ..shapes import write_split
 
-    p, data = study.pictures, Path(study.output) / "data"
-    done, settings = data / "drawn.json", json.loads(json.dumps(study.to_dict()["pictures"]))
-    if done.is_file() and json.loads(done.read_text()) == settings:
+    images = study.pictures
+    data = Path(study.output) / "data"
+    record = data / "drawn.json"
+    settings = json.loads(json.dumps(study.to_dict()["pictures"]))
+    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == settings:
         return
-    log(f"drawing {p.train:,} training and {p.ask:,} {p.split} pictures ...")
-    size = {} if p.size == "small" else {"size": p.size}
-    write_split(data, "train", p.train, p.train_questions, seed=p.seed, **size)
-    write_split(data, p.split, p.ask, p.questions, seed=p.seed, **size)
-    done.write_text(json.dumps(settings))
+    log(f"drawing {images.train:,} training and {images.ask:,} {images.split} images ...")
+    size = {} if images.size == "small" else {"size": images.size}
+    write_split(data, "train", images.train, images.train_questions, seed=images.seed, **size)
+    write_split(data, images.split, images.ask, images.questions, seed=images.seed, **size)
+    record.write_text(json.dumps(settings), encoding="utf-8")
 
 
-def write_costs(plans: dict, config, path: Path, log) -> None:
-    """Count every plan that is not counted yet, at the study's size and, if it is a method and
-    scales, at the large one.
+def write_costs(study: Study, plans: dict, config, log: Log) -> None:
+    """Count every plan that costs.json does not hold yet.
+
+    Args:
+        study: The study.
+        plans: Variant to its plan.
+        config: A configuration with the study's encoder and language model.
+        log: Takes lines about the progress.
     """
+    from ..profiling.counting import count
+
+    path = Path(study.output) / "costs.json"
+    costs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    log(f"counting what {len(plans)} plans cost ...")
+    for name, plan in plans.items():
+        if name in costs and costs[name]["plan"] == plan.to_dict():
+            continue
+        costs[name] = {
+            "plan": plan.to_dict(),
+            "here": count(config.vision_config, config.text_config, plan).to_dict(),
+            "large": _count_at_large_size(study.arms[name]),
+        }
+        path.write_text(json.dumps(costs, indent=1), encoding="utf-8")
+
+
+def _count_at_large_size(spec: str | dict) -> dict | None:
+    """The cost of a method at the large size, or None where it has no plan there."""
     from ..methods import make_plan
     from ..profiling.counting import backbone_config, count
 
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    large = [
-        backbone_config(name, part)
-        for name, part in zip(LARGE, ("vision", "language"), strict=True)
-    ]
-    large_depths = large[0].num_hidden_layers, large[1].num_hidden_layers
-    log(f"counting what {len(plans)} plans cost ...")
-    for arm, (plan, spec) in plans.items():
-        if arm in known and known[arm]["plan"] == plan.to_dict():
-            continue
-        known[arm] = {
-            "plan": plan.to_dict(),
-            "here": count(config.vision_config, config.text_config, plan).to_dict(),
-        }
-        scales = (
-            isinstance(spec, str) or "method" in spec
-        )  # a plan in full means these depths, and another plan at others
-        try:
-            known[arm]["large"] = (
-                count(*large, make_plan(spec, *large_depths)).to_dict() if scales else None
-            )
-        except ValueError:  # a method of fixed layers, such as official_13b
-            known[arm]["large"] = None
-        path.write_text(json.dumps(known, indent=1))
+    if isinstance(spec, dict) and "method" not in spec:
+        return None  # a plan in full is meant for these depths, and is another one at others
+    vision = backbone_config(LARGE_SIZE[0], "vision")
+    language = backbone_config(LARGE_SIZE[1], "language")
+    try:
+        plan = make_plan(spec, vision.num_hidden_layers, language.num_hidden_layers)
+        return count(vision, language, plan).to_dict()
+    except UserError:  # a method of fixed layers, such as official_13b
+        return None
 
 
-def _supervise(study: Study, out: Path, workers: int, log) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    asked = [*(f"arm={arm}" for arm in study.arms), *(f"seed={seed}" for seed in study.seeds)]
-    command = [sys.executable, "-m", "sparsecut.experiments.runner", str(out), *asked]
-    processes, shown, told = (
-        [],
-        time.monotonic(),
-        {run for run in study.runs() if run.finished(out)},
-    )
+def _supervise(study: Study, out: Path, workers: int, log: Log) -> None:
+    """Start the processes, report what they finish, and wait for them."""
+    processes = []
     try:
         for number in range(workers):
-            with (out / f"worker-{number}.txt").open("w") as log_file:
-                processes.append(
-                    subprocess.Popen(
-                        command, stdout=log_file, stderr=subprocess.STDOUT, env=environment
-                    )
-                )
-        while any(process.poll() is None for process in processes):
-            time.sleep(0.5)
-            for run in [run for run in study.runs() if run not in told and run.finished(out)]:
-                told.add(run)
-                log(
-                    f"{len(told)}/{len(study.runs())}  {run.budget} {run.arm} seed {run.seed}:"
-                    f" {_scores(run, out)}"
-                )
-            if time.monotonic() - shown > 30:
-                shown = time.monotonic()
-                if lines := [
-                    f"{run.arm} {progress_of(study, run)}"
-                    for run in study.runs()
-                    if _is_running(run, out)
-                ]:
-                    log("  " + "   ".join(lines))
+            processes.append(_start_process(study, out, number))
+        _watch(study, out, processes, log)
     finally:
         for process in processes:
             process.terminate()
     for number, process in enumerate(processes):
         if process.wait() not in (0, -15):
-            tail = "\n".join((out / f"worker-{number}.txt").read_text().splitlines()[-12:])
+            lines = _get_log_path(out, number).read_text(encoding="utf-8").splitlines()
+            end = "\n".join(lines[-LINES_SHOWN:])
             raise ChildProcessError(
                 f"a process of the study stopped with exit code {process.returncode}; the end of"
-                f" its log:\n{tail}"
+                f" its log:\n{end}"
             )
 
 
-def _scores(run: Run, out: Path) -> str:
-    result = json.loads((run.folder(out) / "eval" / "result.json").read_text())
-    levels = ", ".join(
-        f"{level} {100 * row['accuracy']:.1f}" for level, row in result["levels"].items()
-    )
-    mean = result["mean_over_levels"] if result["levels"] else result["accuracy"]
-    return f"{100 * mean:.1f} %" + (f" ({levels})" if levels else "")
+def _start_process(study: Study, out: Path, number: int) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "sparsecut.experiments.runner", str(out)]
+    command += [f"variant={name}" for name in study.arms]
+    command += [f"seed={seed}" for seed in study.seeds]
+    with _get_log_path(out, number).open("w", encoding="utf-8") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
 
-def progress_of(study: Study, run: Run) -> str:
-    """Where a running run is: its stage, step and loss, from the log it writes."""
-    for stage in reversed(study.recipe_of(run).stages):
-        log = run.folder(Path(study.output)) / stage.name / "log.jsonl"
-        lines = read_json_lines(log, skip_partial=True) if log.is_file() else []
+def _get_log_path(out: Path, number: int) -> Path:
+    return out / f"worker-{number}.txt"
+
+
+def _watch(study: Study, out: Path, processes: list[subprocess.Popen], log: Log) -> None:
+    """Log every run that is finished, and now and then what the others are doing."""
+    runs = study.list_runs()
+    reported = {run for run in runs if run.is_finished(out)}
+    last_line = time.monotonic()
+    while any(process.poll() is None for process in processes):
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+        for run in runs:
+            if run not in reported and run.is_finished(out):
+                reported.add(run)
+                log(f"{len(reported)}/{len(runs)}  {_describe_scores(run, out)}")
+        if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+            last_line = time.monotonic()
+            lines = []
+            for run in runs:
+                if (run.get_folder(out) / "running").is_file() and not run.is_finished(out):
+                    lines.append(f"{run.variant} {describe_progress(study, run)}")
+            if lines:
+                log("  " + "   ".join(lines))
+
+
+def _describe_scores(run: Run, out: Path) -> str:
+    path = run.get_folder(out) / "eval" / "result.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    name = f"{run.budget} {run.variant} seed {run.seed}"
+    if not result["levels"]:
+        return f"{name}: {100 * result['accuracy']:.1f} %"
+    levels = []
+    for level, row in result["levels"].items():
+        levels.append(f"{level} {100 * row['accuracy']:.1f}")
+    return f"{name}: {100 * result['mean_over_levels']:.1f} % ({', '.join(levels)})"
+
+
+def describe_progress(study: Study, run: Run) -> str:
+    """Describe a run in progress: its stage, step and loss, from the log it writes."""
+    for stage in reversed(study.get_recipe(run).stages):
+        path = run.get_folder(study.output) / stage.name / "log.jsonl"
+        lines = read_json_lines(path, skip_partial=True) if path.is_file() else []
         if lines:
-            last = lines[-1]
-            return (
-                f"{stage.name} {last['step']}/{stage.args.get('max_steps', '?')} loss"
-                f" {last['loss']:.2f}"
-            )
+            steps = f"{lines[-1]['step']}/{stage.args.get('max_steps', '?')}"
+            return f"{stage.name} {steps} loss {lines[-1]['loss']:.2f}"
     return "loading"
 
 
-def work(out: Path, arms=(), seeds=()) -> None:
+def work(
+    out: Path, variants: Sequence[str] = (), seeds: Sequence[int] = (), log: Log = print
+) -> None:
     """Take one run after the other until none is left; what each process of a study does."""
     import torch
 
     torch.set_num_threads(1)
-    study = narrowed(load_study(out / "study.yaml"), arms, seeds)
-    for run in study.runs():
-        folder = run.folder(out)
-        if run.finished(out) or (folder / "failed.txt").is_file() or not claim(folder):
+    study = narrow_study(load_study(out / "study.yaml"), variants, seeds)
+    runs = study.list_runs()
+    for run in runs:
+        folder = run.get_folder(out)
+        if run.is_finished(out) or (folder / "failed.txt").is_file() or not claim(folder):
             continue
         try:
-            if not run.finished(out):  # it may have been finished between the two looks
-                do(study, run)
+            if not run.is_finished(out):  # another process may have finished it just now
+                train_and_evaluate(study, run)
+            number = sum(one.is_finished(out) for one in runs)
+            log(f"{number}/{len(runs)}  {_describe_scores(run, out)}")
         except Exception:
-            (folder / "failed.txt").write_text(traceback.format_exc())
+            (folder / "failed.txt").write_text(traceback.format_exc(), encoding="utf-8")
         finally:
             (folder / "running").unlink(missing_ok=True)
 
@@ -285,24 +352,25 @@ def work(out: Path, arms=(), seeds=()) -> None:
 def claim(folder: Path) -> bool:
     """Make a run this process's own; False where a living process has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    mark, mine = folder / "running", f"{socket.gethostname()} {os.getpid()}"
+    mark = folder / "running"
     for _ in range(2):
         try:
-            with mark.open("x") as file:
-                file.write(mine)
+            with mark.open("x", encoding="utf-8") as file:
+                file.write(f"{socket.gethostname()} {os.getpid()}")
             return True
         except FileExistsError:
-            if _alive(mark):
+            if _is_owner_alive(mark):
                 return False
             mark.unlink(missing_ok=True)
     return False
 
 
-def _alive(mark: Path) -> bool:
+def _is_owner_alive(mark: Path) -> bool:
+    """Whether the process that a file `running` names lives; one of another machine counts so."""
     try:
-        host, pid = mark.read_text().split()
+        host, pid = mark.read_text(encoding="utf-8").split()
     except (OSError, ValueError):  # gone just now, or not written yet
-        return mark.is_file() and time.time() - mark.stat().st_mtime < 60
+        return mark.is_file() and time.time() - mark.stat().st_mtime < SECONDS_TO_CLAIM
     if host != socket.gethostname():
         return True
     try:
@@ -312,48 +380,64 @@ def _alive(mark: Path) -> bool:
     return True
 
 
-def _is_running(run: Run, out: Path) -> bool:
-    return (run.folder(out) / "running").is_file() and not run.finished(out)
-
-
-def do(study: Study, run: Run) -> None:
+def train_and_evaluate(study: Study, run: Run) -> None:
     """Train and evaluate one run, from the start or from its last whole stage."""
     from ..evaluation.evaluator import evaluate_recipe, evaluation_examples
     from ..training.stages import open_feature_cache, train
 
-    out = Path(study.output)
-    recipe, folder = study.recipe_of(run), run.folder(out)
+    recipe = study.get_recipe(run)
+    folder = run.get_folder(study.output)
     model, processor = train(recipe, resume=True)
-    trained = [read_json_lines(folder / stage.name / "log.jsonl")[-1] for stage in recipe.stages]
-    states = open_feature_cache(recipe, model, processor, evaluation_examples(recipe))
-    result = evaluate_recipe(recipe, model, processor, resume=True, feature_cache=states)
+    features = open_feature_cache(recipe, model, processor, evaluation_examples(recipe))
+    result = evaluate_recipe(recipe, model, processor, resume=True, feature_cache=features)
+    train_seconds = 0.0
+    for stage in recipe.stages:
+        train_seconds += read_json_lines(folder / stage.name / "log.jsonl")[-1]["seconds"]
     facts = {
-        "arm": run.arm,
+        "arm": run.variant,
         "budget": run.budget,
         "seed": run.seed,
         "plan": model.plan.to_dict(),
         "depths": [model.config.vision_depth, model.config.language_depth],
-        "parameters": {
-            part: sum(p.numel() for p in tensors)
-            for part, tensors in model.parameter_groups().items()
-        },
+        "parameters": _count_parameters(model),
         "image_tokens": processor.num_image_tokens,
         "views": processor.num_views,
-        "train_seconds": sum(line["seconds"] for line in trained),
+        "train_seconds": train_seconds,
         "eval_seconds": result["seconds"],
     }
     part = folder / "facts.part"
-    part.write_text(json.dumps(facts, indent=1))
+    part.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     part.replace(folder / "facts.json")
-    for stage in recipe.stages[:-1]:  # models on the way would be most of a study's size
+    _remove_stage_models(recipe, folder)
+
+
+def _count_parameters(model) -> dict[str, int]:
+    counts = {}
+    for part, parameters in model.parameter_groups().items():
+        counts[part] = sum(parameter.numel() for parameter in parameters)
+    return counts
+
+
+def _remove_stage_models(recipe, folder: Path) -> None:
+    """Remove the weights of all stages but the last, which would be most of a study's size."""
+    for stage in recipe.stages[:-1]:
         for weights in (folder / stage.name).glob("*.safetensors"):
             weights.unlink()
 
 
+def _parse_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], list[int]]:
+    """The folder, variants and seeds from `FOLDER variant=NAME ... seed=NUMBER ...`."""
+    folder, *pairs = arguments
+    variants = []
+    seeds = []
+    for pair in pairs:
+        name, value = pair.split("=", 1)
+        if name == "variant":
+            variants.append(value)
+        else:
+            seeds.append(int(value))
+    return Path(folder), variants, seeds
+
+
 if __name__ == "__main__":
-    pairs = [argument.split("=", 1) for argument in sys.argv[2:]]
-    work(
-        Path(sys.argv[1]),
-        [value for name, value in pairs if name == "arm"],
-        [int(value) for name, value in pairs if name == "seed"],
-    )
+    work(*_parse_arguments(sys.argv[1:]))

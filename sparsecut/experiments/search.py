@@ -1,35 +1,49 @@
-"""A plan found by training: all pairs of encoder tap and decoder layer at once, then the best few
-of them under a budget.
+"""A plan found by training: all pairs of encoder tap and decoder layer at once, then the best few.
 
-The supernet has a narrow projector and a gate for every pair, beside the coarse input; an L1 penalty on the gates makes pairs
-compete. What a trained pair is worth is told by its gate: |g * dL/dg| summed over training batches, which is the first-order
-estimate of what the loss would rise by without it (Molchanov et al., CVPR 2017). Pairs are then taken greedily, best first, as long
-as the budget holds, and the plan they make is trained from the start like any other arm.
+The supernet has a narrow projector and a gate for every pair, beside the coarse input. An L1 penalty
+on the gates makes pairs compete. The importance of a trained pair is |g * dL/dg| of its gate, summed
+over training batches: the first-order estimate of how much the loss would rise without it
+(Molchanov et al., CVPR 2017). Pairs are then taken greedily, best first, as long as the budget
+holds. The plan they make is trained from the start like any other variant.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+import yaml
 
 from ..plan import Plan, Shortcut
 from ..schema import UserError
 from .study import Run, Study, parse_study
 
 SUPERNET = "supernet"
+NUM_BATCHES = 16  # over which the importance is summed
 
 
-def supernet_plan(vision_depth: int, language_depth: int, *, tiles: int = 2, rank: int = 8) -> Plan:
-    """The coarse input and every pair of a tap (1 to the depth) and a layer, each with a projector
-    of width `rank` and a gate.
+def make_supernet_plan(
+    vision_depth: int, language_depth: int, *, tiles: int = 2, rank: int = 8
+) -> Plan:
+    """Return a plan with the coarse input and every pair of a tap and a layer.
+
+    Args:
+        vision_depth: Blocks of the encoder; taps are 1 to this.
+        language_depth: Layers of the language model.
+        tiles: Fine views per side.
+        rank: Inner width of each pair's projector.
     """
-    pairs = [(tap, layer) for tap in range(1, vision_depth + 1) for layer in range(language_depth)]
-    shortcuts = [Shortcut((tap,), layer, "channels" if tiles else "pick") for tap, layer in pairs]
-    return Plan((Shortcut((-2,), 0, "pick"), *shortcuts), tiles=tiles, gate="one", rank=rank)
+    mix = "channels" if tiles else "pick"
+    shortcuts = [Shortcut((-2,), 0, "pick")]
+    for tap in range(1, vision_depth + 1):
+        for layer in range(language_depth):
+            shortcuts.append(Shortcut((tap,), layer, mix))
+    return Plan(tuple(shortcuts), tiles=tiles, gate="one", rank=rank)
 
 
-def search(
+def search_plan(
     study: Study,
     *,
     count: int | None = None,
@@ -38,15 +52,26 @@ def search(
     rank: int = 8,
     penalty: float = 0.01,
     workers: int = 2,
-    log=print,
+    log: Callable[[str], None] = print,
 ) -> tuple[Plan, list[dict]]:
-    """Find a plan for a study's models and data, by training a supernet once per seed; its arms are
-    not used.
+    """Find a plan for a study's models and data, and write it to `output`/search.
 
-    count: at most so many shortcuts; ratio: at most so many times the prefill operations of the
-    baseline arm, counted at the study's own size; at least one of them. Writes plan.yaml and
-    search.json to `output`/search and returns the plan with all pairs, best first: {"tap", "layer",
-    "worth", "gate"}. Raises ValueError for a budget that leaves no shortcut.
+    Args:
+        study: Its recipe, images and main budget are used, not its variants.
+        count: At most so many shortcuts. At least one of `count` and `ratio` is needed.
+        ratio: At most so many times the baseline's prefill FLOPs, counted at the study's own size.
+        seeds: A supernet is trained for each; importances are averaged.
+        rank: Inner width of each pair's projector.
+        penalty: Weight of the gates' sizes in the loss.
+        workers: Processes on this machine.
+        log: Takes lines about the progress.
+
+    Returns:
+        The plan, and all pairs, best first: {"tap", "layer", "worth" (the importance), "gate"}.
+        plan.yaml and search.json hold them too.
+
+    Raises:
+        UserError: There is no budget, or it leaves no shortcut.
     """
     check_budget(count, ratio)
     from ..building import depths_of
@@ -55,40 +80,29 @@ def search(
 
     model = study.recipe["model"]
     depths = depths_of(expand_path(model["vision"]), expand_path(model["language"]))
-    plan = supernet_plan(*depths, rank=rank)
+    plan = make_supernet_plan(*depths, rank=rank)
     out = Path(study.output) / "search"
-    nets = supernet_study(study, plan, out, seeds, penalty)
-    run_study(nets, workers=workers, log=log)
-    worth = [pair_importance(nets, seed) for seed in seeds]
-    together = [sum(values) / len(values) for values in zip(*(w for w, _ in worth), strict=True)]
-    gates = [sum(values) / len(values) for values in zip(*(g for _, g in worth), strict=True)]
-    pairs = [
-        {"tap": s.taps[0], "layer": s.layer, "worth": w, "gate": g}
-        for s, w, g in zip(plan.shortcuts[1:], together, gates, strict=True)
-    ]
-    pairs.sort(key=lambda pair: -pair["worth"])
-    fits = _fits(study, depths, ratio) if ratio is not None else lambda candidate: True
-    found = choose(pairs, plan, count, fits)
-    settings = {
+    supernets = make_supernet_study(study, plan, out, seeds, penalty)
+    run_study(supernets, workers=workers, log=log)
+    pairs = _rank_pairs(plan, [measure_importance(supernets, seed) for seed in seeds])
+    chosen = choose_pairs(pairs, plan, count, _make_cost_check(study, depths, ratio))
+    record = {
         "count": count,
         "ratio": ratio,
         "seeds": list(seeds),
         "rank": rank,
         "penalty": penalty,
+        "plan": chosen.to_dict(),
+        "pairs": pairs,
     }
-    (out / "search.json").write_text(
-        json.dumps({**settings, "plan": found.to_dict(), "pairs": pairs}, indent=1)
-    )
-    import yaml
-
-    (out / "plan.yaml").write_text(
-        yaml.safe_dump(found.to_dict(), sort_keys=False, default_flow_style=None)
-    )
-    return found, pairs
+    (out / "search.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    text = yaml.safe_dump(chosen.to_dict(), sort_keys=False, default_flow_style=None)
+    (out / "plan.yaml").write_text(text, encoding="utf-8")
+    return chosen, pairs
 
 
 def check_budget(count: int | None, ratio: float | None) -> None:
-    """Raise ValueError unless a budget is given that leaves room for a shortcut."""
+    """Raise UserError unless a budget is given that leaves room for a shortcut."""
     if count is None and ratio is None:
         raise UserError(
             "a search needs a budget: a number of shortcuts (count), a cost (ratio), or both"
@@ -102,13 +116,12 @@ def check_budget(count: int | None, ratio: float | None) -> None:
         )
 
 
-def supernet_study(
+def make_supernet_study(
     study: Study, plan: Plan, out: Path, seeds: tuple[int, ...], penalty: float
 ) -> Study:
-    """The study's data and main budget with one arm, the supernet; every stage has the penalty."""
-    plain = study.to_dict()
+    """Return the study's data and main budget with one variant, the supernet, and the penalty."""
     stages = [{**stage, "gate_penalty": penalty} for stage in study.recipe["stages"]]
-    plain |= {
+    changes = {
         "title": f"Search for {study.title}",
         "recipe": {**study.recipe, "stages": stages},
         "arms": {SUPERNET: plan.to_dict()},
@@ -118,75 +131,115 @@ def supernet_study(
         "budgets": {study.main: {"change": list(study.budgets[study.main].change)}},
         "output": str(out),
     }
-    return parse_study(plain)
+    return parse_study({**study.to_dict(), **changes})
 
 
-def pair_importance(study: Study, seed: int, batches: int = 16) -> tuple[list[float], list[float]]:
-    """Of a trained supernet: |g * dL/dg| of every gate, summed over batches of the last stage's
-    data, and the gates.
+def measure_importance(study: Study, seed: int) -> tuple[list[float], list[float]]:
+    """Measure every gate of a trained supernet on batches of the last stage's data.
+
+    Returns:
+        The importance |g * dL/dg| of each gate, and the gates.
     """
     import torch
 
     from ..building import load
-    from ..data.dataset import Collator, TrainingData
-    from ..data.examples import read_source
-    from ..data.feature_cache import VisionFeatureCache, views_of
+    from ..data.dataset import Collator
 
     run = Run(study.main, SUPERNET, seed)
-    recipe = study.recipe_of(run)
-    model, processor = load(run.folder(Path(study.output)) / "final")
-    stage = recipe.stages[-1]
-    examples = [e for source in stage.data for e in read_source(source, [])]
-    size = stage.args.get("per_device_train_batch_size", 8)
-    kept = {
-        "states": VisionFeatureCache(recipe.states),
-        "views": views_of(model.plan, model.config.vision_depth),
-    }
-    data = TrainingData(
-        examples[: size * batches],
-        processor,
-        template=stage.template,
-        max_length=stage.max_length,
-        **(kept if recipe.states else {}),
-    )
-    collate, total = Collator(processor), torch.zeros_like(model.fusion.gates)
+    stage = study.get_recipe(run).stages[-1]
+    model, processor = load(run.get_folder(study.output) / "final")
+    batch_size = stage.args.get("per_device_train_batch_size", 8)
+    data = _read_training_data(study, run, model, processor, NUM_BATCHES * batch_size)
+    collate = Collator(processor)
     model.requires_grad_(False)
     gates = model.fusion.gates.requires_grad_(True)
-    for start in range(0, len(data), size):
-        batch = collate([data[i] for i in range(start, min(start + size, len(data)))])
-        (grad,) = torch.autograd.grad(model(**batch).loss, gates)
-        total += (gates.detach() * grad).abs()
+    total = torch.zeros_like(gates)
+    for start in range(0, len(data), batch_size):
+        end = min(start + batch_size, len(data))
+        batch = collate([data[i] for i in range(start, end)])
+        (gradient,) = torch.autograd.grad(model(**batch).loss, gates)
+        total += (gates.detach() * gradient).abs()
     return total.tolist(), gates.tolist()
 
 
-def choose(pairs: list[dict], plan: Plan, count: int | None, fits) -> Plan:
-    """The coarse input and pairs, best first, as long as the plan they make is within the budget;
-    projectors start at zero.
+def _read_training_data(study: Study, run: Run, model, processor, number: int):
+    """The first examples of the last stage, with cached features where the study keeps them."""
+    from ..data.dataset import TrainingData
+    from ..data.examples import read_source
+    from ..data.feature_cache import VisionFeatureCache, views_of
+
+    recipe = study.get_recipe(run)
+    stage = recipe.stages[-1]
+    examples = []
+    for source in stage.data:
+        examples += read_source(source, [])
+    cache = {}
+    if recipe.states:
+        cache["states"] = VisionFeatureCache(recipe.states)
+        cache["views"] = views_of(model.plan, model.config.vision_depth)
+    return TrainingData(
+        examples[:number],
+        processor,
+        template=stage.template,
+        max_length=stage.max_length,
+        **cache,
+    )
+
+
+def _rank_pairs(plan: Plan, measured: list[tuple[list[float], list[float]]]) -> list[dict]:
+    """The supernet's pairs with importance and gate, mean over seeds, best first."""
+    pairs = []
+    for i, shortcut in enumerate(plan.shortcuts[1:]):
+        importance = sum(scores[i] for scores, _ in measured) / len(measured)
+        gate = sum(gates[i] for _, gates in measured) / len(measured)
+        pair = {"tap": shortcut.taps[0], "layer": shortcut.layer}
+        pairs.append(pair | {"worth": importance, "gate": gate})
+    return sorted(pairs, key=lambda pair: -pair["worth"])
+
+
+def choose_pairs(
+    pairs: list[dict], plan: Plan, count: int | None, fits: Callable[[Plan], bool]
+) -> Plan:
+    """Return the plan of the coarse input and the best pairs within the budget.
+
+    Args:
+        pairs: {"tap", "layer"}, best first. One that does not fit is skipped.
+        plan: The supernet's plan.
+        count: At most so many pairs, or None.
+        fits: Whether a plan is within the budget.
+
+    Returns:
+        A plan whose projectors start at zero.
+
+    Raises:
+        UserError: No pair is within the budget.
     """
-    free = replace(plan, gate="zero_projector", rank=None)
-    mix, chosen = plan.shortcuts[-1].mix, []
+    coarse, *_, last = plan.shortcuts
+    unrestricted = replace(plan, gate="zero_projector", rank=None)
+    chosen: list[Shortcut] = []
     for pair in pairs:
         if count is not None and len(chosen) == count:
             break
-        together = sorted(
-            [*chosen, Shortcut((pair["tap"],), pair["layer"], mix)], key=lambda s: (s.layer, s.taps)
-        )
-        if fits(replace(free, shortcuts=(plan.shortcuts[0], *together))):
-            chosen = together
+        shortcut = Shortcut((pair["tap"],), pair["layer"], last.mix)
+        extended = sorted([*chosen, shortcut], key=lambda one: (one.layer, one.taps))
+        if fits(replace(unrestricted, shortcuts=(coarse, *extended))):
+            chosen = extended
     if not chosen:
         raise UserError("no pair is within the budget; raise ratio, for example to 1.5")
-    return replace(free, shortcuts=(plan.shortcuts[0], *chosen))
+    return replace(unrestricted, shortcuts=(coarse, *chosen))
 
 
-def _fits(study: Study, depths: tuple[int, int], ratio: float):
-    """Whether a plan's prefill is within `ratio` of the baseline's, both counted at the study's own
-    size.
-    """
+def _make_cost_check(
+    study: Study, depths: tuple[int, int], ratio: float | None
+) -> Callable[[Plan], bool]:
+    """Whether a plan's prefill FLOPs are within `ratio` of the baseline's, at the study's size."""
+    if ratio is None:
+        return lambda plan: True
     from ..methods import make_plan
     from ..profiling.counting import backbone_config, count
 
-    configs = [
-        backbone_config(study.recipe["model"][part], part) for part in ("vision", "language")
-    ]
-    base = count(*configs, make_plan(study.arms[study.baseline], *depths)).prefill_total_flops
-    return lambda plan: count(*configs, plan).prefill_total_flops <= ratio * base
+    model = study.recipe["model"]
+    configs = [backbone_config(model[part], part) for part in ("vision", "language")]
+    baseline = make_plan(study.arms[study.baseline], *depths)
+    limit = ratio * count(*configs, baseline).prefill_total_flops
+    return lambda plan: count(*configs, plan).prefill_total_flops <= limit

@@ -1,14 +1,14 @@
-"""A study: ways of fusion (arms) x seeds x training budgets on equal data, described by one file.
+"""A study: variants of fusion x seeds x training budgets on equal data, described by one file.
 
-A study is frozen data, equal to its YAML, and knows nothing of torch. `runs_of` gives the recipe of every run; what a run
-leaves on disk, and the folder's other files, are told in study_runner.py.
+A study is frozen data, equal to its YAML, and knows nothing of torch. `get_recipe` gives the recipe
+of every run. runner.py says what a run leaves on disk, and which other files the folder holds.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -16,21 +16,29 @@ import yaml
 
 from ..config.recipe import Recipe, parse_recipe
 from ..config.yaml_io import override, read_yaml
-from ..schema import UserError, build_dataclass, nearest
+from ..schema import UserError, build_dataclass, is_whole_number, make_tuples, nearest
 
-OWN = {
+SET_ELSEWHERE = {  # keys of a recipe that a study sets -> where
     "fusion": "arms",
     "output": "the study's `output`",
     "seed": "seeds",
     "states": "the study itself",
 }
-SLUG = r"[a-z0-9][a-z0-9_.-]*"
+FOLDER_NAME = r"[a-z0-9][a-z0-9_.-]*"
 
 
 @dataclass(frozen=True)
-class WorldPictures:
-    """Pictures of the built-in world to draw for a study: numbers of them, questions about each,
-    and the seed.
+class DrawnImages:
+    """Images of the built-in shapes to draw for a study.
+
+    Attributes:
+        train: Number of images to train on.
+        ask: Number of images to ask about.
+        split: The split that is asked about; `dev` and `test` never overlap.
+        train_questions: Questions about each image to train on.
+        questions: Questions about each image that is asked about.
+        seed: Equal seeds give equal images.
+        size: small or large.
     """
 
     train: int
@@ -44,8 +52,12 @@ class WorldPictures:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long is trained (change: overrides of the recipe), and for which arms and seeds; without
-    a list, for all of them.
+    """How long to train.
+
+    Attributes:
+        change: Overrides of the recipe, such as `stages.1.args.max_steps=720`.
+        arms: The variants that have this budget; None for all.
+        seeds: The seeds that have this budget; None for all.
     """
 
     change: tuple[str, ...] = ()
@@ -54,21 +66,27 @@ class Budget:
 
     def __post_init__(self):
         for name in ("change", "arms", "seeds"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+            if getattr(self, name) is not None:
+                make_tuples(self, name)
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared (arms: name -> fusion spec), on what (recipe, pictures), how often (seeds)
-    and how long (budgets).
+    """What is compared, on what data, how often and how long.
 
-    recipe: a recipe's keys without fusion, output, seed and states, the same for every arm.
-    budgets: name -> overrides of it, or {change: overrides, arms: some of them, seeds: some of
-    them}; the first is the main one. pictures: pictures of the built-in world to draw, put in for
-    the recipe's data. baseline: the arm that others are compared with. families: arm -> a word that
-    reports group it by. states: keep the encoder's states on disk, where no stage trains it (false
-    where pictures are too many). note: a sentence for the report.
+    Attributes:
+        title: The title of the report.
+        recipe: A recipe's keys without fusion, output, seed and states, the same for every variant.
+        arms: Name of a variant to its fusion: a method's name or a plan.
+        output: The study's folder.
+        baseline: The variant that the others are compared with.
+        seeds: Every variant is trained with each seed.
+        budgets: Name to overrides of the recipe, or to the keys of a `Budget`. The first is the
+            main one.
+        pictures: Images of the built-in shapes to draw; they replace the recipe's data.
+        families: Variant to the name that reports group it by.
+        states: Whether to cache a frozen encoder's features on disk.
+        note: A sentence for the report.
     """
 
     title: str
@@ -78,7 +96,7 @@ class Study:
     baseline: str
     seeds: tuple[int, ...] = (0,)
     budgets: dict[str, Budget] = field(default_factory=lambda: {"main": Budget()})
-    pictures: WorldPictures | None = None
+    pictures: DrawnImages | None = None
     families: dict[str, str] = field(default_factory=dict)
     states: bool = True
     note: str = ""
@@ -86,79 +104,74 @@ class Study:
     def __post_init__(self):
         # Frozen data shares nothing with what it was made of.
         object.__setattr__(self, "recipe", copy.deepcopy(self.recipe))
-        object.__setattr__(
-            self,
-            "seeds",
-            tuple(self.seeds) if isinstance(self.seeds, list | tuple) else (self.seeds,),
-        )
+        make_tuples(self, "seeds")
         budgets = {name: _build_budget(name, values) for name, values in self.budgets.items()}
         object.__setattr__(self, "budgets", budgets)
-        for what, names in (("arm", self.arms), ("budget", self.budgets)):
-            if not names or any(not re.fullmatch(SLUG, str(name)) for name in names):
-                raise UserError(
-                    f"{what}s are named {', '.join(map(str, names)) or 'nothing'}, but at least one"
-                    " is needed and names become folders: use small letters, digits, -, _ and ."
-                )
-        if any(isinstance(s, bool) or not isinstance(s, int) for s in self.seeds) or not self.seeds:
-            raise UserError(f"seeds is {list(self.seeds)}, but at least one whole number is needed")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise UserError(
-                f"seeds is {list(self.seeds)}, but each seed can be run once only; remove the"
-                " repeated ones"
-            )
-        places = [("baseline", [self.baseline]), ("families", self.families)]
-        places += [
-            (f"budgets.{name}.arms", budget.arms or ()) for name, budget in self.budgets.items()
-        ]
-        for name, arms in places:
-            for arm in arms:
-                if arm not in self.arms:
-                    raise UserError(
-                        f"{name} names the arm {arm!r}{nearest(arm, self.arms)}, but the arms are"
-                        f" {', '.join(self.arms)}"
-                    )
-        for key, place in OWN.items():
+        _check_folder_names("arms", self.arms)
+        _check_folder_names("budgets", self.budgets)
+        _check_seeds(self.seeds)
+        self._check_variants("baseline", [self.baseline])
+        self._check_variants("families", self.families)
+        for name, budget in self.budgets.items():
+            self._check_variants(f"budgets.{name}.arms", budget.arms or ())
+        for key, place in SET_ELSEWHERE.items():
             if key in self.recipe:
                 raise UserError(f"recipe.{key} is set by {place}; remove it there")
-        for run in self.runs():
-            if base := self.recipe_of(run).model.base:
+        for run in self.list_runs():
+            self._check_recipe(run)
+
+    def _check_variants(self, key: str, names: Collection[str]) -> None:
+        for name in names:
+            if name not in self.arms:
                 raise UserError(
-                    f"the recipe starts from the base {base}, but a study's arms are plans of"
-                    " models that are built from an encoder and a language model; give vision and"
-                    " language, and train recipes with a base one by one"
+                    f"{key} names the variant {name!r}{nearest(name, self.arms)}, but the variants"
+                    f" (arms) are {', '.join(self.arms)}"
                 )
+
+    def _check_recipe(self, run: Run) -> None:
+        base = self.get_recipe(run).model.base
+        if base:
+            raise UserError(
+                f"the recipe has model.base {base!r}, but a study compares plans of models that are"
+                " built from an encoder and a language model; give model.vision and"
+                " model.language, and train recipes with a base one by one"
+            )
 
     @property
     def main(self) -> str:
         """The name of the main budget."""
         return next(iter(self.budgets))
 
-    def runs(self) -> list[Run]:
-        """Every run: the main budget first, then seed by seed, so that a part of a study is
-        balanced.
-        """
-        found = []
+    def list_runs(self) -> list[Run]:
+        """Every run: the main budget first, then seed by seed, so that a part is balanced."""
+        runs = []
         for name, budget in self.budgets.items():
             seeds = [s for s in self.seeds if budget.seeds is None or s in budget.seeds]
-            arms = [a for a in self.arms if budget.arms is None or a in budget.arms]
-            found += [Run(name, arm, seed) for seed in seeds for arm in arms]
-        return found
+            variants = [v for v in self.arms if budget.arms is None or v in budget.arms]
+            for seed in seeds:
+                runs += [Run(name, variant, seed) for variant in variants]
+        return runs
 
-    def recipe_of(self, run: Run) -> Recipe:
-        """The recipe of one run, its output inside the study's folder; ValueError for a wrong
-        one.
+    def get_recipe(self, run: Run) -> Recipe:
+        """Return the recipe of one run, its output inside the study's folder.
+
+        Raises:
+            UserError: The recipe is wrong.
         """
-        out, plain = Path(self.output), dict(self.recipe)
-        for change in self._data_changes(plain) + list(self.budgets[run.budget].change):
-            plain = override(plain, change)
-        plain |= {"fusion": self.arms[run.arm], "output": str(run.folder(out)), "seed": run.seed}
-        if self.states and all(
-            "vision" not in stage.get("train", ()) for stage in plain.get("stages", ())
-        ):
-            plain["states"] = str(out / "states")
-        return parse_recipe(plain, name=f"the study's recipe for {run.arm}")
+        folder = Path(self.output)
+        values = dict(self.recipe)
+        for change in [*self._list_data_changes(), *self.budgets[run.budget].change]:
+            values = override(values, change)
+        values["fusion"] = self.arms[run.variant]
+        values["output"] = str(run.get_folder(folder))
+        values["seed"] = run.seed
+        trained = [stage.get("train", ()) for stage in values.get("stages", ())]
+        if self.states and not any("vision" in parts for parts in trained):
+            values["states"] = str(folder / "states")
+        return parse_recipe(values, name=f"the study's recipe for {run.variant}")
 
-    def _data_changes(self, plain: dict) -> list[str]:
+    def _list_data_changes(self) -> list[str]:
+        """Overrides that put the drawn images in place of the recipe's data."""
         if self.pictures is None:
             return []
         data = Path(self.output) / "data"
@@ -166,42 +179,49 @@ class Study:
             f"evaluate.data.path={data / self.pictures.split}.json",
             f"evaluate.data.images={data}",
         ]
-        for i, stage in enumerate(plain.get("stages", ())):
+        for i, stage in enumerate(self.recipe.get("stages", ())):
             name = "train_captions" if stage.get("template") == "plain" else "train"
-            changes += [
-                f"stages.{i}.data.path={data / name}.json",
-                f"stages.{i}.data.images={data}",
-            ]
+            changes.append(f"stages.{i}.data.path={data / name}.json")
+            changes.append(f"stages.{i}.data.images={data}")
         return changes
 
     def to_dict(self) -> dict:
         """Plain lists, numbers and strings: what YAML holds."""
         budgets = {}
-        for name, b in self.budgets.items():
-            given = {"arms": b.arms, "seeds": b.seeds}
-            budgets[name] = {"change": list(b.change)} | {
-                k: list(v) for k, v in given.items() if v is not None
-            }
+        for name, budget in self.budgets.items():
+            budgets[name] = {"change": list(budget.change)}
+            if budget.arms is not None:
+                budgets[name]["arms"] = list(budget.arms)
+            if budget.seeds is not None:
+                budgets[name]["seeds"] = list(budget.seeds)
         return {**asdict(self), "seeds": list(self.seeds), "budgets": budgets, "main": self.main}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: an arm with a seed under a budget."""
+    """One training.
+
+    Attributes:
+        budget: The budget's name.
+        variant: The variant's name.
+        seed: The seed of the recipe.
+    """
 
     budget: str
-    arm: str
+    variant: str
     seed: int
 
-    def folder(self, out: Path) -> Path:
-        """Where it leaves its files."""
-        return Path(out) / "runs" / self.budget / self.arm / str(self.seed)
+    def __str__(self) -> str:
+        return f"{self.budget}/{self.variant}/{self.seed}"
 
-    def finished(self, out: Path) -> bool:
+    def get_folder(self, out: str | Path) -> Path:
+        """Where it leaves its files, inside the study's folder."""
+        return Path(out) / "runs" / self.budget / self.variant / str(self.seed)
+
+    def is_finished(self, out: str | Path) -> bool:
         """Whether it has been trained and evaluated."""
-        return (self.folder(out) / "eval" / "result.json").is_file() and (
-            self.folder(out) / "facts.json"
-        ).is_file()
+        folder = self.get_folder(out)
+        return (folder / "eval" / "result.json").is_file() and (folder / "facts.json").is_file()
 
 
 def _build_budget(name: str, values: Budget | dict | list | None) -> Budget:
@@ -213,58 +233,87 @@ def _build_budget(name: str, values: Budget | dict | list | None) -> Budget:
     return build_dataclass(Budget, values, f"budgets.{name}")
 
 
+def _check_folder_names(key: str, names: Collection) -> None:
+    if not names:
+        raise UserError(f"{key} is empty, but at least one is needed")
+    for name in names:
+        if not re.fullmatch(FOLDER_NAME, str(name)):
+            raise UserError(
+                f"{key} has the name {name!r}, but names become folders: use small letters, digits,"
+                " -, _ and ."
+            )
+
+
+def _check_seeds(seeds: tuple) -> None:
+    if not seeds or not all(is_whole_number(seed) for seed in seeds):
+        raise UserError(f"seeds is {list(seeds)}, but at least one whole number is needed")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(
+            f"seeds is {list(seeds)}, but each seed can be run once only; remove the repeated ones"
+        )
+
+
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
-    """Read a study file and change it by dotted overrides such as "seeds=[0,1]"; ValueError if
-    wrong.
+    """Read a study file.
+
+    Args:
+        path: A YAML file.
+        overrides: Dotted changes, such as "seeds=[0,1]".
+
+    Raises:
+        UserError: There is no such file, or the study is wrong.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(
             f"there is no study {path}; give a YAML file such as configs/study/shapes.yaml"
         )
-    plain = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    values = read_yaml(path.read_text(encoding="utf-8"), str(path))
     for change in overrides:
-        plain = override(plain, change)
-    return parse_study(plain, name=str(path))
+        values = override(values, change)
+    return parse_study(values, name=str(path))
 
 
-def parse_study(plain: dict, *, name: str = "study") -> Study:
-    """A study from plain keys and values, as YAML holds them; errors start with `name`."""
-    if isinstance(plain, dict):
-        plain = {key: value for key, value in plain.items() if key != "main"}
-    return build_dataclass(Study, plain, name)
+def parse_study(values: dict, *, name: str = "study") -> Study:
+    """Build a study from keys and values, as YAML holds them; errors start with `name`."""
+    if isinstance(values, dict):
+        values = {key: value for key, value in values.items() if key != "main"}
+    return build_dataclass(Study, values, name)
 
 
-def narrowed(study: Study, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> Study:
-    """The study with some of its arms and seeds only; ValueError for one that it does not have."""
-    for what, asked, known in (("arm", arms, list(study.arms)), ("seed", seeds, list(study.seeds))):
-        for one in asked:
-            if one not in known:
-                raise UserError(
-                    f"the study has no {what} {one!r}{nearest(one, map(str, known))}; it has"
-                    f" {', '.join(map(str, known))}"
-                )
-    kept = [arm for arm in study.arms if not arms or arm in arms]
-    baseline = study.baseline if study.baseline in kept else kept[0]
-    families = {arm: word for arm, word in study.families.items() if arm in kept}
-    chosen = {arm: study.arms[arm] for arm in kept}
-    budgets = {
-        name: replace(b, arms=b.arms and tuple(arm for arm in b.arms if arm in kept))
-        for name, b in study.budgets.items()
-    }
+def narrow_study(study: Study, variants: Sequence[str] = (), seeds: Sequence[int] = ()) -> Study:
+    """Return the study with some of its variants and seeds only; an empty list keeps all.
+
+    Raises:
+        UserError: The study has no such variant or seed.
+    """
+    _check_part("variant", variants, list(study.arms))
+    _check_part("seed", seeds, study.seeds)
+    chosen = [name for name in study.arms if not variants or name in variants]
+    budgets = {}
+    for name, budget in study.budgets.items():
+        part = budget.arms and tuple(variant for variant in budget.arms if variant in chosen)
+        budgets[name] = replace(budget, arms=part)
     return replace(
         study,
         budgets=budgets,
-        arms=chosen,
-        baseline=baseline,
-        families=families,
+        arms={name: study.arms[name] for name in chosen},
+        baseline=study.baseline if study.baseline in chosen else chosen[0],
+        families={name: family for name, family in study.families.items() if name in chosen},
         seeds=tuple(seeds) or study.seeds,
     )
 
 
+def _check_part(kind: str, names: Sequence, known: Sequence) -> None:
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"the study has no {kind} {name!r}{nearest(name, known)}; it has"
+                f" {', '.join(map(str, known))}"
+            )
+
+
 def dump_study(study: Study, path: Path) -> None:
     """Write the study with everything that was decided."""
-    path.write_text(
-        yaml.safe_dump(study.to_dict(), sort_keys=False, allow_unicode=True, width=110),
-        encoding="utf-8",
-    )
+    text = yaml.safe_dump(study.to_dict(), sort_keys=False, allow_unicode=True, width=110)
+    path.write_text(text, encoding="utf-8")

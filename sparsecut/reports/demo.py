@@ -187,4 +187,4 @@ def _draw_losses(results: dict, titles: dict[str, str]) -> Markup:
 
 
 def _get_folder(study: Study, name: str) -> Path:
-    return Run(study.main, name, study.seeds[0]).folder(Path(study.output))
+    return Run(study.main, name, study.seeds[0]).get_folder(study.output)

@@ -1,14 +1,19 @@
-"""A finished study made up on the spot: real plans, drawn answers of known accuracy, counts from a
-rule of thumb.
+"""Studies for tests: a quick one to run, and finished ones made up on the spot.
+
+A made-up study has real plans, drawn answers of known accuracy, and counts from a rule of thumb.
 """
 
 import json
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 
 from sparsecut.methods import make_plan
+from sparsecut.profiling import counting
 
 DEPTHS = (8, 6)
 SPECS = {
@@ -69,134 +74,166 @@ QUICK = {
 }
 
 
-def made_up_study(
+def make_study(
     out: Path,
-    arms: list[str],
+    variants: list[str],
     *,
     seeds=(0, 1),
-    pictures: int = 40,
+    num_images: int = 40,
     budgets=("main", "long"),
-    accuracies=None,
+    accuracies: dict[str, float] | None = None,
 ) -> Path:
-    """Write what a study of these arms of SPECS leaves in `out`. accuracies: arm -> share right at
-    the main budget, else drawn.
+    """Write what a finished study leaves on disk.
+
+    Args:
+        out: The study's folder.
+        variants: Names of `SPECS`; the first is the baseline.
+        seeds: Seeds of every variant.
+        num_images: Images that are asked about.
+        budgets: Names of the budgets, the main one first.
+        accuracies: Variant to the fraction right under the main budget; drawn where not given.
     """
-    rng = np.random.default_rng(0)
+    draw = np.random.default_rng(0)
+    plans = {name: make_plan(SPECS[name], *DEPTHS) for name in variants}
+    _write_study_files(out, plans, list(seeds), budgets)
+    difficulty = draw.normal(0, 0.08, num_images)
+    for b, budget in enumerate(budgets):
+        for name, plan in plans.items():
+            accuracy = (accuracies or {}).get(name, 0.5 + 0.3 * draw.random())
+            tilt = np.zeros(3) if accuracies else draw.normal(0, 0.08, 3)
+            for seed in seeds:
+                chances = accuracy + 0.06 * b + draw.normal(0, 0.01) + difficulty
+                folder = out / "runs" / budget / name / str(seed)
+                _write_answers(folder, chances, tilt - tilt.mean(), draw)
+                _write_log(folder, 1 - chances.mean(), 400 * (b + 1), draw)
+                _write_facts(folder, name, plan, 400 * (b + 1), seed)
+    return out
+
+
+def _write_study_files(out: Path, plans: dict, seeds: list[int], budgets) -> None:
     out.mkdir(parents=True, exist_ok=True)
     study = {
-        "title": "Ways to feed pictures to a language model",
+        "title": "Ways to feed images to a language model",
         "note": "Made-up answers: this page shows how a report looks.",
         "recipe": {},
-        "arms": {name: SPECS[name] for name in arms},
+        "arms": {name: SPECS[name] for name in plans},
         "output": str(out),
-        "baseline": arms[0],
-        "seeds": list(seeds),
+        "baseline": next(iter(plans)),
+        "seeds": seeds,
         "budgets": {b: [f"stages.1.args.max_steps={400 * (i + 1)}"] for i, b in enumerate(budgets)},
         "main": budgets[0],
     }
     (out / "study.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
-    plans = {name: make_plan(SPECS[name], *DEPTHS) for name in arms}
-    (out / "costs.json").write_text(
-        json.dumps({name: _costs(name, plan) for name, plan in plans.items()})
-    )
-    ease = rng.normal(0, 0.08, pictures)
-    chance = {name: (accuracies or {}).get(name, 0.5 + 0.3 * rng.random()) for name in arms}
-    tilt = {name: rng.normal(0, 0.08, 3) for name in arms}
-    for b, budget in enumerate(budgets):
-        for name in arms:
-            for seed in seeds:
-                right = chance[name] + 0.06 * b + rng.normal(0, 0.01) + ease
-                shift = tilt[name] - tilt[name].mean() if accuracies is None else np.zeros(3)
-                _run(
-                    out / "runs" / budget / name / str(seed),
-                    name,
-                    plans[name],
-                    right,
-                    shift,
-                    400 * (b + 1),
-                    rng,
-                    seed,
-                )
-    return out
+    costs = {name: make_costs(plan) for name, plan in plans.items()}
+    (out / "costs.json").write_text(json.dumps(costs))
 
 
-def _run(folder: Path, name: str, plan, right, shift, steps: int, rng, seed: int) -> None:
+def _write_answers(folder: Path, chances, tilt, draw) -> None:
+    """Write predictions.jsonl and result.json: two questions of each level about each image."""
     (folder / "eval").mkdir(parents=True)
-    (folder / "tune").mkdir()
-    rows, groups = [], {}
-    for p, chance in enumerate(right):
-        for (level, kinds), more in zip(LEVELS.items(), shift, strict=True):
+    lines = []
+    groups: dict[str, list[bool]] = {}
+    for image, chance in enumerate(chances):
+        for (level, kinds), more in zip(LEVELS.items(), tilt, strict=True):
             for kind in kinds:
-                correct = bool(rng.random() < chance + more)
-                groups.setdefault(kind, []).append(correct)
-                ask = {
-                    "id": f"test/{p}/{kind}",
+                record = {
+                    "id": f"test/{image}/{kind}",
                     "prompt": f"what {kind}",
-                    "images": [f"test/{p}.png"],
+                    "images": [f"test/{image}.png"],
                     "group": kind,
+                    "prediction": "a",
+                    "reference": "b",
+                    "correct": bool(draw.random() < chance + more),
+                    "level": level,
                 }
-                rows.append(
-                    {**ask, "prediction": "a", "reference": "b", "correct": correct, "level": level}
-                )
-    (folder / "eval" / "predictions.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows)
-    )
-    result = {
-        "groups": {k: {"accuracy": sum(v) / len(v)} for k, v in groups.items()},
-        "seconds": 6.0,
-    }
+                groups.setdefault(kind, []).append(record["correct"])
+                lines.append(json.dumps(record) + "\n")
+    (folder / "eval" / "predictions.jsonl").write_text("".join(lines))
+    accuracies = {kind: {"accuracy": sum(right) / len(right)} for kind, right in groups.items()}
+    result = {"groups": accuracies, "seconds": 6.0}
     (folder / "eval" / "result.json").write_text(json.dumps(result))
+
+
+def _write_log(folder: Path, level: float, num_steps: int, draw) -> None:
+    """Write the log of the last stage: a loss that falls."""
+    (folder / "tune").mkdir()
     stages = {"stages": [{"name": "align"}, {"name": "tune"}]}
     (folder / "config.yaml").write_text(yaml.safe_dump(stages))
-    level = 1 - right.mean()
-    lines = [
-        {
-            "step": s,
-            "loss": level + 1.5 * float(np.exp(-s / 90)) + rng.normal(0, 0.02),
-            "seconds": s / 4,
-        }
-        for s in range(10, steps + 1, 10)
-    ]
-    (folder / "tune" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = []
+    for step in range(10, num_steps + 1, 10):
+        loss = level + 1.5 * float(np.exp(-step / 90)) + draw.normal(0, 0.02)
+        lines.append(json.dumps({"step": step, "loss": loss, "seconds": step / 4}) + "\n")
+    (folder / "tune" / "log.jsonl").write_text("".join(lines))
+
+
+def _write_facts(folder: Path, name: str, plan, num_steps: int, seed: int) -> None:
+    fusion = 18624 * len(plan.shortcuts)
     facts = {
         "arm": name,
         "seed": seed,
         "plan": plan.to_dict(),
         "depths": list(DEPTHS),
-        "parameters": {
-            "vision": 938304,
-            "fusion": 18624 * len(plan.shortcuts),
-            "language": 725952,
-            "head": 5568,
-        },
+        "parameters": {"vision": 938304, "fusion": fusion, "language": 725952, "head": 5568},
         "image_tokens": plan.image_tokens(16),
         "views": plan.num_views,
-        "train_seconds": steps / 4,
+        "train_seconds": num_steps / 4,
         "eval_seconds": 6.0,
     }
     (folder / "facts.json").write_text(json.dumps(facts))
 
 
-def _costs(name: str, plan) -> dict:
-    costs = {"plan": plan.to_dict()}
-    for size, views, tokens in (("here", 4e7, 2e6), ("large", 3.8e11, 1.4e10)):
-        patches = 16 if size == "here" else 576
-        fine = (
-            len(plan.fine_taps(DEPTHS[0]))
-            and max(plan.fine_taps(DEPTHS[0])) / DEPTHS[0] * plan.tiles**2
-        )
-        parts = {
-            "encoder_coarse_flops": views,
-            "encoder_fine_flops": views * fine,
-            "fusion_flops": tokens * patches * 0.01 * len(plan.shortcuts) * plan.num_grains,
-            "language_prefill_flops": tokens * (plan.image_tokens(patches) + 64),
-        }
-        costs[size] = {
-            **{key: round(value) for key, value in parts.items()},
-            "prefill_total_flops": round(sum(parts.values())),
-            "language_per_new_token_flops": round(tokens),
-            "num_image_tokens": plan.image_tokens(patches),
-            "num_fusion_parameters": 18624 * len(plan.shortcuts),
-            "kv_cache_bytes": 1000 * (plan.image_tokens(patches) + 64),
-        }
-    return costs
+def make_costs(plan) -> dict:
+    """What costs.json holds of a plan, by a rule of thumb."""
+    here = _make_count(plan, view_flops=4e7, token_flops=2e6, num_patches=16)
+    large = _make_count(plan, view_flops=3.8e11, token_flops=1.4e10, num_patches=576)
+    return {"plan": plan.to_dict(), "here": here, "large": large}
+
+
+def _make_count(plan, *, view_flops: float, token_flops: float, num_patches: int) -> dict:
+    fine_taps = plan.fine_taps(DEPTHS[0])
+    fine_fraction = max(fine_taps, default=0) / DEPTHS[0]
+    num_tokens = plan.image_tokens(num_patches) + 64
+    num_added = num_patches * len(plan.shortcuts) * plan.num_grains
+    parts = {
+        "encoder_coarse_flops": round(view_flops),
+        "encoder_fine_flops": round(view_flops * fine_fraction * plan.tiles**2),
+        "fusion_flops": round(0.01 * token_flops * num_added),
+        "language_prefill_flops": round(token_flops * num_tokens),
+    }
+    return {
+        **parts,
+        "prefill_total_flops": sum(parts.values()),
+        "language_per_new_token_flops": round(token_flops),
+        "num_image_tokens": plan.image_tokens(num_patches),
+        "num_fusion_parameters": 18624 * len(plan.shortcuts),
+        "kv_cache_bytes": 1000 * num_tokens,
+    }
+
+
+@dataclass(frozen=True)
+class RoughCount:
+    """Stands for `counting.Count`."""
+
+    numbers: dict
+
+    @property
+    def prefill_total_flops(self) -> int:
+        """FLOPs of a prompt."""
+        return self.numbers["prefill_total_flops"]
+
+    def to_dict(self) -> dict:
+        """The numbers as costs.json holds them."""
+        return self.numbers
+
+
+@contextmanager
+def rough_counts():
+    """Count by a rule of thumb inside the block: a real count takes seconds for each plan."""
+
+    def count(vision, language, plan, **settings) -> RoughCount:
+        plan = make_plan(plan, vision.num_hidden_layers, language.num_hidden_layers)
+        return RoughCount(make_costs(plan)["here"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counting, "count", count)
+        yield

@@ -2,6 +2,7 @@
 
 import pytest
 from helpers.pages import check_page
+from helpers.studies import rough_counts
 
 from sparsecut.cli.demo import run_demo
 from sparsecut.experiments.demo import VARIANTS, build_demo_study
@@ -13,13 +14,14 @@ def finished(tmp_path_factory):
     """(folder, page, lines of the log) of a quick demo."""
     folder = tmp_path_factory.mktemp("demo")
     lines = []
-    page = run_demo(folder, quick=True, log=lines.append)
+    with rough_counts():
+        page = run_demo(folder, quick=True, workers=0, log=lines.append)
     return folder, page, lines
 
 
 def test_variants_differ_in_fusion_and_output_only(tmp_path):
     study = build_demo_study(tmp_path)
-    recipes = [study.recipe_of(run) for run in study.runs()]
+    recipes = [study.get_recipe(run) for run in study.list_runs()]
     assert len({recipe.output for recipe in recipes}) == len(recipes) == len(VARIANTS)
     for recipe in recipes:
         assert recipe.stages == recipes[0].stages

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from helpers.pages import check_page
-from helpers.studies import made_up_study
+from helpers.studies import make_study
 
 from sparsecut.experiments.results import compute_results
 from sparsecut.reports.findings import write_findings
@@ -21,7 +21,7 @@ ACCURACIES = {"llava": 0.5, "sti": 0.51, "sparsecut": 0.8, "sparsecut_coarse": 0
 def study(tmp_path_factory):
     """A finished study of four variants with known accuracies, and its report."""
     folder = tmp_path_factory.mktemp("study")
-    made_up_study(folder, NAMES, seeds=(0, 1, 2), accuracies=ACCURACIES)
+    make_study(folder, NAMES, seeds=(0, 1, 2), accuracies=ACCURACIES)
     write_study_report(folder)
     return folder
 
@@ -107,7 +107,7 @@ def test_an_unfinished_study_is_reported_as_far_as_it_goes(study, tmp_path):
 
 
 def test_one_seed_is_called_one_seed(tmp_path):
-    made_up_study(tmp_path, NAMES[:2], seeds=(0,), budgets=("main",))
+    make_study(tmp_path, NAMES[:2], seeds=(0,), budgets=("main",))
     results = compute_results(tmp_path)
     assert any("one seed" in line for line in write_findings(results))
     assert results["arms"]["sti"]["results"]["main"]["difference"]["num_seeds"] == 1
