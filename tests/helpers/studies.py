@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from sparsecut.methods import make_plan
+from sparsecut.plan import Plan
 from sparsecut.profiling import counting
 
 DEPTHS = (8, 6)
@@ -231,7 +232,8 @@ def rough_counts():
     """Count by a rule of thumb inside the block: a real count takes seconds for each plan."""
 
     def count(vision, language, plan, **settings) -> RoughCount:
-        plan = make_plan(plan, vision.num_hidden_layers, language.num_hidden_layers)
+        if not isinstance(plan, Plan):
+            plan = make_plan(plan, vision.num_hidden_layers, language.num_hidden_layers)
         return RoughCount(make_costs(plan)["here"])
 
     with pytest.MonkeyPatch.context() as patch:
