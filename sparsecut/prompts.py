@@ -1,8 +1,8 @@
-"""From a conversation to the model's answer: what training, evaluation and chat have in common.
+"""From a conversation to the model's answer, the same way in training, evaluation, chat and serving.
 
-Conversations have string contents with the processor's placeholder (`image_token`) for every picture. A processor of ours knows
-how many image tokens a picture takes, whatever the picture; that of an upgraded model is its base's own, and only its own call
-knows. What differs between the two is decided here.
+Message contents are strings with the processor's placeholder (`image_token`) for every image. There
+are two kinds of processors. In ours every image takes the same number of image tokens. That of an
+upgraded model is its base's own, and only a call of it shows how many tokens an image takes.
 """
 
 from __future__ import annotations
@@ -19,193 +19,248 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .schema import UserError
 
-PROBE = "probe"
+PROBE = "probe"  # text that shows whether a chat template accepts a form of contents
+
+
+def get_tokens_per_image(processor) -> int | None:
+    """Return the image tokens of every image, or None where only a call of the processor shows them.
+
+    The processor of a built model takes the same number for every image. That of an upgraded model
+    is its base's own.
+    """
+    # Some bases' processors have `num_image_tokens` too, for another number, but none has views.
+    if getattr(processor, "num_views", None) is None:
+        return None
+    return processor.num_image_tokens
 
 
 def is_fixed(processor) -> bool:
-    """Whether every picture takes equally many image tokens, known without seeing it: a processor
-    of ours, not a base's own.
-    """
-    return hasattr(
-        processor, "num_views"
-    )  # some bases have a num_image_tokens, which is not what a picture takes
-
-
-def takes_suffix(processor) -> bool:
-    """Whether the processor has a prefix and a suffix in place of a chat template, as
-    PaliGemma's.
-    """
-    calls = (vars(one)["__call__"] for one in type(processor).__mro__ if "__call__" in vars(one))
-    return get_chat_template(processor) is None and any(
-        "suffix" in inspect.signature(call).parameters for call in calls
-    )
+    """Whether `get_tokens_per_image` gives a number."""
+    return get_tokens_per_image(processor) is not None
 
 
 def get_chat_template(processor) -> str | None:
-    """The chat template that the processor uses, or else its tokenizer's; None where neither has
-    one.
-    """
+    """Return the chat template of a processor or of its tokenizer; None where neither has one."""
     template = processor.chat_template or processor.tokenizer.chat_template
     return template.get("default") if isinstance(template, dict) else template
 
 
-def apply_template(
-    processor, messages: list[dict], *, add_generation_prompt: bool = False, marks: bool = False
-) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as one string by the chat template, and, with marks, the spans that it marks
-    as generated.
-
-    Contents become lists of pictures and texts where the template is made for these. Raises
-    ValueError where it refuses.
-    """
-    template = get_chat_template(processor)
-    if template is None:
-        raise UserError(
-            f"{type(processor).__name__} has no chat template, so it is not known how the model"
-            " wants its conversations; set one (processor.chat_template = ...), with the prompt"
-            " format that the model was trained on"
-        )
-    names = processor.tokenizer.special_tokens_map
-    special = tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in names.items())
-    token = processor.image_token
-    split = token if not is_fixed(processor) and _in_parts(template, token, special) else None
-    return _rendered(
-        tuple(tuple(m.items()) for m in messages),
-        template,
-        add_generation_prompt,
-        marks,
-        split,
-        special,
-    )
+def takes_suffix(processor) -> bool:
+    """Whether a processor takes prefix and suffix instead of a chat template, as PaliGemma's."""
+    if get_chat_template(processor) is not None:
+        return False
+    for cls in type(processor).__mro__:
+        call = vars(cls).get("__call__")
+        if call is not None and "suffix" in inspect.signature(call).parameters:
+            return True
+    return False
 
 
-@lru_cache(
-    maxsize=32768
-)  # a record is rendered to be checked and again to be learned, in a study by every run
-def _rendered(
-    turns: tuple,
-    template: str,
-    add_generation_prompt: bool,
-    marks: bool,
-    split: str | None,
-    special: tuple,
-):
-    messages = [dict(turn) for turn in turns]
-    if split:
-        messages = [{**m, "content": split_at_images(m["content"], split)} for m in messages]
-    try:
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=template,
-            return_assistant_tokens_mask=marks,
-            add_generation_prompt=add_generation_prompt,
-            **dict(special),
-        )
-    except TemplateError as error:
-        raise UserError(
-            f"the model's chat template refuses the conversation: {error}; change the turns (many"
-            " templates want user and assistant to alternate and know no system turn) or give the"
-            " processor another chat_template"
-        ) from None
-    return texts[0], spans[0] if spans else []
-
-
-def split_at_images(content: str, image_token: str) -> list[dict]:
-    """Content as the list of pictures and texts that many templates want.
-
-    Line ends beside a picture, and blanks between the first pictures and the text, are the
-    template's business and left out.
-    """
-    pieces, parts = content.split(image_token), []
-    for i, piece in enumerate(pieces):
-        if i > 0:
-            piece = (
-                piece.lstrip()
-                if all(part["type"] == "image" for part in parts)
-                else piece.lstrip("\n")
-            )
-            parts.append({"type": "image"})
-        if i + 1 < len(pieces):
-            piece = piece.rstrip("\n")
-        if piece.strip():
-            parts.append({"type": "text", "text": piece})
-    return parts
-
-
-@lru_cache(maxsize=64)
-def _in_parts(template: str, image_token: str, special: tuple) -> bool:
-    """Whether a template is made for contents in parts, seen by rendering both; ValueError where
-    neither keeps a picture.
-    """
-    parts, string = [{"type": "image"}, {"type": "text", "text": PROBE}], f"{image_token}\n{PROBE}"
-    for content in (parts, string):
-        try:
-            turn = [{"role": "user", "content": content}]
-            text = render_jinja_template(
-                conversations=[turn], chat_template=template, **dict(special)
-            )[0][0]
-        except (TemplateError, TypeError):
-            continue
-        if text.count(PROBE) == 1 and text.count(image_token) == 1 and "'type'" not in text:
-            return content is parts
-    raise UserError(
-        f"the chat template writes no {image_token} for a picture, so pictures would be lost; give"
-        " the processor a chat_template that knows contents such as {'type': 'image'}"
-    )
+# --- from messages to text ---
 
 
 def render_prompt(processor, messages: list[dict]) -> str:
-    """The conversation as the text that asks for the next answer, one placeholder per picture;
-    ValueError if refused.
+    """Render a conversation as the text that asks for the next answer.
+
+    Returns:
+        The text, with one placeholder per image.
+
+    Raises:
+        UserError: The processor has no chat template, or its template refuses the conversation.
     """
     if takes_suffix(processor):
         return get_prefix(processor, messages)
     return apply_template(processor, messages, add_generation_prompt=True)[0]
 
 
-def get_prefix(processor, messages: list[dict]) -> str:
-    """The one question of a conversation, pictures first, as processors with prefix and suffix want
-    it.
+def apply_template(
+    processor, messages: list[dict], *, add_generation_prompt: bool = False, marks: bool = False
+) -> tuple[str, list[tuple[int, int]]]:
+    """Render a conversation by the chat template.
+
+    Args:
+        processor: its template and tokenizer are used.
+        messages: the conversation. String contents are split into image and text items for
+            templates that need these.
+        add_generation_prompt: add the beginning of the next answer.
+        marks: return the spans that the template marks as generated.
+
+    Returns:
+        The text, and the spans of characters (first, one after the last); [] without `marks`.
+
+    Raises:
+        UserError: There is no chat template, it refuses the conversation, or it drops images.
     """
-    if [m["role"] for m in messages] != ["user"]:
+    template = get_chat_template(processor)
+    if template is None:
+        raise UserError(
+            f"{type(processor).__name__} has no chat template, so the prompt format of the model is"
+            " not known; set processor.chat_template to the format the model was trained on"
+        )
+    special_tokens = _freeze_special_tokens(processor.tokenizer)
+    split_at = None
+    if get_tokens_per_image(processor) is None:  # our own templates accept strings
+        placeholder = processor.image_token
+        if _needs_items(template, placeholder, special_tokens):
+            split_at = placeholder
+    frozen_messages = tuple(tuple(message.items()) for message in messages)
+    return _render(
+        frozen_messages, template, add_generation_prompt, marks, split_at, special_tokens
+    )
+
+
+def _freeze_special_tokens(tokenizer) -> tuple:
+    """A tokenizer's special tokens in a form that can be hashed."""
+    frozen = []
+    for name, value in tokenizer.special_tokens_map.items():
+        frozen.append((name, tuple(value) if isinstance(value, list) else value))
+    return tuple(frozen)
+
+
+# A record is rendered when it is checked and when it is encoded, in a study once per run.
+@lru_cache(maxsize=32768)
+def _render(
+    frozen_messages: tuple,
+    template: str,
+    add_generation_prompt: bool,
+    marks: bool,
+    split_at: str | None,
+    special_tokens: tuple,
+):
+    messages = [dict(message) for message in frozen_messages]
+    if split_at:
+        for message in messages:
+            message["content"] = split_at_images(message["content"], split_at)
+    try:
+        texts, spans = render_jinja_template(
+            conversations=[messages],
+            chat_template=template,
+            return_assistant_tokens_mask=marks,
+            add_generation_prompt=add_generation_prompt,
+            **dict(special_tokens),
+        )
+    except TemplateError as error:
+        raise UserError(
+            f"the model's chat template refuses the conversation: {error}; change its messages"
+            " (many templates need user and assistant in turn, and no system message), or set"
+            " another processor.chat_template"
+        ) from error
+    return texts[0], spans[0] if spans else []
+
+
+def split_at_images(content: str, image_token: str) -> list[dict]:
+    """Split a string content into the image and text items that many templates take.
+
+    The template writes its own line ends around images. So line ends beside an image are dropped,
+    and so is whitespace between the first images and the text.
+    """
+    pieces = content.split(image_token)
+    items = []
+    has_text = False
+    for number, text in enumerate(pieces):
+        if number > 0:
+            text = text.lstrip("\n") if has_text else text.lstrip()
+            items.append({"type": "image"})
+        if number + 1 < len(pieces):
+            text = text.rstrip("\n")
+        if text.strip():
+            items.append({"type": "text", "text": text})
+            has_text = True
+    return items
+
+
+@lru_cache(maxsize=64)
+def _needs_items(template: str, image_token: str, special_tokens: tuple) -> bool:
+    """Whether a template takes contents as items, found by rendering items and a string.
+
+    Raises:
+        UserError: It writes a placeholder for neither.
+    """
+    items = [{"type": "image"}, {"type": "text", "text": PROBE}]
+    string = f"{image_token}\n{PROBE}"
+    for content in (items, string):
+        text = _try_template(template, content, special_tokens)
+        if text.count(PROBE) == 1 and text.count(image_token) == 1 and "'type'" not in text:
+            return content is items
+    raise UserError(
+        f"the chat template writes no {image_token} for an image, so images would be lost; set a"
+        " processor.chat_template that takes content items such as {'type': 'image'}"
+    )
+
+
+def _try_template(template: str, content, special_tokens: tuple) -> str:
+    """The text of one message; "" where the template cannot render it."""
+    messages = [{"role": "user", "content": content}]
+    try:
+        texts, _ = render_jinja_template(
+            conversations=[messages], chat_template=template, **dict(special_tokens)
+        )
+    except (TemplateError, TypeError):
+        return ""
+    return texts[0]
+
+
+def get_prefix(processor, messages: list[dict]) -> str:
+    """Return the one question of a conversation, images first, for a processor with prefixes.
+
+    Raises:
+        UserError: There are other messages than one question.
+    """
+    roles = [message["role"] for message in messages]
+    if roles != ["user"]:
         raise UserError(
             f"{type(processor).__name__} has no chat template and takes one question with one"
-            f" answer, but the turns are {', '.join(m['role'] for m in messages)} before the"
-            " answer; split the conversation"
+            f" answer, but before the answer there are {', '.join(roles)}; split the conversation"
         )
-    token, text = processor.image_token, messages[0]["content"]
-    return token * text.count(token) + text.replace(token, "").strip()
+    placeholder = processor.image_token
+    content = messages[0]["content"]
+    text = content.replace(placeholder, "").strip()
+    return placeholder * content.count(placeholder) + text
+
+
+# --- from text to model inputs ---
 
 
 def prepare_inputs(
-    model, processor, prompts: list[str], pictures: list[list[Image.Image]] | None
+    model, processor, prompts: list[str], images: list[list[Image.Image]] | None
 ) -> BatchFeature:
-    """Left-padded model inputs of prompts and each prompt's own pictures, on the model's device;
-    None: the texts alone.
-    """
-    return encode_prompts(processor, prompts, pictures).to(model.device)
+    """`encode_prompts`, moved to the model's device."""
+    return encode_prompts(processor, prompts, images).to(model.device)
 
 
 def encode_prompts(
-    processor, prompts: list[str], pictures: list[list[Image.Image]] | None
+    processor, prompts: list[str], images: list[list[Image.Image]] | None
 ) -> BatchFeature:
-    """The same before they are on any device."""
-    if pictures is None:
-        settings = {
-            "padding": True,
-            "padding_side": "left",
-            "add_special_tokens": adds_special_tokens(processor, prompts[0]),
-        }
-        texts = [processor.expand(prompt) for prompt in prompts]
-        return processor.tokenizer(texts, return_tensors="pt", **settings)
-    return run_processor(processor, prompts, pictures, padding_side="left")
+    """Encode prompts as model inputs, padded on the left.
+
+    Args:
+        processor: the model's processor.
+        prompts: texts of `render_prompt`.
+        images: the images of each prompt. None encodes the texts alone, their placeholders
+            expanded, with our own processors only.
+    """
+    if images is not None:
+        return run_processor(processor, prompts, images, padding_side="left")
+    texts = [processor.expand(prompt) for prompt in prompts]
+    return processor.tokenizer(
+        texts,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        add_special_tokens=adds_special_tokens(processor, prompts[0]),
+    )
 
 
 def run_processor(
-    processor, texts: list[str], pictures: list[list[Image.Image]], **settings
+    processor, texts: list[str], images: list[list[Image.Image]], **settings
 ) -> BatchFeature:
-    """What the processor makes of a padded batch of texts and each text's own pictures, alike in
-    training and at inference.
+    """Call the processor on a padded batch, the same way in training and at inference.
+
+    Args:
+        processor: the model's processor.
+        texts: texts with placeholders.
+        images: the images of each text.
+        settings: further arguments of the call.
     """
     settings = {
         "padding": True,
@@ -213,54 +268,67 @@ def run_processor(
         "add_special_tokens": adds_special_tokens(processor, texts[0]),
         **settings,
     }
-    if not is_fixed(processor) and not any(pictures):
-        pictures = None
-    features = processor(images=pictures, text=texts, **settings)
+    features = processor(images=images if any(images) else None, text=texts, **settings)
     if "suffix" not in settings:
-        features.pop("labels", None)  # PaliGemma's processor always makes some
+        features.pop("labels", None)  # PaliGemma's processor always makes labels
     return features
 
 
 def adds_special_tokens(processor, text: str) -> bool:
-    """Whether the tokenizer adds its own first token: a template that writes it itself gets no
-    second one.
-    """
-    begin = processor.tokenizer.bos_token
-    return not (begin and text.startswith(begin))
+    """Whether the tokenizer should add its first token: not where the template has written it."""
+    first = processor.tokenizer.bos_token
+    return not (first and text.startswith(first))
+
+
+# --- generation ---
 
 
 def make_greedy_config(model, max_new_tokens: int) -> GenerationConfig:
-    """The model's own generation settings, made greedy: no sampling, no beams."""
+    """Return a copy of the model's generation settings without sampling and beams."""
     config = copy.deepcopy(model.generation_config)
-    neutral = {
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "top_k": 50,
-        "typical_p": 1.0,
-    }  # else generate warns that they have no effect
     config.update(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, max_length=None, **neutral
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        max_length=None,
+        # neutral values, because generate warns of settings without effect
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        typical_p=1.0,
     )
     return config
 
 
 def decode_answers(processor, inputs: BatchFeature, ids: Tensor) -> list[str]:
-    """What was generated after the prompts, as text without special tokens and outer blanks."""
-    new = ids[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+    """Decode the tokens after the prompts, without special tokens and outer whitespace."""
+    new_ids = ids[:, inputs["input_ids"].shape[1] :]
+    texts = processor.batch_decode(new_ids, skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
 def get_max_length(model) -> int | None:
-    """How many tokens the language model takes; None where its configuration does not say."""
-    return getattr(model.config.text_config.get_text_config(), "max_position_embeddings", None)
+    """Return the language model's number of positions; None where its configuration has none."""
+    config = model.config.text_config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
 
 
 def check_length(model, num_tokens: int, max_new_tokens: int, what: str, remedy: str) -> None:
-    """Raise ValueError where prompt and answer do not fit the language model's positions."""
+    """Check that prompt and answer fit the language model's positions.
+
+    Args:
+        model: the model.
+        num_tokens: tokens of the prompt, images included.
+        max_new_tokens: longest answer, in tokens.
+        what: what is too long, for the message.
+        remedy: what to do, for the message.
+
+    Raises:
+        UserError: They do not fit.
+    """
     limit = get_max_length(model)
     if limit is not None and num_tokens + max_new_tokens > limit:
         raise UserError(
-            f"{what} has {num_tokens} tokens, pictures included, which with"
-            f" max_new_tokens={max_new_tokens} is more than the {limit} the language model takes;"
-            f" {remedy}"
+            f"{what} has {num_tokens} tokens, images included; with max_new_tokens={max_new_tokens}"
+            f" this is more than the {limit} tokens of the language model; {remedy}"
         )

@@ -1,4 +1,4 @@
-"""An upgraded model with adapters, on quantised bases, and spread over memory and disk."""
+"""An upgraded model with adapters, on quantized bases, and spread over memory and disk."""
 
 import copy
 
@@ -17,78 +17,92 @@ from transformers import AutoModelForImageTextToText
 
 from sparsecut import load, upgrade
 from sparsecut.fingerprint import base_hash
+from sparsecut.schema import UserError
 
 LORA = {"target_modules": r".*language_model.*q_proj", "init_lora_weights": False}
 
 
-def peft():
-    return pytest.importorskip("peft", reason="adapters need peft, which is not installed")
+def import_peft():
+    return pytest.importorskip("peft", reason="peft is not installed")
 
 
 @pytest.mark.parametrize("how", ["wrapped", "added"])
 def test_a_base_with_an_adapter_answers_as_before_and_takes_saved_shortcuts(how, tmp_path):
-    settings = peft().LoraConfig(**LORA)
+    settings = import_peft().LoraConfig(**LORA)
     trained, inputs, _ = tiny_upgraded()
     trained.save_fusion(tmp_path)
-    base, own = tiny_base()
-    plain, known = get_logits(base, own), base_hash(base)
-    given = peft().get_peft_model(base, settings) if how == "wrapped" else base
-    if how == "added":
+    base, base_inputs = tiny_base()
+    plain = get_logits(base, base_inputs)
+    known_hash = base_hash(base)
+    if how == "wrapped":
+        with_adapter = import_peft().get_peft_model(base, settings)
+    else:
         base.add_adapter(settings)
-    adapted = get_logits(base, own)
-    assert not torch.equal(adapted, plain) and base_hash(base) == known
-    model, _ = upgrade(given)
-    assert model.base is base and torch.equal(get_logits(model, inputs), adapted)
-    assert torch.equal(model.generate(**inputs, **SHORT), base.generate(**own, **SHORT))
-    with_shortcuts, _ = load(tmp_path, model.detach(), processor=AnyProcessor())
-    assert not torch.equal(get_logits(with_shortcuts, inputs), adapted)
+        with_adapter = base
+    adapted = get_logits(base, base_inputs)
+    assert not torch.equal(adapted, plain)
+    assert base_hash(base) == known_hash
+
+    model, _ = upgrade(with_adapter)
+    assert model.base is base
+    assert torch.equal(get_logits(model, inputs), adapted)
+    expected = base.generate(**base_inputs, **SHORT)
+    assert torch.equal(model.generate(**inputs, **SHORT), expected)
+
+    loaded, _ = load(tmp_path, model.detach(), processor=AnyProcessor())
+    assert not torch.equal(get_logits(loaded, inputs), adapted)
     lora = [p for name, p in base.named_parameters() if "lora_" in name]
-    assert_trains(with_shortcuts.requires_grad_(True), inputs, lora)
-    assert torch.equal(get_logits(with_shortcuts.detach().eval(), own), adapted)
+    assert_trains(loaded.requires_grad_(True), inputs, lora)
+    assert torch.equal(get_logits(loaded.detach().eval(), base_inputs), adapted)
 
 
 def test_an_adapter_on_top_trains_with_the_shortcuts_and_is_saved_with_them(tmp_path):
-    model, inputs, before = tiny_upgraded()
-    settings = peft().LoraConfig(**LORA | {"init_lora_weights": True}, modules_to_save=["fusion"])
-    adapted = peft().get_peft_model(model, settings)
-    assert torch.equal(get_logits(adapted, inputs), before)
-    lora = [p for name, p in adapted.named_parameters() if "lora_B" in name]
-    assert_trains(adapted, inputs, lora)
+    peft = import_peft()
+    model, inputs, logits = tiny_upgraded()
+    settings = peft.LoraConfig(**LORA | {"init_lora_weights": True}, modules_to_save=["fusion"])
+    adapted = peft.get_peft_model(model, settings)
+    assert torch.equal(get_logits(adapted, inputs), logits)
+    assert_trains(
+        adapted, inputs, [p for name, p in adapted.named_parameters() if "lora_B" in name]
+    )
     with torch.no_grad():
-        for p in adapted.parameters():
-            if p.requires_grad:
-                p.add_(0.05)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
     adapted.eval().save_pretrained(tmp_path / "adapter")
     model.save_fusion(tmp_path / "shortcuts")
-    want = get_logits(adapted, inputs)
-    again = peft().PeftModel.from_pretrained(tiny_upgraded()[0], tmp_path / "adapter").eval()
-    assert torch.equal(get_logits(again, inputs), want)
-    assert torch.equal(again.generate(**inputs, **SHORT), adapted.generate(**inputs, **SHORT))
+    expected = get_logits(adapted, inputs)
+
+    loaded = peft.PeftModel.from_pretrained(tiny_upgraded()[0], tmp_path / "adapter").eval()
+    assert torch.equal(get_logits(loaded, inputs), expected)
+    tokens = adapted.generate(**inputs, **SHORT)
+    assert torch.equal(loaded.generate(**inputs, **SHORT), tokens)
+
     alone, _ = load(tmp_path / "shortcuts", tiny_base()[0], processor=AnyProcessor())
+    trained = model.fusion.modules_to_save["default"].state_dict()
     for name, value in alone.fusion.state_dict().items():
-        assert torch.equal(value, model.fusion.modules_to_save["default"].state_dict()[name])
+        assert torch.equal(value, trained[name])
 
 
 def test_shortcuts_with_an_adapter_inside_are_not_saved_alone(tmp_path):
     model, _, _ = tiny_upgraded()
-    peft().get_peft_model(model, peft().LoraConfig(target_modules="all-linear"))
-    with pytest.raises(ValueError, match="merge_and_unload"):
+    peft = import_peft()
+    peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(UserError, match="merge_and_unload"):
         model.save_fusion(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-def int8(base, folder):
-    """Of a base, every linear layer of the language model in torchao's int8."""
-    ao = pytest.importorskip(
-        "torchao.quantization", reason="this needs torchao, which is not installed"
-    )
-    ao.quantize_(base.model.language_model, ao.Int8WeightOnlyConfig())
+def quantize_by_torchao(base, folder):
+    """Turn every linear layer of the language model into torchao's int8."""
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    torchao.quantize_(base.model.language_model, torchao.Int8WeightOnlyConfig())
     return base
 
 
-def eight_bits(base, folder):
-    """A base loaded by transformers in bitsandbytes' eight bits."""
-    pytest.importorskip("bitsandbytes", reason="this needs bitsandbytes, which is not installed")
+def quantize_by_bitsandbytes(base, folder):
+    """Save a base and load it in the eight bits of bitsandbytes."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     from transformers import BitsAndBytesConfig
 
     base.save_pretrained(folder)
@@ -99,25 +113,22 @@ def eight_bits(base, folder):
 
 
 class Int8Linear(torch.nn.Module):
-    """What quantisation does, in a few lines, where no library for it is installed: weights in
-    int8, one scale a row.
-    """
+    """A quantized layer where no library is installed: int8 weights, and one scale per row."""
 
     def __init__(self, linear):
         super().__init__()
-        self.scale = torch.nn.Buffer(linear.weight.detach().abs().amax(1, keepdim=True) / 127)
-        self.weight = torch.nn.Parameter(
-            (linear.weight.detach() / self.scale).round().to(torch.int8), False
-        )
+        weight = linear.weight.detach()
+        self.scale = torch.nn.Buffer(weight.abs().amax(1, keepdim=True) / 127)
+        levels = (weight / self.scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(levels, requires_grad=False)
         self.bias = linear.bias
 
     def forward(self, x):
-        return torch.nn.functional.linear(
-            x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias
-        )
+        weight = self.weight.to(x.dtype) * self.scale.to(x.dtype)
+        return torch.nn.functional.linear(x, weight, self.bias)
 
 
-def by_hand(base, folder):
+def quantize_by_hand(base, folder):
     for layer in base.model.language_model.layers:
         for block in (layer.self_attn, layer.mlp):
             for name, linear in list(block.named_children()):
@@ -126,84 +137,94 @@ def by_hand(base, folder):
     return base
 
 
-@pytest.mark.parametrize("quantise", [by_hand, int8, eight_bits])
-def test_saved_shortcuts_load_on_a_quantised_base_and_learn_there(quantise, tmp_path):
+@pytest.mark.parametrize(
+    "quantize", [quantize_by_hand, quantize_by_torchao, quantize_by_bitsandbytes]
+)
+def test_saved_shortcuts_load_on_a_quantized_base_and_train_there(quantize, tmp_path):
     trained, inputs, _ = tiny_upgraded()
     trained.save_fusion(tmp_path / "shortcuts")
-    base, own = tiny_base()
-    plain, known = get_logits(base, own), base_hash(base)
-    base = quantise(base, tmp_path / "base")
-    quantised = get_logits(base, own)
-    assert base_hash(base) == known and not torch.equal(quantised, plain)
+    base, base_inputs = tiny_base()
+    plain = get_logits(base, base_inputs)
+    known_hash = base_hash(base)
+    base = quantize(base, tmp_path / "base")
+    quantized = get_logits(base, base_inputs)
+    assert base_hash(base) == known_hash
+    assert not torch.equal(quantized, plain)
+
     model, _ = upgrade(base)
-    assert torch.equal(get_logits(model, inputs), quantised)
-    assert torch.equal(model.generate(**inputs, **SHORT), base.generate(**own, **SHORT))
+    assert torch.equal(get_logits(model, inputs), quantized)
+    expected = base.generate(**base_inputs, **SHORT)
+    assert torch.equal(model.generate(**inputs, **SHORT), expected)
+
     model, _ = load(tmp_path / "shortcuts", model.detach(), processor=AnyProcessor())
-    assert all(
-        torch.equal(p, q)
-        for p, q in zip(model.fusion.parameters(), trained.fusion.parameters(), strict=True)
-    )
-    assert not torch.equal(get_logits(model, inputs), quantised)
+    for loaded, saved in zip(model.fusion.parameters(), trained.fusion.parameters(), strict=True):
+        assert torch.equal(loaded, saved)
+    assert not torch.equal(get_logits(model, inputs), quantized)
     model.requires_grad_(False)
     model.fusion.requires_grad_(True)
     assert_trains(model, inputs)
 
 
 def test_a_decoder_without_floating_weights_is_refused():
-    base, own = tiny_base()
-    before = get_logits(base, own)
-    whole = copy.deepcopy(base)
-    for p in whole.model.language_model.parameters():
-        p.requires_grad_(False)
-        p.data = p.data.to(torch.int8)
-    with pytest.raises(ValueError, match="LlamaModel has no floating-point weight"):
-        upgrade(whole)
-    assert not whole.model.language_model.layers[0]._forward_pre_hooks
-    assert torch.equal(get_logits(base, own), before)
+    base, base_inputs = tiny_base()
+    before = get_logits(base, base_inputs)
+    quantized = copy.deepcopy(base)
+    for parameter in quantized.model.language_model.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(torch.int8)
+    with pytest.raises(UserError, match="LlamaModel has no floating-point weight"):
+        upgrade(quantized)
+    assert not quantized.model.language_model.layers[0]._forward_pre_hooks
+    assert torch.equal(get_logits(base, base_inputs), before)
 
 
 @pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
 def test_an_offloaded_model_answers_as_one_in_memory(offload, tmp_path):
-    model, inputs, want = tiny_upgraded()
-    answer = model.generate(**inputs, **SHORT)
+    model, inputs, logits = tiny_upgraded()
+    tokens = model.generate(**inputs, **SHORT)
     where = {"offload_dir": tmp_path} if offload is disk_offload else {}
     offload(model, execution_device="cpu", **where)
-    assert torch.equal(get_logits(model, inputs), want) and torch.equal(
-        model.generate(**inputs, **SHORT), answer
-    )
+    assert torch.equal(get_logits(model, inputs), logits)
+    assert torch.equal(model.generate(**inputs, **SHORT), tokens)
+
+
+BASE_DEVICES = {
+    "model.vision_tower": "cpu",
+    "model.multi_modal_projector": "disk",
+    "model.language_model.embed_tokens": "cpu",
+    "model.language_model.norm": "cpu",
+    "model.language_model.rotary_emb": "cpu",
+    "model.language_model.layers.0": "disk",
+    "model.language_model.layers.1": "cpu",
+    "model.language_model.layers.2": "disk",
+    "model.language_model.layers.3": "disk",
+    "lm_head": "cpu",
+}
 
 
 def test_a_device_map_over_memory_and_disk(tmp_path):
-    model, inputs, want = tiny_upgraded()
-    answer, known = model.generate(**inputs, **SHORT), base_hash(model.base)
+    model, inputs, logits = tiny_upgraded()
+    tokens = model.generate(**inputs, **SHORT)
+    known_hash = base_hash(model.base)
     model.save_pretrained(tmp_path / "whole")
     model.save_fusion(tmp_path / "shortcuts")
-    plain, own = tiny_base()
+    plain, base_inputs = tiny_base()
     plain.save_pretrained(tmp_path / "base")
-    deep = {f"model.language_model.layers.{i}": "disk" if i != 1 else "cpu" for i in range(4)}
-    names = (
-        "vision_tower",
-        "language_model.embed_tokens",
-        "language_model.norm",
-        "language_model.rotary_emb",
-    )
-    places = deep | {f"model.{name}": "cpu" for name in names}
-    places |= {"model.multi_modal_projector": "disk", "lm_head": "cpu"}
-    whole_places = {f"base.{name}": place for name, place in places.items()} | {"fusion": "disk"}
-    how = {"offload_folder": tmp_path / "offloaded"}
-    whole = AutoModelForImageTextToText.from_pretrained(
-        tmp_path / "whole", device_map=whole_places, **how
-    ).eval()
-    base = AutoModelForImageTextToText.from_pretrained(
-        tmp_path / "base", device_map=places, **how
-    ).eval()
-    assert (
-        base.model.language_model.layers[0].mlp.up_proj.weight.is_meta and base_hash(base) == known
-    )
-    fresh, _ = upgrade(base)
-    assert torch.equal(get_logits(fresh, inputs), get_logits(plain, own))
-    placed, _ = load(tmp_path / "shortcuts", fresh.detach(), processor=AnyProcessor())
-    for one in (whole, placed):
-        assert torch.equal(get_logits(one, inputs), want) and torch.equal(
-            one.generate(**inputs, **SHORT), answer
-        )
+
+    def read(name, devices):
+        return AutoModelForImageTextToText.from_pretrained(
+            tmp_path / name, device_map=devices, offload_folder=tmp_path / "offloaded"
+        ).eval()
+
+    base = read("base", BASE_DEVICES)
+    assert base.model.language_model.layers[0].mlp.up_proj.weight.is_meta
+    assert base_hash(base) == known_hash
+    upgraded, _ = upgrade(base)
+    assert torch.equal(get_logits(upgraded, inputs), get_logits(plain, base_inputs))
+
+    on_base, _ = load(tmp_path / "shortcuts", upgraded.detach(), processor=AnyProcessor())
+    whole_devices = {f"base.{name}": device for name, device in BASE_DEVICES.items()}
+    whole = read("whole", whole_devices | {"fusion": "disk"})
+    for loaded in (whole, on_base):
+        assert torch.equal(get_logits(loaded, inputs), logits)
+        assert torch.equal(loaded.generate(**inputs, **SHORT), tokens)

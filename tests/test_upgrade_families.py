@@ -10,6 +10,8 @@ from helpers.bases import randomize_fusion
 from helpers.upgrade_checks import (
     FAMILY_CHECKS,
     build_upgraded,
+    check_fine_views,
+    check_real_images,
     check_videos,
     find_patches_by_gradient,
 )
@@ -28,6 +30,15 @@ def test_all_known_families_are_tried():
 @pytest.mark.parametrize("check", FAMILY_CHECKS.values(), ids=FAMILY_CHECKS)
 def test_a_family_keeps_every_claim(check, name):
     check(name)
+
+
+@pytest.mark.parametrize("name", bases.DEFAULT_FAMILIES)
+def test_patch_tables_hold_for_images_of_awkward_sizes(name):
+    check_real_images(name)
+
+
+def test_a_token_reads_the_fine_view_over_its_place():
+    check_fine_views("llava")
 
 
 def test_videos_go_through_the_base_alone_also_beside_images():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from helpers.ecosystem import (
     SHORT,
@@ -28,73 +29,93 @@ from transformers.utils import hub
 from sparsecut.building import save
 
 
-def test_a_pipeline_takes_the_model_and_its_folder(tmp_path):
-    model, processor = upgraded_with_processor()
+@pytest.fixture(scope="module")
+def upgraded():
+    """(model, processor): no test here changes them."""
+    return upgraded_with_processor()
+
+
+def test_a_pipeline_takes_the_model_and_its_folder(upgraded, tmp_path):
+    model, processor = upgraded
     save(model, processor, tmp_path)
     prompt = encode_messages(processor)
-    written = model.generate(**prompt, **SHORT)[0, prompt["input_ids"].shape[1] :]
-    want = processor.decode(written, skip_special_tokens=True)
+    new_ids = model.generate(**prompt, **SHORT)[0, prompt["input_ids"].shape[1] :]
+    expected = processor.decode(new_ids, skip_special_tokens=True)
     for source in ({"model": model, "processor": processor}, {"model": str(tmp_path)}):
         ask = pipeline("image-text-to-text", **source)
-        answers = ask(
-            text=[image_messages(), image_messages()], return_full_text=False, generate_kwargs=SHORT
-        )
-        assert [answer[0]["generated_text"] for answer in answers] == [want] * 2
+        conversations = [image_messages(), image_messages()]
+        answers = ask(text=conversations, return_full_text=False, generate_kwargs=SHORT)
+        assert [answer[0]["generated_text"] for answer in answers] == [expected] * 2
 
 
-def test_what_is_pushed_to_the_hub_is_a_whole_model(tmp_path, monkeypatch):
-    model, processor = upgraded_with_processor()
-    prompt = encode_messages(processor)
+class FakeHub:
+    def create_repo(self, repo_id, **kwargs):
+        return type("Repo", (), {"repo_id": repo_id})
 
-    def keep(self, folder, repo_id, *args, **kwargs):
+
+class FakeCard:
+    def save(self, path):
+        Path(path).write_text("card")
+
+
+def test_a_push_to_the_hub_uploads_a_whole_model(upgraded, tmp_path, monkeypatch):
+    def copy_files(self, folder, repo_id, *args, **kwargs):
         for path in Path(folder).iterdir():
             (tmp_path / path.name).write_bytes(path.read_bytes())
 
-    class Hub:
-        def create_repo(self, repo_id, **kwargs):
-            return type("Repo", (), {"repo_id": repo_id})
-
-    class Card:
-        def save(self, path):
-            Path(path).write_text("card")
-
-    monkeypatch.setattr(hub, "hf_api", Hub)
-    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: Card())
-    monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", keep)
-    model.push_to_hub("somebody/upgraded")
-    processor.push_to_hub("somebody/upgraded")
+    monkeypatch.setattr(hub, "hf_api", FakeHub)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: FakeCard())
+    monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", copy_files)
+    for part in upgraded:
+        part.push_to_hub("somebody/upgraded")
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= names
-    again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+
+    model, processor = upgraded
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     inputs = encode_messages(AutoProcessor.from_pretrained(tmp_path))
-    assert torch.equal(get_logits(again, inputs), get_logits(model, prompt))
+    expected = get_logits(model, encode_messages(processor))
+    assert torch.equal(get_logits(loaded, inputs), expected)
 
 
-REMOTE = """
+WITHOUT_PACKAGE = """
 import sys
+
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "sparsecut":
             raise ModuleNotFoundError("No module named " + name, name=name)
+
 sys.meta_path.insert(0, Absent())
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from safetensors.torch import load_file
 from PIL import Image
-for folder, sentence in (("coded", "trust_remote_code=True"), ("plain", "does not recognize this architecture")):
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+for folder, problem in (("coded", "trust_remote_code=True"), ("plain", "sparsecut_upgrade")):
     try:
         AutoModelForImageTextToText.from_pretrained(folder)
-        raise SystemExit(folder + " was loaded")
     except ValueError as error:
-        assert sentence in str(error), error
+        assert problem in str(error), error
+    else:
+        raise SystemExit(folder + " was loaded")
+
 def read(folder):
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    content = [{"type": "image", "image": Image.radial_gradient("L").convert("RGB")}, {"type": "text", "text": "what is it"}]
-    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    inputs = processor.apply_chat_template([[{"role": "user", "content": content}]], **how)
-    assert torch.equal(model(**inputs).logits, load_file("expected")["logits"]) and "sparsecut" not in sys.modules
+    image = Image.radial_gradient("L").convert("RGB")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "what is it"}]
+    inputs = processor.apply_chat_template(
+        [[{"role": "user", "content": content}]],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    assert torch.equal(model(**inputs).logits, load_file("expected")["logits"])
+    assert "sparsecut" not in sys.modules
     return model, processor, inputs
+
 model, processor, inputs = read("coded")
 model.generate(**inputs, max_new_tokens=3)
 model.save_fusion("shortcuts")
@@ -104,62 +125,66 @@ read("again")
 """
 
 
-def test_a_folder_with_its_code_needs_no_package_and_one_without_is_refused(tmp_path):
-    model, processor = upgraded_with_processor()
+def test_a_folder_with_its_code_needs_no_package_and_one_without_is_refused(upgraded, tmp_path):
+    model, processor = upgraded
     save(model, processor, tmp_path / "coded", code=True)
     save(model, processor, tmp_path / "plain")
     assert not list((tmp_path / "plain").glob("*.py"))
-    save_file(
-        {"logits": model(**encode_messages(processor)).logits.detach().contiguous()},
-        tmp_path / "expected",
-    )
-    settings = os.environ | {
+    logits = get_logits(model, encode_messages(processor))
+    save_file({"logits": logits.contiguous()}, tmp_path / "expected")
+    environment = os.environ | {
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    settings.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", REMOTE]
+    environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        command,
+        [sys.executable, "-c", WITHOUT_PACKAGE],
         cwd=tmp_path,
-        env=settings,
+        env=environment,
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    weights = json.loads((tmp_path / "shortcuts" / "fusion.json").read_text())
-    assert weights["plan"] == model.plan.to_dict()
+    facts = json.loads((tmp_path / "shortcuts" / "fusion.json").read_text())
+    assert facts["plan"] == model.plan.to_dict()
 
 
-def trainer(model, rows, folder, **more):
-    """A plain Trainer of Hugging Face over rows, two at a time, for eight steps."""
-    settings = {
-        "per_device_train_batch_size": 2,
-        "learning_rate": 0.01,
-        "logging_steps": 1,
-        "save_steps": 4,
-        "max_steps": 8,
-    }
-    arguments = TrainingArguments(folder, report_to=[], disable_tqdm=True, use_cpu=True, **settings)
+def make_trainer(model, rows, folder):
+    """A plain Trainer of Hugging Face: two rows per step, eight steps, the fusion trained."""
+    model.requires_grad_(False)
+    model.fusion.requires_grad_(True)
+    arguments = TrainingArguments(
+        folder,
+        per_device_train_batch_size=2,
+        learning_rate=0.01,
+        logging_steps=1,
+        save_steps=4,
+        max_steps=8,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
     return Trainer(model, arguments, train_dataset=rows)
 
 
 def test_a_plain_trainer_trains_saves_and_goes_on(tmp_path):
     model, inputs, _ = tiny_upgraded()
-    rows = [{name: value[i % 2] for name, value in inputs.items()} for i in range(16)]
-    rows = [row | {"labels": row["input_ids"]} for row in rows]
-    models = model, tiny_upgraded()[0]
-    for one in models:
-        one.requires_grad_(False)
-        one.fusion.requires_grad_(True)
-    whole, resumed = (trainer(one, rows, tmp_path) for one in models)
-    whole.train()
-    losses = [line["loss"] for line in whole.state.log_history if "loss" in line]
+    rows = []
+    for i in range(16):
+        row = {name: value[i % 2] for name, value in inputs.items()}
+        rows.append(row | {"labels": row["input_ids"]})
+    trainer = make_trainer(model, rows, tmp_path)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     assert losses[-1] < 0.97 * losses[0]
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    for p, q in zip(*(one.state_dict().values() for one in models), strict=True):
-        assert torch.equal(p, q)
-    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint-8").eval()
-    assert torch.equal(get_logits(again, inputs), get_logits(model.eval(), inputs))
+
+    resumed = tiny_upgraded()[0]
+    resumed_trainer = make_trainer(resumed, rows, tmp_path)
+    resumed_trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    expected = model.state_dict()
+    for name, value in resumed.state_dict().items():
+        assert torch.equal(value, expected[name])
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint-8").eval()
+    assert torch.equal(get_logits(loaded, inputs), get_logits(model.eval(), inputs))

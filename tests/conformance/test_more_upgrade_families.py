@@ -2,7 +2,7 @@
 
 import pytest
 from helpers import bases
-from helpers.upgrade_checks import FAMILY_CHECKS, check_videos
+from helpers.upgrade_checks import FAMILY_CHECKS, check_fine_views, check_real_images, check_videos
 
 
 @pytest.mark.parametrize("name", bases.OTHER_FAMILIES)
@@ -14,3 +14,13 @@ def test_a_family_keeps_every_claim(check, name):
 @pytest.mark.parametrize("name", bases.VIDEO_FAMILIES)
 def test_videos_go_through_the_base_alone_also_beside_images(name):
     check_videos(name)
+
+
+@pytest.mark.parametrize("name", bases.OTHER_FAMILIES)
+def test_patch_tables_hold_for_images_of_awkward_sizes(name):
+    check_real_images(name)
+
+
+@pytest.mark.parametrize("name", ["vipllava", "paligemma", "gemma3"])
+def test_a_token_reads_the_fine_view_over_its_place(name):
+    check_fine_views(name)

@@ -9,6 +9,7 @@ import inspect
 import torch
 from helpers import bases
 from helpers.bases import randomize_fusion
+from helpers.image_processors import IMAGE_PROCESSORS, awkward_images
 
 from sparsecut import upgrade
 from sparsecut.families import get_family
@@ -82,6 +83,44 @@ def check_patch_table(name: str) -> None:
     listed = [{number for number in row if number >= 0} for row in table.tolist()]
     assert listed == reached
     assert len(set.union(*listed)) > 8
+
+
+def check_real_images(name: str) -> None:
+    """The patch table holds for images of awkward sizes, prepared by the family's own processor."""
+    base = bases.build_base(name)
+    inputs = IMAGE_PROCESSORS[name]()(awkward_images(), return_tensors="pt")
+    reached, table = find_patches_by_gradient(base, inputs, READ_BLOCK.get(name, -1))
+    assert table.shape == (len(reached), get_family(base).patches_under(base))
+    for patches, row in zip(reached, table.tolist(), strict=True):
+        listed = {number for number in row if number >= 0}
+        if name == "llava_onevision":  # it interpolates images of many tiles
+            assert listed <= patches
+            assert bool(listed) == bool(patches)
+        else:
+            assert listed == patches
+    assert torch.equal(table, table.sort(-1).values), "patches under a token are in raster order"
+    assert torch.unique(table).numel() > 40
+
+
+def check_fine_views(name: str) -> None:
+    """A token reads the fine view over its place, and no other."""
+    base = bases.build_base(name)
+    model, _ = upgrade(base)
+    randomize_fusion(model)
+    inputs = bases.build_images(name)[1]  # two images
+    fine = bases.build_fine_views(model, inputs)["fine_pixel_values"].requires_grad_()
+    with model.shortcuts_active(fine):
+        images = base.get_image_features(**inputs).pooler_output
+    features = torch.stack(list(images))[..., 32:]  # behind the base's own 32 channels
+    side = round(features.shape[1] ** 0.5)
+    for image in range(2):
+        for token in range(side**2):
+            score = features[image, token].square().sum()
+            (gradient,) = torch.autograd.grad(score, fine, retain_graph=True)
+            row, column = token // side, token % side
+            view = row // (side // 2) * 2 + column // (side // 2)
+            read_views = gradient.flatten(2).abs().sum(-1).nonzero().tolist()
+            assert read_views == [[image, view]]
 
 
 def check_identity(name: str) -> None:
