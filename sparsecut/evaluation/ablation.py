@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..data.examples import Example
 from ..data.feature_cache import keys_of, views_of
-from ..prompts import prepare_inputs
 from ..schema import UserError
-from .evaluator import EvaluationResult, evaluate, render_question
-from .statistics import Answers, estimate_difference
+from .additions import measure_additions, only
+from .answers import Answers
+from .evaluator import EvaluationResult, evaluate
+from .statistics import estimate_difference
 
 MEMORY_LIMIT = (
     2 * 2**30
@@ -44,11 +45,17 @@ class FeaturesInMemory:
         for start in range(0, len(keys), batch_size):
             batch_keys = keys[start : start + batch_size]
             batch = [images[key] for key in batch_keys]
-            opened = [example.pictures()[number] for example, number in batch]
-            encoded = model.encode(processor.pixels(opened).to(model.device))
-            encoded = {tap: x.to("cpu", torch.float16) for tap, x in encoded.items()}
-            for row, key in enumerate(batch_keys):
-                self.features[key] = {tap: x[row] for tap, x in encoded.items()}
+            self._encode(model, processor, batch_keys, batch)
+
+    def _encode(self, model, processor, keys: list[str], images: list[tuple]) -> None:
+        """Add the features of some images, each given as (example, number in the example)."""
+        opened = [example.pictures()[number] for example, number in images]
+        pixels = processor.pixels(opened).to(model.device)
+        encoded = {}
+        for tap, features in model.encode(pixels).items():
+            encoded[tap] = features.to("cpu", torch.float16)
+        for row, key in enumerate(keys):
+            self.features[key] = {tap: features[row] for tap, features in encoded.items()}
 
     @property
     def is_finite(self) -> bool:
@@ -63,7 +70,10 @@ class FeaturesInMemory:
     def stack(self, keys: Sequence[str], views: dict[int, int]) -> dict[int, Tensor]:
         """The features of some images by tap, [len(keys), V, N, D]."""
         images = [self.features[key] for key in keys]
-        return {tap: torch.stack([image[tap] for image in images]) for tap in views}
+        stacked = {}
+        for tap in views:
+            stacked[tap] = torch.stack([image[tap] for image in images])
+        return stacked
 
 
 class PairedFeatures:
@@ -103,22 +113,18 @@ def shuffled(fusion, number: int) -> Iterator[None]:
 
     def mix(module, args, output):
         with module.switched_off(number):
-            features = [z[::2] for z in module.forward(*args)]
-        with _only(module, number):
-            features[position] = features[position] + module.forward(*args)[position][1::2]
-        return tuple(features)
+            outputs = module.forward(*args)
+        with only(module, number):
+            alone = module.forward(*args)[position]
+        mixed = [z[::2] for z in outputs]
+        mixed[position] = mixed[position] + alone[1::2]
+        return tuple(mixed)
 
     handle = fusion.register_forward_hook(mix)
     try:
         yield
     finally:
         handle.remove()
-
-
-def _only(fusion, number: int):
-    """A block inside which all shortcuts but one are switched off."""
-    others = [i for i in range(len(fusion.plan.shortcuts)) if i != number]
-    return fusion.switched_off(*others)
 
 
 @dataclass(frozen=True)
@@ -201,6 +207,7 @@ def explain(
 
 
 def _check_can_explain(model, examples: Sequence[Example]) -> None:
+    """Raise UserError where there is nothing to compare."""
     if not model.fusion.gated:
         raise UserError(
             "this model's plan has no shortcut besides the one into the input, so there is nothing"
@@ -216,6 +223,7 @@ def _check_can_explain(model, examples: Sequence[Example]) -> None:
 
 
 def _explain(model, processor, examples: Sequence[Example], progress, settings: dict) -> dict:
+    """What `explain` returns, of a model in evaluation mode."""
     features = _compute_features(model, processor, examples)
     with_shuffled = features is not None and len(features.features) > 1
     conditions = list_conditions(model.fusion, with_shuffled=with_shuffled)
@@ -246,9 +254,10 @@ def _compute_features(model, processor, examples: Sequence[Example]) -> Features
     keys = set()
     for example in examples:
         keys.update(keys_of(example))
-    num_views = sum(views_of(model.plan, model.config.vision_depth).values())
-    num_bytes = 2 * len(keys) * num_views * model.config.num_patches * model.config.grid.width
-    if num_bytes > MEMORY_LIMIT:
+    config = model.config
+    num_views = sum(views_of(model.plan, config.vision_depth).values())
+    num_values = len(keys) * num_views * config.num_patches * config.grid.width
+    if 2 * num_values > MEMORY_LIMIT:
         return None
     features = FeaturesInMemory(model, processor, examples)
     return features if features.is_finite else None
@@ -272,177 +281,24 @@ def _evaluate_condition(
 
 def _compare(condition: Condition, result: EvaluationResult, reference: EvaluationResult) -> dict:
     """The facts of one condition, against the result of all shortcuts."""
-    row = {key: result[key] for key in ("accuracy", "groups", "levels", "mean_over_levels")}
-    row["off"] = list(condition.off)
-    pairs = zip(reference.records, result.records, strict=True)
-    changes = [(before["correct"], now["correct"]) for before, now in pairs]
-    row["lost"] = changes.count((True, False))
-    row["gained"] = changes.count((False, True))
+    facts = {key: result[key] for key in ("accuracy", "groups", "levels", "mean_over_levels")}
+    facts["off"] = list(condition.off)
+    facts |= _count_changes(result.records, reference.records)
     if condition.name != "all":
         answers = Answers.from_records({0: result.records})
         all_answers = Answers.from_records({0: reference.records})
         difference = estimate_difference(answers, all_answers, resamples=RESAMPLES)
-        row["difference"] = difference.to_dict()
+        facts["difference"] = difference.to_dict()
     if condition.shuffled is not None:
-        row["shuffled"] = [condition.shuffled]
-    return row
-
-
-@torch.inference_mode()
-def measure_additions(
-    model, processor, examples: Sequence[Example], features=None, batch_size: int = 64
-) -> list[dict]:
-    """Measure what every shortcut adds at the image tokens.
-
-    Args:
-        model: A SparseCut model, joined or upgraded.
-        processor: Its processor.
-        examples: Conversations; of those with the same images the last is read.
-        features: Vision features of the images (`FeaturesInMemory`); None encodes them.
-        batch_size: Examples that are read at once.
-
-    Returns:
-        For every shortcut its number, taps, layer, mix and grain, and means over image tokens:
-        `gate` (the value of a scalar gate, the mean size of a vector's values, or the value of a
-        context gate); `norm` of what is added after the gate; `hidden_norm` of the hidden state
-        that it is added to; their `ratio`, and the `cosine` between them. Shortcuts into layer 0
-        are added to the input's features, which are themselves added to nothing (None).
-    """
-    fusion = model.fusion
-    shortcuts = model.plan.shortcuts
-    by_images = {tuple(keys_of(example)): example for example in examples if example.images}
-    distinct = list(by_images.values())
-    trace = _trace_upgraded if model.is_upgrade else _trace_joined
-    sums = torch.zeros(len(shortcuts), 5, dtype=torch.float64)
-    for start in range(0, len(distinct), batch_size):
-        batch = distinct[start : start + batch_size]
-        all_added, all_hidden = trace(model, processor, batch, features)
-        for i, shortcut in enumerate(shortcuts):
-            added, gate = _apply_context_gate(fusion, shortcut.layer, all_added[i], all_hidden[i])
-            sums[i] += _sum_over_tokens(added.double(), all_hidden[i].double(), gate)
-    facts = []
-    for i, shortcut in enumerate(shortcuts):
-        facts.append(_describe_addition(fusion, i, shortcut, sums[i].tolist()))
+        facts["shuffled"] = [condition.shuffled]
     return facts
 
 
-def _sum_over_tokens(added: Tensor, hidden: Tensor, gate: Tensor) -> Tensor:
-    """Sums over image tokens, [5]: norms of what is added and of the hidden state, their cosine,
-    the context gate, and one.
-    """
-    cosine = torch.nn.functional.cosine_similarity(added, hidden, dim=-1)
-    count = torch.tensor(float(len(added)))
-    sums = [
-        added.norm(dim=-1).sum(),
-        hidden.norm(dim=-1).sum(),
-        cosine.sum(),
-        gate.sum().double(),
-        count,
-    ]
-    return torch.stack([value.cpu() for value in sums])
-
-
-def _trace_joined(model, processor, batch: Sequence[Example], features) -> tuple[list, list]:
-    """Run a joined model once: what each shortcut adds, and what it is added to.
-
-    Returns two lists by shortcut: features [P, N', H], before context gates, and hidden states
-    [P * N', H].
-    """
-    fusion = model.fusion
-    views = views_of(model.plan, model.config.vision_depth)
-    if features is None:
-        images = []
-        for example in batch:
-            images += example.pictures()
-        encoded = model.encode(processor.pixels(images).to(model.device))
-    else:
-        cached = [features.read(example, views) for example in batch]
-        encoded = {}
-        for tap in views:
-            encoded[tap] = torch.cat([taps[tap] for taps in cached]).to(model.device)
-    added = []
-    for i in range(len(model.plan.shortcuts)):
-        with _only(fusion, i):
-            added.append(fusion(encoded)[fusion.get_position(i)])
-    prompts = [render_question(example, processor) for example in batch]
-    inputs = prepare_inputs(model, processor, prompts, None)
-    outputs = model(**inputs, vision_states=encoded, output_hidden_states=True, use_cache=False)
-    is_image = inputs["input_ids"] == model.config.image_token_id
-    hidden = []
-    for shortcut in model.plan.shortcuts:
-        if shortcut.layer == 0:
-            hidden.append(added[fusion.main].flatten(0, 1))
-        else:
-            hidden.append(outputs.hidden_states[shortcut.layer][is_image])
-    return added, hidden
-
-
-def _trace_upgraded(model, processor, batch: Sequence[Example], features) -> tuple[list, list]:
-    """The same of an upgraded model, [tokens, 1, H] and [tokens, H].
-
-    Its base runs the encoder, so the fusion is watched during the base's own forward.
-    """
-    fusion = model.fusion
-    shortcuts = model.plan.shortcuts
-    original_forward = fusion.forward
-    added: dict[int, Tensor] = {}
-
-    def watched_forward(*, grains):
-        for i in fusion.gated:
-            with _only(fusion, i):
-                added[i] = original_forward(grains=grains)[fusion.get_position(i)]
-        return original_forward(grains=grains)
-
-    prompts = [render_question(example, processor) for example in batch]
-    images = [example.pictures() for example in batch]
-    inputs = prepare_inputs(model, processor, prompts, images)
-    fusion.forward = watched_forward
-    try:
-        outputs = model(**inputs, output_hidden_states=True, use_cache=False)
-    finally:
-        del fusion.forward
-    is_image = inputs["input_ids"] == model.config.image_token_id
-    # The input's features are those of the base itself.
-    added[fusion.main] = outputs.hidden_states[0][is_image].unsqueeze(1)
-    hidden = [outputs.hidden_states[shortcut.layer][is_image] for shortcut in shortcuts]
-    return [added[i] for i in range(len(shortcuts))], hidden
-
-
-def _apply_context_gate(
-    fusion, layer: int, features: Tensor, hidden: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What is added after a layer's context gate, if it has one, [T, H], and the gate's values, [T].
-
-    A context gate depends on its own shortcut's features only; those of the others are zeros here.
-    """
-    num_tokens = features.shape[1]
-    features = features.flatten(0, 1)
-    if str(layer) not in fusion.context:
-        return features, torch.ones(len(features), device=features.device)
-    added = fusion.context[str(layer)](hidden, features, num_tokens)
-    return added, added.norm(dim=-1) / features.norm(dim=-1).clamp(min=1e-12)
-
-
-def _describe_addition(fusion, number: int, shortcut, sums: list[float]) -> dict:
-    norm, hidden_norm, cosine, context_gate, count = sums
-    gate = 1.0
-    if number in fusion.gated:
-        value = fusion.gates[fusion.gated.index(number)]
-        gate = (value.abs().mean() if value.dim() else value).item()
-    facts = {
-        "number": number,
-        "taps": list(shortcut.taps),
-        "layer": shortcut.layer,
-        "mix": shortcut.mix,
-        "grain": shortcut.grain,
-        "gate": gate * context_gate / count,
-        "norm": norm / count,
-        "hidden_norm": None,
-        "ratio": None,
-        "cosine": None,
-    }
-    if number != fusion.main:
-        facts["hidden_norm"] = hidden_norm / count
-        facts["ratio"] = norm / max(hidden_norm, 1e-12)
-        facts["cosine"] = cosine / count
-    return facts
+def _count_changes(records: list[dict], reference: list[dict]) -> dict[str, int]:
+    """How many right answers were lost, and how many wrong ones became right."""
+    lost = 0
+    gained = 0
+    for now, before in zip(records, reference, strict=True):
+        lost += before["correct"] and not now["correct"]
+        gained += now["correct"] and not before["correct"]
+    return {"lost": lost, "gained": gained}

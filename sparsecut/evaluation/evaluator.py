@@ -1,4 +1,4 @@
-"""Evaluate a model: greedy answers to every question of a data file, judged and written to a folder.
+"""Evaluate a model: greedy answers to every question of a data file, judged and written down.
 
 An interrupted evaluation resumes where it stopped (`output_dir`).
 """
@@ -25,7 +25,7 @@ from ..config.yaml_io import expand_path
 from ..data.dataset import raise_errors
 from ..data.examples import IMAGE, Example, read_source
 from ..data.feature_cache import views_of
-from ..data.jsonl import append_json_lines, write_json_lines
+from ..data.jsonl import append_json_lines
 from ..fingerprint import weights_hash
 from ..prompts import (
     check_length,
@@ -38,7 +38,7 @@ from ..prompts import (
     render_prompt,
 )
 from ..schema import UserError, nearest
-from .output_dir import PREDICTIONS, RESULT, judge, open_output_dir, write_json
+from .output_dir import PREDICTIONS, judge, open_output_dir, write_result
 from .scoring import METRICS, compute_scores
 
 
@@ -82,16 +82,13 @@ def evaluate(
         max_new_tokens: The longest answer, in tokens.
         metric: A key of `scoring.METRICS`; None keeps the answers unjudged.
         resume: Whether to keep the answers that `out` has for the same questions and settings.
-        feature_cache: Cached vision features of the images (`VisionFeatureCache`), read in place
-            of running the encoder.
-        workers: Processes that prepare images while the model answers. They pay where a GPU would
-            wait for images.
+        feature_cache: A `VisionFeatureCache` of the images, read in place of running the encoder.
+        workers: Processes that prepare images, useful where a GPU would wait for them.
         progress: Called with the number of answered questions and the number of all.
 
     Returns:
-        `accuracy` (0 to 1, with counts and its 95 % Wilson interval), the same by `groups` and
-        `levels`, the mean over levels, the settings (decoding, prompt template, views, hash of the
-        weights), versions and seconds; and `records`, one for each example.
+        What result.json holds: `accuracy` (0 to 1, with counts and its 95 % interval), the same by
+        `groups` and `levels`, their mean, settings, versions and seconds. It has `records`.
 
     Raises:
         UserError: An image is missing or broken, a prompt is too long, an argument is not allowed,
@@ -105,24 +102,12 @@ def evaluate(
     settings = get_settings(model, processor, max_new_tokens, metric)
     if out is not None:
         open_output_dir(Path(out), settings, records, resume)
-    pending = [i for i, record in enumerate(records) if record["prediction"] is None]
-    # Prompts of like length together, the longest first: memory runs out early or never.
-    pending.sort(key=lambda i: -lengths[i])
-    num_resumed = len(records) - len(pending)
-    num_done = num_resumed
-    progress(num_done, len(records))
-    batches = _split_batches(pending, records, examples, batch_size)
+    batches = _split_batches(records, examples, lengths, batch_size)
+    num_resumed = sum(record["prediction"] is not None for record in records)
     answers = _generate_answers(model, processor, batches, max_new_tokens, feature_cache, workers)
-    for batch, batch_answers in zip(batches, answers, strict=True):
-        for i, answer in zip(batch.indices, batch_answers, strict=True):
-            records[i] |= judge(records[i], answer, metric)
-        if out is not None:
-            append_json_lines(Path(out) / PREDICTIONS, [records[i] for i in batch.indices])
-        num_done += len(batch.indices)
-        progress(num_done, len(records))
-    result = {
-        **(compute_scores(records) if metric else {"num_examples": len(records)}),
-        **settings,
+    _collect_answers(records, batches, answers, metric, out, progress)
+    scores = compute_scores(records) if metric else {"num_examples": len(records)}
+    facts = {
         "model": model.config._name_or_path,
         "batch_size": batch_size,
         "example_prompt": records[0]["prompt"],
@@ -130,9 +115,9 @@ def evaluate(
         "seconds": round(time.perf_counter() - start_time, 3),
         "versions": get_versions(),
     }
+    result = {**scores, **settings, **facts}
     if out is not None:
-        write_json_lines(Path(out) / PREDICTIONS, records)
-        write_json(Path(out) / RESULT, result)
+        write_result(Path(out), records, result)
     return EvaluationResult(result, records)
 
 
@@ -174,20 +159,24 @@ def evaluation_examples(recipe: Recipe) -> list[Example]:
 def _check_arguments(
     batch_size: int, max_new_tokens: int, metric: str | None, workers: int
 ) -> None:
+    """Raise UserError for an argument of `evaluate` that is not allowed."""
     if metric is not None and metric not in METRICS:
+        allowed = ", ".join(METRICS)
         raise UserError(
-            f"metric is {metric!r}{nearest(metric, METRICS)}, but allowed are {', '.join(METRICS)}"
+            f"metric is {metric!r}{nearest(metric, METRICS)}, but allowed are {allowed}"
         )
-    for name, value, least in (
+    smallest = (
         ("batch_size", batch_size, 1),
         ("max_new_tokens", max_new_tokens, 1),
         ("workers", workers, 0),
-    ):
+    )
+    for name, value, least in smallest:
         if not isinstance(value, int) or value < least:
             raise UserError(f"{name} is {value!r}, but must be a whole number of at least {least}")
 
 
 def _check_examples(examples: Sequence[Example]) -> None:
+    """Raise UserError where there is no example, or an image is missing."""
     if not examples:
         raise UserError("there is nothing to ask: the list of examples is empty; give at least one")
     for example in examples:
@@ -313,7 +302,13 @@ class PromptBatch:
     examples: list[Example]
 
 
-def _split_batches(pending: list[int], records, examples, batch_size: int) -> list[PromptBatch]:
+def _split_batches(
+    records: Sequence[dict], examples: Sequence[Example], lengths: Sequence[int], batch_size: int
+) -> list[PromptBatch]:
+    """Batches of the questions that have no answer yet."""
+    pending = [i for i, record in enumerate(records) if record["prediction"] is None]
+    # Prompts of like length together, the longest first: memory runs out early or never.
+    pending.sort(key=lambda i: -lengths[i])
     batches = []
     for start in range(0, len(pending), batch_size):
         indices = pending[start : start + batch_size]
@@ -348,7 +343,7 @@ class InputDataset(Dataset):
 def _generate_answers(
     model, processor, batches: list[PromptBatch], max_new_tokens: int, feature_cache, workers: int
 ) -> Iterator[list[str]]:
-    """The answers of every batch, in order."""
+    """Generate the answers of every batch, in order."""
     config = make_greedy_config(model.eval(), max_new_tokens)
     if feature_cache is None:
         all_inputs = _prepare_inputs(model, processor, batches, workers)
@@ -360,6 +355,27 @@ def _generate_answers(
         yield decode_answers(processor, inputs, token_ids)
 
 
+def _collect_answers(
+    records: list[dict],
+    batches: list[PromptBatch],
+    answers: Iterator[list[str]],
+    metric: str | None,
+    out: str | Path | None,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Judge the answers, and write them into the records and the output folder as they come."""
+    num_done = len(records) - sum(len(batch.indices) for batch in batches)
+    progress(num_done, len(records))
+    for batch, batch_answers in zip(batches, answers, strict=True):
+        batch_records = [records[i] for i in batch.indices]
+        for record, answer in zip(batch_records, batch_answers, strict=True):
+            record.update(judge(record, answer, metric))
+        if out is not None:
+            append_json_lines(Path(out) / PREDICTIONS, batch_records)
+        num_done += len(batch_records)
+        progress(num_done, len(records))
+
+
 def _prepare_inputs(model, processor, batches: list[PromptBatch], workers: int) -> Iterator[dict]:
     """The inputs of `generate` for every batch, on the model's device."""
     all_inputs = InputDataset(processor, batches)
@@ -368,7 +384,8 @@ def _prepare_inputs(model, processor, batches: list[PromptBatch], workers: int) 
             all_inputs, batch_size=None, num_workers=workers, worker_init_fn=_use_one_thread
         )
     for inputs in raise_errors(all_inputs):
-        yield BatchFeature(inputs).to(model.device)
+        batch_inputs = BatchFeature(inputs)
+        yield batch_inputs.to(model.device)
 
 
 def _use_one_thread(worker_id: int) -> None:
@@ -390,13 +407,29 @@ def _prepare_cached_inputs(
     for batch in batches:
         with_images = [example for example in batch.examples if example.images]
         if not with_images:
-            images = [[] for _ in batch.examples]
-            yield prepare_inputs(model, processor, batch.prompts, images)
+            no_images = [[] for _ in batch.examples]
+            yield prepare_inputs(model, processor, batch.prompts, no_images)
             continue
         inputs = prepare_inputs(model, processor, batch.prompts, None)
-        cached = [feature_cache.read(example, views) for example in with_images]
-        features = {}
-        for tap in views:
-            features[tap] = torch.cat([states[tap] for states in cached]).to(model.device)
+        features = read_features(feature_cache, with_images, views, model.device)
         outputs = model.get_image_features(vision_states=features)
-        yield {**inputs, "mm_encoder_outputs": {"image": outputs}}
+        inputs["mm_encoder_outputs"] = {"image": outputs}
+        yield inputs
+
+
+def read_features(
+    feature_cache, examples: Sequence[Example], views: dict[int, int], device: torch.device
+) -> dict[int, torch.Tensor]:
+    """Read the cached vision features of examples, tap -> [images of all examples, V, N, D].
+
+    Args:
+        feature_cache: A `VisionFeatureCache`, or what is read like one.
+        examples: Examples with images.
+        views: The number of views of every tap.
+        device: Where the features are needed.
+    """
+    cached = [feature_cache.read(example, views) for example in examples]
+    features = {}
+    for tap in views:
+        features[tap] = torch.cat([taps[tap] for taps in cached]).to(device)
+    return features

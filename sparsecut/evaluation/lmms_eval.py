@@ -1,4 +1,4 @@
-"""SparseCut models in lmms-eval: `python -m lmms_eval --model sparsecut --model_args pretrained=DIR`.
+"""SparseCut models in the harness lmms-eval: `python -m lmms_eval --model sparsecut ...`.
 
 The harness finds `manifest` by the entry point group `lmms_eval.models`. `SparseCut` answers its
 chat messages. `SparseCutSimple` (--force_simple) answers its older form of text and images, which
@@ -93,21 +93,20 @@ class Adapter:
     def generate_until(self, requests: Sequence) -> list[str]:
         """Answer requests, in their order. Those with equal settings are answered together."""
         read = [self._read_request(request.args) for request in requests]
-        groups: dict[str, list[int]] = {}
-        for i, request in enumerate(read):
-            key = json.dumps(request.payload, sort_keys=True, default=str)
-            groups.setdefault(key, []).append(i)
         answers = [""] * len(read)
-        for indices in groups.values():
-            indices.sort(key=lambda i: -len(read[i].prompt))  # prompts of like length together
+        for indices in _group_by_settings(read):
             for start in range(0, len(indices), self.batch_size):
                 batch = indices[start : start + self.batch_size]
                 batch_answers = self._answer([read[i] for i in batch])
                 for i, answer in zip(batch, batch_answers, strict=True):
                     answers[i] = answer
-                    key = (read[i].prompt, read[i].payload)
-                    self.cache_hook.add_partial("generate_until", key, answer)
+                    self._add_to_cache(read[i], answer)
         return answers
+
+    def _add_to_cache(self, request: Request, answer: str) -> None:
+        """Hand an answer to the harness's cache."""
+        key = (request.prompt, request.payload)
+        self.cache_hook.add_partial("generate_until", key, answer)
 
     def loglikelihood(self, requests: Sequence) -> list:
         """`compute_losses` as the harness takes them; it would write a bare pair as a string."""
@@ -159,8 +158,9 @@ class Adapter:
         prompts = [request.prompt for request in batch]
         images = [request.images for request in batch]
         inputs = prepare_inputs(self.model, self.processor, prompts, images)
-        for length in inputs["attention_mask"].sum(-1).tolist():
-            remedy = "lower it with --model_args ...,max_new_tokens=N"
+        lengths = inputs["attention_mask"].sum(-1)
+        remedy = "lower it with --model_args ...,max_new_tokens=N"
+        for length in lengths.tolist():
             check_length(self.model, length, config.max_new_tokens, "a prompt", remedy)
         token_ids = self.model.generate(**inputs, generation_config=config)
         answers = decode_answers(self.processor, inputs, token_ids)
@@ -178,7 +178,8 @@ class Adapter:
             LOG.warning("the task's generation settings %s have no meaning here", names)
             self.ignored_settings |= ignored
         longest = int(settings.get("max_new_tokens", self.max_new_tokens))
-        config = make_greedy_config(self.model, min(longest, self.max_new_tokens))
+        longest = min(longest, self.max_new_tokens)
+        config = make_greedy_config(self.model, longest)
         temperature = float(settings.get("temperature", 0))
         if settings.get("do_sample", temperature > 0):
             config.update(
@@ -189,31 +190,47 @@ class Adapter:
             )
         config.update(num_beams=int(settings.get("num_beams", 1)))
         until = settings.get("until", ())
-        return config, (until,) if isinstance(until, str) else tuple(until)
+        if isinstance(until, str):
+            until = (until,)
+        return config, tuple(until)
 
     def _compute_loss(self, request: Request) -> tuple[float, bool]:
+        """The loss of one continuation, and whether every token of it is the likeliest."""
         continuation = request.payload
-        prompt_ids = self._encode(request.prompt, request.images)["input_ids"]
+        prompt_inputs = self._encode(request.prompt, request.images)
         inputs = self._encode(request.prompt + continuation, request.images)
-        token_ids = inputs["input_ids"]
-        num_tokens = token_ids.shape[1]
+        prompt_ids = prompt_inputs["input_ids"][0]
+        token_ids = inputs["input_ids"][0]
+        num_tokens = len(token_ids)
         name = "a prompt with its choice"
         check_length(self.model, num_tokens, 0, name, "leave the task out")
-        num_prompt_tokens = prompt_ids.shape[1]
-        num_new = num_tokens - num_prompt_tokens
-        if num_new < 1 or not torch.equal(token_ids[:, :num_prompt_tokens], prompt_ids):
+        num_new = num_tokens - len(prompt_ids)
+        is_continued = torch.equal(token_ids[: len(prompt_ids)], prompt_ids)
+        if num_new < 1 or not is_continued:
             raise UserError(
                 f"the choice {continuation!r} shares a token with its prompt, so it has no loss of"
                 ' its own; give the task a target_delimiter, as " "'
             )
-        logits = self.model(**inputs).logits[0, -num_new - 1 : -1].float()
-        new_ids = token_ids[0, -num_new:]
+        outputs = self.model(**inputs)
+        logits = outputs.logits[0, -num_new - 1 : -1].float()
+        new_ids = token_ids[-num_new:]
         loss = torch.nn.functional.cross_entropy(logits, new_ids)
-        is_greedy = bool((logits.argmax(-1) == new_ids).all())
+        is_greedy = torch.equal(logits.argmax(-1), new_ids)
         return loss.item(), is_greedy
 
     def _encode(self, prompt: str, images: list[Image.Image]):
         return prepare_inputs(self.model, self.processor, [prompt], [images])
+
+
+def _group_by_settings(requests: Sequence[Request]) -> list[list[int]]:
+    """Places of requests with equal settings, each group with prompts of like length together."""
+    groups: dict[str, list[int]] = {}
+    for i, request in enumerate(requests):
+        key = json.dumps(request.payload, sort_keys=True, default=str)
+        groups.setdefault(key, []).append(i)
+    for indices in groups.values():
+        indices.sort(key=lambda i: -len(requests[i].prompt))
+    return list(groups.values())
 
 
 def convert_simple(text: str, visuals: Sequence, image_token: str) -> dict:

@@ -55,16 +55,17 @@ def open_output_dir(folder: Path, settings: dict, records: list[dict], resume: b
 
 
 def _take_over_answers(file: Path, records: list[dict], metric: str | None) -> None:
+    """Fill the records with the answers of a file; UserError where it has others."""
     answers = {_get_key(line): line["prediction"] for line in read_predictions(file)}
-    unknown = set(answers) - {_get_key(record) for record in records}
+    keys = [_get_key(record) for record in records]
+    unknown = set(answers) - set(keys)
     if unknown:
         raise UserError(
             f"{file} holds {len(unknown)} answers to questions that are not asked now, such as"
             f" {min(unknown)[0]!r}; give another output folder, ask the same questions, or start"
             " over (--fresh, resume=False)"
         )
-    for record in records:
-        key = _get_key(record)
+    for record, key in zip(records, keys, strict=True):
         if key in answers:
             record |= judge(record, answers[key], metric)
 
@@ -77,9 +78,12 @@ def _get_key(record: dict) -> tuple:
 def _check_settings(folder: Path, settings: dict) -> None:
     """Raise UserError where the folder's answers were made with other settings."""
     file = folder / SETTINGS
-    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    stored = {}
+    if file.is_file():
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    as_stored = json.loads(json.dumps(settings))
     before = _flatten(stored)
-    now = _flatten(json.loads(json.dumps(settings)))
+    now = _flatten(as_stored)
     differences = []
     for name in {**now, **before}:
         if before.get(name) == now.get(name):
@@ -100,7 +104,8 @@ def _flatten(settings: dict) -> dict:
     flat = {}
     for name, value in settings.items():
         if isinstance(value, dict):
-            flat.update({f"{name}.{key}": inner for key, inner in value.items()})
+            for key, inner in value.items():
+                flat[f"{name}.{key}"] = inner
         else:
             flat[name] = value
     return flat
@@ -118,6 +123,12 @@ def read_predictions(file: Path) -> list[dict]:
         raise UserError(
             f"{error}; remove the line, or start over (--fresh, resume=False)"
         ) from None
+
+
+def write_result(folder: Path, records: list[dict], result: dict) -> None:
+    """Write the records in the order of the questions, then the result."""
+    write_json_lines(folder / PREDICTIONS, records)
+    write_json(folder / RESULT, result)
 
 
 def write_json(file: Path, value, *, indent: int | None = 2) -> Path:

@@ -11,7 +11,7 @@ Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
 def normalize(text: str) -> str:
-    """The text that exact match compares: without outer whitespace, case, or one final full stop."""
+    """The text that exact match compares: no outer whitespace, case, or one final full stop."""
     return text.strip().casefold().removesuffix(".").rstrip()
 
 

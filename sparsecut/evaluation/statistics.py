@@ -11,9 +11,10 @@ drawn again:
   narrow.
 
 Few seeds say little about their own spread, and Student's t accounts for that: with three seeds,
-intervals are twice as wide. Where many variants were trained with the same seeds, `pool_seed_spread`
-estimates one spread from all of them, as Dunnett's test (1955) does, after removing what a seed
-does to every variant. A contrast with a larger spread of its own keeps that one.
+intervals are twice as wide. Where many variants were trained with the same seeds,
+`pool_seed_spread` estimates one spread from all of them, as Dunnett's test (1955) does, after
+removing what a seed does to every variant. A contrast with a larger spread of its own keeps that
+one.
 
 Draws of images and of seeds are independent, and their deviations are added. The residual (the
 chance of one question after one training) is therefore counted twice. Intervals are a little too
@@ -29,93 +30,7 @@ from functools import lru_cache
 import numpy as np
 
 from ..schema import UserError
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What one variant answered, over S seeds and I questions.
-
-    Attributes:
-        correct: Scores of the answers, [S, I], each 0 to 1.
-        image: The image (or images) of every question, [I]; equal values are drawn together.
-        level: The level of every question, [I]; None leaves a question out of all accuracies.
-        ids: The id of every question, [I].
-        seeds: The training seed of every row of `correct`, [S].
-
-    Raises:
-        UserError: Lengths differ, there are no answers, or a seed appears twice.
-    """
-
-    correct: np.ndarray
-    image: Sequence
-    level: Sequence
-    ids: Sequence[str]
-    seeds: Sequence[int]
-
-    def __post_init__(self):
-        num_seeds = len(self.seeds)
-        num_questions = len(self.ids)
-        shape = np.shape(self.correct)
-        if shape != (num_seeds, num_questions) or 0 in shape:
-            raise UserError(
-                f"the answers have shape {shape}, but there are {num_seeds} seeds and"
-                f" {num_questions} questions; give one row per seed and one column per question,"
-                " at least one of each"
-            )
-        if not len(self.image) == len(self.level) == num_questions:
-            raise UserError(
-                f"there are {num_questions} questions, but {len(self.image)} images and"
-                f" {len(self.level)} levels; give one of each per question"
-            )
-        if len(set(self.seeds)) < num_seeds:
-            raise UserError(
-                f"the seeds {list(self.seeds)} name one twice; give every run its own seed"
-            )
-
-    @classmethod
-    def from_records(cls, runs: dict[int, list[dict]]) -> Answers:
-        """Read the lines of predictions.jsonl of one run for each seed.
-
-        Without levels, all questions are of one level, "all". A question without an image is drawn
-        by itself.
-
-        Args:
-            runs: The records by seed.
-
-        Raises:
-            UserError: Two seeds answered different questions.
-        """
-        first_seed = next(iter(runs))
-        first = runs[first_seed]
-        ids = [record["id"] for record in first]
-        correct = []
-        for seed, records in runs.items():
-            other_ids = [record["id"] for record in records]
-            _check_same_questions(ids, other_ids, f"seed {first_seed}", f"seed {seed}")
-            correct.append([float(record["correct"]) for record in records])
-        levels = [record["level"] for record in first]
-        if all(level is None for level in levels):
-            levels = ["all"] * len(levels)
-        images = ["\n".join(record["images"]) or record["id"] for record in first]
-        return cls(np.array(correct), images, levels, ids, list(runs))
-
-    @property
-    def levels(self) -> list[str]:
-        """The levels' names, sorted."""
-        return sorted({level for level in self.level if level is not None})
-
-    @property
-    def accuracies(self) -> np.ndarray:
-        """Accuracy by seed and level, [S, L], with the levels in the order of `levels`."""
-        level_names = np.array([str(name) for name in self.level])
-        correct = np.asarray(self.correct)
-        columns = [correct[:, level_names == name].mean(1) for name in self.levels]
-        return np.stack(columns, axis=1)
-
-    @property
-    def mean_over_levels(self) -> float:
-        """Accuracy averaged over levels, then seeds; see `scoring.compute_scores`."""
-        return float(self.accuracies.mean())
+from .answers import Answers, check_same_questions
 
 
 @dataclass(frozen=True)
@@ -275,7 +190,7 @@ def estimate_contrast(
     seeds = _get_common_seeds([answers for _, answers in terms])
     _, first = terms[0]
     for _, answers in terms[1:]:
-        _check_same_questions(first.ids, answers.ids, "one variant", "the other")
+        check_same_questions(first.ids, answers.ids, "one variant", "the other")
         if list(answers.level) != list(first.level):
             raise UserError(
                 "the variants' questions have the same ids but different levels; evaluate them on"
@@ -299,6 +214,7 @@ def estimate_contrast(
 
 
 def _get_common_seeds(variants: Sequence[Answers]) -> list[int]:
+    """The seeds that all variants have; UserError where there is none."""
     common = []
     for seed in variants[0].seeds:
         if all(seed in answers.seeds for answers in variants):
@@ -325,14 +241,21 @@ def _sum_terms(terms: Sequence[tuple[float, Answers]], seeds: list[int]) -> np.n
 def _draw_images(
     margins: np.ndarray, questions: Answers, resamples: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The weighted sums of accuracies by seed, [S, L + 1], and of drawn images, [R, L + 1]."""
+    """Draw images with replacement, and compute the weighted sums of accuracies.
+
+    Returns:
+        The sums over all images by seed, [S, L + 1], and those of every draw, [R, L + 1].
+    """
     sums, counts = _sum_by_image(margins, questions)
     by_seed = _append_average(sums.sum(2) / counts.sum(1))
-    weights = _draw_image_weights(counts.shape[1], resamples, seed)
+    num_images = counts.shape[1]
+    weights = _draw_image_weights(num_images, resamples, seed)
+    mean_sums = sums.mean(0).T.astype(np.float32)
+    drawn_counts = weights @ counts.T.astype(np.float32)
     # A level without a drawn question counts as none right.
-    num_drawn = np.maximum(weights @ counts.T.astype(np.float32), 1)
-    draws = _append_average(weights @ sums.mean(0).T.astype(np.float32) / num_drawn)
-    return by_seed, draws.astype(float)
+    drawn_counts = np.maximum(drawn_counts, 1)
+    draws = weights @ mean_sums / drawn_counts
+    return by_seed, _append_average(draws).astype(float)
 
 
 def _sum_by_image(margins: np.ndarray, questions: Answers) -> tuple[np.ndarray, np.ndarray]:
@@ -340,16 +263,19 @@ def _sum_by_image(margins: np.ndarray, questions: Answers) -> tuple[np.ndarray, 
     level_names = np.array([str(level) for level in questions.level])
     image_names = np.array([str(image) for image in questions.image])
     images, image_index = np.unique(image_names, return_inverse=True)
-    num_images = len(images)
-    sums = np.zeros((len(margins), len(questions.levels), num_images))
-    counts = np.zeros((len(questions.levels), num_images))
-    for i, level in enumerate(questions.levels):
+    all_sums = []
+    all_counts = []
+    for level in questions.levels:
         in_level = level_names == level
         index = image_index[in_level]
-        counts[i] = np.bincount(index, minlength=num_images)
-        for s, row in enumerate(margins):
-            sums[s, i] = np.bincount(index, weights=row[in_level], minlength=num_images)
-    return sums, counts
+        counts = np.bincount(index, minlength=len(images))
+        all_counts.append(counts.astype(float))
+        sums = []
+        for row in margins:
+            weights = row[in_level]
+            sums.append(np.bincount(index, weights=weights, minlength=len(images)))
+        all_sums.append(sums)
+    return np.array(all_sums).swapaxes(0, 1), np.array(all_counts)
 
 
 def _append_average(values: np.ndarray) -> np.ndarray:
@@ -374,11 +300,12 @@ def _draw_seed_weights(num_seeds: int, resamples: int, seed: int) -> np.ndarray:
     if num_seeds == 1:
         return np.zeros((resamples, 1))
     generator = np.random.default_rng((seed, 2))
-    degrees_of_freedom = num_seeds - 1
+    free = num_seeds - 1  # degrees of freedom
     probabilities = np.full(num_seeds, 1 / num_seeds)
-    counts = generator.multinomial(degrees_of_freedom, probabilities, size=resamples)
-    chi_squared = generator.chisquare(degrees_of_freedom, (resamples, 1))
-    return counts / degrees_of_freedom * np.sqrt(degrees_of_freedom / chi_squared)
+    counts = generator.multinomial(free, probabilities, size=resamples)
+    chi_squared = generator.chisquare(free, (resamples, 1))
+    stretch = np.sqrt(free / chi_squared)
+    return counts / free * stretch
 
 
 def _draw_pooled_deviations(
@@ -411,29 +338,17 @@ def _summarize(
 ) -> list[Estimate]:
     """Percentile intervals and p-values of the draws, [R, L + 1]: one estimate for each column."""
     tail = 0.025 / comparisons
+    bounds = np.quantile(draws, [tail, 1 - tail], axis=0)
     # Accuracies lie between 0 and 1, which bounds their weighted sum.
     largest = sum(max(weight, 0) for weight, _ in terms)
     smallest = -sum(max(-weight, 0) for weight, _ in terms)
-    low, high = np.quantile(draws, [tail, 1 - tail], axis=0).clip(smallest, largest)
-    num_beyond_zero = np.minimum((draws <= 0).sum(0), (draws >= 0).sum(0))
+    bounds = bounds.clip(smallest, largest)
+    num_below = (draws <= 0).sum(0)
+    num_above = (draws >= 0).sum(0)
+    num_beyond_zero = np.minimum(num_below, num_above)
     p = np.minimum(1, 2 * (num_beyond_zero + 1) / (len(draws) + 1))
-    columns = zip(values.tolist(), low.tolist(), high.tolist(), p.tolist(), strict=True)
-    return [Estimate(*column) for column in columns]
-
-
-def _check_same_questions(
-    ids: Sequence[str], other_ids: Sequence[str], name: str, other_name: str
-) -> None:
-    """Refuse to compare answers to different questions."""
-    if list(ids) == list(other_ids):
-        return
-    if len(ids) != len(other_ids):
-        difference = f"{len(ids)} and {len(other_ids)} of them"
-    else:
-        pairs = enumerate(zip(ids, other_ids, strict=True))
-        number = next(i for i, (one, other) in pairs if one != other)
-        difference = f"number {number} is {ids[number]!r} and {other_ids[number]!r}"
-    raise UserError(
-        f"{name} and {other_name} answered different questions ({difference}); evaluate both on the"
-        " same file in the same order"
-    )
+    estimates = []
+    for i, value in enumerate(values):
+        low, high = bounds[:, i]
+        estimates.append(Estimate(float(value), float(low), float(high), float(p[i])))
+    return estimates

@@ -10,8 +10,8 @@ from pathlib import Path
 from ..config.yaml_io import expand_path, read_yaml
 from ..data.images import Pictures
 from ..data.jsonl import read_json_lines
+from ..evaluation.answers import Answers
 from ..evaluation.statistics import (
-    Answers,
     Spread,
     estimate_accuracy,
     estimate_difference,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..config.yaml_io import read_yaml
 from ..data.jsonl import read_json_lines
+from ..evaluation.answers import Answers
 from ..evaluation.statistics import (
-    Answers,
     Contrast,
     Spread,
     estimate_accuracy,

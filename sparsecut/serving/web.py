@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..data.examples import Example
 from ..drawing import list_arrows, summarize
-from ..evaluation.ablation import measure_additions
+from ..evaluation.additions import measure_additions
 from ..schema import UserError
 from .context import APIError, ServerConfig, ServerContext, build_busy_error
 from .conversation import build_conversation
@@ -134,7 +134,7 @@ def _encode_png(image: Image.Image) -> bytes:
 def measure_shortcuts(engine: Engine, example: Example) -> list[dict]:
     """How much every shortcut adds at the example's image tokens, as numbers that JSON can hold.
 
-    See `evaluation.ablation.measure_additions`.
+    See `evaluation.additions.measure_additions`.
     """
     measured = []
     for row in measure_additions(engine.model, engine.processor, [example], None):

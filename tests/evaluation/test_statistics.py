@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from sparsecut.evaluation.answers import Answers
 from sparsecut.evaluation.scoring import compute_scores
 from sparsecut.evaluation.statistics import (
-    Answers,
     Spread,
     estimate_accuracy,
     estimate_contrast,

@@ -39,7 +39,8 @@ def read_scienceqa(root: Path, options: Mapping[str, str]) -> TaskData:
     problem_file = folder / "problems.json"
     split_file = folder / "pid_splits.json"
     problems = read_json(problem_file)
-    test_ids = set(read_json(split_file)["test"])
+    splits = read_json(split_file)
+    test_ids = set(splits["test"])
     questions = []
     for number, record in enumerate(read_json(question_file)):
         key = str(record["id"])
@@ -72,11 +73,13 @@ def score_scienceqa(data: TaskData, answers: Mapping[str, str]) -> Score:
     problems = {}
     predictions = []
     for question in data.questions:
+        prediction = {
+            "question_id": question.id,
+            "text": answers[question.id],
+            "prompt": "" if question.image is None else "<image>",
+        }
         problems[question.id] = question.facts["problem"]
-        prompt = "" if question.image is None else "<image>"
-        predictions.append(
-            {"question_id": question.id, "text": answers[question.id], "prompt": prompt}
-        )
+        predictions.append(prediction)
     details = scienceqa(problems, predictions)
     parsed = details["llava"].pop("parsed_index")
     main = {}
@@ -184,7 +187,8 @@ def _is_none(cell) -> bool:
 def _decode_mmbench_image(row: Mapping, images: Mapping[str, str], source: str) -> bytes:
     """The bytes of a row's image; a short cell names the row that has it."""
     cell = row["image"]
-    if not is_empty(cell) and len(cell) < SHORTEST_IMAGE:
+    is_index = not is_empty(cell) and len(cell) < SHORTEST_IMAGE
+    if is_index:
         cell = images.get(cell)
     try:
         return base64.b64decode(cell, validate=True)
@@ -200,11 +204,13 @@ def score_mmbench(data: TaskData, answers: Mapping[str, str]) -> Score | None:
     rows = [question.facts for question in data.questions]
     if not all("answer" in row for row in rows):
         return None
-    details = mmbench(rows, [answers[question.id] for question in data.questions])
+    predictions = [answers[question.id] for question in data.questions]
+    details = mmbench(rows, predictions)
     inferred = details.pop("inferred")
     per_question = {}
     for question, letter in zip(data.questions, inferred, strict=True):
-        per_question[question.id] = float(letter == question.facts["answer"])
+        is_right = letter == question.facts["answer"]
+        per_question[question.id] = float(is_right)
     plain = {"plain accuracy": 100 * details["vanilla_accuracy"]}
     if data.facts["circular"]:
         circular = 100 * details["circular_accuracy"]["Overall"]
@@ -227,12 +233,14 @@ def submit_mmbench(data: TaskData, answers: Mapping[str, str], folder: Path) -> 
         return []
     columns = [name for name in data.facts["columns"] if name not in LEFT_OUT]
     rows = []
+    predictions = []
     for question in data.questions:
         rows.append({name: question.facts.get(name) for name in columns})
+        predictions.append(answers[question.id])
     table = pandas.DataFrame(rows)
     table["index"] = table["index"].astype(int)
-    predictions = [answers[question.id] for question in data.questions]
-    table.insert(min(6, len(columns)), "prediction", predictions)
+    place = min(6, len(columns))
+    table.insert(place, "prediction", predictions)
     file = folder / "mmbench_submission.xlsx"
     table.to_excel(file, index=False, engine="openpyxl")
     return [file]
@@ -281,10 +289,11 @@ def score_seed(data: TaskData, answers: Mapping[str, str]) -> Score:
     predictions = []
     per_question = {}
     for question in data.questions:
+        record = question.facts["truth"]
         answer = answers[question.id]
-        truth.append(question.facts["truth"])
+        truth.append(record)
         predictions.append({"question_id": question.id, "text": answer})
-        per_question[question.id] = float(answer == question.facts["truth"]["answer"])
+        per_question[question.id] = float(answer == record["answer"])
     details = seed(data.facts["question_type"], truth, predictions)
     main = {}
     for name in ("image", "video", "total"):

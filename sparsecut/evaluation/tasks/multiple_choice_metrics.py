@@ -77,14 +77,17 @@ def mmbench(rows: Sequence[Mapping], predictions: Sequence[str]) -> dict:
 
 def _tabulate_hits(rows: Sequence[Mapping], hits: Mapping[int, bool]) -> dict[str, float]:
     """Circular accuracy overall, by coarse category and by category."""
-    table = {"Overall": mean([float(hits[int(row["index"])]) for row in rows])}
+    scores = [float(hits[int(row["index"])]) for row in rows]
+    table = {"Overall": mean(scores)}
     for level in ("l2-category", "category"):
         by_category: dict[str, list[float]] = {}
-        for row in rows:
-            if row.get(level):
-                by_category.setdefault(row[level], []).append(float(hits[int(row["index"])]))
-        for name in sorted(by_category):
-            table[ABBREVIATIONS.get(name, name)] = mean(by_category[name])
+        for row, score in zip(rows, scores, strict=True):
+            category = row.get(level)
+            if category:
+                by_category.setdefault(category, []).append(score)
+        for category in sorted(by_category):
+            name = ABBREVIATIONS.get(category, category)
+            table[name] = mean(by_category[category])
     return table
 
 
@@ -146,13 +149,16 @@ def seed(
     Returns:
         `per_type` by name; `total`, `image` and `video`, None where there is no such question.
     """
-    answers = {str(one["question_id"]): one["text"] for one in predictions}
+    answers = {}
+    for prediction in predictions:
+        answers[str(prediction["question_id"])] = prediction["text"]
     names = {number: name for name, number in question_type.items()}
     all_right = []
     by_type: dict[int, list[bool]] = {}
     by_kind: dict[str, list[bool]] = {"image": [], "video": []}
     for question in questions:
-        right = answers.get(str(question["question_id"])) == question["answer"]
+        answer = answers.get(str(question["question_id"]))
+        right = answer == question["answer"]
         all_right.append(right)
         by_type.setdefault(question["question_type_id"], []).append(right)
         by_kind.setdefault(question["data_type"], []).append(right)
@@ -236,11 +242,16 @@ def read_choice(text: str, num_choices: int) -> int:
 
     It reads "B", "B. ..." and a single "The answer is B.".
     """
-    letters = LETTERS[:5]
-    starts_with_letter = text[:1] in tuple(letters)
-    if starts_with_letter and (len(text) == 1 or text[1:3] == ". "):
+    letters = list(LETTERS[:5])
+    starts_with_letter = text[:1] in letters
+    ends_after_letter = len(text) == 1 or text[1:3] == ". "
+    letter = ""
+    if starts_with_letter and ends_after_letter:
         letter = text[0]
     else:
         named = re.findall(r"The answer is ([A-Z]).", text)
-        letter = named[0] if len(named) == 1 else ""
-    return letters.index(letter) if letter in tuple(letters[:num_choices]) else -1
+        if len(named) == 1:
+            letter = named[0]
+    if letter not in letters[:num_choices]:
+        return -1
+    return letters.index(letter)

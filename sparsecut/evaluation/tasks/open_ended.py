@@ -1,6 +1,4 @@
-"""The tasks VQAv2, VizWiz and TextVQA, which ask for a short text, and MM-Vet and LLaVA-Bench, which
-ask for a long one.
-"""
+"""The tasks VQAv2, VizWiz and TextVQA, which ask for a short text, and MM-Vet and LLaVA-Bench."""
 
 from __future__ import annotations
 
@@ -52,6 +50,7 @@ def read_vqav2(root: Path, options: Mapping[str, str]) -> TaskData:
 
 
 def _read_vqav2_val(folder: Path) -> TaskData:
+    """The validation split, from the official files."""
     question_file = folder / "v2_OpenEnded_mscoco_val2014_questions.json"
     truth_file = folder / "v2_mscoco_val2014_annotations.json"
     annotations = {}
@@ -103,7 +102,8 @@ def submit_vqav2(data: TaskData, answers: Mapping[str, str], folder: Path) -> li
         return []
     by_number = {}
     for question in data.questions:
-        by_number[question.facts["question_id"]] = normalize_textvqa(answers[question.id])
+        number = question.facts["question_id"]
+        by_number[number] = normalize_textvqa(answers[question.id])
     rows = []
     for number in data.facts["submitted"]:
         rows.append({"question_id": number, "answer": by_number.get(number, "")})
@@ -126,21 +126,24 @@ def submit_vizwiz(data: TaskData, answers: Mapping[str, str], folder: Path) -> l
 
 
 def read_textvqa(root: Path, options: Mapping[str, str]) -> TaskData:
-    """The validation split, with or without the prompt's line of text that was read in the image."""
+    """The validation split, with or without the line of text that was read in the image."""
     folder = root / "textvqa"
     question_file = folder / "llava_textvqa_val_v051_ocr.jsonl"
     truth_file = folder / "TextVQA_0.5.1_val.json"
     references = {}
     for record in read_json(truth_file)["data"]:
-        references[str(record["image_id"]), record["question"].lower()] = record["answers"]
+        key = (str(record["image_id"]), record["question"].lower())
+        references[key] = record["answers"]
     questions = []
     for question in read_llava_questions(question_file):
-        lines = [line for line in question.text.split("\n") if not line.startswith(OCR)]
-        key = (str(question.facts["question_id"]), lines[0].lower())
+        lines = question.text.split("\n")
+        lines = [line for line in lines if not line.startswith(OCR)]
+        image_id = str(question.facts["question_id"])
+        key = (image_id, lines[0].lower())
         if key not in references:
             raise UserError(
-                f"{question.source} asks {lines[0]!r} about {key[0]}, which {truth_file.name} does"
-                " not; download both again"
+                f"{question.source} asks {lines[0]!r} about {image_id}, which {truth_file.name}"
+                " does not; download both again"
             )
         answers = references[key]
         question = replace(
@@ -150,7 +153,8 @@ def read_textvqa(root: Path, options: Mapping[str, str]) -> TaskData:
             reference=max(answers, key=answers.count),
         )
         questions.append(question)
-    if options["ocr"] == "on" and not any(OCR in question.text for question in questions):
+    has_ocr = any(OCR in question.text for question in questions)
+    if options["ocr"] == "on" and not has_ocr:
         raise UserError(
             f"{question_file} holds no line that begins with {OCR!r}; ask without these lines, as"
             " textvqa:ocr=off"
@@ -161,13 +165,15 @@ def read_textvqa(root: Path, options: Mapping[str, str]) -> TaskData:
 
 def score_textvqa(data: TaskData, answers: Mapping[str, str]) -> Score:
     """TextVQA accuracy by the M4C evaluator, in per cent."""
+    ids = []
     pairs = []
     for question in data.questions:
-        references = question.facts["answers"]
-        pairs.append({"pred_answer": answers[question.id], "gt_answers": references})
+        answer = answers[question.id]
+        ids.append(question.id)
+        pairs.append({"pred_answer": answer, "gt_answers": question.facts["answers"]})
     details = textvqa(pairs)
-    ids = [question.id for question in data.questions]
-    per_question = dict(zip(ids, details.pop("per_question"), strict=True))
+    scores = details.pop("per_question")
+    per_question = dict(zip(ids, scores, strict=True))
     return Score({"accuracy": 100 * details["textvqa_accuracy"]}, details, per_question)
 
 

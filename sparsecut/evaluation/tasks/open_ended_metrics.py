@@ -219,8 +219,10 @@ def edit_distance(one: str, other: str) -> int:
     for i, a in enumerate(one, start=1):
         current = [i]
         for j, b in enumerate(other, start=1):
+            deleted = previous[j] + 1
+            inserted = current[j - 1] + 1
             replaced = previous[j - 1] + (a != b)
-            current.append(min(previous[j] + 1, current[j - 1] + 1, replaced))
+            current.append(min(deleted, inserted, replaced))
         previous = current
     return previous[-1]
 

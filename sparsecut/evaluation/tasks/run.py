@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...data.examples import IMAGE, Example
-from ...data.jsonl import write_json_lines
 from ...drawing import text_table
 from ...schema import UserError, nearest
 from ..evaluator import evaluate
-from ..output_dir import PREDICTIONS, RESULT, SETTINGS, read_predictions, write_json
+from ..output_dir import PREDICTIONS, RESULT, SETTINGS, read_predictions, write_result
 from ..scoring import Z95, wilson_interval
 from .multiple_choice import MULTIPLE_CHOICE_TASKS
 from .open_ended import OPEN_ENDED_TASKS
@@ -65,7 +64,8 @@ class SelectedTask:
         """The folder's name: the task and what is not the default, such as textvqa-ocr-off."""
         parts = [self.name]
         for key, value in self.options.items():
-            if value != self.task.options[key][0]:
+            default = self.task.options[key][0]
+            if value != default:
                 parts.append(f"{key}-{value}")
         if self.limit:
             parts.append(f"limit-{self.limit}")
@@ -188,6 +188,7 @@ def read_tasks(text: str, root: str | Path, limit: int | None = None) -> list[Se
 
 
 def _read_task(name: str, options: Mapping[str, str], root: Path) -> TaskData:
+    """The data of one task; UserError where a file is missing or broken."""
     try:
         return TASKS[name].read(root, options)
     except MissingFileError as error:
@@ -207,18 +208,16 @@ def _select_questions(questions: Sequence[Question], limit: int | None) -> Seque
     """Whole units, in the order of a hash of their names, until there are enough questions."""
     if limit is None or limit >= len(questions):
         return questions
-    sizes: dict[str, int] = {}
+    units: dict[str, list[Question]] = {}
     for question in questions:
-        unit = question.unit or question.id
-        sizes[unit] = sizes.get(unit, 0) + 1
-    selected = set()
-    num_selected = 0
-    for unit in sorted(sizes, key=lambda name: hashlib.sha1(name.encode()).digest()):
-        if num_selected >= limit:
+        name = question.unit or question.id
+        units.setdefault(name, []).append(question)
+    selected_ids: set[str] = set()
+    for name in sorted(units, key=lambda name: hashlib.sha1(name.encode()).digest()):
+        if len(selected_ids) >= limit:
             break
-        selected.add(unit)
-        num_selected += sizes[unit]
-    return [question for question in questions if (question.unit or question.id) in selected]
+        selected_ids.update(question.id for question in units[name])
+    return [question for question in questions if question.id in selected_ids]
 
 
 def build_examples(data: TaskData) -> list[Example]:
@@ -319,15 +318,18 @@ def merge_parts(selected: SelectedTask, folder: Path, part_folders: Sequence[Pat
     records = _read_parts(selected, folder, part_folders)
     answers = {record["id"]: record["prediction"] for record in records}
     task = selected.task
-    score = task.score(selected.data, answers) if task.score else None
+    score = None
+    if task.score:
+        score = task.score(selected.data, answers)
     for record in records:
-        record["correct"] = score.per_question[record["id"]] if score else None
+        record["correct"] = None
+        if score:
+            record["correct"] = score.per_question[record["id"]]
     submission = []
     if task.submit and not selected.limit:
         submission = task.submit(selected.data, answers, folder)
     result = _build_result(selected, score, submission, len(records), part_folders[0])
-    write_json_lines(folder / PREDICTIONS, records)
-    write_json(folder / RESULT, result)
+    write_result(folder, records, result)
     return result
 
 
@@ -363,8 +365,9 @@ def _build_result(
 ) -> dict:
     """What result.json holds, with the settings of one part's result."""
     left_out = ("num_kept", "seconds", "metric", "num_examples")
-    settings = _read_json(part_folder / RESULT)
-    settings = {key: value for key, value in settings.items() if key not in left_out}
+    part_result = _read_json(part_folder / RESULT)
+    settings = {key: value for key, value in part_result.items() if key not in left_out}
+    hashes = {str(file): _hash_file(file) for file in selected.data.files}
     pictures = selected.data.pictures
     return {
         "task": selected.name,
@@ -378,7 +381,7 @@ def _build_result(
         "num_examples": num_examples,
         "limit": selected.limit,
         "pictures": str(pictures.path) if pictures else None,
-        "question_files": {str(file): _hash_file(file) for file in selected.data.files},
+        "question_files": hashes,
     }
 
 
@@ -386,13 +389,16 @@ def _estimate_fraction(score: Score) -> dict:
     """The mean score of a question, 0 to 1, with its 95 % interval over questions."""
     values = list(score.per_question.values())
     count = len(values)
-    mean = sum(values) / count
+    total = sum(values)
+    mean = total / count
     if set(values) <= {0, 1}:
-        return {"value": mean, "interval": wilson_interval(round(sum(values)), count)}
+        interval = wilson_interval(round(total), count)
+        return {"value": mean, "interval": interval}
     squares = sum((value - mean) ** 2 for value in values)
-    standard_error = math.sqrt(squares / max(1, count - 1) / count)
-    low = max(0.0, mean - Z95 * standard_error)
-    high = min(1.0, mean + Z95 * standard_error)
+    variance = squares / max(1, count - 1)
+    margin = Z95 * math.sqrt(variance / count)
+    low = max(0.0, mean - margin)
+    high = min(1.0, mean + margin)
     return {"value": mean, "interval": [low, high]}
 
 
@@ -412,19 +418,24 @@ def format_results(results: Sequence[dict]) -> str:
     """
     rows = [("task", "questions", "scores")]
     for result in results:
-        options = [f":{key}={value}" for key, value in result["options"].items()]
-        name = result["task"] + "".join(options)
-        rows.append((name, f"{result['num_examples']:,}", _format_scores(result)))
+        name = result["task"]
+        for key, value in result["options"].items():
+            name += f":{key}={value}"
+        count = f"{result['num_examples']:,}"
+        rows.append((name, count, _format_scores(result)))
     return text_table(rows, align="<><")
 
 
 def _format_scores(result: dict) -> str:
-    if not result["main"]:
-        if result["submission"]:
-            return f"to be scored elsewhere: {', '.join(result['submission'])}"
+    """The main scores as text, a single one with its interval."""
+    main = result["main"]
+    if not main:
+        files = ", ".join(result["submission"])
+        if files:
+            return f"to be scored elsewhere: {files}"
         return "no score, and no file to submit for a selection of the questions"
-    text = ", ".join(f"{name} {value:.2f}" for name, value in result["main"].items())
-    if result["share_right"] and len(result["main"]) == 1:
+    text = ", ".join(f"{name} {value:.2f}" for name, value in main.items())
+    if len(main) == 1:
         low, high = result["share_right"]["interval"]
         text += f" ({100 * low:.1f} to {100 * high:.1f})"
     return text

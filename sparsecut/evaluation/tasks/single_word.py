@@ -63,13 +63,15 @@ def score_gqa(data: TaskData, answers: Mapping[str, str]) -> Score:
     That is how LLaVA's convert_gqa_for_eval.py writes them for GQA's eval.py.
     """
     truth = {}
-    predictions = {}
+    predictions = []
+    per_question = {}
     for question in data.questions:
-        truth[question.id] = question.facts["truth"]
-        predictions[question.id] = answers[question.id].rstrip(".").lower()
-    pairs = [{"questionId": key, "prediction": text} for key, text in predictions.items()]
-    details = gqa(truth, pairs, data.facts["choices"])
-    per_question = {key: float(predictions[key] == truth[key]["answer"]) for key in truth}
+        facts = question.facts["truth"]
+        answer = answers[question.id].rstrip(".").lower()
+        truth[question.id] = facts
+        predictions.append({"questionId": question.id, "prediction": answer})
+        per_question[question.id] = float(answer == facts["answer"])
+    details = gqa(truth, predictions, data.facts["choices"])
     return Score({"accuracy": details["accuracy"]}, details, per_question)
 
 
@@ -80,14 +82,16 @@ def read_pope(root: Path, options: Mapping[str, str]) -> TaskData:
     """
     folder = root / "pope"
     question_file = folder / "llava_pope_test.jsonl"
-    all_questions = read_llava_questions(question_file, group_key="category")
+    by_split: dict[str, list[Question]] = {}
+    for question in read_llava_questions(question_file, group_key="category"):
+        by_split.setdefault(question.group, []).append(question)
     splits = POPE_SPLITS if options["split"] == "all" else (options["split"],)
     questions = []
     files = [question_file]
     for split in splits:
         truth_file = folder / "coco" / f"coco_pope_{split}.json"
         labels = read_records(truth_file, "image", "text", "label")
-        of_split = [question for question in all_questions if question.group == split]
+        of_split = by_split.get(split, [])
         if len(of_split) != len(labels):
             raise UserError(
                 f"{question_file} asks {len(of_split)} {split} questions, but {truth_file} has"
@@ -100,6 +104,7 @@ def read_pope(root: Path, options: Mapping[str, str]) -> TaskData:
 
 
 def _add_pope_label(question: Question, label: Mapping) -> Question:
+    """A question with its label; UserError where the label is of another question."""
     if question.image != label["image"] or not question.text.startswith(label["text"]):
         raise UserError(
             f"{question.source} is not the question of {label['source']}; download both files again"
@@ -114,8 +119,9 @@ def score_pope(data: TaskData, answers: Mapping[str, str]) -> Score:
     per_question = {}
     for question in data.questions:
         by_split.setdefault(question.group, []).append(question)
-        is_right = is_no(answers[question.id]) == (question.facts["label"] == "no")
-        per_question[question.id] = float(is_right)
+        label_is_no = question.facts["label"] == "no"
+        answer_is_no = is_no(answers[question.id])
+        per_question[question.id] = float(answer_is_no == label_is_no)
     details = {}
     for split, questions in by_split.items():
         labels = [question.facts for question in questions]
@@ -138,13 +144,14 @@ def read_mme(root: Path, options: Mapping[str, str]) -> TaskData:
     truth: dict[str, dict] = {}  # by task
     pairs: dict[str, list[Question]] = {}  # by image
     for question in read_llava_questions(question_file):
-        task = str(question.facts["question_id"]).partition("/")[0]
+        name = str(question.facts["question_id"])
+        task, _, _ = name.partition("/")
         if task not in truth:
             truth[task] = _read_mme_truth(release / task)
         question = _add_mme_truth(question, task, truth[task], release)
-        pair = pairs.setdefault(question.unit, [])
+        pair = pairs.setdefault(question.unit, [])  # the file repeats some questions
         texts = [other.facts["question"] for other in pair]
-        if question.facts["question"] not in texts:  # the file repeats some questions
+        if question.facts["question"] not in texts:
             pair.append(question)
     questions = []
     for unit, pair in pairs.items():
@@ -158,8 +165,11 @@ def read_mme(root: Path, options: Mapping[str, str]) -> TaskData:
 
 
 def _add_mme_truth(question: Question, task: str, truth: dict, release: Path) -> Question:
-    image = str(question.facts["question_id"]).partition("/")[2]
-    text = _join_words(question.text.replace(SHORT, ""))
+    """A question with its truth, and with its text as in the release."""
+    name = str(question.facts["question_id"])
+    _, _, image = name.partition("/")
+    text = question.text.replace(SHORT, "")
+    text = _join_words(text)
     if YES_NO not in text:
         text = f"{text} {YES_NO}"
     key = (Path(image).stem, text)
@@ -208,10 +218,12 @@ def score_mme(data: TaskData, answers: Mapping[str, str]) -> Score:
     per_question = {}
     for question in data.questions:
         facts = question.facts
+        task = facts["task"]
+        truth = facts["truth"]
         answer = answers[question.id]
-        row = [facts["image"], facts["question"], facts["truth"], answer]
-        rows.setdefault(facts["task"], []).append(row)
-        per_question[question.id] = float(read_yes_or_no(answer) == facts["truth"].lower())
+        rows.setdefault(task, []).append([facts["image"], facts["question"], truth, answer])
+        is_right = read_yes_or_no(answer) == truth.lower()
+        per_question[question.id] = float(is_right)
     details = mme(rows)
     main = {"perception": details["perception_total"], "cognition": details["cognition_total"]}
     return Score(main, details, per_question)
@@ -226,8 +238,9 @@ def submit_mme(data: TaskData, answers: Mapping[str, str], folder: Path) -> list
     for question in data.questions:
         facts = question.facts
         answer = _join_words(answers[question.id])
-        line = "\t".join([facts["image"], facts["question"], facts["truth"], answer])
-        lines.setdefault(facts["task"], []).append(line + "\n")
+        cells = [facts["image"], facts["question"], facts["truth"], answer]
+        task_lines = lines.setdefault(facts["task"], [])
+        task_lines.append("\t".join(cells) + "\n")
     results = folder / "mme_results"
     results.mkdir(exist_ok=True)
     for task, task_lines in lines.items():

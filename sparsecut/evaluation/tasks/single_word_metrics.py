@@ -108,15 +108,19 @@ def mme(results: Mapping[str, Sequence[Sequence[str]]]) -> dict:
 
 
 def _score_mme_task(task: str, rows: Sequence[Sequence[str]]) -> dict:
+    """Accuracy and accuracy+ of one task."""
     images = [row[0] for row in rows]
     if images[::2] != images[1::2]:
         raise UserError(
             f"MME asks two questions about each image, one after the other, but the {len(rows)}"
             f" rows of {task} do not pair up"
         )
-    answers = [read_yes_or_no(row[3]) for row in rows]
-    truth = [row[2].strip().lower() for row in rows]
-    right = [answer == label for answer, label in zip(answers, truth, strict=True)]
+    right = []
+    num_other = 0
+    for _, _, truth, answer in rows:
+        read = read_yes_or_no(answer)
+        num_other += read is None
+        right.append(read == truth.strip().lower())
     both_right = [a and b for a, b in zip(right[::2], right[1::2], strict=True)]
     accuracy = mean(right, 100)
     accuracy_plus = mean(both_right, 100)
@@ -124,7 +128,7 @@ def _score_mme_task(task: str, rows: Sequence[Sequence[str]]) -> dict:
         "score": accuracy + accuracy_plus,
         "acc": accuracy,
         "acc_plus": accuracy_plus,
-        "other": answers.count(None),
+        "other": num_other,
     }
 
 
@@ -192,10 +196,13 @@ def _score_gqa_kinds(balanced: Mapping, right: Mapping) -> dict:
     for title, get_kind in kinds.items():
         by_kind = defaultdict(list)
         for key, question in balanced.items():
-            by_kind[get_kind(question)].append(float(right[key]))
-        tables[title] = {
-            str(kind): [mean(scores, 100), len(scores)] for kind, scores in sorted(by_kind.items())
-        }
+            kind = get_kind(question)
+            by_kind[kind].append(float(right[key]))
+        table = {}
+        for kind in sorted(by_kind):
+            scores = by_kind[kind]
+            table[str(kind)] = [mean(scores, 100), len(scores)]
+        tables[title] = table
     return tables
 
 
@@ -210,16 +217,15 @@ def _count_steps(program: Sequence[Mapping]) -> int:
 
 
 def _compute_consistency(balanced: Mapping, right: Mapping) -> float | None:
-    """For a question that was answered rightly, the mean fraction of right answers to what it
-    entails.
-    """
+    """Right answers to what a question entails, averaged over rightly answered questions."""
     fractions = []
     for key, question in balanced.items():
         entailed = [other for other in question.get("entailed", ()) if other != key]
         if any(other not in right for other in entailed):
             return None
         if right[key] and entailed:
-            fractions.append(mean([float(right[other]) for other in entailed]))
+            scores = [float(right[other]) for other in entailed]
+            fractions.append(mean(scores))
     return mean(fractions, 100)
 
 
@@ -232,7 +238,8 @@ def _compute_fitting(
     fits = []
     for key, question in balanced.items():
         allowed = choices[key][name]
-        if "Common" in question["types"]["detailed"]:
+        kind = question["types"]["detailed"]
+        if "Common" in kind:
             # What two things have in common is answered by the kind of the property.
             allowed = ("color", "material", "shape")
         fits.append(answers[key] in allowed)
@@ -256,7 +263,10 @@ def _compute_distribution(balanced: Mapping, answers: Mapping) -> float:
     weighted = []
     sizes = []
     for group, counts in truth.items():
-        chi_squared = sum((given[group][a] - n) ** 2 / n for a, n in counts.items())
+        chi_squared = 0.0
+        for answer, expected in counts.items():
+            observed = given[group][answer]
+            chi_squared += (observed - expected) ** 2 / expected
         size = sum(counts.values())
         weighted.append(chi_squared * size)
         sizes.append(size)
