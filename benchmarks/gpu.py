@@ -8,7 +8,7 @@ steps of both stages.
 One process, both backbones shared by all plans and made on the device in bfloat16; the plans take
 turns, every round begins with another, and ratios are to the first plan in the same round. Time
 that is left is shared out over the sections still to come; what was not reached is said to be so.
-Prompts: one picture and --text-tokens words each. Training: one picture and --train-text words
+Prompts: one image and --text-tokens words each. Training: one image and --train-text words
 per row, every word learned, without padding; activation checkpointing in the language model;
 AdamW whose weights, gradients and moments are all bfloat16, as 7 billion parameters with float32
 masters do not fit one device. MFU: floating-point operations without the recomputed ones
@@ -236,15 +236,15 @@ class Bench:
             torch.cuda.empty_cache()
 
     def prompt(self, name: str, batch: int, text: int) -> dict:
-        """Token ids [batch, length], the picture first, and pixels [batch, views, 3, S, S]."""
+        """Token ids [batch, length], the image first, and pixels [batch, views, 3, S, S]."""
         model = self.arms[name].model
         config, chance = model.config, torch.Generator().manual_seed(0)
         words = torch.randint(1, config.image_token_id, (batch, text), generator=chance)
-        pictures = torch.full((batch, config.num_image_tokens), config.image_token_id)
+        images = torch.full((batch, config.num_image_tokens), config.image_token_id)
         shape = batch, model.plan.num_views, *config.grid.view
         pixels = torch.randn(shape, generator=chance).to(self.device, model.vision_tower.dtype)
         return {
-            "input_ids": torch.cat([pictures, words], 1).to(self.device),
+            "input_ids": torch.cat([images, words], 1).to(self.device),
             "pixel_values": pixels,
         }
 

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py needs besides its clock: sizes, the device's own speed, and operations of
+"""What benchmarks/gpu.py needs besides its clock: sizes, the device's own speed, and FLOPs of
 a training step.
 """
 
@@ -31,7 +31,7 @@ class Arm:
 
 
 def step_flops(counted, language, parts: tuple[str, ...]) -> int:
-    """Operations of one row's training step: the encoder forward only, trained weights three times,
+    """FLOPs of one row's training step: the encoder forward only, trained weights three times,
     frozen ones passed twice.
     """
     head = (
@@ -47,7 +47,7 @@ def step_flops(counted, language, parts: tuple[str, ...]) -> int:
 
 
 def matmul_rate(device: torch.device, tiny: bool) -> float:
-    """Operations per second of a square matrix product in bfloat16: the best median over some
+    """FLOPs per second of a square matrix product in bfloat16: the best median over some
     sizes.
     """
     rates = []

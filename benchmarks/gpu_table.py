@@ -31,9 +31,9 @@ def markdown(result: dict) -> str:
     if not settings["skip_training"]:
         lines += [
             (
-                f"Training: {settings['train_batch']} rows of one picture and"
+                f"Training: {settings['train_batch']} rows of one image and"
                 f" {settings['train_text']} words, activation checkpointing, AdamW with weights,"
-                " gradients and moments in the dtype above; tokens count pictures and words."
+                " gradients and moments in the dtype above; tokens count images and words."
             ),
             "",
             *_table(plans, _training_columns()),

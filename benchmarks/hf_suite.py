@@ -1,14 +1,16 @@
 """transformers' own tests, run on our classes and on the stock LLaVA; counts and reasons go into
 docs/support.md.
 
-    python benchmarks/hf_suite.py                                  # all of it, about two minutes
-    after the downloads python benchmarks/hf_suite.py --repository ../transformers     # what only
-    the repository has, from a folder python benchmarks/hf_suite.py -k test_beam
-    # some tests, on screen only
+    # all of it, about two minutes after the downloads
+    python benchmarks/hf_suite.py
+    # what only the repository has, from a folder
+    python benchmarks/hf_suite.py --repository ../transformers
+    python benchmarks/hf_suite.py -k test_beam                     # some tests, on screen only
 
-The release's source archive, from the package index, holds the common tests. Those of generation, export and pipelines and
-the base classes for vision-language models are in the repository alone: in a checkout of the release's tag (--repository or
-TRANSFORMERS_REPOSITORY), or else in GitHub's archive of it. Everything is put together under runs/hf-suite.
+The release's source archive, from the package index, holds the common tests. Those of generation,
+export and pipelines and the base classes for vision-language models are in the repository alone:
+in a checkout of the release's tag (--repository or TRANSFORMERS_REPOSITORY), or else in GitHub's
+archive of it. Everything is put together under runs/hf-suite.
 """
 
 import argparse
@@ -121,7 +123,7 @@ def assemble(release: str, checkout: Path) -> Path:
     for path in [*(checkout / "tests").glob("*.py"), *(archive / "tests").glob("*.py")]:
         shutil.copy(path, folder / "tests")
     shutil.copy(Path(__file__).with_name("hf_suite_cases.py"), folder)
-    # The tests take a picture from here before they look for it on the hub.
+    # The tests take a image from here before they look for it on the hub.
     coco = folder / "tests" / "fixtures" / "tests_samples" / "COCO" / "000000039769.png"
     shutil.copy(coco, folder / "coco_sample.png")
     (folder / "pytest.ini").write_text(

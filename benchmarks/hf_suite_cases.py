@@ -2,7 +2,7 @@
 the stock LLaVA.
 
 Run by benchmarks/hf_suite.py, which puts transformers' `tests` folder on the path; not collected by our own suite.
-Models are random, tokenizers and pictures are made on the spot, and nothing is fetched.
+Models are random, tokenizers and images are made on the spot, and nothing is fetched.
 """
 
 import random
@@ -84,7 +84,7 @@ class LlavaTester(VLMModelTester):
     }
 
     def __init__(self, parent, **settings):
-        # The training test reads 1 to 19 without pictures, and one about resizing cuts 15 words off
+        # The training test reads 1 to 19 without images, and one about resizing cuts 15 words off
         # the vocabulary.
         super().__init__(parent, vocab_size=99, image_token_id=30, **settings)
 
@@ -105,7 +105,7 @@ class SparseCutTester(LlavaTester):
     config_class = SparseCutConfig
 
     def create_pixel_values(self):
-        """Pictures of as many views as the plan has."""
+        """Images of as many views as the plan has."""
         views = self.get_config().get_plan().num_views
         return floats_tensor(
             [self.batch_size, views, self.num_channels, self.image_size, self.image_size]
@@ -226,4 +226,4 @@ class TestSparseCutProcessor(ProcessorCases, unittest.TestCase):
 
     def test_subprocessor_defaults_1_images(self):
         """Expects of the whole processor what the image processor gives alone."""
-        self.skipTest("a picture becomes several views, but the image processor alone makes one")
+        self.skipTest("a image becomes several views, but the image processor alone makes one")

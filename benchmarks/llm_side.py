@@ -4,9 +4,10 @@ one process.
     python benchmarks/llm_side.py                           # a mid size; some minutes
     python benchmarks/llm_side.py --plan deepstack --layers 24 --width 1024 --repeats 60
 
-The features are made beforehand, so that only the language model runs: LLaVA's prompt as it is, the plan's with additions
-before its layers. Both have equally many tokens, and share weights. Prints JSON lines, by the clock and, on a CPU, by processor
-time, which other programs disturb less. The ratio is the median over pairs of passes, its interval from resampling them, and
+The features are made beforehand, so that only the language model runs: LLaVA's prompt as it is,
+the plan's with additions before its layers. Both have equally many tokens, and share weights.
+Prints JSON lines, by the clock and, on a CPU, by processor time, which other programs disturb
+less. The ratio is the median over pairs of passes, its interval from resampling them, and
 `control` the same with LLaVA on both sides: what the machine's noise makes.
 """
 

@@ -1,11 +1,13 @@
-"""Peak memory and CPU time of one prompt pass: a plan on random weights of a given size.
+"""Peak memory and CPU time of one prefill: a plan on random weights of a given size.
 
-    python benchmarks/prompt.py                                   # the size of the reference's
-    timing run python benchmarks/prompt.py --plan llava --plan sparsecut     # several plans, each
-    in a fresh process python benchmarks/prompt.py --vision-width 1024 --language-width 4096
-    --language-depth 32
+    # the size of the reference's timing run
+    python benchmarks/prompt.py
+    # several plans, each in a fresh process
+    python benchmarks/prompt.py --plan llava --plan sparsecut
+    python benchmarks/prompt.py --vision-width 1024 --language-width 4096 --language-depth 32
 
-Prints the shape and the figures as one JSON line per plan. Memory is the process's own peak, weights included.
+Prints the shape and the figures as one JSON line per plan. Memory is the process's own peak,
+weights included.
 """
 
 import argparse
@@ -40,7 +42,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(plan: str, a: argparse.Namespace) -> dict:
-    """Build, warm up once, and time `repeats` passes over one picture and `text_tokens` of text."""
+    """Build, warm up once, and time `repeats` passes over one image and `text_tokens` of text."""
     import torch
     from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
 

@@ -1,14 +1,16 @@
 """Training steps of ways of fusion, side by side: tokens per second, use of the machine, memory; or
-their operations on paper.
+their estimated FLOPs.
 
-    python benchmarks/train.py                      # measured here, models of one size in one run,
-    taking turns python benchmarks/train.py --count              # counted at CLIP-L/336 + 7B, both
-    stages of LLaVA-1.5; no weights python benchmarks/train.py --device cuda --bf16 --vision-width
-    1024 --language-width 4096 --language-depth 32
+    # measured here, models of one size in one run, taking turns
+    python benchmarks/train.py
+    # counted at CLIP-L/336 + 7B, both stages of LLaVA-1.5; no weights
+    python benchmarks/train.py --count
+    python benchmarks/train.py --device cuda --bf16 --vision-width 1024 --language-width 4096 --language-depth 32
 
-Plain fusion (llava) comes first and is what the ratios are to; hires_channels and sparsecut_input are the controls: finer views, or
-the same taps, at the input alone. A step is forward, backward and AdamW on pictures that have a text each; the encoder is frozen.
-Utilisation is the operations counted of a step, a second, over those of a matrix product measured in the same run.
+The LLaVA baseline comes first and is what the ratios are to; hires_channels and sparsecut_input
+are the controls: finer views, or the same taps, at the input alone. A step is forward, backward
+and AdamW on images that have a text each; the encoder is frozen. Utilisation is the FLOPs per
+second of a step, by count, over those of a matrix product measured in the same run.
 """
 
 import argparse
@@ -27,9 +29,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--count", action="store_true", help="operations on paper, at CLIP-L/336 + 7B"
-    )
+    parser.add_argument("--count", action="store_true", help="estimated FLOPs, at CLIP-L/336 + 7B")
     parser.add_argument(
         "--plan",
         action="append",
@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
 
 
 def count(plans: list[str]) -> list[dict]:
-    """Operations of a training step of one record per plan and stage, by pretended tensors, and
+    """FLOPs of a training step of one record per plan and stage, by fake tensors, and
     their ratio to the first plan's.
     """
     from sparsecut.config.recipe import parse_recipe
@@ -79,7 +79,7 @@ def count(plans: list[str]) -> list[dict]:
 
 
 def make(plan: str, a: argparse.Namespace):
-    """(model, inputs): random weights, `batch` records of a picture and a text."""
+    """(model, inputs): random weights, `batch` records of a image and a text."""
     import torch
     from transformers import AutoModel, AutoModelForCausalLM, CLIPVisionConfig, LlamaConfig
 
@@ -116,7 +116,7 @@ def make(plan: str, a: argparse.Namespace):
 
 
 def stepper(plan: str, parts: list[str], a: argparse.Namespace):
-    """(a function that takes one step, tokens of a step, operations of a step)."""
+    """(a function that takes one step, tokens of a step, FLOPs of a step)."""
     import torch
 
     from sparsecut.profiling.counting import counter
