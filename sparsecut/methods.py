@@ -1,11 +1,13 @@
-"""The methods: each a function of the two depths that returns a plan. Adding one is a function here
-and a YAML.
+"""The methods by name: each is a function of the two depths that returns a plan.
+
+`sparsecut` and its controls stand here, other papers' methods in baselines.py. docs/add-a-method.md
+adds one.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from .baselines import (
@@ -21,46 +23,49 @@ from .baselines import (
     lsf_internal_direct,
     mmfuser,
     qwen3_vl,
+    spread_evenly,
 )
 from .plan import Plan, Shortcut
-from .schema import UserError, nearest
+from .schema import UserError, check_choice, is_whole_number, nearest
 
-PATTERNS = (
-    "sparse",
-    "dense",
-    "bottom",
-    "top",
-    "reversed",
-    "reversed_dense",
-    "early",
-)  # the paper's six, and ours
+SKEW = 1.6  # power that crowds positions at one end
+Positions = tuple[list[int], list[int]]  # taps, and the layers they are added to
 
 
 def make_plan(spec: str | dict | Plan, vision_depth: int, language_depth: int) -> Plan:
-    """Turn a method's name, `{"method": name, **options}` or a plan in full into a plan checked
-    against both depths.
+    """Make a plan and check it against both depths.
+
+    Args:
+        spec: A method's name, `{"method": name, **options}`, or a plan, also as keys and values.
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+
+    Raises:
+        UserError: The method or an option is not known, or the plan does not fit the depths.
     """
+    if isinstance(spec, str):
+        spec = {"method": spec}
     if isinstance(spec, Plan):
-        return spec.check(vision_depth, language_depth)
-    if isinstance(spec, dict) and "method" not in spec:
-        return Plan.from_dict(spec).check(vision_depth, language_depth)
-    options = {"method": spec} if isinstance(spec, str) else dict(spec)
-    name = options.pop("method")
-    if name not in METHODS:
-        raise UserError(
-            f"method {name!r} is not known{nearest(name, METHODS)}; allowed are"
-            f" {', '.join(METHODS)}"
-        )
-    allowed = [p for p in inspect.signature(METHODS[name]).parameters if not p.endswith("_depth")]
+        plan = spec
+    elif "method" not in spec:
+        plan = Plan.from_dict(spec)
+    else:
+        options = {key: value for key, value in spec.items() if key != "method"}
+        plan = _call_method(spec["method"], options, vision_depth, language_depth)
+    return plan.check(vision_depth, language_depth)
+
+
+def _call_method(name: str, options: dict, vision_depth: int, language_depth: int) -> Plan:
+    check_choice("method", name, METHODS)
+    method = METHODS[name]
+    allowed = [key for key in inspect.signature(method).parameters if not key.endswith("_depth")]
     for key in options:
         if key not in allowed:
             raise UserError(
                 f"method {name} has no option {key!r}{nearest(key, allowed)}; allowed are"
                 f" {', '.join(allowed) or 'none'}"
             )
-    return METHODS[name](vision_depth, language_depth, **options).check(
-        vision_depth, language_depth
-    )
+    return method(vision_depth, language_depth, **options)
 
 
 def sparsecut(
@@ -77,66 +82,80 @@ def sparsecut(
     rank: int | None = None,
     fine: float | None = None,
 ) -> Plan:
-    """SparseCut (arXiv 2602.00505): several encoder layers, each into its own decoder layer, coarse
-    and fine.
+    """SparseCut (arXiv 2602.00505): several encoder layers, each into a decoder layer of its own.
 
-    count, pattern: see `shortcut_positions`. fine: share of the encoder's depth that fine views run
-    through; deeper taps are read from the coarse view alone. By default all taps are read from
-    both, but under "early" the last block but one is coarse, so that fine views stop after three
-    eighths of the encoder. gate: by default projectors of "early" start at zero, unless they are
-    shared, and other patterns have no gates. With `pattern="sparse", shared=True, norm=False` and
-    24 and 40 layers this is the released form, `official_13b`; what is different here did better
-    (docs/results.md).
+    With `pattern="sparse", shared=True, norm=False`, 24 and 40 layers, this is the released form,
+    `official_13b`. What is different here did better (docs/results.md).
+
+    Args:
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+        count: Number of shortcuts besides the input. See `place_shortcuts`.
+        pattern: Where they are, a key of `PATTERNS`.
+        mix: The mixer of taps that are read from fine views.
+        tiles: Fine views in each row and column.
+        shared: See `Plan`.
+        norm: See `Plan`.
+        gate: See `Plan`. By default projectors of "early" start at zero, unless they are shared,
+            and other patterns have no gates.
+        rank: See `Plan`.
+        fine: Fraction of the encoder's depth that fine views run through. Deeper taps are read from
+            the coarse view only. By default all taps are read from both views, but "early" reads
+            its input from the coarse view, so that fine views stop after three eighths.
     """
-    taps, layers = shortcut_positions(vision_depth, language_depth, count, pattern)
-    if fine is not None and (
-        isinstance(fine, bool) or not isinstance(fine, int | float) or not 0 <= fine <= 1
-    ):
-        raise UserError(
-            f"fine is {fine!r}, but is a share of the encoder's depth, from 0 to 1; use for example"
-            " fine=0.4"
-        )
-    deepest = (
-        (max(taps) if pattern == "early" else vision_depth) if fine is None else fine * vision_depth
-    )
+    taps, layers = place_shortcuts(vision_depth, language_depth, count, pattern)
+    if fine is not None:
+        if isinstance(fine, bool) or not isinstance(fine, int | float) or not 0 <= fine <= 1:
+            raise UserError(
+                f"fine is {fine!r}, but is a fraction of the encoder's depth, from 0 to 1; use for"
+                " example fine=0.4"
+            )
+        deepest = fine * vision_depth
+    else:
+        deepest = max(taps) if pattern == "early" else vision_depth
     if gate == "default":
         gate = "zero_projector" if pattern == "early" and not shared else None
-    mixes = [mix if tap <= deepest else "pick" for tap in (vision_depth - 1, *taps)]
-    pairs = zip((-2, *taps), (0, *layers), mixes, strict=True)
-    tiles = tiles if any(m != "pick" for m in mixes) else 0
-    return Plan(tuple(Shortcut((t,), d, m) for t, d, m in pairs), tiles, shared, norm, gate, rank)
+    shortcuts = [Shortcut((-2,), 0, mix if vision_depth - 1 <= deepest else "pick")]
+    for tap, layer in zip(taps, layers, strict=True):
+        shortcuts.append(Shortcut((tap,), layer, mix if tap <= deepest else "pick"))
+    if all(s.mix == "pick" for s in shortcuts):
+        tiles = 0
+    return Plan(tuple(shortcuts), tiles, shared, norm, gate, rank)
 
 
 def sparsecut_input(vision_depth: int, language_depth: int, **options) -> Plan:
-    """The control for depth: `sparsecut` with the same taps and parameters, all added to the input
-    instead.
-    """
+    """The control for depth: the taps and parameters of `sparsecut`, all added to the input."""
     plan = sparsecut(vision_depth, language_depth, **options)
     return replace(plan, shortcuts=tuple(replace(s, layer=0) for s in plan.shortcuts))
 
 
+sparsecut_input.__signature__ = inspect.signature(sparsecut)
+
+
 def official_13b(vision_depth: int, language_depth: int, *, mix: str = "channels") -> Plan:
-    """The released code on its 40-layer decoder: eight shortcuts, one shared path, no norm and no
-    gate.
-    """
-    return _official(
-        zip((1, 4, 7, 10, 13, 16, 19, 22), (4, 9, 14, 19, 24, 29, 34, 39), strict=True), mix
-    )
+    """The released code on its 40-layer decoder: eight shortcuts, one shared path, no norm."""
+    taps = (1, 4, 7, 10, 13, 16, 19, 22)
+    layers = (4, 9, 14, 19, 24, 29, 34, 39)
+    return _make_official(taps, layers, mix)
 
 
 def official_7b_as_run(vision_depth: int, language_depth: int, *, mix: str = "channels") -> Plan:
-    """The released code as its scripts run it on 32 layers: the last two of eight shortcuts never
-    fire, so six are listed.
+    """The released code as its scripts run it on 32 layers.
+
+    The last two of its eight shortcuts never fire there, so six are listed.
     """
-    return _official(zip((1, 4, 7, 10, 13, 16), (4, 9, 14, 19, 24, 29), strict=True), mix)
+    taps = (1, 4, 7, 10, 13, 16)
+    layers = (4, 9, 14, 19, 24, 29)
+    return _make_official(taps, layers, mix)
 
 
-def _official(pairs, mix):
-    shortcuts = [Shortcut((-2,), 0, mix)] + [Shortcut((tap,), layer, mix) for tap, layer in pairs]
+def _make_official(taps: Iterable[int], layers: Iterable[int], mix: str) -> Plan:
+    shortcuts = [Shortcut((-2,), 0, mix)]
+    for tap, layer in zip(taps, layers, strict=True):
+        shortcuts.append(Shortcut((tap,), layer, mix))
     return Plan(tuple(shortcuts), tiles=2, shared=True, norm=False)
 
 
-sparsecut_input.__signature__ = inspect.signature(sparsecut)
 METHODS: dict[str, Callable[..., Plan]] = {
     method.__name__: method
     for method in (
@@ -160,65 +179,91 @@ METHODS: dict[str, Callable[..., Plan]] = {
 }
 
 
-def shortcut_positions(
+def _spread_reversed(vision_depth: int, language_depth: int, count: int) -> Positions:
+    taps, layers = spread_evenly(vision_depth, language_depth, count)
+    return taps[::-1], layers
+
+
+def _crowd_low(vision_depth: int, language_depth: int, count: int) -> Positions:
+    blocks = _skew(vision_depth, count)
+    return [block + 1 for block in blocks], _skew(language_depth, count)
+
+
+def _crowd_high(vision_depth: int, language_depth: int, count: int) -> Positions:
+    blocks = _skew(vision_depth, count)
+    layers = _skew(language_depth, count)
+    taps = [vision_depth - block for block in reversed(blocks)]
+    return taps, [language_depth - 1 - layer for layer in reversed(layers)]
+
+
+def _skew(depth: int, count: int) -> list[int]:
+    """`count` different numbers from 0 to `depth` - 1, more of them low."""
+    steps = max(count - 1, 1)
+    numbers = [round((depth - 1) * (k / steps) ** SKEW) for k in range(count)]
+    for k in range(1, count):  # crowded ends of shallow models would collide
+        numbers[k] = max(numbers[k], numbers[k - 1] + 1)
+    for k in reversed(range(count)):
+        numbers[k] = min(numbers[k], depth - count + k)
+    return numbers
+
+
+def _start_early(vision_depth: int, language_depth: int, count: int) -> Positions:
+    vision_reach = max(count, 3 * vision_depth // 8)
+    language_reach = max(count, language_depth // 2)
+    taps = [vision_reach - k * vision_reach // count for k in range(count)]
+    layers = [k * language_reach // count for k in range(count)]
+    return taps, layers
+
+
+PATTERNS: dict[str, Callable[[int, int, int], Positions]] = {
+    "sparse": spread_evenly,
+    "dense": spread_evenly,
+    "bottom": _crowd_low,
+    "top": _crowd_high,
+    "reversed": _spread_reversed,
+    "reversed_dense": _spread_reversed,
+    "early": _start_early,
+}
+
+
+def place_shortcuts(
     vision_depth: int, language_depth: int, count: int | None = None, pattern: str = "sparse"
-) -> tuple[list[int], list[int]]:
-    """Taps and decoder layers of `count` shortcuts under a pattern, both `count` long.
+) -> Positions:
+    """Return the taps of `count` shortcuts, and the decoder layers they are added to.
 
-    "sparse" spreads them evenly, "dense" adds to every decoder layer (as far as there are encoder
-    layers), "bottom" and "top" crowd the low or the high layers on both sides, "reversed" sends the
-    deepest encoder layer to the lowest decoder layer, and "reversed_dense" does both; these are the
-    paper's. "early" is ours: taps of the encoder's first three eighths, the deepest of them first,
-    into the first half of the decoder from the input on. By default count is 8 (4 for "early"), or
-    half the shallower depth if that is less.
+    The first six patterns are the paper's. "sparse" spreads shortcuts evenly, and "dense" takes as
+    many as there are layers. "bottom" and "top" crowd the low or the high layers on both sides.
+    "reversed" sends the deepest encoder layer to the lowest decoder layer, and "reversed_dense"
+    does both. "early" is ours: taps of the encoder's first three eighths, the deepest of them
+    first, into the first half of the decoder from the input on.
 
-    The even spread floor(k V / K) + 1 and floor((k + 1) L / K) - 1 gives the released lists for 24
-    and 40 layers. The skews follow the alternatives left in the released code's comments, which
-    begin with layer 0: the power 1.6 gives its encoder list exactly and its decoder lists to within
-    two layers.
+    "bottom" and "top" follow the alternatives in comments of the released code, which begin with
+    layer 0. The power 1.6 gives its encoder list exactly, and its decoder lists to within two
+    layers.
+
+    Args:
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+        count: By default 8, or 4 for "early", but at most half the shallower depth.
+        pattern: A key of `PATTERNS`.
+
+    Raises:
+        UserError: The pattern is not known, or the depths do not allow the count.
     """
-    if pattern not in PATTERNS:
-        raise UserError(
-            f"pattern {pattern!r} is not known{nearest(pattern, PATTERNS)}; allowed are"
-            f" {', '.join(PATTERNS)}"
-        )
+    check_choice("pattern", pattern, PATTERNS)
     most = min(vision_depth, language_depth)
+    is_dense = pattern.endswith("dense")
     if count is None:
-        count = (
-            most
-            if pattern.endswith("dense")
-            else min(4 if pattern == "early" else 8, max(1, most // 2))
-        )
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
+        usual = 4 if pattern == "early" else 8
+        count = most if is_dense else min(usual, max(1, most // 2))
+    if not is_whole_number(count) or not 1 <= count <= most:
         raise UserError(
             f"count is {count!r}, but {vision_depth} encoder and {language_depth} decoder layers"
             f" allow 1 to {most} shortcuts with a layer each; choose a count in that range"
         )
-    if pattern.endswith("dense") and count != most:
+    if is_dense and count != most:
         raise UserError(
-            f"pattern {pattern!r} uses all {most} shortcuts these depths allow; leave count out or"
-            " use 'sparse'"
+            f"count is {count}, but pattern {pattern!r} uses all {most} shortcuts that these depths"
+            " allow; leave count out or use 'sparse'"
         )
-    if pattern == "early":
-        reach = max(count, 3 * vision_depth // 8)
-        depth = max(count, language_depth // 2)
-        return [reach - k * reach // count for k in range(count)], [
-            k * depth // count for k in range(count)
-        ]
-    if pattern in ("bottom", "top"):
-        return [b + 1 for b in _skewed(vision_depth, count, pattern)], _skewed(
-            language_depth, count, pattern
-        )
-    taps = [k * vision_depth // count + 1 for k in range(count)]
-    layers = [(k + 1) * language_depth // count - 1 for k in range(count)]
-    return (taps[::-1] if pattern.startswith("reversed") else taps), layers
-
-
-def _skewed(depth: int, count: int, pattern: str) -> list[int]:
-    power, steps = 1.6, max(count - 1, 1)
-    low = [round((depth - 1) * (k / steps) ** power) for k in range(count)]
-    for k in range(1, count):  # crowded ends of shallow models would collide
-        low[k] = max(low[k], low[k - 1] + 1)
-    for k in range(count - 1, -1, -1):
-        low[k] = min(low[k], depth - count + k)
-    return low if pattern == "bottom" else [depth - 1 - b for b in reversed(low)]
+    return PATTERNS[pattern](vision_depth, language_depth, count)

@@ -13,7 +13,7 @@ from sparsecut.methods import (
     make_plan,
     official_7b_as_run,
     official_13b,
-    shortcut_positions,
+    place_shortcuts,
     sparsecut,
 )
 from sparsecut.plan import Plan, Shortcut
@@ -51,14 +51,14 @@ def test_the_released_lists_come_out_of_the_even_spread():
 @pytest.mark.parametrize("depths", [(24, 32), (24, 40), (8, 6), (12, 12), (2, 2)])
 def test_every_pattern_fits_every_depth(pattern, depths):
     plan = make_plan({"method": "sparsecut", "pattern": pattern}, *depths)
-    taps, layers = shortcut_positions(*depths, pattern=pattern)
+    taps, layers = place_shortcuts(*depths, pattern=pattern)
     assert len(set(layers)) == len(layers) == len(taps) == len(plan.shortcuts) - 1
     assert sorted(layers) == layers and all(1 <= t <= depths[0] for t in taps)
 
 
 def test_patterns_are_what_they_are_called():
     def positions(pattern):
-        return shortcut_positions(24, 32, 8, pattern)
+        return place_shortcuts(24, 32, 8, pattern)
 
     sparse, bottom, top, back = (positions(p) for p in ("sparse", "bottom", "top", "reversed"))
     assert bottom[0] == [
@@ -73,7 +73,7 @@ def test_patterns_are_what_they_are_called():
     ]  # the list that stands in the released code's comments, plus one
     assert sum(bottom[1]) < sum(sparse[1]) < sum(top[1]) and sum(bottom[0]) < sum(top[0])
     assert back == (sparse[0][::-1], sparse[1])
-    assert shortcut_positions(24, 24, pattern="dense")[1] == list(range(24))
+    assert place_shortcuts(24, 24, pattern="dense")[1] == list(range(24))
 
 
 def test_the_control_has_the_same_taps_at_the_input():
