@@ -22,15 +22,15 @@ def build(
     method_options: MethodOptions = None,
 ) -> None:
     """Join a vision encoder and a language model by an untrained fusion."""
-    from .plan_argument import describe, read_plan, refuse_model_in
+    from .plan_argument import check_no_model, describe_model, read_plan
 
     spec = read_plan(plan, method_options or [])
-    refuse_model_in(out)
+    check_no_model(out)
     from ..building import build, save
 
     model, processor = build(vision, language, spec, view_size=view_size)
     save(model, processor, out)
-    typer.echo(f"{describe(model)}\n\nwrote {out}; its fusion is untrained")
+    typer.echo(f"{describe_model(model)}\n\nwrote {out}; its fusion is untrained")
 
 
 @app.command()
@@ -47,10 +47,10 @@ def upgrade(
     ] = False,
 ) -> None:
     """Add untrained shortcuts to a pretrained VLM. Until trained, it answers exactly as before."""
-    from .plan_argument import describe, read_plan, refuse_model_in
+    from .plan_argument import check_no_model, describe_model, read_plan
 
     spec = read_plan(plan or "sparsecut", method_options or []) if plan or method_options else None
-    refuse_model_in(out)
+    check_no_model(out)
     from ..building import save
     from ..profiling.upgraded import count_upgrade, describe_cost
     from ..upgrading import upgrade
@@ -61,7 +61,7 @@ def upgrade(
     else:
         model.save_fusion(out)
     cost = describe_cost(count_upgrade(model, processor))
-    typer.echo(f"{describe(model)}\n\n{cost}\n\nwrote {out}; its shortcuts are untrained")
+    typer.echo(f"{describe_model(model)}\n\n{cost}\n\nwrote {out}; its shortcuts are untrained")
 
 
 @app.command()
@@ -82,10 +82,10 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a checkpoint of the released SparseCut code into a model of this library."""
-    from .plan_argument import describe, numbers
+    from .plan_argument import describe_model, parse_numbers
 
-    pairs = {"taps": numbers("--taps", taps), "layers": numbers("--layers", layers)}
+    pairs = {"taps": parse_numbers("--taps", taps), "layers": parse_numbers("--layers", layers)}
     from ..conversion.checkpoint import convert
 
     model, _ = convert(checkpoint, out, vision=vision, fusion=fusion, **pairs)
-    typer.echo(f"{describe(model)}\n\nwrote {out}")
+    typer.echo(f"{describe_model(model)}\n\nwrote {out}")

@@ -1,6 +1,4 @@
-"""From what a user types to a plan and its drawing: a method's name, a file, or a saved model's
-folder.
-"""
+"""What a user types for a plan: a method's name, a file, or a saved model's folder."""
 
 from __future__ import annotations
 
@@ -14,86 +12,185 @@ from ..methods import METHODS, make_plan
 from ..plan import Plan
 from ..schema import UserError, nearest
 
-DEPTHS = 24, 32  # CLIP-L and a 7B language model
+DEFAULT_DEPTHS = (24, 32)  # CLIP-L and a 7B language model
 SHAPES_FOLDER = Path(__file__).parents[1] / "shapes" / "weights"
-FILES = (".yaml", ".yml", ".json")
+FILE_TYPES = (".yaml", ".yml", ".json")
 
 
-def sketch(
-    what: str, vision_depth: int | None, language_depth: int | None, options: list[str]
+def draw_argument(
+    argument: str, vision_depth: int | None, language_depth: int | None, options: list[str]
 ) -> tuple[Plan, str]:
-    """The plan of a method, a file or a model, and its drawing; depths that are not given come from
-    the models, if they are near.
-    """
-    if (vision_depth is not None and vision_depth < 1) or (
-        language_depth is not None and language_depth < 1
-    ):
-        raise UserError(
-            f"the depths are {vision_depth} and {language_depth}, but must be at least 1"
-        )
-    if (
-        what not in METHODS and Path(what).is_dir()
-    ):  # a method may share its name with a folder here
-        return _saved(what, vision_depth, language_depth, options)
-    found = _near_depths(what)
-    depths = vision_depth or found[0] or DEPTHS[0], language_depth or found[1] or DEPTHS[1]
-    plan = make_plan(read_plan(what, options), *depths)
-    return plan, draw(plan, *depths, title=what)
+    """Draw the plan of a method, a file or a saved model.
 
+    Args:
+        argument: A method's name, the path of a recipe or plan, or a saved model's folder.
+        vision_depth: Number of encoder blocks. None takes the recipe's model's, if it is on this
+            machine, else 24.
+        language_depth: Number of decoder layers. None takes the model's in the same way, else 32.
+        options: A method's options, as "key=value".
 
-def read_plan(what: str, options: list[str]) -> str | dict:
-    """What `make_plan` takes: a method with options ("key=value"), or the plan of a file, alone or
-    as a recipe's `fusion`.
+    Returns:
+        The plan, and its drawing.
+
+    Raises:
+        UserError: There is no such plan, or it does not fit the depths.
     """
-    if not what.endswith(FILES):
-        if what not in METHODS:
+    for depth in (vision_depth, language_depth):
+        if depth is not None and depth < 1:
+            raise UserError(f"a depth of {depth} was given, but models have at least 1 layer")
+    # A method may share its name with a folder here.
+    if argument not in METHODS and Path(argument).is_dir():
+        if vision_depth is not None or language_depth is not None or options:
             raise UserError(
-                f"{what!r} is no method{nearest(what, METHODS)}, no file and no saved model's"
-                f" folder; methods are {', '.join(METHODS)}"
+                f"{argument} is a saved model with depths and a plan of its own; leave out depths"
+                " and options"
             )
-        spec = {"method": what}
+        return _draw_saved(Path(argument))
+    found_depths = _find_depths(argument)
+    vision_depth = vision_depth or found_depths[0] or DEFAULT_DEPTHS[0]
+    language_depth = language_depth or found_depths[1] or DEFAULT_DEPTHS[1]
+    plan = make_plan(read_plan(argument, options), vision_depth, language_depth)
+    return plan, draw(plan, vision_depth, language_depth, title=argument)
+
+
+def read_plan(argument: str, options: list[str]) -> dict:
+    """Read what `make_plan` takes from a method's name or a file.
+
+    Args:
+        argument: A method's name, or the path of a plan or of a recipe, whose `fusion` is taken.
+        options: Options as "key=value", which replace those of the file.
+
+    Raises:
+        UserError: There is no such method or file, or an option is not "key=value".
+    """
+    if argument.endswith(FILE_TYPES):
+        spec = _read_file(argument)
+    elif argument in METHODS:
+        spec = argument
     else:
-        spec = _from_file(what)
-        spec = {"method": spec} if isinstance(spec, str) else spec
+        raise UserError(
+            f"{argument!r} is no method{nearest(argument, METHODS)}, no file and no saved model's"
+            f" folder; methods are {', '.join(METHODS)}"
+        )
+    spec = {"method": spec} if isinstance(spec, str) else dict(spec)
     for option in options:
         key, equals, value = option.partition("=")
         if not key or not equals:
             raise UserError(f"the option {option!r} is not key=value; write for example count=4")
-        spec = {**spec, key: read_yaml(value, f"option {key}")}
+        spec[key] = read_yaml(value, f"option {key}")
     return spec
 
 
-def describe(model) -> str:
-    """A built model: its plan drawn, image tokens and parameters."""
-    config = model.config
-    patches = getattr(
-        config, "num_patches", None
-    )  # a base that was upgraded has a geometry of its own
-    drawing = draw(model.plan, config.vision_depth, config.language_depth, num_patches=patches)
-    counts = {
-        part: sum(p.numel() for p in values)
-        for part, values in model.parameter_groups().items()
-        if part != "head"
-    }
-    return "\n".join(
-        [drawing, *(f"  {part:13} {count:,} parameters" for part, count in counts.items())]
-    )
+def _read_file(file: str) -> str | dict:
+    """The plan of a plan file or a recipe."""
+    if not Path(file).is_file():
+        raise UserError(
+            f"there is no file {file}; give a recipe or plan, or one of the methods"
+            f" {', '.join(METHODS)}"
+        )
+    values = _read_yaml_file(file)
+    if isinstance(values, dict) and "stages" in values:
+        recipe = parse_recipe(values, name=file)
+        if recipe.fusion is None:
+            raise UserError(
+                f"{file} leaves the plan to its base, {recipe.model.base}; give that if it is a"
+                " saved model, or add `fusion`"
+            )
+        return recipe.fusion
+    if not isinstance(values, dict) or not {"method", "shortcuts"} & set(values):
+        raise UserError(
+            f"{file} holds neither a recipe (stages: ...) nor a plan (method: ... or shortcuts:"
+            " ...)"
+        )
+    return values
 
 
-def as_json(plan: Plan) -> str:
-    """A plan as JSON with one shortcut a line."""
-    plain = plan.to_dict()
-    shortcuts = ",\n".join(f"  {json.dumps(s)}" for s in plain.pop("shortcuts"))
-    rest = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in plain.items())
-    return f'{{\n{rest},\n "shortcuts": [\n{shortcuts}\n ]\n}}'
+def _read_yaml_file(file: str):
+    return read_yaml(Path(file).read_text(encoding="utf-8"), file)
 
 
-def numbers(name: str, text: str | None) -> list[int] | None:
-    """Whole numbers with commas between them; "none" is an empty list, and nothing stays
-    nothing.
+def _draw_saved(folder: Path) -> tuple[Plan, str]:
+    """The plan of a saved model, or of shortcuts that are saved without their base."""
+    fusion_file = folder / "fusion.json"
+    if fusion_file.is_file():
+        facts = json.loads(fusion_file.read_text(encoding="utf-8"))
+        plan = Plan.from_dict(facts["plan"])
+        title = f"{folder}, shortcuts of {facts['base']}"
+        return plan, draw(plan, *facts["depths"], title=title)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} holds no config.json, so it is not a saved model; give the folder that"
+            " holds one"
+        )
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    return config.get_plan(), _draw_config(config.get_plan(), config, title=str(folder))
+
+
+def _draw_config(plan: Plan, config, title: str | None = None) -> str:
+    # An upgraded model has its base's geometry, so its configuration has no patches.
+    patches = getattr(config, "num_patches", None)
+    depths = (config.vision_depth, config.language_depth)
+    return draw(plan, *depths, num_patches=patches, title=title)
+
+
+def _find_depths(argument: str) -> tuple[int | None, int | None]:
+    """Depths of a recipe's two models, None for each that is not on this machine."""
+    file = Path(argument)
+    if file.suffix not in FILE_TYPES or not file.is_file():
+        return None, None
+    values = _read_yaml_file(argument)
+    if not isinstance(values, dict) or "stages" not in values:
+        return None, None
+    model = parse_recipe(values, name=argument).model
+    return _read_depth(model.vision, "vision"), _read_depth(model.language, "language")
+
+
+def _read_depth(source: str | None, part: str) -> int | None:
+    if source is None:
+        return None
+    folder = SHAPES_FOLDER / part if source == "shapes" else Path(expand_path(source))
+    if not (folder / "config.json").is_file():
+        return None
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    return getattr(config, f"{part}_config", config).get_text_config().num_hidden_layers
+
+
+def describe_model(model) -> str:
+    """Return a built model's drawing, with its image tokens and parameters."""
+    lines = [_draw_config(model.plan, model.config)]
+    for part, parameters in model.parameter_groups().items():
+        if part != "head":
+            count = sum(parameter.numel() for parameter in parameters)
+            lines.append(f"  {part:13} {count:,} parameters")
+    return "\n".join(lines)
+
+
+def format_json(plan: Plan) -> str:
+    """Return a plan as JSON with one shortcut a line."""
+    values = plan.to_dict()
+    shortcuts = [f"  {json.dumps(shortcut)}" for shortcut in values.pop("shortcuts")]
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in values.items()]
+    return "\n".join(["{", *lines, ' "shortcuts": [', ",\n".join(shortcuts), " ]", "}"])
+
+
+def parse_numbers(name: str, text: str | None) -> list[int] | None:
+    """Parse whole numbers with commas between them.
+
+    Args:
+        name: The option's name, for errors.
+        text: What was typed. "none" gives an empty list, and None stays None.
+
+    Raises:
+        UserError: The text holds something else.
     """
-    if text is None or text == "none":
-        return None if text is None else []
+    if text is None:
+        return None
+    if text == "none":
+        return []
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
@@ -102,82 +199,7 @@ def numbers(name: str, text: str | None) -> list[int] | None:
         ) from None
 
 
-def refuse_model_in(out: Path) -> None:
-    """Raise ValueError where a folder holds a model that would be written over."""
+def check_no_model(out: Path) -> None:
+    """Raise UserError where a folder holds a model that would be written over."""
     if (out / "config.json").exists() or (out / "fusion.json").exists():
         raise UserError(f"{out} holds a model already; choose another folder or remove it first")
-
-
-def _from_file(what: str) -> str | dict:
-    path = Path(what)
-    if not path.is_file():
-        raise UserError(
-            f"there is no file {what}; give a recipe or plan, or one of the methods"
-            f" {', '.join(METHODS)}"
-        )
-    plain = read_yaml(path.read_text(encoding="utf-8"), what)
-    if isinstance(plain, dict) and "stages" in plain:
-        recipe = parse_recipe(plain, name=what)
-        if recipe.fusion is None:
-            raise UserError(
-                f"{what} leaves the plan to its base, {recipe.model.base}; give that if it is a"
-                " saved model, or add `fusion`"
-            )
-        return recipe.fusion
-    if not isinstance(plain, dict) or not {"method", "shortcuts"} & set(plain):
-        raise UserError(
-            f"{what} holds neither a recipe (stages: ...) nor a plan (method: ... or shortcuts:"
-            " ...)"
-        )
-    return plain
-
-
-def _saved(
-    folder: str, vision_depth: int | None, language_depth: int | None, options: list[str]
-) -> tuple[Plan, str]:
-    """A saved model's own plan and depths, read from its config.json."""
-    if vision_depth is not None or language_depth is not None or options:
-        raise UserError(
-            f"{folder} is a saved model with depths and a plan of its own; leave out depths and"
-            " options"
-        )
-    if (apart := Path(folder) / "fusion.json").is_file():  # shortcuts kept apart from their base
-        facts = json.loads(apart.read_text(encoding="utf-8"))
-        plan, depths = Plan.from_dict(facts["plan"]), facts["depths"]
-        return plan, draw(plan, *depths, title=f"{folder}, shortcuts of {facts['base']}")
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(
-            f"{folder} holds no config.json, so it is not a saved model; give the folder that"
-            " holds one"
-        )
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder)
-    plan, patches = config.get_plan(), getattr(config, "num_patches", None)
-    return plan, draw(
-        plan, config.vision_depth, config.language_depth, num_patches=patches, title=folder
-    )
-
-
-def _near_depths(what: str) -> tuple[int | None, int | None]:
-    """Depths of a recipe's two models, where these are on this machine; None for others."""
-    path = Path(what)
-    if path.suffix not in FILES or not path.is_file():
-        return None, None
-    plain = read_yaml(path.read_text(encoding="utf-8"), what)
-    if not isinstance(plain, dict) or "stages" not in plain:
-        return None, None
-    model = parse_recipe(plain, name=what).model
-    return _depth(model.vision, "vision"), _depth(model.language, "language")
-
-
-def _depth(source: str | None, part: str) -> int | None:
-    if source is None:
-        return None
-    folder = SHAPES_FOLDER / part if source == "shapes" else expand_path(source)
-    if not (Path(folder) / "config.json").is_file():
-        return None
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder)
-    return getattr(config, f"{part}_config", config).get_text_config().num_hidden_layers

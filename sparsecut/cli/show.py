@@ -27,7 +27,7 @@ def show(
     ] = False,
 ) -> None:
     """Draw a plan: which layers are read, how they are mixed, where they are added."""
-    from .plan_argument import as_json, sketch
+    from .plan_argument import draw_argument, format_json
 
-    plan, drawing = sketch(what, vision_depth, language_depth, method_options or [])
-    typer.echo(as_json(plan) if json else drawing)
+    plan, drawing = draw_argument(what, vision_depth, language_depth, method_options or [])
+    typer.echo(format_json(plan) if json else drawing)

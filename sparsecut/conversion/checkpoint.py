@@ -1,4 +1,4 @@
-"""A folder that the released SparseCut code saved, turned into one of ours."""
+"""A folder that the released SparseCut code saved, converted into one of this library."""
 
 from __future__ import annotations
 
@@ -22,17 +22,14 @@ from ..building import save
 from ..modeling import SparseCutForConditionalGeneration
 from ..processing import SparseCutProcessor
 from ..schema import UserError
-from .released import MIXES, TAPS, VISION, from_official
+from .released import MIXES, TAPS, VISION, from_released
 
 IMAGE_TOKEN = "<image>"
-LLAMA = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - {
-    "architectures",
-    "model_type",
-    "transformers_version",
-}
-FORMS = ("*.safetensors", "pytorch_model*.bin")
+IDENTITY = {"architectures", "model_type", "transformers_version"}  # not settings of a model
+LLAMA_KEYS = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - IDENTITY
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
-# What the released code was trained and asked with; a first system turn replaces its opening words.
+# The prompt that the released code is trained with. A first system turn replaces its opening.
 VICUNA = """\
 {%- set ns = namespace(system='A chat between a curious user and an artificial intelligence assistant. \
 The assistant gives helpful, detailed, and polite answers to the user\\'s questions.') -%}
@@ -57,43 +54,43 @@ def convert(
     taps: list[int] | None = None,
     layers: list[int] | None = None,
 ) -> tuple[SparseCutForConditionalGeneration, SparseCutProcessor]:
-    """Read a released checkpoint, write it to `out` as a model that `load` and the Auto classes
-    read, and return both parts.
+    """Convert a released checkpoint into a model that `load` and the Auto classes read.
 
-    vision: hub name or folder of the vision tower, for its configuration, its image processor and,
-    where the checkpoint does not hold them, its weights. fusion, taps, layers: as in
-    `official.from_official`; None takes what the checkpoint's config.json says (mm_projector_type,
-    feature_order_reverse) and the released lists. Nothing is written if anything is wrong.
+    Nothing is written if anything is wrong.
+
+    Args:
+        checkpoint: The folder that the released code saved.
+        out: The folder to write.
+        vision: Hub name or folder of the vision tower. It gives the configuration, the image
+            processor, and the weights if the checkpoint does not hold them.
+        fusion: The released projector. None takes the checkpoint's `mm_projector_type`.
+        taps: See `released.make_released_plan`. None takes the released list, reversed where the
+            checkpoint has `feature_order_reverse`.
+        layers: See `released.make_released_plan`.
+
+    Returns:
+        The model and its processor.
+
+    Raises:
+        UserError: The checkpoint, or what is given with it, cannot be converted.
     """
-    checkpoint, out = Path(checkpoint), Path(out)
+    checkpoint = Path(checkpoint)
+    out = Path(out)
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a model already; choose another folder or remove it first")
     settings = read_settings(checkpoint)
-    vision_config = AutoConfig.from_pretrained(vision)
-    vision_config = getattr(
-        vision_config, "vision_config", vision_config
-    )  # a two-tower checkpoint such as CLIP's
+    fusion = _check_fusion(fusion or settings.get("mm_projector_type"))
+    vision_config = _read_vision_config(vision)
     input_tap = settings.get("mm_vision_select_layer", -2)
     if settings.get("feature_order_reverse"):
         input_tap = 0  # the released code takes the input from the other end, too
-        taps = [vision_config.num_hidden_layers - 1 - tap for tap in TAPS] if taps is None else taps
-    fusion = fusion or settings.get("mm_projector_type")
-    if fusion not in MIXES:
-        raise UserError(
-            f"the checkpoint's fusion is {fusion!r}, which is none of the released code's"
-            f" projectors ({', '.join(MIXES)}); name the right one with --fusion"
-        )
-    tokenizer, image_processor = (
-        AutoTokenizer.from_pretrained(checkpoint),
-        AutoImageProcessor.from_pretrained(vision),
-    )
-    text_config = LlamaConfig(**{key: value for key, value in settings.items() if key in LLAMA})
-    token_id = add_image_token(tokenizer, text_config.vocab_size)
-    weights = read_weights(checkpoint)
-    if not any(name.startswith(VISION) for name in weights):
-        weights |= tower_weights(vision, vision_config)
-    model = from_official(
-        weights,
+        last = vision_config.num_hidden_layers - 1
+        taps = [last - tap for tap in TAPS] if taps is None else taps
+    tokenizer = _read_tokenizer(checkpoint)
+    text_config = LlamaConfig(**{key: settings[key] for key in settings if key in LLAMA_KEYS})
+    image_token_id = add_image_token(tokenizer, text_config.vocab_size)
+    model = from_released(
+        _read_all_weights(checkpoint, vision, vision_config),
         vision_config=vision_config,
         text_config=text_config,
         fusion=fusion,
@@ -101,25 +98,67 @@ def convert(
         layers=layers,
         input_tap=input_tap,
     )
-    model.config.image_token_id = token_id
-    if (checkpoint / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+    model.config.image_token_id = image_token_id
+    model.generation_config = _read_generation_config(checkpoint, model.generation_config)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    processor = SparseCutProcessor(
-        image_processor,
+    processor = _build_processor(model, tokenizer, vision)
+    save(model, processor, out)
+    return model, processor
+
+
+def _check_fusion(fusion: str | None) -> str:
+    if fusion not in MIXES:
+        raise UserError(
+            f"the checkpoint's fusion is {fusion!r}, but the released code's projectors are"
+            f" {', '.join(MIXES)}; name the right one with --fusion"
+        )
+    return fusion
+
+
+def _build_processor(
+    model: SparseCutForConditionalGeneration, tokenizer, vision: str
+) -> SparseCutProcessor:
+    return SparseCutProcessor(
+        AutoImageProcessor.from_pretrained(vision),
         tokenizer,
         image_size=model.config.image_size,
         tiles=model.plan.tiles,
         num_image_tokens=model.config.num_image_tokens,
         image_token=IMAGE_TOKEN,
     )
-    save(model, processor, out)
-    return model, processor
+
+
+def _read_vision_config(vision: str) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(vision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the vision tower {vision} cannot be read ({error}); give its hub name or folder"
+        ) from error
+    return getattr(config, "vision_config", config)  # of a two-tower checkpoint such as CLIP's
+
+
+def _read_tokenizer(checkpoint: Path):
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{checkpoint} holds no tokenizer that can be read ({error}); give the folder that the"
+            " released code saved"
+        ) from error
+
+
+def _read_generation_config(checkpoint: Path, default: GenerationConfig) -> GenerationConfig:
+    if (checkpoint / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(checkpoint)
+    return default
 
 
 def read_settings(checkpoint: Path) -> dict:
-    """The checkpoint's config.json; ValueError where it is missing or asks for what the model here
-    does not do.
+    """Return the checkpoint's config.json.
+
+    Raises:
+        UserError: The file is missing, broken, or asks for something that is not supported.
     """
     file = checkpoint / "config.json"
     if not file.is_file():
@@ -127,55 +166,80 @@ def read_settings(checkpoint: Path) -> dict:
             f"{checkpoint} holds no config.json; give the folder that the released code saved, with"
             " config.json, weights and tokenizer files"
         )
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON: {error}; copy it again") from None
     if settings.get("mm_vision_select_feature", "patch") != "patch":
         raise UserError(
-            f"{file} wants the class token among the patches, which none of the released projectors"
-            " can take"
+            f"{file} has mm_vision_select_feature={settings['mm_vision_select_feature']!r}, which"
+            " puts the class token among the patches; only 'patch' can be converted"
         )
     if settings.get("mm_use_im_start_end"):
         raise UserError(
-            f"{file} wants tokens around every picture (mm_use_im_start_end), which a conversion"
-            " does not add"
+            f"{file} has mm_use_im_start_end=true, tokens around every image; only checkpoints"
+            " without them can be converted"
         )
     return settings
 
 
+def _read_all_weights(
+    checkpoint: Path, vision: str, vision_config: PreTrainedConfig
+) -> dict[str, Tensor]:
+    weights = read_weights(checkpoint)
+    if not any(name.startswith(VISION) for name in weights):
+        tower = AutoModel.from_pretrained(vision, config=vision_config)
+        weights |= {VISION + name: tensor for name, tensor in tower.state_dict().items()}
+    return weights
+
+
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder, from safetensors files or, where there are none,
-    pytorch_model*.bin.
+    """Return all tensors of a checkpoint folder.
+
+    They are read from safetensors files or, where there are none, from pytorch_model*.bin.
+
+    Raises:
+        UserError: There are none of either.
     """
-    for form in FORMS:
+    for pattern in WEIGHT_FILES:
         weights = {}
-        for file in sorted(checkpoint.glob(form)):
-            weights |= load_file(file) if file.suffix == ".safetensors" else _load_pickled(file)
+        for file in sorted(checkpoint.glob(pattern)):
+            weights |= _read_file(file)
         if weights:
             return weights
-    raise UserError(f"{checkpoint} holds no weights; files named {' or '.join(FORMS)} are needed")
+    raise UserError(
+        f"{checkpoint} holds no weights; files named {' or '.join(WEIGHT_FILES)} are needed"
+    )
 
 
-def _load_pickled(file: Path) -> dict[str, Tensor]:
+def _read_file(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        return load_file(file)
     return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
 
 
-def tower_weights(vision: str, config: PreTrainedConfig) -> dict[str, Tensor]:
-    """A vision tower's own weights under the names that the released code gives them."""
-    tower = AutoModel.from_pretrained(vision, config=config)
-    return {VISION + name: tensor for name, tensor in tower.state_dict().items()}
-
-
 def add_image_token(tokenizer, vocab_size: int) -> int:
-    """Give a released tokenizer the placeholder, padding on the left and a template where it has
-    none; returns the token's id.
+    """Add the image placeholder to a released tokenizer.
+
+    It also gets padding on the left, and a padding token and a chat template if it has none.
+
+    Args:
+        tokenizer: The tokenizer, which is changed.
+        vocab_size: The vocabulary size of the checkpoint's config.json.
+
+    Returns:
+        The placeholder's id.
+
+    Raises:
+        UserError: The tokenizer has more tokens than the checkpoint.
     """
     if len(tokenizer) > vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, but the checkpoint's config.json says"
-            f" vocab_size={vocab_size}; the files do not belong together"
+            f" vocab_size={vocab_size}; give files that belong together"
         )
-    tokenizer.add_special_tokens(
-        {"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False
-    )
+    tokens = {"extra_special_tokens": [IMAGE_TOKEN]}
+    tokenizer.add_special_tokens(tokens, replace_extra_special_tokens=False)
     tokenizer.padding_side = "left"  # generation continues from the last column
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

@@ -71,7 +71,7 @@ def test_cost_compares_plans_on_a_base(base, tmp_path):
 
 
 def test_mistakes_are_told_before_anything_is_written(base, tmp_path):
-    with pytest.raises(ValueError, match="upgraded by shortcuts beside its own input"):
+    with pytest.raises(ValueError, match="no shortcut"):
         run("upgrade", "base", "--out", "new", "--plan", "llava")
     with pytest.raises(ValueError, match="holds a model already"):
         run("upgrade", "base", "--out", "base")
