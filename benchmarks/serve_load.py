@@ -120,7 +120,7 @@ def answer_alone(path: str, examples: list[Example], length: int) -> list[Questi
         text = example.messages[0]["content"]
         content = text.replace(IMAGE, processor.image_token)
         prompt = render_prompt(processor, [{"role": "user", "content": content}])
-        inputs = prepare_inputs(model, processor, [prompt], [example.pictures()])
+        inputs = prepare_inputs(model, processor, [prompt], [example.load_images()])
         output = model.generate(**inputs, generation_config=config)
         answer = decode_answers(processor, inputs, output)[0]
         questions.append(Question(build_messages(example), answer))

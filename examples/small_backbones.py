@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerFast as Fast
 
-from sparsecut.data.dataset import read_examples
+from sparsecut.data.examples import read_examples
 
 out, images, *files = sys.argv[1:]
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}

@@ -39,7 +39,10 @@ from transformers.processing_utils import ProcessorMixin
 
 import sparsecut
 from sparsecut.config.recipe import Source, parse_recipe
-from sparsecut.data.dataset import Collator, TrainingData, read_source
+from sparsecut.data.collator import Collator
+from sparsecut.data.dataset import TrainingData
+from sparsecut.data.encoding import example_encoder
+from sparsecut.data.examples import read_source
 from sparsecut.evaluation.evaluator import evaluate
 
 LLAVA_TEMPLATE = (  # as of llava-hf/llava-1.5-7b-hf
@@ -243,9 +246,10 @@ def train_plainly(model, processor, examples, steps: int, seed: int = 0) -> None
         dataloader_pin_memory=False,
         **settings(steps, 1e-3),
     )
+    encoder = example_encoder(processor)
     data = {
-        "train_dataset": TrainingData(examples, processor),
-        "data_collator": Collator(processor),
+        "train_dataset": TrainingData(examples, encoder),
+        "data_collator": Collator(encoder),
     }
     Trainer(model.train(), args, **data).train()
     model.eval()

@@ -34,11 +34,6 @@ def get_tokens_per_image(processor) -> int | None:
     return processor.num_image_tokens
 
 
-def is_fixed(processor) -> bool:
-    """Whether `get_tokens_per_image` gives a number."""
-    return get_tokens_per_image(processor) is not None
-
-
 def get_chat_template(processor) -> str | None:
     """Return the chat template of a processor or of its tokenizer; None where neither has one."""
     template = processor.chat_template or processor.tokenizer.chat_template

@@ -1,8 +1,8 @@
-"""Records in LLaVA's conversation format, read from JSON, JSON Lines or Parquet, each checked as
-far as text goes.
+"""Records in LLaVA's conversation format, read from files and checked as far as text goes.
 
-A record is `{"id", "image": name or list of names, "conversations": [{"from": "human" | "gpt" | "system", "value"}]}`, with one
-`<image>` in a human turn for every picture. `group` and `level` are optional and kept for scoring.
+A record is `{"id", "image": name or list of names, "conversations": [{"from": "human" | "gpt" |
+"system", "value"}]}`, with one `<image>` in a human turn for every image. `group` and `level` are
+optional and kept for scoring.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -18,10 +19,10 @@ from ..config.recipe import Source
 from ..config.yaml_io import expand_path
 from ..schema import UserError, nearest
 from .errors import RecordError
-from .images import Pictures, open_bytes
-from .readers import files_of, read_records, store_of
+from .images import ImageStore, decode_image
+from .readers import find_files, name_type, open_image_store, read_records
 
-IMAGE = "<image>"
+IMAGE = "<image>"  # the placeholder in a record's text
 ROLES = {
     "human": "user",
     "user": "user",
@@ -33,11 +34,17 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation: messages [{"role", "content"}] with `<image>` in user contents, and its
-    pictures' names (or bytes).
+    """One conversation.
 
-    source says where it stands, as in "train.jsonl line 7"; `pictures` opens what `images` names.
-    skip: a broken picture is no error.
+    Attributes:
+        id: The record's id.
+        images: Names of the images in `store`, or their encoded bytes.
+        messages: {"role", "content"} of every turn, with `<image>` in user contents.
+        group: What a score is told apart by, such as a category.
+        level: A second such name, for levels of difficulty.
+        source: Where the record stands, such as "train.jsonl line 7".
+        store: Opens the images that have names.
+        skip: Whether the record is left out, in place of an error, where an image is broken.
     """
 
     id: str
@@ -46,7 +53,7 @@ class Example:
     group: str | None = None
     level: str | None = None
     source: str = ""
-    store: Pictures | None = field(default=None, repr=False, compare=False)
+    store: ImageStore | None = field(default=None, repr=False, compare=False)
     skip: bool = field(default=False, repr=False, compare=False)
 
     @property
@@ -54,66 +61,92 @@ class Example:
         """Where the record stands, or its id where that is not known."""
         return self.source or self.id
 
-    def pictures(self) -> list[Image.Image]:
-        """The pictures in RGB, in order; ValueError naming the record where one is missing or
-        broken.
-        """
+    def get_messages(self, image_token: str) -> list[dict[str, str]]:
+        """Return the messages with a processor's placeholder in place of `<image>`."""
+        messages = []
+        for message in self.messages:
+            content = message["content"].replace(IMAGE, image_token)
+            messages.append({**message, "content": content})
+        return messages
+
+    def load_images(self) -> list[Image.Image]:
+        """Return the images in RGB, in order; RecordError where one is missing or broken."""
         try:
-            return [
-                open_bytes(i) if isinstance(i, bytes) else self.store.open(i) for i in self.images
-            ]
+            return [self._load_image(image) for image in self.images]
         except UserError as error:
             raise RecordError(self.place, str(error)) from None
 
-    def check_pictures(self) -> None:
-        """Raise ValueError unless every picture is there; none is opened."""
+    def _load_image(self, image: str | bytes) -> Image.Image:
+        return decode_image(image) if isinstance(image, bytes) else self.store.load(image)
+
+    def check_images(self) -> None:
+        """Raise RecordError unless every image is there; none is opened."""
         for name in self.images:
             if isinstance(name, str) and name not in self.store:
-                raise RecordError(
-                    self.place,
-                    f"there is no picture {name} in {self.store.path}; add it or correct the"
-                    " record's `image`",
-                )
+                raise RecordError(self.place, self.store.describe_missing(name))
 
 
 def read_source(source: Source, problems: list[RecordError]) -> list[Example]:
-    """Examples of a recipe's source; with on_error "skip", sentences about bad records are appended
-    to `problems`.
+    """Return the examples of a recipe's source.
+
+    Args:
+        source: The files, and which of their records are chosen.
+        problems: With on_error "skip", the errors of bad records are appended.
+
+    Raises:
+        RecordError: A record is bad, and the source says on_error "stop".
+        UserError: A file is missing or broken, or no record is left.
     """
-    notes = problems if source.on_error == "skip" else None
-    examples = read_examples(
-        expand_path(source.path),
-        expand_path(source.images) if source.images else None,
-        problems=notes,
+    path = expand_path(source.path)
+    images = expand_path(source.images) if source.images else None
+    examples = read_examples(path, images, problems=problems if source.on_error == "skip" else None)
+    selected = select_examples(
+        examples, where=source.where, hold_out=source.hold_out, keep=source.keep
     )
-    chosen = choose(examples, where=source.where, hold_out=source.hold_out, keep=source.keep)
-    if source.group:
-        chosen = [e if e.group else replace(e, group=_caught(source.group, e.id)) for e in chosen]
-    if not chosen:
+    if not selected:
         raise UserError(
             f"{source.path} gives no record to use: of {len(examples)} good ones, none is left by"
             f" where={source.where!r} and hold_out={source.hold_out!r}; ids look like"
-            f" {[e.id for e in examples[:3]]}"
+            f" {[example.id for example in examples[:3]]}"
         )
-    return chosen
+    if source.group:
+        selected = [_add_group(example, source.group) for example in selected]
+    return selected
+
+
+def _add_group(example: Example, pattern: str) -> Example:
+    """The example with the group that the pattern's parentheses match in its id."""
+    match = re.search(pattern, example.id)
+    if example.group or match is None:
+        return example
+    return replace(example, group=match[1])
 
 
 def read_examples(
-    path: str | Path, images: str | Path | None = None, *, problems: list[RecordError] | None = None
+    path: str | Path,
+    images: str | Path | None = None,
+    *,
+    problems: list[RecordError] | None = None,
 ) -> list[Example]:
-    """All records of a file, or of all that a pattern names, as examples.
+    """Return all records of a file, or of all files that a pattern names, as examples.
 
-    images: folder or tar archive of the pictures; None for the file's own folder or, where it holds
-    them itself, the file. Raises ValueError at the first bad record, or, where a list of problems
-    is given, notes a sentence there and goes on.
+    Args:
+        path: A file or a pattern.
+        images: A folder or tar archive of the images. None stands for the file's own folder or,
+            where it holds its images itself, the file.
+        problems: Errors of bad records are appended. Without it the first one is raised.
+
+    Raises:
+        RecordError: A record is bad.
+        UserError: A file is missing or broken.
     """
     examples = []
-    for file in files_of(path):
-        store = store_of(file) if images is None else Pictures(images)
-        for place, record in read_records(file, kept=images is None):
+    for file in find_files(path):
+        store = open_image_store(file) if images is None else ImageStore(images)
+        for place, record in read_records(file, images_by_name=images is None):
             try:
-                example = example_from(record, place, store, skip=problems is not None)
-                example.check_pictures()
+                example = parse_record(record, place, store, skip=problems is not None)
+                example.check_images()
                 examples.append(example)
             except RecordError as error:
                 if problems is None:
@@ -122,117 +155,142 @@ def read_examples(
     return examples
 
 
-def choose(
+def select_examples(
     examples: list[Example],
     *,
     where: str | None = None,
     hold_out: str | None = None,
     keep: int | None = None,
 ) -> list[Example]:
-    """Examples whose id contains `where` and not `hold_out` (regular expressions), at most `keep`
-    of them, in file order.
+    """Return some of the examples, in file order.
 
-    The choice of `keep` goes by a hash of the ids: random, but the same for every seed and machine,
-    and a smaller one lies inside a larger one.
+    The choice of `keep` goes by a hash of the ids: it is random, but the same for every seed and
+    machine, and a smaller choice lies inside a larger one.
+
+    Args:
+        examples: The examples to choose among.
+        where: A regular expression that an id must contain.
+        hold_out: A regular expression that an id must not contain.
+        keep: At most so many.
     """
-    chosen = [
-        e
-        for e in examples
-        if (not where or re.search(where, e.id)) and not (hold_out and re.search(hold_out, e.id))
-    ]
-    if keep is None or keep >= len(chosen):
-        return chosen
-    order = sorted(
-        range(len(chosen)), key=lambda i: (hashlib.sha1(chosen[i].id.encode()).digest(), i)
-    )
-    return [chosen[i] for i in sorted(order[:keep])]
+    selected = [example for example in examples if _matches(example, where, hold_out)]
+    if keep is None or keep >= len(selected):
+        return selected
+    digests = [hashlib.sha1(example.id.encode()).digest() for example in selected]
+    order = sorted(range(len(selected)), key=lambda i: (digests[i], i))
+    return [selected[i] for i in sorted(order[:keep])]
 
 
-def _caught(pattern: str, text: str) -> str | None:
-    found = re.search(pattern, text)
-    return found[1] if found else None
+def _matches(example: Example, where: str | None, hold_out: str | None) -> bool:
+    if where and not re.search(where, example.id):
+        return False
+    return not (hold_out and re.search(hold_out, example.id))
 
 
-def example_from(record, place: str, store, *, skip: bool = False) -> Example:
-    """Check a record, or what a function reads as one, and return it as an example.
+def parse_record(record: Any, place: str, store: ImageStore, *, skip: bool = False) -> Example:
+    """Check a record and return it as an example.
+
+    Args:
+        record: The record, or a function that reads it.
+        place: Where it stands.
+        store: Opens its images.
+        skip: Whether it may be left out later, where an image is broken.
 
     Raises:
-        RecordError: Where the record cannot be read or has not LLaVA's format.
+        RecordError: The record cannot be read or has not LLaVA's format.
     """
     try:
         record = record() if callable(record) else record
-        return _checked_example(record, place, store, skip)
+        _check_keys(record)
+        messages = [_parse_turn(turn, i) for i, turn in enumerate(record["conversations"])]
+        _check_roles([message["role"] for message in messages])
+        images = _parse_images(record.get("image"))
+        _check_placeholders(messages, images)
     except UserError as error:
         raise RecordError(place, str(error)) from None
+    return Example(
+        id=str(record.get("id", place)),
+        images=images,
+        messages=messages,
+        group=_get_text(record, "group"),
+        level=_get_text(record, "level"),
+        source=place,
+        store=store,
+        skip=skip,
+    )
 
 
-def _checked_example(record, place: str, store, skip: bool) -> Example:
+def _check_keys(record: Any) -> None:
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise UserError(
-            f"a record is an object with `conversations`, but this is {_kind(record)} without; see"
-            " LLaVA's format"
+            f"a record is an object with a list of `conversations`, but this is"
+            f" {name_type(record)} without; see LLaVA's format"
         )
-    messages = [_message(turn, i) for i, turn in enumerate(record["conversations"])]
-    roles = [m["role"] for m in messages if m["role"] != "system"]
-    if "system" in [m["role"] for m in messages[1:]]:
-        raise UserError("a system turn stands after the first turn; put it first or remove it")
-    if "assistant" not in roles:
-        raise UserError(
-            "there is no gpt turn, so there is nothing to learn or to compare with; add the answer"
-        )
-    if (
-        any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles))
-        or roles[-1] == "user"
-    ):
-        raise UserError(
-            f"turns are {', '.join(roles)}, but human and gpt must alternate, human first and gpt"
-            " last"
-        )
-    images = [_image(i) for i in _listed(record.get("image"))]
-    places = sum(m["content"].count(IMAGE) for m in messages)
-    if places != len(images):
-        raise UserError(
-            f"the text has {places} {IMAGE} but the record names {len(images)} pictures; write one"
-            f" {IMAGE} for each picture"
-        )
-    group, level = (
-        None if record.get(key) is None else str(record[key]) for key in ("group", "level")
-    )
-    return Example(str(record.get("id", place)), images, messages, group, level, place, store, skip)
 
 
-def _message(turn, number: int) -> dict[str, str]:
-    role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+def _parse_turn(turn: Any, number: int) -> dict[str, str]:
+    role, text = None, None
+    if isinstance(turn, dict):
+        role, text = turn.get("from"), turn.get("value")
     if role not in ROLES:
         raise UserError(
             f"turn {number} is from {role!r}{nearest(role, ROLES)}; allowed are human, gpt and"
             " system"
         )
     if not isinstance(text, str) or not text.strip():
-        empty = "answer" if ROLES[role] == "assistant" else "text"
+        what = "answer" if ROLES[role] == "assistant" else "text"
         raise UserError(
-            f"turn {number} has an empty {empty} ({text!r}); write it or remove the record"
+            f"turn {number} has an empty {what} ({text!r}); write it or remove the record"
         )
     if ROLES[role] != "user" and IMAGE in text:
         raise UserError(
-            f"turn {number} is from {role} and holds {IMAGE}; pictures belong to human turns"
+            f"turn {number} is from {role} and holds {IMAGE}; images belong to human turns"
         )
     return {"role": ROLES[role], "content": text}
 
 
-def _image(image) -> str | bytes:
+def _check_roles(roles: list[str]) -> None:
+    if "system" in roles[1:]:
+        raise UserError("a system turn stands after the first turn; put it first or remove it")
+    turns = [role for role in roles if role != "system"]
+    if "assistant" not in turns:
+        raise UserError(
+            "there is no gpt turn, so there is nothing to learn or to compare with; add the answer"
+        )
+    expected = ["user", "assistant"] * (len(turns) // 2)
+    if turns != expected:
+        raise UserError(
+            f"turns are {', '.join(turns)}, but human and gpt must alternate, human first and gpt"
+            " last"
+        )
+
+
+def _parse_images(value: Any) -> list[str | bytes]:
+    if value is None:
+        return []
+    images = value if isinstance(value, list) else [value]
+    return [_parse_image(image) for image in images]
+
+
+def _parse_image(image: Any) -> str | bytes:
     if isinstance(image, dict):  # an Image column of `datasets`
         image = image.get("bytes") or image.get("path")
     if not isinstance(image, str | bytes) or not image:
         raise UserError(
-            f"`image` holds {image!r}, but a picture's name or a list of names is needed"
+            f"`image` holds {image!r}, but an image's name or a list of names is needed"
         )
     return image
 
 
-def _listed(value) -> list:
-    return [] if value is None else value if isinstance(value, list) else [value]
+def _check_placeholders(messages: list[dict[str, str]], images: list[str | bytes]) -> None:
+    number = sum(message["content"].count(IMAGE) for message in messages)
+    if number != len(images):
+        raise UserError(
+            f"the text has {number} {IMAGE} but the record names {len(images)} images; write one"
+            f" {IMAGE} for each image"
+        )
 
 
-def _kind(value) -> str:
-    return {dict: "an object", list: "a list", str: "a text"}.get(type(value), repr(value))
+def _get_text(record: dict, key: str) -> str | None:
+    value = record.get(key)
+    return None if value is None else str(value)

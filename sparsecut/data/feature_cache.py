@@ -1,8 +1,8 @@
-"""States of a frozen encoder on disk, so that every picture is encoded once, whatever is trained on
-it and how often.
+"""Vision features of a frozen encoder on disk: every image is encoded once.
 
-A folder holds index.json (which encoder, views, pictures and taps) and one file per tap, float16, [pictures, V, N, D]. Files are
-read by memory map, so several processes share them. Half precision rounds a state by at most 1 part in 2,048.
+A folder holds index.json (which encoder, taps, views and images) and one file per tap, float16,
+[images, V, N, D]. Files are memory-mapped, so several processes share them. Half precision rounds a
+feature by at most 1 part in 2,048.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..fingerprint import weights_hash
@@ -26,66 +27,82 @@ INDEX = "index.json"
 
 
 class VisionFeatureCache:
-    """The states that a folder holds: `read` gives those of some pictures as the model's forward
-    takes them.
+    """The vision features that a folder holds.
+
+    Attributes:
+        folder: The folder.
+        encoder: A hash of the encoder and of how it gets its images.
+        rows: Key of an image -> its row in every file.
+        views: Tap -> number of views.
+        maps: Tap -> memory-mapped array [images, V, N, D].
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-        self.rows = {key: row for row, key in enumerate(self.index["pictures"])}
-        self.views = {int(tap): num_views for tap, num_views in self.index["taps"].items()}
-        rest = self.index["num_patches"], self.index["width"]
-        self.maps = {
-            tap: np.memmap(
-                _file(self.folder, tap), np.float16, "r", shape=(len(self.rows), num_views, *rest)
-            )
-            for tap, num_views in self.views.items()
-        }
+        index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+        self.encoder = index["encoder"]
+        self.rows = {key: row for row, key in enumerate(index["pictures"])}
+        self.views = {int(tap): num_views for tap, num_views in index["taps"].items()}
+        self.shape = index["num_patches"], index["width"]
+        self.maps = {tap: self._map_file(tap) for tap in self.views}
+
+    def _map_file(self, tap: int) -> np.memmap:
+        shape = len(self.rows), self.views[tap], *self.shape
+        return np.memmap(_get_file(self.folder, tap), np.float16, "r", shape=shape)
 
     def __reduce__(self):
-        return VisionFeatureCache, (
-            self.folder,
-        )  # other processes map the files again instead of being sent their contents
+        # Other processes map the files again instead of being sent their contents.
+        return VisionFeatureCache, (self.folder,)
 
     def read(self, example: Example, views: dict[int, int]) -> dict[int, Tensor]:
-        """tap -> float16 [pictures of the example, V, N, D], for the taps and numbers of views
-        asked for.
+        """Return tap -> float16 [images of the example, V, N, D].
+
+        Args:
+            example: An example whose images are all in the cache.
+            views: Tap -> number of views to read.
         """
-        rows = [self.rows[key] for key in keys_of(example)]
+        rows = [self.rows[key] for key in get_image_keys(example)]
         return {tap: torch.from_numpy(self.maps[tap][rows, :num]) for tap, num in views.items()}
 
-    def blank(self, views: dict[int, int]) -> dict[int, Tensor]:
-        """States of no picture: tap -> zeros [1, V, N, D]."""
-        rest = self.index["num_patches"], self.index["width"]
-        return {tap: torch.zeros(1, num, *rest, dtype=torch.float16) for tap, num in views.items()}
+    def make_blank(self, views: dict[int, int]) -> dict[int, Tensor]:
+        """Return features of an image that shows nothing: tap -> zeros [1, V, N, D]."""
+        features = {}
+        for tap, num_views in views.items():
+            features[tap] = torch.zeros(1, num_views, *self.shape, dtype=torch.float16)
+        return features
 
-    def covers(self, encoder: str, keys: Iterable[str], views: dict[int, int]) -> bool:
-        """Whether all of this is here, made by that encoder; fine views of another grid are
-        others.
+    def covers(self, encoder: str, keys: Collection[str], views: dict[int, int]) -> bool:
+        """Return whether the cache holds these images, taps and views, made by that encoder.
+
+        Fine views of another grid are other views.
         """
-        deep = all(
-            num in (1, self.views.get(tap)) and tap in self.views for tap, num in views.items()
-        )
-        return self.index["encoder"] == encoder and deep and all(key in self.rows for key in keys)
+        if self.encoder != encoder:
+            return False
+        for tap, num_views in views.items():
+            if tap not in self.views or num_views not in (1, self.views[tap]):
+                return False
+        return all(key in self.rows for key in keys)
 
 
-def views_of(plan, vision_depth: int) -> dict[int, int]:
-    """Taps that a plan reads, each with its number of views: the coarse one, or all."""
+def get_tap_views(plan, vision_depth: int) -> dict[int, int]:
+    """Return the taps that a plan reads, each with its number of views: the coarse one, or all."""
     fine = plan.fine_taps(vision_depth)
     return {tap: plan.num_views if tap in fine else 1 for tap in plan.resolved_taps(vision_depth)}
 
 
-def keys_of(example: Example) -> list[str]:
-    """A name for each of an example's pictures that no other picture has."""
-    where = os.path.abspath(example.store.path) if example.store is not None else ""
-    return [
-        f"{where}/{i}" if isinstance(i, str) else "sha1:" + hashlib.sha1(i).hexdigest()
-        for i in example.images
-    ]
+def get_image_keys(example: Example) -> list[str]:
+    """Return a key for each of an example's images that no other image has."""
+    folder = os.path.abspath(example.store.path) if example.store is not None else ""
+    keys = []
+    for image in example.images:
+        if isinstance(image, str):
+            keys.append(f"{folder}/{image}")
+        else:
+            keys.append("sha1:" + hashlib.sha1(image).hexdigest())
+    return keys
 
 
-def prepare_states(
+def build_feature_cache(
     folder: str | Path,
     model,
     processor,
@@ -93,101 +110,142 @@ def prepare_states(
     views: dict[int, int] | None = None,
     *,
     batch_size: int = 32,
-    log=lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> VisionFeatureCache:
-    """Encode all pictures of the examples into `folder`, unless it holds them already, and open it.
+    """Encode all images of the examples into a folder, unless it holds them, and open it.
 
-    views: tap -> number of views (by default what the model's plan reads; a processor with as many
-    tiles is needed). A folder that lacks something is made anew. Raises ValueError where the disk
-    is too small, or a state does not fit half precision.
+    A folder that lacks something is made anew.
+
+    Args:
+        folder: The cache's folder.
+        model: A built model.
+        processor: Its processor, or one with more tiles.
+        examples: Their images are encoded.
+        views: Tap -> number of views; by default what the model's plan reads.
+        batch_size: Images that are encoded together.
+        log: Called with one line about what is written.
+
+    Raises:
+        UserError: The processor makes too few views, the disk is too small, or a feature does not
+            fit half precision.
     """
-    from ..hooks import read_taps
-
-    folder, depth = Path(folder), model.config.vision_depth
-    views = views or views_of(model.plan, depth)
+    folder = Path(folder)
+    views = views or get_tap_views(model.plan, model.config.vision_depth)
     if max(views.values()) > processor.num_views:
         raise UserError(
-            f"states of {max(views.values())} views are wanted, but the processor makes"
-            f" {processor.num_views} of a picture; hand over the processor of a plan with as many"
-            " tiles"
+            f"features of {max(views.values())} views are wanted, but the processor makes"
+            f" {processor.num_views} of an image; pass the processor of a plan with as many tiles"
         )
-    pictures = {key: (e, i) for e in examples for i, key in enumerate(keys_of(e))}
-    encoder = _encoder_name(model, processor)
-    if (folder / INDEX).is_file() and (found := VisionFeatureCache(folder)).covers(
-        encoder, pictures, views
-    ):
-        return found
+    images = _list_images(examples)
+    encoder = _hash_encoder(model, processor)
+    if (folder / INDEX).is_file():
+        cache = VisionFeatureCache(folder)
+        if cache.covers(encoder, images, views):
+            return cache
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    grid = model.config.grid
-    patches, width = grid.num_patches, grid.width
-    size = 2 * len(pictures) * sum(views.values()) * patches * width
-    log(
-        f"keeping states of {len(pictures):,} pictures and {len(views)} taps: {size / 2**20:,.0f}"
-        f" MiB in {folder}"
-    )
-    if size > (free := shutil.disk_usage(folder).free):
-        raise UserError(
-            f"the states need {size:,} bytes, but {folder} has {free:,} free; choose another disk,"
-            " or train without keeping states"
-        )
-    deep = [tap for tap, num in views.items() if num > 1]
+    _check_room(folder, model.config.grid, len(images), views, log)
+    _write_features(folder, model, processor, list(images.values()), views, batch_size)
     index = {
         "encoder": encoder,
-        "num_patches": patches,
-        "width": width,
+        "num_patches": model.config.grid.num_patches,
+        "width": model.config.grid.width,
         "taps": views,
-        "pictures": list(pictures),
+        "pictures": list(images),
     }
-    files = {tap: _file(folder, tap).open("wb") for tap in views}
-    todo = list(pictures.values())
-    with torch.inference_mode():
-        for start in range(0, len(todo), batch_size):
-            opened = [e.pictures()[i] for e, i in todo[start : start + batch_size]]
-            pixels = processor.pixels(opened).to(
-                model.vision_tower.device, model.vision_tower.dtype
-            )
-            states = read_taps(model.vision_tower, pixels[:, 0], grid, views)
-            finer = (
-                read_taps(model.vision_tower, pixels[:, 1:].flatten(0, 1), grid, deep)
-                if deep
-                else {}
-            )
-            for tap, num in views.items():
-                parts = [states[tap][:, None]]
-                parts += (
-                    [finer[tap].unflatten(0, (len(opened), -1))[:, : num - 1]] if num > 1 else []
-                )
-                values = torch.cat(parts, dim=1).to("cpu", torch.float16)
-                if not values.isfinite().all():
-                    raise UserError(
-                        f"states of tap {tap} are too large for half precision; train without"
-                        " keeping states (remove `states`)"
-                    )
-                values.numpy().tofile(files[tap])
-    for file in files.values():
-        file.close()
-    (folder / INDEX).write_text(
-        json.dumps(index), encoding="utf-8"
-    )  # last: a folder that has it is whole
+    # The index is written last: a folder that has one is complete.
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
     return VisionFeatureCache(folder)
 
 
-def _encoder_name(model, processor) -> str:
-    """The encoder's weights and all that its pictures go through before it."""
-    image = processor.image_processor
+def _list_images(examples: Sequence[Example]) -> dict[str, tuple[Example, int]]:
+    """Key of an image -> an example that has it, and its number there."""
+    images = {}
+    for example in examples:
+        for number, key in enumerate(get_image_keys(example)):
+            images[key] = example, number
+    return images
+
+
+def _check_room(
+    folder: Path, grid, num_images: int, views: dict[int, int], log: Callable[[str], None]
+) -> None:
+    """Log the size of the cache; raise UserError where the disk has less room."""
+    num_bytes = 2 * num_images * sum(views.values()) * grid.num_patches * grid.width
+    log(
+        f"caching vision features of {num_images:,} images and {len(views)} taps:"
+        f" {num_bytes / 2**20:,.0f} MiB in {folder}"
+    )
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise UserError(
+            f"the vision features need {num_bytes:,} bytes, but {folder} has {free:,} free; choose"
+            " another disk, or train without feature_cache"
+        )
+
+
+@torch.inference_mode()
+def _write_features(
+    folder: Path,
+    model,
+    processor,
+    images: list[tuple[Example, int]],
+    views: dict[int, int],
+    batch_size: int,
+) -> None:
+    files = {tap: _get_file(folder, tap).open("wb") for tap in views}
+    for start in range(0, len(images), batch_size):
+        batch = [
+            example.load_images()[number] for example, number in images[start : start + batch_size]
+        ]
+        for tap, features in _encode_images(model, processor, batch, views).items():
+            if not features.isfinite().all():
+                raise UserError(
+                    f"vision features of tap {tap} are too large for half precision; train without"
+                    " feature_cache"
+                )
+            features.numpy().tofile(files[tap])
+    for file in files.values():
+        file.close()
+
+
+def _encode_images(
+    model, processor, images: list[Image.Image], views: dict[int, int]
+) -> dict[int, Tensor]:
+    """Return tap -> float16 [images, V, N, D] on the CPU."""
+    from ..hooks import read_taps
+
+    tower, grid = model.vision_tower, model.config.grid
+    pixels = processor.pixels(images).to(tower.device, tower.dtype)
+    coarse = read_taps(tower, pixels[:, 0], grid, views)
+    fine_taps = [tap for tap, num_views in views.items() if num_views > 1]
+    fine = {}
+    if fine_taps:
+        fine = read_taps(tower, pixels[:, 1:].flatten(0, 1), grid, fine_taps)
+    features = {}
+    for tap, num_views in views.items():
+        parts = [coarse[tap][:, None]]
+        if num_views > 1:
+            parts.append(fine[tap].unflatten(0, (len(images), -1))[:, : num_views - 1])
+        features[tap] = torch.cat(parts, dim=1).to("cpu", torch.float16)
+    return features
+
+
+def _hash_encoder(model, processor) -> str:
+    """A hash of the encoder's weights and of all that happens to its images before it."""
+    image_processor = processor.image_processor
     settings = [
-        image.do_rescale,
-        image.rescale_factor,
-        image.do_normalize,
-        image.image_mean,
-        image.image_std,
+        image_processor.do_rescale,
+        image_processor.rescale_factor,
+        image_processor.do_normalize,
+        image_processor.image_mean,
+        image_processor.image_std,
+        processor.image_size,
+        processor.coarse,
     ]
-    settings += [processor.image_size, processor.coarse]
-    return hashlib.sha256(
-        f"{weights_hash(model.vision_tower)} {json.dumps(settings)}".encode()
-    ).hexdigest()[:16]
+    text = f"{weights_hash(model.vision_tower)} {json.dumps(settings)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _file(folder: Path, tap: int) -> Path:
+def _get_file(folder: Path, tap: int) -> Path:
     return folder / f"tap-{tap:02}.f16"

@@ -1,7 +1,7 @@
-"""Which records share a step: rows packed with several short records, and batches of alike length
-and kind.
+"""Which records share a step: rows of several short records, and batches of similar records.
 
-Plans are made from lengths alone, before anything is opened, and by the seed: every process makes the same, and a resumed run, too.
+Both are planned from lengths alone, before anything is opened, and by the seed. So every process
+makes the same plan, and a resumed run does too.
 """
 
 from __future__ import annotations
@@ -10,17 +10,44 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ..schema import UserError
+from .dataset import TrainingData
 
-# steps whose records are sorted by length together: enough to be alike, few enough to stay random
+# Steps whose records are sorted by length together: enough for similar ones, few enough to stay
+# random.
 WINDOW = 50
-OPEN_ROWS = (
-    64  # rows that a record is tried in, so that packing takes time in proportion to the records
-)
+# Rows that a record is tried in, so that packing takes time in proportion to the records.
+OPEN_ROWS = 64
+MAX_DEVIATION = 0.05  # of the logits of a packed record, in standard deviations
+
+
+@dataclass
+class _Row:
+    """A row that is being filled.
+
+    Attributes:
+        tokens_left: Tokens that still fit.
+        images_left: Image tokens that still fit.
+        records: Numbers of its records.
+    """
+
+    tokens_left: float
+    images_left: float
+    records: list[int] = field(default_factory=list)
+
+    def fits(self, num_tokens: int, num_image_tokens: int) -> bool:
+        return num_tokens <= self.tokens_left and num_image_tokens <= self.images_left
+
+    def add(self, record: int, num_tokens: int, num_image_tokens: int) -> None:
+        self.records.append(record)
+        self.tokens_left -= num_tokens
+        self.images_left -= num_image_tokens
 
 
 def pack_rows(
@@ -31,170 +58,203 @@ def pack_rows(
     max_images: int | None = None,
     seed: int = 0,
 ) -> list[list[int]]:
-    """Numbers of records in rows of at most `room` tokens, and of at most max_images image tokens;
-    each record once.
+    """Return numbers of records in rows, each record once.
 
-    lengths, images: tokens and image tokens of every record. Records with and without pictures are
-    not mixed, so that steps of text alone stay so. A record that is longer than the room has a row
-    of its own. Longest first, into the first row it fits.
+    The longest records come first, each into the first row that it fits. A record that is longer
+    than the room has a row of its own. Records with and without images do not share a row, so that
+    steps of text alone stay so.
+
+    Args:
+        lengths: Tokens of every record.
+        images: Image tokens of every record.
+        room: Tokens of a row.
+        max_images: Image tokens of a row.
+        seed: Gives the order of records of one length.
     """
     order = list(range(len(lengths)))
-    random.Random(seed).shuffle(order)  # records of one length are in no order of the file
-    rows: list[list[int]] = []
-    for pictured in (True, False):
-        kept: list[list] = []  # [row, tokens left, image tokens left]
-        for i in sorted(
-            (i for i in order if bool(images[i]) == pictured), key=lambda i: -lengths[i]
-        ):
-            fits = (slot for slot in kept if lengths[i] <= slot[1] and images[i] <= slot[2])
-            slot = next(fits, None)
-            if slot is None:
-                slot = [[], room, math.inf if max_images is None else max_images]
-                rows.append(slot[0])
-                kept = [*kept[-OPEN_ROWS + 1 :], slot]
-            slot[0].append(i)
-            slot[1] -= lengths[i]
-            slot[2] -= images[i]
-    return rows
+    random.Random(seed).shuffle(order)
+    order.sort(key=lambda i: -lengths[i])
+    rows: list[_Row] = []
+    for has_images in (True, False):
+        open_rows: list[_Row] = []
+        for i in order:
+            if bool(images[i]) != has_images:
+                continue
+            row = next((row for row in open_rows if row.fits(lengths[i], images[i])), None)
+            if row is None:
+                row = _Row(room, math.inf if max_images is None else max_images)
+                rows.append(row)
+                open_rows = [*open_rows[-OPEN_ROWS + 1 :], row]
+            row.add(i, lengths[i], images[i])
+    return [row.records for row in rows]
 
 
-def in_rows(data, model, stage):
-    """The stage's data as it is or, where the stage packs, in rows; ValueError where a record is
-    too long for a row.
+def pack_dataset(data: TrainingData, model, stage) -> TrainingData | PackedDataset:
+    """Return a stage's data as it is or, where the stage packs, in rows.
 
-    A finished model counts positions in its own way, so an upgraded one is refused.
+    Raises:
+        UserError: The model cannot take packed rows, or a record is too long for a row.
     """
     if stage.pack is None:
         return data
     if not model.supports_packing:
         raise UserError(
-            f"pack is {stage.pack}, but {type(model.base).__name__} is a finished model, which"
-            " counts positions in its own way; remove pack"
+            f"pack is {stage.pack}, but an upgraded model's base counts positions in its own way;"
+            " remove pack"
         )
-    lengths = data.lengths
-    if (longest := max(lengths)) > stage.pack:
-        record = data.examples[lengths.index(longest)]
+    longest = max(data.lengths)
+    if longest > stage.pack:
+        record = data.examples[data.lengths.index(longest)]
         raise UserError(
-            f"{record.source or record.id}: the record has {longest} tokens, but pack={stage.pack}"
-            " makes rows of so many; raise pack, or set max_length to cut records"
+            f"{record.place}: the record has {longest} tokens, but pack={stage.pack} makes rows of"
+            " so many; raise pack, or set max_length to cut records"
         )
-    return PackedDataset(
-        data,
-        pack_rows(lengths, data.num_image_tokens, stage.pack, max_images=stage.max_image_tokens),
+    rows = pack_rows(
+        data.lengths, data.num_image_tokens, stage.pack, max_images=stage.max_image_tokens
     )
+    return PackedDataset(data, rows)
 
 
 class PackedDataset(Dataset):
-    """Training data in rows: an item is the list of a row's items."""
+    """Training data in rows: an item is the list of a row's items.
 
-    def __init__(self, data, rows: Sequence[Sequence[int]]):
-        self.data, self.rows = data, rows
+    Attributes:
+        data: The training data.
+        rows: The numbers of each row's items.
+    """
 
-    def __getattr__(self, name: str):
-        if name in ("data", "rows"):  # not there yet, while a worker unpacks this
-            raise AttributeError(name)
-        return getattr(self.data, name)
+    def __init__(self, data: TrainingData, rows: Sequence[Sequence[int]]):
+        self.data = data
+        self.rows = rows
+        self.examples = data.examples
+        self.encoder = data.encoder
+        self.feature_cache = data.feature_cache
+        self.tap_views = data.tap_views
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __getitem__(self, row: int) -> list[dict]:
+        return [self.data[i] for i in self.rows[row]]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[list[dict]]:
+        """Return the rows of a batch, for a DataLoader, as `TrainingData.__getitems__` does."""
+        return [self.data.__getitems__(self.rows[row]) for row in rows]
+
     @property
     def lengths(self) -> list[int]:
         """Tokens of every row."""
-        of_items = self.data.lengths
-        return [sum(of_items[i] for i in row) for row in self.rows]
+        return self._sum_rows(self.data.lengths)
 
     @property
     def num_image_tokens(self) -> list[int]:
         """Image tokens of every row."""
-        of_items = self.data.num_image_tokens
-        return [sum(of_items[i] for i in row) for row in self.rows]
+        return self._sum_rows(self.data.num_image_tokens)
 
-    def __getitems__(self, rows: Sequence[int]) -> list[list[dict]]:
-        """The rows of a batch, for a DataLoader; an error takes the place of an item."""
-        return [self.data.__getitems__(self.rows[row]) for row in rows]
-
-    def __getitem__(self, row: int) -> list[dict]:
-        return [self.data[i] for i in self.rows[row]]
+    def _sum_rows(self, counts: Sequence[int]) -> list[int]:
+        sums = []
+        for row in self.rows:
+            sums.append(sum(counts[i] for i in row))
+        return sums
 
 
 @torch.no_grad()
 def check_packing(model, collator, data: PackedDataset) -> None:
-    """Raise ValueError where the language model lets a record see the one before it in its row, or
-    counts positions on.
+    """Check that the model keeps packed records apart, with two records that share a row.
 
-    Two records are packed, and packed again with other words in the first, which must change
-    nothing in the second; and the second must come out as it does alone. Not every architecture
-    keeps packed records apart, and most that do not are silent.
+    The second must not change with the first, and must come out as it does alone. Not every
+    architecture does so, and most that do not are silent.
+
+    Raises:
+        UserError: The model mixes packed records.
     """
     row = next((row for row in data.rows if len(row) > 1), None)
     if row is None:
         return
-    shortest = sorted(row, key=lambda i: len(data.data.examples[i].messages))[:2]
+    shortest = sorted(row, key=lambda i: len(data.examples[i].messages))[:2]
     first, second = (data.data[i] for i in shortest)
-    start, image = len(first["input_ids"]), model.config.image_token_id
-    ids = first["input_ids"]
-    changed = torch.where(
-        ids == image, ids, torch.where((ids + 1) % image == 0, 1, (ids + 1) % image)
-    )
+    changed = _change_text(first, model.config.image_token_id)
     was_training = model.training
     model.eval()
-    one, other, alone = (
-        model(
-            **{k: _moved(v, model.device) for k, v in collator([items]).items() if k != "labels"},
-            use_cache=False,
-        ).logits
-        for items in ([first, second], [{**first, "input_ids": changed}, second], [second])
-    )
+    both = _compute_logits(model, collator, [first, second])
+    both_changed = _compute_logits(model, collator, [changed, second])
+    alone = _compute_logits(model, collator, [second])
     model.train(was_training)
-    alone = alone[:, : len(second["input_ids"])]
-    seen = (one - other)[:, start:].abs().max().item()
-    moved = ((one[:, start:] - alone).abs().max() / alone.std()).item()
-    if seen > 0 or moved > 0.05:
-        raise UserError(
-            f"{type(model.language_model).__name__} does not keep packed records apart "
-            + (
-                f"(a record changes what the next one says, by {seen:.2g})"
-                if seen
-                else "(positions of the second go on)"
-            )
-            + "; remove pack, or take a language model that builds its mask from restarting"
-            " positions, such as Llama or Qwen"
-        )
-
-
-def _moved(value, device):
-    return (
-        {key: x.to(device) for key, x in value.items()}
-        if isinstance(value, dict)
-        else value.to(device)
+    start, length = len(first["input_ids"]), len(second["input_ids"])
+    both, both_changed = both[:, start : start + length], both_changed[:, start : start + length]
+    alone = alone[:, :length]
+    leak = (both - both_changed).abs().max().item()
+    deviation = ((both - alone).abs().max() / alone.std()).item()
+    if not (leak > 0 or deviation > MAX_DEVIATION):
+        return
+    reason = "positions of the second go on"
+    if leak > 0:
+        reason = f"a record changes what the next one says, by {leak:.2g}"
+    raise UserError(
+        f"{type(model.language_model).__name__} does not keep packed records apart ({reason});"
+        " remove pack, or take a language model that builds its mask from restarting positions,"
+        " such as Llama or Qwen"
     )
+
+
+def _change_text(item: dict, image_token_id: int) -> dict:
+    """The item with every token that is no image token replaced by another."""
+    ids = item["input_ids"]
+    other = (ids + 1) % image_token_id
+    other = torch.where(other == 0, 1, other)
+    return {**item, "input_ids": torch.where(ids == image_token_id, ids, other)}
+
+
+def _compute_logits(model, collator, items: list[dict]) -> Tensor:
+    inputs = {}
+    for name, value in collator([items]).items():
+        if name != "labels":
+            inputs[name] = _move(value, model.device)
+    return model(**inputs, use_cache=False).logits
+
+
+def _move(value, device):
+    if isinstance(value, dict):
+        return {key: tensor.to(device) for key, tensor in value.items()}
+    return value.to(device)
 
 
 class LengthGroupedSampler(Sampler):
-    """Numbers of items in an order whose steps are of alike length, and of pictures or of text
-    alone; every item once an epoch.
+    """Numbers of items in an order whose steps are similar; every item once an epoch.
 
-    step: items of a step over all processes. Steps come in random order. What is left of each kind
-    at the end shares the last steps, and the very last one is filled up with the epoch's first
-    items, so that the order is the same for any number of processes.
-    grouped: without it the order is merely random. mixture: (items, weight) of sources that follow
-    one another; an epoch then has as many items as before, each source its share of them, and goes
-    through a source anew once all of it has been seen.
+    The items of a step have similar lengths, and all or none have images. Steps come in random
+    order. What is left of each kind shares the last steps. The very last one is filled up with the
+    epoch's first items, so that the order is the same for any number of processes.
+
+    Attributes:
+        lengths: Tokens of every item.
+        has_images: Whether an item has images (or their number).
+        step: Items of a step over all processes.
+        seed: Seed of the order.
+        grouped: Whether steps are similar; otherwise the order is merely random.
+        mixture: (items, weight) of sources that follow one another. An epoch then has as many items
+            as before, each source its fraction of them. A source that has been seen whole starts
+            anew.
+        epoch: The number of the epoch.
     """
 
     def __init__(
         self,
         lengths: Sequence[int],
-        pictured: Sequence[bool],
+        has_images: Sequence[bool],
         step: int,
         *,
         seed: int = 0,
         grouped: bool = True,
         mixture: Sequence[tuple[int, float]] | None = None,
     ):
-        self.lengths, self.pictured, self.step = lengths, pictured, step
-        self.seed, self.grouped, self.mixture, self.epoch = seed, grouped, mixture, 0
+        self.lengths = lengths
+        self.has_images = has_images
+        self.step = step
+        self.seed = seed
+        self.grouped = grouped
+        self.mixture = mixture
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle anew for this epoch."""
@@ -204,47 +264,63 @@ class LengthGroupedSampler(Sampler):
         return math.ceil(len(self.lengths) / self.step) * self.step
 
     def __iter__(self) -> Iterator[int]:
-        shuffled = random.Random(f"{self.seed} {self.epoch}")
-        order = self._chosen()
-        shuffled.shuffle(order)
+        generator = random.Random(f"{self.seed} {self.epoch}")
+        order = self._choose_items()
+        generator.shuffle(order)
         if self.grouped:
-            steps, rest = [], []
-            for kind in (True, False):
-                alike = [i for i in order if bool(self.pictured[i]) == kind]
-                whole = len(alike) // self.step * self.step
-                rest += alike[whole:]
-                for start in range(0, whole, WINDOW * self.step):
-                    window = sorted(
-                        alike[start : min(start + WINDOW * self.step, whole)],
-                        key=lambda i: -self.lengths[i],
-                    )
-                    steps += [
-                        window[at : at + self.step] for at in range(0, len(window), self.step)
-                    ]
-            shuffled.shuffle(steps)
-            order = [i for one in steps for i in one] + rest
+            order = self._group(order, generator)
         while len(order) < len(self):
             order += order[: len(self) - len(order)]
         return iter(order)
 
-    def _chosen(self) -> list[int]:
-        """The epoch's items: all, or every source's share of the mixture, taken where the epoch
-        before left off.
-        """
+    def _group(self, order: list[int], generator: random.Random) -> list[int]:
+        """The order with similar items in each step, and the rest of each kind at the end."""
+        steps, rest = [], []
+        for kind in (True, False):
+            items = [i for i in order if bool(self.has_images[i]) == kind]
+            num_whole = len(items) // self.step * self.step
+            rest += items[num_whole:]
+            items = items[:num_whole]
+            for window in _split(items, WINDOW * self.step):
+                window.sort(key=lambda i: -self.lengths[i])
+                steps += _split(window, self.step)
+        generator.shuffle(steps)
+        return [*itertools.chain(*steps), *rest]
+
+    def _choose_items(self) -> list[int]:
+        """The epoch's items: all, or every source's fraction of the mixture."""
         if self.mixture is None:
             return list(range(len(self.lengths)))
-        total, first, chosen = sum(weight for _, weight in self.mixture), 0, []
-        edges = [0.0, *itertools.accumulate(weight / total for _, weight in self.mixture)]
-        marks = [round(edge * len(self.lengths)) for edge in edges]
+        total = sum(weight for _, weight in self.mixture)
+        fractions = [weight / total for _, weight in self.mixture]
+        ends = [round(end * len(self.lengths)) for end in itertools.accumulate(fractions)]
+        chosen = []
+        first_item, begin = 0, 0
         for number, (size, _) in enumerate(self.mixture):
-            share = marks[number + 1] - marks[number]
-            for turn in range(self.epoch * share // size, -(-(self.epoch + 1) * share // size)):
-                items = list(range(first, first + size))
-                random.Random(f"{self.seed} {number} {turn}").shuffle(items)
-                start, end = (
-                    self.epoch * share - turn * size,
-                    (self.epoch + 1) * share - turn * size,
-                )
-                chosen += items[max(start, 0) : max(min(end, size), 0)]
-            first += size
+            chosen += self._take(number, first_item, size, ends[number] - begin)
+            first_item += size
+            begin = ends[number]
         return chosen
+
+    def _take(self, number: int, first_item: int, size: int, count: int) -> list[int]:
+        """The epoch's `count` items of a source, where the epoch before has left off.
+
+        Args:
+            number: The source's number.
+            first_item: Its first item.
+            size: Its items.
+            count: Items that it gives to each epoch.
+        """
+        taken = []
+        start = self.epoch * count
+        end = start + count
+        for turn in range(start // size, -(-end // size)):  # each time through the source
+            items = list(range(first_item, first_item + size))
+            random.Random(f"{self.seed} {number} {turn}").shuffle(items)
+            offset = turn * size
+            taken += items[max(start - offset, 0) : max(min(end - offset, size), 0)]
+        return taken
+
+
+def _split(items: list[int], size: int) -> list[list[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

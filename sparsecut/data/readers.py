@@ -1,5 +1,6 @@
-"""Files of records, of every kind that is read: JSON, JSON Lines, Parquet, Arrow, folders of
-`datasets`, WebDataset archives.
+"""Files of records, of every kind that is read.
+
+These are JSON, JSON Lines, Parquet, Arrow, folders of `datasets`, and WebDataset archives.
 """
 
 from __future__ import annotations
@@ -8,122 +9,141 @@ import glob
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from ..schema import UserError
-from .images import Pictures, open_bytes
+from .images import ImageStore, decode_image
 from .jsonl import iterate_lines, parse_line
 
-PICTURES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-)  # members of a WebDataset archive that are pictures
+# Members of a WebDataset archive that are images.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+TYPE_NAMES = {dict: "an object", list: "a list", str: "a text"}
+
+# Where a record stands, and the record or a function that reads it.
+Placed = tuple[str, Any]
 
 
-def files_of(path: str | Path) -> list[Path]:
-    """The files that a path or a pattern (data/part-*.parquet, data/{000..010}.tar) names, in
-    order.
+def find_files(path: str | Path) -> list[Path]:
+    """Return the files that a path or a pattern names, in order.
 
-    ValueError where one of them is missing, or of no known kind.
+    Args:
+        path: A path, or a pattern such as data/part-*.parquet or data/{000..010}.tar.
+
+    Raises:
+        UserError: A file is missing, or of no known kind.
     """
-    found = [Path(name) for one in _numbered(str(path)) for name in sorted(glob.glob(one)) or [one]]
-    for file in found:
-        if (
-            not (file.is_file() and file.suffix in READERS)
-            and not (file / "dataset_info.json").is_file()
-        ):
+    files = []
+    for pattern in _expand_ranges(str(path)):
+        names = sorted(glob.glob(pattern)) or [pattern]
+        files += [Path(name) for name in names]
+    for file in files:
+        is_known_file = file.is_file() and file.suffix in READERS
+        is_saved_dataset = (file / "dataset_info.json").is_file()
+        if not is_known_file and not is_saved_dataset:
             raise UserError(
                 f"{file} is not a file of records; give an existing file that ends in"
                 f" {', '.join(READERS)}, a pattern of such, or a folder that datasets' save_to_disk"
                 " has written"
             )
-    return found
+    return files
 
 
-def _numbered(path: str) -> list[str]:
+def _expand_ranges(path: str) -> list[str]:
     """A path for each number where there is {000..010} in it, written with as many digits."""
-    span = re.search(r"\{(\d+)\.\.(\d+)\}", path)
-    if span is None:
+    match = RANGE.search(path)
+    if match is None:
         return [path]
-    first, last = span.groups()
+    first, last = match.groups()
     if int(last) < int(first):
         raise UserError(
             f"{path} counts from {first} down to {last}; write the smaller number first"
         )
-    numbers = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
-    return [
-        more for i in numbers for more in _numbered(path[: span.start()] + i + path[span.end() :])
-    ]
+    paths = []
+    for number in range(int(first), int(last) + 1):
+        text = str(number).zfill(len(first))
+        paths += _expand_ranges(path[: match.start()] + text + path[match.end() :])
+    return paths
 
 
-def read_records(path: Path, *, kept: bool = False) -> Iterator[tuple[str, object]]:
-    """(where it stands, record) of every record of a file, in order; a record may be a function
-    that reads it.
+def read_records(path: Path, *, images_by_name: bool = False) -> Iterator[Placed]:
+    """Yield where a record stands, and the record, for every record of a file in order.
 
-    kept: pictures that lie in the file come as names for `store_of`, to be opened when they are
-    needed; otherwise as bytes.
+    A record may be a function that reads it.
+
+    Args:
+        path: The file.
+        images_by_name: Images that lie in the file come as names for `open_image_store`, and are
+            read when they are needed. Otherwise they come as bytes.
     """
     if path.suffix == ".tar":
-        return _tar(path, kept)
-    if kept and (table := _table(path)) is not None:
-        return _rows(path, table)
-    return READERS[path.suffix](path) if path.suffix in READERS else _arrow(path)
+        return _read_tar(path, images_by_name)
+    if images_by_name:
+        table = _open_image_table(path)
+        if table is not None:
+            return _read_image_table(path, table)
+    reader = READERS.get(path.suffix, _read_arrow)
+    return reader(path)
 
 
-def store_of(path: Path):
-    """Where the pictures of a file lie whose records came `kept`: in the file, or in its folder."""
+def open_image_store(path: Path) -> ImageStore | TableImages:
+    """Return where the images lie whose names `read_records` gave: in the file, or its folder."""
     if path.suffix == ".tar":
-        return Pictures(path)
-    table = _table(path)
-    return Pictures(path.parent) if table is None else Cells(path, table)
+        return ImageStore(path)
+    table = _open_image_table(path)
+    return ImageStore(path.parent) if table is None else TableImages(path, table)
 
 
-class Cells:
-    """Pictures that stand in the cells of a table, which stays on disk; named "row/number"."""
+class TableImages:
+    """Images in the cells of a table, which stays on disk; their names are "row/number"."""
 
     def __init__(self, path: Path, table):
-        self.path, self.table = path, table
+        self.path = path
+        self.table = table
 
     def __reduce__(self):
-        return store_of, (self.path,)  # another process maps the file again
+        return open_image_store, (self.path,)  # another process maps the file again
 
     def __contains__(self, name: str) -> bool:
-        return int(name.partition("/")[0]) < len(self.table)
+        row, _, _ = name.partition("/")
+        return int(row) < len(self.table)
 
-    def open(self, name: str) -> Image.Image:
-        """A picture in RGB; ValueError where it is broken."""
+    def describe_missing(self, name: str) -> str:
+        """Return the message of an error about an image that is not here."""
+        return f"there is no image {name} in {self.path}"
+
+    def load(self, name: str) -> Image.Image:
+        """Return an image in RGB; UserError where it is broken."""
         row, number = map(int, name.split("/"))
         cell = self.table.with_format("arrow")[row].column("image")[0].as_py()
-        picture = (cell if isinstance(cell, list) else [cell])[number]
-        if picture.get("bytes"):
-            return open_bytes(picture["bytes"])
-        return Pictures(self.path.parent).open(picture["path"])
+        images = cell if isinstance(cell, list) else [cell]
+        image = images[number]
+        if image.get("bytes"):
+            return decode_image(image["bytes"])
+        return ImageStore(self.path.parent).load(image["path"])
 
 
-def _table(path: Path):
-    """A memory-mapped table of a file that holds pictures itself, None for any other."""
+def _open_image_table(path: Path):
+    """A memory-mapped table of a file that holds images itself, None for any other file."""
     import datasets
 
     if path.is_dir():
         table = datasets.load_from_disk(str(path))
     elif path.suffix == ".arrow":
         table = datasets.Dataset.from_file(str(path))
-    elif path.suffix == ".parquet" and _holds_pictures(_schema(path)):
+    elif path.suffix == ".parquet" and _has_images(_read_schema(path)):
         table = datasets.Dataset.from_parquet(str(path))
     else:
         return None
-    return table if _holds_pictures(table.with_format("arrow").data.schema) else None
+    return table if _has_images(table.with_format("arrow").data.schema) else None
 
 
-def _schema(path: Path):
+def _read_schema(path: Path):
     import pyarrow.parquet
 
     try:
@@ -132,7 +152,7 @@ def _schema(path: Path):
         raise UserError(f"{path} cannot be read as Parquet: {error}") from None
 
 
-def _holds_pictures(schema) -> bool:
+def _has_images(schema) -> bool:
     import pyarrow
 
     if "image" not in schema.names:
@@ -141,115 +161,34 @@ def _holds_pictures(schema) -> bool:
     return pyarrow.types.is_struct(getattr(kind, "value_type", kind))
 
 
-def _rows(path: Path, table) -> Iterator[tuple[str, dict]]:
+def _read_image_table(path: Path, table) -> Iterator[Placed]:
+    other_columns = [name for name in table.column_names if name != "image"]
+    number = 0
+    for batch in table.with_format("arrow").iter(batch_size=1000):
+        records = batch.select(other_columns).to_pylist()
+        for record, cell in zip(records, batch.column("image"), strict=True):
+            names = [f"{number}/{i}" for i in range(_count_images(cell))]
+            yield f"{path} record {number}", {**record, "image": names or None}
+            number += 1
+
+
+def _count_images(cell) -> int:
     from pyarrow import ListScalar
 
-    texts = [name for name in table.column_names if name != "image"]
-    number = 0
-    for batch in table.with_format("arrow").iter(batch_size=1000):
-        cells = batch.column("image")
-        for record, cell in zip(batch.select(texts).to_pylist(), cells, strict=True):
-            many = (len(cell) if isinstance(cell, ListScalar) else 1) if cell.is_valid else 0
-            yield (
-                f"{path} record {number}",
-                {
-                    **record,
-                    "image": [f"{number}/{i}" for i in range(many)] or None,
-                },
-            )
-            number += 1
+    if not cell.is_valid:
+        return 0
+    return len(cell) if isinstance(cell, ListScalar) else 1
 
 
-def _arrow(path: Path) -> Iterator[tuple[str, dict]]:
+def _read_arrow(path: Path) -> Iterator[Placed]:
     import datasets
 
-    table = (
-        datasets.load_from_disk(str(path))
-        if path.is_dir()
-        else datasets.Dataset.from_file(str(path))
-    )
-    number = 0
-    for batch in table.with_format("arrow").iter(batch_size=1000):
-        for record in batch.to_pylist():
-            yield f"{path} record {number}", record
-            number += 1
+    open_table = datasets.load_from_disk if path.is_dir() else datasets.Dataset.from_file
+    table = open_table(str(path))
+    return _number_records(path, table.with_format("arrow").iter(batch_size=1000))
 
 
-def _tar(path: Path, kept: bool) -> Iterator[tuple[str, object]]:
-    """Samples of a WebDataset archive: KEY.json, and the pictures whose names begin with the same
-    key, which follow one another.
-    """
-    key, members = None, []
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                own = f"{folder}/{name.partition('.')[0]}"
-                if own != key and members:
-                    yield f"{path} sample {key.lstrip('/')}", _sample(members)
-                    members = []
-                key = own
-                text = member.name.endswith(".json")
-                members.append(
-                    (member.name, archive.extractfile(member).read() if text or not kept else None)
-                )
-            if members:
-                yield f"{path} sample {key.lstrip('/')}", _sample(members)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(
-            f"{path} cannot be read as a tar archive ({error}); give an intact one"
-        ) from None
-
-
-def _sample(members: list[tuple[str, bytes | None]]) -> Callable:
-    def read():
-        texts = [content for name, content in members if name.endswith(".json")]
-        if len(texts) != 1:
-            raise UserError(
-                f"the sample has {len(texts)} .json files among {[name for name, _ in members]},"
-                " but needs one"
-            )
-        try:
-            record = json.loads(texts[0])
-        except ValueError as error:
-            raise UserError(f"the .json of the sample is malformed: {error}") from None
-        pictures = [
-            name if content is None else content
-            for name, content in members
-            if name.lower().endswith(PICTURES)
-        ]
-        record = {"conversations": record} if isinstance(record, list) else record
-        if not isinstance(record, dict):
-            raise UserError("the .json of a sample holds a record, or the list of its turns")
-        return {"id": members[0][0].partition(".")[0], **record, "image": pictures or None}
-
-    return read
-
-
-def _json(path: Path) -> Iterator[tuple[str, dict]]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path} line {error.lineno} column {error.colno}: malformed JSON, {error.msg}"
-        ) from None
-    if not isinstance(records, list):
-        raise UserError(
-            f"{path} holds {_kind(records)}, but a list of records is needed; a file with one"
-            " record a line ends in .jsonl"
-        )
-    for i, record in enumerate(records):
-        yield f"{path} record {i}", record
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Callable]]:
-    for number, line in iterate_lines(path):
-        yield f"{path} line {number}", partial(parse_line, line)
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
+def _read_parquet(path: Path) -> Iterator[Placed]:
     import pyarrow
     import pyarrow.parquet
 
@@ -257,21 +196,110 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict]]:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from None
+    return _number_records(path, file.iter_batches())
+
+
+def _number_records(path: Path, batches: Iterable) -> Iterator[Placed]:
     number = 0
-    for batch in file.iter_batches():
+    for batch in batches:
         for record in batch.to_pylist():
             yield f"{path} record {number}", record
             number += 1
 
 
-READERS = {
-    ".json": _json,
-    ".jsonl": _json_lines,
-    ".parquet": _parquet,
-    ".arrow": _arrow,
-    ".tar": _tar,
+def _read_tar(path: Path, images_by_name: bool) -> Iterator[Placed]:
+    """Samples of a WebDataset archive.
+
+    A sample is KEY.json and the images whose names begin with the same key. They follow one
+    another in the archive.
+    """
+    key = None
+    members = []
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                member_key = _get_sample_key(member.name)
+                if member_key != key and members:
+                    yield _make_sample(path, key, members)
+                    members = []
+                key = member_key
+                is_needed = member.name.endswith(".json") or not images_by_name
+                content = archive.extractfile(member).read() if is_needed else None
+                members.append((member.name, content))
+            if members:
+                yield _make_sample(path, key, members)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(
+            f"{path} cannot be read as a tar archive ({error}); give an intact one"
+        ) from None
+
+
+def _get_sample_key(member_name: str) -> str:
+    folder, _, name = member_name.rpartition("/")
+    return f"{folder}/{name.partition('.')[0]}"
+
+
+def _make_sample(path: Path, key: str, members: list[tuple[str, bytes | None]]) -> Placed:
+    place = f"{path} sample {key.lstrip('/')}"
+    return place, partial(_parse_sample, members)
+
+
+def _parse_sample(members: list[tuple[str, bytes | None]]) -> dict:
+    """The record of a sample's members, each a name and its content or None."""
+    names = [name for name, _ in members]
+    texts = [content for name, content in members if name.endswith(".json")]
+    if len(texts) != 1:
+        raise UserError(f"the sample has {len(texts)} .json files among {names}, but needs one")
+    try:
+        record = json.loads(texts[0])
+    except ValueError as error:  # malformed JSON, or no UTF-8 text
+        raise UserError(f"the .json of the sample is malformed: {error}") from None
+    if isinstance(record, list):
+        record = {"conversations": record}
+    if not isinstance(record, dict):
+        raise UserError("the .json of a sample holds a record, or the list of its turns")
+    images = []
+    for name, content in members:
+        if name.lower().endswith(IMAGE_SUFFIXES):
+            images.append(name if content is None else content)
+    sample_id = names[0].partition(".")[0]
+    return {"id": sample_id, **record, "image": images or None}
+
+
+def _read_json(path: Path) -> Iterator[Placed]:
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} line {error.lineno} column {error.colno}: malformed JSON, {error.msg}"
+        ) from None
+    if not isinstance(records, list):
+        raise UserError(
+            f"{path} holds {name_type(records)}, but a list of records is needed; a file with one"
+            " record a line ends in .jsonl"
+        )
+    for i, record in enumerate(records):
+        yield f"{path} record {i}", record
+
+
+def _read_json_lines(path: Path) -> Iterator[Placed]:
+    for number, line in iterate_lines(path):
+        yield f"{path} line {number}", partial(parse_line, line)
+
+
+READERS: dict[str, Callable[[Path], Iterator[Placed]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+    ".tar": partial(_read_tar, images_by_name=False),
 }
 
 
-def _kind(value) -> str:
-    return {dict: "an object", list: "a list", str: "a text"}.get(type(value), repr(value))
+def name_type(value: Any) -> str:
+    """Return what a value is, for messages."""
+    return TYPE_NAMES.get(type(value), repr(value))

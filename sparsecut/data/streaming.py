@@ -1,8 +1,8 @@
-"""Records that are read from shards while training goes on: nothing is indexed or kept, and the
-order is the seed's.
+"""Records that are read from files while training goes on: nothing is indexed or held in memory.
 
-Every process and worker walks through the same stream of texts and takes its own share of it; pictures are opened only for that. So the
-order depends neither on the number of processes nor of workers, and a resumed run passes over what was seen without opening it.
+Every process and worker walks through the same stream of records and takes its part of it; images
+are opened only for that part. So the order depends on the seed alone, neither on the number of
+processes nor of workers. A resumed run passes over what was seen without opening it.
 """
 
 from __future__ import annotations
@@ -17,156 +17,188 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..config.recipe import Source
 from ..config.yaml_io import expand_path
-from ..prompts import is_fixed
 from ..schema import UserError
-from .dataset import check_examples
-from .encoding import written
+from .dataset import TrainingData
+from .encoding import ExampleEncoder
 from .errors import RecordError
-from .examples import Example, example_from
-from .images import Pictures
-from .readers import files_of, read_records
+from .examples import Example, parse_record
+from .images import ImageStore
+from .readers import find_files, read_records
 
-LAST = 100  # records that went by, which may take a broken one's place
+NUM_RECENT = 100  # records that went by, which may take a broken one's place
 BUFFER = 1000  # records among which the next one is drawn
 
 
 class Stream(IterableDataset):
-    """Items of a stage's streaming sources without end, as `data` (a TrainingData) makes them of
-    examples.
+    """Items of a stage's streaming sources, without end.
 
-    settings: what `check_examples` is to keep of the stage. batch, rank, processes: records of a
-    process's micro-batch, which process this is, and of how many; `start`: how many micro-batches
-    each has seen. A bad record of a source with on_error "skip" is told of as "broken" in the item
-    that comes next, and any other stops the stream.
+    A bad record of a source with on_error "skip" is named in "broken" of the item that comes next.
+    Any other bad record stops the stream.
+
+    Attributes:
+        sources: The streaming sources.
+        data: Makes items of examples; it has none of its own.
+        seed: Seed of the order.
+        batch: Records of a process's micro-batch.
+        rank: The number of this process.
+        processes: The number of processes.
+        start: Micro-batches that each process has seen before.
     """
 
     def __init__(
         self,
         sources: tuple[Source, ...],
-        data,
-        settings: dict,
+        data: TrainingData,
         *,
         seed: int,
         batch: int,
         rank: int,
         processes: int,
     ):
-        self.sources, self.data, self.settings, self.seed = sources, data, settings, seed
-        self.batch, self.rank, self.processes, self.start = batch, rank, processes, 0
+        self.sources = sources
+        self.data = data
+        self.seed = seed
+        self.batch = batch
+        self.rank = rank
+        self.processes = processes
+        self.start = 0
 
-    def __getattr__(self, name: str):
-        if name not in ("processor", "template", "states", "views"):
-            raise AttributeError(name)
-        return getattr(self.data, name)
+    @property
+    def encoder(self) -> ExampleEncoder:
+        """Encodes the examples."""
+        return self.data.encoder
+
+    @property
+    def feature_cache(self):
+        """Vision features of all images, or None."""
+        return self.data.feature_cache
+
+    @property
+    def tap_views(self) -> dict[int, int] | None:
+        """The taps that are read from the feature cache -> number of views."""
+        return self.data.tap_views
 
     def __iter__(self) -> Iterator[dict]:
-        """Items for a DataLoader; an error of the user's data becomes a last item {"error": error}.
+        """Yield items for a DataLoader; an error becomes a last item {"error": error}.
 
-        A worker process would hand on only the text of an error (`TrainingData.__getitems__`).
+        A worker process would pass on only the text of an error (`TrainingData.__getitems__`).
         """
         try:
-            yield from self._items()
+            yield from self._iterate_items()
         except UserError as error:
             yield {"error": error}
 
-    def _items(self) -> Iterator[dict]:
+    def _iterate_items(self) -> Iterator[dict]:
         worker = get_worker_info()
-        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        whole, place, broken, before = self.batch * self.processes, 0, [], deque(maxlen=LAST)
-        own = range(self.rank * self.batch, (self.rank + 1) * self.batch)
-        for example in self.examples():
+        number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        place = 0  # of the record in the stream
+        broken = []
+        recent: deque[Example] = deque(maxlen=NUM_RECENT)
+        for example in self.iterate_examples():
             if isinstance(example, RecordError):
                 broken.append(example)
                 continue
-            step, at = divmod(place, whole)
+            if self._is_mine(place, number, num_workers):
+                item = self.data.make_item(example, reversed(recent))
+                errors = [*broken, *item.get("broken", ())]
+                yield {**item, "broken": errors} if errors else item
+            broken = []  # named by whoever has the record that follows
+            recent.append(example)
             place += 1
-            if step >= self.start and (step - self.start) % workers == number and at in own:
-                item = self.data.item(example, reversed(before), check=self._check)
-                told = [*broken, *item.get("broken", ())]
-                yield {**item, "broken": told} if told else item
-            broken = []  # whoever has the record that follows tells of them
-            before.append(example)
 
-    def _check(self, example: Example) -> None:
-        check_one(example, self.processor, self.settings)
+    def _is_mine(self, place: int, worker: int, num_workers: int) -> bool:
+        """Whether the record at a place of the stream is for this process and worker."""
+        step, index = divmod(place, self.batch * self.processes)
+        if step < self.start or index // self.batch != self.rank:
+            return False
+        return (step - self.start) % num_workers == worker
 
-    def examples(self) -> Iterator[Example | RecordError]:
-        """The stage's examples in their order, without end: every source shuffled anew in each
-        pass, and mixed by weight.
+    def iterate_examples(self) -> Iterator[Example | RecordError]:
+        """Yield the stage's examples in order, without end, and errors of records left out.
 
-        Between them sentences about records that are left out.
+        Every source is shuffled anew in each pass, and sources are mixed by weight.
         """
-        drawn = random.Random(f"{self.seed} sources")
-        streams = [self._of_source(source, i) for i, source in enumerate(self.sources)]
+        generator = random.Random(f"{self.seed} sources")
+        streams = [self._iterate_source(source, i) for i, source in enumerate(self.sources)]
         weights = [source.weight or 1.0 for source in self.sources]
         while True:
-            yield next(streams[drawn.choices(range(len(streams)), weights)[0]])
+            (chosen,) = generator.choices(range(len(streams)), weights)
+            yield next(streams[chosen])
 
-    def _of_source(self, source: Source, number: int) -> Iterator[Example | RecordError]:
+    def _iterate_source(self, source: Source, number: int) -> Iterator[Example | RecordError]:
         for turn in itertools.count():
-            order = random.Random(f"{self.seed} {number} {turn}")
-            shards = files_of(expand_path(source.path))
-            order.shuffle(shards)
-            found, buffer = False, []
-            for example in passing(source, shards):
-                if isinstance(example, RecordError):
-                    yield example
-                    continue
-                found = True
-                if len(buffer) < BUFFER:
-                    buffer.append(example)
-                    continue
-                i = order.randrange(BUFFER)
-                yield buffer[i]
-                buffer[i] = example
-            order.shuffle(buffer)
-            yield from buffer
-            if not found:
+            generator = random.Random(f"{self.seed} {number} {turn}")
+            files = find_files(expand_path(source.path))
+            generator.shuffle(files)
+            is_empty = True
+            for example in _shuffle(read_stream(source, files), generator):
+                is_empty = is_empty and isinstance(example, RecordError)
+                yield example
+            if is_empty:
                 raise UserError(
                     f"{source.path} gives no record to learn from in a whole pass through its"
-                    f" {len(shards)} files"
+                    f" {len(files)} files"
                 )
 
 
-def passing(source: Source, shards: list[Path]) -> Iterator[Example | RecordError]:
-    """A source's records in the order of its files, each checked as far as its form goes; of bad
-    ones that may be skipped, a sentence.
+def _shuffle(
+    examples: Iterator[Example | RecordError], generator: random.Random
+) -> Iterator[Example | RecordError]:
+    """Examples in a random order, each drawn from a buffer; errors as they come."""
+    buffer = []
+    for example in examples:
+        if isinstance(example, RecordError):
+            yield example
+        elif len(buffer) < BUFFER:
+            buffer.append(example)
+        else:
+            i = generator.randrange(BUFFER)
+            yield buffer[i]
+            buffer[i] = example
+    generator.shuffle(buffer)
+    yield from buffer
 
-    Whether there is something to learn in it is seen by who has its turn: every worker of every
-    process passes over all records.
+
+def read_stream(source: Source, files: list[Path]) -> Iterator[Example | RecordError]:
+    """Yield a source's examples in the order of its files, and errors of records it may skip.
+
+    Only the form of a record is checked, because every worker of every process passes over all
+    records. Whether there is something to learn is seen by the one that encodes it.
+
+    Args:
+        source: The source.
+        files: Its files.
+
+    Raises:
+        RecordError: A record is bad, and the source says on_error "stop".
     """
     skip = source.on_error == "skip"
-    for shard in shards:
-        store = Pictures(expand_path(source.images) if source.images else shard.parent)
-        for place, record in read_records(shard):
+    for file in files:
+        store = ImageStore(expand_path(source.images) if source.images else file.parent)
+        for place, record in read_records(file):
             try:
-                yield example_from(record, place, store, skip=skip)
+                yield parse_record(record, place, store, skip=skip)
             except RecordError as error:
                 if not skip:
                     raise
                 yield error
 
 
-def check_one(example: Example, processor, settings: dict) -> None:
-    """Raise ValueError where a record cannot be learned from; of a base's own processor, whose
-    pictures count, only where it is written.
-    """
-    if is_fixed(processor):
-        check_examples([example], processor, **settings)
-    else:
-        written(example, processor, settings["template"])
+def read_first_examples(source: Source, encoder: ExampleEncoder, number: int = 32) -> list[Example]:
+    """Return the first good records of a stream.
 
+    A mistake in all records is thus found before the first step.
 
-def first_of(source: Source, processor, settings: dict, num: int = 32) -> list[Example]:
-    """The first good records of a stream, so that what is wrong with all of them is told before the
-    first step.
+    Raises:
+        RecordError: A record is bad, and the source says on_error "stop".
     """
+    files = find_files(expand_path(source.path))
     good = []
-    for example in itertools.islice(passing(source, files_of(expand_path(source.path))), num):
+    for example in itertools.islice(read_stream(source, files), number):
         if isinstance(example, RecordError):
             continue
         try:
-            check_one(example, processor, settings)
+            encoder.encode(example)
             good.append(example)
         except RecordError:
             if source.on_error != "skip":

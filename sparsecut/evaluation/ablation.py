@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data.examples import Example
-from ..data.feature_cache import keys_of, views_of
+from ..data.feature_cache import get_image_keys, get_tap_views
 from ..schema import UserError
 from .additions import measure_additions, only
 from .answers import Answers
@@ -32,14 +32,14 @@ class FeaturesInMemory:
     """Vision features of all images of some examples, float16, read as a `VisionFeatureCache` is.
 
     Attributes:
-        features: By the image's key (`keys_of`), then tap: features of its views, [V, N, D].
+        features: By the image's key (`get_image_keys`), then tap: features of its views, [V, N, D].
     """
 
     def __init__(self, model, processor, examples: Sequence[Example], batch_size: int = 32):
         self.features: dict[str, dict[int, Tensor]] = {}
         images = {}
         for example in examples:
-            for number, key in enumerate(keys_of(example)):
+            for number, key in enumerate(get_image_keys(example)):
                 images[key] = (example, number)
         keys = list(images)
         for start in range(0, len(keys), batch_size):
@@ -49,7 +49,7 @@ class FeaturesInMemory:
 
     def _encode(self, model, processor, keys: list[str], images: list[tuple]) -> None:
         """Add the features of some images, each given as (example, number in the example)."""
-        opened = [example.pictures()[number] for example, number in images]
+        opened = [example.load_images()[number] for example, number in images]
         pixels = processor.pixels(opened).to(model.device)
         encoded = {}
         for tap, features in model.encode(pixels).items():
@@ -65,7 +65,7 @@ class FeaturesInMemory:
 
     def read(self, example: Example, views: dict[int, int]) -> dict[int, Tensor]:
         """The features of an example's P images by tap, [P, V, N, D]."""
-        return self.stack(keys_of(example), views)
+        return self.stack(get_image_keys(example), views)
 
     def stack(self, keys: Sequence[str], views: dict[int, int]) -> dict[int, Tensor]:
         """The features of some images by tap, [len(keys), V, N, D]."""
@@ -94,7 +94,7 @@ class PairedFeatures:
     def read(self, example: Example, views: dict[int, int]) -> dict[int, Tensor]:
         """Features by tap, [2 * P, V, N, D]: an image, its partner, the next image, ..."""
         keys = []
-        for key in keys_of(example):
+        for key in get_image_keys(example):
             keys += [key, self.partners[key]]
         return self.features.stack(keys, views)
 
@@ -253,9 +253,9 @@ def _compute_features(model, processor, examples: Sequence[Example]) -> Features
         return None
     keys = set()
     for example in examples:
-        keys.update(keys_of(example))
+        keys.update(get_image_keys(example))
     config = model.config
-    num_views = sum(views_of(model.plan, config.vision_depth).values())
+    num_views = sum(get_tap_views(model.plan, config.vision_depth).values())
     num_values = len(keys) * num_views * config.num_patches * config.grid.width
     if 2 * num_values > MEMORY_LIMIT:
         return None

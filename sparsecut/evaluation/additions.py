@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..data.examples import Example
-from ..data.feature_cache import keys_of, views_of
+from ..data.feature_cache import get_image_keys, get_tap_views
 from ..prompts import prepare_inputs
 from .evaluator import read_features, render_question
 
@@ -36,7 +36,7 @@ def measure_additions(
     """
     fusion = model.fusion
     shortcuts = model.plan.shortcuts
-    by_images = {tuple(keys_of(example)): example for example in examples if example.images}
+    by_images = {tuple(get_image_keys(example)): example for example in examples if example.images}
     distinct = list(by_images.values())
     trace = _trace_upgraded if model.is_upgrade else _trace_joined
     sums = torch.zeros(len(shortcuts), 5, dtype=torch.float64)
@@ -81,11 +81,11 @@ def _trace_joined(model, processor, batch: Sequence[Example], features) -> tuple
 def _encode_images(model, processor, batch: Sequence[Example], features) -> dict[int, Tensor]:
     """Vision features of all images by tap, [P, V, N, D]."""
     if features is not None:
-        views = views_of(model.plan, model.config.vision_depth)
+        views = get_tap_views(model.plan, model.config.vision_depth)
         return read_features(features, batch, views, model.device)
     images = []
     for example in batch:
-        images += example.pictures()
+        images += example.load_images()
     return model.encode(processor.pixels(images).to(model.device))
 
 
@@ -107,7 +107,7 @@ def _trace_upgraded(model, processor, batch: Sequence[Example], features) -> tup
         return original_forward(grains=grains)
 
     prompts = [render_question(example, processor) for example in batch]
-    images = [example.pictures() for example in batch]
+    images = [example.load_images() for example in batch]
     inputs = prepare_inputs(model, processor, prompts, images)
     fusion.forward = watched_forward
     try:

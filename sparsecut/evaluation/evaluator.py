@@ -23,8 +23,8 @@ from .. import __version__
 from ..config.recipe import Recipe
 from ..config.yaml_io import expand_path
 from ..data.dataset import raise_errors
-from ..data.examples import IMAGE, Example, read_source
-from ..data.feature_cache import views_of
+from ..data.examples import Example, read_source
+from ..data.feature_cache import get_tap_views
 from ..data.jsonl import append_json_lines
 from ..fingerprint import weights_hash
 from ..prompts import (
@@ -32,7 +32,7 @@ from ..prompts import (
     decode_answers,
     encode_prompts,
     get_chat_template,
-    is_fixed,
+    get_tokens_per_image,
     make_greedy_config,
     prepare_inputs,
     render_prompt,
@@ -180,7 +180,7 @@ def _check_examples(examples: Sequence[Example]) -> None:
     if not examples:
         raise UserError("there is nothing to ask: the list of examples is empty; give at least one")
     for example in examples:
-        example.check_pictures()
+        example.check_images()
 
 
 def _measure_prompts(model, processor, examples, records, max_new_tokens: int) -> list[int]:
@@ -191,7 +191,7 @@ def _measure_prompts(model, processor, examples, records, max_new_tokens: int) -
     """
     prompts = [record["prompt"] for record in records]
     token_ids = processor.tokenizer(prompts)["input_ids"]
-    num_extra = processor.num_image_tokens - 1 if is_fixed(processor) else 0
+    num_extra = (get_tokens_per_image(processor) or 1) - 1
     lengths = []
     for ids, example in zip(token_ids, examples, strict=True):
         length = len(ids) + len(example.images) * num_extra
@@ -201,7 +201,7 @@ def _measure_prompts(model, processor, examples, records, max_new_tokens: int) -
 
 
 def _check_batch_lengths(model, processor, inputs: dict, examples, max_new_tokens: int) -> None:
-    if is_fixed(processor):
+    if get_tokens_per_image(processor) is not None:
         return  # checked before
     lengths = inputs["attention_mask"].sum(-1).tolist()
     for length, example in zip(lengths, examples, strict=True):
@@ -209,7 +209,7 @@ def _check_batch_lengths(model, processor, inputs: dict, examples, max_new_token
 
 
 def _check_prompt_length(model, length: int, example: Example, max_new_tokens: int) -> None:
-    name = f"the prompt of {example.source or example.id}"
+    name = f"the prompt of {example.place}"
     check_length(model, length, max_new_tokens, name, "leave it out or lower max_new_tokens")
 
 
@@ -236,10 +236,7 @@ def _build_record(example: Example, processor) -> dict:
 
 def render_question(example: Example, processor) -> str:
     """The prompt that asks for the last answer of an example, whether or not it is there."""
-    messages = []
-    for message in example.messages:
-        content = message["content"].replace(IMAGE, processor.image_token)
-        messages.append({**message, "content": content})
+    messages = example.get_messages(processor.image_token)
     if messages[-1]["role"] == "assistant":
         messages.pop()
     return render_prompt(processor, messages)
@@ -261,7 +258,7 @@ def get_settings(model, processor, max_new_tokens: int, metric: str | None) -> d
 
 def _get_view_settings(processor) -> dict:
     """What is done to images: our settings, or the name and a hash of a base's own processor."""
-    if is_fixed(processor):
+    if get_tokens_per_image(processor) is not None:
         names = ("image_size", "tiles", "coarse", "num_image_tokens")
         return {name: getattr(processor, name) for name in names}
     settings = processor.image_processor.to_dict()
@@ -334,7 +331,7 @@ class InputDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         batch = self.batches[index]
         try:
-            images = [example.pictures() for example in batch.examples]
+            images = [example.load_images() for example in batch.examples]
             return dict(encode_prompts(self.processor, batch.prompts, images))
         except UserError as error:
             return {"error": error}
@@ -403,7 +400,7 @@ def _prepare_cached_inputs(
             "the vision features of an upgraded model cannot be cached; evaluate it without"
             " feature_cache"
         )
-    views = views_of(model.plan, model.config.vision_depth)
+    views = get_tap_views(model.plan, model.config.vision_depth)
     for batch in batches:
         with_images = [example for example in batch.examples if example.images]
         if not with_images:

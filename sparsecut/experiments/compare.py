@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config.yaml_io import expand_path, read_yaml
-from ..data.images import Pictures
+from ..data.images import ImageStore
 from ..data.jsonl import read_json_lines
 from ..evaluation.answers import Answers
 from ..evaluation.statistics import (
@@ -305,7 +305,7 @@ def _describe_item(runs: Sequence[ComparedRun], i: int) -> dict:
     return item
 
 
-def find_images(runs: Sequence[ComparedRun], images: str | Path | None = None) -> list[Pictures]:
+def find_images(runs: Sequence[ComparedRun], images: str | Path | None = None) -> list[ImageStore]:
     """Find where the items' images lie.
 
     Args:
@@ -313,13 +313,13 @@ def find_images(runs: Sequence[ComparedRun], images: str | Path | None = None) -
         images: A folder or archive. By default those that the runs' recipes or benchmarks name.
     """
     if images is not None:
-        return [Pictures(images)]
+        return [ImageStore(images)]
     places: dict[str, None] = {}
     for run in runs:
         for place in _name_image_places(run):
             if Path(place).exists():
                 places[str(place)] = None
-    return [Pictures(place) for place in places]
+    return [ImageStore(place) for place in places]
 
 
 def _name_image_places(run: ComparedRun) -> list[str]:

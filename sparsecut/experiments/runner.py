@@ -153,12 +153,12 @@ def prepare(study: Study, log: Log) -> None:
 def _cache_features(recipe, plans: list, model, processor, log: Log) -> None:
     """Encode every image of training and evaluation once, with the views that any plan reads."""
     from ..data.examples import read_source
-    from ..data.feature_cache import prepare_states, views_of
+    from ..data.feature_cache import build_feature_cache, get_tap_views
     from ..evaluation.evaluator import evaluation_examples
 
     views: dict[int, int] = {}
     for plan in plans:
-        for tap, number in views_of(plan, model.config.vision_depth).items():
+        for tap, number in get_tap_views(plan, model.config.vision_depth).items():
             views[tap] = max(number, views.get(tap, 0))
     examples = []
     for stage in recipe.stages:
@@ -167,7 +167,7 @@ def _cache_features(recipe, plans: list, model, processor, log: Log) -> None:
     examples += evaluation_examples(recipe)
     if max(views.values()) == 1:
         processor.tiles = 0
-    prepare_states(recipe.states, model, processor, examples, views, log=log)
+    build_feature_cache(recipe.states, model, processor, examples, views, log=log)
 
 
 def _find_tiles(study: Study, vision, language) -> int:

@@ -143,14 +143,14 @@ def measure_importance(study: Study, seed: int) -> tuple[list[float], list[float
     import torch
 
     from ..building import load
-    from ..data.dataset import Collator
+    from ..data.collator import Collator
 
     run = Run(study.main, SUPERNET, seed)
     stage = study.get_recipe(run).stages[-1]
     model, processor = load(run.get_folder(study.output) / "final")
     batch_size = stage.args.get("per_device_train_batch_size", 8)
     data = _read_training_data(study, run, model, processor, NUM_BATCHES * batch_size)
-    collate = Collator(processor)
+    collate = Collator(data.encoder)
     model.requires_grad_(False)
     gates = model.fusion.gates.requires_grad_(True)
     total = torch.zeros_like(gates)
@@ -165,24 +165,22 @@ def measure_importance(study: Study, seed: int) -> tuple[list[float], list[float
 def _read_training_data(study: Study, run: Run, model, processor, number: int):
     """The first examples of the last stage, with cached features where the study keeps them."""
     from ..data.dataset import TrainingData
+    from ..data.encoding import example_encoder
     from ..data.examples import read_source
-    from ..data.feature_cache import VisionFeatureCache, views_of
+    from ..data.feature_cache import VisionFeatureCache, get_tap_views
+    from ..data.labels import Limits
 
     recipe = study.get_recipe(run)
     stage = recipe.stages[-1]
     examples = []
     for source in stage.data:
         examples += read_source(source, [])
-    cache = {}
-    if recipe.states:
-        cache["states"] = VisionFeatureCache(recipe.states)
-        cache["views"] = views_of(model.plan, model.config.vision_depth)
+    encoder = example_encoder(processor, stage.template, Limits(max_length=stage.max_length))
     return TrainingData(
         examples[:number],
-        processor,
-        template=stage.template,
-        max_length=stage.max_length,
-        **cache,
+        encoder,
+        feature_cache=VisionFeatureCache(recipe.states) if recipe.states else None,
+        tap_views=get_tap_views(model.plan, model.config.vision_depth),
     )
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from ..config.recipe import Source, Stage
 from ..config.yaml_io import expand_path
 from ..data.examples import Example, read_source
-from ..data.readers import files_of
-from ..data.streaming import passing
+from ..data.readers import find_files
+from ..data.streaming import read_stream
 
 PER_WORD = 1.5  # tokens of a word, by and large
 ASSUMED = 64  # text tokens of a record, where no data says otherwise
@@ -181,6 +181,6 @@ def _examples(source: Source, notes: list[str]) -> list[Example] | None:
         notes.append(f"no records of {source.path}: there is no such file")
         return None
     if source.streaming:
-        first = (one for one in passing(source, files_of(path)) if isinstance(one, Example))
+        first = (one for one in read_stream(source, find_files(path)) if isinstance(one, Example))
         return list(itertools.islice(first, SAMPLE))
     return read_source(source, [])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from ..data.images import Pictures
+from ..data.images import ImageStore
 from ..experiments.compare import ComparedRun, find_images
 from ..plan import Plan
 from .figures import draw_bars
@@ -55,7 +55,7 @@ def write_comparison(
     return path
 
 
-def write_page(comparison: dict, images: Sequence[Pictures]) -> str:
+def write_page(comparison: dict, images: Sequence[ImageStore]) -> str:
     """Return the comparison as one HTML page; images are looked up by name."""
     names = list(comparison["runs"])
     subject = " and ".join(names) if len(names) < 4 else f"{len(names)} runs"
@@ -164,7 +164,7 @@ def _draw_plans(comparison: dict) -> dict[str, Markup]:
     return drawings
 
 
-def _make_item(item: dict, images: Sequence[Pictures]) -> dict:
+def _make_item(item: dict, images: Sequence[ImageStore]) -> dict:
     """What the page shows of an item: its images, and every run's answers."""
     answers = []
     for name, by_seed in item["answers"].items():
@@ -181,11 +181,11 @@ def _make_item(item: dict, images: Sequence[Pictures]) -> dict:
     }
 
 
-def _embed(name: str, images: Sequence[Pictures]) -> Markup | None:
+def _embed(name: str, images: Sequence[ImageStore]) -> Markup | None:
     """An image as a URL, or None where no folder or archive holds it."""
     for store in images:
         if isinstance(name, str) and name in store:
-            image = store.open(name)
+            image = store.load(name)
             image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
             return embed_image(image)
     return None

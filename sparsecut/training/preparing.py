@@ -17,10 +17,12 @@ from ..building import build, is_saved, load
 from ..config.recipe import Recipe, Source, Stage
 from ..config.yaml_io import expand_path
 from ..data.dataset import TrainingData
+from ..data.encoding import ExampleEncoder, example_encoder
 from ..data.errors import RecordError
-from ..data.examples import Example, choose
-from ..data.packing import in_rows
-from ..data.streaming import first_of
+from ..data.examples import Example, select_examples
+from ..data.labels import Limits
+from ..data.packing import pack_dataset
+from ..data.streaming import read_first_examples
 from ..data.validation import check_examples
 from ..methods import make_plan
 from ..modeling_base import is_sparsecut_model
@@ -117,9 +119,14 @@ def prepare_run(
     return PreparedRun(inputs, model, processor, stages, held_out, problems)
 
 
-def get_length_limits(stage: Stage, model) -> dict:
-    """Limits of a record, as `check_examples` and `Collator` take them."""
-    return {"limit": get_max_length(model), "max_images": stage.max_image_tokens}
+def build_encoder(stage: Stage, model, processor) -> ExampleEncoder:
+    """The encoder of a stage's examples, with the limits of the stage and of the model."""
+    limits = Limits(
+        max_length=stage.max_length,
+        model_limit=get_max_length(model),
+        max_image_tokens=stage.max_image_tokens,
+    )
+    return example_encoder(processor, stage.template, limits)
 
 
 def _load_start(inputs: RunInputs, model, processor) -> tuple:
@@ -192,21 +199,16 @@ def _check_sources(
     problems: list[RecordError],
 ) -> list[SourceExamples]:
     """The sources with their good examples; of a stream, the first ones."""
-    settings = {
-        "template": stage.template,
-        "max_length": stage.max_length,
-        **get_length_limits(stage, model),
-    }
+    encoder = build_encoder(stage, model, processor)
     checked = []
     for entry in sources:
         if entry.source.streaming:
-            examples = first_of(entry.source, processor, settings)
+            examples = read_first_examples(entry.source, encoder)
         else:
             examples = check_examples(
                 entry.examples,
-                processor,
-                **settings,
-                open_pictures=open_images,
+                encoder,
+                open_images=open_images,
                 problems=problems if entry.source.on_error == "skip" else None,
             )
         checked.append(SourceExamples(entry.source, examples))
@@ -233,10 +235,8 @@ def _check_batches(prepared: PreparedStage, model, processor) -> None:
             " remove pad_to"
         )
     if stage.pack is not None:
-        data = TrainingData(
-            prepared.examples, processor, template=stage.template, max_length=stage.max_length
-        )
-        in_rows(data, model, stage)
+        data = TrainingData(prepared.examples, build_encoder(stage, model, processor))
+        pack_dataset(data, model, stage)
 
 
 def _choose_held_out(
@@ -252,7 +252,8 @@ def _choose_held_out(
             " training, but the recipe has no `evaluate`; add one with its data, or remove"
             " args.eval_strategy"
         )
-    return check_examples(choose(examples, keep=MAX_HELD_OUT), processor)
+    selected = select_examples(examples, keep=MAX_HELD_OUT)
+    return check_examples(selected, example_encoder(processor))
 
 
 def _report(stages: list[PreparedStage], problems: list[RecordError], *, shown: bool) -> None:

@@ -85,7 +85,7 @@ def read_inputs(
     evaluation_examples = _read_evaluation(recipe, problems)
     if check:
         for example in evaluation_examples:
-            example.pictures()
+            example.load_images()
     continues = resume and not check
     return RunInputs(
         recipe=recipe,

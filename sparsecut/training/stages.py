@@ -33,16 +33,18 @@ from ..adapters import add_adapters, merge_adapters
 from ..building import load
 from ..config.recipe import Recipe, Stage, dump_recipe
 from ..config.yaml_io import expand_path
-from ..data.dataset import Collator, TrainingData
+from ..data.collator import Collator
+from ..data.dataset import TrainingData
+from ..data.encoding import example_encoder
 from ..data.examples import Example
-from ..data.feature_cache import VisionFeatureCache, prepare_states, views_of
-from ..data.packing import in_rows
+from ..data.feature_cache import VisionFeatureCache, build_feature_cache, get_tap_views
+from ..data.packing import pack_dataset
 from ..data.streaming import Stream
 from ..fingerprint import base_hash
 from ..schema import UserError
 from .arguments import build_arguments
 from .freezing import apply_liger, freeze, trains_base, unfreeze
-from .preparing import PreparedRun, PreparedStage, get_length_limits, prepare_run
+from .preparing import PreparedRun, PreparedStage, build_encoder, prepare_run
 from .progress import StageLog, print_message
 from .reading import read_inputs
 from .run_dir import SKIPPED, clear_stage, link_files, save_stage
@@ -240,7 +242,7 @@ def open_feature_cache(
     folder = expand_path(recipe.states)
     first = args.main_process_first(desc="caching vision features") if args else nullcontext()
     with first:
-        return prepare_states(folder, model, processor, examples, log=print_message)
+        return build_feature_cache(folder, model, processor, examples, log=print_message)
 
 
 def _write_recipe(prepared: PreparedRun) -> None:
@@ -276,29 +278,29 @@ def _build_trainer(
 ) -> StageTrainer:
     """The trainer of a stage, with its datasets."""
     stage = prepared.stage
-    settings = {"template": stage.template, "max_length": stage.max_length}
-    limits = get_length_limits(stage, model)
-    views = views_of(model.plan, model.config.vision_depth)
-    collator = Collator(processor, **settings, **limits, pad_to=stage.pad_to, defer_errors=True)
-    data = TrainingData(prepared.examples, processor, **settings, states=cache, views=views)
+    encoder = build_encoder(stage, model, processor)
+    tap_views = get_tap_views(model.plan, model.config.vision_depth)
+    collator = Collator(encoder, pad_to=stage.pad_to, defer_errors=True)
+    data = TrainingData(prepared.examples, encoder, feature_cache=cache, tap_views=tap_views)
     if prepared.is_stream:
         data = Stream(
             stage.data,
             data,
-            {**settings, **limits},
             seed=args.data_seed,
             batch=args.per_device_train_batch_size,
             rank=args.process_index,
             processes=args.world_size,
         )
-    data = in_rows(data, model, stage)
+    data = pack_dataset(data, model, stage)
     if args.use_liger_kernel:
         apply_liger(model, args.liger_kernel_config)
         # The Trainer would look for kernels of the whole model's type, and find none.
         args.use_liger_kernel = False
     held_out_data = None
     if held_out:
-        held_out_data = TrainingData(held_out, processor, states=cache, views=views)
+        held_out_data = TrainingData(
+            held_out, example_encoder(processor), feature_cache=cache, tap_views=tap_views
+        )
     return StageTrainer(
         model=model,
         args=args,

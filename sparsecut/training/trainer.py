@@ -19,8 +19,8 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from ..adapters import get_adapters, load_checkpoint, save_adapters, strip_adapters
 from ..config.recipe import Stage
-from ..data.dataset import blank_item, picture_inputs, raise_errors
-from ..data.encoding import IGNORED
+from ..data.dataset import get_blank_image_inputs, make_blank_item, raise_errors
+from ..data.labels import IGNORED
 from ..data.packing import LengthGroupedSampler, PackedDataset, check_packing
 from ..data.streaming import Stream
 from ..modeling_upgraded import WEIGHTS
@@ -81,15 +81,13 @@ class StageTrainer(Trainer):
         parts = self.model.parameter_groups()
         parameters = [*parts["vision"], *parts.get("projector", ())]
         data = self.train_dataset
-        blank = blank_item(
-            data.processor, template=data.template, states=data.states, views=data.views
-        )
+        blank = make_blank_item(data.encoder, data.feature_cache, data.tap_views)
         # DeepSpeed may hold parameters in pieces from the start.
         is_whole = not any(hasattr(parameter, "ds_id") for parameter in parameters)
         if is_whole and isinstance(data, PackedDataset):
             check_packing(self.model, self.data_collator, data)
         if is_whole and any(parameter.requires_grad for parameter in parameters):
-            image_inputs = picture_inputs(blank, data.processor)
+            image_inputs = get_blank_image_inputs(blank, data.encoder)
             freeze_unused_vision_blocks(self.model, parameters, image_inputs)
         self.image_parameters = [p for p in parameters if p.requires_grad]
         self.data_collator.blank = blank if self.is_sharded else None

@@ -5,7 +5,8 @@ import torch
 from helpers.runs import trainer_for, write_records
 from helpers.tiny import tiny_model
 
-from sparsecut.data.dataset import Collator
+from sparsecut.data.collator import Collator
+from sparsecut.data.encoding import example_encoder
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def folder(tmp_path):
 def test_a_compiled_model_is_compiled_no_more_once_its_shapes_are_known(folder):
     model, processor = tiny_model()
     trainer = trainer_for(model, processor, folder)
-    compiled, graphs = Collator(processor, pad_to=32), []
+    compiled, graphs = Collator(example_encoder(processor), pad_to=32), []
 
     def backend(graph, inputs):
         graphs.append(graph)

@@ -7,8 +7,9 @@ from helpers.tiny import SPECIAL
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-from sparsecut.data.encoding import encode
+from sparsecut.data.encoding import example_encoder
 from sparsecut.data.examples import Example
+from sparsecut.data.labels import Limits
 from sparsecut.processing import SparseCutProcessor
 
 CHATML = (
@@ -70,6 +71,12 @@ def talk(*turns: str, images=("a.png",), system: str | None = None) -> Example:
     if system:
         messages.insert(0, {"role": "system", "content": system})
     return Example("x", list(images), messages, source="talk.json record 0")
+
+
+def encode(example, processor, template="chat", max_length=None) -> dict[str, list[int]]:
+    """Token ids and labels of an example, as lists."""
+    encoder = example_encoder(processor, template, Limits(max_length=max_length))
+    return {name: values.tolist() for name, values in encoder.encode(example).items()}
 
 
 def learned(encoded, processor) -> list[str]:
@@ -140,12 +147,8 @@ def test_a_merge_across_the_boundary_is_kept_and_learned():
     ).replace("Q", "U")
     encoded = encode(talk("<image>", "yes"), processor)
     tokens = processor.tokenizer.convert_ids_to_tokens(encoded["input_ids"])
-    assert tokens[-4:] == [
-        "A",
-        ": y",
-        "es",
-        "</s>",
-    ]  # tokenised in pieces it would be "A", ": ", "y", "es"
+    # In pieces it would be "A", ": ", "y", "es".
+    assert tokens[-4:] == ["A", ": y", "es", "</s>"]
     assert [label != -100 for label in encoded["labels"]][-4:] == [False, True, True, True]
 
 
@@ -158,10 +161,8 @@ def test_plain_learns_caption_and_end_only():
 
 def test_another_placeholder_is_written_where_the_processor_has_one():
     processor = processor_with(CHATML)
-    processor.image_token, processor.image_token_id = (
-        "<|im_start|>",
-        processor.tokenizer.convert_tokens_to_ids("<|im_start|>"),
-    )
+    processor.image_token = "<|im_start|>"
+    processor.image_token_id = processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
     ids = encode(talk("<image>\nWhat?", "cat"), processor, "plain")["input_ids"]
     assert ids[:4] == [processor.image_token_id] * 4
 
@@ -170,22 +171,20 @@ def test_max_length_cuts_answers_but_never_pictures():
     processor = processor_with(VICUNA)
     full = encode(TALK, processor)["input_ids"]
     assert encode(TALK, processor, max_length=40)["input_ids"] == full[:40]
-    with pytest.raises(
-        ValueError, match=r"talk.json record 0: .*would cut off image tokens .2 of 4 left"
-    ):
+    with pytest.raises(ValueError, match=r"talk.json record 0: .*2 of 4"):
         encode(TALK, processor, max_length=full.index(processor.image_token_id) + 2)
-    with pytest.raises(ValueError, match="all labels are masked; raise max_length"):
+    with pytest.raises(ValueError, match="raise max_length"):
         encode(TALK, processor, max_length=full.index(processor.image_token_id) + 6)
 
 
 @pytest.mark.parametrize(
     "template, sentence",
     [
-        (FORGETFUL, "writes turn 2 differently once more turns follow"),
-        (LLAMA2, "chat template refuses the conversation: no system turn here"),
+        (FORGETFUL, "turn 2"),
+        (LLAMA2, "no system turn here"),
         (
             MARKED.replace("== 'assistant'", "== 'robot'"),
-            "marks 0 answers, but the conversation has 2",
+            "marks 0 answers.* 2",
         ),
     ],
 )
@@ -196,13 +195,17 @@ def test_templates_that_hide_the_answers_are_refused(template, sentence):
         encode(talk(*(m["content"] for m in TALK.messages), system="Be brief."), processor)
 
 
-def test_tokenizers_that_cannot_say_where_tokens_stand_are_refused(monkeypatch):
+def test_a_tokenizer_that_does_not_say_where_tokens_stand_is_refused(monkeypatch):
     processor = processor_with(CHATML)
     monkeypatch.setattr(type(processor.tokenizer), "is_fast", False)
-    with pytest.raises(ValueError, match="load a fast one"):
+    with pytest.raises(ValueError, match="use_fast=True"):
         encode(TALK, processor)
-    with pytest.raises(ValueError, match="takes one caption, but the record has 2 answers"):
+
+
+def test_plain_needs_one_caption_and_an_end_token():
+    processor = processor_with(CHATML)
+    with pytest.raises(ValueError, match=r"one caption.* 2 answers"):
         encode(TALK, processor, "plain")
     processor.tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no end token"):
+    with pytest.raises(ValueError, match="eos_token"):
         encode(talk("<image>", "a cat"), processor, "plain")

@@ -11,8 +11,8 @@ from helpers.fusions import fuse
 from helpers.runs import write_records
 from helpers.tiny import tiny_model
 
-from sparsecut.data.dataset import read_examples
-from sparsecut.data.feature_cache import views_of
+from sparsecut.data.examples import read_examples
+from sparsecut.data.feature_cache import get_tap_views
 from sparsecut.evaluation.ablation import (
     FeaturesInMemory,
     PairedFeatures,
@@ -140,10 +140,10 @@ def test_norms_are_those_of_a_plain_computation(examples, shared):
     model, processor = shared
     example = examples[0]
     found = explain(model, processor, [example], max_new_tokens=2)["shortcuts"]
-    fused = fuse(model.fusion, model.encode(processor.pixels(example.pictures())))
+    fused = fuse(model.fusion, model.encode(processor.pixels(example.load_images())))
     text = example.messages[0]["content"].replace("<image>", processor.image_token)
     prompt = f"USER : {text} ASSISTANT :"
-    inputs = processor(images=example.pictures(), text=prompt, return_tensors="pt")
+    inputs = processor(images=example.load_images(), text=prompt, return_tensors="pt")
     hidden = {}
     hooks = []
     for number, layer in enumerate(model.language_model.model.layers, start=1):
@@ -179,7 +179,7 @@ def test_what_cannot_be_explained_is_refused(folder, examples, shared):
 def test_a_shuffled_shortcut_reads_the_other_image_and_the_rest_their_own(examples, shared):
     model, processor = shared
     features = FeaturesInMemory(model, processor, examples)
-    views = views_of(model.plan, model.config.vision_depth)
+    views = get_tap_views(model.plan, model.config.vision_depth)
     keys = list(features.features)
     pairs = PairedFeatures(features)
     assert all(pairs.partners[key] != key for key in keys)

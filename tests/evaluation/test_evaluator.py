@@ -83,7 +83,7 @@ def test_a_prediction_is_what_generate_returns(shared, examples):
     model, processor = shared
     example = examples[2]
     prompt = "USER : <image>\n<image>\nare you sure ASSISTANT :"
-    inputs = processor(images=example.pictures(), text=prompt, return_tensors="pt")
+    inputs = processor(images=example.load_images(), text=prompt, return_tensors="pt")
     token_ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     new_ids = token_ids[:, inputs["input_ids"].shape[1] :]
     (answer,) = processor.batch_decode(new_ids, skip_special_tokens=True)

@@ -8,7 +8,11 @@ from helpers.tiny import SPARSE, tiny_model
 from PIL import Image
 
 from sparsecut.config.recipe import parse_recipe
-from sparsecut.data.dataset import Collator, TrainingData, check_examples, read_examples
+from sparsecut.data.collator import Collator
+from sparsecut.data.dataset import TrainingData
+from sparsecut.data.encoding import example_encoder
+from sparsecut.data.examples import read_examples
+from sparsecut.data.validation import check_examples
 from sparsecut.training.arguments import build_arguments
 from sparsecut.training.freezing import freeze
 from sparsecut.training.progress import StageLog
@@ -105,12 +109,13 @@ def trainer_for(model, processor, folder, **changes):
     """A trainer of one stage that has not started."""
     one = recipe(folder, stage(folder, **changes)).stages[0]
     freeze(model, one.train)
-    examples = check_examples(read_examples(folder / "data.json"), processor)
+    encoder = example_encoder(processor)
+    examples = check_examples(read_examples(folder / "data.json"), encoder)
     return StageTrainer(
         model=model,
         args=build_arguments(one, 0, folder / "out"),
         stage=one,
         log=StageLog("one", folder / "out", shown=False),
-        train_dataset=TrainingData(examples, processor),
-        data_collator=Collator(processor),
+        train_dataset=TrainingData(examples, encoder),
+        data_collator=Collator(encoder),
     )

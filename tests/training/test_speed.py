@@ -13,7 +13,8 @@ from helpers.runs import run, stage, trainer_for, write_records
 from helpers.tiny import tiny_model, tiny_vision
 
 from sparsecut import upgrade
-from sparsecut.data.dataset import Collator
+from sparsecut.data.collator import Collator
+from sparsecut.data.encoding import example_encoder
 from sparsecut.training.freezing import apply_liger, freeze
 
 
@@ -30,7 +31,7 @@ def test_padded_batches_have_few_lengths_and_the_same_loss(folder):
     items = [trainer.train_dataset[i] for i in range(12)]
     lengths, losses = set(), []
     for pad_to in (None, 32):
-        collator = Collator(processor, pad_to=pad_to)
+        collator = Collator(example_encoder(processor), pad_to=pad_to)
         batches = [collator(items[at : at + 3]) for at in range(0, 12, 3)]
         lengths = {batch["input_ids"].shape[1] for batch in batches}
         losses.append([trainer.compute_loss(model, batch).item() for batch in batches])

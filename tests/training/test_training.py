@@ -11,7 +11,7 @@ from helpers.runs import log, run, stage, trainer_for, write_records
 from helpers.tiny import tiny_model
 
 from sparsecut.building import load
-from sparsecut.data.dataset import Collator
+from sparsecut.data.collator import Collator
 
 
 @pytest.fixture

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.example_bases import KINDS, build_example_base
+from helpers.records import encode_batch
 from helpers.runs import log, stage, write_records
 from PIL import Image
 
 from sparsecut import Chat, load, train, upgrade
 from sparsecut.config.recipe import load_recipe, parse_recipe
-from sparsecut.data.dataset import read_examples
-from sparsecut.data.examples import IMAGE, Example
-from sparsecut.data.native_encoding import encode_batch
+from sparsecut.data.examples import IMAGE, Example, read_examples
 from sparsecut.evaluation.ablation import explain
 from sparsecut.evaluation.evaluator import evaluate
 from sparsecut.prompts import render_prompt, run_processor, split_at_images
@@ -74,7 +73,7 @@ TALKS = [  # conversation, sizes of its pictures
 def test_what_is_learned_follows_exactly_the_prompt_of_inference(base):
     processor = base[1]
     pictures = [[picture(*size) for size in sizes] for _, sizes in TALKS]
-    batch = encode_batch([one for one, _ in TALKS], processor, pictures=pictures)
+    batch = encode_batch(processor, [one for one, _ in TALKS], pictures)
     for row, (one, _) in enumerate(TALKS):
         length = int(batch["attention_mask"][row].sum())
         ids, labels = batch["input_ids"][row, :length], batch["labels"][row, :length]
@@ -107,9 +106,9 @@ def test_what_is_learned_follows_exactly_the_prompt_of_inference(base):
 def test_a_batch_is_what_the_processor_makes_of_it(base):
     model, processor = base
     pictures = [[picture(*size) for size in sizes] for _, sizes in TALKS]
-    batch = encode_batch([one for one, _ in TALKS], processor, pictures=pictures)
+    batch = encode_batch(processor, [one for one, _ in TALKS], pictures)
     model(**batch).loss.backward()
-    alone = encode_batch([TALKS[0][0]], processor, pictures=pictures[:1])
+    alone = encode_batch(processor, [TALKS[0][0]], pictures[:1])
     length = alone["input_ids"].shape[1]
     assert all(
         torch.equal(alone[name][0], batch[name][0, :length]) for name in ("input_ids", "labels")
@@ -275,7 +274,7 @@ def test_an_explanation_switches_shortcuts_off_and_measures_what_they_add(folder
         )
     first = list({tuple(e.images): e for e in asked if e.images}.values())
     inputs = run_processor(
-        processor, ["<image>" * len(e.images) for e in first], [e.pictures() for e in first]
+        processor, ["<image>" * len(e.images) for e in first], [e.load_images() for e in first]
     )
     names = ("pixel_values", "fine_pixel_values")
     beside = model.get_image_features(**{name: inputs[name] for name in names}).pooler_output

@@ -183,7 +183,7 @@ def read_tasks(text: str, root: str | Path, limit: int | None = None) -> list[Se
         selected.append(SelectedTask(name, options, data, limit))
     for task in selected:
         for example in build_examples(task.data):
-            example.check_pictures()
+            example.check_images()
     return selected
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...data.errors import RecordError
-from ...data.images import Pictures
+from ...data.images import ImageStore
 from ...data.jsonl import iterate_lines, parse_line
 from ...schema import UserError
 
@@ -58,7 +58,7 @@ class TaskData:
     """
 
     questions: Sequence[Question]
-    pictures: Pictures | None
+    pictures: ImageStore | None
     files: Sequence[Path]
     facts: Mapping = field(default_factory=dict)
 

@@ -1,0 +1,179 @@
+"""The text of a conversation, and which of its characters a model learns to write.
+
+A conversation is rendered once, as a whole. The answers are found by their characters: from the
+chat template's own `{% generation %}` marks or, without these, from rendering the conversation up
+to each answer. Text is never tokenized in pieces, so a merge across a boundary cannot shift a label.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import NamedTuple
+
+from ..prompts import apply_template, get_chat_template, get_prefix, takes_suffix
+from ..schema import UserError
+from .examples import Example
+
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+logger = logging.getLogger(__name__)
+
+Span = tuple[int, int]
+
+
+class Rendered(NamedTuple):
+    """A conversation as text.
+
+    Attributes:
+        text: The text, with one placeholder for each image.
+        spans: The characters that are learned, as (first, one after the last), in order.
+    """
+
+    text: str
+    spans: list[Span]
+
+
+def render_example(example: Example, processor, template: str, *, add_end_token: bool) -> Rendered:
+    """Render an example for training.
+
+    Args:
+        example: The conversation.
+        processor: Its chat template, placeholder and tokenizer are used.
+        template: "chat" for the chat template, "plain" for images, caption and end token.
+        add_end_token: Write an end token after the last answer where the chat template has none.
+
+    Raises:
+        UserError: The conversation cannot be rendered.
+    """
+    check_fast_tokenizer(processor.tokenizer)
+    if template == "plain":
+        return _render_plain(example, processor)
+    if takes_suffix(processor):
+        return _render_suffix(example, processor)
+    return _render_chat(example, processor, add_end_token=add_end_token)
+
+
+def check_fast_tokenizer(tokenizer) -> None:
+    """Raise UserError where the tokenizer cannot tell which characters a token covers."""
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer {type(tokenizer).__name__} does not say which characters a token"
+            " covers, which finding the answers needs; load a fast one (AutoTokenizer with"
+            " use_fast=True)"
+        )
+
+
+def _render_plain(example: Example, processor) -> Rendered:
+    """Stage-1 captions, as in LLaVA's pre-training: the human's words are left out."""
+    answers = [m["content"] for m in example.messages if m["role"] == "assistant"]
+    if len(answers) != 1:
+        raise UserError(
+            f"template 'plain' takes one caption, but the record has {len(answers)} answers; use"
+            " template: chat"
+        )
+    end_token = processor.tokenizer.eos_token
+    if end_token is None:
+        raise UserError(
+            "the tokenizer has no end token (eos_token), so the model could not learn to stop;"
+            " set one"
+        )
+    prefix = processor.image_token * len(example.images)
+    text = prefix + answers[0].strip() + end_token
+    return Rendered(text, [(len(prefix), len(text))])
+
+
+def _render_suffix(example: Example, processor) -> Rendered:
+    """A question and its answer; the processor joins them and adds the end token itself."""
+    *question, answer = example.get_messages(processor.image_token)
+    prefix = get_prefix(processor, question)
+    text = prefix + answer["content"].strip()
+    return Rendered(text, [(len(prefix), len(text))])
+
+
+def _render_chat(example: Example, processor, *, add_end_token: bool) -> Rendered:
+    messages = example.get_messages(processor.image_token)
+    special = tuple(processor.tokenizer.all_special_tokens)
+    has_marks = GENERATION_MARK.search(get_chat_template(processor) or "") is not None
+    text, spans = apply_template(processor, messages, marks=has_marks)
+    if has_marks:
+        _check_marks(spans, messages)
+        spans = _extend_to_prompts(spans, text, messages, processor)
+    else:
+        spans = _find_answers(text, messages, processor)
+    if add_end_token:
+        spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
+        text = _add_end_token(text, spans[-1][1], processor.tokenizer.eos_token, special)
+    spans = [_include_end_token(span, text, special) for span in spans]
+    if not text[: spans[-1][1]].rstrip().endswith(special):
+        logger.warning_once(
+            "the chat template ends answers without a special token: the model will not learn to"
+            " stop"
+        )
+    return Rendered(text, spans)
+
+
+def _check_marks(spans: list[Span], messages: list[dict]) -> None:
+    num_answers = sum(message["role"] == "assistant" for message in messages)
+    if len(spans) != num_answers:
+        raise UserError(
+            f"the chat template marks {len(spans)} answers, but the conversation has"
+            f" {num_answers}; put every assistant turn between {{% generation %}} and"
+            " {% endgeneration %} in the template, or remove these marks from it"
+        )
+
+
+def _extend_to_prompts(spans: list[Span], text: str, messages: list[dict], processor) -> list[Span]:
+    """Begin marked spans where the prompt ends.
+
+    The model must also write whitespace that a template puts before its mark.
+    """
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    extended = []
+    for i, (start, end) in zip(answers, spans, strict=True):
+        prompt, _ = apply_template(processor, messages[:i], add_generation_prompt=True)
+        if text.startswith(prompt) and text[len(prompt) : start].isspace():
+            start = len(prompt)
+        extended.append((start, end))
+    return extended
+
+
+def _find_answers(text: str, messages: list[dict], processor) -> list[Span]:
+    """Each answer: what follows its prompt, without whitespace at the end."""
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, _ = apply_template(processor, messages[:i], add_generation_prompt=True)
+        after = text
+        if i + 1 < len(messages):
+            after, _ = apply_template(processor, messages[: i + 1])
+        fits = text.startswith(before) and text.startswith(after.rstrip())
+        if not fits or len(after) <= len(before):
+            raise UserError(
+                f"the chat template writes turn {i} differently once more turns follow, so the"
+                " answer cannot be found in the text; use a template with {% generation %} marks"
+                " around assistant turns, or split the conversation"
+            )
+        spans.append((len(before), len(after.rstrip())))
+    return spans
+
+
+def _add_end_token(text: str, end: int, end_token: str | None, special: tuple[str, ...]) -> str:
+    """Add an end token after the last answer, which ends at `end`, where there is none.
+
+    Some templates of base models, such as LLaVA-1.5's, have none there. Training without it would
+    teach the model not to stop.
+    """
+    has_more_text = text[end:].strip() != ""
+    if end_token is None or has_more_text or text[:end].endswith(special):
+        return text
+    return text[:end] + end_token
+
+
+def _include_end_token(span: Span, text: str, special: tuple[str, ...]) -> Span:
+    """The span with a special token that follows it directly: the model learns to stop."""
+    start, end = span
+    if text[start:end].rstrip().endswith(special):
+        return span
+    following = [token for token in special if text.startswith(token, end)]
+    return start, end + max((len(token) for token in following), default=0)
