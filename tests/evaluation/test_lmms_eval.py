@@ -215,7 +215,7 @@ def test_the_harness_runs_the_task_of_the_page(prepared, tmp_path):
     records = []
     for i, (document, answer) in enumerate(zip(prepared.documents, prepared.answers, strict=True)):
         record = {
-            "picture": document["image"],
+            "image": document["image"],
             "question": document["text"],
             "answer": answer if i % 3 == 0 else "nothing",
         }
