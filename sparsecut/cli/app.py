@@ -15,6 +15,7 @@ import typer
 import typer.core
 
 from .. import __version__
+from ..config.paths import check_writable_folder
 from ..schema import UserError, nearest
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -31,6 +32,17 @@ def argument(help: str, metavar: str | None = None):
 def option(help: str, *names: str, **settings):
     """A named option of a command."""
     return typer.Option(*names, help=help, **settings)
+
+
+def output_folder(help: str):
+    """The option --out: a folder that is checked before the command runs."""
+    return typer.Option(help=help, callback=_check_output_folder)
+
+
+def _check_output_folder(folder: Path | None) -> Path | None:
+    if folder is not None:
+        check_writable_folder(folder)
+    return folder
 
 
 Text = str | None

@@ -17,6 +17,7 @@ from .app import (
     argument,
     load_model,
     option,
+    output_folder,
     show_progress,
 )
 
@@ -28,7 +29,7 @@ def explain(
     images: Annotated[
         File, option("Folder or tar archive of the images; by default the data's folder.")
     ] = None,
-    out: Annotated[File, option("Folder for explain.html, .md and .json.")] = None,
+    out: Annotated[File, output_folder("Folder for explain.html, .md and .json.")] = None,
     limit: Annotated[
         int | None, option("At most so many questions, a fixed random choice.", min=1)
     ] = None,
@@ -70,7 +71,7 @@ def compare(
             "RUN...",
         ),
     ],
-    out: Annotated[Path, option("Folder for the page, the table and the numbers.")] = Path(
+    out: Annotated[Path, output_folder("Folder for the page, the table and the numbers.")] = Path(
         "runs/compare"
     ),
     images: Annotated[

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..config.paths import check_writable_folder
 from ..schema import UserError
 from .app import Device, File, MethodOptions, Text, app, argument, find_device, option
+
+
+def _check_folder_of(file: Path | None) -> Path | None:
+    if file is not None:
+        check_writable_folder(file.parent)
+    return file
 
 
 @app.command()
@@ -35,7 +43,12 @@ def cost(
     ] = False,
     device: Device = None,
     json_file: Annotated[
-        File, option("File for all numbers, also those of a training step.", "--json")
+        File,
+        option(
+            "File for all numbers, also those of a training step.",
+            "--json",
+            callback=_check_folder_of,
+        ),
     ] = None,
 ) -> None:
     """Count what plans cost at a size: parameters, FLOPs, memory. Loads no weights but --base."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-from .app import app, option
+from .app import app, option, output_folder
 
 
 def run_demo(
@@ -53,7 +53,9 @@ def run_demo(
 
 @app.command()
 def demo(
-    out: Annotated[Path, option("Folder for images, models and the report.")] = Path("runs/demo"),
+    out: Annotated[Path, output_folder("Folder for images, models and the report.")] = Path(
+        "runs/demo"
+    ),
     seed: Annotated[
         int, option("Seed of the images, the fusion's start and the batches' order.")
     ] = 0,

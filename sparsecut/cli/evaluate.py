@@ -19,6 +19,7 @@ from .app import (
     app,
     load_model,
     option,
+    output_folder,
     print_scores,
     show_progress,
 )
@@ -34,7 +35,8 @@ def evaluate(
         File, option("Folder or tar archive of the images. Default: the data's folder.")
     ] = None,
     out: Annotated[
-        File, option("Folder for predictions and result; an interrupted run continues there.")
+        File,
+        output_folder("Folder for predictions and result; an interrupted run continues there."),
     ] = None,
     batch_size: Annotated[int, option("Questions answered at once.", min=1)] = 16,
     max_new_tokens: Annotated[

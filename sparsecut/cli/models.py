@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from .app import MethodOptions, Number, Text, app, argument, option
+from ..config.paths import check_writable_folder
+from .app import MethodOptions, Number, Text, app, argument, option, output_folder
 
 
 @app.command()
 def build(
     vision: Annotated[str, option("Vision encoder: hub name, folder, or shapes.")],
     language: Annotated[str, option("Causal language model: hub name, folder, or shapes.")],
-    out: Annotated[Path, option("Folder to write the model to.")],
+    out: Annotated[Path, output_folder("Folder to write the model to.")],
     plan: Annotated[str, option("A method's name, or a file with a plan.")] = "sparsecut",
     view_size: Annotated[
         Number, option("Pixels of a view, for encoders that take images of any size.")
@@ -36,7 +37,7 @@ def build(
 @app.command()
 def upgrade(
     base: Annotated[str, argument("A pretrained VLM: folder or hub name.", "BASE")],
-    out: Annotated[Path, option("Folder to write the shortcuts to.")],
+    out: Annotated[Path, output_folder("Folder to write the shortcuts to.")],
     plan: Annotated[
         Text,
         option("A method's name, or a file with a plan. Default: sparsecut, narrow projectors."),
@@ -84,6 +85,7 @@ def convert(
     """Convert a checkpoint of the released SparseCut code into a model of this library."""
     from .plan_argument import describe_model, parse_numbers
 
+    check_writable_folder(out)
     pairs = {"taps": parse_numbers("--taps", taps), "layers": parse_numbers("--layers", layers)}
     from ..conversion.checkpoint import convert
 

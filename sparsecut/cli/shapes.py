@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .app import SETTINGS, app, argument, find_device, option
+from ..config.paths import check_writable_folder
+from .app import SETTINGS, app, argument, find_device, option, output_folder
 
 shapes_app = typer.Typer(
     help="The built-in drawn images, and the two small backbones made for them.", **SETTINGS
@@ -40,6 +41,7 @@ def draw(
     """Draw images with questions in LLaVA's format, split by split."""
     from ..shapes import write_split
 
+    check_writable_folder(folder)
     for split, number in {"train": train, "dev": dev, "test": test}.items():
         if number:
             write_split(folder, split, number, questions, seed=seed, size=size)
@@ -48,7 +50,7 @@ def draw(
 
 @shapes_app.command("pretrain")
 def pretrain(
-    out: Annotated[Path, option("Folder for the two backbones.")] = Path("runs/shapes"),
+    out: Annotated[Path, output_folder("Folder for the two backbones.")] = Path("runs/shapes"),
     seed: Annotated[int, option("Seed of all random choices.")] = 0,
     noise: Annotated[
         float, option("Noise before the encoder's last blocks; see shapes/vision.py.")

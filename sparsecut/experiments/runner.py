@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..config.paths import check_writable_folder
 from ..data.jsonl import read_json_lines
 from ..schema import UserError
 from .study import Run, Study, dump_study, load_study, narrow_study
@@ -70,6 +71,7 @@ def run_study(
         ChildProcessError: A process of the study stopped.
     """
     out = Path(study.output)
+    check_writable_folder(out)
     check_folder(study, out)
     part = narrow_study(study, variants, seeds)
     out.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from transformers.utils import logging as hf_logging
 
 from ..adapters import FOLDER as ADAPTERS
+from ..config.paths import check_writable_folder
 from ..config.recipe import Recipe, Stage, dump_recipe, load_recipe
 from ..schema import UserError
 
@@ -57,6 +58,7 @@ def check_output(recipe: Recipe, output: Path, *, resume: bool) -> None:
         UserError: If the folder holds a run of another recipe, or an unfinished run that is not to
             be continued.
     """
+    check_writable_folder(output)
     recipe_file = output / "config.yaml"
     if not recipe_file.is_file():
         return

@@ -224,6 +224,30 @@ def test_options_of_eval_that_do_not_go_together_are_refused(run, model):
         assert all(fact in err for fact in facts), err
 
 
+OUTPUTS = [
+    "shapes draw FILE",
+    "build --vision vision --language language --out FILE",
+    "eval model --data questions.json --images pictures --out FILE/inside",
+    "explain model --data questions.json --images pictures --out FILE",
+    "compare answers --out FILE",
+    "cost llava --vision shapes --language shapes --json FILE/costs.json",
+    "demo --quick --out FILE",
+    "train recipe.yaml output=FILE",
+    "shapes pretrain --quick --out FILE",
+]
+
+
+@pytest.mark.parametrize("typed", OUTPUTS)
+def test_an_output_folder_that_cannot_be_is_refused_before_anything_runs(run, home, typed):
+    file = home / "FILE"
+    file.write_text("a thesis")
+    code, out, err = run(*typed.split())
+    assert code == 2
+    assert not out
+    assert "FILE is a file" in err
+    assert file.read_text() == "a thesis"
+
+
 def test_only_a_user_error_is_shortened(run, home, monkeypatch):
     from sparsecut.config import recipe
 
