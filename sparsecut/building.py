@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,7 +24,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from .adapters import load_adapters
 from .configuration import SparseCutConfig, SparseCutUpgradeConfig
-from .encoders import encoder_of, is_audio
+from .encoders import get_encoder, is_audio
 from .hooks import check_language_model
 from .modeling import SparseCutForConditionalGeneration
 from .modeling_upgraded import FACTS
@@ -37,15 +38,15 @@ logger = logging.getLogger(__name__)
 SHAPES_WEIGHTS = Path(__file__).parent / "shapes" / "weights"
 SHAPES = "shapes"  # names the built-in small backbones
 OLD_SHAPES = "world"  # their former name
-# Where the Auto classes find the code that is saved with a model or a processor: by the name of its
-# class, or by its module for the processors of upgraded models, which keep their base's class name.
+# Where the Auto classes find the code that is saved with a model or a processor. By name of its
+# class, or of the module of its class where that is made on the spot.
 AUTO_MAPS = {
-    "modeling": {
+    "SparseCutForConditionalGeneration": {
         "AutoConfig": "configuration.SparseCutConfig",
         "AutoModel": "modeling.SparseCutModel",
         "AutoModelForImageTextToText": "modeling.SparseCutForConditionalGeneration",
     },
-    "modeling_upgraded": {
+    "SparseCutUpgrade": {
         "AutoConfig": "configuration.SparseCutUpgradeConfig",
         "AutoModel": "modeling_upgraded.SparseCutUpgradeModel",
         "AutoModelForImageTextToText": "modeling_upgraded.SparseCutUpgrade",
@@ -69,73 +70,103 @@ def build(
     dtype: torch.dtype | str = torch.float32,
     **from_pretrained,
 ) -> tuple[SparseCutForConditionalGeneration, SparseCutProcessor | SparseCutAudioProcessor]:
-    """Join a vision encoder and a causal language model by a plan; nothing of either is copied or
-    changed.
+    """Join a vision encoder and a causal language model by a plan.
 
-    vision, language: hub names, folders, "shapes" (the built-in small backbones), or loaded modules
-    (then hand over image_processor and tokenizer too; of an encoder that listens, its feature
-    extractor is the image_processor).
-    plan: a method's name, {"method": ..., options} or a plan. image_token: the placeholder, by
-    default "<image>", or "<audio>".
-    view_size: pixels of a view, or (height, width), for encoders of pictures of any size. Further
-    arguments (attn_implementation, device_map, token, ...) go to both `from_pretrained`. The plan
-    is checked before any weight is loaded. Returns (model, processor), the model in evaluation
-    mode. Raises ValueError for what cannot be joined.
+    Nothing of either is copied, and no weight is changed. The plan is checked before any weight is
+    loaded.
+
+    Args:
+        vision: The encoder: a hub name, a folder, "shapes" (the built-in small backbones), or a
+            loaded module.
+        language: The language model, in the same forms.
+        plan: A method's name, {"method": ..., options}, or a plan.
+        image_processor: Needed with a loaded encoder. For an audio encoder its feature extractor.
+        tokenizer: Needed with a loaded language model.
+        image_token: The placeholder. Default: "<image>", or "<audio>" for an audio encoder.
+        coarse: How the coarse view is made of an image; see `SparseCutProcessor`.
+        view_size: Pixels of a view, or (height, width), for encoders of images of any size.
+        dtype: Of parts that are loaded here.
+        **from_pretrained: For both `from_pretrained` (attn_implementation, device_map, token, ...).
+
+    Returns:
+        (model, processor), the model in evaluation mode.
+
+    Raises:
+        UserError: The parts cannot be read or joined, or the plan does not fit them.
     """
-    vision, language = resolve(vision, "vision"), resolve(language, "language")
     hub = {name: value for name, value in from_pretrained.items() if name in HUB_ARGUMENTS}
-    vision_config, text_config = (
-        _config_of(vision, "vision", hub),
-        _config_of(language, "language", hub),
-    )
+    vision = resolve(vision, "vision")
+    language = resolve(language, "language")
+    vision_config = _read_config(vision, "vision", hub)
+    text_config = _read_config(language, "language", hub)
     if hasattr(vision_config, "vision_config"):  # a two-tower checkpoint such as CLIP's
         vision_config = vision_config.vision_config
-        vision = vision if isinstance(vision, str) else _encoder_in(vision, vision_config)
+        if not isinstance(vision, str):
+            vision = _find_encoder(vision, vision_config)
     config = SparseCutConfig(
         vision_config=vision_config,
         text_config=text_config,
-        plan=_as_dict(plan),
+        plan=plan.to_dict() if isinstance(plan, Plan) else plan,
         view_size=view_size,
     )
-    listens = is_audio(vision_config)
-    image_token = image_token or ("<audio>" if listens else "<image>")
-    tokenizer = tokenizer or _for_name(AutoTokenizer, language, "tokenizer", hub)
-    preparing = AutoFeatureExtractor if listens else AutoImageProcessor
-    image_processor = image_processor or _for_name(preparing, vision, "image_processor", hub)
-    if listens:
+    tokenizer = tokenizer or _read_tool(AutoTokenizer, language, "tokenizer", hub)
+    image_processor = image_processor or _read_image_processor(vision, config, hub)
+    if is_audio(vision_config):
         check_extractor(image_processor, config.grid)
+    image_token = image_token or ("<audio>" if is_audio(vision_config) else "<image>")
+    config.image_token_id = _add_image_token(tokenizer, image_token)
+    if isinstance(vision, str):
+        vision = _load_encoder(vision, vision_config, dtype, from_pretrained)
+    vision = get_encoder(vision)
+    if isinstance(language, str):
+        language = AutoModelForCausalLM.from_pretrained(
+            language, config=text_config, dtype=dtype, **from_pretrained
+        )
+    model = _join(config, vision, language)
+    model.generation_config = _make_generation_config(language, tokenizer, config.image_token_id)
+    processor = _make_processor(config, image_processor, tokenizer, image_token, coarse)
+    return model.eval(), processor
+
+
+def _read_image_processor(vision, config: SparseCutConfig, hub: dict):
+    auto_class = AutoFeatureExtractor if is_audio(config.vision_config) else AutoImageProcessor
+    return _read_tool(auto_class, vision, "image_processor", hub)
+
+
+def _add_image_token(tokenizer, image_token: str) -> int:
+    """Give a tokenizer the placeholder and a token to pad with, where it lacks them.
+
+    Returns:
+        The placeholder's id.
+    """
     if image_token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens(
             {"extra_special_tokens": [image_token]}, replace_extra_special_tokens=False
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    config.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+    return tokenizer.convert_tokens_to_ids(image_token)
 
-    if isinstance(vision, str):
-        vision = _load_encoder(vision, vision_config, dtype, from_pretrained)
-    vision = encoder_of(vision)
-    if isinstance(language, str):
-        language = AutoModelForCausalLM.from_pretrained(
-            language, config=text_config, dtype=dtype, **from_pretrained
-        )
+
+def _join(
+    config: SparseCutConfig, vision: nn.Module, language: nn.Module
+) -> SparseCutForConditionalGeneration:
+    """The model of two loaded parts, its fusion new, in the dtype of the language model."""
     check_language_model(language)
     for module in (*vision.modules(), *language.modules()):
-        module._is_hf_initialized = True  # ready weights are not drawn anew
+        module._is_hf_initialized = True  # transformers must not draw these weights anew
     if language.get_input_embeddings().num_embeddings <= config.image_token_id:
         language.resize_token_embeddings(config.image_token_id + 1)
-    config.vision_config, config.text_config = (
-        vision.config,
-        language.config,
-    )  # as they are now, the new size included
+    # The parts' own, with the new size of the vocabulary.
+    config.vision_config = vision.config
+    config.text_config = language.config
     model = SparseCutForConditionalGeneration(config, vision_tower=vision, language_model=language)
     model.fusion.to(next(language.parameters()).dtype)
-    model.generation_config = _generation_config(language, tokenizer, config.image_token_id)
-    return model.eval(), _processor_for(config, image_processor, tokenizer, image_token, coarse)
+    return model
 
 
-def _generation_config(language: nn.Module, tokenizer, image_token_id: int):
-    """The language model's own, which never says the placeholder and has a token to pad with."""
+def _make_generation_config(language: nn.Module, tokenizer, image_token_id: int):
+    """The language model's own, without the placeholder in answers and with a token to pad with."""
     config = copy.deepcopy(language.generation_config)
     config.suppress_tokens = [*(config.suppress_tokens or []), image_token_id]
     if config.pad_token_id is None:
@@ -143,7 +174,7 @@ def _generation_config(language: nn.Module, tokenizer, image_token_id: int):
     return config
 
 
-def _processor_for(
+def _make_processor(
     config: SparseCutConfig, image_processor, tokenizer, image_token: str, coarse: str
 ):
     if is_audio(config.vision_config):
@@ -167,11 +198,20 @@ def _processor_for(
 def load(
     folder: str | Path, base=None, *, processor=None, **from_pretrained
 ) -> tuple[PreTrainedModel, object]:
-    """A saved model and its processor, in evaluation mode; a folder or a hub name.
+    """Load a saved model and its processor; adapters that were saved beside it are put back on.
 
-    A folder of saved shortcuts (`save_fusion`) is loaded onto the base it names, or onto the one
-    given with its processor; see `upgrading.load_fusion`. Adapters kept beside a model come back on
-    it. Raises ValueError for what is no saved model, and for shortcuts of another base.
+    Args:
+        folder: A folder or a hub name. A folder of shortcuts alone (`save_fusion`) is loaded onto
+            its base; see `upgrading.load_fusion`.
+        base: For shortcuts: the base to use instead of the one they name.
+        processor: For shortcuts: the processor of a loaded base.
+        **from_pretrained: For `from_pretrained`.
+
+    Returns:
+        (model, processor), the model in evaluation mode.
+
+    Raises:
+        UserError: There is no saved model, or the shortcuts belong to another base.
     """
     if (Path(folder) / FACTS).is_file():
         model, processor = load_fusion(folder, base, processor=processor, **from_pretrained)
@@ -184,139 +224,159 @@ def load(
         )
     if base is not None or processor is not None:
         raise UserError(
-            f"{folder} is a whole model, which brings its own base and processor; leave base and"
-            " processor out"
+            f"{folder} is a whole model with its own base and processor; leave out base and"
+            " processor"
+        )
+    config = _read_saved_config(folder)
+    if not isinstance(config, SparseCutConfig | SparseCutUpgradeConfig):
+        raise UserError(
+            f"{folder} holds a model of type {config.model_type}, which is not SparseCut's;"
+            " give a vision-language model to sparsecut.upgrade, or an encoder and a language"
+            " model to sparsecut.build"
         )
     try:
-        config = AutoConfig.from_pretrained(folder)
-        if not isinstance(config, SparseCutConfig | SparseCutUpgradeConfig):
-            raise UserError(
-                f"{folder} holds a model of type {config.model_type}, which is not SparseCut's;"
-                " give a vision-language model to sparsecut.upgrade, or an encoder and a language"
-                " model to sparsecut.build"
-            )
         model = AutoModelForImageTextToText.from_pretrained(folder, **from_pretrained)
-        load_adapters(model, Path(folder))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"there is no saved model {folder}: it is no folder here, or not a whole one, and"
+            f"the weights in {folder} cannot be read; save or fetch the model again."
             f" Hugging Face says: {error}"
         ) from error
+    load_adapters(model, Path(folder))
     return model.eval(), read_processor(folder)
 
 
-def is_saved(name: str | Path) -> bool:
-    """Whether a folder or hub name holds what this package saved, and not another model; ValueError
-    where it holds none.
-    """
-    if (Path(name) / FACTS).is_file():
-        return True
+def _read_saved_config(name: str | Path):
+    """The configuration of a folder or hub name; UserError where there is none."""
     try:
-        return isinstance(
-            AutoConfig.from_pretrained(name), SparseCutConfig | SparseCutUpgradeConfig
-        )
+        return AutoConfig.from_pretrained(name)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(
-            f"there is no model {name} that can be read; Hugging Face says: {error}"
+            f"there is no saved model {name} that can be read; give a folder with a whole model,"
+            f" or a hub name. Hugging Face says: {error}"
         ) from error
 
 
-def save(model: PreTrainedModel, processor, folder: str | Path, *, code: bool = False) -> None:
-    """Write model, processor and chat template into one folder that `load` and the Auto classes
-    read.
+def is_saved(name: str | Path) -> bool:
+    """Whether a folder or hub name holds a model of this package, and not another one.
 
-    code: put the source files of ours that they need beside them, for machines without this package
-    (`trust_remote_code=True` there); a processor that is the base's own needs none.
+    Raises:
+        UserError: It holds no model.
+    """
+    if (Path(name) / FACTS).is_file():
+        return True
+    return isinstance(_read_saved_config(name), SparseCutConfig | SparseCutUpgradeConfig)
+
+
+def save(model: PreTrainedModel, processor, folder: str | Path, *, code: bool = False) -> None:
+    """Write model, processor and chat template into one folder for `load` and the Auto classes.
+
+    Args:
+        model: A model of either kind.
+        processor: Its processor.
+        folder: Where to write.
+        code: Also write the source files that they need, for machines without this package
+            (`trust_remote_code=True` there). The base's own processor needs none.
     """
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    for part, file in (
-        ((model, "config.json"), (processor, "processor_config.json")) if code else ()
-    ):
-        kind = type(part)
-        homes = AUTO_MAPS.get(kind.__name__) or AUTO_MAPS.get(kind.__module__.rpartition(".")[2])
-        if homes is not None and type(part).__module__.partition(".")[0] != "transformers":
-            custom_object_save(part, folder)  # its module and all that this imports relatively
-            path = Path(folder) / file
-            path.write_text(
-                json.dumps(json.loads(path.read_text()) | {"auto_map": homes}, indent=2) + "\n"
-            )
+    if code:
+        _save_code(model, Path(folder), "config.json")
+        _save_code(processor, Path(folder), "processor_config.json")
 
 
-def depths_of(vision: str | nn.Module, language: str | nn.Module, **hub) -> tuple[int, int]:
-    """Numbers of encoder and decoder layers, read from configurations alone."""
-    configs = [
-        _config_of(resolve(source, part), part, hub)
-        for source, part in ((vision, "vision"), (language, "language"))
-    ]
-    vision_config = getattr(configs[0], "vision_config", configs[0])
-    return vision_config.num_hidden_layers, configs[1].get_text_config().num_hidden_layers
+def _save_code(part, folder: Path, file: str) -> None:
+    """Write the module of a part's class with all that it imports relatively, and the auto map."""
+    kind = type(part)
+    package, _, module = kind.__module__.rpartition(".")
+    auto_map = AUTO_MAPS.get(kind.__name__) or AUTO_MAPS.get(module)
+    if auto_map is None or package.partition(".")[0] == "transformers":
+        return
+    custom_object_save(part, folder)
+    path = folder / file
+    values = json.loads(path.read_text()) | {"auto_map": auto_map}
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def read_depths(vision: str | nn.Module, language: str | nn.Module, **hub) -> tuple[int, int]:
+    """Numbers of encoder blocks and decoder layers, read from configurations alone."""
+    vision_config = _read_config(resolve(vision, "vision"), "vision", hub)
+    text_config = _read_config(resolve(language, "language"), "language", hub)
+    vision_config = getattr(vision_config, "vision_config", vision_config)
+    return vision_config.num_hidden_layers, text_config.get_text_config().num_hidden_layers
 
 
 def resolve(source, part: str):
-    """A source as given, or for "shapes" the shipped folder of the picture world's backbone (part:
-    vision or language).
+    """The source itself, or for "shapes" the shipped folder of a built-in backbone.
 
-    Raises ValueError for a path that is no folder: a hub name has one slash at most.
+    Args:
+        source: A hub name, a folder, "shapes" or a module.
+        part: "vision" or "language".
+
+    Raises:
+        UserError: The source is a path without a folder. A hub name has at most one slash.
     """
-    if (
-        isinstance(source, str)
-        and (source.count("/") > 1 or source.startswith((".", "/")))
-        and not Path(source).is_dir()
-    ):
-        raise UserError(
-            f"the {part} model {source!r} is a path, but there is no such folder; correct it, or"
-            " make it first (a recipe that needs one made says in its first lines how)"
-        )
+    if not isinstance(source, str):
+        return source
     if source == OLD_SHAPES:
         logger.warning("the %s model %r is now called %r", part, OLD_SHAPES, SHAPES)
-    elif source != SHAPES:
-        return source
-    return str(SHAPES_WEIGHTS / part)
+        source = SHAPES
+    if source == SHAPES:
+        return str(SHAPES_WEIGHTS / part)
+    is_path = source.count("/") > 1 or source.startswith((".", "/"))
+    if is_path and not Path(source).is_dir():
+        raise UserError(
+            f"the {part} model {source!r} is a path, but there is no such folder; correct it, or"
+            " make it first (a recipe that needs it made says how in its first lines)"
+        )
+    return source
 
 
-def _config_of(source, part: str, hub: dict):
+def _read_config(source, part: str, hub: dict):
     if isinstance(source, nn.Module):
         return source.config
     try:
         return AutoConfig.from_pretrained(source, **hub)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"the {part} model {source!r} could not be read; give a folder, a hub name, or 'shapes'."
-            f" Hugging Face says: {error}"
+            f"the {part} model {source!r} could not be read; give a folder, a hub name, or"
+            f" {SHAPES!r}. Hugging Face says: {error}"
         ) from error
 
 
-def _encoder_in(model: nn.Module, config) -> nn.Module:
-    """The encoder of a model of several parts: the outermost module that has this configuration."""
+def _find_encoder(model: nn.Module, config) -> nn.Module:
+    """The encoder of a model of several parts: the outermost module with this configuration."""
     for module in model.modules():
         if getattr(module, "config", None) is config:
             return module
     raise UserError(
-        f"no part of {type(model).__name__} has its vision_config, so its encoder cannot be told;"
-        " hand over the encoder itself"
+        f"no part of {type(model).__name__} has its vision_config, so its encoder cannot be found;"
+        " give the encoder itself"
     )
 
 
 def _load_encoder(name: str, config, dtype, settings: dict) -> nn.Module:
-    """The encoder of a checkpoint; ValueError where it lacks weights, which would be random."""
+    """The encoder of a checkpoint; UserError where weights are missing, which would be random."""
     vision, info = AutoModel.from_pretrained(
         name, config=config, dtype=dtype, output_loading_info=True, **settings
     )
-    if missing := sorted(info["missing_keys"]):
+    missing = sorted(info["missing_keys"])
+    if missing:
         raise UserError(
             f"{name} holds no weights for {len(missing)} parts of the encoder {config.model_type},"
-            f" such as {missing[0]}; load the whole model, and hand over its encoder as a module,"
+            f" such as {missing[0]}; load the whole model, and give its encoder as a module,"
             " with its image_processor"
         )
     return vision
 
 
-def _for_name(auto_class, source, argument: str, hub: dict):
+def _read_tool(auto_class, source, argument: str, hub: dict):
+    """A tokenizer, image processor or feature extractor of a hub name or folder."""
     if not isinstance(source, str):
         raise UserError(
-            f"a loaded module was given without its {argument}; hand over {argument}=..., as the"
-            " module alone does not say how its input is prepared"
+            f"a loaded module was given without {argument}, but the module alone does not say how"
+            f" its input is prepared; give {argument}=..."
         )
     try:
         return auto_class.from_pretrained(source, **hub)
@@ -325,7 +385,3 @@ def _for_name(auto_class, source, argument: str, hub: dict):
             f"{source} has no {argument} that can be read; give the folder or hub name of a"
             f" complete model. Hugging Face says: {error}"
         ) from error
-
-
-def _as_dict(plan):
-    return plan.to_dict() if isinstance(plan, Plan) else plan

@@ -1,10 +1,12 @@
-"""The one contract for an encoder: views go in, and every block's states come out as [views, N, D],
-patch by patch in raster order.
+"""One contract for every encoder: views in, every block's states out as [views, N, D].
 
-A `PatchGrid` says what a view is and how its patches lie; `encoder_inputs` makes of ordinary
-views what an encoder takes, `to_raster_order` puts what its blocks return into raster order.
-Encoders that pack pictures of any size run on views of one size. For an audio encoder a view is a
-spectrogram, and its patches are one row of moments.
+A `PatchGrid` says what a view is and how its patches lie. `encoder_inputs` turns ordinary views
+into what an encoder takes. `to_raster_order` turns what its blocks return into raster order.
+Encoders that pack images of any size run on views of one size. For an audio encoder a view is a
+spectrogram, and its patches are one row of frames.
+
+To add an encoder whose inputs or outputs are of another form: add its `model_type` to
+`ENCODER_KINDS`, and the kind to `INPUTS`.
 """
 
 from __future__ import annotations
@@ -21,15 +23,21 @@ from .schema import UserError
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """A view and its patches: view, its shape [channels, height, width] or [mels, frames]; rows and
-    columns of patches; width D.
+    """A view and its patches.
 
-    patch: height and width of a patch in pixels. merge: patches come in squares of merge x merge;
-    window: these squares come in windows of that many squares a side, 0 where they do not; frames:
-    how often a picture is given, as if it were a video.
+    Attributes:
+        kind: How the encoder takes its views: a key of `INPUTS`.
+        view: Shape of a view, [channels, height, width], or [mels, frames] for audio.
+        rows: Rows of patches in a view.
+        columns: Columns of patches in a view.
+        width: D, the width of the states.
+        patch: Height and width of a patch in pixels.
+        merge: Patches come in squares of merge x merge.
+        window: These squares come in windows of window x window squares; 0 for no windows.
+        frames: How often an image is repeated, as if it were a video.
     """
 
-    kind: str  # a key of FEEDS
+    kind: str
     view: tuple[int, ...]
     rows: int
     columns: int
@@ -45,9 +53,8 @@ class PatchGrid:
         return self.rows * self.columns
 
 
-# How the encoder takes its views, for those that do not simply take [views, 3, height, width] and
-# put prefix tokens first.
-KINDS = {
+# Encoders that do not simply take [views, 3, height, width] and put prefix tokens first.
+ENCODER_KINDS = {
     "qwen2_vl_vision": "qwen",
     "qwen2_5_vl_vision": "qwen",
     "qwen3_vl_vision": "qwen",
@@ -58,10 +65,11 @@ KINDS = {
     "sam_hq_vision_model": "map",
     "whisper": "audio",
 }
+FREE_SIZE_KINDS = ("qwen", "pixtral", "naflex")  # they take views of any size
 
-# Encoders with an image size and a patch size whose blocks do not end with one state per patch, row
-# by row: widths or grids that differ from block to block, masked patches, feature maps of other
-# layouts, detection tokens at the end, videos.
+# Encoders with an image size and a patch size whose blocks do not return one state per patch, row
+# by row. Their widths or grids differ from block to block, patches are masked, feature maps have
+# other layouts, detection tokens come last, or they take videos.
 UNSUPPORTED_ENCODERS = (
     "convnext",
     "convnextv2",
@@ -93,115 +101,157 @@ SQUARE_ENCODERS = (
 
 
 def read_grid(config, view_size: int | list | tuple | None = None) -> PatchGrid:
-    """The grid of an encoder's configuration; view_size: the size of a view in pixels, or (height,
-    width), where it is free.
+    """The grid of an encoder, read from its configuration.
 
-    Raises ValueError for an encoder whose blocks are not known to put out one fixed grid of
-    patches, for views that are no whole number of patches, and where a size is needed and none is
-    given, or given and fixed already.
+    Args:
+        config: The encoder's configuration.
+        view_size: Pixels of a view, or (height, width), for encoders of images of any size.
+
+    Raises:
+        UserError: The blocks do not return one fixed grid of patches, a view is not a whole number
+            of patches, or `view_size` is needed and missing, or given and fixed already.
     """
-    kind = KINDS.get(config.model_type, "plain")
+    kind = get_kind(config)
     if kind == "audio":
-        return _audio_grid(config, view_size)
-    own = own_view_size(config)
-    sizes = {
-        name: getattr(config, name, None)
-        for name in ("image_size", "patch_size", "num_hidden_layers", "hidden_size")
-    }
-    free = kind in ("qwen", "pixtral", "naflex")
-    patch = pair(sizes["patch_size"])
-    numbers = (*patch, sizes["num_hidden_layers"], sizes["hidden_size"], *(() if free else own))
-    if config.model_type in UNSUPPORTED_ENCODERS or not all(isinstance(n, int) for n in numbers):
-        given = ", ".join(f"{name}={value!r}" for name, value in sizes.items())
-        raise UserError(
-            f"the vision encoder {config.model_type} has {given}, but a stack of blocks over one"
-            " fixed grid of patches is needed; use an encoder like CLIP, SigLIP, ViT, DINOv2,"
-            " Pixtral or Qwen2-VL's (hierarchical and masked ones are not supported)"
-        )
+        return _read_audio_grid(config, view_size)
+    patch = as_pair(getattr(config, "patch_size", None))
+    _check_one_grid(config, kind, patch)
     merge = getattr(config, "spatial_merge_size", 1) if kind == "qwen" else 1
-    view = _view_of(config, own, view_size, tuple(side * merge for side in patch), free)
-    window = (
-        getattr(config, "window_size", 0) // merge // patch[0]
-        if config.model_type == "qwen2_5_vl_vision"
-        else 0
-    )
+    unit = (patch[0] * merge, patch[1] * merge)
+    height, width = _read_view(config, view_size, unit, is_free=kind in FREE_SIZE_KINDS)
+    channels = getattr(config, "num_channels", getattr(config, "in_channels", 3))
+    window = 0
+    if config.model_type == "qwen2_5_vl_vision":
+        window = getattr(config, "window_size", 0) // merge // patch[0]
+    # hidden_size of Qwen2-VL's encoder is the language model's.
+    has_own_width = config.model_type != "qwen2_vl_vision"
     return PatchGrid(
-        kind,
-        (getattr(config, "num_channels", getattr(config, "in_channels", 3)), *view),
-        view[0] // patch[0],
-        view[1] // patch[1],
-        config.embed_dim if config.model_type == "qwen2_vl_vision" else config.hidden_size,
-        patch,
-        merge,
-        window,
-        getattr(config, "temporal_patch_size", 1) if kind == "qwen" else 1,
+        kind=kind,
+        view=(channels, height, width),
+        rows=height // patch[0],
+        columns=width // patch[1],
+        width=config.hidden_size if has_own_width else config.embed_dim,
+        patch=patch,
+        merge=merge,
+        window=window,
+        frames=getattr(config, "temporal_patch_size", 1) if kind == "qwen" else 1,
     )
 
 
-def _view_of(config, own, view_size, unit: tuple[int, int], free: bool) -> tuple[int, int]:
-    """Height and width of a view, checked: whole units, no larger than the encoder's positions
-    reach, and its own where fixed.
+def get_kind(config) -> str:
+    """How an encoder takes its views: a key of `INPUTS`."""
+    return ENCODER_KINDS.get(config.model_type, "plain")
+
+
+def is_audio(config) -> bool:
+    """Whether a configuration is that of an audio encoder."""
+    return get_kind(config) == "audio"
+
+
+def takes_plain_views(grid: PatchGrid) -> bool:
+    """Whether the encoder takes [views, 3, height, width] and nothing else."""
+    return INPUTS[grid.kind] is make_plain_inputs
+
+
+def as_pair(value) -> tuple:
+    """One number, or two, as (height, width)."""
+    return tuple(value) if isinstance(value, list | tuple) else (value, value)
+
+
+def _check_one_grid(config, kind: str, patch: tuple) -> None:
+    """Refuse encoders whose configuration does not describe blocks over one fixed grid."""
+    names = ("image_size", "patch_size", "num_hidden_layers", "hidden_size")
+    sizes = {name: getattr(config, name, None) for name in names}
+    numbers = [*patch, sizes["num_hidden_layers"], sizes["hidden_size"]]
+    if kind not in FREE_SIZE_KINDS:
+        numbers += get_fixed_view_size(config)
+    has_numbers = all(isinstance(number, int) for number in numbers)
+    if has_numbers and config.model_type not in UNSUPPORTED_ENCODERS:
+        return
+    values = ", ".join(f"{name}={value!r}" for name, value in sizes.items())
+    raise UserError(
+        f"the vision encoder {config.model_type} has {values}, but SparseCut needs a stack of"
+        " blocks over one fixed grid of patches; use an encoder like CLIP, SigLIP, ViT, DINOv2,"
+        " Pixtral or Qwen2-VL's (hierarchical and masked ones are not supported)"
+    )
+
+
+def get_fixed_view_size(config) -> tuple:
+    """Height and width of a view as a configuration fixes them; (None, None) where it does not."""
+    kind = get_kind(config)
+    if kind == "naflex":
+        side = math.isqrt(config.num_patches) * as_pair(config.patch_size)[0]
+        return side, side
+    if kind == "qwen":
+        return None, None
+    return as_pair(getattr(config, "image_size", None))
+
+
+def _read_view(config, view_size, unit: tuple[int, int], *, is_free: bool) -> tuple[int, int]:
+    """Height and width of a view, checked against the encoder.
+
+    Args:
+        config: The encoder's configuration.
+        view_size: What the user gave, or None.
+        unit: Height and width that a view must be a multiple of.
+        is_free: The encoder takes views of any size.
     """
     name = config.model_type
-    if view_size is not None and not (
-        _whole(view_size) and all(side > 0 for side in pair(view_size))
-    ):
+    fixed = get_fixed_view_size(config)
+    _check_view_size(name, view_size, fixed, unit)
+    view = fixed if view_size is None else as_pair(view_size)
+    if not is_free and view != fixed:
         raise UserError(
-            f"view_size is {view_size!r}, but must be pixels, like 448, or (height, width), like"
-            " (336, 448)"
-        )
-    if view_size is None and own == (None, None):
-        raise UserError(
-            f"the vision encoder {name} takes pictures of any size, and its configuration names"
-            f" none; say how large a view is, for example view_size={16 * unit[0]} (a multiple of"
-            f" {unit[0]} pixels)"
-        )
-    view = own if view_size is None else pair(view_size)
-    if not free and view != own:
-        raise UserError(
-            f"view_size is {view_size!r}, but the views of {name} are {own[0]} x {own[1]} pixels;"
-            " leave view_size out"
+            f"view_size is {view_size!r}, but the views of {name} are {fixed[0]} x {fixed[1]}"
+            " pixels; leave view_size out"
         )
     if name in SQUARE_ENCODERS and view[0] * unit[1] != view[1] * unit[0]:
         raise UserError(
             f"{name} has views of {view[0]} x {view[1]} pixels and patches of {unit[0]} x"
-            f" {unit[1]}, but its positions are a square; use as many rows of patches as columns,"
+            f" {unit[1]}, but its positions form a square; use as many rows of patches as columns,"
             " or an encoder like ViT or DINOv3"
         )
+    key = "image_size" if view_size is None else "view_size"
     for side, step in zip(view, unit, strict=True):
         if side % step:
-            what = "view_size" if view_size is not None else "image_size"
+            nearest = max(1, side // step) * step
             raise UserError(
-                f"{name} has {what} {side}, which is not a multiple of its patch_size {step}; "
-                f"set {what} to {max(1, side // step) * step} or use another encoder"
+                f"{name} has {key} {side}, which is not a multiple of its patch_size {step};"
+                f" set {key} to {nearest} or use another encoder"
             )
-    if name == "pixtral" and any(side > most for side, most in zip(view, own, strict=True)):
+    if name == "pixtral" and (view[0] > fixed[0] or view[1] > fixed[1]):
         raise UserError(
-            f"view_size is {view_size!r}, but the positions of {name} reach {own[0]} pixels; give"
-            f" {own[0]} at most"
+            f"view_size is {view_size!r}, but the positions of {name} end at {fixed[0]} pixels;"
+            f" give at most {fixed[0]}"
         )
     return view
 
 
-def own_view_size(config) -> tuple:
-    """Height and width of a view as an encoder's configuration has them; (None, None) where it has
-    none.
-    """
-    if KINDS.get(config.model_type) == "naflex":
-        side = math.isqrt(config.num_patches) * pair(config.patch_size)[0]
-        return side, side
-    return (
-        (None, None)
-        if KINDS.get(config.model_type) == "qwen"
-        else pair(getattr(config, "image_size", None))
-    )
+def _check_view_size(name: str, view_size, fixed: tuple, unit: tuple[int, int]) -> None:
+    """Refuse a view size that is no size, and a missing one where it is needed."""
+    if view_size is None:
+        if fixed == (None, None):
+            raise UserError(
+                f"the vision encoder {name} takes images of any size, and its configuration names"
+                f" none; give view_size, a multiple of {unit[0]} pixels, for example"
+                f" view_size={16 * unit[0]}"
+            )
+        return
+    sides = as_pair(view_size)
+    is_whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    if len(sides) != 2 or not is_whole or min(sides) <= 0:
+        raise UserError(
+            f"view_size is {view_size!r}, but must be pixels, like 448, or (height, width), like"
+            " (336, 448)"
+        )
 
 
-def _audio_grid(config, view_size) -> PatchGrid:
+def _read_audio_grid(config, view_size) -> PatchGrid:
+    num_frames = config.max_source_positions
     if view_size is not None:
         raise UserError(
-            f"view_size is {view_size!r}, but {config.model_type} listens to"
-            f" {config.max_source_positions} moments; leave it out"
+            f"view_size is {view_size!r}, but {config.model_type} takes audio of {num_frames}"
+            " frames; leave view_size out"
         )
     if getattr(config, "encoder_layerdrop", 0):
         raise UserError(
@@ -209,101 +259,82 @@ def _audio_grid(config, view_size) -> PatchGrid:
             f" (encoder_layerdrop={config.encoder_layerdrop}), so their states may be missing; set"
             " encoder_layerdrop to 0 in its configuration"
         )
-    moments = config.max_source_positions
-    view = config.num_mel_bins, 2 * moments  # the second convolution halves the frames
-    return PatchGrid("audio", view, 1, moments, config.d_model, (config.num_mel_bins, 2))
+    view = (config.num_mel_bins, 2 * num_frames)  # the second convolution halves the frames
+    patch = (config.num_mel_bins, 2)
+    return PatchGrid("audio", view, 1, num_frames, config.d_model, patch)
 
 
-def is_audio(config) -> bool:
-    """Whether an encoder's configuration is that of an audio encoder."""
-    return KINDS.get(config.model_type) == "audio"
-
-
-def pair(value) -> tuple:
-    """A number, or two of them, as (height, width)."""
-    return tuple(value) if isinstance(value, list | tuple) else (value, value)
-
-
-def _whole(value) -> bool:
-    return len(pair(value)) == 2 and all(
-        isinstance(n, int) and not isinstance(n, bool) for n in pair(value)
-    )
-
-
-def encoder_of(model: nn.Module) -> nn.Module:
-    """The encoder itself: of a pair of encoder and decoder, such as Whisper, the encoder."""
+def get_encoder(model: nn.Module) -> nn.Module:
+    """The encoder itself; of an encoder-decoder pair such as Whisper, its encoder."""
     return model.get_encoder() if is_audio(model.config) else model
 
 
 def make_encoder(config) -> nn.Module:
-    """An encoder of this configuration, its weights random."""
-    from transformers import (
-        AutoModel,
-    )  # not above: configurations are registered while transformers imports its Auto classes
+    """A new encoder of a configuration, its weights random."""
+    # Not above: configurations are registered while transformers imports its Auto classes.
+    from transformers import AutoModel
 
-    if config.model_type == "qwen2_vl_vision":  # the one that AutoModel does not list
-        from transformers.models.qwen2_vl.modeling_qwen2_vl import (
-            Qwen2VisionTransformerPretrainedModel,
-        )
+    if config.model_type == "qwen2_vl_vision":  # AutoModel does not list it
+        from transformers.models.qwen2_vl import modeling_qwen2_vl
 
-        return Qwen2VisionTransformerPretrainedModel._from_config(config)
-    return encoder_of(AutoModel.from_config(config))
+        return modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel._from_config(config)
+    return get_encoder(AutoModel.from_config(config))
 
 
-def plain(grid: PatchGrid, views: Tensor) -> dict:
+def make_plain_inputs(grid: PatchGrid, views: Tensor) -> dict:
     """[views, 3, height, width] as they are."""
     return {"pixel_values": views}
 
 
-def qwen(grid: PatchGrid, views: Tensor) -> dict:
-    """Patches as rows, merge x merge squares together, each picture repeated as often as a video
-    has frames to a patch.
-    """
-    (height, width), m = grid.patch, grid.merge
+def make_qwen_inputs(grid: PatchGrid, views: Tensor) -> dict:
+    """Patches as rows, merge x merge squares together, an image repeated like a video's frames."""
+    height, width = grid.patch
     pattern = "v c (y my h) (x mx w) -> (v y x my mx) (c t h w)"
-    rows = repeat(views, pattern, my=m, mx=m, h=height, w=width, t=grid.frames)
+    sizes = {"my": grid.merge, "mx": grid.merge, "h": height, "w": width, "t": grid.frames}
+    rows = repeat(views, pattern, **sizes)
     shape = torch.tensor([[1, grid.rows, grid.columns]], device=views.device)
     return {"hidden_states": rows, "grid_thw": shape.expand(len(views), -1)}
 
 
-def pixtral(grid: PatchGrid, views: Tensor) -> dict:
+def make_pixtral_inputs(grid: PatchGrid, views: Tensor) -> dict:
     """[views, 3, height, width] and the size of each."""
     return {"pixel_values": views, "image_sizes": [grid.view[1:]] * len(views)}
 
 
-def naflex(grid: PatchGrid, views: Tensor) -> dict:
+def make_naflex_inputs(grid: PatchGrid, views: Tensor) -> dict:
     """Patches as rows of each view, a mask that hides none, and rows and columns."""
     height, width = grid.patch
     rows = rearrange(views, "v c (y h) (x w) -> v (y x) (h w c)", h=height, w=width)
-    shape = torch.tensor([[grid.rows, grid.columns]], device=views.device).expand(len(views), -1)
-    mask = torch.ones(rows.shape[:2], dtype=torch.long, device=views.device)
-    return {"pixel_values": rows, "pixel_attention_mask": mask, "spatial_shapes": shape}
+    shape = torch.tensor([[grid.rows, grid.columns]], device=views.device)
+    return {
+        "pixel_values": rows,
+        "pixel_attention_mask": torch.ones(rows.shape[:2], dtype=torch.long, device=views.device),
+        "spatial_shapes": shape.expand(len(views), -1),
+    }
 
 
-def audio(grid: PatchGrid, views: Tensor) -> dict:
-    """Spectrograms [views, mels, frames] under the name that speech encoders know."""
+def make_audio_inputs(grid: PatchGrid, views: Tensor) -> dict:
+    """Spectrograms [views, mels, frames] under the name that speech encoders use."""
     return {"input_features": views}
 
 
-FEEDS = {
-    "plain": plain,
-    "qwen": qwen,
-    "pixtral": pixtral,
-    "naflex": naflex,
-    "map": plain,
-    "audio": audio,
+INPUTS = {
+    "plain": make_plain_inputs,
+    "qwen": make_qwen_inputs,
+    "pixtral": make_pixtral_inputs,
+    "naflex": make_naflex_inputs,
+    "map": make_plain_inputs,
+    "audio": make_audio_inputs,
 }
 
 
 def encoder_inputs(grid: PatchGrid, views: Tensor) -> dict:
-    """What an encoder's forward takes for views [views, *grid.view]: names and tensors."""
-    return FEEDS[grid.kind](grid, views)
+    """Arguments of an encoder's forward for views [views, *grid.view]."""
+    return INPUTS[grid.kind](grid, views)
 
 
-def order(grid: PatchGrid) -> Tensor:
-    """Which patch, counted row by row, stands at each place of what the encoder's blocks return for
-    one view: long [N].
-    """
+def get_patch_order(grid: PatchGrid) -> Tensor:
+    """Which patch, in raster order, is at each place of what a block returns for one view, [N]."""
     numbers = torch.arange(grid.num_patches)
     squares = rearrange(
         numbers,
@@ -314,40 +345,45 @@ def order(grid: PatchGrid) -> Tensor:
     )
     if not grid.window:
         return squares.flatten()
-    side = (
-        grid.window
-    )  # windows from the top left corner; those at the right and lower edges are what is left
-    bands = [squares[y : y + side] for y in range(0, len(squares), side)]
-    return torch.cat(
-        [band[:, x : x + side].flatten() for band in bands for x in range(0, band.shape[1], side)]
-    )
+    # Windows start in the top left corner; those at the right and lower edges may be smaller.
+    windows = []
+    for y in range(0, squares.shape[0], grid.window):
+        band = squares[y : y + grid.window]
+        for x in range(0, squares.shape[1], grid.window):
+            windows.append(band[:, x : x + grid.window].flatten())
+    return torch.cat(windows)
 
 
 def to_raster_order(grid: PatchGrid, states: Tensor, num_views: int) -> Tensor:
-    """States as a block returns them to [views, N, D] in raster order, class and register tokens
-    removed.
+    """Bring states as a block returns them into raster order, without prefix tokens.
 
-    Raises ValueError for states that are not of this grid.
+    Args:
+        grid: The encoder's grid.
+        states: What a block returned for all views, in the encoder's own layout.
+        num_views: Number of views.
+
+    Returns:
+        [views, N, D].
+
+    Raises:
+        UserError: The states are not of this grid.
     """
-    num, given = grid.num_patches, tuple(states.shape)
-    if grid.kind in ("qwen", "pixtral") and states.numel() == num_views * num * grid.width:
-        states = states.reshape(num_views, num, -1)
+    num_patches = grid.num_patches
+    shape = tuple(states.shape)
+    is_packed = grid.kind in ("qwen", "pixtral")
+    if is_packed and states.numel() == num_views * num_patches * grid.width:
+        states = states.reshape(num_views, num_patches, -1)
     if grid.kind == "map" and states.dim() == 4:
         states = states.flatten(1, 2)
-    exact = (
-        grid.kind != "plain"
-    )  # prefix tokens stand first, and only encoders that take plain views have them
-    if (
-        states.dim() != 3
-        or len(states) != num_views
-        or states.shape[1] < num
-        or (exact and states.shape[1] != num)
-    ):
+    may_have_prefix = grid.kind == "plain"
+    fits = states.dim() == 3 and len(states) == num_views and states.shape[1] >= num_patches
+    if not fits or (not may_have_prefix and states.shape[1] != num_patches):
+        tokens = f"{num_patches}{' or more' if may_have_prefix else ''} tokens"
         raise UserError(
-            f"the encoder gave states of shape {given} for {num_views} views, but [{num_views}"
-            f" views, {num}{'' if exact else ' or more'} tokens, width] is needed; this encoder's"
-            " blocks change the grid, so use another"
+            f"the encoder returned states of shape {shape} for {num_views} views, but [{num_views}"
+            f" views, {tokens}, width] is needed: its blocks change the grid, so use another"
+            " encoder"
         )
     if grid.kind == "qwen":
-        return states[:, torch.argsort(order(grid)).to(states.device)]
-    return states[:, -num:]
+        return states[:, torch.argsort(get_patch_order(grid)).to(states.device)]
+    return states[:, -num_patches:]

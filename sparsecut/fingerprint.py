@@ -1,6 +1,4 @@
-"""Which model this is, in 16 letters: of its very weights, or whatever number format it is loaded
-in.
-"""
+"""Short hashes that identify a model, 16 hexadecimal digits each."""
 
 from __future__ import annotations
 
@@ -8,48 +6,59 @@ import hashlib
 
 import torch
 from accelerate.utils import align_module_device
-from torch import nn
+from torch import Tensor, nn
 
-SPREAD = 256  # values of each tensor that a fingerprint reads
-SAMPLED = 64  # values of each that a digest reads
+WEIGHTS_SAMPLE = 256  # values of each tensor that `weights_hash` reads
+BASE_SAMPLE = 64  # values of each that `base_hash` reads
+NUM_DIGITS = 16
 
 
 def weights_hash(module: nn.Module) -> str:
-    """A hash over up to 256 values of each weight, spread evenly, with names, shapes and number
-    formats.
+    """A hash of a module's weights in the dtype they have.
+
+    It covers every tensor's name, shape and dtype, and up to 256 of its values, evenly spread.
     """
     total = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        values = tensor.detach().flatten()[:: max(1, tensor.numel() // SPREAD)].float().cpu()
-        total.update(
-            f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + values.numpy().tobytes()
-        )
-    return total.hexdigest()[:16]
+        step = max(1, tensor.numel() // WEIGHTS_SAMPLE)
+        values = tensor.detach().flatten()[::step].float().cpu()
+        header = f"{name} {tuple(tensor.shape)} {tensor.dtype}"
+        total.update(header.encode() + values.numpy().tobytes())
+    return total.hexdigest()[:NUM_DIGITS]
 
 
 def base_hash(base: nn.Module) -> str:
-    """A hash of some values of a language model's norms, biases and input embeddings, as bfloat16,
-    and of its model type.
+    """A hash that recognizes a pretrained VLM in any dtype, quantized or with adapters.
 
-    These are the same in every number format a model is loaded in, quantised ones included, and
-    beside adapters.
+    It covers the model type, and some values (as bfloat16) of norms, biases and input embeddings:
+    these are the same in every dtype that a model is loaded in.
     """
-    embeddings = base.get_input_embeddings()
-    found = {id(embeddings.weight): ("embeddings", embeddings, "weight")}
-    for of, module in base.named_modules():
-        for last, value in module.named_parameters(prefix=of, recurse=False):
-            if value.dim() == 1 and value.is_floating_point() and "lora_" not in last:
-                found.setdefault(
-                    id(value), (last.replace(".base_layer", ""), module, last.rpartition(".")[2])
-                )
     total = hashlib.sha256(base.config.model_type.encode())
-    for name, module, last in sorted(found.values(), key=lambda item: item[0]):
-        with align_module_device(module):  # weights that were sent to memory or disk are fetched
-            flat = getattr(module, last).detach().flatten()
-        some = flat[
-            torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat)), device=flat.device).long()
-        ]
-        total.update(
-            name.encode() + some.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()
-        )
-    return total.hexdigest()[:16]
+    for name, module, attribute in _find_stable_weights(base):
+        with align_module_device(module):  # fetches weights that were offloaded to memory or disk
+            values = getattr(module, attribute).detach().flatten()
+        count = min(BASE_SAMPLE, len(values))
+        positions = torch.linspace(0, len(values) - 1, count, device=values.device).long()
+        total.update(name.encode() + _to_bytes(values[positions]))
+    return total.hexdigest()[:NUM_DIGITS]
+
+
+def _find_stable_weights(base: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Norms, biases and input embeddings, sorted by name: (name, module, attribute)."""
+    embeddings = base.get_input_embeddings()
+    weights = {id(embeddings.weight): ("embeddings", embeddings, "weight")}
+    for prefix, module in base.named_modules():
+        for name, value in module.named_parameters(prefix=prefix, recurse=False):
+            if value.dim() != 1 or not value.is_floating_point():
+                continue
+            if "lora_" in name:
+                continue
+            # PEFT's name for a layer with an adapter
+            plain_name = name.replace(".base_layer", "")
+            attribute = name.rpartition(".")[2]
+            weights.setdefault(id(value), (plain_name, module, attribute))
+    return sorted(weights.values(), key=lambda entry: entry[0])
+
+
+def _to_bytes(values: Tensor) -> bytes:
+    return values.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()

@@ -1,9 +1,9 @@
-"""Where the method meets somebody else's modules: reading taps of an encoder, adding features
-before decoder layers.
+"""Hooks on foreign modules: reading taps of an encoder, adding features before decoder layers.
 
-Both use permanent hooks that look into a compile-aware context variable and do nothing while it is empty. A hook is not
-a wrapper: names of weights, checkpoints, `generate` and the layers' own code stay as they are. Everything that leans on
-the inner structure of transformers stands in this file.
+The hooks are permanent. Each looks into a context variable that torch.compile knows, and does
+nothing while it is empty. A hook is not a wrapper: weights, checkpoints, `generate` and the layers'
+own code stay as they are. Everything that depends on the inner structure of transformers is in this
+file.
 """
 
 from __future__ import annotations
@@ -19,145 +19,163 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.output_capturing import CompileableContextVar
 
-from .encoders import FEEDS, PatchGrid, encoder_inputs, to_raster_order
+from .encoders import PatchGrid, encoder_inputs, takes_plain_views, to_raster_order
 from .schema import UserError
 
 
 @dataclass
 class TapCapture:
-    """One pass through an encoder: the wanted taps, and those found so far."""
+    """One pass through an encoder.
+
+    Attributes:
+        wanted: The taps to capture.
+        taps: Those captured so far: tap -> states as the block returns them.
+        returns_tuple: Whether this encoder's blocks return tuples. Skipped blocks return the same.
+        runs_all_blocks: All blocks run, because the encoder's own output is needed too.
+    """
 
     wanted: frozenset[int]
     taps: dict[int, Tensor] = field(default_factory=dict)
-    as_tuple: bool = False  # what this encoder's blocks return, for the blocks that are skipped
-    whole: bool = False  # all blocks run, because somebody else reads the encoder's output
+    returns_tuple: bool = False
+    runs_all_blocks: bool = False
 
     @property
     def num_blocks(self) -> float:
-        """Blocks that run: as far as the deepest tap, and at least one, which shows what blocks
-        return here.
-        """
-        return math.inf if self.whole else max(1, *self.wanted)
+        """Number of blocks that run, at least one: it shows what blocks return here."""
+        return math.inf if self.runs_all_blocks else max(1, *self.wanted)
 
 
 @dataclass
 class Injection:
-    """One pass through a decoder: which positions are image tokens, what to add there, and what has
-    been added.
+    """One pass through a decoder.
+
+    Attributes:
+        mask: Where image tokens are, [batch, length].
+        features: What to add there: layer -> [image tokens, H].
+        gates: For few plans: layer -> (hidden states, features) -> what is added.
+        fired: Layers whose features have been added.
+        rows: Row of `features` for each position, [batch * length]; any row without an image token.
     """
 
-    mask: Tensor  # [batch, length], true at image tokens
-    features: Mapping[int, Tensor]  # layer -> [number of true positions, H]
-    gates: Mapping[
-        int, Callable
-    ]  # layer -> (hidden states there, features) -> what is added; for few plans
+    mask: Tensor
+    features: Mapping[int, Tensor]
+    gates: Mapping[int, Callable]
     fired: list[int] = field(default_factory=list)
-    rows: Tensor | None = (
-        None  # [batch * length]: which feature stands at each position; any at positions without
-    )
+    rows: Tensor | None = None
 
 
 # Each holds a dict with one entry, or nothing: transformers' own variables of this class hold
-# dicts, and its tests read keys.
-_reading = CompileableContextVar("sparsecut_reading")
+# dicts, and its tests read their keys.
+_capture = CompileableContextVar("sparsecut_capture")
 _injection = CompileableContextVar("sparsecut_injection")
-_observers: list[Callable] = []  # of training, which has one pass at a time
+_observers: list[Callable] = []  # used in training, which has one pass at a time
 
 
-def _current_reading() -> TapCapture | None:
-    return None if (held := _reading.get()) is None else held["reading"]
+def _current_capture() -> TapCapture | None:
+    held = _capture.get()
+    return None if held is None else held["capture"]
 
 
 def _current_injection() -> Injection | None:
-    return None if (held := _injection.get()) is None else held["injection"]
+    held = _injection.get()
+    return None if held is None else held["injection"]
 
 
 def find_layers(module: nn.Module, depth: int, what: str) -> nn.ModuleList:
-    """The module list that holds the `depth` layers of `module`: the outermost one of that
-    length.
+    """Find the list of a model's layers: the outermost module list of this length.
+
+    Args:
+        module: An encoder or a language model.
+        depth: Number of its layers.
+        what: Its name in the error, such as "the language model".
+
+    Raises:
+        UserError: There is no such list.
     """
-    lists = [
-        (name, m)
-        for name, m in module.named_modules()
-        if isinstance(m, nn.ModuleList) and len(m) == depth
-    ]
-    if not lists:
+    found = None
+    found_depth = math.inf
+    for name, inner in module.named_modules():
+        if not isinstance(inner, nn.ModuleList) or len(inner) != depth:
+            continue
+        if name.count(".") < found_depth:
+            found, found_depth = inner, name.count(".")
+    if found is None:
         raise UserError(
-            f"{what} {type(module).__name__} has no list of {depth} layers that features could be"
-            " read from or added to; SparseCut needs a stack of transformer blocks as long as"
-            " `num_hidden_layers`, so choose another model"
+            f"{what} {type(module).__name__} has no list of {depth} layers. SparseCut needs a stack"
+            " of transformer blocks, as many as `num_hidden_layers`; choose another model"
         )
-    return min(lists, key=lambda item: item[0].count("."))[1]
+    return found
 
 
-def known_arguments(module: nn.Module) -> set[str]:
+def get_argument_names(module: nn.Module) -> set[str]:
     """Names of the parameters of a module's forward."""
     return set(inspect.signature(type(module).forward).parameters)
 
 
 def accepts(module: nn.Module, name: str, *, by_name: bool = False) -> bool:
-    """Whether a module's forward takes this argument; by_name: and lists it, instead of passing on
-    what it does not know.
+    """Whether a module's forward takes an argument.
+
+    Args:
+        module: The module.
+        name: The argument.
+        by_name: It must be listed; `**kwargs` does not count.
     """
-    return bool(known_arguments(module) & ({name} if by_name else {name, "kwargs"}))
+    allowed = {name} if by_name else {name, "kwargs"}
+    return bool(get_argument_names(module) & allowed)
 
 
 def check_vision_tower(module: nn.Module, grid: PatchGrid) -> None:
-    """Refuse an encoder that needs more than is made of views for its grid, before anything is
-    connected to it.
-    """
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]
-    needed = [
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    if needed and FEEDS[grid.kind] is FEEDS["plain"]:
+    """Raise UserError for an encoder that needs inputs that are not made of its views."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())
+    after_pixels = parameters[2:]
+    required = []
+    for parameter in after_pixels:
+        is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.default is parameter.empty and not is_variadic:
+            required.append(parameter.name)
+    if required and takes_plain_views(grid):
         raise UserError(
-            f"{type(module).__name__} needs {' and '.join(needed)} besides pixels, which is not"
-            " known to be made of views; use an encoder such as CLIP, SigLIP, ViT, DINOv2, Pixtral"
-            " or Qwen2-VL's"
+            f"{type(module).__name__} needs {' and '.join(required)} besides pixels, which"
+            " SparseCut cannot make for it; use an encoder such as CLIP, SigLIP, ViT, DINOv2,"
+            " Pixtral or Qwen2-VL's"
         )
 
 
 def check_language_model(module: nn.Module) -> None:
-    """Refuse a language model that cannot be given embeddings and a cache, before anything is
-    connected to it.
-    """
-    if missing := {"inputs_embeds", "past_key_values"} - known_arguments(module):
+    """Raise UserError for a language model that takes no embeddings or no cache."""
+    missing = {"inputs_embeds", "past_key_values"} - get_argument_names(module)
+    if missing:
         raise UserError(
-            f"{type(module).__name__} does not take {' or '.join(sorted(missing))}, which feeding"
-            " image features and generating need; use a decoder-only transformer such as Llama,"
-            " Qwen or Mistral"
+            f"{type(module).__name__} does not take {' or '.join(sorted(missing))}. Image features"
+            " and generation need both; use a decoder-only transformer such as Llama, Qwen or"
+            " Mistral"
         )
 
 
-def whole_modules(model: nn.Module) -> set[str]:
-    """Of the classes that are never split between devices (`_no_split_modules`) those that the
-    model has: FSDP refuses others.
-    """
-    return set(model._no_split_modules or ()) & {
-        type(module).__name__ for module in model.modules()
-    }
+def get_unsplit_classes(model: nn.Module) -> set[str]:
+    """Classes in `_no_split_modules` that the model really has: FSDP refuses others."""
+    present = {type(module).__name__ for module in model.modules()}
+    return set(model._no_split_modules or ()) & present
 
 
 def connect_encoder(encoder: nn.Module, depth: int) -> None:
-    """Hook every block, so that `read_taps` can keep any tap and end at the deepest one it wants.
+    """Hook every block, so that `read_taps` can capture any tap and stop after the deepest one.
 
-    The hooks know no plan: models with other plans may share the encoder, and connecting again only
-    renews the hooks.
+    The hooks know no plan, so models with other plans may share the encoder. Connecting again
+    replaces the hooks.
     """
     for number, block in enumerate(find_layers(encoder, depth, "the vision encoder")):
         _disconnect(block)
         if number == 0:
-            block.register_forward_pre_hook(_read_embeddings, with_kwargs=True)
-        block.register_forward_hook(partial(_read_block, number + 1))
-        block.forward = partial(_skip_while_reading, number, block.forward)
+            block.register_forward_pre_hook(_capture_embeddings, with_kwargs=True)
+        block.register_forward_hook(partial(_capture_block, number + 1))
+        block.forward = partial(_skip_above_taps, number, block.forward)
 
 
 def connect_decoder(language_model: nn.Module, depth: int) -> None:
-    """Hook every decoder layer, so that `inject` can add features before any; connecting again only
-    renews the hooks.
+    """Hook every decoder layer, so that `inject` can add features before any.
+
+    Connecting again replaces the hooks.
     """
     for number, layer in enumerate(find_layers(language_model, depth, "the language model")):
         _disconnect(layer)
@@ -165,61 +183,75 @@ def connect_decoder(language_model: nn.Module, depth: int) -> None:
 
 
 def disconnect(module: nn.Module) -> None:
-    """Take every hook of ours off an encoder or a language model, which then is as it was
-    before.
-    """
+    """Remove all our hooks from an encoder or a language model."""
     for layer in module.modules():
         _disconnect(layer)
 
 
 def _disconnect(layer: nn.Module) -> None:
-    ours = (_read_embeddings, _read_block, _add_features)
+    our_hooks = (_capture_embeddings, _capture_block, _add_features)
     for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-        for key in [key for key, hook in hooks.items() if getattr(hook, "func", hook) in ours]:
+        ours = [key for key, hook in hooks.items() if getattr(hook, "func", hook) in our_hooks]
+        for key in ours:
             del hooks[key]
             layer._forward_pre_hooks_with_kwargs.pop(key, None)
-    if getattr(layer.forward, "func", None) is _skip_while_reading:
-        forward = layer.forward.args[1]
-        if getattr(forward, "__func__", None) is type(layer).forward:
-            del layer.forward  # the class's own again, and nothing left on the layer
-        else:
-            layer.forward = forward
+    if getattr(layer.forward, "func", None) is not _skip_above_taps:
+        return
+    forward = layer.forward.args[1]
+    if getattr(forward, "__func__", None) is type(layer).forward:
+        del layer.forward  # the class's own again, nothing left on the layer
+    else:
+        layer.forward = forward
 
 
 def read_taps(
     encoder: nn.Module, views: Tensor, grid: PatchGrid | int, wanted: Iterable[int]
 ) -> dict[int, Tensor]:
-    """Run the encoder on views [views, *grid.view] and return tap -> [views, N, D], row by row,
-    prefix tokens removed.
+    """Run a connected encoder, as far as the deepest wanted tap.
 
-    grid: the encoder's, or N alone for one that takes its views as they are. Raises ValueError for
-    states of another grid.
+    Args:
+        encoder: The encoder.
+        views: [views, *grid.view].
+        grid: The encoder's grid, or N alone for one that takes its views as they are.
+        wanted: Taps to read.
+
+    Returns:
+        Tap -> [views, N, D], patches in raster order, without prefix tokens.
+
+    Raises:
+        UserError: The blocks return states of another grid.
+        RuntimeError: A tap was not reached.
     """
-    grid = PatchGrid("plain", (), 1, grid, 0, (1, 1)) if isinstance(grid, int) else grid
-    reading = TapCapture(frozenset(wanted))
-    token = _reading.set({"reading": reading})
+    if isinstance(grid, int):
+        grid = PatchGrid("plain", (), 1, grid, 0, (1, 1))
+    capture = TapCapture(frozenset(wanted))
+    token = _capture.set({"capture": capture})
     try:
         encoder(**encoder_inputs(grid, views))
     finally:
-        _reading.reset(token)
-    if missing := sorted(reading.wanted - set(reading.taps)):
+        _capture.reset(token)
+    missing = sorted(capture.wanted - set(capture.taps))
+    if missing:
         raise RuntimeError(
             f"taps {missing} were not reached in {type(encoder).__name__}: its blocks are not the"
-            " ones that were connected; connect the encoder again after replacing modules in it"
+            " ones that were connected. Connect the encoder again after replacing modules in it"
         )
-    return {tap: to_raster_order(grid, states, len(views)) for tap, states in reading.taps.items()}
+    num_views = len(views)
+    return {tap: to_raster_order(grid, states, num_views) for tap, states in capture.taps.items()}
 
 
 def capture_taps(run: Callable, wanted: Iterable[int]) -> tuple[object, dict[int, Tensor]]:
-    """Call `run()`, which passes once through a connected encoder, and return its result and tap ->
-    states as blocks give them.
+    """Capture taps while `run()` passes once through a connected encoder.
+
+    Returns:
+        The result of `run`, and tap -> states as the blocks return them.
     """
-    reading = TapCapture(frozenset(wanted), whole=True)
-    token = _reading.set({"reading": reading})
+    capture = TapCapture(frozenset(wanted), runs_all_blocks=True)
+    token = _capture.set({"capture": capture})
     try:
-        return run(), reading.taps
+        return run(), capture.taps
     finally:
-        _reading.reset(token)
+        _capture.reset(token)
 
 
 def inject(
@@ -230,12 +262,21 @@ def inject(
     *,
     later: bool = False,
 ):
-    """Call `run()` while `features` (layer -> [tokens, H]) are added at the true positions of
-    `mask` [batch, length].
+    """Add features before decoder layers while `run()` passes once through the decoder.
 
-    gates: for some layers, what makes the addition from the hidden states at those positions and
-    the features. later: `run` itself puts features in, before its decoder. Every layer must receive
-    its features exactly once, else RuntimeError: a silent miss is the one thing this must not do.
+    Args:
+        run: Calls the decoder.
+        mask: Where image tokens are, [batch, length].
+        features: Layer -> [image tokens, H].
+        gates: For some layers, (hidden states at image tokens, features) -> what is added.
+        later: `run` itself fills `features`, before its decoder.
+
+    Returns:
+        The result of `run`.
+
+    Raises:
+        RuntimeError: A layer did not receive its features exactly once. A silent miss would
+            be a wrong model.
     """
     injection = Injection(mask, features, gates or {})
     if features or later:
@@ -248,42 +289,43 @@ def inject(
     if not torch.compiler.is_compiling() and sorted(injection.fired) != sorted(features):
         raise RuntimeError(
             f"shortcuts into layers {sorted(features)} should each fire once, but layers"
-            f" {sorted(injection.fired)} fired; a decoder layer was skipped, repeated or replaced:"
-            " connect the language model again after replacing modules in it"
+            f" {sorted(injection.fired)} fired: a decoder layer was skipped, repeated or replaced."
+            " Connect the language model again after replacing modules in it"
         )
     return output
 
 
 @contextmanager
-def observe_injections(see: Callable) -> Iterator[None]:
-    """Inside the block, `see(layer, hidden states at image tokens, what is added to them)` is
-    called for every addition.
-    """
-    _observers.append(see)
+def observe_injections(observer: Callable) -> Iterator[None]:
+    """Call `observer(layer, hidden states at image tokens, what is added)` for every addition."""
+    _observers.append(observer)
     try:
         yield
     finally:
-        _observers.remove(see)
+        _observers.remove(observer)
 
 
-def _read_embeddings(module, args, kwargs):
-    if (reading := _current_reading()) is not None and 0 in reading.wanted:
-        reading.taps[0] = args[0] if args else kwargs["hidden_states"]
+def _capture_embeddings(module, args, kwargs):
+    capture = _current_capture()
+    if capture is not None and 0 in capture.wanted:
+        capture.taps[0] = args[0] if args else kwargs["hidden_states"]
 
 
-def _read_block(tap: int, module, args, output):
-    if (reading := _current_reading()) is not None and tap <= reading.num_blocks:
-        reading.as_tuple = isinstance(output, tuple)
-        if tap in reading.wanted:
-            reading.taps[tap] = output[0] if reading.as_tuple else output
+def _capture_block(tap: int, module, args, output):
+    capture = _current_capture()
+    if capture is None or tap > capture.num_blocks:
+        return
+    capture.returns_tuple = isinstance(output, tuple)
+    if tap in capture.wanted:
+        capture.taps[tap] = output[0] if capture.returns_tuple else output
 
 
-def _skip_while_reading(number: int, forward: Callable, *args, **kwargs):
-    reading = _current_reading()
-    if reading is None or number < reading.num_blocks:
+def _skip_above_taps(number: int, forward: Callable, *args, **kwargs):
+    capture = _current_capture()
+    if capture is None or number < capture.num_blocks:
         return forward(*args, **kwargs)
     hidden = args[0] if args else kwargs["hidden_states"]
-    return (hidden,) if reading.as_tuple else hidden
+    return (hidden,) if capture.returns_tuple else hidden
 
 
 def _add_features(layer: int, module, args, kwargs):
@@ -291,17 +333,22 @@ def _add_features(layer: int, module, args, kwargs):
     if injection is None or layer not in injection.features:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
-    mask, features = injection.mask.to(hidden.device), injection.features[layer].to(hidden.device)
+    device = hidden.device
+    mask = injection.mask.to(device)
+    features = injection.features[layer].to(device)
     if layer in injection.gates:
         features = injection.gates[layer](hidden[mask], features)
-    for see in _observers:
-        see(layer, hidden[mask], features)
+    for observer in _observers:
+        observer(layer, hidden[mask], features)
     # Out of place, and on the layer's own device: in-place sums break autograd and recorded hidden
     # states.
-    spread = features.to(hidden).index_select(0, injection.rows.to(hidden.device)).view_as(hidden)
+    rows = injection.rows.to(device)
+    spread = features.to(hidden).index_select(0, rows).view_as(hidden)
     hidden = torch.where(mask.unsqueeze(-1), hidden + spread, hidden)
     injection.fired.append(layer)
-    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden}
 
 
 def remove_gradient_hooks(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:

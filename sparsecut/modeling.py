@@ -20,9 +20,9 @@ from .hooks import (
     check_vision_tower,
     connect_decoder,
     connect_encoder,
+    get_unsplit_classes,
     inject,
     read_taps,
-    whole_modules,
 )
 from .modeling_base import (
     SparseCutCausalLMOutputWithPast,
@@ -95,7 +95,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
         connect_encoder(self.vision_tower, config.vision_depth)
         connect_decoder(self.language_model, config.language_depth)
         self.post_init()
-        self._no_split_modules = whole_modules(self)
+        self._no_split_modules = get_unsplit_classes(self)
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
@@ -277,7 +277,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
                 warn_only=not says_more and continued is None,
                 tokens_per_image=self.tokens_per_image if begun else 0,
             )
-        image_hidden_states, features, gates = self._inject_into(inputs_embeds, images)
+        image_hidden_states, features, gates = self._gather_features(inputs_embeds, images)
         if images is not None:
             inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_hidden_states)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
@@ -310,7 +310,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
             return None  # a batch without images
         return images
 
-    def _inject_into(
+    def _gather_features(
         self, inputs_embeds: Tensor, images: SparseCutImageFeatures | None
     ) -> tuple[Tensor | None, dict[int, Tensor], dict[int, nn.Module]]:
         """Features for the input [tokens, H], features by layer, and context gates by layer."""
@@ -318,8 +318,10 @@ class SparseCutModel(SparseCutPreTrainedModel):
             return None, {}, {}
         check_image_features(images, self.plan, inputs_embeds.shape[-1])
         input_features = torch.cat(list(images.pooler_output)).to(inputs_embeds)
-        by_layer = zip(self.plan.layers, images.deepstack_features or (), strict=True)
-        features = {layer: torch.cat(list(of_images)) for layer, of_images in by_layer}
+        features = {}
+        per_layer = images.deepstack_features or ()
+        for layer, image_features in zip(self.plan.layers, per_layer, strict=True):
+            features[layer] = torch.cat(list(image_features))
         gates = {}
         if features:
             for layer, gate in self.fusion.context.items():
@@ -399,12 +401,11 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
             pixel_values: The images, in reading order over the batch; shapes as in `encode`.
             vision_states: What `encode` returned for the images, instead of pixels.
             mm_encoder_outputs: {"image": get_image_features(...)}, instead of pixels.
-            continued: input_ids were generated or guessed, so that placeholders among them stand
-                for no image. `generate` sets it; None elsewhere.
+            continued: `generate` sets it: placeholders in input_ids were written by the model.
 
         Raises:
-            UserError: Image tokens and features do not match. A bare pass without labels, cache
-                and images only warns.
+            UserError: Image tokens and features do not match. Without labels, cache and images
+                it is a warning.
             RuntimeError: A shortcut did not fire exactly once.
         """
         optional = {}

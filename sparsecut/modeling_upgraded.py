@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 from .configuration import SparseCutUpgradeConfig
 from .families import get_family
 from .fusion import Fusion
-from .hooks import whole_modules
+from .hooks import get_unsplit_classes
 from .modeling_base import (
     SparseCutPreTrainedModel,
     has_part_below_head,
@@ -80,7 +80,7 @@ class SparseCutUpgradeModel(SparseCutPreTrainedModel):
         )
         connect(parts)
         self.post_init()
-        self._no_split_modules = whole_modules(self)
+        self._no_split_modules = get_unsplit_classes(self)
 
     @property
     def saves_fusion_only(self) -> bool:
@@ -300,10 +300,12 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
         # PEFT's wrapper trains a copy for each adapter.
         if (copies := getattr(fusion, "modules_to_save", None)) is not None:
             fusion = copies[fusion.active_adapter]
-        weights = fusion.state_dict()
-        if state_dict is not None:
-            weights = {name: state_dict[f"fusion.{name}"] for name in weights}
-        return {name: value.contiguous() for name, value in weights.items()}
+        weights = {}
+        for name, value in fusion.state_dict().items():
+            if state_dict is not None:
+                value = state_dict[f"fusion.{name}"]
+            weights[name] = value.contiguous()
+        return weights
 
 
 def count_patch_rows(vision_config) -> int:

@@ -14,7 +14,7 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .encoders import pair
+from .encoders import as_pair
 from .schema import UserError
 
 COARSE_VIEWS = ("squash", "crop")
@@ -77,7 +77,7 @@ def cut_views(image: Image.Image, tiles: int, size, coarse: str = "squash") -> l
         1 + tiles^2 RGB images, the fine ones row by row.
     """
     image = image.convert("RGB")
-    height, width = pair(size)
+    height, width = as_pair(size)
     squashed = image.resize((width, height), Image.Resampling.BICUBIC)
     coarse_view = _crop_center(image, height, width) if coarse == "crop" else squashed
     if not tiles:
@@ -178,7 +178,7 @@ class SparseCutProcessor(ProcessorMixin):
             Float32 [images, 1 + tiles^2, 3, height, width], the coarse view first.
         """
         if not images:
-            return torch.empty(0, self.num_views, 3, *pair(self.image_size))
+            return torch.empty(0, self.num_views, 3, *as_pair(self.image_size))
         levels = np.stack([self._read_levels(image) for image in images])
         table = self._make_level_table(**settings)
         channels = [table[channel][levels[..., channel]] for channel in range(3)]

@@ -16,7 +16,7 @@ from transformers import AutoProcessor, CLIPImageProcessorPil
 
 from sparsecut import SparseCutConfig
 from sparsecut.building import build, load, save
-from sparsecut.encoders import encoder_inputs, order, read_grid, to_raster_order
+from sparsecut.encoders import encoder_inputs, get_patch_order, read_grid, to_raster_order
 from sparsecut.hooks import read_taps
 from sparsecut.mixers import arrange_grains
 from sparsecut.processing import cut_views
@@ -85,9 +85,11 @@ def test_windows_are_undone_as_the_encoder_makes_them(size):
         torch.arange(3 * grid.num_patches).view(-1, 4)[index].flatten()
     )  # places in the order that is fed
     fed = read_grid(family_vision("qwen2_vl_vision").config, size)
-    expected = torch.cat([order(fed) + view * grid.num_patches for view in range(3)])[squares]
+    expected = torch.cat([get_patch_order(fed) + view * grid.num_patches for view in range(3)])[
+        squares
+    ]
     assert torch.equal(
-        torch.cat([order(grid) + view * grid.num_patches for view in range(3)]), expected
+        torch.cat([get_patch_order(grid) + view * grid.num_patches for view in range(3)]), expected
     )
 
 

@@ -174,10 +174,10 @@ def _cache_features(recipe, plans: list, model, processor, log: Log) -> None:
 
 def _find_tiles(study: Study, vision, language) -> int:
     """The one number of fine views per side that the variants have."""
-    from ..building import depths_of
+    from ..building import read_depths
     from ..methods import make_plan
 
-    depths = depths_of(vision, language)
+    depths = read_depths(vision, language)
     variants: dict[int, str] = {}
     for name, spec in study.arms.items():
         plan = make_plan(spec, *depths)

@@ -74,12 +74,12 @@ def search_plan(
         UserError: There is no budget, or it leaves no shortcut.
     """
     check_budget(count, ratio)
-    from ..building import depths_of
+    from ..building import read_depths
     from ..config.yaml_io import expand_path
     from .runner import run_study
 
     model = study.recipe["model"]
-    depths = depths_of(expand_path(model["vision"]), expand_path(model["language"]))
+    depths = read_depths(expand_path(model["vision"]), expand_path(model["language"]))
     plan = make_supernet_plan(*depths, rank=rank)
     out = Path(study.output) / "search"
     supernets = make_supernet_study(study, plan, out, seeds, penalty)

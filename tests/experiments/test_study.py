@@ -8,7 +8,7 @@ import pytest
 from helpers.runs import write_records
 from helpers.studies import QUICK, make_costs, rough_counts
 
-from sparsecut.building import depths_of
+from sparsecut.building import read_depths
 from sparsecut.experiments import runner
 from sparsecut.experiments.runner import StudyRunError, check_folder, claim, run_study
 from sparsecut.experiments.study import Run, load_study, narrow_study, parse_study
@@ -49,7 +49,7 @@ def test_every_study_file_loads_and_its_variants_are_plans_of_its_models():
         model = study.recipe["model"]
         if set(model.values()) != {"shapes"}:
             continue
-        depths = depths_of(model["vision"], model["language"])
+        depths = read_depths(model["vision"], model["language"])
         for name, spec in study.arms.items():
             assert make_plan(spec, *depths), (path, name)
 
