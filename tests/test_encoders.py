@@ -120,7 +120,7 @@ def test_a_packed_encoder_gives_what_its_own_picture_processor_leads_to():
 def test_a_configuration_without_a_view_size_is_asked_for_one():
     text = language_config("llama")
     with pytest.raises(
-        ValueError, match=r"takes pictures of any size.*view_size=256 .a multiple of 16 pixels"
+        UserError, match=r"multiple of 16 pixels.*view_size=256"
     ):
         SparseCutConfig(vision_config=vision_config("qwen2_vl_vision"), text_config=text)
     again = SparseCutConfig.from_dict(
@@ -142,9 +142,9 @@ REFUSED = [
         "views of clip_vision_model are 16 x 16 pixels; leave view_size out",
     ),
     ("qwen2_5_vl_vision", {}, 24, "view_size 24, which is not a multiple of its patch_size 16"),
-    ("qwen2_5_vl_vision", {}, "large", "view_size is 'large', but must be pixels"),
-    ("qwen2_5_vl_vision", {}, (16, 0), "but must be pixels"),
-    ("pixtral", {}, 64, "positions of pixtral reach 32 pixels"),
+    ("qwen2_5_vl_vision", {}, "large", "view_size is 'large'"),
+    ("qwen2_5_vl_vision", {}, (16, 0), r"view_size is \(16, 0\)"),
+    ("pixtral", {}, 64, "pixtral .* 32 pixels"),
     (
         "internvl_vision",
         {"patch_size": [7, 7]},
@@ -155,24 +155,24 @@ REFUSED = [
         "dinov2",
         {"image_size": [16, 24]},
         None,
-        "has views of 16 x 24 pixels .* positions are a square",
+        "16 x 24 pixels .* square",
     ),
-    ("whisper", {}, 16, "whisper listens to 6 moments; leave it out"),
-    ("whisper", {"encoder_layerdrop": 0.1}, None, "skips blocks at random"),
+    ("whisper", {}, 16, "view_size is 16, .*whisper .* 6 frames"),
+    ("whisper", {"encoder_layerdrop": 0.1}, None, "encoder_layerdrop=0.1"),
 ]
 
 
 @pytest.mark.parametrize(("name", "settings", "size", "sentence"), REFUSED)
 def test_a_grid_that_cannot_be_is_refused_in_a_sentence(name, settings, size, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         read_grid(vision_config(name, **settings), size)
 
 
 def test_states_of_another_grid_are_refused():
     grid = read_grid(vision_config("qwen3_vl_vision"), [32, 48])
-    with pytest.raises(ValueError, match=r"gave states of shape \(1, 8, 16\) for 1 views"):
+    with pytest.raises(UserError, match=r"\(1, 8, 16\) for 1 views"):
         to_raster_order(grid, torch.zeros(1, 8, 16), 1)
-    with pytest.raises(ValueError, match="this encoder's blocks change the grid"):
+    with pytest.raises(UserError, match="9 or more tokens"):
         read_taps(checks.join().vision_tower, torch.zeros(1, 3, 16, 16), 9, [1])
 
 
@@ -181,7 +181,7 @@ def test_an_encoder_that_needs_more_than_views_is_refused():
     encoder.config.model_type = "siglip_vision_model"  # as if it were an unknown one
     encoder.config.image_size = 16
     with pytest.raises(
-        ValueError, match="needs pixel_attention_mask and spatial_shapes besides pixels"
+        UserError, match="pixel_attention_mask and spatial_shapes"
     ):
         checks.join(vision=encoder)
 
@@ -227,7 +227,7 @@ def test_sounds_that_do_not_fit_the_encoder_are_refused():
     example = tones()
     encoder, extractor, language, tokenizer = example.parts()
     parts = {"image_processor": extractor, "tokenizer": tokenizer}
-    with pytest.raises(ValueError, match="tiles=2, but whisper"):
+    with pytest.raises(UserError, match="tiles=2, but whisper"):
         build(encoder, language, **parts)
     plan = {"method": "sparsecut", "tiles": 0}
     wide = type(extractor)(feature_size=80, chunk_length=1)
@@ -236,7 +236,7 @@ def test_sounds_that_do_not_fit_the_encoder_are_refused():
     _, processor = build(encoder, language, plan, **parts)
     with pytest.raises(UserError, match=r"16001 samples.* 16000"):
         processor(audio=[[0.0] * 16001], text="<audio>")
-    with pytest.raises(ValueError, match="same as the number of audio"):
+    with pytest.raises(ValueError, match="number of audio"):
         processor(audio=[[0.0] * 100], text="<audio> <audio>")
 
 
@@ -245,7 +245,7 @@ def test_oblong_views_are_made_of_pictures_and_kept_when_saved(tmp_path):
     encoder, image_processor = family_vision("qwen2_5_vl_vision"), CLIPImageProcessorPil()
     plan = {"method": "sparsecut", "pattern": "sparse"}
     parts = {"image_processor": image_processor, "tokenizer": tokenizer}
-    with pytest.raises(ValueError, match="say how large a view is"):
+    with pytest.raises(UserError, match="view_size"):
         build(encoder, language, plan, **parts)
     model, processor = build(encoder, language, plan, **parts, view_size=(32, 48))
     picture = Image.new("RGB", (60, 30), "red")
@@ -286,5 +286,5 @@ def test_an_encoder_without_weights_of_its_own_in_a_folder_is_refused(tmp_path):
     ).save_pretrained(tmp_path)
     config.save_pretrained(tmp_path)
     parts = {"image_processor": CLIPImageProcessorPil(), "tokenizer": tiny_tokenizer()}
-    with pytest.raises(ValueError, match=r"holds no weights for .* parts of the encoder vit"):
+    with pytest.raises(UserError, match=r"no weights for \d+ parts of the encoder vit"):
         build(str(tmp_path), language, {"method": "sparsecut", "pattern": "sparse"}, **parts)

@@ -8,6 +8,8 @@ from helpers import checks
 from helpers.checks import GREEDY, IMAGE, batch, expanded
 from helpers.families import family_language
 
+from sparsecut.schema import UserError
+
 ROWS = [[20, 21, 22], [5, IMAGE, 6, 7], [IMAGE, 8, IMAGE, 9, 10, 11], [23, 24], [12, 13, IMAGE, 14]]
 FULL = GREEDY | {"return_dict_in_generate": True, "output_logits": True}
 
@@ -224,9 +226,9 @@ def test_a_conversation_goes_on_from_its_cache_with_another_picture(model, input
     assert logits[0, -1].argmax() == expected[0, whole.shape[1]]
     new = {"pixel_values": pixels[1:], "past_key_values": caches[1]}
     assert torch.equal(model.generate(input_ids=whole, **new, **GREEDY), expected)
-    with pytest.raises(ValueError, match=r"4 image tokens.* 0 features"):
+    with pytest.raises(UserError, match=r"4 image tokens.* 0 features"):
         model(input_ids=rest, past_key_values=caches[2])
-    with pytest.raises(ValueError, match=r"4 image tokens.* 0 features"):
+    with pytest.raises(UserError, match=r"4 image tokens.* 0 features"):
         model.generate(input_ids=whole, past_key_values=caches[3], **GREEDY)
 
 

@@ -16,6 +16,7 @@ from helpers.fusions import fuse
 from torch import nn
 
 from sparsecut.hooks import connect_decoder, connect_encoder, find_layers, read_taps
+from sparsecut.schema import UserError
 
 TEXT = [[20, 21], [22, 23, 24, 25, 26, 27, 28, 29, 30, 31]]
 WITH_PICTURES = {
@@ -209,7 +210,7 @@ def test_a_replaced_decoder_layer_is_an_error_until_connected_again():
     layers[3] = fresh
     with pytest.raises(
         RuntimeError,
-        match=r"layers \[1, 3\] should each fire once, but layers \[1\] fired.*connect",
+        match=r"\[1, 3\] should .* \[1\] fired",
     ):
         model(**inputs)
     assert model(input_ids=torch.tensor([TEXT[1]])).logits.isfinite().all()
@@ -235,7 +236,7 @@ def test_replaced_encoder_blocks_are_an_error_until_connected_again():
         blocks[i] = fresh
     with pytest.raises(
         RuntimeError,
-        match=r"taps \[1, 3\] were not reached in CLIPVisionModel.*connect the encoder again",
+        match=r"taps \[1, 3\] .*CLIPVisionModel",
     ):
         model(**batch(model))
     connect_encoder(model.vision_tower, 4)
@@ -243,14 +244,14 @@ def test_replaced_encoder_blocks_are_an_error_until_connected_again():
 
 
 def test_blocks_that_are_no_list_are_refused():
-    with pytest.raises(ValueError, match="the language model Linear has no list of 3 layers"):
+    with pytest.raises(UserError, match=r"language model Linear .* 3 layers"):
         find_layers(nn.Linear(2, 2), 3, "the language model")
 
 
 def test_states_that_are_not_one_row_of_patches_are_refused(model):
     with pytest.raises(
-        ValueError,
-        match=r"states of shape \(1, 5, 16\) for 1 views, but \[1 views, 9 or more tokens",
+        UserError,
+        match=r"\(1, 5, 16\) for 1 views, but .*9 or more tokens",
     ):
         read_taps(model.vision_tower, torch.randn(1, 3, 16, 16), 9, [1])
 
@@ -270,7 +271,7 @@ def test_states_that_are_not_one_row_of_patches_are_refused(model):
     ],
 )  # fmt: skip
 def test_pictures_that_do_not_match_the_prompt_are_refused_in_a_sentence(model, change, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         model(**batch(model) | change)
 
 
@@ -280,7 +281,7 @@ def test_a_bare_pass_without_pictures_warns_and_reads_placeholders_as_words(mode
     with pytest.warns(UserWarning, match=r"8 image tokens.* 0 features"):
         logits = model(input_ids=ids).logits
     assert torch.equal(logits, model.language_model(input_ids=ids).logits)
-    with pytest.raises(ValueError, match="8 image tokens"):
+    with pytest.raises(UserError, match="8 image tokens"):
         model.generate(input_ids=ids, max_new_tokens=1)
 
 
@@ -293,9 +294,9 @@ def test_features_of_another_model_are_refused_in_a_sentence(model):
         other = checks.join(language=language, plan=plan)
         images = other.get_image_features(batch(other)["pixel_values"])
         with pytest.raises(
-            ValueError,
+            UserError,
             match=(
-                r"have width \d+ and \d layers above the input, but this model needs width 32 and 2"
+                r"width \d+ and \d layers .* width 32 and 2 layers"
             ),
         ):
             model(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": images})
@@ -309,7 +310,7 @@ def test_a_batch_of_no_pictures_is_a_batch_of_texts(model):
         settings = {"max_new_tokens": 3, "do_sample": False, "num_beams": beams}
         expected = model.generate(input_ids=ids, **settings)
         assert torch.equal(model.generate(input_ids=ids, pixel_values=none, **settings), expected)
-    with pytest.raises(ValueError, match=r"8 image tokens.* 0 features"):
+    with pytest.raises(UserError, match=r"8 image tokens.* 0 features"):
         model(**batch(model) | {"pixel_values": none})
 
 

@@ -11,6 +11,7 @@ from helpers.tiny import tiny_model, tiny_vision
 from transformers import CLIPConfig, CLIPModel, LlavaConfig, LlavaForConditionalGeneration
 
 from sparsecut import build
+from sparsecut.schema import UserError
 
 
 @pytest.fixture(scope="module")
@@ -190,14 +191,14 @@ def test_build_refuses_before_it_changes_anything(tiny):
     vision, language = tiny_vision(), tiny[0].language_model
     before = language.get_input_embeddings().num_embeddings
     parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
-    with pytest.raises(ValueError, match=r"layer 4.*layers 0 to 3"):
+    with pytest.raises(UserError, match=r"layer 4.*layers 0 to 3"):
         build(
             vision,
             language,
             {"shortcuts": [{"taps": [1], "layer": 0}, {"taps": [1], "layer": 4}]},
             **parts,
         )
-    with pytest.raises(ValueError, match="hand over tokenizer="):
+    with pytest.raises(UserError, match="tokenizer="):
         build(vision, language, "llava", image_processor=processor.image_processor)
     assert language.get_input_embeddings().num_embeddings == before
     assert not any(block._forward_hooks for block in vision.encoder.layers)
