@@ -119,9 +119,7 @@ def test_a_packed_encoder_gives_what_its_own_picture_processor_leads_to():
 @torch.no_grad()
 def test_a_configuration_without_a_view_size_is_asked_for_one():
     text = language_config("llama")
-    with pytest.raises(
-        UserError, match=r"multiple of 16 pixels.*view_size=256"
-    ):
+    with pytest.raises(UserError, match=r"multiple of 16 pixels.*view_size=256"):
         SparseCutConfig(vision_config=vision_config("qwen2_vl_vision"), text_config=text)
     again = SparseCutConfig.from_dict(
         SparseCutConfig(
@@ -180,9 +178,7 @@ def test_an_encoder_that_needs_more_than_views_is_refused():
     encoder = family_vision("siglip2_vision_model")
     encoder.config.model_type = "siglip_vision_model"  # as if it were an unknown one
     encoder.config.image_size = 16
-    with pytest.raises(
-        UserError, match="pixel_attention_mask and spatial_shapes"
-    ):
+    with pytest.raises(UserError, match="pixel_attention_mask and spatial_shapes"):
         checks.join(vision=encoder)
 
 

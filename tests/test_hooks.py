@@ -295,9 +295,7 @@ def test_features_of_another_model_are_refused_in_a_sentence(model):
         images = other.get_image_features(batch(other)["pixel_values"])
         with pytest.raises(
             UserError,
-            match=(
-                r"width \d+ and \d layers .* width 32 and 2 layers"
-            ),
+            match=(r"width \d+ and \d layers .* width 32 and 2 layers"),
         ):
             model(input_ids=inputs["input_ids"], mm_encoder_outputs={"image": images})
 
