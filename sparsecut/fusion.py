@@ -271,9 +271,9 @@ class Fusion(nn.Module):
 
     def _arrange(self, states: Tensor) -> Tensor:
         tiles = self.plan.tiles if states.shape[1] > 1 else 0
-        return arrange_grains(self.normed(states), tiles, self.rows)
+        return arrange_grains(self.normalize(states), tiles, self.rows)
 
-    def normed(self, states: Tensor) -> Tensor:
+    def normalize(self, states: Tensor) -> Tensor:
         """Return encoder states [..., D] in the fusion's dtype, normalized if the plan says so."""
         states = states.to(self.paths[0].linear_1.weight.dtype)
         return F.layer_norm(states, (self.vision_dim,)) if self.plan.norm else states
@@ -282,30 +282,33 @@ class Fusion(nn.Module):
         """Features [B, N', H] of each shortcut by its number, gates applied."""
         outputs: dict[int, Tensor] = {}
         for path, members in zip(self.paths, self.groups, strict=True):
-            inputs = [self._gather(grains, i) for i in members]
-            mixed = path.mixer(torch.cat(inputs))
+            inputs = torch.cat([self._gather(grains, i) for i in members])
+            mixed = path.mixer(inputs)
             projected = path.project(mixed)
-            size = (len(members), -1)
-            mixed_parts = mixed.unflatten(0, size).unbind(0)
-            projected_parts = projected.unflatten(0, size).unbind(0)
-            for i, m, z in zip(members, mixed_parts, projected_parts, strict=True):
-                if str(i) in self.corrections:
-                    z = z + self.corrections[str(i)](m)
-                if i in self.gated:
-                    z = z * self.gates[self.gated.index(i)]
-                outputs[i] = torch.zeros_like(z) if i in self.off else z
+            mixed = mixed.unflatten(0, (len(members), -1)).unbind(0)
+            projected = projected.unflatten(0, (len(members), -1)).unbind(0)
+            for place, i in enumerate(members):
+                outputs[i] = self._scale(i, mixed[place], projected[place])
         return outputs
+
+    def _scale(self, number: int, mixed: Tensor, projected: Tensor) -> Tensor:
+        """Apply a shortcut's correction and its gate."""
+        if str(number) in self.corrections:
+            projected = projected + self.corrections[str(number)](mixed)
+        if number in self.gated:
+            projected = projected * self.gates[self.gated.index(number)]
+        return torch.zeros_like(projected) if number in self.off else projected
 
     def _gather(self, grains: Mapping[int, Tensor], number: int) -> Tensor:
         """The input [B, T, G, N, D] of a shortcut's mixer: its taps, and the grains it reads."""
         shortcut = self.plan.shortcuts[number]
+        chosen = slice(None)
+        if shortcut.mixer.grains != "all":
+            chosen = slice(shortcut.grain, shortcut.grain + 1)
         taps = []
         for states in self.taps[number]:
-            tensors = [grains[state] for state in states]
-            mean = tensors[0] if len(tensors) == 1 else torch.stack(tensors).mean(0)
-            if shortcut.mixer.grains != "all":
-                mean = mean[:, shortcut.grain : shortcut.grain + 1]
-            taps.append(mean)
+            tensors = [grains[state][:, chosen] for state in states]
+            taps.append(tensors[0] if len(tensors) == 1 else torch.stack(tensors).mean(0))
         return torch.stack(taps, dim=1)
 
     def _combine(self, layer: int, outputs: Mapping[int, Tensor]) -> Tensor:
@@ -347,9 +350,11 @@ def _group_by_weights(plan: Plan) -> list[list[int]]:
 
 
 def _resolve_taps(plan: Plan, vision_depth: int) -> list[tuple[tuple[int, ...], ...]]:
-    num_states = vision_depth + 1
+    """The taps of each shortcut as tuples of numbers from 0 to `vision_depth`."""
     resolved = []
     for shortcut in plan.shortcuts:
-        groups = [tuple(tap % num_states for tap in group) for group in shortcut.tap_groups]
+        groups = []
+        for group in shortcut.tap_groups:
+            groups.append(tuple(tap % (vision_depth + 1) for tap in group))
         resolved.append(tuple(groups))
     return resolved

@@ -225,9 +225,9 @@ def _gather_grains(
         fine_states = _read_fine_states(call, arguments["pixel_values"], fine_taps)
     grains = {}
     for tap, states in taps.items():
-        states = fusion.normed(states.to(index.device))
+        states = fusion.normalize(states.to(index.device))
         if tap in fine_states:
-            fine = fusion.normed(fine_states[tap].to(index.device))
+            fine = fusion.normalize(fine_states[tap].to(index.device))
             grains[tap] = _gather_all_grains(states, fine, index, fusion)
         else:
             patches = states.flatten(0, -2)[index.clamp(min=0)]

@@ -20,6 +20,7 @@ from sparsecut import plan
 from sparsecut.config import recipe
 from sparsecut.config.yaml_io import read_yaml
 from sparsecut.experiments import study
+from sparsecut.methods import PATTERNS
 from sparsecut.shapes.questions import split_scene
 from sparsecut.shapes.scenes import draw
 
@@ -144,6 +145,12 @@ def default_of(f) -> str:
         if isinstance(value, tuple)
         else str(value)
     )
+
+
+def test_the_method_page_lists_every_mixer_gate_and_pattern():
+    text = (DOCS / "method.md").read_text()
+    names = {*plan.MIXERS, *plan.GATES, *PATTERNS} - {None, "base"}
+    assert [name for name in names if f"`{name}`" not in text] == []
 
 
 @pytest.mark.parametrize("page", ["recipes.md", "add-a-method.md", "upgrade.md"])
