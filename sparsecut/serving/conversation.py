@@ -42,7 +42,7 @@ def build_conversation(
     image_urls: list[str] = []
     for i, message in enumerate(messages):
         place = f"messages[{i}]"
-        urls = [part.image_url.url for part in message.content if isinstance(part, ImagePart)]
+        urls = _get_image_urls(message)
         if urls and message.role != "user":
             raise UserError(
                 f"{place} holds an image and has the role {message.role!r};"
@@ -58,13 +58,17 @@ def build_conversation(
     return Conversation(joined, image_urls)
 
 
+def _get_image_urls(message: Message) -> list[str]:
+    return [part["image_url"]["url"] for part in message.content if part["type"] == "image_url"]
+
+
 def _join_parts(parts: Sequence[TextPart | ImagePart], place: str, image_token: str) -> str:
     """One text; an image is the placeholder on a line of its own, as in training."""
     content = ""
     for i, part in enumerate(parts):
-        if isinstance(part, TextPart):
-            _check_text(part.text, place, image_token)
-            content += part.text
+        if part["type"] == "text":
+            _check_text(part["text"], place, image_token)
+            content += part["text"]
         else:
             is_last = i + 1 == len(parts)
             content += image_token if is_last else f"{image_token}\n"

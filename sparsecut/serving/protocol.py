@@ -21,6 +21,7 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
+from typing_extensions import TypedDict
 
 from ..schema import UserError, nearest
 from .decoding import SamplingParams
@@ -79,17 +80,26 @@ class RequestPart(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, frozen=True)
 
 
-class ImageURL(RequestPart):
+# Content parts are plain dicts after the check, because a hostile request may hold a million of
+# them, and objects would take seconds. What their keys allow therefore stands here:
+ALLOWED_IN_PARTS = {
+    "text": "text",
+    "image_url": 'an object such as {"url": "data:image/png;base64,..."}',
+    "url": "the text of a data URL, or of an http(s) URL",
+}
+
+
+class ImageURL(TypedDict):
     """Where an image comes from."""
 
-    url: str = Field(description="the text of a data URL, or of an http(s) URL")
+    url: str
 
 
-class TextPart(RequestPart):
+class TextPart(TypedDict):
     """A text inside a message."""
 
     type: Literal["text"]
-    text: str = Field(description="text")
+    text: str
 
 
 def _wrap_url(value: Any) -> Any:
@@ -97,13 +107,11 @@ def _wrap_url(value: Any) -> Any:
     return {"url": value} if isinstance(value, str) else value
 
 
-class ImagePart(RequestPart):
+class ImagePart(TypedDict):
     """An image inside a message."""
 
     type: Literal["image_url"]
-    image_url: Annotated[ImageURL, BeforeValidator(_wrap_url)] = Field(
-        description='an object such as {"url": "data:image/png;base64,..."}'
-    )
+    image_url: Annotated[ImageURL, BeforeValidator(_wrap_url)]
 
 
 def _wrap_text(value: Any) -> Any:
@@ -326,9 +334,8 @@ def _validate(schema: type[RequestPart], values: dict, limits: RequestLimits) ->
 
 def _list_allowed_values() -> dict[str, str]:
     """What every key of the schema allows, from the descriptions of its fields."""
-    allowed = {}
-    schemas = (ChatCompletionRequest, Message, TextPart, ImagePart, ImageURL, StreamOptions)
-    for schema in schemas:
+    allowed = dict(ALLOWED_IN_PARTS)
+    for schema in (ChatCompletionRequest, Message, StreamOptions):
         for name, field in schema.model_fields.items():
             allowed[name] = field.description
     return allowed
