@@ -1,10 +1,13 @@
 """What a request may hold: everything else is refused with a sentence."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from helpers.clients import make_data_url, make_image, make_messages, post
 
+import sparsecut
 from sparsecut.schema import UserError
 from sparsecut.serving.conversation import build_conversation
 from sparsecut.serving.protocol import RequestLimits, parse_chat_request, parse_conversation
@@ -233,3 +236,14 @@ def test_a_valid_image_is_accepted(client):
     url = make_data_url(make_image(0))
     response = post(client, json.dumps({**image_url(url), "max_tokens": 1}))
     assert response.status_code == 200, response.text
+
+
+def test_only_the_server_needs_pydantic_and_fastapi():
+    package = Path(sparsecut.__file__).parent
+    pattern = re.compile(r"^(from|import) (pydantic|fastapi|starlette|uvicorn)", re.MULTILINE)
+    needing = {
+        path.parent.name
+        for path in package.rglob("*.py")
+        if pattern.search(path.read_text(encoding="utf-8"))
+    }
+    assert needing == {"serving"}
