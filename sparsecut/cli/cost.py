@@ -76,12 +76,16 @@ def _count_plans(vision: str, language: str, specs: dict, text_tokens: int) -> d
     """Print the counted cost of plans, and return it as plain values by plan."""
     from ..profiling.counting import backbone_config, count, table
 
-    configs = backbone_config(vision, "vision"), backbone_config(language, "language")
+    vision_config = backbone_config(vision, "vision")
+    language_config = backbone_config(language, "language")
     counts = {}
+    numbers = {}
     for name, spec in specs.items():
-        counts[name] = count(*configs, spec, num_text_tokens=text_tokens)
+        counted = count(vision_config, language_config, spec, num_text_tokens=text_tokens)
+        counts[name] = counted
+        numbers[name] = {"count": counted.to_dict()}
     typer.echo(table(counts))
-    return {name: {"count": counted.to_dict()} for name, counted in counts.items()}
+    return numbers
 
 
 def _measure_plans(

@@ -94,39 +94,53 @@ def _add_evaluation(run: ComparedRun, folder: Path) -> None:
     seed = config.get("seed", len(run.folders))
     if seed in run.folders:
         seed = max(run.folders) + 1
+
+    text = (folder / RESULT).read_text(encoding="utf-8")
+    result = json.loads(text)
     run.folders[seed] = folder
-    run.results[seed] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    run.results[seed] = result
     run.records[seed] = read_json_lines(folder / PREDICTIONS)
     if run.plan is None:
-        _add_model_facts(run, folder, run.results[seed].get("model"))
+        _add_model_facts(run, folder, result.get("model"))
 
 
 def _name_folders(arguments: Sequence[str]) -> list[tuple[str, str]]:
     """(name, folder) of each; a folder without a name gets the part of its path that differs."""
-    paths = [Path(argument).parts for argument in arguments if "=" not in argument]
+    unnamed = [argument for argument in arguments if "=" not in argument]
+    paths = [Path(argument).parts for argument in unnamed]
     start, end = _find_differing_parts(paths)
+
     pairs = []
     for argument in arguments:
-        name, equals, path = argument.partition("=")
-        if equals:
-            pairs.append((name, path))
-        else:
-            parts = Path(argument).parts
-            pairs.append(("/".join(parts[start : len(parts) - end]), argument))
+        name, equals, folder = argument.partition("=")
+        if not equals:
+            folder = argument
+            parts = Path(folder).parts
+            name = "/".join(parts[start : len(parts) - end])
+        pairs.append((name, folder))
     return pairs
 
 
 def _find_differing_parts(paths: list[tuple[str, ...]]) -> tuple[int, int]:
     """How many parts at the start and at the end all paths share; at least one part stays."""
-    shortest = min((len(path) for path in paths), default=0)
-    most = shortest - 1 if len(set(paths)) > 1 else 0
-    start = 0
-    while start < most and len({path[start] for path in paths}) == 1:
-        start += 1
-    end = 0
-    while end < most - start and len({path[-1 - end] for path in paths}) == 1:
-        end += 1
+    if len(set(paths)) < 2:
+        return 0, 0
+
+    lengths = [len(path) for path in paths]
+    most = min(lengths) - 1
+    start = _count_shared_parts(paths, most)
+    reversed_paths = [path[::-1] for path in paths]
+    end = _count_shared_parts(reversed_paths, most - start)
     return start, end
+
+
+def _count_shared_parts(paths: list[tuple[str, ...]], most: int) -> int:
+    """How many of the first `most` parts are the same in all paths."""
+    for i in range(most):
+        parts = {path[i] for path in paths}
+        if len(parts) > 1:
+            return i
+    return max(most, 0)
 
 
 def _find_evaluation(folder: Path) -> Path:
@@ -295,13 +309,17 @@ def _choose_items(runs: Sequence[ComparedRun], number: int) -> list[int]:
 
 
 def _describe_item(runs: Sequence[ComparedRun], i: int) -> dict:
-    item = {key: runs[0].first_records[i][key] for key in ITEM_KEYS}
-    item["answers"] = {}
+    question = runs[0].first_records[i]
+    answers = {}
     for run in runs:
-        answers = {}
+        by_seed = {}
         for seed, records in run.records.items():
-            answers[str(seed)] = [records[i]["prediction"], bool(records[i]["correct"])]
-        item["answers"][run.name] = answers
+            record = records[i]
+            by_seed[str(seed)] = [record["prediction"], bool(record["correct"])]
+        answers[run.name] = by_seed
+
+    item = {key: question[key] for key in ITEM_KEYS}
+    item["answers"] = answers
     return item
 
 
@@ -323,13 +341,18 @@ def find_images(runs: Sequence[ComparedRun], images: str | Path | None = None) -
 
 
 def _name_image_places(run: ComparedRun) -> list[str]:
-    config = _read_config(next(iter(run.folders.values()))) or {}
-    sources = (config.get("evaluate") or {}).get("data") or []
+    first_folder = next(iter(run.folders.values()))
+    config = _read_config(first_folder) or {}
+    evaluation = config.get("evaluate") or {}
+    sources = evaluation.get("data") or []
     if isinstance(sources, dict):
         sources = [sources]
+
     places = []
     for source in sources:
-        places.append(expand_path(source.get("images") or str(Path(source["path"]).parent)))
+        beside_the_data = str(Path(source["path"]).parent)
+        images = source.get("images") or beside_the_data
+        places.append(expand_path(images))
     for result in run.results.values():
         if result.get("pictures"):
             places.append(result["pictures"])

@@ -148,13 +148,19 @@ def _read_answers(runs: dict[int, Path], folder: Path) -> Answers:
 def _summarize(runs: dict[int, Path], answers: Answers) -> dict:
     """One variant under one budget: its accuracy, and what its runs took."""
     estimates = estimate_accuracy(answers)
-    accuracies = answers.accuracies.mean(1)
+    by_seed = {}
+    for seed, accuracy in zip(runs, answers.accuracies.mean(1), strict=True):
+        by_seed[str(seed)] = float(accuracy)
+    levels = {}
+    for name, estimate in estimates.levels.items():
+        levels[name] = asdict(estimate)
+
     facts = [_read_json(run / "facts.json") for run in runs.values()]
     return {
         "seeds": list(runs),
-        "by_seed": {str(seed): float(value) for seed, value in zip(runs, accuracies, strict=True)},
+        "by_seed": by_seed,
         "average": asdict(estimates.average),
-        "levels": {name: asdict(estimate) for name, estimate in estimates.levels.items()},
+        "levels": levels,
         "groups": _average_groups(runs.values()),
         "train_seconds": _mean([fact.get("train_seconds") for fact in facts]),
         "eval_seconds": _mean([fact.get("eval_seconds") for fact in facts]),
@@ -180,14 +186,19 @@ def _average_losses(runs) -> list[list[float]]:
     """(step, loss) of the last stage, mean over runs, at the steps that most runs logged."""
     losses: dict[int, list[float]] = {}
     for run in runs:
-        for line in _read_lines(run / _get_last_stage(run) / "log.jsonl"):
-            if line.get("loss") is not None:
-                losses.setdefault(line["step"], []).append(line["loss"])
-    most = max((len(values) for values in losses.values()), default=0)
+        stage = _get_last_stage(run)
+        for line in _read_lines(run / stage / "log.jsonl"):
+            loss = line.get("loss")
+            if loss is not None:
+                losses.setdefault(line["step"], []).append(loss)
+
+    counts = [len(values) for values in losses.values()]
+    most = max(counts, default=0)
     curve = []
     for step, values in sorted(losses.items()):
         if len(values) == most:
-            curve.append([step, sum(values) / len(values)])
+            mean = sum(values) / len(values)
+            curve.append([step, mean])
     return curve
 
 
@@ -260,14 +271,20 @@ def _add_differences(results: dict, answers: AnswersByBudget) -> None:
     for budget, by_variant in answers.items():
         spread = _pool_spread(by_variant)
         if spread:
-            average = float(spread.deviations[-1])
-            results["spread"][budget] = {"average": average, "num_free": spread.degrees_of_freedom}
+            results["spread"][budget] = {
+                "average": float(spread.deviations[-1]),
+                "num_free": spread.degrees_of_freedom,
+            }
+
         base = by_variant.get(baseline)
-        others = [name for name in by_variant if name != baseline]
-        others = [name for name in others if _have_common_seed(by_variant[name], base)]
+        others = []
+        for name, one in by_variant.items():
+            if name != baseline and _have_common_seed(one, base):
+                others.append(name)
+
         for name in others:
-            result = results["arms"][name]["results"][budget]
-            result["difference"] = _compute_difference(by_variant[name], base, len(others), spread)
+            gap = _compute_difference(by_variant[name], base, len(others), spread)
+            results["arms"][name]["results"][budget]["difference"] = gap
             if budget != results["main"]:
                 _add_change(results, answers, name, budget)
 
@@ -294,23 +311,30 @@ def _to_plain(estimates: Contrast) -> dict:
 
 def _add_change(results: dict, answers: AnswersByBudget, name: str, budget: str) -> None:
     """Add how the difference from the baseline changes from the shorter budget to the longer."""
-    main, baseline = results["main"], results["baseline"]
+    main = results["main"]
+    baseline = results["baseline"]
     needed = []
     for one in (budget, main):
-        needed += [answers[one].get(name), answers[one].get(baseline)]
+        needed.append(answers[one].get(name))
+        needed.append(answers[one].get(baseline))
     if not _have_common_seed(*needed):
         return
+
     curves = results["curves"]
     shorter, longer = sorted((main, budget), key=lambda one: _get_num_steps(curves[one]))
+    before = answers[shorter]
+    after = answers[longer]
     terms = [
-        (-1, answers[shorter][name]),
-        (1, answers[shorter][baseline]),
-        (1, answers[longer][name]),
-        (-1, answers[longer][baseline]),
+        (-1, before[name]),
+        (1, before[baseline]),
+        (1, after[name]),
+        (-1, after[baseline]),
     ]
     spread = _pool_spread(answers[main], answers[budget])
     change = estimate_contrast(terms, spread=spread).average
-    changes = results["arms"][name]["results"][main].setdefault("change", {})
+
+    result = results["arms"][name]["results"][main]
+    changes = result.setdefault("change", {})
     changes[budget] = {"from": shorter, "to": longer, **asdict(change)}
 
 
@@ -340,29 +364,36 @@ def _compare_pairs(results: dict, answers: dict[str, Answers]) -> dict:
     """Differences of all pairs among the best `MAX_PAIRED` variants with the most seeds."""
     if len(answers) < 2:
         return {"arms": list(answers), "cells": []}
+
     chosen = _choose_paired(results, answers)
     pairs = []
     for a, b in combinations(chosen, 2):
         if _have_common_seed(answers[a], answers[b]):
             pairs.append((a, b))
+
     spread = _pool_spread(answers)
     cells = []
     for a, b in pairs:
-        estimate = estimate_difference(answers[a], answers[b], spread=spread).average
-        corrected_p = min(1.0, estimate.p * len(pairs))
-        cells.append([a, b, {**asdict(estimate), "corrected_p": corrected_p}])
+        gap = estimate_difference(answers[a], answers[b], spread=spread)
+        estimate = asdict(gap.average)
+        estimate["corrected_p"] = min(1.0, gap.average.p * len(pairs))
+        cells.append([a, b, estimate])
     return {"arms": chosen, "cells": cells}
 
 
 def _choose_paired(results: dict, answers: dict[str, Answers]) -> list[str]:
     """The best variants among those with the most seeds, the baseline included."""
     most = max(len(one.seeds) for one in answers.values())
-    names = [name for name in answers if len(answers[name].seeds) == most]
+    names = []
+    for name, one in answers.items():
+        if len(one.seeds) == most:
+            names.append(name)
     names.sort(key=lambda name: -_get_average(results, name))
-    chosen = names[:MAX_PAIRED]
+
     baseline = results["baseline"]
+    chosen = names[:MAX_PAIRED]
     if baseline in names and baseline not in chosen:
-        chosen = [*chosen[:-1], baseline]
+        chosen[-1] = baseline
     return chosen
 
 
@@ -375,11 +406,14 @@ def _find_frontier(results: dict, size: str) -> list[str]:
     """Variants that no other beats in average at no more prefill FLOPs, cheapest first."""
     places = {}
     for name, variant in results["arms"].items():
-        if variant["relative"][size] and results["main"] in variant["results"]:
-            places[name] = (variant["relative"][size], -_get_average(results, name))
+        cost = variant["relative"][size]
+        if cost and results["main"] in variant["results"]:
+            places[name] = (cost, -_get_average(results, name))
+
     frontier = []
     for name, place in places.items():
-        if not any(_beats(other, place) for other in places.values()):
+        is_beaten = any(_beats(other, place) for other in places.values())
+        if not is_beaten:
             frontier.append(name)
     return sorted(frontier, key=lambda name: places[name])
 

@@ -23,21 +23,19 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.paths import check_writable_folder
 from ..data.jsonl import read_json_lines
 from ..schema import UserError
+from .preparation import Log, prepare
 from .study import Run, Study, dump_study, load_study, narrow_study
 
-LARGE_SIZE = ("clip-l-336", "llama-7b")  # the size that costs are also counted at
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_LINES = 30  # about runs in progress
 SECONDS_TO_CLAIM = 60  # after this an empty file `running` belongs to a process that is gone
 LINES_SHOWN = 12  # of the log of a process that stopped
-
-Log = Callable[[str], None]
 
 
 class StudyRunError(UserError):
@@ -95,14 +93,21 @@ def run_study(
 
 def _check_failures(runs: Sequence[Run], out: Path) -> None:
     """Raise StudyRunError, with the end of the first error, where runs failed."""
-    failed = [run for run in runs if (run.get_folder(out) / "failed.txt").is_file()]
-    if not failed:
+    names = []
+    reports = []
+    for run in runs:
+        report = run.get_folder(out) / "failed.txt"
+        if report.is_file():
+            names.append(str(run))
+            reports.append(report)
+    if not reports:
         return
-    path = failed[0].get_folder(out) / "failed.txt"
-    reason = path.read_text(encoding="utf-8").strip().splitlines()[-1]
+
+    error = reports[0].read_text(encoding="utf-8").strip()
+    reason = error.splitlines()[-1]
     raise StudyRunError(
-        f"{len(failed)} runs failed ({', '.join(map(str, failed))}); the first says: {reason}; see"
-        f" {path}, mend it and run again, the others are kept"
+        f"{len(names)} runs failed ({', '.join(names)}); the first says: {reason}; see"
+        f" {reports[0]}, mend it and run again, the others are kept"
     )
 
 
@@ -130,124 +135,6 @@ def check_folder(study: Study, out: Path) -> None:
             f"{out} holds another study (it differs in {', '.join(changed)}), whose results would"
             " be taken for this one's; choose another folder (output=...) or remove this one"
         )
-
-
-def prepare(study: Study, log: Log) -> None:
-    """Make what runs have in common: images, checked plans, costs, and the encoder's features."""
-    from ..building import build
-    from ..config.yaml_io import expand_path
-    from ..methods import make_plan
-
-    if study.pictures is not None:
-        draw_images(study, log)
-    first = study.get_recipe(Run(study.main, next(iter(study.arms)), study.seeds[0]))
-    vision = expand_path(first.model.vision)
-    language = expand_path(first.model.language)
-    tiles = _find_tiles(study, vision, language)
-    widest, processor = build(vision, language, {"method": "hires_channels", "tiles": tiles})
-    depths = widest.config.vision_depth, widest.config.language_depth
-    plans = {name: make_plan(spec, *depths) for name, spec in study.arms.items()}
-    write_costs(study, plans, widest.config, log)
-    if first.states is not None:
-        _cache_features(first, list(plans.values()), widest, processor, log)
-
-
-def _cache_features(recipe, plans: list, model, processor, log: Log) -> None:
-    """Encode every image of training and evaluation once, with the views that any plan reads."""
-    from ..data.examples import read_source
-    from ..data.feature_cache import build_feature_cache, get_tap_views
-    from ..evaluation.evaluator import evaluation_examples
-
-    views: dict[int, int] = {}
-    for plan in plans:
-        for tap, number in get_tap_views(plan, model.config.vision_depth).items():
-            views[tap] = max(number, views.get(tap, 0))
-    examples = []
-    for stage in recipe.stages:
-        for source in stage.data:
-            examples += read_source(source, [])
-    examples += evaluation_examples(recipe)
-    if max(views.values()) == 1:
-        processor.tiles = 0
-    build_feature_cache(recipe.states, model, processor, examples, views, log=log)
-
-
-def _find_tiles(study: Study, vision, language) -> int:
-    """The one number of fine views per side that the variants have."""
-    from ..building import read_depths
-    from ..methods import make_plan
-
-    depths = read_depths(vision, language)
-    variants: dict[int, str] = {}
-    for name, spec in study.arms.items():
-        plan = make_plan(spec, *depths)
-        if plan.tiles:
-            variants[plan.tiles] = name
-    if len(variants) > 1:
-        raise UserError(
-            f"the variants {' and '.join(variants.values())} have"
-            f" {' and '.join(map(str, variants))} tiles, but features are cached for one grid of"
-            " fine views; make two studies of them"
-        )
-    return next(iter(variants), 2)
-
-
-def draw_images(study: Study, log: Log) -> None:
-    """Draw the training and test images of a study of the built-in shapes, unless they exist."""
-    from ..shapes import write_split
-
-    images = study.pictures
-    data = Path(study.output) / "data"
-    record = data / "drawn.json"
-    settings = json.loads(json.dumps(study.to_dict()["pictures"]))
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == settings:
-        return
-    log(f"drawing {images.train:,} training and {images.ask:,} {images.split} images ...")
-    size = {} if images.size == "small" else {"size": images.size}
-    write_split(data, "train", images.train, images.train_questions, seed=images.seed, **size)
-    write_split(data, images.split, images.ask, images.questions, seed=images.seed, **size)
-    record.write_text(json.dumps(settings), encoding="utf-8")
-
-
-def write_costs(study: Study, plans: dict, config, log: Log) -> None:
-    """Count every plan that costs.json does not hold yet.
-
-    Args:
-        study: The study.
-        plans: Variant to its plan.
-        config: A configuration with the study's encoder and language model.
-        log: Takes lines about the progress.
-    """
-    from ..profiling.counting import count
-
-    path = Path(study.output) / "costs.json"
-    costs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    log(f"counting what {len(plans)} plans cost ...")
-    for name, plan in plans.items():
-        if name in costs and costs[name]["plan"] == plan.to_dict():
-            continue
-        costs[name] = {
-            "plan": plan.to_dict(),
-            "here": count(config.vision_config, config.text_config, plan).to_dict(),
-            "large": _count_at_large_size(study.arms[name]),
-        }
-        path.write_text(json.dumps(costs, indent=1), encoding="utf-8")
-
-
-def _count_at_large_size(spec: str | dict) -> dict | None:
-    """The cost of a method at the large size, or None where it has no plan there."""
-    from ..methods import make_plan
-    from ..profiling.counting import backbone_config, count
-
-    if isinstance(spec, dict) and "method" not in spec:
-        return None  # a plan in full is meant for these depths, and is another one at others
-    vision = backbone_config(LARGE_SIZE[0], "vision")
-    language = backbone_config(LARGE_SIZE[1], "language")
-    try:
-        plan = make_plan(spec, vision.num_hidden_layers, language.num_hidden_layers)
-        return count(vision, language, plan).to_dict()
-    except UserError:  # a method of fixed layers, such as official_13b
-        return None
 
 
 def _supervise(study: Study, out: Path, workers: int, log: Log) -> None:
@@ -290,18 +177,26 @@ def _watch(study: Study, out: Path, processes: list[subprocess.Popen], log: Log)
     last_line = time.monotonic()
     while any(process.poll() is None for process in processes):
         time.sleep(SECONDS_BETWEEN_LOOKS)
+
         for run in runs:
             if run not in reported and run.is_finished(out):
                 reported.add(run)
                 log(f"{len(reported)}/{len(runs)}  {_describe_scores(run, out)}")
+
         if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
             last_line = time.monotonic()
-            lines = []
-            for run in runs:
-                if (run.get_folder(out) / "running").is_file() and not run.is_finished(out):
-                    lines.append(f"{run.variant} {describe_progress(study, run)}")
-            if lines:
-                log("  " + "   ".join(lines))
+            _log_progress(study, runs, out, log)
+
+
+def _log_progress(study: Study, runs: Sequence[Run], out: Path, log: Log) -> None:
+    parts = []
+    for run in runs:
+        is_claimed = (run.get_folder(out) / "running").is_file()
+        if is_claimed and not run.is_finished(out):
+            progress = describe_progress(study, run)
+            parts.append(f"{run.variant} {progress}")
+    if parts:
+        log("  " + "   ".join(parts))
 
 
 def _describe_scores(run: Run, out: Path) -> str:
@@ -309,21 +204,30 @@ def _describe_scores(run: Run, out: Path) -> str:
     result = json.loads(path.read_text(encoding="utf-8"))
     name = f"{run.budget} {run.variant} seed {run.seed}"
     if not result["levels"]:
-        return f"{name}: {100 * result['accuracy']:.1f} %"
+        percent = 100 * result["accuracy"]
+        return f"{name}: {percent:.1f} %"
+
     levels = []
     for level, row in result["levels"].items():
-        levels.append(f"{level} {100 * row['accuracy']:.1f}")
-    return f"{name}: {100 * result['mean_over_levels']:.1f} % ({', '.join(levels)})"
+        percent = 100 * row["accuracy"]
+        levels.append(f"{level} {percent:.1f}")
+    percent = 100 * result["mean_over_levels"]
+    return f"{name}: {percent:.1f} % ({', '.join(levels)})"
 
 
 def describe_progress(study: Study, run: Run) -> str:
     """Describe a run in progress: its stage, step and loss, from the log it writes."""
+    folder = run.get_folder(study.output)
     for stage in reversed(study.get_recipe(run).stages):
-        path = run.get_folder(study.output) / stage.name / "log.jsonl"
-        lines = read_json_lines(path, skip_partial=True) if path.is_file() else []
+        path = folder / stage.name / "log.jsonl"
+        if not path.is_file():
+            continue
+        lines = read_json_lines(path, skip_partial=True)
         if lines:
-            steps = f"{lines[-1]['step']}/{stage.args.get('max_steps', '?')}"
-            return f"{stage.name} {steps} loss {lines[-1]['loss']:.2f}"
+            step = lines[-1]["step"]
+            loss = lines[-1]["loss"]
+            num_steps = stage.args.get("max_steps", "?")
+            return f"{stage.name} {step}/{num_steps} loss {loss:.2f}"
     return "loading"
 
 
@@ -334,19 +238,20 @@ def work(
     import torch
 
     torch.set_num_threads(1)
-    study = narrow_study(load_study(out / "study.yaml"), variants, seeds)
-    runs = study.list_runs()
+    study = load_study(out / "study.yaml")
+    runs = narrow_study(study, variants, seeds).list_runs()
     for run in runs:
         folder = run.get_folder(out)
-        if run.is_finished(out) or (folder / "failed.txt").is_file() or not claim(folder):
+        failure = folder / "failed.txt"
+        if run.is_finished(out) or failure.is_file() or not claim(folder):
             continue
         try:
             if not run.is_finished(out):  # another process may have finished it just now
                 train_and_evaluate(study, run)
-            number = sum(one.is_finished(out) for one in runs)
-            log(f"{number}/{len(runs)}  {_describe_scores(run, out)}")
+            num_finished = sum(one.is_finished(out) for one in runs)
+            log(f"{num_finished}/{len(runs)}  {_describe_scores(run, out)}")
         except Exception:
-            (folder / "failed.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            failure.write_text(traceback.format_exc(), encoding="utf-8")
         finally:
             (folder / "running").unlink(missing_ok=True)
 

@@ -151,13 +151,15 @@ def measure_importance(study: Study, seed: int) -> tuple[list[float], list[float
     batch_size = stage.args.get("per_device_train_batch_size", 8)
     data = _read_training_data(study, run, model, processor, NUM_BATCHES * batch_size)
     collate = Collator(data.encoder)
+
     model.requires_grad_(False)
     gates = model.fusion.gates.requires_grad_(True)
     total = torch.zeros_like(gates)
     for start in range(0, len(data), batch_size):
         end = min(start + batch_size, len(data))
-        batch = collate([data[i] for i in range(start, end)])
-        (gradient,) = torch.autograd.grad(model(**batch).loss, gates)
+        rows = [data[i] for i in range(start, end)]
+        loss = model(**collate(rows)).loss
+        (gradient,) = torch.autograd.grad(loss, gates)
         total += (gates.detach() * gradient).abs()
     return total.tolist(), gates.tolist()
 
@@ -188,10 +190,16 @@ def _rank_pairs(plan: Plan, measured: list[tuple[list[float], list[float]]]) -> 
     """The supernet's pairs with importance and gate, mean over seeds, best first."""
     pairs = []
     for i, shortcut in enumerate(plan.shortcuts[1:]):
-        importance = sum(scores[i] for scores, _ in measured) / len(measured)
-        gate = sum(gates[i] for _, gates in measured) / len(measured)
-        pair = {"tap": shortcut.taps[0], "layer": shortcut.layer}
-        pairs.append(pair | {"worth": importance, "gate": gate})
+        importance = [scores[i] for scores, _ in measured]
+        gates = [values[i] for _, values in measured]
+        pairs.append(
+            {
+                "tap": shortcut.taps[0],
+                "layer": shortcut.layer,
+                "worth": sum(importance) / len(measured),
+                "gate": sum(gates) / len(measured),
+            }
+        )
     return sorted(pairs, key=lambda pair: -pair["worth"])
 
 
@@ -233,11 +241,17 @@ def _make_cost_check(
     """Whether a plan's prefill FLOPs are within `ratio` of the baseline's, at the study's size."""
     if ratio is None:
         return lambda plan: True
+
     from ..methods import make_plan
     from ..profiling.counting import backbone_config, count
 
     model = study.recipe["model"]
-    configs = [backbone_config(model[part], part) for part in ("vision", "language")]
+    vision = backbone_config(model["vision"], "vision")
+    language = backbone_config(model["language"], "language")
     baseline = make_plan(study.arms[study.baseline], *depths)
-    limit = ratio * count(*configs, baseline).prefill_total_flops
-    return lambda plan: count(*configs, plan).prefill_total_flops <= limit
+    limit = ratio * count(vision, language, baseline).prefill_total_flops
+
+    def fits(plan: Plan) -> bool:
+        return count(vision, language, plan).prefill_total_flops <= limit
+
+    return fits

@@ -69,6 +69,15 @@ class Budget:
             if getattr(self, name) is not None:
                 make_tuples(self, name)
 
+    def to_dict(self) -> dict:
+        """Plain lists, numbers and strings: what YAML holds."""
+        values = {"change": list(self.change)}
+        if self.arms is not None:
+            values["arms"] = list(self.arms)
+        if self.seeds is not None:
+            values["seeds"] = list(self.seeds)
+        return values
+
 
 @dataclass(frozen=True)
 class Study:
@@ -146,10 +155,12 @@ class Study:
         """Every run: the main budget first, then seed by seed, so that a part is balanced."""
         runs = []
         for name, budget in self.budgets.items():
-            seeds = [s for s in self.seeds if budget.seeds is None or s in budget.seeds]
-            variants = [v for v in self.arms if budget.arms is None or v in budget.arms]
-            for seed in seeds:
-                runs += [Run(name, variant, seed) for variant in variants]
+            for seed in self.seeds:
+                if budget.seeds is not None and seed not in budget.seeds:
+                    continue
+                for variant in self.arms:
+                    if budget.arms is None or variant in budget.arms:
+                        runs.append(Run(name, variant, seed))
         return runs
 
     def get_recipe(self, run: Run) -> Recipe:
@@ -187,14 +198,12 @@ class Study:
 
     def to_dict(self) -> dict:
         """Plain lists, numbers and strings: what YAML holds."""
-        budgets = {}
+        values = asdict(self)
+        values["seeds"] = list(self.seeds)
+        values["main"] = self.main
         for name, budget in self.budgets.items():
-            budgets[name] = {"change": list(budget.change)}
-            if budget.arms is not None:
-                budgets[name]["arms"] = list(budget.arms)
-            if budget.seeds is not None:
-                budgets[name]["seeds"] = list(budget.seeds)
-        return {**asdict(self), "seeds": list(self.seeds), "budgets": budgets, "main": self.main}
+            values["budgets"][name] = budget.to_dict()
+        return values
 
 
 @dataclass(frozen=True)
@@ -289,17 +298,22 @@ def narrow_study(study: Study, variants: Sequence[str] = (), seeds: Sequence[int
     """
     _check_part("variant", variants, list(study.arms))
     _check_part("seed", seeds, study.seeds)
+
     chosen = [name for name in study.arms if not variants or name in variants]
+    families = {name: study.families[name] for name in chosen if name in study.families}
     budgets = {}
     for name, budget in study.budgets.items():
-        part = budget.arms and tuple(variant for variant in budget.arms if variant in chosen)
-        budgets[name] = replace(budget, arms=part)
+        if budget.arms is not None:
+            part = tuple(variant for variant in budget.arms if variant in chosen)
+            budget = replace(budget, arms=part)
+        budgets[name] = budget
+
     return replace(
         study,
         budgets=budgets,
         arms={name: study.arms[name] for name in chosen},
         baseline=study.baseline if study.baseline in chosen else chosen[0],
-        families={name: family for name, family in study.families.items() if name in chosen},
+        families=families,
         seeds=tuple(seeds) or study.seeds,
     )
 

@@ -9,12 +9,12 @@ from ..drawing import text_table
 from ..plan import Plan
 from .pages import render
 from .plan_drawing import draw_plan
-from .tables import Cell, Rows, to_markdown
+from .tables import Cell, Rows, format_points, to_markdown
 from .verdicts import judge_ablation, locate_shortcut
 
 LEVEL_ORDER = ("high", "mid", "low")  # of the built-in shapes
 DARKEST = 60  # points of loss
-SHADED_FROM = 5  # the first column after average, interval, lost and won
+FIRST_LEVEL = 5  # the first column after average, interval, lost and won
 NOTES = (
     "A shortcut that is off adds zeros; nothing was trained again. Two that carry the same can each"
     " be dropped at no loss.",
@@ -121,17 +121,19 @@ def _make_full_row(explanation: dict, columns: list[tuple[str, str]]) -> list[st
 def _make_loss_row(explanation: dict, name: str, columns: list[tuple[str, str]]) -> list[str]:
     condition = explanation["conditions"][name]
     full = explanation["conditions"]["all"]
-    estimate = condition["difference"]["average"]
+    interval = condition["difference"]["average"]
+    low = format_points(interval["low"])
+    high = format_points(interval["high"])
     row = [
         _describe_condition(explanation, name),
-        f"{100 * (get_average(condition) - get_average(full)):+.1f}",
-        f"{100 * estimate['low']:+.1f} to {100 * estimate['high']:+.1f}",
+        format_points(get_average(condition) - get_average(full)),
+        f"{low} to {high}",
         str(condition["lost"]),
         str(condition["gained"]),
     ]
     for kind, column in columns:
-        change = condition[kind][column]["accuracy"] - full[kind][column]["accuracy"]
-        row.append(f"{100 * change:+.1f}")
+        accuracy = condition[kind][column]["accuracy"]
+        row.append(format_points(accuracy - full[kind][column]["accuracy"]))
     return row
 
 
@@ -147,26 +149,38 @@ def make_norm_table(explanation: dict) -> Rows:
     head = ["shortcut", "taps", "layer", "mix", "gate"]
     rows = [[*head, "norm added", "norm of the hidden state", "ratio", "cosine"]]
     for shortcut in explanation["shortcuts"]:
-        number = str(shortcut["number"])
+        name = str(shortcut["number"])
         if shortcut["number"] == explanation["input"]:
-            number += " (the input)"
-        taps = ", ".join(str(tap) for tap in shortcut["taps"])
-        row = [number, taps, str(shortcut["layer"]), shortcut["mix"], f"{shortcut['gate']:.2f}"]
-        for key in ("norm", "hidden_norm", "ratio", "cosine"):
-            value = shortcut[key]
-            row.append("" if value is None else f"{value:.2f}")
-        rows.append(row)
+            name += " (the input)"
+        rows.append(
+            [
+                name,
+                ", ".join(str(tap) for tap in shortcut["taps"]),
+                str(shortcut["layer"]),
+                shortcut["mix"],
+                _format_norm(shortcut["gate"]),
+                _format_norm(shortcut["norm"]),
+                _format_norm(shortcut["hidden_norm"]),
+                _format_norm(shortcut["ratio"]),
+                _format_norm(shortcut["cosine"]),
+            ]
+        )
     return rows
+
+
+def _format_norm(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _shade_losses(explanation: dict, rows: Rows) -> list[list[Cell]]:
     """The loss table's cells: darker for a larger loss, with a border for a gain."""
-    shaded = []
-    for name, row in zip(explanation["conditions"], rows, strict=True):
+    full, *losses = rows
+    shaded = [[Cell(text) for text in full]]
+    for row in losses:
         cells = []
         for place, text in enumerate(row):
-            is_shaded = name != "all" and (place == 1 or place >= SHADED_FROM)
-            cells.append(_shade(text) if is_shaded else Cell(text))
+            is_change = place == 1 or place >= FIRST_LEVEL
+            cells.append(_shade(text) if is_change else Cell(text))
         shaded.append(cells)
     return shaded
 

@@ -18,7 +18,11 @@ from .tables import (
     Rows,
     format_change,
     format_number,
+    format_percent,
     format_percent_interval,
+    get_difference,
+    get_interval,
+    tabulate_fractions,
     to_markdown,
 )
 from .verdicts import judge_comparison
@@ -77,22 +81,29 @@ def write_page(comparison: dict, images: Sequence[ImageStore]) -> str:
 
 def make_main_table(comparison: dict) -> Rows:
     """Accuracy, difference from the first run, and cost of every run."""
+    baseline = comparison["baseline"]
     runs = comparison["runs"]
-    first = runs[comparison["baseline"]]
-    levels = [level for level in first["share"]["levels"] if level != "all"]
-    costs = [row["cost"] for row in runs.values() if row["cost"]]
+    levels = _list_levels(comparison)
     head = ["run", "seeds", "average (95 %)", *levels]
-    head += [f"above {comparison['baseline']} (corrected)", "image tokens", "prompt FLOPs"]
+    head += [f"above {baseline} (corrected)", "image tokens", "prompt FLOPs"]
+    costs = [row["cost"] for row in runs.values() if row["cost"]]
+
     rows = [head]
     for name, row in runs.items():
         fractions = row["share"]
-        gap = row.get("difference")
         cells = [name, str(len(row["seeds"])), format_percent_interval(fractions["average"])]
-        cells += [f"{100 * fractions['levels'][level]['value']:.1f}" for level in levels]
-        cells.append(format_change(gap and gap["average"]))
+        for level in levels:
+            cells.append(format_percent(fractions["levels"][level]))
+        cells.append(format_change(get_difference(row)))
         cells += _format_cost(row["cost"], costs)
         rows.append(cells)
     return rows
+
+
+def _list_levels(comparison: dict) -> list[str]:
+    """The questions' levels; none where questions have none."""
+    first = comparison["runs"][comparison["baseline"]]
+    return [level for level in first["share"]["levels"] if level != "all"]
 
 
 def _format_cost(cost: dict | None, costs: list[dict]) -> list[str]:
@@ -105,17 +116,8 @@ def _format_cost(cost: dict | None, costs: list[dict]) -> list[str]:
 
 def make_kind_table(comparison: dict) -> Rows:
     """Accuracy by kind of question."""
-    kinds: set[str] = set()
-    for row in comparison["runs"].values():
-        kinds |= set(row["kinds"])
-    rows = [["run", *sorted(kinds)]]
-    for name, row in comparison["runs"].items():
-        cells = [name]
-        for kind in sorted(kinds):
-            value = row["kinds"].get(kind)
-            cells.append(format_number(None if value is None else 100 * value, ".1f"))
-        rows.append(cells)
-    return rows
+    kinds = {name: row["kinds"] for name, row in comparison["runs"].items()}
+    return tabulate_fractions("run", kinds)
 
 
 def write_notes(comparison: dict) -> list[str]:
@@ -142,17 +144,12 @@ def write_notes(comparison: dict) -> list[str]:
 
 def _draw_levels(comparison: dict) -> list[Markup]:
     """A chart of the average, then one of each level."""
-    runs = comparison["runs"]
-    first = runs[comparison["baseline"]]
-    levels = [level for level in first["share"]["levels"] if level != "all"]
     charts = []
-    for title in ("average", *levels):
+    for level in ("average", *_list_levels(comparison)):
         rows = {}
-        for name, row in runs.items():
-            fractions = row["share"]
-            estimate = fractions["average"] if title == "average" else fractions["levels"][title]
-            rows[name] = (estimate["value"], estimate["low"], estimate["high"])
-        charts.append(draw_bars(rows, title=title, reference=comparison["baseline"]))
+        for name, row in comparison["runs"].items():
+            rows[name] = get_interval(row["share"], level)
+        charts.append(draw_bars(rows, title=level, reference=comparison["baseline"]))
     return charts
 
 
@@ -168,10 +165,16 @@ def _make_item(item: dict, images: Sequence[ImageStore]) -> dict:
     """What the page shows of an item: its images, and every run's answers."""
     answers = []
     for name, by_seed in item["answers"].items():
-        texts = dict.fromkeys(text or "(nothing)" for text, _ in by_seed.values())
+        texts = [text or "(nothing)" for text, _ in by_seed.values()]
+        different_texts = list(dict.fromkeys(texts))
         num_right = sum(is_right for _, is_right in by_seed.values())
-        is_right = 2 * num_right > len(by_seed)
-        answers.append({"name": name, "text": ", ".join(texts), "is_right": is_right})
+        answers.append(
+            {
+                "name": name,
+                "text": ", ".join(different_texts),
+                "is_right": 2 * num_right > len(by_seed),
+            }
+        )
     return {
         "images": [(str(name), _embed(name, images)) for name in item["images"]],
         "prompt": item["prompt"],

@@ -19,7 +19,15 @@ from .figures import draw_bars, draw_curves
 from .pages import embed_image, render
 from .plan_drawing import draw_plan
 from .study_tables import get_main_results
-from .tables import Rows, format_change, format_number, format_percent, format_percent_interval
+from .tables import (
+    Rows,
+    format_change,
+    format_number,
+    format_percent,
+    format_percent_interval,
+    get_difference,
+    get_interval,
+)
 from .verdicts import judge_demo
 
 LEVELS = {
@@ -68,16 +76,26 @@ def print_answers(study: Study, titles: dict[str, str], log: Callable[[str], Non
     """Print a table of accuracies, and some questions with every variant's answer."""
     rows = [["accuracy in per cent", "average", *LEVELS]]
     for name, title in titles.items():
-        result = json.loads((_get_folder(study, name) / "eval" / "result.json").read_text())
+        path = _get_folder(study, name) / "eval" / "result.json"
+        result = json.loads(path.read_text(encoding="utf-8"))
         row = [title, f"{100 * result['mean_over_levels']:.1f}"]
         for level in LEVELS:
-            row.append(f"{100 * result['levels'][level]['accuracy']:.1f}")
+            accuracy = result["levels"][level]["accuracy"]
+            row.append(f"{100 * accuracy:.1f}")
         rows.append(row)
     log(f"\n{text_table(rows)}")
     log("one seed is one seed: other seeds move every number by some points\n")
+
     for item in choose_items(study, titles, NUM_ITEMS_ON_SCREEN):
-        answers = ", ".join(f"{answer['name']}: {answer['text']}" for answer in item["answers"])
-        log(f"{item['image']}: {item['question']}? ({item['reference']})\n    {answers}")
+        log(_describe_item(item))
+
+
+def _describe_item(item: dict) -> str:
+    answers = []
+    for answer in item["answers"]:
+        answers.append(f"{answer['name']}: {answer['text']}")
+    question = f"{item['image']}: {item['question']}? ({item['reference']})"
+    return f"{question}\n    {', '.join(answers)}"
 
 
 def choose_items(study: Study, titles: dict[str, str], number: int) -> list[dict]:
@@ -88,13 +106,16 @@ def choose_items(study: Study, titles: dict[str, str], number: int) -> list[dict
     """
     records = {}
     for name, title in titles.items():
-        records[title] = read_json_lines(_get_folder(study, name) / "eval" / "predictions.jsonl")
+        path = _get_folder(study, name) / "eval" / "predictions.jsonl"
+        records[title] = read_json_lines(path)
+
     first = next(iter(records.values()))
     kinds = sorted({record["group"] for record in first})
     items = []
     for i in range(number):
         start = i * len(first) // number
-        chosen = _find_next(first, kinds[i % len(kinds)], start)
+        kind = kinds[i % len(kinds)]
+        chosen = _find_next(first, kind, start)
         items.append(_collect_answers(records, first[chosen], chosen))
     return items
 
@@ -106,14 +127,17 @@ def _find_next(records: list[dict], kind: str, start: int) -> int:
 
 
 def _collect_answers(records: dict[str, list[dict]], question: dict, number: int) -> dict:
+    reference = question["reference"]
     answers = []
     for title, rows in records.items():
         text = rows[number]["prediction"]
-        answers.append({"name": title, "text": text, "is_right": text == question["reference"]})
+        answers.append({"name": title, "text": text, "is_right": text == reference})
+
+    text = question["prompt"].rpartition(">")[2]
     return {
         "image": question["images"][0],
-        "question": question["prompt"].rpartition(">")[2].strip(),
-        "reference": question["reference"],
+        "question": text.strip(),
+        "reference": reference,
         "answers": answers,
     }
 
@@ -129,24 +153,25 @@ def _draw_levels(results: dict, titles: dict[str, str]) -> list[Markup]:
     for level in ("average", *results["levels"]):
         rows = {}
         for name, title in titles.items():
-            result = by_variant[name]
-            estimate = result["average"] if level == "average" else result["levels"][level]
-            rows[title] = (estimate["value"], estimate["low"], estimate["high"])
+            rows[title] = get_interval(by_variant[name], level)
         chart_title = LEVELS.get(level, level)
-        charts.append(draw_bars(rows, title=chart_title, reference=titles[results["baseline"]]))
+        reference = titles[results["baseline"]]
+        charts.append(draw_bars(rows, title=chart_title, reference=reference))
     return charts
 
 
 def _make_score_table(results: dict, titles: dict[str, str]) -> Rows:
     by_variant = get_main_results(results)
-    head = ["variant", "average (95 %)", *results["levels"]]
-    rows = [[*head, f"above {titles[results['baseline']]} (95 %)"]]
+    baseline = titles[results["baseline"]]
+    levels = results["levels"]
+    rows = [["variant", "average (95 %)", *levels, f"above {baseline} (95 %)"]]
     for name, title in titles.items():
         result = by_variant[name]
-        gap = result.get("difference")
         row = [title, format_percent_interval(result["average"])]
-        row += [format_percent(result["levels"][level]) for level in results["levels"]]
-        rows.append([*row, format_change(gap and gap["average"])])
+        for level in levels:
+            row.append(format_percent(result["levels"][level]))
+        row.append(format_change(get_difference(result)))
+        rows.append(row)
     return rows
 
 

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from ..experiments.results import SIZES
-from .study_tables import get_main_results
-from .tables import format_interval, format_percent, format_points, is_clear
+from .study_tables import get_main_results, rank_variants
+from .tables import (
+    format_change,
+    format_interval,
+    format_percent,
+    format_points,
+    get_difference,
+    is_clear,
+)
 from .verdicts import find_alike
 
 AFFORDABLE = 1.10  # times the baseline's prefill FLOPs
@@ -45,33 +52,42 @@ def _describe(results: dict, name: str, size: str) -> str:
     variant = results["arms"][name]
     result = variant["results"][results["main"]]
     baseline = results["baseline"]
-    seeds = f"{len(result['seeds'])} seed{'s' * (len(result['seeds']) > 1)}"
     average = result["average"]
-    text = f"{name} with {format_percent(average)} % ({format_interval(average)}, {seeds})"
+    percent = format_percent(average)
+    num_seeds = len(result["seeds"])
+    seeds = "1 seed" if num_seeds == 1 else f"{num_seeds} seeds"
+    text = f"{name} with {percent} % ({format_interval(average)}, {seeds})"
+
     gap = result.get("difference")
     if gap:
-        value = gap["average"]["value"]
-        clear = "clear of zero" if is_clear(gap["corrected"]) else "not clear of zero"
+        value = 100 * gap["average"]["value"]
         side = "above" if value >= 0 else "below"
-        text += f", {abs(100 * value):.1f} points {side} {baseline}"
-        text += f" (difference {format_interval(gap['corrected'])} after correction, {clear})"
-    if name != baseline and variant["relative"][size]:
-        text += f", at {variant['relative'][size]:.3f} times its prefill FLOPs ({SIZES[size]})"
+        corrected = gap["corrected"]
+        clear = "clear of zero" if is_clear(corrected) else "not clear of zero"
+        text += f", {abs(value):.1f} points {side} {baseline}"
+        text += f" (difference {format_interval(corrected)} after correction, {clear})"
+
+    cost = variant["relative"][size]
+    if name != baseline and cost:
+        text += f", at {cost:.3f} times its prefill FLOPs ({SIZES[size]})"
     return text
 
 
 def _describe_affordable(results: dict, size: str) -> list[str]:
     """The best variant that costs little more than the baseline, and the frontier."""
-    by_variant = get_main_results(results)
-    costs = {name: results["arms"][name]["relative"][size] for name in by_variant}
-    cheap = [name for name, cost in costs.items() if cost and cost <= AFFORDABLE]
     findings = []
+    cheap = []
+    for name in rank_variants(results):
+        cost = results["arms"][name]["relative"][size]
+        if cost and cost <= AFFORDABLE:
+            cheap.append(name)
     if cheap:
-        best = max(cheap, key=lambda name: by_variant[name]["average"]["value"])
+        best = _describe(results, cheap[0], size)
         findings.append(
             f"Best at no more than {AFFORDABLE:.2f} times the prefill FLOPs of"
-            f" {results['baseline']} at {SIZES[size]}: {_describe(results, best, size)}."
+            f" {results['baseline']} at {SIZES[size]}: {best}."
         )
+
     frontier = results["frontier"][size]
     if frontier:
         findings.append(
@@ -112,10 +128,12 @@ def _sort_by_side(results: dict) -> list[str]:
 
 def _describe_budget_change(results: dict, name: str, change: dict) -> str:
     by_budget = results["arms"][name]["results"]
-    old = by_budget[change["from"]]["difference"]["average"]["value"]
-    new = by_budget[change["to"]]["difference"]["average"]["value"]
+    leads = []
+    for budget in (change["from"], change["to"]):
+        gap = get_difference(by_budget[budget])
+        leads.append(format_points(gap["value"]))
     return (
         f"Between the budgets {change['from']} and {change['to']} the lead of {name} over"
-        f" {results['baseline']} goes from {format_points(old)} to {format_points(new)} points, a"
-        f" change of {format_points(change['value'])} ({format_interval(change)})."
+        f" {results['baseline']} goes from {leads[0]} to {leads[1]} points, a change of"
+        f" {format_change(change)}."
     )

@@ -10,6 +10,8 @@ Place = tuple[float, float]
 MARK = 7  # pixels around a point that its mark takes
 DISTANCES = (10, 14, 22, 34, 48, 64, 84, 108, 136, 168, 204, 244, 288)
 DIRECTIONS = 20
+CROWD = 60  # pixels within which points are neighbours
+STEPS = 16  # along a line, where it is tested
 
 
 def place_labels(
@@ -27,20 +29,36 @@ def place_labels(
         room: The box that all labels stay in.
     """
     marks = [(x - MARK, y - MARK, x + MARK, y + MARK) for x, y in anchors]
+    order = list(range(len(anchors)))
+    order.sort(key=lambda i: -_count_neighbours(anchors, i))
+
     boxes: dict[int, Box] = {}
-    neighbours = [sum(math.dist(a, b) < 60 for b in anchors) for a in anchors]
-    for i in sorted(range(len(anchors)), key=lambda i: -neighbours[i]):
-        taken = [*marks, *boxes.values()]
-        others = [*marks[:i], *marks[i + 1 :], *boxes.values()]
-        candidates = [
-            box for box in _make_candidates(anchors[i], sizes[i]) if _is_inside(box, room)
-        ]
-        free = [box for box in candidates if not _covers_any(box, taken)]
-        clear = [box for box in free if not _covers_any(box, lines)]
-        seen = [box for box in clear if not _is_hidden(box, anchors[i], others)]
-        choices = seen or clear or free or candidates or [(*anchors[i], *anchors[i])]
-        boxes[i] = choices[0]
+    for i in order:
+        candidates = []
+        for box in _make_candidates(anchors[i], sizes[i]):
+            if _is_inside(box, room):
+                candidates.append(box)
+        labels = list(boxes.values())
+        others = [*marks[:i], *marks[i + 1 :], *labels]
+        boxes[i] = _choose_box(candidates, anchors[i], [marks[i], *others], lines)
     return [boxes[i] for i in range(len(anchors))]
+
+
+def _count_neighbours(anchors: Sequence[Place], i: int) -> int:
+    return sum(math.dist(anchors[i], other) < CROWD for other in anchors)
+
+
+def _choose_box(
+    candidates: Sequence[Box], anchor: Place, taken: Sequence[Box], lines: Sequence[Box]
+) -> Box:
+    """The first candidate that meets most wishes; the first of `taken` is the point's own mark."""
+    free = [box for box in candidates if not _covers_any(box, taken)]
+    clear = [box for box in free if not _covers_any(box, lines)]
+    for box in clear:
+        if not _is_hidden(box, anchor, taken[1:]):
+            return box
+    best = clear or free or candidates
+    return best[0] if best else (*anchor, *anchor)
 
 
 def find_leader_end(box: Box, anchor: Place) -> Place:
@@ -86,11 +104,12 @@ def _is_hidden(box: Box, anchor: Place, others: Sequence[Box]) -> bool:
     """Whether the line between a label and its mark runs through another mark or label."""
     x, y = anchor
     end_x, end_y = find_leader_end(box, anchor)
-    for step in range(1, 16):
-        place_x = x + (end_x - x) * step / 16
-        place_y = y + (end_y - y) * step / 16
-        if math.dist(anchor, (place_x, place_y)) > MARK and _covers_any(
-            (place_x, place_y, place_x, place_y), others
-        ):
+    for step in range(1, STEPS):
+        fraction = step / STEPS
+        place_x = x + fraction * (end_x - x)
+        place_y = y + fraction * (end_y - y)
+        point = (place_x, place_y, place_x, place_y)
+        is_outside_the_mark = math.dist(anchor, (place_x, place_y)) > MARK
+        if is_outside_the_mark and _covers_any(point, others):
             return True
     return False

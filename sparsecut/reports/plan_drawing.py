@@ -76,11 +76,18 @@ def _make_box(x: int, number: int, is_used: bool, label: str, bottom: int, step:
 def _make_arrows(plan: Plan, vision_depth: int, bottom: int, step: int) -> list[dict]:
     arrows = []
     for shortcut in plan.shortcuts:
+        is_fine = _reads_fine_patches(plan, shortcut)
         end = bottom - step * (shortcut.layer + 0.5)
         for tap in shortcut.flat_taps:
-            start = bottom - step * (tap % (vision_depth + 1) + 0.5)
-            arrow = {"start": start, "end": end, "is_input": shortcut.layer == 0}
-            arrows.append(arrow | {"is_fine": _reads_fine_patches(plan, shortcut)})
+            tap_from_below = tap % (vision_depth + 1)
+            arrows.append(
+                {
+                    "start": bottom - step * (tap_from_below + 0.5),
+                    "end": end,
+                    "is_input": shortcut.layer == 0,
+                    "is_fine": is_fine,
+                }
+            )
     return arrows
 
 

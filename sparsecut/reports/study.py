@@ -13,10 +13,11 @@ from markupsafe import Markup
 
 from ..experiments.results import SIZES, compute_results
 from ..plan import Plan
-from .figures import Point, draw_bars, draw_curves, draw_scatter, get_curve_limit
+from .figures import draw_bars, draw_curves, get_curve_limit
 from .findings import write_findings
 from .pages import render
 from .plan_drawing import draw_plan
+from .scatter import Point, draw_scatter
 from .study_tables import (
     get_main_results,
     make_budget_table,
@@ -34,6 +35,7 @@ from .tables import (
     format_number,
     format_percent,
     format_points,
+    get_interval,
     is_clear,
     to_markdown,
 )
@@ -64,10 +66,8 @@ def write_study_report(folder: str | Path) -> Path:
 
 def write_markdown(results: dict) -> str:
     """Return the report's tables in GitHub's Markdown."""
-    parts = [f"# {results['title']}", f"**{results['verdict']}**"]
-    if results["note"]:
-        parts.append(results["note"])
-    parts.append("\n".join(f"- {line}" for line in results["headline"]))
+    findings = [f"- {finding}" for finding in results["headline"]]
+    notes = [f"- {note}" for note in write_notes(results)]
     tables = {
         "Quality and cost": make_main_table(results),
         "Differences per level": make_level_table(results),
@@ -75,10 +75,15 @@ def write_markdown(results: dict) -> str:
         "Training budgets": make_budget_table(results),
         "Cost": make_cost_table(results),
     }
+
+    parts = [f"# {results['title']}", f"**{results['verdict']}**"]
+    if results["note"]:
+        parts.append(results["note"])
+    parts.append("\n".join(findings))
     for title, rows in tables.items():
         if len(rows) > 1:
             parts.append(f"## {title}\n\n{to_markdown(rows)}")
-    parts.append("\n".join(f"- {note}" for note in write_notes(results)))
+    parts.append("\n".join(notes))
     if results["missing"]:
         parts.append(f"Missing runs: {name_missing_runs(results)}.")
     return "\n\n".join(parts) + "\n"
@@ -117,55 +122,60 @@ def _list_variants(results: dict, ranked: list[str]) -> list[str]:
     return ranked + [name for name in results["arms"] if name not in ranked]
 
 
-def _to_interval(estimate: dict) -> tuple[float, float, float]:
-    return estimate["value"], estimate["low"], estimate["high"]
-
-
 def _draw_levels(results: dict, names: list[str]) -> list[Markup]:
     """A chart of the average, then one of each level."""
     by_variant = get_main_results(results)
     charts = []
-    for title in ("average", *results["levels"]):
-        rows = {}
-        for name in names:
-            result = by_variant[name]
-            estimate = result["average"] if title == "average" else result["levels"][title]
-            rows[name] = _to_interval(estimate)
-        charts.append(draw_bars(rows, title=title, reference=results["baseline"]))
+    for level in ("average", *results["levels"]):
+        rows = {name: get_interval(by_variant[name], level) for name in names}
+        charts.append(draw_bars(rows, title=level, reference=results["baseline"]))
     return charts
 
 
 def _draw_scatters(results: dict, names: list[str]) -> list[Markup]:
     """Accuracy against cost, at the study's own size and at the large one."""
-    by_variant = get_main_results(results)
+    x_label = f"prefill FLOPs / those of {results['baseline']}, stretched near 1"
     drawings = []
     for size, size_name in SIZES.items():
         points = []
         for name in names:
-            variant = results["arms"][name]
-            cost = variant["relative"][size]
+            cost = results["arms"][name]["relative"][size]
             if cost:
-                interval = _to_interval(by_variant[name]["average"])
-                on_frontier = name in results["frontier"][size]
-                points.append(Point(name, cost, interval, variant["family"], on_frontier))
-        x_label = f"prefill FLOPs / those of {results['baseline']}, stretched near 1"
-        drawings.append(draw_scatter(points, title=f"At {size_name}", x_label=x_label))
+                points.append(_make_point(results, name, cost, size))
+        title = f"At {size_name}"
+        drawings.append(draw_scatter(points, title=title, x_label=x_label))
     return drawings
+
+
+def _make_point(results: dict, name: str, cost: float, size: str) -> Point:
+    variant = results["arms"][name]
+    result = variant["results"][results["main"]]
+    return Point(
+        name=name,
+        cost=cost,
+        interval=get_interval(result, "average"),
+        family=variant["family"],
+        on_frontier=name in results["frontier"][size],
+    )
 
 
 def _make_pair_rows(pairs: dict) -> list[list[Cell]]:
     """Row minus column of every pair, as cells with a shade."""
-    values: dict[tuple[str, str], dict] = {}
+    estimates: dict[tuple[str, str], dict] = {}
+    largest = 0.0
     for a, b, estimate in pairs["cells"]:
-        values[a, b] = estimate
-        values[b, a] = {**estimate, "value": -estimate["value"]}
-    largest = max((abs(one["value"]) for one in values.values()), default=0) or 1
+        value = estimate["value"]
+        estimates[a, b] = estimate
+        estimates[b, a] = {**estimate, "value": -value}
+        largest = max(largest, abs(value))
+
     rows = []
-    for i, row_name in enumerate(pairs["arms"]):
-        row = [Cell(f"{i + 1} {row_name}")]
+    for number, row_name in enumerate(pairs["arms"], start=1):
+        row = [Cell(f"{number} {row_name}")]
         for column_name in pairs["arms"]:
-            estimate = values.get((row_name, column_name))
-            row.append(_make_pair_cell(estimate, largest) if estimate else Cell(""))
+            estimate = estimates.get((row_name, column_name))
+            cell = _make_pair_cell(estimate, largest or 1) if estimate else Cell("")
+            row.append(cell)
         rows.append(row)
     return rows
 
@@ -184,11 +194,6 @@ def _make_card(results: dict, name: str) -> dict:
     """What the page shows of one variant."""
     variant = results["arms"][name]
     result = variant["results"].get(results["main"], {})
-    gap = result.get("difference")
-    score = f"average {format_percent(result['average'])} %" if result else "not run"
-    if gap:
-        points = format_points(gap["average"]["value"])
-        score += f", {points} points ({format_interval(gap['corrected'])} corrected)"
     drawing = None
     if variant["plan"] and variant["depths"]:
         drawing = draw_plan(Plan.from_dict(variant["plan"]), *variant["depths"])
@@ -200,26 +205,45 @@ def _make_card(results: dict, name: str) -> dict:
         "prefill FLOPs large": format_number(variant["relative"]["large"], ".3f"),
         "training seconds": format_number(result.get("train_seconds"), ",.0f"),
     }
-    card = {"name": name, "family": variant["family"], "score": score}
-    return card | {"drawing": drawing, "facts": facts}
+    return {
+        "name": name,
+        "family": variant["family"],
+        "score": _describe_score(result),
+        "drawing": drawing,
+        "facts": facts,
+    }
+
+
+def _describe_score(result: dict) -> str:
+    if not result:
+        return "not run"
+    score = f"average {format_percent(result['average'])} %"
+    gap = result.get("difference")
+    if gap:
+        points = format_points(gap["average"]["value"])
+        score += f", {points} points ({format_interval(gap['corrected'])} corrected)"
+    return score
 
 
 def _draw_all_curves(results: dict, names: list[str]) -> list[Markup]:
     """Losses by family, a few variants and the baseline in a chart, all on one scale."""
+    baseline = results["baseline"]
     families: dict[str, list[str]] = {}
     for name, variant in results["arms"].items():
-        if name in names and name != results["baseline"]:
+        if name in names and name != baseline:
             families.setdefault(variant["family"], []).append(name)
+
     all_lines = []
     for by_variant in results["curves"].values():
-        all_lines += [line for line in by_variant.values() if line]
+        all_lines += by_variant.values()
     limit = get_curve_limit(all_lines)
+
     charts = []
     for family, members in families.items():
         for start in range(0, len(members), MAX_CURVES):
-            shown = [results["baseline"], *members[start : start + MAX_CURVES]]
+            shown = [baseline, *members[start : start + MAX_CURVES]]
             for budget, by_variant in results["curves"].items():
-                lines = {name: by_variant[name] for name in shown if by_variant.get(name)}
+                lines = {name: by_variant.get(name, []) for name in shown}
                 title = f"{family}, {budget}"
                 charts.append(draw_curves(lines, title=title, x_label="step", y_limit=limit))
     return charts

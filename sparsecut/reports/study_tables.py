@@ -11,7 +11,9 @@ from .tables import (
     format_percent,
     format_percent_interval,
     format_unit,
+    get_difference,
     is_clear,
+    tabulate_fractions,
 )
 
 COSTS = (  # head, key of a count, unit
@@ -68,15 +70,16 @@ def _make_main_row(results: dict, name: str, result: dict) -> list[str]:
     variant = results["arms"][name]
     gap = result.get("difference")
     counted = variant["cost"]["here"].get("num_fusion_parameters")
+    num_fusion_parameters = variant["parameters"].get("fusion", counted)
+    row = [name, str(len(result["seeds"])), format_percent_interval(result["average"])]
+    for level in results["levels"]:
+        row.append(format_percent(result["levels"][level]))
     return [
-        name,
-        str(len(result["seeds"])),
-        format_percent_interval(result["average"]),
-        *(format_percent(result["levels"][level]) for level in results["levels"]),
-        format_change(gap and gap["average"]),
+        *row,
+        format_change(get_difference(result)),
         format_interval(gap["corrected"]) if gap else DASH,
         format_number(variant["image_tokens"]),
-        format_number(variant["parameters"].get("fusion", counted)),
+        format_number(num_fusion_parameters),
         format_number(variant["relative"]["here"], ".3f"),
         format_number(variant["relative"]["large"], ".3f"),
         format_number(result["train_seconds"], ",.0f"),
@@ -101,18 +104,10 @@ def make_level_table(results: dict) -> Rows:
 
 def make_kind_table(results: dict) -> Rows:
     """Accuracy by kind of question under the main budget."""
-    by_variant = get_main_results(results)
-    kinds: set[str] = set()
-    for result in by_variant.values():
-        kinds |= set(result["groups"])
-    rows = [["variant", *sorted(kinds)]]
-    for name in rank_variants(results) if kinds else ():
-        groups = by_variant[name]["groups"]
-        row = [name]
-        for kind in sorted(kinds):
-            row.append(format_number(100 * groups[kind], ".1f") if kind in groups else DASH)
-        rows.append(row)
-    return rows
+    groups = {}
+    for name in rank_variants(results):
+        groups[name] = get_main_results(results)[name]["groups"]
+    return tabulate_fractions("variant", groups)
 
 
 def make_budget_table(results: dict) -> Rows:
@@ -140,28 +135,40 @@ def _make_budget_row(name: str, by_budget: dict, budgets: list[str], main: str) 
     row = [name]
     for budget in budgets:
         result = by_budget.get(budget)
-        gap = (result or {}).get("difference")
-        row.append(format_percent(result["average"]) if result else DASH)
-        row.append(format_change(gap and gap["average"]))
-    changes = by_budget.get(main, {}).get("change", {})
-    row += [format_change(changes.get(budget)) for budget in budgets[1:]]
+        if result:
+            row.append(format_percent(result["average"]))
+            row.append(format_change(get_difference(result)))
+        else:
+            row += [DASH, DASH]
+
+    main_result = by_budget.get(main, {})
+    changes = main_result.get("change", {})
+    for budget in budgets[1:]:
+        row.append(format_change(changes.get(budget)))
     return row
 
 
 def make_cost_table(results: dict) -> Rows:
     """Counted cost in full, at the study's own size and at the large one."""
     head = ["variant", "size", "image tokens", "fusion parameters"]
-    rows = [[*head, *(name for name, _, _ in COSTS)]]
+    head += [name for name, _, _ in COSTS]
+    rows = [head]
     for name, variant in results["arms"].items():
         for size, size_name in SIZE_NAMES.items():
             cost = variant["cost"][size]
-            if not cost:
-                continue
-            tokens = format_number(cost.get("num_image_tokens"))
-            parameters = format_number(cost.get("num_fusion_parameters"))
-            counts = [format_unit(cost.get(key), unit) for _, key, unit in COSTS]
-            rows.append([name, size_name, tokens, parameters, *counts])
+            if cost:
+                rows.append([name, size_name, *_format_cost(cost)])
     return rows
+
+
+def _format_cost(cost: dict) -> list[str]:
+    cells = [
+        format_number(cost.get("num_image_tokens")),
+        format_number(cost.get("num_fusion_parameters")),
+    ]
+    for _, key, unit in COSTS:
+        cells.append(format_unit(cost.get(key), unit))
+    return cells
 
 
 def write_notes(results: dict) -> list[str]:
@@ -210,7 +217,9 @@ def name_missing_runs(results: dict) -> str:
     for run in results["missing"]:
         place, _, seed = run.rpartition("/")
         seeds.setdefault(place, []).append(seed)
-    places = []
+
+    texts = []
     for place, numbers in seeds.items():
-        places.append(f"{place} seed{'s' * (len(numbers) > 1)} {', '.join(numbers)}")
-    return "; ".join(places)
+        noun = "seed" if len(numbers) == 1 else "seeds"
+        texts.append(f"{place} {noun} {', '.join(numbers)}")
+    return "; ".join(texts)

@@ -67,9 +67,39 @@ def format_unit(value: float | None, unit: str) -> str:
     return f"{value:.3g} {unit}"
 
 
+def get_difference(result: dict) -> dict | None:
+    """The estimate of a result's difference from the baseline, where there is one."""
+    gap = result.get("difference")
+    return gap["average"] if gap else None
+
+
+def get_interval(result: dict, level: str) -> tuple[float, float, float]:
+    """(value, low, high) of a result's average, or of one of its levels."""
+    estimate = result["average"] if level == "average" else result["levels"][level]
+    return estimate["value"], estimate["low"], estimate["high"]
+
+
 def is_clear(estimate: dict) -> bool:
     """Whether an interval leaves zero out."""
     return estimate["low"] > 0 or estimate["high"] < 0
+
+
+def tabulate_fractions(corner: str, fractions: dict[str, dict[str, float]]) -> Rows:
+    """A row for each name and a column for each of its keys, in per cent; a dash where absent."""
+    keys: set[str] = set()
+    for by_key in fractions.values():
+        keys |= set(by_key)
+    columns = sorted(keys)
+    if not columns:
+        return [[corner]]
+
+    rows = [[corner, *columns]]
+    for name, by_key in fractions.items():
+        row = [name]
+        for key in columns:
+            row.append(f"{100 * by_key[key]:.1f}" if key in by_key else DASH)
+        rows.append(row)
+    return rows
 
 
 def to_markdown(rows: Rows) -> str:

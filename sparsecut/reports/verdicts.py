@@ -9,7 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .study_tables import get_main_results
-from .tables import format_interval, format_percent, is_clear
+from .tables import (
+    format_interval,
+    format_percent,
+    format_points,
+    is_clear,
+)
 
 ONE_SEED = "with one seed, another training may differ by more"
 
@@ -90,21 +95,27 @@ def _judge_pair(name: str, baseline: str, estimate: dict) -> str:
 
 
 def _sort_by_side(gaps: dict[str, dict]) -> str:
-    sides: dict[str, list[str]] = {"is above it": [], "is below it": [], "cannot be told apart": []}
+    above = []
+    below = []
+    neither = []
     for name, gap in gaps.items():
         estimate = gap["average"]
-        text = f"{name} ({100 * estimate['value']:+.1f} points, {format_interval(estimate)})"
+        points = format_points(estimate["value"])
+        text = f"{name} ({points} points, {format_interval(estimate)})"
         if not is_clear(estimate):
-            sides["cannot be told apart"].append(text)
+            neither.append(text)
         elif estimate["value"] > 0:
-            sides["is above it"].append(text)
+            above.append(text)
         else:
-            sides["is below it"].append(text)
+            below.append(text)
+
     parts = []
-    for side, texts in sides.items():
+    for side, texts in (("above it", above), ("below it", below)):
         if texts:
-            verb = side.replace("is ", "are ", 1) if len(texts) > 1 else side
-            parts.append(f"{_join_names(texts)} {verb}")
+            verb = "is" if len(texts) == 1 else "are"
+            parts.append(f"{_join_names(texts)} {verb} {side}")
+    if neither:
+        parts.append(f"{_join_names(neither)} cannot be told apart")
     return ", ".join(parts)
 
 

@@ -9,7 +9,7 @@ from helpers.runs import write_records
 from helpers.studies import QUICK, make_costs, rough_counts
 
 from sparsecut.building import read_depths
-from sparsecut.experiments import runner
+from sparsecut.experiments import preparation
 from sparsecut.experiments.runner import StudyRunError, check_folder, claim, run_study
 from sparsecut.experiments.study import Run, load_study, narrow_study, parse_study
 from sparsecut.methods import make_plan
@@ -150,11 +150,11 @@ def test_costs_are_counted_once_and_at_the_large_size_where_a_method_scales(tmp_
         vision_config, text_config = [backbone_config("shapes", p) for p in ("vision", "language")]
 
     with rough_counts():
-        runner.write_costs(study, plans, Config, log=lambda line: None)
+        preparation.write_costs(study, plans, Config, log=lambda line: None)
         file = Path(study.output) / "costs.json"
         costs = json.loads(file.read_text())
         before = file.stat().st_mtime_ns
-        runner.write_costs(study, plans, Config, log=lambda line: None)
+        preparation.write_costs(study, plans, Config, log=lambda line: None)
     assert file.stat().st_mtime_ns == before
     assert costs["cut"]["here"] == make_costs(plans["cut"])["here"]
     assert costs["plain"]["large"]

@@ -9,9 +9,10 @@ from helpers.studies import DEPTHS, SPECS
 
 from sparsecut.methods import make_plan
 from sparsecut.reports import figures
-from sparsecut.reports.figures import Point, draw_bars, draw_curves, draw_scatter
+from sparsecut.reports.figures import draw_bars, draw_curves
 from sparsecut.reports.labels import place_labels
 from sparsecut.reports.plan_drawing import draw_plan
+from sparsecut.reports.scatter import Point, draw_scatter
 from sparsecut.schema import UserError
 
 LIGHT, DARK = "#ffffff", "#14171a"  # the pages' backgrounds

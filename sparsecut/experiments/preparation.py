@@ -1,0 +1,144 @@
+"""What the runs of a study have in common: images, checked plans, costs, and cached features."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ..config.recipe import Recipe
+from ..plan import Plan
+from ..schema import UserError
+from .study import Study
+
+LARGE_SIZE = ("clip-l-336", "llama-7b")  # the size that costs are also counted at
+
+Log = Callable[[str], None]
+
+
+def prepare(study: Study, log: Log) -> None:
+    """Make what runs have in common: images, checked plans, costs, and the encoder's features."""
+    from ..building import build
+    from ..config.yaml_io import expand_path
+    from ..methods import make_plan
+
+    if study.pictures is not None:
+        draw_images(study, log)
+    first_run = study.list_runs()[0]
+    recipe = study.get_recipe(first_run)
+    vision = expand_path(recipe.model.vision)
+    language = expand_path(recipe.model.language)
+
+    tiles = _find_tiles(study, vision, language)
+    widest = {"method": "hires_channels", "tiles": tiles}
+    model, processor = build(vision, language, widest)
+    plans = {}
+    for name, spec in study.arms.items():
+        plans[name] = make_plan(spec, model.config.vision_depth, model.config.language_depth)
+
+    write_costs(study, plans, model.config, log)
+    if recipe.states is not None:
+        _cache_features(recipe, list(plans.values()), model, processor, log)
+
+
+def _cache_features(recipe: Recipe, plans: Sequence[Plan], model, processor, log: Log) -> None:
+    """Encode every image of training and evaluation once, with the views that any plan reads."""
+    from ..data.examples import read_source
+    from ..data.feature_cache import build_feature_cache, get_tap_views
+    from ..evaluation.evaluator import evaluation_examples
+
+    views: dict[int, int] = {}
+    for plan in plans:
+        for tap, number in get_tap_views(plan, model.config.vision_depth).items():
+            views[tap] = max(number, views.get(tap, 0))
+
+    examples = []
+    for stage in recipe.stages:
+        for source in stage.data:
+            examples += read_source(source, [])
+    examples += evaluation_examples(recipe)
+    if max(views.values()) == 1:
+        processor.tiles = 0
+    build_feature_cache(recipe.states, model, processor, examples, views, log=log)
+
+
+def _find_tiles(study: Study, vision, language) -> int:
+    """The one number of fine views per side that the variants have."""
+    from ..building import read_depths
+    from ..methods import make_plan
+
+    depths = read_depths(vision, language)
+    variants: dict[int, str] = {}
+    for name, spec in study.arms.items():
+        plan = make_plan(spec, *depths)
+        if plan.tiles:
+            variants[plan.tiles] = name
+    if len(variants) > 1:
+        raise UserError(
+            f"the variants {' and '.join(variants.values())} have"
+            f" {' and '.join(map(str, variants))} tiles, but features are cached for one grid of"
+            " fine views; make two studies of them"
+        )
+    return next(iter(variants), 2)
+
+
+def draw_images(study: Study, log: Log) -> None:
+    """Draw the training and test images of a study of the built-in shapes, unless they exist."""
+    from ..shapes import write_split
+
+    images = study.pictures
+    data = Path(study.output) / "data"
+    record = data / "drawn.json"
+    settings = asdict(images)
+    if record.is_file():
+        drawn = json.loads(record.read_text(encoding="utf-8"))
+        if drawn == settings:
+            return
+
+    log(f"drawing {images.train:,} training and {images.ask:,} {images.split} images ...")
+    common = {"seed": images.seed, "size": images.size}
+    write_split(data, "train", images.train, images.train_questions, **common)
+    write_split(data, images.split, images.ask, images.questions, **common)
+    record.write_text(json.dumps(settings), encoding="utf-8")
+
+
+def write_costs(study: Study, plans: dict, config, log: Log) -> None:
+    """Count every plan that costs.json does not hold yet.
+
+    Args:
+        study: The study.
+        plans: Variant to its plan.
+        config: A configuration with the study's encoder and language model.
+        log: Takes lines about the progress.
+    """
+    from ..profiling.counting import count
+
+    path = Path(study.output) / "costs.json"
+    costs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    log(f"counting what {len(plans)} plans cost ...")
+    for name, plan in plans.items():
+        if name in costs and costs[name]["plan"] == plan.to_dict():
+            continue
+        costs[name] = {
+            "plan": plan.to_dict(),
+            "here": count(config.vision_config, config.text_config, plan).to_dict(),
+            "large": _count_at_large_size(study.arms[name]),
+        }
+        path.write_text(json.dumps(costs, indent=1), encoding="utf-8")
+
+
+def _count_at_large_size(spec: str | dict) -> dict | None:
+    """The cost of a method at the large size, or None where it has no plan there."""
+    from ..methods import make_plan
+    from ..profiling.counting import backbone_config, count
+
+    if isinstance(spec, dict) and "method" not in spec:
+        return None  # a plan in full is meant for these depths, and is another one at others
+    vision = backbone_config(LARGE_SIZE[0], "vision")
+    language = backbone_config(LARGE_SIZE[1], "language")
+    try:
+        plan = make_plan(spec, vision.num_hidden_layers, language.num_hidden_layers)
+        return count(vision, language, plan).to_dict()
+    except UserError:  # a method of fixed layers, such as official_13b
+        return None
