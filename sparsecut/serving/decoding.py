@@ -189,10 +189,14 @@ class GenerationRow:
 
     def _finish(self, reason: str) -> None:
         is_cut = reason == "stop" and self.token_ids[-1] not in self.end_ids
-        tokens = self._take_tokens_before(len(self.text) if is_cut else len(self.text) + 1)
+        end = len(self.text)
+        if not is_cut:
+            end += 1  # also tokens without text after the last character
+        tokens = self._take_tokens_before(end)
         self.text = self.text.rstrip()
         self.finish_reason = reason
-        self.on_delta(TextDelta(self.index, self.text[self.num_sent :], tokens, reason))
+        rest = self.text[self.num_sent :]
+        self.on_delta(TextDelta(self.index, rest, tokens, reason))
 
     def abandon(self) -> None:
         """End the answer where it is, because nobody reads it any more."""

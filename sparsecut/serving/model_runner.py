@@ -186,11 +186,20 @@ class ModelRunner:
         return features
 
     def _encode(self, image: PreparedImage) -> list[Tensor]:
-        if self.uses_views:
-            output = self.model.get_image_features(image.views.to(self.model.device))
-            by_layer = [output.pooler_output, *(output.deepstack_features or ())]
-            return [features[0] for features in by_layer]
+        """An image's features [N, D] for every layer, from the input up."""
+        return self._encode_views(image) if self.uses_views else self._encode_whole(image)
+
+    def _encode_views(self, image: PreparedImage) -> list[Tensor]:
+        views = image.views.to(self.model.device)
+        output = self.model.get_image_features(views)
+        by_layer = [output.pooler_output]
+        if output.deepstack_features:
+            by_layer += output.deepstack_features
+        return [features[0] for features in by_layer]
+
+    def _encode_whole(self, image: PreparedImage) -> list[Tensor]:
         inputs = self._process([self.image_token], [[image]])
         pixels = {name: inputs[name] for name in ENCODER_INPUTS if name in inputs}
         output = self.model.get_image_features(**pixels)
+        # A base's features hold those of the shortcuts side by side.
         return [torch.cat(list(output.pooler_output))]

@@ -235,7 +235,7 @@ def _submit(engine: Engine, generation: GenerationRequest, events: asyncio.Queue
 async def _receive_deltas(
     request: Request, handle: RequestHandle, events: asyncio.Queue
 ) -> AsyncIterator[TextDelta]:
-    """What the engine sends, until its end or until the client leaves, which cancels the request."""
+    """What the engine sends, until its end or until the client leaves (then it is cancelled)."""
     last_look = time.monotonic()
     try:
         while True:

@@ -42,3 +42,18 @@ def test_an_upgraded_model_has_a_page(engine):
         measured = request(client, "sparsecut/strengths", json={"messages": messages}).json()
         numbers = [row["number"] for row in measured["shortcuts"]]
         assert numbers == list(range(len(shortcuts)))
+
+
+def test_an_image_that_the_processor_refuses_is_the_clients_mistake():
+    base, processor = build_example_base("qwen")
+    model, processor = upgrade(base, processor=processor)
+    engine = Engine(model, processor)
+    try:
+        with start_server(engine) as client:
+            too_long = make_image(0).resize((3000, 2))
+            body = {"messages": make_messages("what is it", too_long)}
+            response = request(client, "v1/chat/completions", json=body)
+            assert response.status_code == 400
+            assert "aspect ratio" in response.json()["error"]["message"]
+    finally:
+        engine.close()
