@@ -1,169 +1,61 @@
-"""The fusion against plain loops: aligned grains, four mixers, shared paths, gates."""
-
-import itertools
+"""The fusion: shared weights, corrections, gates, and shortcuts that are switched off."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import checks
-from helpers.fusions import DIM, features, fuse, fusion
+from helpers.fusions import HIDDEN, features, fuse, fusion
 from torch import nn
 
 from sparsecut import Plan, Shortcut
-from sparsecut.mixers import arrange_grains, build_mixer
+from sparsecut.hooks import read_taps
+from sparsecut.methods import METHODS
+from sparsecut.mixers import arrange_grains
+from sparsecut.schema import UserError
 
-
-@pytest.mark.parametrize(("tiles", "rows"), [(2, 2), (2, 3), (3, 2), (3, 5), (4, 1)])
-def test_fine_patches_lie_under_their_coarse_patch(tiles, rows):
-    places = torch.empty(
-        1, 1 + tiles**2, rows**2, 2
-    )  # of every fine patch: its row and column in the whole picture
-    for ty, tx, y, x in itertools.product(range(tiles), range(tiles), range(rows), range(rows)):
-        places[0, 1 + ty * tiles + tx, y * rows + x] = torch.tensor([ty * rows + y, tx * rows + x])
-    places[0, 0] = -1
-    grains = arrange_grains(places, tiles, rows)
-    assert (grains[0, 0] == -1).all()
-    for y, x, wy, wx in itertools.product(range(rows), range(rows), range(tiles), range(tiles)):
-        assert grains[0, 1 + wy * tiles + wx, y * rows + x].tolist() == [
-            y * tiles + wy,
-            x * tiles + wx,
-        ]
-
-
-@pytest.mark.parametrize(("tiles", "rows"), [(2, 2), (2, 5), (3, 3)])
-def test_under_an_averaging_encoder_the_fine_grains_average_to_the_coarse_one(tiles, rows):
-    patch = 4
-    size = rows * patch
-    big = torch.randn(3, 1, tiles * size, tiles * size, dtype=torch.float64)
-    tiled = [
-        big[..., y : y + size, x : x + size]
-        for y in range(0, tiles * size, size)
-        for x in range(0, tiles * size, size)
-    ]
-    views = torch.stack([F.avg_pool2d(big, tiles), *tiled], dim=1)
-    encoded = F.avg_pool2d(views.flatten(0, 1), patch).flatten(2).mT.unflatten(0, (3, -1))
-    grains = arrange_grains(encoded, tiles, rows)
-    torch.testing.assert_close(grains[:, 1:].mean(1), grains[:, 0])
-
-
-def test_without_tiles_the_only_grain_is_the_view():
-    views = torch.randn(2, 1, 9, DIM)
-    assert arrange_grains(views, 0, 3) is views
-
-
-def mixer(mix, taps=(1, 2), tiles=2, rows=2, grain=0):
-    """A mixer, and what it reads: [B, T, G, N, D]."""
-    torch.manual_seed(0)
-    shortcut = Shortcut(taps, 0, mix, grain)
-    plan = Plan((shortcut,), tiles=tiles)
-    return build_mixer(shortcut, plan, DIM, rows), torch.randn(
-        2, len(taps), plan.num_grains, rows**2, DIM
-    )
-
-
-@pytest.mark.parametrize("grain", range(5))
-def test_pick_is_one_grain_of_the_last_tap(grain):
-    module, x = fusion(Shortcut((1, 2), 0, "pick", grain)), features((1, 2))
-    assert torch.equal(module(x)[0], module.paths[0].project(arrange_grains(x[2], 2, 2)[:, grain]))
-    assert module.paths[0].mixer.out_dim == DIM
-
-
-@pytest.mark.parametrize("tiles", [0, 2, 3])
-def test_channels_puts_taps_and_grains_of_a_patch_side_by_side(tiles):
-    module, x = mixer("channels", tiles=tiles)
-    for b, n in itertools.product(range(2), range(4)):
-        expected = torch.cat([x[b, t, g, n] for t in range(2) for g in range(1 + tiles**2)])
-        assert torch.equal(module(x)[b, n], expected)
-    assert module.out_dim == len(expected)
-
-
-@pytest.mark.parametrize(("tiles", "rows"), [(2, 2), (3, 2), (2, 3)])
-def test_tokens_are_the_coarse_patches_and_then_the_whole_fine_picture_row_by_row(tiles, rows):
-    module, x = mixer("tokens", tiles=tiles, rows=rows)
-    out = module(x)
-    assert out.shape == (2, (1 + tiles**2) * rows**2, 2 * DIM) and module.out_dim == 2 * DIM
-    for n in range(rows**2):
-        assert torch.equal(out[0, n], torch.cat([x[0, 0, 0, n], x[0, 1, 0, n]]))
-    side = tiles * rows
-    for big_y, big_x in itertools.product(range(side), range(side)):
-        grain = 1 + big_y % tiles * tiles + big_x % tiles
-        under = big_y // tiles * rows + big_x // tiles
-        expected = torch.cat([x[0, 0, grain, under], x[0, 1, grain, under]])
-        assert torch.equal(out[0, rows**2 + big_y * side + big_x], expected)
-
-
-@pytest.mark.parametrize("taps", [(2,), (0, 1, 2)])
-def test_attend_is_one_post_norm_block_whose_queries_are_coarse_and_are_no_keys(taps):
-    module, x = mixer("attend", taps=taps)
-    reference = nn.MultiheadAttention(DIM, module.num_heads, batch_first=True)
-    reference.in_proj_weight.data = torch.cat([module.query.weight, module.key_value.weight])
-    reference.in_proj_bias.data = torch.cat([module.query.bias, module.key_value.bias])
-    reference.out_proj.load_state_dict(module.output.state_dict())
-    for b in range(2):
-        coarse = x[b, -1, 0]
-        others = [
-            x[b, t, g] for t in range(len(taps)) for g in range(5) if (t, g) != (len(taps) - 1, 0)
-        ]
-        keys = torch.cat(others)
-        attended, _ = reference(coarse[None], keys[None], keys[None])
-        middle = module.norm1(coarse + attended[0])
-        expected = module.norm2(middle + module.down(F.gelu(module.up(middle))))
-        torch.testing.assert_close(module(x)[b], expected, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("dim", "heads"), [(6, 1), (64, 1), (100, 1), (128, 2), (1024, 16), (1152, 18), (1408, 22)]
-)
-def test_attention_heads_divide_the_width_and_have_about_64_channels(dim, heads):
-    shortcut = Shortcut((1, 2), 0, "attend")
-    with torch.device("meta"):
-        assert build_mixer(shortcut, Plan((shortcut,)), dim, 2).num_heads == heads
+SPARSE = {"method": "sparsecut", "pattern": "sparse"}
 
 
 @pytest.mark.parametrize("mix", ["pick", "channels", "attend"])
 def test_shared_shortcuts_in_one_batched_call_equal_separate_calls(mix):
-    module = fusion(*(Shortcut((t,), d, mix) for t, d in [(-2, 0), (1, 1), (3, 4)]), shared=True)
+    places = [(-2, 0), (1, 1), (3, 4)]
+    module = fusion(*(Shortcut((tap,), layer, mix) for tap, layer in places), shared=True)
     x = features((4, 1, 3))
-    assert len(module.paths) == 1
+    (path,) = module.paths
+    fused = fuse(module, x)
     for tap, layer in [(4, 0), (1, 1), (3, 4)]:
-        alone = module.paths[0](arrange_grains(x[tap], 2, 2).unsqueeze(1))
-        torch.testing.assert_close(fuse(module, x)[layer], alone, atol=1e-6, rtol=1e-5)
+        alone = path(arrange_grains(x[tap], 2, 2).unsqueeze(1))
+        torch.testing.assert_close(fused[layer], alone, atol=1e-6, rtol=1e-5)
 
 
 def test_only_shortcuts_of_one_kind_share_a_path():
-    kinds = [
-        ((1,), "pick", 0),
-        ((2,), "pick", 0),
-        ((2,), "pick", 1),
-        ((2,), "channels", 0),
-        ((1, 2), "channels", 0),
-    ]
-    shortcuts = [Shortcut(taps, i, mix, grain) for i, (taps, mix, grain) in enumerate(kinds)]
-    assert fusion(*shortcuts, shared=True).groups == [
-        [0, 1, 2],
-        [3],
-        [4],
-    ]  # grains of `pick` take the same weights
+    shortcuts = (
+        Shortcut((1,), 0),
+        Shortcut((2,), 1),
+        Shortcut((2,), 2, grain=1),  # grains of `pick` take the same weights
+        Shortcut((2,), 3, "channels"),
+        Shortcut((1, 2), 4, "channels"),
+    )
+    assert fusion(*shortcuts, shared=True).groups == [[0, 1, 2], [3], [4]]
     assert len(fusion(*shortcuts).paths) == 5
 
 
 def test_a_norm_gives_every_tapped_feature_mean_zero_and_deviation_one():
-    shortcut, x = Shortcut((1,), 0, "channels"), features((1,))
+    shortcut = Shortcut((1,), 0, "channels")
+    x = features((1,))
     scaled = {1: 7 * x[1] + 3}
-    assert torch.allclose(
-        fusion(shortcut, norm=True)(x)[0], fusion(shortcut, norm=True)(scaled)[0], atol=1e-3
-    )
-    assert not torch.allclose(fusion(shortcut)(x)[0], fusion(shortcut)(scaled)[0], atol=1e-1)
+    normed = fusion(shortcut, norm=True)
+    plain = fusion(shortcut)
+    assert torch.allclose(normed(x)[0], normed(scaled)[0], atol=1e-3)
+    assert not torch.allclose(plain(x)[0], plain(scaled)[0], atol=1e-1)
 
 
 def test_gates_are_parameters_only_where_the_plan_trains_them():
     shortcuts = [Shortcut((1,), 0), Shortcut((2,), 1), Shortcut((3,), 3)]
-    constant, zero, one = (fusion(*shortcuts, gate=gate) for gate in (None, "zero", "one"))
-    assert "gates" in dict(constant.named_buffers()) and "gates" not in dict(
-        constant.named_parameters()
-    )
-    assert [g.gates.tolist() for g in (constant, zero, one)] == [[1, 1], [0, 0], [1, 1]]
-    assert all("gates" in dict(g.named_parameters()) and g.gates.shape == (2,) for g in (zero, one))
+    for gate, start in {None: 1, "zero": 0, "one": 1}.items():
+        module = fusion(*shortcuts, gate=gate)
+        assert module.gates.tolist() == [start, start]
+        assert ("gates" in dict(module.named_parameters())) == (gate is not None)
+        assert ("gates" in dict(module.named_buffers())) == (gate is None)
 
 
 def test_a_gate_scales_its_own_shortcut_and_never_the_input():
@@ -173,44 +65,189 @@ def test_a_gate_scales_its_own_shortcut_and_never_the_input():
     module.gates.data = torch.tensor([0.5, -2.0])
     after = fuse(module, x)
     assert torch.equal(after[0], before[0])
-    assert torch.equal(after[1], 0.5 * before[1]) and torch.equal(after[3], -2 * before[3])
+    assert torch.equal(after[1], 0.5 * before[1])
+    assert torch.equal(after[3], -2 * before[3])
+
+
+@pytest.mark.parametrize("gate", ["zero_vector", "one_vector"])
+def test_vector_gates_scale_channels(gate):
+    shortcuts = (Shortcut((4,), 0), Shortcut((1,), 1))
+    module = fusion(*shortcuts, gate=gate)
+    plain = fusion(*shortcuts)
+    x = features((1, 4))
+    assert module.gates.shape == (1, HIDDEN)
+    assert (module.gates == float(gate == "one_vector")).all()
+    factor = torch.randn(HIDDEN)
+    module.gates.data[0] = factor
+    torch.testing.assert_close(module(x)[1], plain(x)[1] * factor)
 
 
 def test_two_shortcuts_into_one_layer_add_up():
     module = fusion(Shortcut((1,), 0), Shortcut((2,), 2), Shortcut((3,), 2))
     x = features((1, 2, 3))
-    parts = [
-        path(arrange_grains(x[tap], 2, 2).unsqueeze(1))
-        for path, tap in zip(module.paths, (1, 2, 3), strict=True)
-    ]
-    out = fuse(module, x)
-    assert set(out) == {0, 2}
-    torch.testing.assert_close(out[2], parts[1] + parts[2], atol=1e-6, rtol=1e-5)
+    parts = []
+    for path, tap in zip(module.paths, (1, 2, 3), strict=True):
+        parts.append(path(arrange_grains(x[tap], 2, 2).unsqueeze(1)))
+    fused = fuse(module, x)
+    assert list(fused) == [0, 2]
+    torch.testing.assert_close(fused[2], parts[1] + parts[2], atol=1e-6, rtol=1e-5)
 
 
-def test_features_of_a_picture_do_not_depend_on_the_others():
+def test_features_of_an_image_do_not_depend_on_the_others():
     module = fusion(Shortcut((1,), 0, "attend"), Shortcut((2,), 1, "attend"))
     x = features((1, 2), pictures=3)
+    together = module(x)
     for b in range(3):
-        alone = module({tap: v[b : b + 1] for tap, v in x.items()})
-        for together, one in zip(module(x), alone, strict=True):
-            torch.testing.assert_close(together[b : b + 1], one, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("mix", ["channels", "attend"])
-def test_a_zero_gate_is_the_model_without_shortcuts_bit_for_bit(mix):
-    gated = checks.join(
-        plan={"method": "sparsecut", "pattern": "bottom", "mix": mix, "gate": "zero"}
-    )
-    plain = checks.join(plan={"method": "hires_channels", "mix": mix})
-    plain.fusion.paths[0].load_state_dict(gated.fusion.paths[0].state_dict())
-    inputs = checks.batch(plain)
-    assert gated.plan.layers and not plain.plan.layers
-    assert torch.equal(gated(**inputs).logits, plain(**inputs).logits)
-    gated.fusion.gates.data += 1
-    assert not torch.allclose(gated(**inputs).logits, plain(**inputs).logits, atol=1e-2)
+        alone = module({tap: states[b : b + 1] for tap, states in x.items()})
+        for all_images, one_image in zip(together, alone, strict=True):
+            torch.testing.assert_close(all_images[b : b + 1], one_image, atol=1e-6, rtol=1e-5)
 
 
 def test_parts_in_half_precision_take_features_of_any_type():
     module = fusion(Shortcut((1,), 0, "channels")).to(torch.bfloat16)
     assert module(features((1,)))[0].dtype == torch.bfloat16
+
+
+def test_a_correction_adds_its_own_low_rank_map_to_the_shared_projector():
+    shortcuts = (Shortcut((4,), 0), Shortcut((1,), 1), Shortcut((3,), 2))
+    module = fusion(*shortcuts, shared=True, rank=2)
+    plain = fusion(*shortcuts, shared=True)
+    plain.paths.load_state_dict(module.paths.state_dict())
+    module.corrections["1"].up.weight.data.zero_()
+    x = features((1, 3, 4))
+    corrected = fuse(module, x)
+    shared = fuse(plain, x)
+    assert torch.equal(corrected[0], shared[0])
+    assert torch.equal(corrected[1], shared[1])
+    correction = module.corrections["2"]
+    matrix = correction.up.weight @ correction.down.weight
+    assert torch.linalg.matrix_rank(matrix) == 2
+    torch.testing.assert_close(corrected[2] - shared[2], x[3][:, 0] @ matrix.T)
+
+
+def test_a_rank_without_sharing_narrows_every_projector_but_the_first_into_the_input():
+    module = fusion(Shortcut((4,), 0), Shortcut((1,), 0), Shortcut((3,), 2), rank=3)
+    assert [path.linear_1.out_features for path in module.paths] == [HIDDEN, 3, 3]
+
+
+@pytest.mark.parametrize("mix", ["channels", "attend"])
+def test_a_zero_gate_is_the_model_without_shortcuts_bit_for_bit(mix):
+    plan = {"method": "sparsecut", "pattern": "bottom", "mix": mix, "gate": "zero"}
+    gated = checks.join(plan=plan)
+    plain = checks.join(plan={"method": "hires_channels", "mix": mix})
+    plain.fusion.paths[0].load_state_dict(gated.fusion.paths[0].state_dict())
+    inputs = checks.batch(plain)
+    expected = plain(**inputs).logits
+    assert gated.plan.layers and not plain.plan.layers
+    assert torch.equal(gated(**inputs).logits, expected)
+    gated.fusion.gates.data += 1
+    assert not torch.allclose(gated(**inputs).logits, expected, atol=1e-2)
+
+
+def test_projectors_that_start_at_zero_are_the_model_without_shortcuts_and_learn():
+    model = checks.join(plan={**SPARSE, "gate": "zero_projector"})
+    inputs = checks.batch(model, side="right")
+    with model.fusion.switched_off(*model.fusion.gated):
+        expected = model(**inputs).logits
+    assert torch.equal(model(**inputs).logits, expected)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    for path in model.fusion.paths:
+        assert path.linear_2.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_shortcuts_that_are_switched_off_add_nothing():
+    model = checks.join(plan=SPARSE)
+    inputs = checks.batch(model)
+    input_only = checks.join(plan=Plan(model.plan.shortcuts[:1], tiles=2).to_dict())
+    input_only.fusion.paths[0].load_state_dict(model.fusion.paths[0].state_dict())
+    before = model(**inputs).logits
+    gated = model.fusion.gated
+    with model.fusion.switched_off(*gated):
+        assert torch.equal(model(**inputs).logits, input_only(**inputs).logits)
+        with model.fusion.switched_off(0):
+            assert model.fusion.off == {0, *gated}
+    assert torch.equal(model(**inputs).logits, before)
+    with pytest.raises(UserError, match="no shortcut 9"), model.fusion.switched_off(9):
+        pass
+    assert not model.fusion.off
+
+
+@pytest.fixture
+def context_model():
+    """A model with context gates that are away from their start."""
+    places = [(-2, 0), (1, 1), (2, 1), (3, 3)]
+    shortcuts = tuple(Shortcut((tap,), layer) for tap, layer in places)
+    model = checks.join(plan=Plan(shortcuts, gate="context").to_dict())
+    for parameter in model.fusion.context.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@torch.no_grad()
+def test_context_gates_start_at_one_and_then_depend_on_the_image(context_model):
+    model = context_model
+    inputs = checks.batch(model)
+    changed = model(**inputs).logits
+    for parameter in model.fusion.context.parameters():
+        parameter.zero_()
+    plain = checks.join(plan={**model.plan.to_dict(), "gate": None})
+    plain.fusion.paths.load_state_dict(model.fusion.paths.state_dict())
+    logits = model(**inputs).logits
+    torch.testing.assert_close(logits, plain(**inputs).logits, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits, changed, atol=1e-3)
+
+
+@pytest.mark.parametrize("check", [checks.cached, checks.padded, checks.gradients])
+def test_a_model_with_context_gates_generates_and_trains_like_any_other(context_model, check):
+    check(context_model)
+
+
+@torch.no_grad()
+def test_later_words_do_not_reach_earlier_positions_through_context_gates(context_model):
+    inputs = checks.batch(context_model)
+    before = context_model(**inputs).logits[:, :-1]
+    inputs["input_ids"][:, -1] = (inputs["input_ids"][:, -1] + 1) % 4
+    assert torch.equal(context_model(**inputs).logits[:, :-1], before)
+
+
+def test_context_gates_refuse_a_part_of_an_image(context_model):
+    gate = context_model.fusion.context["3"]
+    width = gate.weight.shape[-1] // 2
+    with pytest.raises(UserError, match="gate='context'"):
+        gate(torch.zeros(6, width), torch.zeros(6, width), num_tokens=4)
+
+
+@torch.no_grad()
+def test_fine_views_stop_at_the_deepest_tap_read_from_them_and_give_the_same_states():
+    model = checks.join(plan={"method": "sparsecut", "pattern": "bottom", "fine": 0.5})
+    depth = model.config.vision_depth
+    pixels = checks.batch(model)["pixel_values"]
+    fine = model.plan.fine_taps(depth)
+    taps = model.plan.resolved_taps(depth)
+    assert fine and max(fine) <= depth / 2 < max(taps)
+    states = model.encode(pixels)
+    views = {tap: x.shape[1] for tap, x in states.items()}
+    assert views == {tap: 5 if tap in fine else 1 for tap in taps}
+    whole = read_taps(model.vision_tower, pixels.flatten(0, 1), model.config.grid, taps)
+    for tap, x in states.items():
+        expected = whole[tap].unflatten(0, (-1, 5))[:, : views[tap]]
+        torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("official")])
+@torch.no_grad()
+def test_states_given_instead_of_pixels_change_nothing(method):
+    model = checks.join(plan=method)  # official plans need deep models
+    inputs = checks.batch(model)
+    expected = model(**inputs).logits
+    states = model.encode(inputs.pop("pixel_values"))
+    assert torch.equal(model(**inputs, vision_states=states).logits, expected)
+
+
+def test_image_features_need_pixels_or_states():
+    model = checks.join(plan="llava")
+    pixels = checks.batch(model)["pixel_values"]
+    for inputs in ({}, {"pixel_values": pixels, "vision_states": model.encode(pixels)}):
+        with pytest.raises(UserError, match="pixel_values"):
+            model.get_image_features(**inputs)

@@ -33,11 +33,14 @@ def test_a_plan_cannot_be_changed():
         sparsecut(24, 32).tiles = 3
 
 
-def test_plans_load_without_torch():
-    code = (
-        "import sparsecut.methods, sys; sys.exit('torch' in sys.modules or 'transformers' in"
-        " sys.modules)"
-    )
+def test_plans_are_made_and_drawn_without_torch():
+    code = """
+import sys
+from sparsecut import METHODS, draw, make_plan
+for name in METHODS:
+    draw(make_plan(name, 24, 40), 24, 40)
+sys.exit(bool({"torch", "transformers"} & set(sys.modules)))
+"""
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
@@ -57,23 +60,32 @@ def test_every_pattern_fits_every_depth(pattern, depths):
 
 
 def test_patterns_are_what_they_are_called():
-    def positions(pattern):
-        return place_shortcuts(24, 32, 8, pattern)
-
-    sparse, bottom, top, back = (positions(p) for p in ("sparse", "bottom", "top", "reversed"))
-    assert bottom[0] == [
-        1,
-        2,
-        4,
-        7,
-        10,
-        14,
-        19,
-        24,
-    ]  # the list that stands in the released code's comments, plus one
-    assert sum(bottom[1]) < sum(sparse[1]) < sum(top[1]) and sum(bottom[0]) < sum(top[0])
-    assert back == (sparse[0][::-1], sparse[1])
+    taps = {}
+    layers = {}
+    for pattern in ("sparse", "bottom", "top", "reversed"):
+        taps[pattern], layers[pattern] = place_shortcuts(24, 32, 8, pattern)
+    # The list in comments of the released code, plus one.
+    assert taps["bottom"] == [1, 2, 4, 7, 10, 14, 19, 24]
+    assert sum(taps["bottom"]) < sum(taps["top"])
+    assert sum(layers["bottom"]) < sum(layers["sparse"]) < sum(layers["top"])
+    assert taps["reversed"] == taps["sparse"][::-1]
+    assert layers["reversed"] == layers["sparse"]
     assert place_shortcuts(24, 24, pattern="dense")[1] == list(range(24))
+
+
+def get_places(name: str, *depths: int) -> list[tuple]:
+    """(tap, layer) of each shortcut but the first."""
+    return [(s.taps[0], s.layer) for s in make_plan(name, *depths).shortcuts[1:]]
+
+
+def test_published_lists_come_out_of_the_functions_of_depth():
+    assert make_plan("dense_connector_sci", 24, 32).shortcuts[0].taps == (-2, 7, 15)
+    assert make_plan("mmfuser", 24, 32).shortcuts[0].taps == (3, 8, 13, 18, -2)
+    assert get_places("lsf_internal_direct", 24, 32) == [(3, 3), (18, 23), (23, 29)]
+    assert get_places("qwen3_vl", 27, 36) == [(9, 1), (17, 2), (25, 3)]
+    assert get_places("granite4", 27, 40)[:3] == [(-7, 3), (-13, 6), (-19, 9)]
+    phases = make_plan("granite4", 27, 40).shortcuts[4:]
+    assert [(s.grain, s.layer) for s in phases] == [(1, 12), (2, 15), (3, 18), (4, 21)]
 
 
 def test_the_control_has_the_same_taps_at_the_input():
