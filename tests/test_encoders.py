@@ -199,7 +199,7 @@ def test_sounds_in_and_words_out_from_building_to_loading(tmp_path):
     model, processor = build(
         encoder, language, plan, image_processor=extractor, tokenizer=tokenizer
     )
-    losses = example.train(model, processor, 60, batch_size=8)
+    losses = example.train(model, processor, 30, batch_size=4)
     assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
     sounds, _ = example.tones(4, seed=0)
     said = example.answers(model, processor, sounds)

@@ -153,12 +153,16 @@ def test_checkpointing_gives_every_part_the_same_gradient(reentrant):
     )
 
 
-def test_one_graph_forward_and_backward():
-    vision, language = (
-        family_vision("clip_vision_model", num_hidden_layers=2),
-        family_language("llama", num_hidden_layers=2),
-    )
-    checks.compiles(checks.join(vision, language))
+@torch.no_grad()
+def test_a_forward_pass_is_one_graph():
+    torch._dynamo.reset()
+    vision = family_vision("clip_vision_model", num_hidden_layers=2)
+    language = family_language("llama", num_hidden_layers=2)
+    model = checks.join(vision, language)
+    inputs = batch(model, side="right")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    logits = compiled(**inputs, use_cache=False).logits
+    torch.testing.assert_close(logits, model(**inputs, use_cache=False).logits)
 
 
 def test_joining_keeps_how_a_language_model_computes_attention_and_experts():

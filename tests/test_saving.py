@@ -12,7 +12,7 @@ from helpers.tiny import tiny_language, tiny_model
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from sparsecut.building import load, save
 
@@ -22,105 +22,120 @@ pixels = torch.linspace(-1, 1, model.plan.num_views * 3 * 256).reshape(1, -1, 3,
 with torch.no_grad():
     logits = model(input_ids=ids, pixel_values=pixels).logits
 """
-AUTO = """
-{first}
-import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
-{second}
-from PIL import Image
+LOAD = """
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from safetensors.torch import load_file
 folder = {folder!r}
-assert type(AutoConfig.from_pretrained(folder)) is sparsecut.SparseCutConfig
-model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-assert type(model) is sparsecut.SparseCutForConditionalGeneration and type(processor) is sparsecut.SparseCutProcessor
-{probe}
-assert torch.equal(logits, load_file(folder + "/expected")["logits"])
-talk = [{{"role": "user", "content": [{{"type": "image", "image": Image.new("RGB", (30, 20))}}, {{"type": "text", "text": "what is it"}}]}}]
-answer = pipeline("image-text-to-text", model=folder)(text=[talk, talk], max_new_tokens=3, return_full_text=False)
-prompt = processor.apply_chat_template([talk], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
-written = model.generate(**prompt, max_new_tokens=3)[0, prompt["input_ids"].shape[1]:]
-assert [a[0]["generated_text"].strip() for a in answer] == [processor.decode(written, skip_special_tokens=True).strip()] * 2
+expected = load_file(folder + "/expected")
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code={remote})
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code={remote})
+headless = AutoModel.from_pretrained(folder, trust_remote_code={remote})
+assert processor.expand("<image>") == "<image>" * 4
+"""
+COMPARE = """
+assert torch.equal(logits, expected["logits"])
+with torch.no_grad():
+    states = headless(input_ids=ids, pixel_values=pixels).last_hidden_state
+assert torch.equal(states, expected["states"])
+assert len(model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=3)[0]) <= ids.shape[1] + 3
 """
 LIGHT = """
 import sys, sparsecut
-assert not {{"torch", "transformers", "numpy", "PIL"}} & set(sys.modules), "importing sparsecut loads too much"
+heavy = {"torch", "transformers", "numpy", "PIL"} & set(sys.modules)
+assert not heavy, f"importing sparsecut loads {heavy}"
+import torch
 """
-REMOTE = """
-import sys
+OURS = """
+assert type(model) is sparsecut.SparseCutForConditionalGeneration
+assert type(model.config) is sparsecut.SparseCutConfig
+assert type(processor) is sparsecut.SparseCutProcessor
+"""
+ABSENT = """
+import sys, torch
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "sparsecut":
             raise ModuleNotFoundError("No module named " + name, name=name)
-sys.meta_path.insert(0, Absent())
-import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from safetensors.torch import load_file
-folder = {folder!r}
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-{probe}
-assert torch.equal(logits, load_file(folder + "/expected")["logits"])
-assert processor.expand("<image>") == "<image>" * 4 and "sparsecut" not in sys.modules
-assert len(model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=3)[0]) <= ids.shape[1] + 3
+absent = Absent()
+sys.meta_path.insert(0, absent)
+"""
+PRESENT = """
+assert "sparsecut" not in sys.modules
+assert type(model).__module__.startswith("transformers_modules.")
+sys.meta_path.remove(absent)
+import sparsecut
 """
 
 
-def probe(model):
-    """Logits of one fixed prompt with one fixed picture."""
+def run_probe(model):
+    """Logits of one fixed prompt with one fixed image, and its last hidden states."""
     scope = {"torch": torch, "model": model}
     exec(PROBE, scope)
-    return scope["logits"]
+    inputs = {"input_ids": scope["ids"], "pixel_values": scope["pixels"]}
+    with torch.no_grad():
+        states = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    return {"logits": scope["logits"], "states": states}
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """(model, processor, folder): saved with its code, and the logits of the probe beside it."""
+    """(model, processor, folder): saved with its code, and the results of the probe beside it."""
     folder = tmp_path_factory.mktemp("saved")
     model, processor = tiny_model()
     save(model, processor, folder, code=True)
-    save_file({"logits": probe(model)}, folder / "expected")
+    save_file(run_probe(model), folder / "expected")
     return model, processor, folder
 
 
-def run(script, saved, tmp_path, **names):
-    """A script in a fresh process, far from this repository and with an empty cache of remote
-    code.
-    """
-    names |= {"folder": str(saved[2]), "probe": PROBE}
-    settings = os.environ | {
-        "HF_HOME": str(tmp_path),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", script.format(**names)]
-    done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True)
+def run_in_fresh_process(script, folder):
+    """Run a script far from this repository and with an empty cache of remote code."""
+    settings = {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=folder,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize(
-    "order", [(LIGHT.strip(), ""), ("", "import sparsecut")], ids=["first", "last"]
-)
-def test_auto_classes_and_pipeline_know_the_model_in_a_fresh_process(saved, tmp_path, order):
-    first, second = order
-    run(AUTO, saved, tmp_path, first=first.format(), second=second)
+def test_auto_classes_know_the_model_after_a_light_import(saved, tmp_path):
+    load_ours = LOAD.format(folder=str(saved[2]), remote=False)
+    run_in_fresh_process(LIGHT + load_ours + OURS + PROBE + COMPARE, tmp_path)
 
 
-def test_a_folder_with_its_code_needs_no_package(saved, tmp_path):
-    run(REMOTE, saved, tmp_path)
+def test_a_folder_with_its_code_needs_no_package_and_gives_way_to_it(saved, tmp_path):
+    folder = str(saved[2])
+    remote = ABSENT + LOAD.format(folder=folder, remote=True) + PROBE + COMPARE
+    # The package may also come last: after transformers, and after remote code of the same model.
+    installed = PRESENT + LOAD.format(folder=folder, remote=False) + OURS + PROBE + COMPARE
+    run_in_fresh_process(remote + installed, tmp_path)
 
 
-def test_code_is_saved_only_on_request_and_leaves_no_trace(saved, tmp_path):
+def test_a_pipeline_answers_as_generate_does(saved):
+    model, processor, folder = saved
+    image = {"type": "image", "image": Image.new("RGB", (30, 20))}
+    content = [image, {"type": "text", "text": "what is it"}]
+    chat = [{"role": "user", "content": content}]
+    answers = pipeline("image-text-to-text", model=str(folder))(
+        text=[chat, chat], max_new_tokens=3, return_full_text=False
+    )
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    prompt = processor.apply_chat_template([chat], add_generation_prompt=True, **settings)
+    output = model.generate(**prompt, max_new_tokens=3)
+    expected = processor.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [answer[0]["generated_text"].strip() for answer in answers] == [expected.strip()] * 2
+
+
+def test_code_is_saved_on_request_only_and_is_what_a_model_needs(saved, tmp_path):
     model, processor, folder = saved
     save(model, processor, tmp_path)
-    assert {p.name for p in folder.glob("*.py")} >= {
-        "modeling.py",
-        "processing.py",
-        "configuration.py",
-        "plan.py",
-        "hooks.py",
-    }
+    files = {path.name for path in folder.glob("*.py")}
+    assert files >= {"modeling.py", "processing.py", "configuration.py", "plan.py", "hooks.py"}
+    assert not files & {"modeling_upgraded.py", "families.py", "building.py"}
     assert not list(tmp_path.glob("*.py"))
-    assert not any("auto_map" in p.read_text() for p in tmp_path.glob("*.json"))
+    assert not any("auto_map" in path.read_text() for path in tmp_path.glob("*.json"))
 
 
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
@@ -134,7 +149,7 @@ def test_loading_gives_back_the_same_model(tmp_path, plan, tie):
             p.add_(0.01)
     save(model, processor, tmp_path)
     for again in (load(tmp_path)[0], AutoModelForImageTextToText.from_pretrained(tmp_path)):
-        assert torch.equal(probe(again), probe(model))
+        assert torch.equal(run_probe(again)["logits"], run_probe(model)["logits"])
         assert all(
             torch.equal(p, q) for p, q in zip(again.parameters(), model.parameters(), strict=True)
         )
@@ -191,4 +206,5 @@ def test_weights_missing_from_the_file_are_drawn_like_new_ones(tmp_path):
 def test_a_model_can_be_loaded_in_half_precision(saved):
     model, _ = load(saved[2], dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    torch.testing.assert_close(probe(model).float(), probe(saved[0]), atol=0.1, rtol=0.1)
+    logits = run_probe(model)["logits"].float()
+    torch.testing.assert_close(logits, run_probe(saved[0])["logits"], atol=0.1, rtol=0.1)
