@@ -1,4 +1,4 @@
-"""What both kinds of model share: their base class, their outputs, and the checks of image inputs."""
+"""What both kinds of model share: base class, outputs, and checks of image inputs."""
 
 from __future__ import annotations
 

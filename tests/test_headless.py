@@ -1,4 +1,4 @@
-"""`AutoModel` loads a saved folder without the head, and its hidden states are the whole model's."""
+"""`AutoModel` loads a saved folder without the head; its states are the whole model's."""
 
 import logging
 
