@@ -1,6 +1,4 @@
-"""What a plan costs on this machine: times and memory of prompts and new tokens, warmed up, as
-medians.
-"""
+"""What a plan costs on this machine: times and memory of prompts and new tokens, as medians."""
 
 from __future__ import annotations
 
@@ -13,30 +11,49 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
+from ..configuration import SparseCutConfig
 from ..modeling import SparseCutForConditionalGeneration
 from ..plan import Plan
 from ..schema import UserError
-from .counting import check_least, configuration_of, lines_of
+from .counting import check_minimum, format_plans
+from .fake_models import build_config
 
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-TIMES = ("encoder", "fusion", "language_prefill", "first_token", "new_token")
+# Linux's files about this process.
+STATUS_FILE = Path("/proc/self/status")
+CLEAR_FILE = Path("/proc/self/clear_refs")
+PHASES = ("encoder", "fusion", "language_prefill", "first_token", "new_token")
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Medians over `repeats` passes of `batch_size` prompts with one picture each, after warm-up.
+    """Medians over `repeats` passes of `batch_size` prompts with one image each, after warm-up.
 
-    first_token_ms: from pixels and token ids on the device to the first token's number; its spread
-    is the distance between quartiles. encoder_ms, fusion_ms and language_prefill_ms are its parts;
-    on a GPU each ends with a wait for the device, so that their sum is a little more than without
-    looking. tokens_per_second: of the whole batch, greedily, after the first token.
-    peak_bytes: the most memory that the first pass held beyond what was held before it (weights are
-    held before): of the allocator on CUDA, of the process elsewhere, where memory that an earlier
-    pass left to the process hides some of it; None where neither can be asked. *_ratio: median over
-    the repeats of this model's time to the first model's in the same round.
+    A ratio is the median over the repeats of this model's time divided by the first model's time in
+    the same round.
+
+    Attributes:
+        first_token_ms: From pixels and token ids on the device to the first token's number.
+        first_token_spread_ms: Distance between its quartiles.
+        encoder_ms: Its part in the encoder. On a GPU each part ends with a wait for the device, so
+            that the sum is a little more than without measuring.
+        fusion_ms: Its part in the fusion.
+        language_prefill_ms: Its part in the language model.
+        tokens_per_second: New tokens of the whole batch after the first one, greedily.
+        peak_bytes: The most memory that the first pass holds beyond what was held before, weights
+            included there. It is the allocator's on CUDA and the process's elsewhere, where memory
+            left over from an earlier pass hides some of it. None where it cannot be known.
+        first_token_ratio: Ratio of `first_token_ms`.
+        language_prefill_ratio: Ratio of `language_prefill_ms`.
+        new_token_ratio: Ratio of the time of one new token.
+        num_prompt_tokens: Tokens of the prompt, image tokens included.
+        num_new_tokens: New tokens of a pass.
+        batch_size: Prompts of a pass.
+        repeats: Passes that were measured.
+        device: The device's name.
+        dtype: The dtype of the language model's weights, such as "bfloat16".
     """
 
     first_token_ms: float
@@ -57,12 +74,27 @@ class Measurement:
     dtype: str
 
     def to_dict(self) -> dict:
-        """Plain numbers and strings: what JSON holds."""
+        """Plain numbers and strings, for JSON."""
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """A model with the inputs that it is timed on.
+
+    Attributes:
+        model: The model.
+        input_ids: Token ids on its device, [B, L], those of the image first.
+        pixels: Pixels on its device, [B, views, 3, S, S].
+    """
+
+    model: nn.Module
+    input_ids: Tensor
+    pixels: Tensor
+
+
 def measure(model, processor=None, **options) -> Measurement:
-    """Time one model; options are those of `measure_all`."""
+    """Time one model; the options are those of `measure_all`."""
     return measure_all({"model": (model, processor)}, **options)["model"]
 
 
@@ -75,45 +107,68 @@ def measure_all(
     warmup: int = 2,
     batch_size: int = 1,
 ) -> dict[str, Measurement]:
-    """Time models {name: (model, processor)} in one process, taking turns, so that a slow minute is
-    slow for all of them.
+    """Time models in one process.
 
-    Pictures and words are random; a processor, which may be None, makes the pixels where there is
-    one, and is not timed. Every round begins with another model. At least one warm-up pass is made,
-    in which memory is measured. Raises ValueError where a number is below its least.
+    They take turns, and every round starts with another one, so that a slow minute is slow for all
+    of them. Images and text are random.
+
+    Args:
+        models: (model, processor) by name. The processor may be None; it makes the pixels where
+            there is one, and is not timed.
+        num_new_tokens: New tokens of a pass, at least 2.
+        num_text_tokens: Text tokens of the prompt.
+        repeats: Passes that are measured.
+        warmup: Passes before them, at least 1; the first measures memory.
+        batch_size: Prompts of a pass.
+
+    Returns:
+        Measurements by name.
+
+    Raises:
+        UserError: If a number is too small, or there is no model.
     """
-    given = {"num_new_tokens": num_new_tokens, "repeats": repeats, "batch_size": batch_size}
-    check_least(
-        {name: (value, 2 if name == "num_new_tokens" else 1) for name, value in given.items()}
-    )
-    check_least({"num_text_tokens": (num_text_tokens, 1), "warmup": (warmup, 1)})
+    check_minimum("num_new_tokens", num_new_tokens, 2)
+    check_minimum("num_text_tokens", num_text_tokens, 1)
+    check_minimum("repeats", repeats, 1)
+    check_minimum("warmup", warmup, 1)
+    check_minimum("batch_size", batch_size, 1)
     if not models:
         raise UserError("there is no model to measure; give at least one")
-    arms = {
-        name: (m, *_prompt(m, p, num_text_tokens, batch_size)) for name, (m, p) in models.items()
-    }
-    modes = {name: model.training for name, (model, _) in models.items()}
-    names, peaks = list(arms), {}
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    prompts = {}
+    for name, (model, processor) in models.items():
+        prompts[name] = _make_prompt(model, processor, num_text_tokens, batch_size)
+    was_training = {name: model.training for name, (model, _) in models.items()}
     try:
-        for turn in range(-warmup, repeats):
-            start = turn % len(names)
-            for name in names[start:] + names[:start]:
-                model, *prompt = arms[name]
-                model.eval()
-                peak = _Peak(model.device) if name not in peaks else None
-                seconds = _one_pass(model, *prompt, num_new_tokens)
-                if peak is not None:
-                    peaks[name] = peak.read()
-                if turn >= 0:
-                    times[name].append(seconds)
+        times, peaks = _run_rounds(prompts, num_new_tokens, repeats=repeats, warmup=warmup)
     finally:
         for name, (model, _) in models.items():
-            model.train(modes[name])
+            model.train(was_training[name])
+    first_times = times[next(iter(times))]
     return {
-        name: _summary(arms[name], times[name], times[names[0]], peaks[name], given)
-        for name in names
+        name: _summarize(prompt, times[name], first_times, peaks[name], num_new_tokens)
+        for name, prompt in prompts.items()
     }
+
+
+def _run_rounds(
+    prompts: Mapping[str, _Prompt], num_new_tokens: int, *, repeats: int, warmup: int
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, int | None]]:
+    """Seconds by phase of every measured pass, and the peak of memory, both by the model's name."""
+    names = list(prompts)
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    peaks: dict[str, int | None] = {}
+    for turn in range(-warmup, repeats):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            prompt = prompts[name]
+            prompt.model.eval()
+            memory = _PeakMemory(prompt.model.device) if name not in peaks else None
+            seconds = _time_pass(prompt, num_new_tokens)
+            if memory is not None:
+                peaks[name] = memory.read()
+            if turn >= 0:
+                times[name].append(seconds)
+    return times, peaks
 
 
 def random_models(
@@ -124,57 +179,75 @@ def random_models(
     device="cpu",
     dtype: torch.dtype | None = None,
 ) -> dict[str, tuple]:
-    """{name: (model, None)} with random weights, the two backbones shared; by default float32 on a
-    CPU, bfloat16 elsewhere.
+    """Build models with random weights that share their two backbones.
 
-    Raises ValueError if the weights would not fit the device's memory, before any is made.
+    Args:
+        vision_config: The encoder's configuration.
+        text_config: The language model's configuration.
+        plans: Plans by name.
+        device: The device.
+        dtype: The dtype of all weights; by default float32 on a CPU and bfloat16 elsewhere.
+
+    Returns:
+        (model, None) by name, as `measure_all` takes them.
+
+    Raises:
+        UserError: If the weights would not fit the device's memory; none is made before.
     """
     device = torch.device(device)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    configs = {
-        name: configuration_of(vision_config, text_config, plan) for name, plan in plans.items()
-    }
-    with torch.device("meta"):
-        fusions = [SparseCutForConditionalGeneration(config) for config in configs.values()]
-    number = sum(p.numel() for p in fusions[0].parameters())
-    number += sum(p.numel() for model in fusions[1:] for p in model.fusion.parameters())
-    needed = number * dtype.itemsize
-    free = (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else psutil.virtual_memory().available
-    )
-    if needed > 0.9 * free:
-        raise UserError(
-            f"the weights alone take {needed / 2**30:.1f} GiB in"
-            f" {str(dtype).removeprefix('torch.')}, but {device} has {free / 2**30:.1f} GiB free,"
-            " of which nine tenths may be used; measure smaller models, fewer plans, or on a"
-            " larger machine"
-        )
-    before = torch.get_default_dtype()
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    configs = {name: build_config(vision_config, text_config, plan) for name, plan in plans.items()}
+    _check_memory(list(configs.values()), device, dtype)
+    default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            first = next(iter(configs.values()))
-            vision = AutoModel.from_config(first.vision_config, dtype=dtype)
-            language = AutoModelForCausalLM.from_config(first.text_config, dtype=dtype)
-            for module in (*vision.modules(), *language.modules()):
-                module._is_hf_initialized = True  # drawn once is enough
-            return {
-                name: (
-                    SparseCutForConditionalGeneration(
-                        c, vision_tower=vision, language_model=language
-                    ).eval(),
-                    None,
-                )
-                for name, c in configs.items()
-            }
+            return _build_models(configs, dtype)
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(default_dtype)
 
 
-def table(measured: Mapping[str, Measurement]) -> str:
-    """Measurements as lines of text; ratios are to the first plan, round by round."""
+def _build_models(configs: Mapping[str, SparseCutConfig], dtype: torch.dtype) -> dict[str, tuple]:
+    first = next(iter(configs.values()))
+    vision = AutoModel.from_config(first.vision_config, dtype=dtype)
+    language = AutoModelForCausalLM.from_config(first.text_config, dtype=dtype)
+    for module in (*vision.modules(), *language.modules()):
+        module._is_hf_initialized = True  # or each model would initialize them again
+    models = {}
+    for name, config in configs.items():
+        model = SparseCutForConditionalGeneration(
+            config, vision_tower=vision, language_model=language
+        )
+        models[name] = (model.eval(), None)
+    return models
+
+
+def _check_memory(
+    configs: Sequence[SparseCutConfig], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raise UserError unless the weights of models with shared backbones fit the device."""
+    with torch.device("meta"):
+        models = [SparseCutForConditionalGeneration(config) for config in configs]
+    number = sum(p.numel() for p in models[0].parameters())
+    for model in models[1:]:
+        number += sum(p.numel() for p in model.fusion.parameters())
+    needed = number * dtype.itemsize
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    if needed > 0.9 * free:
+        name = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"the weights alone take {needed / 2**30:.1f} GiB in {name}, but {device} has"
+            f" {free / 2**30:.1f} GiB free, of which nine tenths may be used; measure smaller"
+            " models, fewer plans, or on a larger machine"
+        )
+
+
+def format_measurements(measured: Mapping[str, Measurement]) -> str:
+    """Lay out measurements as a table, one plan a line; ratios are to the first plan."""
     columns: dict[str, Callable[[Measurement], str]] = {
         "first token ms": lambda m: f"{m.first_token_ms:.1f}",
         "spread": lambda m: f"{m.first_token_spread_ms:.1f}",
@@ -185,144 +258,149 @@ def table(measured: Mapping[str, Measurement]) -> str:
         "tokens/s": lambda m: f"{m.tokens_per_second:.1f}",
         "peak MiB": lambda m: "unknown" if m.peak_bytes is None else f"{m.peak_bytes / 2**20:.0f}",
     }
-    rows = {name: {k: show(m) for k, show in columns.items()} for name, m in measured.items()}
-    one = next(iter(measured.values()))
+    first = next(iter(measured.values()))
     note = (
-        f"measured on {one.device} in {one.dtype}: medians of {one.repeats} passes in turns, batch"
-        f" {one.batch_size}; "
+        f"measured on {first.device} in {first.dtype}: medians of {first.repeats} passes in turns,"
+        f" batch {first.batch_size}; peak without weights"
     )
-    return lines_of(rows) + f"\n{note}peak without weights"
+    return f"{format_plans(measured, columns)}\n{note}"
 
 
-def _prompt(model, processor, num_text_tokens: int, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Token ids [batch, length], pictures first, and pixels [batch, views, 3, S, S] on the model's
-    device.
-    """
-    config, device = model.config, model.device
-    words = model.get_input_embeddings().num_embeddings
-    random = torch.Generator().manual_seed(0)
-    text = torch.randint(1, words, (batch_size, num_text_tokens), generator=random)
+def _make_prompt(model, processor, num_text_tokens: int, batch_size: int) -> _Prompt:
+    """Random inputs on the model's device."""
+    config = model.config
+    vocab_size = model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(1, vocab_size, (batch_size, num_text_tokens), generator=generator)
     text[text == config.image_token_id] = 0 if config.image_token_id else 1
-    pictures = torch.full((batch_size, config.num_image_tokens), config.image_token_id)
+    image = torch.full((batch_size, config.num_image_tokens), config.image_token_id)
     shape = (batch_size, model.plan.num_views, *config.grid.view)
     if processor is None:
-        pixels = torch.randn(shape, generator=random)
+        pixels = torch.randn(shape, generator=generator)
     else:
         height, width = config.grid.view[-2:]
-        raw = torch.randint(
-            0, 256, (batch_size, 2 * height, 2 * width, 3), generator=random, dtype=torch.uint8
-        )
-        messages = [processor.image_token] * batch_size
-        pixels = processor(images=list(raw.numpy()), text=messages, return_tensors="pt")[
-            "pixel_values"
-        ].view(shape)
-    return torch.cat([pictures, text], dim=1).to(device), pixels.to(
-        device, model.vision_tower.dtype
-    )
+        raw_shape = (batch_size, 2 * height, 2 * width, 3)
+        raw = torch.randint(0, 256, raw_shape, generator=generator, dtype=torch.uint8)
+        text_inputs = [processor.image_token] * batch_size
+        inputs = processor(images=list(raw.numpy()), text=text_inputs, return_tensors="pt")
+        pixels = inputs["pixel_values"].view(shape)
+    input_ids = torch.cat([image, text], dim=1).to(model.device)
+    return _Prompt(model, input_ids, pixels.to(model.device, model.vision_tower.dtype))
 
 
 @torch.no_grad()
-def _one_pass(model, ids: Tensor, pixels: Tensor, num_new_tokens: int) -> dict[str, float]:
-    """Seconds by the names of TIMES for a prompt and greedy tokens after it; new_token is one of
-    them.
-    """
+def _time_pass(prompt: _Prompt, num_new_tokens: int) -> dict[str, float]:
+    """Seconds by `PHASES` for a prompt and greedy tokens after it; new_token is one of them."""
+    model = prompt.model
     marks: list[float] = []
 
-    def now(*_) -> None:
-        if ids.device.type != "cpu":
-            torch.accelerator.synchronize(ids.device)
+    def mark(*_) -> None:
+        if prompt.input_ids.device.type != "cpu":
+            torch.accelerator.synchronize(prompt.input_ids.device)
         marks.append(time.perf_counter())
 
-    hooks = [model.fusion.register_forward_pre_hook(now), model.fusion.register_forward_hook(now)]
+    hooks = [model.fusion.register_forward_pre_hook(mark), model.fusion.register_forward_hook(mark)]
     try:
-        now()
-        images = model.get_image_features(pixels)
-        now()
+        mark()
+        features = model.get_image_features(prompt.pixels)
+        mark()
     finally:
         for hook in hooks:
             hook.remove()
-    begin, *fusion, fused = marks
+    start, *fusion_marks, encoded = marks
     output = model(
-        input_ids=ids, mm_encoder_outputs={"image": images}, use_cache=True, logits_to_keep=1
+        input_ids=prompt.input_ids,
+        mm_encoder_outputs={"image": features},
+        use_cache=True,
+        logits_to_keep=1,
     )
     token = output.logits[:, -1:].argmax(-1)
-    now()
+    mark()
     for _ in range(num_new_tokens - 1):
         output = model(
             input_ids=token, past_key_values=output.past_key_values, use_cache=True, continued=True
         )
         token = output.logits[:, -1:].argmax(-1)
-    now()
-    spent = sum(fusion[1::2]) - sum(fusion[::2])
-    first, last = marks[-2:]
-    seconds = (
-        fused - begin - spent,
-        spent,
-        first - fused,
-        first - begin,
-        (last - first) / (num_new_tokens - 1),
-    )
-    return dict(zip(TIMES, seconds, strict=True))
+    mark()
+    first_token, last_token = marks[-2:]
+    fusion = sum(fusion_marks[1::2]) - sum(fusion_marks[::2])
+    return {
+        "encoder": encoded - start - fusion,
+        "fusion": fusion,
+        "language_prefill": first_token - encoded,
+        "first_token": first_token - start,
+        "new_token": (last_token - first_token) / (num_new_tokens - 1),
+    }
 
 
-class _Peak:
-    """Most memory held since this was made, beyond what was held then; None where it cannot be
-    known.
-    """
+class _PeakMemory:
+    """The most memory held since this was made, beyond what was held then."""
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.before: int | None = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
             return
         try:
-            ctypes.CDLL(None).malloc_trim(
-                0
-            )  # give back what is free, or the pass would seem to need less
-            RESET.write_text("5")  # Linux: forget the highest resident size so far
-            self.before = _resident("VmRSS")
+            # Give free memory back, or the pass would seem to need less.
+            ctypes.CDLL(None).malloc_trim(0)
+            CLEAR_FILE.write_text("5")  # Linux then forgets the highest resident size so far
+            self.before = _read_resident_bytes("VmRSS")
         except (OSError, AttributeError):
             self.before = None
 
     def read(self) -> int | None:
-        """Bytes."""
+        """Bytes, None where they cannot be known."""
         if self.before is None:
             return None
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.before
-        return max(0, _resident("VmHWM") - self.before)
+        return max(0, _read_resident_bytes("VmHWM") - self.before)
 
 
-def _resident(key: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key))
+def _read_resident_bytes(key: str) -> int:
+    lines = STATUS_FILE.read_text().splitlines()
+    line = next(line for line in lines if line.startswith(key))
     return 1024 * int(line.split()[1])
 
 
-def _summary(
-    arm: Sequence, own: list[dict], first: list[dict], peak: int | None, given: Mapping
+def _summarize(
+    prompt: _Prompt,
+    times: Sequence[Mapping[str, float]],
+    first_times: Sequence[Mapping[str, float]],
+    peak: int | None,
+    num_new_tokens: int,
 ) -> Measurement:
-    model, ids, _ = arm
-    middle = {name: statistics.median(row[name] for row in own) for name in TIMES}
-    ratio = {
-        n: statistics.median(a[n] / b[n] for a, b in zip(own, first, strict=True)) for n in TIMES
-    }
-    low, _, high = (
-        statistics.quantiles([row["first_token"] for row in own], n=4)
-        if len(own) > 1
-        else (0.0, 0.0, 0.0)
-    )
+    """Medians of a model's passes, and of the ratios to the first model's."""
+    medians = {}
+    ratios = {}
+    for phase in PHASES:
+        medians[phase] = statistics.median(seconds[phase] for seconds in times)
+        pairs = zip(times, first_times, strict=True)
+        ratios[phase] = statistics.median(own[phase] / first[phase] for own, first in pairs)
+    spread = 0.0
+    if len(times) > 1:
+        quartiles = statistics.quantiles([seconds["first_token"] for seconds in times], n=4)
+        spread = quartiles[2] - quartiles[0]
+    batch_size, num_prompt_tokens = prompt.input_ids.shape
+    dtype = next(prompt.model.language_model.parameters()).dtype
     return Measurement(
-        **{f"{name}_ms": 1000 * middle[name] for name in TIMES[:4]},
-        first_token_spread_ms=1000 * (high - low),
-        tokens_per_second=given["batch_size"] / middle["new_token"],
+        first_token_ms=1000 * medians["first_token"],
+        first_token_spread_ms=1000 * spread,
+        encoder_ms=1000 * medians["encoder"],
+        fusion_ms=1000 * medians["fusion"],
+        language_prefill_ms=1000 * medians["language_prefill"],
+        tokens_per_second=batch_size / medians["new_token"],
         peak_bytes=peak,
-        **{
-            f"{name}_ratio": ratio[name]
-            for name in ("first_token", "language_prefill", "new_token")
-        },
-        num_prompt_tokens=ids.shape[1],
-        **given,
-        device=str(model.device),
-        dtype=str(next(model.language_model.parameters()).dtype).removeprefix("torch."),
+        first_token_ratio=ratios["first_token"],
+        language_prefill_ratio=ratios["language_prefill"],
+        new_token_ratio=ratios["new_token"],
+        num_prompt_tokens=num_prompt_tokens,
+        num_new_tokens=num_new_tokens,
+        batch_size=batch_size,
+        repeats=len(times),
+        device=str(prompt.model.device),
+        dtype=str(dtype).removeprefix("torch."),
     )

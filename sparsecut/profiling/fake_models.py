@@ -1,0 +1,162 @@
+"""Models of fake tensors: the real code runs on them, but no weight is made and nothing is computed.
+
+So a model of any size is counted in seconds. One multiplication with its addition counts as two
+FLOPs. Only matrix products, convolutions and attention count; norms, activations and sums are about
+a hundredth of them. Attention counts every pair of positions, as kernels without a shortcut for
+causal masks compute them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import local_torch_dtype
+
+from ..configuration import SparseCutConfig
+from ..modeling import SparseCutForConditionalGeneration
+from ..plan import Plan
+
+
+class FakeScalarMode(TorchDispatchMode):
+    """Answers what a forward asks about the values of fake tensors.
+
+    The model asks only for the number of image tokens, and selects their rows by a mask.
+
+    Args:
+        num_image_tokens: The answer.
+    """
+
+    def __init__(self, num_image_tokens: int):
+        super().__init__()
+        self.num_image_tokens = num_image_tokens
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.long:
+            return self.num_image_tokens
+        if func is torch.ops.aten.index.Tensor:
+            values, indices = args[0], args[1]
+            mask = indices[0]
+            if mask is not None and mask.dtype == torch.bool:
+                return values.new_empty(self.num_image_tokens, *values.shape[mask.dim() :])
+        return func(*args, **(kwargs or {}))
+
+
+def _attention_flops(query, key, value, *args, out_val=None, **kwargs) -> int:
+    """FLOPs of both products of attention, every query with every key.
+
+    It is for the CPU's kernel, which torch's own counter does not know.
+    """
+    num_queries = query.shape[:-1].numel()
+    return 2 * num_queries * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+_attention_flops._get_raw = True  # torch then passes tensors to the formula instead of shapes
+
+
+def create_flop_counter() -> FlopCounterMode:
+    """A counter of the FLOPs of what runs inside its `with` block."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return FlopCounterMode(display=False, custom_mapping={kernel: _attention_flops})
+
+
+def get_module_flops(counter: FlopCounterMode, model: nn.Module, name: str) -> int:
+    """FLOPs that a counter has seen inside a direct child of the model."""
+    counts = counter.get_flop_counts()
+    return sum(counts.get(f"{type(model).__name__}.{name}", {}).values())
+
+
+def build_config(vision_config, text_config, plan: str | dict | Plan) -> SparseCutConfig:
+    """Build the configuration of a model of these sizes with this plan.
+
+    Args:
+        vision_config: The encoder's configuration, or that of a model which holds one.
+        text_config: The language model's configuration. Neither is changed.
+        plan: A method's name, a method with options, or a plan.
+
+    Returns:
+        The configuration. Its image token is the vocabulary's last one, so that none is added.
+    """
+    vision = copy.deepcopy(getattr(vision_config, "vision_config", vision_config))
+    text = copy.deepcopy(text_config)
+    return SparseCutConfig(
+        vision_config=vision,
+        text_config=text,
+        plan=plan.to_dict() if isinstance(plan, Plan) else plan,
+        image_token_id=text.get_text_config().vocab_size - 1,
+    )
+
+
+def build_fake_model(
+    config: SparseCutConfig, dtype: torch.dtype
+) -> SparseCutForConditionalGeneration:
+    """Build a model of a configuration; call it inside `FakeTensorMode`.
+
+    Args:
+        config: The configuration; its dtype is set.
+        dtype: The dtype of all parameters. Fake ones must be created with it.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    for part in (config.vision_config, config.text_config, config.text_config.get_text_config()):
+        part.dtype = dtype
+    # Nothing is initialized: some ways of initializing look at values.
+    with local_torch_dtype(dtype), no_init_weights():
+        model = SparseCutForConditionalGeneration(config).eval()
+    model.language_model.tie_weights()  # transformers does so after it has initialized them
+    return model
+
+
+def train_only(model: nn.Module, parts: Sequence[str]) -> None:
+    """Let only these of the model's parts require gradients."""
+    model.requires_grad_(False)
+    groups = model.parameter_groups()
+    for part in parts:
+        for parameter in groups[part]:
+            parameter.requires_grad_(True)
+
+
+def count_saved_bytes(
+    model: nn.Module, input_ids: Tensor, pixels: Tensor, mask: Tensor, parts: Sequence[str]
+) -> int:
+    """Count the bytes that autograd keeps between a forward pass with a loss and its backward pass.
+
+    Each storage counts once; weights, gradients and optimizer states do not.
+
+    Args:
+        model: The model; afterwards only `parts` require gradients.
+        input_ids: Token ids of one record, [1, L].
+        pixels: Views of its images, [images, views, 3, S, S]; there may be none.
+        mask: Attention mask of a batch of such records, [B, L].
+        parts: The parts that are trained.
+    """
+    train_only(model, parts)
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    saved: dict[int, Tensor] = {}  # by storage; kept alive, so that no address is used twice
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in weights:
+            saved[storage] = tensor
+        return tensor
+
+    batch_size = len(mask)
+    input_ids = input_ids.repeat(batch_size, 1)
+    pixels = pixels.repeat(batch_size, 1, 1, 1, 1)
+    num_image_tokens = len(pixels) * model.config.num_image_tokens
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, FakeScalarMode(num_image_tokens):
+        model(
+            input_ids=input_ids,
+            pixel_values=pixels if len(pixels) else None,
+            attention_mask=mask,
+            labels=input_ids,
+            use_cache=False,
+        )
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
