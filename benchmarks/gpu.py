@@ -32,7 +32,7 @@ from gpu_table import markdown
 from transformers import StaticCache
 
 from sparsecut.methods import METHODS
-from sparsecut.profiling.counting import count
+from sparsecut.profiling.counting import count_plan
 from sparsecut.profiling.timing import random_models
 from sparsecut.training.freezing import freeze
 
@@ -306,7 +306,7 @@ class Bench:
             arm.model.language_model.train()
             arm.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
             if name not in self.counts:
-                self.counts[name] = count(
+                self.counts[name] = count_plan(
                     self.vision, self.language, arm.model.plan, num_text_tokens=self.a.train_text
                 )
             flops[name] = self.a.train_batch * step_flops(self.counts[name], self.language, parts)

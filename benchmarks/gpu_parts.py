@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from sparsecut.profiling.counting import backbone_config
+from sparsecut.profiling.sizes import read_backbone_config
 
 
 @dataclass
@@ -87,7 +87,9 @@ def configs(tiny: bool):
     deep.
     """
     if not tiny:
-        return backbone_config("clip-l-336", "vision"), backbone_config("llama-7b", "language")
+        return read_backbone_config("clip-l-336", "vision"), read_backbone_config(
+            "llama-7b", "language"
+        )
     small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     vision = CLIPVisionConfig(**small, num_hidden_layers=24, image_size=28, patch_size=14)
     return vision, LlamaConfig(**small, num_hidden_layers=32, vocab_size=64)

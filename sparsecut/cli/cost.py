@@ -74,17 +74,18 @@ def cost(
 
 def _count_plans(vision: str, language: str, specs: dict, text_tokens: int) -> dict:
     """Print the counted cost of plans, and return it as plain values by plan."""
-    from ..profiling.counting import backbone_config, count, table
+    from ..profiling.counting import count_plan, format_costs
+    from ..profiling.sizes import read_backbone_config
 
-    vision_config = backbone_config(vision, "vision")
-    language_config = backbone_config(language, "language")
+    vision_config = read_backbone_config(vision, "vision")
+    language_config = read_backbone_config(language, "language")
     counts = {}
     numbers = {}
     for name, spec in specs.items():
-        counted = count(vision_config, language_config, spec, num_text_tokens=text_tokens)
+        counted = count_plan(vision_config, language_config, spec, num_text_tokens=text_tokens)
         counts[name] = counted
         numbers[name] = {"count": counted.to_dict()}
-    typer.echo(table(counts))
+    typer.echo(format_costs(counts))
     return numbers
 
 
@@ -93,21 +94,21 @@ def _measure_plans(
 ) -> None:
     """Print measured times of plans, and add them to the plans' numbers."""
     from ..profiling import timing
-    from ..profiling.counting import backbone_config
+    from ..profiling.sizes import read_backbone_config
 
-    configs = backbone_config(vision, "vision"), backbone_config(language, "language")
+    configs = read_backbone_config(vision, "vision"), read_backbone_config(language, "language")
     models = timing.random_models(*configs, specs, device=device)
     measured = timing.measure_all(models, num_text_tokens=text_tokens)
-    typer.echo(f"\n{timing.table(measured)}")
+    typer.echo(f"\n{timing.format_measurements(measured)}")
     for name, one in measured.items():
         numbers[name]["measured"] = one.to_dict()
 
 
 def _count_upgrades(base: str, specs: dict) -> dict:
     """Print what upgrading a pretrained VLM costs, and return it as plain values by plan."""
-    from ..profiling.upgraded import count_upgrades, describe_cost
+    from ..profiling.upgraded import count_upgrades, format_upgrade_cost
 
     counts = count_upgrades(base, specs)
     for name, counted in counts.items():
-        typer.echo(f"{name}\n{describe_cost(counted)}")
+        typer.echo(f"{name}\n{format_upgrade_cost(counted)}")
     return {name: {"count": counted.to_dict()} for name, counted in counts.items()}

@@ -53,7 +53,7 @@ def upgrade(
     spec = read_plan(plan or "sparsecut", method_options or []) if plan or method_options else None
     check_no_model(out)
     from ..building import save
-    from ..profiling.upgraded import count_upgrade, describe_cost
+    from ..profiling.upgraded import count_upgrade, format_upgrade_cost
     from ..upgrading import upgrade
 
     model, processor = upgrade(base, spec)
@@ -61,7 +61,7 @@ def upgrade(
         save(model, processor, out)
     else:
         model.save_fusion(out)
-    cost = describe_cost(count_upgrade(model, processor))
+    cost = format_upgrade_cost(count_upgrade(model, processor))
     typer.echo(f"{describe_model(model)}\n\n{cost}\n\nwrote {out}; its shortcuts are untrained")
 
 

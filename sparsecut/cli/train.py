@@ -56,7 +56,7 @@ def _print_dry_run(recipe, as_json: bool, **machine) -> None:
     from ..profiling import dry_run
 
     plans = dry_run.dry_run(recipe, **machine)
-    text = dry_run.as_json(plans) if as_json else "\n".join(dry_run.lines(plans, **machine))
+    text = dry_run.to_json(plans) if as_json else dry_run.format_estimates(plans, **machine)
     typer.echo(text)
 
 

@@ -173,13 +173,13 @@ def _add_model_facts(run: ComparedRun, folder: Path, model: str | None) -> None:
     from transformers import AutoConfig
 
     from ..configuration import SparseCutConfig
-    from ..profiling.counting import count
+    from ..profiling.counting import count_plan
 
     config = AutoConfig.from_pretrained(place)
     run.plan = config.get_plan()
     run.depths = config.vision_depth, config.language_depth
     if isinstance(config, SparseCutConfig):  # the base of an upgraded model may be anything
-        run.cost = count(config.vision_config, config.text_config, run.plan).to_dict()
+        run.cost = count_plan(config.vision_config, config.text_config, run.plan).to_dict()
 
 
 def _check_same_questions(runs: Sequence[ComparedRun]) -> None:

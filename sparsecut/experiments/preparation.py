@@ -112,7 +112,7 @@ def write_costs(study: Study, plans: dict, config, log: Log) -> None:
         config: A configuration with the study's encoder and language model.
         log: Takes lines about the progress.
     """
-    from ..profiling.counting import count
+    from ..profiling.counting import count_plan
 
     path = Path(study.output) / "costs.json"
     costs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -122,7 +122,7 @@ def write_costs(study: Study, plans: dict, config, log: Log) -> None:
             continue
         costs[name] = {
             "plan": plan.to_dict(),
-            "here": count(config.vision_config, config.text_config, plan).to_dict(),
+            "here": count_plan(config.vision_config, config.text_config, plan).to_dict(),
             "large": _count_at_large_size(study.arms[name]),
         }
         path.write_text(json.dumps(costs, indent=1), encoding="utf-8")
@@ -131,14 +131,15 @@ def write_costs(study: Study, plans: dict, config, log: Log) -> None:
 def _count_at_large_size(spec: str | dict) -> dict | None:
     """The cost of a method at the large size, or None where it has no plan there."""
     from ..methods import make_plan
-    from ..profiling.counting import backbone_config, count
+    from ..profiling.counting import count_plan
+    from ..profiling.sizes import read_backbone_config
 
     if isinstance(spec, dict) and "method" not in spec:
         return None  # a plan in full is meant for these depths, and is another one at others
-    vision = backbone_config(LARGE_SIZE[0], "vision")
-    language = backbone_config(LARGE_SIZE[1], "language")
+    vision = read_backbone_config(LARGE_SIZE[0], "vision")
+    language = read_backbone_config(LARGE_SIZE[1], "language")
     try:
         plan = make_plan(spec, vision.num_hidden_layers, language.num_hidden_layers)
-        return count(vision, language, plan).to_dict()
+        return count_plan(vision, language, plan).to_dict()
     except UserError:  # a method of fixed layers, such as official_13b
         return None

@@ -243,15 +243,16 @@ def _make_cost_check(
         return lambda plan: True
 
     from ..methods import make_plan
-    from ..profiling.counting import backbone_config, count
+    from ..profiling.counting import count_plan
+    from ..profiling.sizes import read_backbone_config
 
     model = study.recipe["model"]
-    vision = backbone_config(model["vision"], "vision")
-    language = backbone_config(model["language"], "language")
+    vision = read_backbone_config(model["vision"], "vision")
+    language = read_backbone_config(model["language"], "language")
     baseline = make_plan(study.arms[study.baseline], *depths)
-    limit = ratio * count(vision, language, baseline).prefill_total_flops
+    limit = ratio * count_plan(vision, language, baseline).prefill_total_flops
 
     def fits(plan: Plan) -> bool:
-        return count(vision, language, plan).prefill_total_flops <= limit
+        return count_plan(vision, language, plan).prefill_total_flops <= limit
 
     return fits

@@ -1,51 +1,73 @@
-"""What a recipe will train, and what that takes, before any weight is loaded: parameters, memory,
-steps, operations, hours.
+"""What a recipe will train, and what that takes: parameters, memory, steps, FLOPs and hours.
 
-The model is built of pretended tensors, in seconds at any size. Where data is absent, so are the figures that hang on it, or the published
-number of records stands in.
+The model consists of fake tensors, so no weight is loaded. Figures that depend on absent data are
+unknown, unless the published number of records stands in.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..adapters import get_adapted_part
 from ..config.recipe import Recipe, Stage
 from ..config.yaml_io import expand_path
 from ..schema import UserError
-from ..training.arguments import compute_accumulation_steps
+from ..training.arguments import DEFAULT_BATCH_SIZE, compute_accumulation_steps
 from ..training.freezing import check_parts
-from .counting import FakeScalarMode, build_fake_model, counter, saved_bytes
-from .dry_run_data import Item, item_of, records_of
-from .dry_run_model import EstimatedModel, on_paper, trained_number
+from .dry_run_data import RowFacts, RowSize, describe_row, read_record_facts
+from .dry_run_model import EstimatedModel, count_trained, estimate_model
+from .fake_models import (
+    FakeScalarMode,
+    build_fake_model,
+    count_saved_bytes,
+    create_flop_counter,
+    get_module_flops,
+    train_only,
+)
 
 GIB = 2**30
-ADAM = 2  # moments of the optimizer, in single precision as weights and gradients are
+ADAM_MOMENTS = 2  # in single precision, as weights and gradients are
+DEFAULT_EPOCHS = 3  # transformers' default of num_train_epochs
 
 
 @dataclass
-class StagePlan:
-    """One stage on paper; memory in bytes for one device at its longest batch, operations of a mean
-    step over all devices.
+class StageEstimate:
+    """What one stage will train, and what that takes.
 
-    tokens_per_record, image_tokens_per_record: in the mean; of packed records, those of a row
-    divided by the records in it. Of a finished model that takes pictures at sizes of their own,
-    flops_per_step and hours are None, and memory has no activations.
+    Memory is in bytes for one device, at the stage's longest batch. For a base that takes images at
+    their own sizes, flops_per_step and hours are None, and memory has no activations.
+
+    Attributes:
+        name: The stage's name.
+        parameters: Parameters of the model by part.
+        trained: Parameters that are trained, by the names in the stage's `train`.
+        records: Records of the stage, None where unknown.
+        records_said: Where that number comes from, for people.
+        tokens_per_record: Mean tokens of a record; of packed records, those of a row divided by
+            its records.
+        image_tokens_per_record: Mean image tokens of a record, likewise.
+        longest: Tokens of the longest row.
+        records_per_step: Records of a step over all devices.
+        steps: Optimizer steps, None where unknown.
+        flops_per_step: FLOPs of a mean step over all devices.
+        memory: Bytes by what takes them: weights, gradients, optimizer, activations.
+        hours: Hours of the stage, None where unknown.
+        notes: What was assumed.
     """
 
     name: str
     parameters: dict[str, int]
     trained: dict[str, int]
     records: int | None
-    records_said: str
+    records_said: str  # the key in the command's JSON
     tokens_per_record: float
     image_tokens_per_record: float
     longest: int
@@ -64,253 +86,325 @@ class StagePlan:
 
 def dry_run(
     recipe: Recipe, *, devices: int = 1, tflops: float = 989.0, mfu: float = 0.4
-) -> list[StagePlan]:
-    """A plan of every stage, for so many devices of so many TFLOP/s of which `mfu` is reached (989:
-    an H100 in bf16).
+) -> list[StageEstimate]:
+    """Estimate every stage of a recipe.
 
-    Raises ValueError for whatever of the recipe cannot be: parts that do not exist, a stage that
-    trains nothing, a plan that does not fit.
+    Args:
+        recipe: The recipe.
+        devices: Number of devices.
+        tflops: TFLOP/s of a device; 989 is an H100 in bfloat16.
+        mfu: Fraction of them that training reaches.
+
+    Raises:
+        UserError: If the recipe asks for what cannot be: an unknown part, a stage that trains
+            nothing, a plan that does not fit, a file that cannot be read.
     """
     if devices < 1 or tflops <= 0 or not 0 < mfu <= 1:
         raise UserError(
-            f"devices is {devices}, tflops {tflops} and mfu {mfu}, but needed are at least 1, above"
-            " 0, and from 0 to 1"
+            f"devices is {devices}, tflops is {tflops} and mfu is {mfu}; devices must be at least"
+            " 1, tflops above 0, and mfu above 0 and at most 1"
         )
     mode = FakeTensorMode()
-    paper, plans, models = on_paper(recipe, mode), [], {}
+    estimated = estimate_model(recipe, mode)
+    models: dict[torch.dtype, nn.Module] = {}
+    estimates = []
     for stage in recipe.stages:
-        dtype = (
-            torch.bfloat16 if stage.args.get("bf16") or stage.args.get("fp16") else torch.float32
-        )
+        dtype = torch.bfloat16 if _uses_half_precision(stage) else torch.float32
         with mode:
-            if paper.config is not None and dtype not in models:
-                models[dtype] = build_fake_model(paper.config, dtype)
-            plan = _stage_plan(recipe, stage, paper, models.get(dtype), devices, dtype)
-        if plan.steps is not None and plan.flops_per_step is not None:
-            plan.hours = plan.steps * plan.flops_per_step / (devices * tflops * 1e12 * mfu) / 3600
-        plan.notes = paper.notes + plan.notes
-        plans.append(plan)
-    return plans
+            if estimated.config is not None and dtype not in models:
+                models[dtype] = build_fake_model(estimated.config, dtype)
+            estimate = _estimate_stage(
+                recipe, stage, estimated, models.get(dtype), devices=devices, dtype=dtype
+            )
+        if estimate.steps is not None and estimate.flops_per_step is not None:
+            flops = estimate.steps * estimate.flops_per_step
+            estimate.hours = flops / (devices * tflops * 1e12 * mfu) / 3600
+        estimate.notes = estimated.notes + estimate.notes
+        estimates.append(estimate)
+    return estimates
 
 
-def _stage_plan(
-    recipe: Recipe, stage: Stage, paper: EstimatedModel, model, devices: int, dtype
-) -> StagePlan:
-    """The stage on paper; model: the one whose operations are counted, or None."""
-    size, found = stage.args.get("per_device_train_batch_size", 8), records_of(stage)
-    item, whole = (
-        item_of(stage, found, model.config.num_image_tokens if model else 0),
-        paper.upgraded or model,
-    )
-    check_parts(whole, stage.train)
-    if paper.upgraded is not None and (
-        own := [name for name in ("pack", "pad_to") if getattr(stage, name)]
-    ):
-        raise UserError(
-            f"{own[0]} is {getattr(stage, own[0])}, but a finished model makes its batches in its"
-            f" own way; remove {own[0]}"
+def _uses_half_precision(stage: Stage) -> bool:
+    return bool(stage.args.get("bf16") or stage.args.get("fp16"))
+
+
+def _estimate_stage(
+    recipe: Recipe,
+    stage: Stage,
+    estimated: EstimatedModel,
+    model: nn.Module | None,
+    *,
+    devices: int,
+    dtype: torch.dtype,
+) -> StageEstimate:
+    """Estimate one stage.
+
+    Args:
+        recipe: The recipe.
+        stage: One of its stages.
+        estimated: The recipe's model.
+        model: The fake model whose FLOPs are counted, None where they cannot be.
+        devices: Number of devices.
+        dtype: The dtype that the stage computes in.
+    """
+    facts = read_record_facts(stage)
+    row = describe_row(stage, facts, model.config.num_image_tokens if model is not None else 0)
+    whole_model = model if estimated.upgraded is None else estimated.upgraded
+    parameters, trained = _count_parameters(stage, estimated, whole_model)
+    batch_size = stage.args.get("per_device_train_batch_size", DEFAULT_BATCH_SIZE)
+    rows_per_step = batch_size * compute_accumulation_steps(stage, devices) * devices
+    memory = _estimate_weights(recipe, stage, estimated, parameters, trained, devices)
+    flops_per_step = None
+    if model is not None:
+        parts = _get_counted_parts(model, stage)
+        flops_per_step = _count_row_flops(model, stage, row, parts, dtype) * rows_per_step
+        memory["activations"] = _count_activations(
+            model, stage, batch_size, row.longest, parts, dtype
         )
-    parts = {
-        name: sum(p.numel() for p in numbers) for name, numbers in whole.parameter_groups().items()
-    }
-    trained = {name: trained_number(whole, name, stage) for name in stage.train}
+    notes = facts.notes
+    if any(get_adapted_part(name) for name in stage.train):
+        notes.append("FLOPs and activations of adapters are not counted; they are small")
+    return StageEstimate(
+        name=stage.name,
+        parameters=parameters,
+        trained=trained,
+        records=facts.number,
+        records_said=facts.origin,
+        tokens_per_record=row.tokens / row.records,
+        image_tokens_per_record=row.image_tokens / row.records,
+        longest=row.longest.tokens,
+        records_per_step=rows_per_step * row.records,
+        steps=_count_steps(stage, facts.number, rows_per_step * row.records),
+        flops_per_step=flops_per_step,
+        memory=memory,
+        notes=notes,
+    )
+
+
+def _count_parameters(
+    stage: Stage, estimated: EstimatedModel, model: nn.Module
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Parameters by part, and trained parameters by the names in the stage's `train`."""
+    check_parts(model, stage.train)
+    if estimated.upgraded is not None:
+        for name in ("pack", "pad_to"):
+            value = getattr(stage, name)
+            if value:
+                raise UserError(
+                    f"{name} is {value}, but an upgraded model's own processor makes its batches;"
+                    f" remove {name}"
+                )
+    groups = model.parameter_groups()
+    parameters = {name: sum(p.numel() for p in group) for name, group in groups.items()}
+    trained = {name: count_trained(model, name, stage) for name in stage.train}
     if not any(trained.values()):
         raise UserError(
-            f"stage {stage.name} would train nothing: {', '.join(stage.train)} have no parameter in"
+            f"stage {stage.name} would train nothing: {', '.join(stage.train)} has no parameters in"
             " this model"
         )
-    flops = held = None
-    if model is not None:
-        flops, held = _counted(model, stage, item, size, dtype)
-    if any(map(get_adapted_part, stage.train)):
-        found.notes.append(
-            "adapters' own operations and states between forward and backward are not counted; they"
-            " are small"
-        )
-    rows = size * compute_accumulation_steps(stage, devices) * devices
-    steps = stage.args.get("max_steps", -1)
-    if steps <= 0:
-        epochs = stage.args.get("num_train_epochs", 3)
-        steps = (
-            None
-            if found.number is None
-            else math.ceil(found.number / (rows * item.records) * epochs)
-        )
-    beside = any(get_adapted_part(name) for name in stage.train)
-    resting = sum(v for k, v in parts.items() if k != "head") - (
-        0 if beside else sum(trained.values())
-    )
-    fresh = paper.upgraded is not None and not paper.saved and dtype.itemsize == 2
-    half = fresh and all(
-        set(one.train) == {"fusion"} for one in recipe.stages
-    )  # it rests in all stages
-    memory = _weights(stage, resting, sum(trained.values()), devices, half=half)
-    return StagePlan(
-        name=stage.name,
-        parameters=parts,
-        trained=trained,
-        records=found.number,
-        records_said=found.said,
-        tokens_per_record=item.tokens / item.records,
-        image_tokens_per_record=item.image_tokens / item.records,
-        longest=item.longest[0],
-        records_per_step=rows * item.records,
-        steps=steps,
-        flops_per_step=None if flops is None else flops * rows,
-        memory=memory if held is None else {**memory, "activations": held},
-        notes=found.notes,
-    )
+    return parameters, trained
 
 
-def _counted(model, stage: Stage, item: Item, size: int, dtype) -> tuple[float, float]:
-    """Operations of a row, and bytes that a micro-batch keeps for the backward pass."""
-    # A finished model's own projector has a projector of the fusion in its place.
-    learns = ["fusion" if name == "projector" else name for name in stage.train]
-    learns = [name for name in dict.fromkeys(learns) if name in model.parameter_groups()]
-    model.requires_grad_(False)
-    for parameter in (p for name in learns for p in model.parameter_groups()[name]):
-        parameter.requires_grad_(True)
-    flops = sum(
-        share * _step_flops(model, *_inputs(model, *of, dtype), stage)
-        for share, of in item.kinds
-        if share
-    )
-    return flops, _activations(model, stage, size, item.longest, learns, dtype)
+def _count_steps(stage: Stage, num_records: int | None, records_per_step: float) -> int | None:
+    max_steps = stage.args.get("max_steps", -1)
+    if max_steps > 0:
+        return max_steps
+    if num_records is None:
+        return None
+    epochs = stage.args.get("num_train_epochs", DEFAULT_EPOCHS)
+    return math.ceil(num_records / records_per_step * epochs)
 
 
-def _inputs(model, length: int, pictures: int, dtype) -> tuple:
-    pixels = torch.zeros(pictures, model.plan.num_views, *model.config.grid.view, dtype=dtype)
-    return torch.zeros(1, max(length, 2), dtype=torch.long), pixels
+def _get_counted_parts(model: nn.Module, stage: Stage) -> list[str]:
+    """Parts of the counted model that are trained.
+
+    In place of a base's own projector it has one of the fusion's.
+    """
+    names = ["fusion" if name == "projector" else name for name in stage.train]
+    parts = model.parameter_groups()
+    return [name for name in dict.fromkeys(names) if name in parts]
 
 
-def _activations(
-    model, stage: Stage, size: int, longest: tuple[int, int], learns: list[str], dtype
+def _count_row_flops(
+    model: nn.Module, stage: Stage, row: RowFacts, parts: Sequence[str], dtype: torch.dtype
 ) -> float:
-    """Bytes that wait for the backward pass of a micro-batch of the longest records."""
-    ids, pixels = _inputs(model, *longest, dtype)
-    length = ids.shape[1]
-    held = saved_bytes(model, ids, pixels, torch.ones(size, length, dtype=torch.long), learns)
+    """FLOPs of a mean row, forward and backward."""
+    train_only(model, parts)
+    flops = 0
+    for fraction, size in row.kinds:
+        if fraction:
+            input_ids, pixels = _make_inputs(model, size, dtype)
+            flops += fraction * _count_step_flops(model, input_ids, pixels, stage)
+    return flops
+
+
+def _make_inputs(model: nn.Module, size: RowSize, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = (size.images, model.plan.num_views, *model.config.grid.view)
+    pixels = torch.zeros(shape, dtype=dtype)
+    return torch.zeros(1, max(size.tokens, 2), dtype=torch.long), pixels
+
+
+def _count_step_flops(model: nn.Module, input_ids: Tensor, pixels: Tensor, stage: Stage) -> int:
+    """FLOPs of one row; with checkpointing the decoder's layers run forward twice."""
+    with FakeScalarMode(len(pixels) * model.config.num_image_tokens):
+        with create_flop_counter() as forward:
+            output = model(
+                input_ids=input_ids,
+                pixel_values=pixels if len(pixels) else None,
+                labels=input_ids,
+                use_cache=False,
+            )
+        with create_flop_counter() as backward:
+            if output.loss.requires_grad:  # a text alone does not reach the fusion
+                output.loss.backward()
+    flops = forward.get_total_flops() + backward.get_total_flops()
+    if stage.args.get("activation_checkpointing"):
+        flops += get_module_flops(forward, model, "language_model")
+    return flops
+
+
+def _count_activations(
+    model: nn.Module,
+    stage: Stage,
+    batch_size: int,
+    longest: RowSize,
+    parts: Sequence[str],
+    dtype: torch.dtype,
+) -> float:
+    """Bytes kept for the backward pass of a micro-batch of the longest rows."""
+    input_ids, pixels = _make_inputs(model, longest, dtype)
+    length = input_ids.shape[1]
+    mask = torch.ones(batch_size, length, dtype=torch.long)
+    saved = count_saved_bytes(model, input_ids, pixels, mask, parts)
     if not stage.args.get("activation_checkpointing"):
-        return float(held)
-    # The logits stay, in the model's format and in single precision for the loss and its gradient;
-    # layers are kept one at a time.
-    text, layers = model.config.text_config.get_text_config(), model.config.language_depth
-    words = size * length * text.vocab_size * (dtype.itemsize + 8)
-    return (
-        words
-        + max(held - words, 0) / layers
-        + size * length * layers * text.hidden_size * dtype.itemsize
-    )
+        return float(saved)
+    # The logits stay, in the model's dtype and, with their gradient, in single precision. Layers
+    # are kept one at a time, with the input of each.
+    text_config = model.config.text_config.get_text_config()
+    num_layers = model.config.language_depth
+    num_tokens = batch_size * length
+    logits = num_tokens * text_config.vocab_size * (dtype.itemsize + 8)
+    one_layer = max(saved - logits, 0) / num_layers
+    layer_inputs = num_tokens * num_layers * text_config.hidden_size * dtype.itemsize
+    return logits + one_layer + layer_inputs
 
 
-def _weights(
-    stage: Stage, resting: int, trained: int, devices: int, *, half: bool
+def _estimate_weights(
+    recipe: Recipe,
+    stage: Stage,
+    estimated: EstimatedModel,
+    parameters: dict[str, int],
+    trained: dict[str, int],
+    devices: int,
 ) -> dict[str, float]:
-    """Bytes on one device of weights, gradients and moments; what each engine shares out among
-    devices is divided.
+    """Bytes on one device of weights, gradients and optimizer; what is sharded is divided.
 
     DeepSpeed keeps weights and gradients in half precision, and single precision with the moments
     (Rajbhandari et al. 2020, ZeRO).
     """
-    level = _zero_stage(stage)
-    weights, gradients, moments = (devices if level >= least else 1 for least in (3, 2, 1))
-    if stage.args.get("deepspeed") and (stage.args.get("bf16") or stage.args.get("fp16")):
+    num_trained = sum(trained.values())
+    num_frozen = sum(number for name, number in parameters.items() if name != "head")
+    if not any(get_adapted_part(name) for name in stage.train):
+        num_frozen -= num_trained
+    level = _get_sharding_level(stage)
+    weight_devices = devices if level >= 3 else 1
+    gradient_devices = devices if level >= 2 else 1
+    moment_devices = devices if level >= 1 else 1
+    if stage.args.get("deepspeed") and _uses_half_precision(stage):
         return {
-            "weights": 2 * (resting + trained) / weights,
-            "gradients": 2 * trained / gradients,
-            "optimizer": 4 * (1 + ADAM) * trained / moments,
+            "weights": 2 * (num_frozen + num_trained) / weight_devices,
+            "gradients": 2 * num_trained / gradient_devices,
+            "optimizer": 4 * (1 + ADAM_MOMENTS) * num_trained / moment_devices,
         }
+    frozen_size = 2 if _has_half_precision_base(recipe, stage, estimated) else 4
     return {
-        "weights": ((2 if half else 4) * resting + 4 * trained) / weights,
-        "gradients": 4 * trained / gradients,
-        "optimizer": 4 * ADAM * trained / moments,
+        "weights": (frozen_size * num_frozen + 4 * num_trained) / weight_devices,
+        "gradients": 4 * num_trained / gradient_devices,
+        "optimizer": 4 * ADAM_MOMENTS * num_trained / moment_devices,
     }
 
 
-def _zero_stage(stage: Stage) -> int:
-    """What is shared out: 0 nothing, 1 the optimizer's moments, 2 gradients too, 3 weights too."""
-    if given := stage.args.get("fsdp"):
-        return 2 if "shard_grad_op" in str(given) else 3
-    given = stage.args.get("deepspeed")
-    if isinstance(given, str):
-        path = Path(expand_path(given))
-        if not path.is_file():
-            raise UserError(
-                f"stage {stage.name}: args.deepspeed names {path}, which is not there; correct the"
-                " path"
-            )
-        given = json.loads(path.read_text(encoding="utf-8"))
-    return int((given or {}).get("zero_optimization", {}).get("stage", 0))
+def _has_half_precision_base(recipe: Recipe, stage: Stage, estimated: EstimatedModel) -> bool:
+    """Whether a pretrained VLM is loaded in half precision: it stays frozen in all stages."""
+    is_new_upgrade = estimated.upgraded is not None and not estimated.is_saved
+    stays_frozen = all(set(other.train) == {"fusion"} for other in recipe.stages)
+    return is_new_upgrade and _uses_half_precision(stage) and stays_frozen
 
 
-def _step_flops(model: nn.Module, ids, pixels, stage: Stage) -> int:
-    """Operations of one record, forward and backward; with checkpointing the decoder's layers run
-    forward twice.
-    """
-    with FakeScalarMode(len(pixels) * model.config.num_image_tokens):
-        inputs = {
-            "input_ids": ids,
-            "pixel_values": pixels if len(pixels) else None,
-            "labels": ids,
-            "use_cache": False,
-        }
-        with counter() as forward:
-            loss = model(**inputs).loss
-        with counter() as backward:
-            if loss.requires_grad:  # a text says nothing to the fusion
-                loss.backward()
-    language = sum(
-        forward.get_flop_counts().get(f"{type(model).__name__}.language_model", {}).values()
-    )
-    again = language if stage.args.get("activation_checkpointing") else 0
-    return forward.get_total_flops() + backward.get_total_flops() + again
+def _get_sharding_level(stage: Stage) -> int:
+    """What is sharded: 0 nothing, 1 the optimizer's moments, 2 gradients too, 3 weights too."""
+    fsdp = stage.args.get("fsdp")
+    if fsdp:
+        return 2 if "shard_grad_op" in str(fsdp) else 3
+    config = stage.args.get("deepspeed") or {}
+    if isinstance(config, str):
+        config = _read_deepspeed_config(stage, Path(expand_path(config)))
+    return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def lines(plans: list[StagePlan], *, devices: int, tflops: float, mfu: float) -> list[str]:
-    """The plans as lines of text."""
-    out = []
-    for plan in plans:
-        total, trained = (
-            sum(v for k, v in plan.parameters.items() if k != "head"),
-            sum(plan.trained.values()),
+def _read_deepspeed_config(stage: Stage, path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(
+            f"stage {stage.name}: args.deepspeed names {path}, but there is no such file; correct"
+            " the path"
         )
-        sizes = ", ".join(
-            f"{name} {number / 1e6:,.1f} M"
-            for name, number in plan.parameters.items()
-            if name != "head"
-        )
-        learns = ", ".join(f"{name} {number / 1e6:,.1f} M" for name, number in plan.trained.items())
-        memory = ", ".join(f"{name} {value / GIB:,.1f}" for name, value in plan.memory.items())
-        records = "unknown" if plan.records is None else f"{plan.records:,}"
-        steps = "unknown" if plan.steps is None else f"{plan.steps:,}"
-        work = "unknown" if plan.flops_per_step is None else f"{plan.flops_per_step / 1e12:,.2f}"
-        hours = "unknown, as what they hang on is" if plan.hours is None else f"{plan.hours:,.2f}"
-        out += [
-            f"stage {plan.name}",
-            f"  parameters   {sizes}; {total / 1e6:,.1f} M in all",
-            f"  trained      {learns} ({100 * trained / total:.2f} %)",
-            (
-                f"  records      {records} ({plan.records_said}), {plan.tokens_per_record:,.0f}"
-                f" tokens each, {plan.image_tokens_per_record:,.0f} of them of pictures; the"
-                f" longest {plan.longest:,}"
-            ),
-            (
-                f"  a step       {plan.records_per_step:,.0f} records, {plan.tokens_per_step:,.0f}"
-                f" tokens, {work} TFLOP; {steps} steps"
-            ),
-            f"  a device     {sum(plan.memory.values()) / GIB:,.1f} GiB: {memory}",
-            (
-                f"  hours        {hours}, on {devices} x {tflops:,.0f} TFLOP/s of which"
-                f" {100 * mfu:.0f} % is reached"
-            ),
-        ]
-    for note in dict.fromkeys(itertools.chain(*(plan.notes for plan in plans))):
-        out.append(f"note: {note}")
-    return out
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"stage {stage.name}: args.deepspeed names {path}, which is not valid JSON: {error}"
+        ) from None
 
 
-def as_json(plans: list[StagePlan]) -> str:
-    """The plans as JSON: memory in bytes, operations in FLOPs."""
-    return json.dumps(
-        [{**asdict(plan), "tokens_per_step": plan.tokens_per_step} for plan in plans], indent=2
-    )
+def format_estimates(
+    estimates: Sequence[StageEstimate], *, devices: int, tflops: float, mfu: float
+) -> str:
+    """Lay out estimates as lines of text, for the machine that `dry_run` was called with."""
+    machine = f"on {devices} x {tflops:,.0f} TFLOP/s at a utilization of {100 * mfu:.0f} %"
+    lines = []
+    for estimate in estimates:
+        lines += [f"stage {estimate.name}", *_format_estimate(estimate, machine)]
+    notes = [note for estimate in estimates for note in estimate.notes]
+    lines += [f"note: {note}" for note in dict.fromkeys(notes)]
+    return "\n".join(lines)
+
+
+def _format_estimate(estimate: StageEstimate, machine: str) -> list[str]:
+    parts = {name: number for name, number in estimate.parameters.items() if name != "head"}
+    total = sum(parts.values())
+    percent = 100 * sum(estimate.trained.values()) / total
+    memory = {name: value / GIB for name, value in estimate.memory.items()}
+    memory_text = ", ".join(f"{name} {value:,.1f}" for name, value in memory.items())
+    flops = estimate.flops_per_step
+    rows = {
+        "parameters": f"{_format_millions(parts)}; {total / 1e6:,.1f} M in all",
+        "trained": f"{_format_millions(estimate.trained)} ({percent:.2f} %)",
+        "records": (
+            f"{_format_known(estimate.records, ',')} ({estimate.records_said}),"
+            f" {estimate.tokens_per_record:,.0f} tokens each,"
+            f" {estimate.image_tokens_per_record:,.0f} of them image tokens; the longest"
+            f" {estimate.longest:,}"
+        ),
+        "a step": (
+            f"{estimate.records_per_step:,.0f} records, {estimate.tokens_per_step:,.0f} tokens,"
+            f" {_format_known(None if flops is None else flops / 1e12, ',.2f')} TFLOP;"
+            f" {_format_known(estimate.steps, ',')} steps"
+        ),
+        "a device": f"{sum(memory.values()):,.1f} GiB: {memory_text}",
+        "hours": f"{_format_known(estimate.hours, ',.2f')}, {machine}",
+    }
+    return [f"  {heading:<12} {text}" for heading, text in rows.items()]
+
+
+def _format_millions(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{name} {number / 1e6:,.1f} M" for name, number in numbers.items())
+
+
+def _format_known(value: float | None, spec: str) -> str:
+    return "unknown" if value is None else format(value, spec)
+
+
+def to_json(estimates: Sequence[StageEstimate]) -> str:
+    """The estimates as JSON: memory in bytes, work in FLOPs."""
+    plain = [{**asdict(e), "tokens_per_step": e.tokens_per_step} for e in estimates]
+    return json.dumps(plain, indent=2)

@@ -1,5 +1,7 @@
-"""How many records a stage learns from and how long they are, as far as it can be known without the
-model's own tokenizer.
+"""How many records a stage learns from, and how long they are, without the model's tokenizer.
+
+Lengths are estimated from numbers of words. Where data is absent, published numbers or assumptions
+stand in, and a note says so.
 """
 
 from __future__ import annotations
@@ -7,180 +9,286 @@ from __future__ import annotations
 import glob
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from ..config.recipe import Source, Stage
 from ..config.yaml_io import expand_path
 from ..data.examples import Example, read_source
 from ..data.readers import find_files
 from ..data.streaming import read_stream
+from ..schema import UserError
 
-PER_WORD = 1.5  # tokens of a word, by and large
-ASSUMED = 64  # text tokens of a record, where no data says otherwise
-SAMPLE = 1000  # records of a stream that are looked at
+TOKENS_PER_WORD = 1.5
+ASSUMED_TOKENS = 64  # text tokens of a record, where no data is there
+SAMPLE_SIZE = 1000  # records of a stream that are read
+# Numbers of records of LLaVA-1.5's files.
 PUBLISHED = {
     "blip_laion_cc_sbu_558k.json": 558_128,
     "llava_v1_5_mix665k.json": 665_298,
-}  # records of LLaVA-1.5's files
+}
+
+
+class RecordSize(NamedTuple):
+    """How large a record is.
+
+    Attributes:
+        text_tokens: Its text tokens, estimated.
+        images: Its images.
+    """
+
+    text_tokens: int
+    images: int
+
+
+class RowSize(NamedTuple):
+    """How large a row of a batch is.
+
+    Attributes:
+        tokens: Its tokens, image tokens included.
+        images: Its images.
+    """
+
+    tokens: int
+    images: int
 
 
 @dataclass
-class Records:
-    """A stage's records: their number (None where nothing says it) and what is said of it; text
-    tokens in the mean and of the longest.
+class RecordFacts:
+    """What is known of a stage's records.
 
-    pictured: share of records with pictures; pictures: of such a record, in the mean; most: of any
-    record. longest and most are None where no record was seen.
+    Attributes:
+        number: How many there are, None where nothing says it.
+        origin: Where the number comes from, for people.
+        text_tokens: Mean text tokens of a record.
+        longest_text: Text tokens of the longest record, None where no record was read.
+        image_fraction: Fraction of the records that have images.
+        images: Mean images of such a record, rounded.
+        max_images: Most images of a record, None where no record was read.
+        notes: What was assumed.
     """
 
     number: int | None
-    said: str
-    text: float = ASSUMED
-    longest: int | None = None
-    pictured: float = 1.0
-    pictures: int = 1
-    most: int | None = None
+    origin: str
+    text_tokens: float = ASSUMED_TOKENS
+    longest_text: int | None = None
+    image_fraction: float = 1.0
+    images: int = 1
+    max_images: int | None = None
     notes: list[str] = field(default_factory=list)
 
 
-def records_of(stage: Stage) -> Records:
-    """What is known of a stage's records: read where they are, published numbers where they are
-    not.
-
-    Sources count by their weights. Raises ValueError for a file that is there and cannot be read,
-    or a choice that leaves nothing.
-    """
-    number, said, notes, seen = 0, [], [], []
-    for source in stage.data:
-        examples = _examples(source, notes)
-        if examples is not None and examples:
-            seen.append((source.weight or len(examples), [_size(example) for example in examples]))
-        if source.streaming:
-            number, known = None, "a stream"
-        elif examples is not None:
-            number, known = number if number is None else number + len(examples), "read"
-        elif (name := Path(source.path).name) in PUBLISHED and not (
-            source.where or source.hold_out
-        ):
-            some = min(PUBLISHED[name], source.keep or PUBLISHED[name])
-            number, known = (
-                (number if number is None else number + some),
-                f"as published, {name} is not here",
-            )
-        else:
-            number, known = None, "absent"
-        said.append(known)
-    found = Records(number, ", ".join(dict.fromkeys(said)), notes=notes)
-    if not seen:
-        notes.append(
-            f"no record is here: {ASSUMED} text tokens and one picture a record are assumed"
-        )
-        return found
-    total = sum(weight for weight, _ in seen)
-    shares = [(weight / total, sizes) for weight, sizes in seen]
-    found.text = sum(share * sum(text for text, _ in sizes) / len(sizes) for share, sizes in shares)
-    found.pictured = sum(
-        share * sum(num > 0 for _, num in sizes) / len(sizes) for share, sizes in shares
-    )
-    every = [size for _, sizes in seen for size in sizes]
-    with_some = [num for _, num in every if num]
-    found.pictures = round(sum(with_some) / len(with_some)) if with_some else 0
-    if len(seen) < len(stage.data):
-        notes.append("records that are not here are taken to be like those that are")
-    found.longest, found.most = max(text for text, _ in every), max(num for _, num in every)
-    notes.append(
-        f"{found.text:.0f} text tokens a record in the mean: {PER_WORD} for a word of"
-        f" {len(every):,} records"
-    )
-    return found
-
-
 @dataclass(frozen=True)
-class Item:
-    """What stands in one row of a batch: a record, or the records that are packed into it.
+class RowFacts:
+    """What a row of a batch holds: one record, or the records that are packed into it.
 
-    kinds: (share of the items, (tokens, pictures)) with pictures and without; longest: (tokens,
-    pictures) of the largest one.
+    Attributes:
+        records: Mean records of a row.
+        tokens: Mean tokens of a row.
+        image_tokens: Mean image tokens of a row.
+        kinds: Fraction and size of the rows with images, and of those without.
+        longest: Size of the largest row.
     """
 
     records: float
     tokens: float
     image_tokens: float
-    kinds: tuple[tuple[float, tuple[int, int]], ...]
-    longest: tuple[int, int]
+    kinds: tuple[tuple[float, RowSize], ...]
+    longest: RowSize
 
 
-def item_of(stage: Stage, found: Records, image_tokens: int) -> Item:
-    """What a row of the stage's batches holds.
+def read_record_facts(stage: Stage) -> RecordFacts:
+    """Find out what a stage learns from.
 
-    Lengths are cut to the stage's max_length; of records that nobody has seen, the longest is taken
-    to reach it.
+    Records are read where they are. For well-known files that are absent, published numbers are
+    taken. Sources count by their weights.
+
+    Args:
+        stage: The stage.
+
+    Raises:
+        UserError: If a file is there but cannot be read, or if a source's choice leaves no record.
     """
-    limit, most = stage.max_length or math.inf, found.pictures if found.most is None else found.most
-    if stage.max_image_tokens is not None and most * image_tokens > stage.max_image_tokens:
-        found.notes.append(
-            f"a record has {most * image_tokens:,} image tokens, but"
-            f" max_image_tokens={stage.max_image_tokens}: training refuses it, or skips it where"
-            " its source says on_error: skip"
+    notes: list[str] = []
+    counts = []
+    origins = []
+    samples = []  # weight, and sizes of the records
+    for source in stage.data:
+        examples = _read_examples(source, notes)
+        count, origin = _count_records(source, examples)
+        counts.append(count)
+        origins.append(origin)
+        if examples:
+            sizes = [_estimate_size(example) for example in examples]
+            samples.append((source.weight or len(examples), sizes))
+    facts = RecordFacts(
+        number=None if None in counts else sum(counts),
+        origin=", ".join(dict.fromkeys(origins)),
+        notes=notes,
+    )
+    if samples:
+        _add_sizes(facts, samples)
+        if len(samples) < len(stage.data):
+            notes.append("records that are absent are assumed to be like those that were read")
+        num_read = sum(len(sizes) for _, sizes in samples)
+        notes.append(
+            f"{facts.text_tokens:.0f} text tokens a record in the mean: {TOKENS_PER_WORD} for every"
+            f" word of {num_read:,} records"
         )
-        most = stage.max_image_tokens // image_tokens
-    text, pictures = min(round(found.text), limit), found.pictures
-    whole = min(round(found.text) + pictures * image_tokens, limit)
-    mean, pictured = (
-        found.pictured * whole + (1 - found.pictured) * text,
-        found.pictured * pictures * image_tokens,
-    )
-    if stage.pack:
-        return _packed(stage, found, (whole, pictures * image_tokens), max(text, 1), mean, pictured)
-    longest = (
-        (stage.max_length or whole)
-        if found.longest is None
-        else min(found.longest + most * image_tokens, limit)
-    )
-    longest = math.ceil(longest / (stage.pad_to or 1)) * (stage.pad_to or 1)
-    kinds = (found.pictured, (whole, pictures)), (1 - found.pictured, (text, 0))
-    return Item(1.0, mean, pictured, kinds, (longest, most))
+    else:
+        notes.append(
+            f"no record was read: {ASSUMED_TOKENS} text tokens and one image a record are assumed"
+        )
+    return facts
 
 
-def _packed(
-    stage: Stage, found: Records, shown: tuple[int, int], text: int, mean: float, pictured: float
-) -> Item:
-    """A full row: of records with pictures (shown: tokens and image tokens of one), as many as both
-    limits allow, or of texts alone.
+def _count_records(source: Source, examples: list[Example] | None) -> tuple[int | None, str]:
+    """How many records a source gives, and where the number comes from."""
+    name = Path(source.path).name
+    if source.streaming:
+        return None, "a stream"
+    if examples is not None:
+        return len(examples), "read"
+    if name in PUBLISHED and not (source.where or source.hold_out):
+        published = PUBLISHED[name]
+        return min(published, source.keep or published), f"as published, {name} is absent"
+    return None, "absent"
+
+
+def _add_sizes(facts: RecordFacts, samples: Sequence[tuple[float, list[RecordSize]]]) -> None:
+    """Fill in the sizes of records, with every source by its weight."""
+    total = sum(weight for weight, _ in samples)
+    text_tokens = 0
+    image_fraction = 0
+    for weight, sizes in samples:
+        fraction = weight / total
+        text_tokens += fraction * sum(size.text_tokens for size in sizes) / len(sizes)
+        image_fraction += fraction * sum(size.images > 0 for size in sizes) / len(sizes)
+    facts.text_tokens = text_tokens
+    facts.image_fraction = image_fraction
+    all_sizes = [size for _, sizes in samples for size in sizes]
+    with_images = [size.images for size in all_sizes if size.images]
+    facts.images = round(sum(with_images) / len(with_images)) if with_images else 0
+    facts.longest_text = max(size.text_tokens for size in all_sizes)
+    facts.max_images = max(size.images for size in all_sizes)
+
+
+def describe_row(stage: Stage, facts: RecordFacts, num_image_tokens: int) -> RowFacts:
+    """Describe a row of the stage's batches.
+
+    Lengths are cut to the stage's `max_length`. Where no record was read, the longest one is
+    assumed to reach it.
+
+    Args:
+        stage: The stage.
+        facts: What is known of its records; a note is added where training would refuse some.
+        num_image_tokens: Image tokens of an image.
     """
-    tokens, images = shown
-    with_some, without = max(1.0, stage.pack / max(tokens, 1)), max(1.0, stage.pack / text)
-    if images and stage.max_image_tokens is not None:
-        with_some = max(1.0, min(with_some, stage.max_image_tokens / images))
-    rows = found.pictured / with_some, (1 - found.pictured) / without  # of a record
-    many = 1 / sum(rows)
-    found.notes.append(
-        f"rows of {stage.pack:,} tokens hold {many:.1f} records in the mean, if they are full"
+    limit = stage.max_length or math.inf
+    max_images = _limit_images(stage, facts, num_image_tokens)
+    image_tokens = facts.images * num_image_tokens
+    text_length = min(round(facts.text_tokens), limit)
+    image_length = min(round(facts.text_tokens) + image_tokens, limit)
+    mean_length = facts.image_fraction * image_length + (1 - facts.image_fraction) * text_length
+    mean_image_tokens = facts.image_fraction * facts.images * num_image_tokens
+    if stage.pack:
+        records, kinds = _pack(stage, facts, image_length, image_tokens, max(text_length, 1))
+        has_images = kinds[0][0] > 0
+        return RowFacts(
+            records=records,
+            tokens=mean_length * records,
+            image_tokens=mean_image_tokens * records,
+            kinds=kinds,
+            longest=RowSize(stage.pack, kinds[0][1].images if has_images else 0),
+        )
+    if facts.longest_text is None:
+        longest = stage.max_length or image_length
+    else:
+        longest = min(facts.longest_text + max_images * num_image_tokens, limit)
+    pad_to = stage.pad_to or 1
+    kinds = (
+        (facts.image_fraction, RowSize(image_length, facts.images)),
+        (1 - facts.image_fraction, RowSize(text_length, 0)),
     )
-    size = min(stage.pack, round(with_some * tokens)), round(with_some * found.pictures)
-    kinds = (rows[0] * many, size), (rows[1] * many, (stage.pack, 0))
-    return Item(many, mean * many, pictured * many, kinds, (stage.pack, size[1] if rows[0] else 0))
+    return RowFacts(
+        records=1.0,
+        tokens=mean_length,
+        image_tokens=mean_image_tokens,
+        kinds=kinds,
+        longest=RowSize(math.ceil(longest / pad_to) * pad_to, max_images),
+    )
 
 
-def _size(example: Example) -> tuple[int, int]:
-    words = sum(len(message["content"].split()) for message in example.messages)
-    return round(PER_WORD * words), len(example.images)
+def _limit_images(stage: Stage, facts: RecordFacts, num_image_tokens: int) -> int:
+    """Most images of a record that training takes."""
+    max_images = facts.images if facts.max_images is None else facts.max_images
+    image_tokens = max_images * num_image_tokens
+    if stage.max_image_tokens is None or image_tokens <= stage.max_image_tokens:
+        return max_images
+    facts.notes.append(
+        f"a record has {image_tokens:,} image tokens, but"
+        f" max_image_tokens={stage.max_image_tokens}: training refuses it, or skips it where its"
+        " source has on_error: skip"
+    )
+    return stage.max_image_tokens // num_image_tokens
 
 
-def _examples(source: Source, notes: list[str]) -> list[Example] | None:
-    """The records of a source as training would take them, of a stream the first; None where its
-    files are not here.
+def _pack(
+    stage: Stage, facts: RecordFacts, image_length: int, image_tokens: int, text_length: int
+) -> tuple[float, tuple[tuple[float, RowSize], ...]]:
+    """Describe full rows: of records with images, as many as both limits allow, or of texts alone.
+
+    Args:
+        stage: The stage.
+        facts: What is known of its records; a note is added.
+        image_length: Tokens of a record with images.
+        image_tokens: Image tokens of it.
+        text_length: Tokens of a record without images.
+
+    Returns:
+        Mean records of a row, and `RowFacts.kinds`.
+    """
+    per_image_row = max(1.0, stage.pack / max(image_length, 1))
+    per_text_row = max(1.0, stage.pack / text_length)
+    if image_tokens and stage.max_image_tokens is not None:
+        per_image_row = max(1.0, min(per_image_row, stage.max_image_tokens / image_tokens))
+    # Rows of each kind for one record.
+    image_rows = facts.image_fraction / per_image_row
+    text_rows = (1 - facts.image_fraction) / per_text_row
+    records = 1 / (image_rows + text_rows)
+    facts.notes.append(
+        f"rows of {stage.pack:,} tokens hold {records:.1f} records in the mean, if they are full"
+    )
+    image_row = RowSize(
+        min(stage.pack, round(per_image_row * image_length)), round(per_image_row * facts.images)
+    )
+    text_row = RowSize(stage.pack, 0)
+    return records, ((image_rows * records, image_row), (text_rows * records, text_row))
+
+
+def _estimate_size(example: Example) -> RecordSize:
+    num_words = sum(len(message["content"].split()) for message in example.messages)
+    return RecordSize(round(TOKENS_PER_WORD * num_words), len(example.images))
+
+
+def _read_examples(source: Source, notes: list[str]) -> list[Example] | None:
+    """Examples of a source as training would take them, of a stream the first ones.
+
+    None where its files are absent; a note then says so.
     """
     try:
         path = expand_path(source.path)
-    except ValueError as error:  # an environment variable that is not set
+    except UserError as error:  # an environment variable that is not set
         notes.append(f"no records of {source.path}: {error}")
         return None
-    if not Path(path).exists() and not glob.glob(path, recursive=True) and "{" not in path:
+    exists = Path(path).exists() or glob.glob(path, recursive=True)
+    if not exists and "{" not in path:
         notes.append(f"no records of {source.path}: there is no such file")
         return None
-    if source.streaming:
-        first = (one for one in read_stream(source, find_files(path)) if isinstance(one, Example))
-        return list(itertools.islice(first, SAMPLE))
-    return read_source(source, [])
+    if not source.streaming:
+        return read_source(source, [])
+    records = read_stream(source, find_files(path))
+    examples = (record for record in records if isinstance(record, Example))
+    return list(itertools.islice(examples, SAMPLE_SIZE))

@@ -1,7 +1,7 @@
-"""The model of a recipe on paper: its parts as they will be, and a model that stands in for it
-where operations are counted.
+"""The model of a recipe without weights, and a model that stands in for it where FLOPs are counted.
 
-Models that recipes here name are known by their published sizes, so that no hub is asked.
+Models that the recipes in configs/ name are known by their published sizes, so that no hub is
+asked.
 """
 
 from __future__ import annotations
@@ -13,14 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    LlamaConfig,
-    LlavaConfig,
-    PreTrainedConfig,
-    SiglipVisionConfig,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -32,127 +25,138 @@ from ..modeling_upgraded import FACTS, SparseCutUpgrade
 from ..plan import Plan, Shortcut
 from ..schema import UserError
 from ..upgrading import resolve_plan
-from .counting import REFERENCE, backbone_config, configuration_of
-
-KNOWN = {  # sizes of models that recipes here name
-    "openai/clip-vit-large-patch14-336": REFERENCE["vision"]["clip-l-336"],
-    "lmsys/vicuna-7b-v1.5": REFERENCE["language"]["llama-7b"],
-    "lmsys/vicuna-13b-v1.5": REFERENCE["language"]["llama-13b"],
-    "google/siglip-base-patch16-256": SiglipVisionConfig(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        image_size=256,
-        patch_size=16,
-    ),
-    "HuggingFaceTB/SmolLM2-135M-Instruct": LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    ),
-}
-BASES = {"llava-hf/llava-1.5-7b-hf": ("openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5")}
+from .fake_models import build_config
+from .sizes import PUBLISHED_BASES, PUBLISHED_CONFIGS, read_backbone_config
 
 
 @dataclass
 class EstimatedModel:
-    """config: of the model that is built, or that stands in for a finished one (None where none
-    can); upgraded: a finished one's parts.
+    """A recipe's model without weights.
 
-    saved: whether this package saved it, so that it is loaded as it is.
+    Attributes:
+        config: Configuration of the model that is built or, for an upgraded model, of one that
+            stands in for it. None where none can, because the base takes images at any size.
+        upgraded: The upgraded model itself, of fake tensors. None where the model is built.
+        is_saved: Whether this package has saved the base, so that it is loaded as it is.
+        notes: What was assumed.
     """
 
     config: SparseCutConfig | None
     upgraded: SparseCutUpgrade | None = None
-    saved: bool = False
+    is_saved: bool = False
     notes: list[str] = field(default_factory=list)
 
 
-def on_paper(recipe: Recipe, mode: FakeTensorMode) -> EstimatedModel:
-    """The recipe's model without weights, as training will have it; ValueError for parts or a plan
-    that cannot be.
+def estimate_model(recipe: Recipe, mode: FakeTensorMode) -> EstimatedModel:
+    """Build a recipe's model without weights, as training will have it.
+
+    Args:
+        recipe: The recipe.
+        mode: The mode that an upgraded model's fake tensors belong to.
+
+    Raises:
+        UserError: If a model cannot be read, or if the plan does not fit.
     """
     if recipe.model.base is not None:
-        return _finished(recipe, expand_path(recipe.model.base), mode)
-    found, notes = [], []
-    for part in ("vision", "language"):
-        name = expand_path(getattr(recipe.model, part))
-        known = name in KNOWN and not Path(name).is_dir()
-        if known:
-            notes.append(f"{name} is counted by its published sizes")
-        found.append(KNOWN[name] if known else backbone_config(name, part))
-    return EstimatedModel(configuration_of(*found, recipe.fusion), notes=notes)
+        return _estimate_base(recipe, expand_path(recipe.model.base), mode)
+    notes: list[str] = []
+    vision = _read_config(recipe.model.vision, "vision", notes)
+    language = _read_config(recipe.model.language, "language", notes)
+    return EstimatedModel(build_config(vision, language, recipe.fusion), notes=notes)
 
 
-def trained_number(model: nn.Module, name: str, stage: Stage) -> int:
-    """How many numbers of a part the stage trains, or of the adapter on it."""
-    if (part := get_adapted_part(name)) is None:
-        return sum(p.numel() for p in model.parameter_groups()[name])
-    module, head, targets = (
-        get_part_module(model, part),
-        model.get_output_embeddings(),
-        stage.lora.targets,
-    )
-    linear = {
-        n: m
-        for n, m in module.named_modules()
-        if isinstance(m, nn.Linear | Conv1D) and m is not head
-    }
-    chosen = [
-        m for n, m in linear.items() if targets == "all-linear" or n.rpartition(".")[2] in targets
-    ]
-    return sum(stage.lora.r * sum(m.weight.shape) for m in chosen)
+def count_trained(model: nn.Module, name: str, stage: Stage) -> int:
+    """Number of parameters that a stage trains under a name of its `train`.
+
+    Args:
+        model: The model, without adapters.
+        name: A part, or an adapter such as `language:lora`.
+        stage: The stage, for the adapter's settings.
+    """
+    part = get_adapted_part(name)
+    if part is None:
+        return sum(parameter.numel() for parameter in model.parameter_groups()[name])
+    head = model.get_output_embeddings()
+    targets = stage.lora.targets
+    number = 0
+    for module_name, module in get_part_module(model, part).named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or module is head:
+            continue
+        if targets == "all-linear" or module_name.rpartition(".")[2] in targets:
+            number += stage.lora.r * sum(module.weight.shape)
+    return number
 
 
-def _finished(recipe: Recipe, base: str, mode: FakeTensorMode) -> EstimatedModel:
-    """A finished model under its plan; a saved one brings its own."""
-    spec, notes, saved = recipe.fusion, [], False
+def _read_config(source: str, part: str, notes: list[str]):
+    name = expand_path(source)
+    if name in PUBLISHED_CONFIGS and not Path(name).is_dir():
+        notes.append(f"{name} is counted by its published sizes")
+        return PUBLISHED_CONFIGS[name]
+    return read_backbone_config(name, part)
+
+
+def _estimate_base(recipe: Recipe, base: str, mode: FakeTensorMode) -> EstimatedModel:
+    """A base: a model of ours, or a pretrained VLM under its plan. A saved one has its own plan."""
+    spec = recipe.fusion
+    notes: list[str] = []
+    is_saved = False
     if (Path(base) / FACTS).is_file():
-        facts = json.loads((Path(base) / FACTS).read_text(encoding="utf-8"))
-        if facts["base"] is None:
-            raise UserError(
-                f"the shortcuts in {base} do not say where their base came from; it cannot be"
-                " counted without it"
-            )
-        base, spec, saved = facts["base"], facts["plan"], True
-    config = _configuration(base, notes)
+        base, spec = _read_saved_shortcuts(Path(base))
+        is_saved = True
+    config = _read_base_config(base, notes)
     if isinstance(config, SparseCutConfig):
         return EstimatedModel(config, notes=notes)
     if isinstance(config, SparseCutUpgradeConfig):
-        config, spec, saved = config.base_config, config.plan, True
+        spec = config.plan
+        config = config.base_config
+        is_saved = True
     with mode, no_init_weights():
         bare = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-        bare.tie_weights()  # which transformers does after it has drawn them
+        bare.tie_weights()  # transformers does so after it has initialized them
         plan, family = resolve_plan(bare, spec)
         config = SparseCutUpgradeConfig.from_base(bare, plan, None, None)
         model = SparseCutUpgrade(config, base=bare)
     if not family.has_one_view(bare):
         notes.append(
-            f"{base} takes pictures at sizes of their own: image tokens, operations, hours and what"
-            " waits for the backward pass are not counted, and tokens are those of the text"
+            f"{base} takes images at their own sizes: image tokens, FLOPs, hours and the memory of"
+            " activations are not counted, and tokens are those of the text"
         )
-        return EstimatedModel(None, model, saved, notes)
+        return EstimatedModel(None, model, is_saved, notes)
     notes.append(
-        f"operations, and what waits for the backward pass, of {base} are those of a model built of"
-        " its encoder and language model, with a projector of the plan's in place of its own"
+        f"FLOPs and activations of {base} are those of a model built of its encoder and language"
+        " model, with a projector of the plan's in place of its own"
     )
-    tap = getattr(config, "vision_feature_layer", -1)
-    plan = _without_base(plan, tap if isinstance(tap, int) else -1)
+    stand_in = _replace_base_input(plan, getattr(config, "vision_feature_layer", -1))
+    text_config = config.get_text_config()
     return EstimatedModel(
-        configuration_of(config.vision_config, config.get_text_config(), plan), model, saved, notes
+        build_config(config.vision_config, text_config, stand_in), model, is_saved, notes
     )
 
 
-def _configuration(base: str, notes: list[str]) -> PreTrainedConfig:
-    if base in BASES and not Path(base).is_dir():
-        notes.append(f"{base} is counted by the published sizes of {' and '.join(BASES[base])}")
-        vision, language = (KNOWN[name] for name in BASES[base])
-        return LlavaConfig(vision_config=vision.to_dict(), text_config=language.to_dict())
+def _read_saved_shortcuts(folder: Path) -> tuple[str, dict]:
+    """The base and the plan of saved shortcuts."""
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{folder / FACTS} is not valid JSON: {error}; save the model again"
+        ) from None
+    if facts["base"] is None:
+        raise UserError(
+            f"the shortcuts in {folder} do not name their base, so they cannot be counted; name a"
+            " base, or a folder that holds the whole model"
+        )
+    return facts["base"], facts["plan"]
+
+
+def _read_base_config(base: str, notes: list[str]) -> PreTrainedConfig:
+    if base in PUBLISHED_BASES and not Path(base).is_dir():
+        vision, language = PUBLISHED_BASES[base]
+        notes.append(f"{base} is counted by the published sizes of {vision} and {language}")
+        return LlavaConfig(
+            vision_config=PUBLISHED_CONFIGS[vision].to_dict(),
+            text_config=PUBLISHED_CONFIGS[language].to_dict(),
+        )
     try:
         return AutoConfig.from_pretrained(base)
     except (OSError, ValueError) as error:
@@ -161,8 +165,9 @@ def _configuration(base: str, notes: list[str]) -> PreTrainedConfig:
         ) from error
 
 
-def _without_base(plan: Plan, tap: int) -> Plan:
-    """The plan with a shortcut into the input where a finished model has its own."""
-    return replace(
-        plan, shortcuts=tuple(Shortcut((tap,), 0) if s.mix == "base" else s for s in plan.shortcuts)
-    )
+def _replace_base_input(plan: Plan, tap) -> Plan:
+    """The plan with a shortcut into the input where the base has its own projector."""
+    tap = tap if isinstance(tap, int) else -1
+    base_input = Shortcut((tap,), 0)
+    shortcuts = tuple(base_input if s.mix == "base" else s for s in plan.shortcuts)
+    return replace(plan, shortcuts=shortcuts)

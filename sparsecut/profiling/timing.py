@@ -233,10 +233,7 @@ def _check_memory(
     for model in models[1:]:
         number += sum(p.numel() for p in model.fusion.parameters())
     needed = number * dtype.itemsize
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    free = _count_free_bytes(device)
     if needed > 0.9 * free:
         name = str(dtype).removeprefix("torch.")
         raise UserError(
@@ -244,6 +241,12 @@ def _check_memory(
             f" {free / 2**30:.1f} GiB free, of which nine tenths may be used; measure smaller"
             " models, fewer plans, or on a larger machine"
         )
+
+
+def _count_free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def format_measurements(measured: Mapping[str, Measurement]) -> str:

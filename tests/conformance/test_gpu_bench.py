@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from sparsecut.profiling.counting import count
+from sparsecut.profiling.counting import count_plan
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 SECTIONS = ("prefill 1", "prefill 2", "decode 1", "decode 2", "stage 1", "stage 2")
@@ -131,7 +131,7 @@ def test_operations_of_a_step_follow_six_per_weight_and_token(gpu):
         "num_hidden_layers": 32,
     }
     language = LlamaConfig(**sizes, vocab_size=512)
-    counted = count(vision, language, "llava", num_text_tokens=12)
+    counted = count_plan(vision, language, "llava", num_text_tokens=12)
     weights = counted.num_language_parameters - 512 * 256  # embeddings multiply nothing
     for parts, factor in ((("fusion",), 4), (("fusion", "language"), 6)):
         expected = factor * weights * counted.num_prompt_tokens

@@ -12,7 +12,7 @@ from sparsecut import Plan
 from sparsecut.experiments.search import choose_pairs, make_supernet_plan, search_plan
 from sparsecut.experiments.study import parse_study
 from sparsecut.methods import make_plan
-from sparsecut.profiling import counting
+from sparsecut.profiling import counting, sizes
 from sparsecut.schema import UserError
 
 PAIRS = [
@@ -70,12 +70,12 @@ def test_a_search_without_a_budget_is_refused(tmp_path, budget, fact):
 def test_a_search_writes_a_plan_that_keeps_its_budget(tmp_path):
     study = parse_study({**QUICK, "output": str(tmp_path), "budgets": {"short": []}})
     baseline = make_plan(study.arms["plain"], 8, 6)
-    configs = [counting.backbone_config("shapes", part) for part in ("vision", "language")]
+    configs = [sizes.read_backbone_config("shapes", part) for part in ("vision", "language")]
     with rough_counts():
         plan, pairs = search_plan(
             study, count=2, ratio=1.6, rank=2, workers=0, log=lambda line: None
         )
-        costs = [counting.count(*configs, one).prefill_total_flops for one in (plan, baseline)]
+        costs = [counting.count_plan(*configs, one).prefill_total_flops for one in (plan, baseline)]
     assert costs[0] <= 1.6 * costs[1]
     assert 1 <= len(get_pairs(plan)) <= 2
     assert len(pairs) == 48

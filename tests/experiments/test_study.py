@@ -13,7 +13,7 @@ from sparsecut.experiments import preparation
 from sparsecut.experiments.runner import StudyRunError, check_folder, claim, run_study
 from sparsecut.experiments.study import Run, load_study, narrow_study, parse_study
 from sparsecut.methods import make_plan
-from sparsecut.profiling.counting import backbone_config
+from sparsecut.profiling.sizes import read_backbone_config
 from sparsecut.reports.study import write_study_report
 from sparsecut.schema import UserError
 
@@ -147,7 +147,8 @@ def test_costs_are_counted_once_and_at_the_large_size_where_a_method_scales(tmp_
     plans = {name: make_plan(spec, 24, 40) for name, spec in arms.items()}
 
     class Config:
-        vision_config, text_config = [backbone_config("shapes", p) for p in ("vision", "language")]
+        parts = ("vision", "language")
+        vision_config, text_config = [read_backbone_config("shapes", part) for part in parts]
 
     with rough_counts():
         preparation.write_costs(study, plans, Config, log=lambda line: None)

@@ -213,7 +213,7 @@ def _make_count(plan, *, view_flops: float, token_flops: float, num_patches: int
 
 @dataclass(frozen=True)
 class RoughCount:
-    """Stands for `counting.Count`."""
+    """Stands for `counting.PlanCost`."""
 
     numbers: dict
 
@@ -237,5 +237,5 @@ def rough_counts():
         return RoughCount(make_costs(plan)["here"])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(counting, "count", count)
+        patch.setattr(counting, "count_plan", count)
         yield
