@@ -257,11 +257,14 @@ def _look_up_places(
     """Patch numbers at places [tokens, 2] of an image with `numbers` [views, N]; -1 at newlines."""
     row, column = places.unbind(-1)
     num_columns = 1 if grid is None else grid[1]
-    view = row // side * num_columns + column // side + 1
+    tile_row, tile_column = row // side, column // side
+    view = 1 + tile_row * num_columns + tile_column
     view[: side * side] = 0  # the whole view comes first
     view = view.clamp(0, len(numbers) - 1)
-    patch = (row % side * side + column % side).clamp(min=0)
-    return torch.where(row < 0, -1, numbers[view, patch])
+    row_in_tile, column_in_tile = row % side, column % side
+    patch = (row_in_tile * side + column_in_tile).clamp(min=0)
+    is_newline = row < 0
+    return torch.where(is_newline, -1, numbers[view, patch])
 
 
 def _index_mistral3(inner: nn.Module, shape: tuple, call: dict) -> Tensor:

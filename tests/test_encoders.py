@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import checks
-from helpers.families import EVERYDAY_KINDS, family_vision, language_config, vision_config
+from helpers.families import DEFAULT_KINDS, family_vision, language_config, vision_config
 from helpers.tiny import tiny_language, tiny_tokenizer
 from PIL import Image
 from transformers import AutoProcessor, CLIPImageProcessorPil
@@ -23,7 +23,7 @@ from sparsecut.processing import cut_views
 from sparsecut.schema import UserError
 
 
-@pytest.fixture(scope="module", params=EVERYDAY_KINDS)
+@pytest.fixture(scope="module", params=DEFAULT_KINDS)
 def encoder(request):
     return checks.join(vision=request.param)
 

@@ -258,3 +258,7 @@ def stops(model):
     assert set(runs) == set(range(depth))
     for handle in handles:
         handle.remove()
+
+
+DECODER_CHECKS = (gradients, cached, padded, beams, checkpointing)
+ENCODER_CHECKS = (taps, stops, gradients, cached, padded)

@@ -1,7 +1,7 @@
-"""Tiny random models of many families: what the family tests and `make grid` build their models
-from.
+"""Tiny random models of many families, for the family tests and `make grid`.
 
-A family that only the slow grid runs stands in the same table as the others; `EVERYDAY` names those of the default tests.
+One table has them all. The lists below name the families of the default tests and of
+tests/conformance; only `make grid` runs the rest.
 """
 
 import torch
@@ -287,17 +287,17 @@ VIEW_SIZES = {  # with more columns than rows, for the families that take pictur
 }
 
 # fmt: off
-EVERYDAY_LANGUAGE = [
-    "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox", "gpt2", "opt",
-    "olmo2", "cohere", "granite", "stablelm", "falcon",
-]
-EVERYDAY_VISION = [
-    "clip_vision_model", "siglip_vision_model", "vit", "dinov2", "dinov2_with_registers", "dinov3_vit",
-    "aimv2_vision_model", "ijepa", "beit",
-]
-EVERYDAY_KINDS = [  # one of each way to be fed or unpacked, besides those above
+# The default suite tries families that differ in their mechanism: norms, positions, embeddings of
+# another width; class and register tokens or none. tests/conformance tries the other ones.
+DEFAULT_LANGUAGE = ["llama", "gemma3_text", "gpt_neox", "gpt2", "opt"]
+DEFAULT_VISION = ["clip_vision_model", "siglip_vision_model", "dinov2_with_registers", "dinov3_vit"]
+DEFAULT_KINDS = [  # one for each way to take or return patches, besides those above
     "pixtral", "siglip2_vision_model", "qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision", "sam_vision_model", "whisper",
 ]
+OTHER_LANGUAGE = [
+    "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi", "phi3", "olmo2", "cohere", "granite", "stablelm", "falcon",
+]
+OTHER_VISION = ["vit", "dinov2", "aimv2_vision_model", "ijepa", "beit"]
 # fmt: on
 
 
