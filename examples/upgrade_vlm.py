@@ -1,19 +1,20 @@
-"""Upgrade a vision-language model by a recipe, train it, and see in numbers what its shortcuts do;
-some minutes on a CPU.
+"""Upgrade a pretrained VLM by a recipe, train it, and measure what its shortcuts do.
 
-    D=$SPARSECUT_DATA/emoji-vqa python examples/upgrade_vlm.py llava runs/upgraded $D/train.json
-    $D/train_images.tar.gz      (or qwen in place of llava) sparsecut explain
-    runs/upgraded/upgraded/final --data ... --images ...                       (each shortcut, with
-    intervals)
+    D=$SPARSECUT_DATA/emoji-vqa
+    python examples/upgrade_vlm.py llava runs/upgraded $D/train.json $D/train_images.tar.gz
+    sparsecut explain runs/upgraded/upgraded/final --data ... --images ...
 
-Nothing is downloaded: the model is a tiny random LLaVA or Qwen2.5-VL with its own processor and prompt format, made on the
-spot and saved to OUT/base. A recipe names that folder as its base and trains everything, shortcuts included. The same base is trained
-without shortcuts for as many steps, and with two controls: the same taps all at the input, and finer views alone. Records that were held
-out are then asked of all, and with shortcuts switched off.
+It takes some minutes on a CPU. The arguments are the kind of base (llava or qwen), an output
+folder, records, their images, and optionally the number of steps and the seed.
 
-It shows how a recipe with `base:` is used, and how much of what was learned goes through which shortcut. It does not show what a large
-finished model gains, which starts from an encoder and a language model that know a lot: both here start from nothing.
-A sixth argument is the seed.
+Nothing is downloaded. The base is a tiny random LLaVA or Qwen2.5-VL with its own processor and
+prompt format, saved to OUT/base. A recipe names that folder as its base and trains everything,
+shortcuts included. For comparison the same base is trained for as many steps without shortcuts, and
+with controls: the same taps all at the input, and fine views alone. All are then asked about
+records that were held out, the upgraded model also with its shortcuts switched off.
+
+The example shows how a recipe with `base:` is used, and how much of the answers depends on which
+shortcut. It does not show what a large pretrained VLM gains, because this base has learned nothing.
 """
 
 import re
@@ -52,7 +53,7 @@ LLAVA_TEMPLATE = (  # as of llava-hf/llava-1.5-7b-hf
     " %}{{ c['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{"
     " 'ASSISTANT:' }}{% endif %}"
 )
-QWEN_TEMPLATE = (  # as of Qwen/Qwen2.5-VL, without tools, videos and numbered pictures
+QWEN_TEMPLATE = (  # as of Qwen/Qwen2.5-VL, without tools, videos and numbered images
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string"
     " %}{{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image'"
     " %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor"
@@ -61,53 +62,60 @@ QWEN_TEMPLATE = (  # as of Qwen/Qwen2.5-VL, without tools, videos and numbered p
 )
 
 
-def tokenizer_for(texts, size: int, *special: str) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer learned from texts."""
+def train_tokenizer(texts, size: int, *special: str) -> PreTrainedTokenizerFast:
+    """Train a byte-level tokenizer on texts."""
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
+    core.train_from_iterator(texts, trainer)
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     if "<|im_end|>" in special:
         names = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
-    learn = trainers.BpeTrainer(
-        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    core.train_from_iterator(texts, learn)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **names)
     tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     return tokenizer
 
 
-def llava(texts, *, width: int = 96, view: int = 48, vocabulary: int = 1500):
-    """(model, processor): a LLaVA of one view per picture, patches of 8 x 8 pixels, random
-    weights.
+def build_llava(texts, *, width: int = 96, view: int = 48, vocabulary: int = 1500):
+    """Build a random LLaVA of one view per image, with patches of 8 x 8 pixels.
+
+    Args:
+        texts: what the tokenizer is trained on.
+        width: hidden size of the encoder and of the language model.
+        view: side of a view in pixels.
+        vocabulary: size of the vocabulary without special tokens.
+
+    Returns:
+        (model, processor).
     """
-    tokenizer = tokenizer_for(texts, vocabulary, "<image>")
+    tokenizer = train_tokenizer(texts, vocabulary, "<image>")
     sizes = {
         "hidden_size": width,
         "intermediate_size": 4 * width,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
     }
-    ids = {
-        name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
+    vision_config = {
+        "model_type": "clip_vision_model",
+        **sizes,
+        "image_size": view,
+        "patch_size": 8,
+    }
+    text_config = {
+        "model_type": "llama",
+        **sizes,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 512,
     }
     config = LlavaConfig(
-        vision_config={
-            "model_type": "clip_vision_model",
-            **sizes,
-            "image_size": view,
-            "patch_size": 8,
-        },
-        text_config={
-            "model_type": "llama",
-            **sizes,
-            **ids,
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": 512,
-        },
+        vision_config=vision_config,
+        text_config=text_config,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(view // 8) ** 2,
     )
@@ -126,15 +134,13 @@ def llava(texts, *, width: int = 96, view: int = 48, vocabulary: int = 1500):
 
 
 class Qwen2_5_VLPictureProcessor(Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's processor without its videos, which need torchvision even where there are
-    none.
-    """
+    """Qwen2.5-VL's processor without videos, which need torchvision even where there are none."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(
-            [self.image_token, self.video_token]
-        )
+        self.image_token = "<|image_pad|>"
+        self.video_token = "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
     @property
@@ -150,55 +156,25 @@ class Qwen2_5_VLPictureProcessor(Qwen2_5_VLProcessor):
 AutoProcessor.register(Qwen2_5_VLConfig, Qwen2_5_VLPictureProcessor, exist_ok=True)
 
 
-def qwen(texts, *, width: int = 96, view: int = 64, vocabulary: int = 1500):
-    """(model, processor): a Qwen2.5-VL, 2 x 2 patches of 8 x 8 pixels under a token, pictures of
-    about view x view pixels, random.
+def build_qwen(texts, *, width: int = 96, view: int = 64, vocabulary: int = 1500):
+    """Build a random Qwen2.5-VL with 2 x 2 patches of 8 x 8 pixels under an image token.
+
+    Args:
+        texts: what the tokenizer is trained on.
+        width: hidden size of the encoder and of the language model.
+        view: images are resized to about view x view pixels.
+        vocabulary: size of the vocabulary without special tokens.
+
+    Returns:
+        (model, processor).
     """
-    tokens = (
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|image_pad|>",
-        "<|video_pad|>",
-    )
-    tokenizer = tokenizer_for(texts, vocabulary, *tokens)
-    start, end, image, video = tokenizer.convert_tokens_to_ids(list(tokens[2:]))
-    text = {
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-    }
-    rope = {
-        "rope_type": "default",
-        "mrope_section": [width // 4 // 8, width // 4 // 8, width // 4 // 4],
-        "rope_theta": 1e4,
-    }
-    vision = {
-        "depth": 4,
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_heads": 4,
-        "out_hidden_size": width,
-    }
+    special = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+    special += ("<|image_pad|>", "<|video_pad|>")
+    tokenizer = train_tokenizer(texts, vocabulary, *special)
+    start, end, image, video = tokenizer.convert_tokens_to_ids(list(special[2:]))
     config = Qwen2_5_VLConfig(
-        vision_config={
-            **vision,
-            "patch_size": 8,
-            "window_size": 32,
-            "fullatt_block_indexes": [1, 3],
-        },
-        text_config={
-            **text,
-            "num_key_value_heads": 4,
-            "vocab_size": len(tokenizer),
-            "rope_parameters": rope,
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "max_position_embeddings": 512,
-        },
+        vision_config=make_qwen_vision_config(width),
+        text_config=make_qwen_text_config(width, tokenizer),
         vision_start_token_id=start,
         vision_end_token_id=end,
         image_token_id=image,
@@ -211,32 +187,65 @@ def qwen(texts, *, width: int = 96, view: int = 64, vocabulary: int = 1500):
     return Qwen2_5_VLForConditionalGeneration(config).eval(), processor
 
 
-# Which questions; and for every person or hand one skin tone, as in configs/emoji.yaml, is held out
-# to be asked.
+def make_qwen_vision_config(width: int) -> dict:
+    """Settings of the encoder: four blocks, two of them with attention over the whole image."""
+    return {
+        "depth": 4,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_heads": 4,
+        "out_hidden_size": width,
+        "patch_size": 8,
+        "window_size": 32,
+        "fullatt_block_indexes": [1, 3],
+    }
+
+
+def make_qwen_text_config(width: int, tokenizer) -> dict:
+    """Settings of the language model: four layers."""
+    head_dim = width // 4
+    sections = [head_dim // 8, head_dim // 8, head_dim // 4]  # time, height, width
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": len(tokenizer),
+        "rope_parameters": {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e4},
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "max_position_embeddings": 512,
+    }
+
+
+BASES = {"llava": build_llava, "qwen": build_qwen}
+
+# The questions. For every person or hand one skin tone is held out, as in configs/emoji.yaml.
 KINDS = r"^train\.(skin_tone|skin_tone_pair|gender|facing_right|hair)\."
 TONES = r"\.[0-9a-f]*([0-2]-1f3fb|[3-5]-1f3fc|[6-8]-1f3fd|[9ab]-1f3fe|[c-f]-1f3ff)"
 GROUP = r"^train\.(\w+)\."
 
+SHORTCUTS = {"method": "sparsecut", "count": 3}
 
-def settings(steps: int, rate: float) -> dict:
-    """TrainingArguments that all trainings here have."""
-    schedule = {
+
+def make_arguments(steps: int) -> dict:
+    """TrainingArguments of all trainings here."""
+    return {
+        "max_steps": steps,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 32,
         "lr_scheduler_type": "cosine",
         "warmup_steps": steps // 20,
         "weight_decay": 0.05,
         "logging_steps": 50,
     }
-    return {
-        "max_steps": steps,
-        "learning_rate": rate,
-        "per_device_train_batch_size": 32,
-        **schedule,
-    }
 
 
-def train_plainly(model, processor, examples, steps: int, seed: int = 0) -> None:
-    """Train all of a model's weights with transformers' own Trainer."""
-    args = TrainingArguments(
+def train_base(model, processor, examples, steps: int, seed: int = 0) -> None:
+    """Train all of a base's weights with transformers' own Trainer."""
+    arguments = TrainingArguments(
         output_dir="unused",
         seed=seed,
         report_to="none",
@@ -244,105 +253,123 @@ def train_plainly(model, processor, examples, steps: int, seed: int = 0) -> None
         remove_unused_columns=False,
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **settings(steps, 1e-3),
+        **make_arguments(steps),
     )
     encoder = example_encoder(processor)
-    data = {
-        "train_dataset": TrainingData(examples, encoder),
-        "data_collator": Collator(encoder),
-    }
-    Trainer(model.train(), args, **data).train()
+    trainer = Trainer(
+        model.train(),
+        arguments,
+        train_dataset=TrainingData(examples, encoder),
+        data_collator=Collator(encoder),
+    )
+    trainer.train()
     model.eval()
 
 
-SHORTCUTS = {"method": "sparsecut", "count": 3}
+def make_controls(kind: str) -> dict[str, dict]:
+    """Plans that tell what causes a gain.
 
-
-def main(kind: str, out: str, records: str, images: str, steps: int = 600, seed: int = 0) -> None:
-    """Make a model, upgrade and train it by a recipe, ask it with and without its shortcuts, and
-    print a table.
+    One has the same taps, all at the input. A base with one view per image has another one: fine
+    views alone.
     """
-    source = {"path": records, "images": images}
-    lessons = read_source(Source(**source, where=KINDS, hold_out=TONES), [])
-    asked = [
-        e
-        for e in read_source(Source(**source, where=KINDS, group=GROUP), [])
-        if re.search(TONES, e.id)
-    ]
-    print(f"{len(lessons)} records to learn, {len(asked)} to ask")
-
-    torch.manual_seed(seed)
-    texts = [
-        message["content"].replace("<image>", "")
-        for example in lessons
-        for message in example.messages
-    ]
-    base, processor = {"llava": llava, "qwen": qwen}[kind](texts)
-    base.save_pretrained(f"{out}/base")
-    processor.save_pretrained(f"{out}/base")
-    train_plainly(base, processor, lessons, steps, seed)  # from the same start, in as many steps
-    rows = {"without shortcuts": ask(*sparsecut.upgrade(base, processor=processor), asked)}
-
-    for name, spec in controls(kind).items():
-        rows[name] = ask(*upgraded(out, name.replace(" ", "-"), spec, source, steps, seed), asked)
-    model, processor = upgraded(out, "upgraded", SHORTCUTS, source, steps, seed)
-    rows["upgraded"] = ask(model, processor, asked)
-    with model.fusion.switched_off(*model.fusion.gated):
-        rows["its shortcuts switched off"] = ask(model, processor, asked)
-    for number in model.fusion.gated:
-        with model.fusion.switched_off(number):
-            rows[f"its shortcut {number} switched off"] = ask(model, processor, asked)
-    show(rows)
-
-
-def controls(kind: str) -> dict[str, dict]:
-    """Plans that say what a gain is not owed to: the same taps all at the input and, where there
-    are any, finer views alone.
-    """
-    found = {"same taps at the input": {**SHORTCUTS, "method": "sparsecut_input"}}
+    controls = {"same taps at the input": {**SHORTCUTS, "method": "sparsecut_input"}}
     if kind == "llava":
-        taps = {"taps": [-2], "layer": 0}
-        finer = {
+        coarse = {"taps": [-2], "layer": 0}
+        fine = {"taps": [-2], "layer": 0, "mix": "channels"}
+        controls["finer views at the input"] = {
             "tiles": 2,
             "gate": "zero_projector",
-            "shortcuts": [taps, {**taps, "mix": "channels"}],
+            "shortcuts": [coarse, fine],
         }
-        found["finer views at the input"] = finer
-    return found
+    return controls
 
 
-def upgraded(out: str, folder: str, fusion: dict, source: dict, steps: int, seed: int):
-    """The model of OUT/base, upgraded and trained whole by a recipe."""
+def train_upgraded(out: str, folder: str, fusion: dict, source: dict, steps: int, seed: int):
+    """Upgrade the base in OUT/base and train the whole model by a recipe.
+
+    Returns:
+        (model, processor).
+    """
     stage = {
         "name": "all",
         "data": {**source, "where": KINDS, "hold_out": TONES},
         "train": ["vision", "projector", "fusion", "language"],
-        "args": settings(steps, 1e-3),
+        "args": make_arguments(steps),
     }
-    plain = {
+    recipe = {
         "model": {"base": f"{out}/base"},
         "fusion": fusion,
         "stages": [stage],
         "output": f"{out}/{folder}",
+        "seed": seed,
     }
-    return sparsecut.train(parse_recipe({**plain, "seed": seed}))
+    return sparsecut.train(parse_recipe(recipe))
 
 
-def ask(model, processor, asked) -> dict:
-    """Share of right answers, overall and by kind of question."""
-    found = evaluate(model, processor, asked, max_new_tokens=12, batch_size=64)
-    return {
-        "all": found["accuracy"],
-        **{name: group["accuracy"] for name, group in found["groups"].items()},
-    }
+def measure(model, processor, examples) -> dict[str, float]:
+    """Accuracy over all examples, and by kind of question."""
+    result = evaluate(model, processor, examples, max_new_tokens=12, batch_size=64)
+    row = {"all": result["accuracy"]}
+    for name, group in result["groups"].items():
+        row[name] = group["accuracy"]
+    return row
 
 
-def show(rows: dict[str, dict]) -> None:
-    """Print the table."""
+def print_table(rows: dict[str, dict[str, float]]) -> None:
+    """Print one line per model."""
     columns = list(next(iter(rows.values())))
     print(f"{'right, in %':28}" + "".join(f"{name:>16}" for name in columns))
     for name, row in rows.items():
         print(f"{name:28}" + "".join(f"{100 * row[column]:16.1f}" for column in columns))
+
+
+def read_splits(records: str, images: str) -> tuple[list, list]:
+    """Read the examples to train on, and those that are held out."""
+    source = {"path": records, "images": images, "where": KINDS}
+    train_examples = read_source(Source(**source, hold_out=TONES), [])
+    every_example = read_source(Source(**source, group=GROUP), [])
+    test_examples = [example for example in every_example if re.search(TONES, example.id)]
+    print(f"{len(train_examples)} records to learn, {len(test_examples)} to ask")
+    return train_examples, test_examples
+
+
+def collect_texts(examples) -> list[str]:
+    """All messages of examples, without placeholders."""
+    texts = []
+    for example in examples:
+        for message in example.messages:
+            texts.append(message["content"].replace("<image>", ""))
+    return texts
+
+
+def main(kind: str, out: str, records: str, images: str, steps: int = 600, seed: int = 0) -> None:
+    """Train a base with and without shortcuts, and print a table of accuracies."""
+    source = {"path": records, "images": images}
+    train_examples, test_examples = read_splits(records, images)
+
+    torch.manual_seed(seed)
+    base, processor = BASES[kind](collect_texts(train_examples))
+    base.save_pretrained(f"{out}/base")
+    processor.save_pretrained(f"{out}/base")
+    train_base(base, processor, train_examples, steps, seed)
+    without_shortcuts = sparsecut.upgrade(base, processor=processor)
+    rows = {"without shortcuts": measure(*without_shortcuts, test_examples)}
+
+    for name, plan in make_controls(kind).items():
+        folder = name.replace(" ", "-")
+        control = train_upgraded(out, folder, plan, source, steps, seed)
+        rows[name] = measure(*control, test_examples)
+
+    model, processor = train_upgraded(out, "upgraded", SHORTCUTS, source, steps, seed)
+    rows["upgraded"] = measure(model, processor, test_examples)
+    shortcuts = model.fusion.gated
+    with model.fusion.switched_off(*shortcuts):
+        rows["its shortcuts switched off"] = measure(model, processor, test_examples)
+    for number in shortcuts:
+        with model.fusion.switched_off(number):
+            name = f"its shortcut {number} switched off"
+            rows[name] = measure(model, processor, test_examples)
+    print_table(rows)
 
 
 if __name__ == "__main__":

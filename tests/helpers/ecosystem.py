@@ -6,7 +6,7 @@ It serves the tests of the software around the model: saving, quantization, adap
 import torch
 from helpers import bases
 from helpers.bases import randomize_fusion
-from helpers.example_bases import TEXTS, example
+from helpers.example_bases import build_example_base
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
@@ -44,9 +44,7 @@ def get_logits(model, inputs):
 
 def upgraded_with_processor():
     """(model, processor): an upgraded LLaVA of the example with random shortcuts."""
-    torch.manual_seed(0)
-    base, base_processor = example.llava(TEXTS, width=32, vocabulary=300, view=16)
-    torch.nn.init.normal_(base.get_output_embeddings().weight, std=0.5)
+    base, base_processor = build_example_base("llava")
     model, processor = upgrade(base, processor=base_processor)
     return randomize_fusion(model), processor
 
