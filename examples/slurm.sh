@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Training on several nodes under SLURM: one torchrun per node, one process per GPU.   sbatch examples/slurm.sh RECIPE [CHANGES]
+# Train on several nodes under SLURM, with one torchrun per node and one process per GPU:
+#     sbatch examples/slurm.sh RECIPE [CHANGES]
 #SBATCH --job-name=sparsecut
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -8,8 +9,9 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
-# Five minutes before the time is up, every process gets SIGTERM: the step is finished and a checkpoint written. A job that is queued
-# again goes on from there, as --resume starts anew where there is nothing to resume.
+# Five minutes before the time is up, every process gets SIGTERM. It finishes its step and writes a
+# checkpoint. A job that is queued again resumes there: --resume starts anew only where there is no
+# checkpoint.
 set -euo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \

@@ -1,11 +1,13 @@
-"""Make a small random encoder and language model whose vocabulary is learned from files of records.
+"""Make a small random encoder and language model whose vocabulary is learned from records.
 
     python examples/small_backbones.py OUT IMAGES RECORDS...
 
-writes OUT/vision and OUT/language, for recipes that train everything from scratch on a CPU (configs/emoji.yaml, nlvr.yaml).
+It writes OUT/vision and OUT/language, for recipes that train everything from scratch on a CPU, such
+as configs/emoji.yaml and configs/nlvr.yaml.
 """
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,47 +18,70 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
-from transformers import PreTrainedTokenizerFast as Fast
 
 from sparsecut.data.examples import read_examples
 
-out, images, *files = sys.argv[1:]
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-texts = (
-    m["content"].replace("<image>", "")
-    for f in files
-    for e in read_examples(f, images)
-    for m in e.messages
-)
-
-core = Tokenizer(models.BPE())
-core.pre_tokenizer, core.decoder = (
-    pre_tokenizers.ByteLevel(add_prefix_space=False),
-    decoders.ByteLevel(),
-)
-alphabet = pre_tokenizers.ByteLevel.alphabet()
-core.train_from_iterator(
-    texts,
-    trainers.BpeTrainer(
-        vocab_size=2000, special_tokens=[*SPECIAL.values()], initial_alphabet=alphabet
-    ),
-)
-tokenizer = Fast(tokenizer_object=core, **SPECIAL)
-
-torch.manual_seed(0)
-shape = {
+SIZES = {
     "hidden_size": 96,
     "intermediate_size": 384,
     "num_attention_heads": 4,
     "num_hidden_layers": 4,
 }
-vision = CLIPVisionConfig(**shape, image_size=48, patch_size=8)
-ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-language = LlamaConfig(**shape, **ids, vocab_size=len(tokenizer), max_position_embeddings=512)
-CLIPVisionModel(vision).save_pretrained(Path(out) / "vision")
-CLIPImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(
-    Path(out) / "vision"
-)
-LlamaForCausalLM(language).save_pretrained(Path(out) / "language")
-tokenizer.save_pretrained(Path(out) / "language")
+
+
+def read_texts(files: list[str], images: str) -> Iterator[str]:
+    """Read all messages of some files, without placeholders."""
+    for file in files:
+        for example in read_examples(file, images):
+            for message in example.messages:
+                yield message["content"].replace("<image>", "")
+
+
+def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level tokenizer of 2,000 tokens."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, **SPECIAL)
+
+
+def save_vision(folder: Path) -> None:
+    """Save a random CLIP encoder of views of 48 x 48 pixels in patches of 8 x 8."""
+    config = CLIPVisionConfig(**SIZES, image_size=48, patch_size=8)
+    CLIPVisionModel(config).save_pretrained(folder)
+    CLIPImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder)
+
+
+def save_language(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Save a random Llama with a tokenizer."""
+    config = LlamaConfig(
+        **SIZES,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def main(out: str, images: str, *files: str) -> None:
+    """Write both backbones."""
+    tokenizer = train_tokenizer(read_texts(list(files), images))
+    torch.manual_seed(0)
+    save_vision(Path(out) / "vision")
+    save_language(Path(out) / "language", tokenizer)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

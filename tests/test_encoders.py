@@ -2,13 +2,11 @@
 by row, or a sentence says why not.
 """
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from helpers import checks
+from helpers.example_bases import load_example
 from helpers.families import DEFAULT_KINDS, family_vision, language_config, vision_config
 from helpers.tiny import tiny_language, tiny_tokenizer
 from PIL import Image
@@ -182,34 +180,25 @@ def test_an_encoder_that_needs_more_than_views_is_refused():
         checks.join(vision=encoder)
 
 
-def tones():
-    """Words and the sounds of two pitches, as examples/audio.py makes them."""
-    spec = importlib.util.spec_from_file_location(
-        "audio_example", Path(__file__).parents[1] / "examples" / "audio.py"
-    )
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module
-
-
 def test_sounds_in_and_words_out_from_building_to_loading(tmp_path):
-    example = tones()
+    example = load_example("audio")
     torch.manual_seed(0)
-    encoder, extractor, language, tokenizer = example.parts()
+    encoder, extractor, language, tokenizer = example.build_parts()
     plan = {"method": "sparsecut", "tiles": 0}
     model, processor = build(
         encoder, language, plan, image_processor=extractor, tokenizer=tokenizer
     )
     losses = example.train(model, processor, 30, batch_size=4)
     assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
-    sounds, _ = example.tones(4, seed=0)
-    said = example.answers(model, processor, sounds)
-    assert said == [example.answers(model, processor, [sound])[0] for sound in sounds]
+    sounds, _ = example.make_tones(4, seed=0)
+    said = example.answer(model, processor, sounds)
+    assert said == [example.answer(model, processor, [sound])[0] for sound in sounds]
     save(model, processor, tmp_path, code=True)
     assert AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True).audio_token == "<audio>"
     assert (tmp_path / "processing.py").is_file()
     again = load(tmp_path)
     assert type(again[1]) is type(processor) and type(again[0].vision_tower) is type(encoder)
-    assert example.answers(*again, sounds) == said
+    assert example.answer(*again, sounds) == said
     talk = [
         {
             "role": "user",
@@ -220,8 +209,8 @@ def test_sounds_in_and_words_out_from_building_to_loading(tmp_path):
 
 
 def test_sounds_that_do_not_fit_the_encoder_are_refused():
-    example = tones()
-    encoder, extractor, language, tokenizer = example.parts()
+    example = load_example("audio")
+    encoder, extractor, language, tokenizer = example.build_parts()
     parts = {"image_processor": extractor, "tokenizer": tokenizer}
     with pytest.raises(UserError, match="tiles=2, but whisper"):
         build(encoder, language, **parts)

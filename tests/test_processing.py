@@ -1,4 +1,4 @@
-"""Pictures become the views the released code makes, and texts the tokens the model expects."""
+"""Images become the views the released code makes, and texts the tokens the model expects."""
 
 import hashlib
 import json
@@ -20,98 +20,103 @@ needs_parity = pytest.mark.skipif(not PARITY.is_dir(), reason="the parity files 
 SIZES = {"landscape_500x333": (500, 333), "portrait_210x345": (210, 345)}
 
 
-def formula(width: int, height: int) -> Image.Image:
+def draw_formula(width: int, height: int) -> Image.Image:
+    """The image of the parity files."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
-    red, green, blue = (
-        (3 * x + 5 * y) % 256,
-        (x * x // 64 + y * y // 32) % 256,
-        255 * ((x // 16 + y // 12) % 2),
-    )
+    red = (3 * x + 5 * y) % 256
+    green = (x * x // 64 + y * y // 32) % 256
+    blue = 255 * ((x // 16 + y // 12) % 2)
     return Image.fromarray(np.stack([red, green, blue], axis=-1).astype(np.uint8))
 
 
-def processor(size: int, **options) -> SparseCutProcessor:
+def make_tokenizer(**changes):
     tokenizer = tiny_tokenizer()
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return tokenizer
+
+
+def make_processor(size: int = 8, tokenizer=None, **options) -> SparseCutProcessor:
     options = {"image_size": size, "tiles": 2, "num_image_tokens": 4, **options}
-    return SparseCutProcessor(CLIPImageProcessorPil(), tokenizer, **options)
+    return SparseCutProcessor(CLIPImageProcessorPil(), tokenizer or make_tokenizer(), **options)
 
 
 @needs_parity
 @pytest.mark.parametrize("name", SIZES)
 def test_pixels_equal_the_released_inference(name):
-    expected, meta = (
-        load_file(PARITY / "outputs.safetensors"),
-        json.loads((PARITY / "meta.json").read_text()),
-    )
-    picture = formula(*SIZES[name])
-    assert torch.equal(
-        torch.from_numpy(np.array(picture)), load_file(PARITY / "inputs.safetensors")[f"{name}.rgb"]
-    )
-    small, large = processor(112).pixels([picture])[0], processor(336).pixels([picture])[0]
+    expected = load_file(PARITY / "outputs.safetensors")
+    facts = json.loads((PARITY / "meta.json").read_text())["facts"]
+    image = draw_formula(*SIZES[name])
+    released_image = load_file(PARITY / "inputs.safetensors")[f"{name}.rgb"]
+    assert torch.equal(torch.from_numpy(np.array(image)), released_image)
+
+    small = make_processor(112).pixels([image])[0]
     assert torch.equal(small, expected[f"{name}.pixels_112"])
+    large = make_processor(336).pixels([image])[0]
     assert torch.equal(large[:, :, 8::16, 8::16], expected[f"{name}.pixels_336_every_16th"])
     for size in (112, 336):
-        levels = np.stack([np.asarray(v).transpose(2, 0, 1) for v in cut_views(picture, 2, size)])
-        assert (
-            hashlib.sha256(levels.tobytes()).hexdigest()
-            == meta["facts"][f"{name}@{size}"]["levels_sha256"]
-        )
+        views = cut_views(image, 2, size)
+        levels = np.stack([np.asarray(view).transpose(2, 0, 1) for view in views])
+        digest = hashlib.sha256(levels.tobytes()).hexdigest()
+        assert digest == facts[f"{name}@{size}"]["levels_sha256"]
 
 
 @needs_parity
 @pytest.mark.parametrize("name", SIZES)
 def test_the_released_training_crop_is_a_named_option(name):
     expected = load_file(PARITY / "outputs.safetensors")[f"{name}.training_low_res_112"]
-    assert torch.equal(
-        processor(112, coarse="crop").pixels([formula(*SIZES[name])])[0, :1], expected
-    )
+    pixels = make_processor(112, coarse="crop").pixels([draw_formula(*SIZES[name])])
+    assert torch.equal(pixels[0, :1], expected)
 
 
 def test_fine_views_lie_under_the_coarse_one():
-    picture = Image.fromarray(
-        np.kron(np.array([[0, 80], [160, 240]], np.uint8), np.ones((30, 50), np.uint8))
-    )
-    coarse, *fine = (np.asarray(v)[..., 0] for v in cut_views(picture, 2, 16))
+    blocks = np.array([[0, 80], [160, 240]], np.uint8)
+    image = Image.fromarray(np.kron(blocks, np.ones((30, 50), np.uint8)))
+    coarse, *fine = (np.asarray(view)[..., 0] for view in cut_views(image, 2, 16))
     quarters = [coarse[:8, :8], coarse[:8, 8:], coarse[8:, :8], coarse[8:, 8:]]
-    for view, quarter in zip(
-        fine, quarters, strict=True
-    ):  # inner parts, away from the smoothed edges
+    for view, quarter in zip(fine, quarters, strict=True):
+        # the median ignores the smoothed edges
         assert abs(float(np.median(view)) - float(np.median(quarter))) < 1
 
 
-def test_each_placeholder_is_expanded_and_pixels_follow_the_pictures():
-    p, picture = processor(8), formula(20, 30)
-    batch = p(
-        images=[picture, picture, picture], text=["<image> a <image>", "b", "<image>"], padding=True
-    )
+def test_each_placeholder_is_expanded_and_pixels_follow_the_images():
+    processor = make_processor()
+    image = draw_formula(20, 30)
+    texts = ["<image> a <image>", "b", "<image>"]
+    batch = processor(images=[image, image, image], text=texts, padding=True)
     assert batch["pixel_values"].shape == (3, 5, 3, 8, 8)
-    assert (torch.as_tensor(batch["input_ids"]) == p.image_token_id).sum(-1).tolist() == [8, 0, 4]
-    assert "pixel_values" not in p(text=["a", "b"])
-    assert "pixel_values" not in p(text=["a", "b"], images=[[], []])
+    is_image_token = torch.as_tensor(batch["input_ids"]) == processor.image_token_id
+    assert is_image_token.sum(-1).tolist() == [8, 0, 4]
+    assert "pixel_values" not in processor(text=["a", "b"])
+    assert "pixel_values" not in processor(text=["a", "b"], images=[[], []])
 
 
 @pytest.mark.parametrize("kind", ["array", "tensor", "grey", "alpha"])
-def test_every_kind_of_picture_is_taken(kind):
-    picture = formula(20, 30)
+def test_every_kind_of_image_is_taken(kind):
+    image = draw_formula(20, 30)
     other = {
-        "array": np.asarray(picture),
-        "tensor": torch.from_numpy(np.asarray(picture).transpose(2, 0, 1).copy()),
-        "grey": picture.convert("L"),
-        "alpha": picture.convert("RGBA"),
+        "array": np.asarray(image),
+        "tensor": torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy()),
+        "grey": image.convert("L"),
+        "alpha": image.convert("RGBA"),
     }[kind]
-    reference = picture.convert("L").convert("RGB") if kind == "grey" else picture
-    assert torch.equal(processor(8).pixels([other]), processor(8).pixels([reference]))
+    reference = image.convert("L").convert("RGB") if kind == "grey" else image
+    processor = make_processor()
+    assert torch.equal(processor.pixels([other]), processor.pixels([reference]))
 
 
-def test_wrong_numbers_of_pictures_are_refused():
-    p, picture = processor(8), formula(20, 30)
+def test_wrong_numbers_of_images_are_refused():
+    processor = make_processor()
+    image = draw_formula(20, 30)
     with pytest.raises(UserError, match="text 0 has 1 placeholders <image>, but 2 images"):
-        p(images=[[picture, picture], []], text=["<image>", "<image>"])
-    with pytest.raises(ValueError, match="no images were passed"):
-        p(text=["<image>"])
-    with pytest.raises(ValueError, match="coarse is 'stretch'"):
-        processor(8, coarse="stretch")
+        processor(images=[[image, image], []], text=["<image>", "<image>"])
+    with pytest.raises(ValueError, match="no images"):  # of transformers
+        processor(text=["<image>"])
+    with pytest.raises(UserError, match="'stretch'"):
+        make_processor(coarse="stretch")
+    with pytest.raises(UserError, match="'<picture>'"):
+        make_processor(image_token="<picture>")
 
 
 MESSAGES = [
@@ -125,41 +130,29 @@ CHATML = (
 )
 
 
-def test_a_template_that_knows_strings_only_takes_pictures():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = CHATML
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    p = SparseCutProcessor(
-        CLIPImageProcessorPil(), tokenizer, image_size=8, tiles=2, num_image_tokens=4
-    )
-    text = p.apply_chat_template(MESSAGES, add_generation_prompt=True)
-    assert (
-        text == "<|im_start|>user\n<image>\nwhat is it<|im_end|>\n<|im_start|>assistant\na"
-        " cat<|im_end|>\n"
-        "<|im_start|>user\nare you sure<|im_end|>\n<|im_start|>assistant\n"
+def test_a_template_that_takes_strings_only_gets_images():
+    processor = make_processor(tokenizer=make_tokenizer(chat_template=CHATML))
+    assert processor.apply_chat_template(MESSAGES, add_generation_prompt=True) == (
+        "<|im_start|>user\n<image>\nwhat is it<|im_end|>\n"
+        "<|im_start|>assistant\na cat<|im_end|>\n"
+        "<|im_start|>user\nare you sure<|im_end|>\n"
+        "<|im_start|>assistant\n"
     )
 
 
 def test_a_tokenizer_without_a_template_gets_ours():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = None
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    p = SparseCutProcessor(
-        CLIPImageProcessorPil(), tokenizer, image_size=8, tiles=2, num_image_tokens=4
-    )
-    text = p.apply_chat_template(MESSAGES, add_generation_prompt=True)
+    tokenizer = make_tokenizer(chat_template=None)
+    processor = make_processor(tokenizer=tokenizer)
+    text = processor.apply_chat_template(MESSAGES, add_generation_prompt=True)
     end = tokenizer.eos_token
     assert text == f"USER: <image>\nwhat is it ASSISTANT: a cat{end} USER: are you sure ASSISTANT:"
 
 
 def test_a_saved_processor_loads_the_same(tmp_path):
-    p = processor(8)
-    p.save_pretrained(tmp_path)
-    q = SparseCutProcessor.from_pretrained(tmp_path)
-    assert (q.tiles, q.image_size, q.num_image_tokens, q.chat_template) == (
-        2,
-        8,
-        4,
-        p.chat_template,
-    )
-    assert torch.equal(q.pixels([formula(9, 7)]), p.pixels([formula(9, 7)]))
+    saved = make_processor()
+    saved.save_pretrained(tmp_path)
+    loaded = SparseCutProcessor.from_pretrained(tmp_path)
+    for name in ("tiles", "image_size", "num_image_tokens", "chat_template"):
+        assert getattr(loaded, name) == getattr(saved, name)
+    image = draw_formula(9, 7)
+    assert torch.equal(loaded.pixels([image]), saved.pixels([image]))
