@@ -1,3 +1,1 @@
-"""The files a user writes: recipes and studies, checked against their schema. Knows nothing of
-torch.
-"""
+"""Recipes, which a user writes, checked against their schema. Nothing here needs torch."""

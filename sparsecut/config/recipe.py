@@ -1,9 +1,8 @@
-"""The file a user writes: a model, its plan, the stages of its training and what it is evaluated
-on.
+"""A recipe: a model, its plan, the stages of its training, and what it is evaluated on.
 
-A recipe is frozen data, equal to its YAML, and knows nothing of torch. Relative paths are relative to the working
-directory, where the command was typed; paths may name environment variables ("$DATA/train.json"), which are read when the
-path is used. `dump_recipe` writes the recipe as it ran, so that this file alone repeats the run.
+A recipe is frozen data, equal to its YAML. Relative paths start at the working directory. Paths may
+name environment variables ("$DATA/train.json"), which are read when the path is used. `dump_recipe`
+writes the recipe as it ran, so that this file alone repeats the run.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -23,27 +23,34 @@ from ..schema import (
     check_types,
     make_tuples,
 )
-from .yaml_io import override, plain_lists, read_yaml
+from .yaml_io import override, read_yaml, rename_key, to_lists
 
 PARTS = ("vision", "projector", "fusion", "language", "head")
-ADAPTED = ("vision:lora", "language:lora")
+ADAPTERS = ("vision:lora", "language:lora")
 TEMPLATES = ("chat", "plain")
 LOSSES = ("tokens", "batches")
 ON_ERROR = ("stop", "skip")
-CHOICES = ("where", "hold_out", "keep")  # what chooses among a source's records
+CHOICES = ("where", "hold_out", "keep")  # keys that choose among a source's records
 
 
 @dataclass(frozen=True)
 class Source:
-    """Records in LLaVA's format (path: .json, .jsonl or .parquet) and their pictures (images: a
-    folder or a tar archive).
+    """Records in LLaVA's format and their images.
 
-    images: None means the folder of `path`. on_error: "stop" at a bad record, or "skip" and count
-    it. where: a regular expression that a record's id must contain; hold_out: one that it must not;
-    group: one whose parentheses catch the group of a record that names none. keep: at most so many,
-    a fixed random choice. weight: the source's share of a mixture, against the others' weights.
-    streaming: records come from the files as they are read. max_broken: the share of records that
-    may be skipped.
+    Attributes:
+        path: A file or a pattern of files (.json, .jsonl, .parquet, .arrow, .tar), or a saved
+            dataset.
+        images: A folder or tar archive of the images. None stands for the folder of `path`, or for
+            the file itself where it holds images.
+        on_error: "stop" at a bad record, or "skip" it and count it.
+        where: A regular expression that a record's id must contain.
+        hold_out: A regular expression that a record's id must not contain.
+        group: A regular expression whose parentheses match the group of a record in its id, where
+            the record names none.
+        keep: At most so many records, a fixed random choice.
+        weight: The source's part in a mixture, relative to the others' weights.
+        streaming: Whether records are read from the files while training goes on.
+        max_broken: The fraction of records that may be skipped.
     """
 
     path: str
@@ -59,20 +66,6 @@ class Source:
 
     def __post_init__(self):
         check_types(self)
-        if self.weight is not None and self.weight <= 0:
-            raise UserError(
-                f"weight is {self.weight}, but a share is above 0; remove the source to leave"
-                " it out"
-            )
-        if not 0 <= self.max_broken <= 1:
-            raise UserError(f"max_broken is {self.max_broken}, but a share is from 0 to 1")
-        if self.streaming and (
-            chosen := [name for name in CHOICES if getattr(self, name) is not None]
-        ):
-            raise UserError(
-                f"{chosen[0]} is set, but records of a stream are not chosen among: set streaming:"
-                " false, or remove it"
-            )
         check_choice("on_error", self.on_error, ON_ERROR)
         for name in ("where", "hold_out", "group"):
             check_pattern(name, getattr(self, name))
@@ -83,17 +76,36 @@ class Source:
             )
         if self.keep is not None and self.keep < 1:
             raise UserError(
-                f"keep is {self.keep}, but at least 1 record must be kept; leave it out to keep all"
+                f"keep is {self.keep}, but at least 1 record must be kept; remove it to keep all"
             )
+        if self.weight is not None and self.weight <= 0:
+            raise UserError(
+                f"weight is {self.weight}, but must be above 0; remove the source to leave it out"
+            )
+        if not 0 <= self.max_broken <= 1:
+            raise UserError(f"max_broken is {self.max_broken}, but a fraction lies between 0 and 1")
+        self._check_stream()
+
+    def _check_stream(self) -> None:
+        if not self.streaming:
+            return
+        for name in CHOICES:
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"{name} is set, but a stream takes all records; set streaming: false, or"
+                    f" remove {name}"
+                )
 
 
 @dataclass(frozen=True)
 class Model:
-    """Where training starts: a vision encoder and a language model to join, or a base, by hub name
-    or folder.
+    """Where training starts: a vision encoder and a language model to join, or a base model.
 
-    base: a finished vision-language model, which is upgraded, or a model (or shortcuts) saved by
-    this package. view_size: pixels of a view, for vision encoders of pictures of any size.
+    Attributes:
+        vision: The encoder's hub name or folder.
+        language: The language model's hub name or folder.
+        base: A pretrained VLM, which is upgraded, or a model or shortcuts saved by this package.
+        view_size: Pixels of a view's side, for encoders that take images of any size.
     """
 
     vision: str | None = None
@@ -103,27 +115,31 @@ class Model:
 
     def __post_init__(self):
         check_types(self)
-        given = [name for name in ("vision", "language", "base") if getattr(self, name) is not None]
-        if given not in (["vision", "language"], ["base"]):
+        names = [name for name in ("vision", "language", "base") if getattr(self, name) is not None]
+        if names not in (["vision", "language"], ["base"]):
             raise UserError(
                 "a model is either vision and language, or base, but"
-                f" {' and '.join(given) or 'none of them'} was given; name an encoder and a"
-                " language model to join, or a finished vision-language model to upgrade or go on"
-                " from"
+                f" {' and '.join(names) or 'none of them'} was given; name an encoder and a"
+                " language model to join, or a pretrained VLM to upgrade or a saved model to"
+                " continue with"
             )
         if self.base is not None and self.view_size is not None:
             raise UserError(
                 f"view_size={self.view_size} is for an encoder that is joined, but base={self.base}"
-                " has its own; leave it out"
+                " has its own; remove it"
             )
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters of a stage that trains a part as `language:lora`: PEFT's rank, alpha, dropout and
-    target modules.
+    """PEFT adapters of a stage that trains a part as `language:lora`.
 
-    merge: true adds them to the weights after the stage, false keeps them beside the model.
+    Attributes:
+        r: Rank of the matrices.
+        alpha: Their factor is alpha / r.
+        dropout: Dropout before an adapter, from 0 to below 1.
+        targets: PEFT's target modules, a word or a list.
+        merge: Whether adapters are added to the weights after the stage, or stay beside the model.
     """
 
     r: int = 16
@@ -136,32 +152,37 @@ class Lora:
         if not isinstance(self.targets, str):
             make_tuples(self, "targets")
         check_types(self)
-        if self.r < 1 or not 0 <= self.dropout < 1:
-            raise UserError(
-                f"r is {self.r} and dropout {self.dropout}, but r is at least 1 and dropout from 0"
-                " to below 1"
-            )
+        if self.r < 1:
+            raise UserError(f"r is {self.r}, but a rank is at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}, but must be from 0 to below 1")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One round of training: what it learns from (data), which parts learn (train), and how (args,
-    lr).
+    """One round of training: data, the parts that are trained, and how.
 
-    train: parts, or `language:lora` for an adapter on one that rests (lora: its settings). args:
-    `TrainingArguments` of transformers, nothing renamed. lr, weight_decay: for some of the trained
-    parts, the others take those of `args`. template: "chat" (the tokenizer's own) or "plain"
-    (picture, then caption). max_length: longer records are cut to so many tokens; None takes the
-    language model's limit and refuses longer ones. gate_penalty: this times the sum of the gates'
-    sizes is added to the loss (`sparsecut search` uses it). loss_over: "tokens" (the mean over all
-    learned tokens of a step, however they are divided into micro-batches and processes) or
-    "batches" (the mean of each micro-batch's own mean, as older training code has it: a token
-    counts for less in a batch with long answers). group: true puts records of alike length into a
-    step, and records with pictures and texts into different ones.
-    pack: rows of so many tokens, each with as many records as fit; none sees another.
-    max_image_tokens: a record with more is refused, and packed rows hold no more. pad_to: batches
-    are as long as a multiple of it, for torch_compile. global_batch: records of a step over all
-    processes; micro-batches are accumulated to that many, or the stage is refused.
+    Attributes:
+        name: Names the stage's folder.
+        data: The sources of records.
+        train: The parts that are trained, of `PARTS`, or `language:lora` for an adapter on a frozen
+            part.
+        args: `TrainingArguments` of transformers, under the same names.
+        lr: Learning rates of some of the trained parts; the others take that of `args`.
+        template: "chat" for the tokenizer's chat template, "plain" for image and caption.
+        max_length: Longer records are cut to so many tokens. None refuses what is longer than the
+            language model takes.
+        gate_penalty: This times the sum of the gates' sizes is added to the loss.
+        loss_over: "tokens" for the mean over all learned tokens of a step, however they are divided
+            into micro-batches and processes. "batches" for the mean of each micro-batch's own mean,
+            as older training code has it: a token counts for less in a batch with long answers.
+        group: Whether the records of a step have similar lengths, and all or none have images.
+        pack: Tokens of a row; each row has as many records as fit, and none sees another.
+        max_image_tokens: A record with more is refused, and packed rows hold no more.
+        pad_to: Batches are as long as a multiple of it, for `torch_compile`.
+        lora: Settings of adapters.
+        weight_decay: Weight decay of some of the trained parts; the others take that of `args`.
+        global_batch: Records of a step over all processes. Micro-batches are accumulated to it.
     """
 
     name: str
@@ -189,51 +210,97 @@ class Stage:
                 f"name is {self.name!r}, but it names a folder: use letters, digits, - and _, and"
                 " not 'final'"
             )
-        for part in self.train:
-            check_choice("train names a part that", part, (*PARTS, *ADAPTED))
-        if twice := [part for part in self.train if f"{part}:lora" in self.train]:
-            raise UserError(
-                f"train names both {twice[0]} and {twice[0]}:lora; train the part, or its adapter"
-            )
-        if self.lora is None and set(self.train) & set(ADAPTED):
-            object.__setattr__(self, "lora", Lora())
-        if self.lora is not None and not set(self.train) & set(ADAPTED):
-            raise UserError(
-                f"lora is set, but stage {self.name} trains {', '.join(self.train)}; train"
-                " language:lora, or remove it"
-            )
         if not self.train or not self.data:
             raise UserError(
                 f"stage {self.name} would train nothing; give it data and parts to train among"
                 f" {', '.join(PARTS)}"
             )
-        for name in ("lr", "weight_decay"):
-            for part, value in getattr(self, name).items():
-                if part not in self.train and not (part == "head" and "language" in self.train):
-                    raise UserError(
-                        f"{name} is set for {part!r}, but stage {self.name} trains"
-                        f" {', '.join(self.train)}; add the part to `train` or remove its {name}"
-                    )
-                if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-                    raise UserError(
-                        f"{name}.{part} is {value!r}, but must be a number of at least 0, like 1e-3"
-                    )
         check_choice("template", self.template, TEMPLATES)
-        _check_mixture(self)
         check_choice("loss_over", self.loss_over, LOSSES)
-        for name in ("pack", "max_image_tokens", "max_length", "pad_to", "global_batch"):
-            if (given := getattr(self, name)) is not None and given < 1:
-                what = "record" if name == "global_batch" else "token"
+        self._check_parts()
+        self._check_part_values("lr")
+        self._check_part_values("weight_decay")
+        self._check_numbers()
+        self._check_mixture()
+
+    def _check_parts(self) -> None:
+        for part in self.train:
+            check_choice("train names a part that", part, (*PARTS, *ADAPTERS))
+            if f"{part}:lora" in self.train:
                 raise UserError(
-                    f"{name} is {given}, but at least 1 {what} is needed; leave it out for no limit"
+                    f"train names both {part} and {part}:lora; train the part, or its adapter"
+                )
+        has_adapter = not set(self.train).isdisjoint(ADAPTERS)
+        if has_adapter and self.lora is None:
+            object.__setattr__(self, "lora", Lora())
+        if self.lora is not None and not has_adapter:
+            raise UserError(
+                f"lora is set, but stage {self.name} trains {', '.join(self.train)}; train"
+                " language:lora, or remove it"
+            )
+
+    def _check_part_values(self, name: str) -> None:
+        for part, value in getattr(self, name).items():
+            is_head = part == "head" and "language" in self.train
+            if part not in self.train and not is_head:
+                raise UserError(
+                    f"{name} is set for {part!r}, but stage {self.name} trains"
+                    f" {', '.join(self.train)}; add the part to `train` or remove its {name}"
+                )
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                raise UserError(
+                    f"{name}.{part} is {value!r}, but must be a number of at least 0, like 1e-3"
+                )
+
+    def _check_numbers(self) -> None:
+        for name in ("pack", "max_image_tokens", "max_length", "pad_to", "global_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                unit = "record" if name == "global_batch" else "token"
+                raise UserError(
+                    f"{name} is {value}, but at least 1 {unit} is needed; remove it for no limit"
                 )
         if self.gate_penalty < 0:
-            raise UserError(f"gate_penalty is {self.gate_penalty}, but a penalty is at least 0")
+            raise UserError(f"gate_penalty is {self.gate_penalty}, but must be at least 0")
+
+    def _check_mixture(self) -> None:
+        streams = [source.streaming for source in self.data]
+        weights = [source.weight is not None for source in self.data]
+        if any(streams) and not all(streams):
+            raise UserError(
+                f"stage {self.name} mixes streams and files; set streaming: true for all of its"
+                " data, or for none"
+            )
+        if any(weights) and not all(weights):
+            raise UserError(
+                f"stage {self.name} gives a weight to some of its data only; give one to all, or to"
+                " none"
+            )
+        if any(weights) and self.pack:
+            raise UserError(
+                f"stage {self.name} gives its data weights and packs it into rows; remove pack, or"
+                " the weights"
+            )
+        if any(streams) and (self.group or self.pack):
+            raise UserError(
+                f"stage {self.name} reads a stream, whose records are not known in advance; remove"
+                " group and pack"
+            )
+        if any(streams) and self.args.get("max_steps", -1) <= 0:
+            raise UserError(
+                f"stage {self.name} reads a stream, whose length is not known; set args.max_steps"
+            )
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the trained model is asked: data, answer length and batch size."""
+    """What the trained model is evaluated on.
+
+    Attributes:
+        data: The sources of questions; the last assistant turn is the right answer.
+        max_new_tokens: The longest answer, in tokens.
+        batch_size: Questions that are answered at once.
+    """
 
     data: tuple[Source, ...]
     max_new_tokens: int = 16
@@ -246,12 +313,18 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model, its plan (fusion: a method's name, a method with options, or a plan in full), and
-    the stages of its training.
+    """A model, its plan, and the stages of its training.
 
-    fusion is None only where the model is a base: a saved model has its plan, one that is upgraded
-    takes `upgrade`'s own. states: a folder for the states of the encoder, which is then run once
-    per picture, whatever the number of epochs; only where no stage trains it.
+    Attributes:
+        model: Where training starts.
+        stages: Its stages, in order.
+        output: The run's folder.
+        fusion: A method's name, a method with options, or a plan in full. It may be None only where
+            the model has a base: a saved model has its plan, and `upgrade` has a default.
+        evaluate: What the trained model is evaluated on.
+        seed: Seed of the new weights and of the order of records.
+        feature_cache: A folder for the vision features of a frozen encoder. Every image is then
+            encoded once, whatever the number of epochs.
     """
 
     model: Model
@@ -260,94 +333,80 @@ class Recipe:
     fusion: str | dict | None = None
     evaluate: Evaluation | None = None
     seed: int = 0
-    states: str | None = None
+    feature_cache: str | None = None
 
     def __post_init__(self):
         make_tuples(self, "stages")
         check_types(self)
-        if self.fusion is None and self.model.base is None:
-            raise UserError(
-                "a model of an encoder and a language model needs a plan, but fusion is not given;"
-                " add one, for example `fusion: {method: sparsecut}`"
-            )
-        if self.model.base is None and any("projector" in stage.train for stage in self.stages):
-            raise UserError(
-                "a stage trains projector, but only an upgraded model (model: {base: ...}) has one"
-                " of its own; a model that is built has its projectors in fusion: train that"
-            )
-        if self.states is not None and any("vision" in stage.train for stage in self.stages):
-            raise UserError(
-                f"states is {self.states!r}, but states can only be kept of an encoder that is"
-                " frozen, and a stage trains vision; remove `states`, or vision from `train`"
-            )
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
             raise UserError(
                 f"stages are named {names}, but at least one stage is needed and names must differ"
             )
+        if self.model.base is None and self.fusion is None:
+            raise UserError(
+                "a model of an encoder and a language model needs a plan, but fusion is not given;"
+                " add one, for example `fusion: {method: sparsecut}`"
+            )
+        if self.model.base is None and self._trains("projector"):
+            raise UserError(
+                "a stage trains projector, but only an upgraded model (model: {base: ...}) has one"
+                " of its own; a built model has its projectors in fusion: train that"
+            )
+        if self.feature_cache is not None and self._trains("vision"):
+            raise UserError(
+                f"feature_cache is {self.feature_cache!r}, but features can be cached only of a"
+                " frozen encoder, and a stage trains vision; remove feature_cache, or vision from"
+                " `train`"
+            )
+
+    def _trains(self, part: str) -> bool:
+        return any(part in stage.train for stage in self.stages)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file and change it by dotted overrides such as "stages.0.args.max_steps=10";
-    ValueError if wrong.
+    """Read a recipe file.
+
+    Args:
+        path: The file.
+        overrides: Dotted changes such as "stages.0.args.max_steps=10".
+
+    Raises:
+        UserError: There is no such file, or the recipe is wrong.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no recipe {path}; give a YAML file such as configs/tiny.yaml")
-    return parse_recipe(
-        read_yaml(path.read_text(encoding="utf-8"), str(path)), overrides, name=str(path)
-    )
+    plain = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    return parse_recipe(plain, overrides, name=str(path))
 
 
-def parse_recipe(plain: dict, overrides: Sequence[str] = (), *, name: str = "recipe") -> Recipe:
-    """A recipe from plain keys and values, as YAML holds them; `name` stands at the start of error
-    messages.
+def parse_recipe(plain: Any, overrides: Sequence[str] = (), *, name: str = "recipe") -> Recipe:
+    """Build a recipe from plain keys and values, as YAML holds them.
+
+    Args:
+        plain: The keys and values.
+        overrides: Dotted changes such as "stages.0.args.max_steps=10".
+        name: Stands at the start of error messages.
+
+    Raises:
+        UserError: The recipe is wrong.
     """
     for change in overrides:
         plain = override(plain, change)
+    plain = rename_key(plain, "states", "feature_cache", name)
     return build_dataclass(Recipe, plain, name)
 
 
 def dump_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write the recipe with everything that was decided, so that loading the file gives an equal
-    recipe.
-    """
-    plain = asdict(
-        recipe, dict_factory=lambda items: {k: v for k, v in items if v is not None and v != {}}
-    )
+    """Write a recipe with everything that was decided; loading the file gives an equal recipe."""
+    plain = asdict(recipe, dict_factory=_drop_empty)
     for holder in (*plain["stages"], plain.get("evaluate", {})):
         if len(holder.get("data", ())) == 1:
             holder["data"] = holder["data"][0]
-    text = yaml.safe_dump(plain_lists(plain), sort_keys=False, allow_unicode=True, width=110)
+    text = yaml.safe_dump(to_lists(plain), sort_keys=False, allow_unicode=True, width=110)
     Path(path).write_text(text, encoding="utf-8")
 
 
-def _check_mixture(stage: Stage) -> None:
-    """Raise ValueError where a stage's sources cannot be mixed as they say."""
-    weights = {source.weight is not None for source in stage.data}
-    streams = {source.streaming for source in stage.data}
-    if len(streams) > 1:
-        raise UserError(
-            f"stage {stage.name} mixes streams and files; set streaming: true for all of its data,"
-            " or for none"
-        )
-    if len(weights) > 1:
-        raise UserError(
-            f"stage {stage.name} gives a weight to some of its data only; give one to all, or to"
-            " none"
-        )
-    if True in streams and stage.args.get("max_steps", -1) <= 0:
-        raise UserError(
-            f"stage {stage.name} reads a stream, whose length is not known; say how long with"
-            " args.max_steps"
-        )
-    if True in streams and (stage.group or stage.pack):
-        raise UserError(
-            f"stage {stage.name} reads a stream, whose records are not known in advance; remove"
-            " group and pack"
-        )
-    if True in weights and stage.pack:
-        raise UserError(
-            f"stage {stage.name} weighs its data and packs it into rows; remove pack, or the"
-            " weights"
-        )
+def _drop_empty(items: list[tuple[str, Any]]) -> dict:
+    return {key: value for key, value in items if value is not None and value != {}}

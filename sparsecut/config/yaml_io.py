@@ -1,5 +1,6 @@
-"""YAML read strictly, and single values in it replaced by dotted overrides such as
-"stages.0.args.max_steps=10".
+"""YAML read strictly, and single values in it replaced by dotted overrides.
+
+An override is a text such as "stages.0.args.max_steps=10".
 """
 
 from __future__ import annotations
@@ -7,37 +8,31 @@ from __future__ import annotations
 import logging
 import os
 import re
+from typing import Any
 
 import yaml
 
 from ..schema import UserError, nearest
 
+# Keys that an override may create, because a recipe may leave them out.
+OPTIONAL_KEYS = ("args", "lr", "weight_decay", "lora")
 logger = logging.getLogger(__name__)
-
-BACKBONES = "shapes"  # the built-in small encoder and language model
-OLD_BACKBONES = "world"  # their former name
-OPEN = (
-    "args",
-    "lr",
-    "weight_decay",
-    "lora",
-)  # keys that an override may create, because a recipe may leave them out
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number (as YAML 1.2 does) and refuses a key that is written
-    twice.
-    """
+    """Reads 1e-3 as a number, as YAML 1.2 does, and refuses a key that is written twice."""
 
     def construct_mapping(self, node, deep=False):
-        written = [
-            key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"
-        ]  # `<<: *base` is not a key
-        keys = [self.construct_object(key, deep=True) for key in written]
-        if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {twice[0]!r} is written twice", node.start_mark
-            )
+        keys = []
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *base` is not a key
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in keys:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is written twice", node.start_mark
+                )
+            keys.append(key)
         return super().construct_mapping(node, deep)
 
 
@@ -48,84 +43,99 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(text: str, name: str):
-    """What a YAML text holds; `name` stands at the start of the ValueError for a text that is not
-    YAML.
-    """
+def read_yaml(text: str, name: str) -> Any:
+    """Return what a YAML text holds; UserError, which starts with `name`, where it is not YAML."""
     try:
-        return _rename_backbones(yaml.load(text, Loader=_Loader))
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+        problem = " ".join(str(error).split())
+        raise UserError(f"{name} is not valid YAML: {problem}") from None
 
 
-def _rename_backbones(node):
-    """The same tree, its built-in backbones under their present name."""
-    if isinstance(node, list):
-        return [_rename_backbones(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    renamed = {key: _rename_backbones(value) for key, value in node.items()}
-    for part in ("vision", "language"):
-        if renamed.get(part) == OLD_BACKBONES:
-            logger.warning("%s: %s is now called %s: %s", part, OLD_BACKBONES, part, BACKBONES)
-            renamed[part] = BACKBONES
-    return renamed
+def rename_key(plain: Any, old: str, new: str, name: str) -> Any:
+    """Return keys and values with an old name of a key replaced; one line is logged.
+
+    Args:
+        plain: The keys and values.
+        old: A key's old name.
+        new: Its name now.
+        name: Names the file in the line and in an error.
+
+    Raises:
+        UserError: Both names are there.
+    """
+    if not isinstance(plain, dict) or old not in plain:
+        return plain
+    if new in plain:
+        raise UserError(f"{name} has both {new} and {old}, its old name; remove {old}")
+    logger.warning("%s: the key `%s` is now called `%s`", name, old, new)
+    return {new if key == old else key: value for key, value in plain.items()}
 
 
-def override(plain, change: str):
-    """A copy of the tree with one value replaced by "key.key=value"; ValueError where that hits
-    nothing.
+def override(plain: Any, change: str) -> Any:
+    """Return a copy of a tree with one value replaced.
 
-    A new last key is accepted here, and left to the checks that every recipe passes.
+    A new last key is accepted here; the checks of the whole file may refuse it.
+
+    Args:
+        plain: Dicts and lists, as YAML holds them.
+        change: The change, such as "stages.0.args.max_steps=10". The value is read as YAML.
+
+    Raises:
+        UserError: The change is malformed, or its place is not in the tree.
     """
     dotted, equals, text = change.partition("=")
     if not equals or not dotted:
         raise UserError(
             f"the override {change!r} is not written as key=value; write for example seed=1"
         )
-    return _replace(plain, dotted.split("."), read_yaml(text, f"override {change!r}"), change, "")
+    value = read_yaml(text, f"override {change!r}")
+    try:
+        return _replace(plain, dotted.split("."), value)
+    except UserError as error:
+        raise UserError(f"the override {change!r} has no effect: {error}") from None
 
 
-def _replace(node, keys: list[str], value, change: str, at: str):
+def _replace(node: Any, keys: list[str], value: Any, place: str = "") -> Any:
     if not keys:
         return value
-    key, place = keys[0], f"{at}.{keys[0]}" if at else keys[0]
+    key, *rest = keys
+    inner_place = f"{place}.{key}" if place else key
     if isinstance(node, list):
         if not key.isdigit() or int(key) >= len(node):
-            raise UserError(
-                f"the override {change!r} hits nothing: {at} is a list with places 0 to"
-                f" {len(node) - 1}"
-            )
-        new = _replace(node[int(key)], keys[1:], value, change, place)
-        return [*node[: int(key)], new, *node[int(key) + 1 :]]
+            raise UserError(f"{place} is a list with places 0 to {len(node) - 1}")
+        index = int(key)
+        return [*node[:index], _replace(node[index], rest, value, inner_place), *node[index + 1 :]]
     if not isinstance(node, dict):
+        raise UserError(f"{place or 'the recipe'} is {node!r}, which has no keys")
+    if rest and key not in node and key not in OPTIONAL_KEYS:
         raise UserError(
-            f"the override {change!r} hits nothing: {at or 'the recipe'} is {node!r}, which has no"
-            " keys"
+            f"there is no {inner_place}{nearest(key, node)}; the keys there are"
+            f" {', '.join(map(str, node))}"
         )
-    if len(keys) > 1 and key not in node and key not in OPEN:
-        raise UserError(
-            f"the override {change!r} hits nothing: the recipe has no {place}{nearest(key, node)}; "
-            f"there {'is' if len(node) == 1 else 'are'} {', '.join(map(str, node))}"
-        )
-    return {**node, key: _replace(node.get(key, {}), keys[1:], value, change, place)}
+    return {**node, key: _replace(node.get(key, {}), rest, value, inner_place)}
 
 
 def expand_path(text: str) -> str:
-    """A path with its environment variables and `~` filled in; ValueError for a variable that is
-    not set.
+    """Return a path with its environment variables and `~` filled in.
+
+    Raises:
+        UserError: An environment variable is not set.
     """
     expanded = os.path.expanduser(os.path.expandvars(text))
-    if missing := re.search(r"\$\{?(\w+)", expanded):
+    missing = re.search(r"\$\{?(\w+)", expanded)
+    if missing:
         raise UserError(
-            f"the path {text} names the environment variable {missing[1]}, which is not set; "
-            f"set it first (export {missing[1]}=...) or write the path in full"
+            f"the path {text} names the environment variable {missing[1]}, which is not set;"
+            f" set it first (export {missing[1]}=...) or write the path in full"
         )
     return expanded
 
 
-def plain_lists(value):
-    """Keys and values with lists where tuples were, as YAML is written."""
+def to_lists(value: Any) -> Any:
+    """Return keys and values with lists in place of tuples, as YAML is written."""
     if isinstance(value, dict):
-        return {key: plain_lists(item) for key, item in value.items()}
-    return [plain_lists(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: to_lists(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_lists(item) for item in value]
+    return value

@@ -38,7 +38,7 @@ def prepare(study: Study, log: Log) -> None:
         plans[name] = make_plan(spec, model.config.vision_depth, model.config.language_depth)
 
     write_costs(study, plans, model.config, log)
-    if recipe.states is not None:
+    if recipe.feature_cache is not None:
         _cache_features(recipe, list(plans.values()), model, processor, log)
 
 
@@ -60,7 +60,7 @@ def _cache_features(recipe: Recipe, plans: Sequence[Plan], model, processor, log
     examples += evaluation_examples(recipe)
     if max(views.values()) == 1:
         processor.tiles = 0
-    build_feature_cache(recipe.states, model, processor, examples, views, log=log)
+    build_feature_cache(recipe.feature_cache, model, processor, examples, views, log=log)
 
 
 def _find_tiles(study: Study, vision, language) -> int:

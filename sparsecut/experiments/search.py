@@ -181,7 +181,7 @@ def _read_training_data(study: Study, run: Run, model, processor, number: int):
     return TrainingData(
         examples[:number],
         encoder,
-        feature_cache=VisionFeatureCache(recipe.states) if recipe.states else None,
+        feature_cache=VisionFeatureCache(recipe.feature_cache) if recipe.feature_cache else None,
         tap_views=get_tap_views(model.plan, model.config.vision_depth),
     )
 

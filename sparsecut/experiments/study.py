@@ -15,14 +15,15 @@ from pathlib import Path
 import yaml
 
 from ..config.recipe import Recipe, parse_recipe
-from ..config.yaml_io import override, read_yaml
+from ..config.yaml_io import override, read_yaml, rename_key
 from ..schema import UserError, build_dataclass, is_whole_number, make_tuples, nearest
 
 SET_ELSEWHERE = {  # keys of a recipe that a study sets -> where
     "fusion": "arms",
     "output": "the study's `output`",
     "seed": "seeds",
-    "states": "the study itself",
+    "feature_cache": "the study itself",
+    "states": "the study itself",  # the old name
 }
 FOLDER_NAME = r"[a-z0-9][a-z0-9_.-]*"
 
@@ -85,7 +86,8 @@ class Study:
 
     Attributes:
         title: The title of the report.
-        recipe: A recipe's keys without fusion, output, seed and states, the same for every variant.
+        recipe: A recipe's keys without fusion, output, seed and feature_cache, the same for every
+            variant.
         arms: Name of a variant to its fusion: a method's name or a plan.
         output: The study's folder.
         baseline: The variant that the others are compared with.
@@ -94,7 +96,7 @@ class Study:
             main one.
         pictures: Images of the built-in shapes to draw; they replace the recipe's data.
         families: Variant to the name that reports group it by.
-        states: Whether to cache a frozen encoder's features on disk.
+        feature_cache: Whether to cache a frozen encoder's features on disk.
         note: A sentence for the report.
     """
 
@@ -107,7 +109,7 @@ class Study:
     budgets: dict[str, Budget] = field(default_factory=lambda: {"main": Budget()})
     pictures: DrawnImages | None = None
     families: dict[str, str] = field(default_factory=dict)
-    states: bool = True
+    feature_cache: bool = True
     note: str = ""
 
     def __post_init__(self):
@@ -177,8 +179,8 @@ class Study:
         values["output"] = str(run.get_folder(folder))
         values["seed"] = run.seed
         trained = [stage.get("train", ()) for stage in values.get("stages", ())]
-        if self.states and not any("vision" in parts for parts in trained):
-            values["states"] = str(folder / "states")
+        if self.feature_cache and not any("vision" in parts for parts in trained):
+            values["feature_cache"] = str(folder / "states")
         return parse_recipe(values, name=f"the study's recipe for {run.variant}")
 
     def _list_data_changes(self) -> list[str]:
@@ -287,6 +289,7 @@ def parse_study(values: dict, *, name: str = "study") -> Study:
     """Build a study from keys and values, as YAML holds them; errors start with `name`."""
     if isinstance(values, dict):
         values = {key: value for key, value in values.items() if key != "main"}
+    values = rename_key(values, "states", "feature_cache", name)
     return build_dataclass(Study, values, name)
 
 

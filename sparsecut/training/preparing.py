@@ -104,7 +104,7 @@ def prepare_run(
     _check_model(recipe, model)
     # Features are cached for every good image before training, so bad ones must be known by then.
     skips = any(source.on_error == "skip" for stage in recipe.stages for source in stage.data)
-    open_images = inputs.check or (skips and recipe.states is not None)
+    open_images = inputs.check or (skips and recipe.feature_cache is not None)
     problems = list(inputs.problems)
     stages = []
     for stage, sources in zip(recipe.stages, inputs.sources, strict=True):
@@ -165,10 +165,10 @@ def _choose_base_dtype(recipe: Recipe, arguments: list[TrainingArguments]) -> to
 def _check_model(recipe: Recipe, model) -> None:
     """Raise UserError where the model has not what the recipe asks for."""
     _check_plan(recipe, model)
-    if recipe.states is not None and not model.supports_feature_cache:
+    if recipe.feature_cache is not None and not model.supports_feature_cache:
         raise UserError(
-            f"states is {recipe.states!r}, but vision features of an upgraded model cannot be"
-            " cached, because its base runs the encoder itself; remove `states`"
+            f"feature_cache is {recipe.feature_cache!r}, but vision features of an upgraded model cannot be"
+            " cached, because its base runs the encoder itself; remove `feature_cache`"
         )
     for stage in recipe.stages:
         check_parts(model, stage.train)

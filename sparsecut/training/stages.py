@@ -228,7 +228,7 @@ def open_feature_cache(
     """Open the recipe's folder of vision features, filled for these examples.
 
     Args:
-        recipe: The recipe; `states` names the folder.
+        recipe: The recipe; `feature_cache` names the folder.
         model: The model whose encoder makes features that are missing.
         processor: Its processor.
         examples: Examples whose images must be there.
@@ -237,9 +237,9 @@ def open_feature_cache(
     Returns:
         The cache, None where the recipe names no folder.
     """
-    if recipe.states is None:
+    if recipe.feature_cache is None:
         return None
-    folder = expand_path(recipe.states)
+    folder = expand_path(recipe.feature_cache)
     first = args.main_process_first(desc="caching vision features") if args else nullcontext()
     with first:
         return build_feature_cache(folder, model, processor, examples, log=print_message)

@@ -150,5 +150,5 @@ def test_a_stream_that_was_killed_goes_on_to_the_bit_with_other_workers(stream_f
 
 def test_with_a_feature_cache_broken_images_are_skipped_beforehand(folder):
     source = {"path": str(folder / "data.json"), "on_error": "skip"}
-    run(folder, stage(folder) | {"data": source}, states=str(folder / "features"))
+    run(folder, stage(folder) | {"data": source}, feature_cache=str(folder / "features"))
     assert "5.png" in (folder / "out" / "skipped.txt").read_text()

@@ -47,7 +47,7 @@ def test_training_on_cached_features_is_training_on_pixels(tmp_path):
         stage(tmp_path, name="two", train=["fusion", "language"], args=args),
     ]
     run(tmp_path, *stages)
-    run(tmp_path, *stages, output=str(tmp_path / "cached"), states=str(tmp_path / "cache"))
+    run(tmp_path, *stages, output=str(tmp_path / "cached"), feature_cache=str(tmp_path / "cache"))
     for name in ("one", "two"):
         losses = [line["loss"] for line in log(tmp_path, name)]
         cached = [line["loss"] for line in log(tmp_path, name, "cached")]
@@ -100,7 +100,7 @@ def test_a_folder_is_used_again_only_where_it_has_everything(tmp_path, examples,
 def test_what_cannot_be_cached_is_refused(tmp_path, examples, monkeypatch):
     folder = tmp_path / "cache"
     with pytest.raises(UserError, match="trains vision"):
-        recipe(tmp_path, stage(tmp_path, train=["vision"]), states="cache")
+        recipe(tmp_path, stage(tmp_path, train=["vision"]), feature_cache="cache")
     model, processor = tiny_model("llava")
     with pytest.raises(UserError, match=r"\b5 views .*\b1\b"):
         build_feature_cache(folder, model, processor, examples, {1: 5})

@@ -69,7 +69,7 @@ def test_runs_come_by_budget_and_seed_and_a_budget_may_name_a_part(tmp_path):
     assert [recipe.seed for recipe in recipes] == [3, 3, 4, 4, 4]
     assert len({recipe.stages[0].data for recipe in recipes}) == 1
     assert len({recipe.evaluate for recipe in recipes}) == 1
-    assert len({recipe.states for recipe in recipes}) == 1
+    assert len({recipe.feature_cache for recipe in recipes}) == 1
     assert len({recipe.output for recipe in recipes}) == 5
 
 
@@ -223,4 +223,4 @@ def test_a_study_may_use_data_of_its_own(tmp_path):
     study = build_study(tmp_path, pictures=None, recipe=recipe)
     recipe = study.get_recipe(Run("short", "cut", 3))
     assert recipe.stages[0].data[0].path == source["path"]
-    assert recipe.states == str(tmp_path / "study" / "states")
+    assert recipe.feature_cache == str(tmp_path / "study" / "states")

@@ -3,40 +3,49 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import datasets
 from helpers.runs import write_records
 
 
-def write_shards(folder) -> None:
-    """data.json, texts.json and their pictures; part-N.jsonl, shard-N.tar, table.parquet, saved/
-    and pictures.tar hold the same.
+def write_shards(folder: Path) -> None:
+    """Write data.json, texts.json and their images, and the same records in other kinds of files.
+
+    These are part-N.jsonl, shard-N.tar, table.parquet, saved/ and images.tar.
     """
     write_records(folder)
     records = json.loads((folder / "data.json").read_text())
     for part in range(3):
-        lines = "".join(json.dumps(record) + "\n" for record in records[part::3])
-        (folder / f"part-{part}.jsonl").write_text(lines)
-        with tarfile.open(folder / f"shard-{part}.tar", "w") as archive:
-            for record in records[part::3]:
-                text = json.dumps({k: v for k, v in record.items() if k != "image"}).encode()
-                members = {f"{record['id']}.json": text}
-                for i, name in enumerate(record["image"] or []):
-                    members[f"{record['id']}.{i}.png"] = (folder / name).read_bytes()
-                for name, content in members.items():
-                    info = tarfile.TarInfo(name)
-                    info.size = len(content)
-                    archive.addfile(info, io.BytesIO(content))
-    with tarfile.open(folder / "pictures.tar", "w") as archive:
-        for picture in sorted(folder.glob("*.png")):
-            archive.add(picture, picture.name)
-    rows = [
-        {
-            **r,
-            "image": [{"bytes": (folder / n).read_bytes(), "path": None} for n in r["image"] or []],
-        }
-        for r in records
-    ]
-    table = datasets.Dataset.from_list(rows)
+        lines = [json.dumps(record) + "\n" for record in records[part::3]]
+        (folder / f"part-{part}.jsonl").write_text("".join(lines))
+        _write_archive(folder / f"shard-{part}.tar", records[part::3])
+    with tarfile.open(folder / "images.tar", "w") as archive:
+        for image in sorted(folder.glob("*.png")):
+            archive.add(image, image.name)
+    table = datasets.Dataset.from_list([_embed_images(folder, record) for record in records])
     table.save_to_disk(folder / "saved")
     table.to_parquet(folder / "table.parquet")
+
+
+def _write_archive(path: Path, records: list[dict]) -> None:
+    """A WebDataset archive: KEY.json, KEY.0.png, KEY.1.png."""
+    with tarfile.open(path, "w") as archive:
+        for record in records:
+            text = {key: value for key, value in record.items() if key != "image"}
+            _add(archive, f"{record['id']}.json", json.dumps(text).encode())
+            for i, name in enumerate(record["image"] or []):
+                _add(archive, f"{record['id']}.{i}.png", (path.parent / name).read_bytes())
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+
+
+def _embed_images(folder: Path, record: dict) -> dict:
+    images = []
+    for name in record["image"] or []:
+        images.append({"bytes": (folder / name).read_bytes(), "path": None})
+    return {**record, "image": images}

@@ -294,7 +294,7 @@ def test_contents_in_parts_leave_line_ends_to_the_template():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"states": "kept"}, "states is 'kept'"),
+        ({"feature_cache": "kept"}, "feature_cache is 'kept'"),
         ({"template": "plain"}, "record 0: template 'plain' leaves out the prompt format"),
         ({"max_length": 3}, "max_length=3 would cut off image tokens"),
         ({"max_length": 12}, "no token of the .* is left to learn: .* raise max_length"),
@@ -305,7 +305,7 @@ def test_contents_in_parts_leave_line_ends_to_the_template():
         ),
         ({"limit": 6}, "has .* tokens, but the language model takes 6"),
         ({"model": {"base": "nowhere/base"}}, "there is no model nowhere/base that can be read"),
-        ({"fusion": "llava"}, "shortcuts"),
+        ({"fusion": "llava"}, "shortcut"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused(folder, changes, sentence, monkeypatch):
@@ -320,7 +320,9 @@ def test_what_cannot_be_trained_on_is_refused(folder, changes, sentence, monkeyp
         plain["text_config"]["max_position_embeddings"] = changes["limit"]
         config.write_text(json.dumps(plain))
     of_stage = {name: changes[name] for name in set(changes) & {"template", "max_length"}}
-    of_recipe = {name: changes[name] for name in set(changes) & {"states", "model", "fusion"}}
+    of_recipe = {
+        name: changes[name] for name in set(changes) & {"feature_cache", "model", "fusion"}
+    }
     with pytest.raises(ValueError, match=sentence):
         train(recipe(folder, stage(folder, **of_stage), **of_recipe), shown=False, check=True)
     assert not (folder / "out").exists()
