@@ -53,30 +53,20 @@ def test_the_navigation_names_every_page_once():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_between_files_lead_somewhere(page):
-    prose = re.sub(r"`[^`]*`", "", pages.with_readme(page.read_text()))
+    prose = re.sub(r"`[^`]*`", "", pages.insert_readme_sections(page.read_text()))
     for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", prose):
         assert target in pages.GENERATED or (DOCS / target).exists(), target
 
 
 def test_readme_sections_are_found_or_refused():
-    assert "make demo" in pages.with_readme("[Two commands](../README.md#two-commands)")
+    assert "make demo" in pages.insert_readme_sections("[Two commands](../README.md#two-commands)")
     with pytest.raises(ValueError, match="no section #nothing"):
-        pages.readme_section("nothing")
+        pages.get_readme_section("nothing")
 
 
-def test_links_get_their_pages_titles_and_arguments_lines_of_their_own():
-    assert (
-        pages.with_page_titles("[docs/data.md](data.md), [here.md](x)")
-        == "[Data](data.md), [here.md](x)"
-    )
-    made = pages.with_arguments_apart(
-        "<p>tiles: 0 reads one view.\nshared, norm: both. Raises: nothing.</p>"
-    )
-    given = '<code class="given">'
-    assert (
-        made == f"<p>{given}tiles</code>: 0 reads one view.\n<br>{given}shared, norm</code>: both."
-        " Raises: nothing.</p>"
-    )
+def test_links_get_the_titles_of_their_pages():
+    markdown = "[docs/data.md](data.md), [here.md](x)"
+    assert pages.name_links_by_title(markdown) == "[Data](data.md), [here.md](x)"
 
 
 def test_every_command_and_option_is_on_its_page():
@@ -84,10 +74,10 @@ def test_every_command_and_option_is_on_its_page():
     help_text = subprocess.run(
         [sys.executable, "-m", "sparsecut", "--help"], capture_output=True, text=True
     ).stdout
-    for words, command in pages.commands():
+    for words, command in pages.list_commands():
         assert f"## {words}\n" in text and words.split()[1] in help_text
         for option in (
-            name for p in command.params if not pages._is_argument(p) for name in p.opts
+            name for p in command.params if not pages.is_argument(p) for name in p.opts
         ):
             assert option in text, f"{words} {option}"
 
