@@ -76,9 +76,7 @@ def test_every_command_and_option_is_on_its_page():
     ).stdout
     for words, command in pages.list_commands():
         assert f"## {words}\n" in text and words.split()[1] in help_text
-        for option in (
-            name for p in command.params if not pages.is_argument(p) for name in p.opts
-        ):
+        for option in (name for p in command.params if not pages.is_argument(p) for name in p.opts):
             assert option in text, f"{words} {option}"
 
 

@@ -38,7 +38,7 @@ ASSEMBLY = [
     "prompts",
     "chat",
     "drawing",
-    "imaging",
+    "image_loading",
 ]
 # The lazy registration of the Auto classes: a configuration's end registers its model class.
 AGAINST_THE_GRAIN = {"registration"}

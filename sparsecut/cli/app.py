@@ -202,7 +202,7 @@ class _LineProgress:
 
 def print_scores(result: dict, out: Path | None) -> None:
     """Print an evaluation's scores, and where they were written."""
-    from ..evaluation.scoring import format_scores
+    from ..evaluation.exact_match import format_scores
 
     typer.echo(format_scores(result))
     if out is not None:

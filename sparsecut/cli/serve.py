@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
-    from ..serving.context import ServerConfig
+    from ..serving.admission import ServerConfig
     from ..serving.engine import Engine
 
 TOKEN_VARIABLE = "SPARSECUT_TOKEN"
@@ -62,7 +62,7 @@ def serve(
 ) -> None:
     """Serve OpenAI-compatible chat completions about texts and images over HTTP."""
     _check_serving_is_installed()
-    from ..serving.context import ServerConfig
+    from ..serving.admission import ServerConfig
     from ..serving.engine import Engine
     from ..serving.image_fetching import MIB, ImageLimits
     from ..serving.protocol import RequestLimits

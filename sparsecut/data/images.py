@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from ..imaging import open_upright
+from ..image_loading import open_upright
 from ..schema import UserError
 
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz")

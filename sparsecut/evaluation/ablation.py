@@ -18,9 +18,9 @@ from ..data.examples import Example
 from ..data.feature_cache import get_image_keys, get_tap_views
 from ..schema import UserError
 from .additions import measure_additions, only
-from .answers import Answers
 from .evaluator import EvaluationResult, evaluate
 from .statistics import estimate_difference
+from .variant_answers import Answers
 
 MEMORY_LIMIT = (
     2 * 2**30

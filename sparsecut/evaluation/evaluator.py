@@ -38,8 +38,8 @@ from ..prompts import (
     render_prompt,
 )
 from ..schema import UserError, nearest
+from .exact_match import METRICS, compute_scores
 from .output_dir import PREDICTIONS, judge, open_output_dir, write_result
-from .scoring import METRICS, compute_scores
 
 
 class EvaluationResult(dict):
@@ -80,7 +80,7 @@ def evaluate(
         out: Folder for settings.json, predictions.jsonl and result.json; None writes nothing.
         batch_size: Questions that are answered at once.
         max_new_tokens: The longest answer, in tokens.
-        metric: A key of `scoring.METRICS`; None keeps the answers unjudged.
+        metric: A key of `exact_match.METRICS`; None keeps the answers unjudged.
         resume: Whether to keep the answers that `out` has for the same questions and settings.
         feature_cache: A `VisionFeatureCache` of the images, read in place of running the encoder.
         workers: Processes that prepare images, useful where a GPU would wait for them.

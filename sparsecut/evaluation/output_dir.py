@@ -12,7 +12,7 @@ from pathlib import Path
 from ..data.errors import RecordError
 from ..data.jsonl import read_json_lines, write_json_lines
 from ..schema import UserError
-from .scoring import METRICS
+from .exact_match import METRICS
 
 SETTINGS = "settings.json"
 PREDICTIONS = "predictions.jsonl"
@@ -25,7 +25,7 @@ def judge(record: dict, answer: str, metric: str | None) -> dict:
     Args:
         record: A line of predictions.jsonl, of which `reference` is read.
         answer: The model's answer.
-        metric: A key of `scoring.METRICS`. None leaves the answer unjudged.
+        metric: A key of `exact_match.METRICS`. None leaves the answer unjudged.
     """
     correct = METRICS[metric](answer, record["reference"]) if metric else None
     return {"prediction": answer, "correct": correct}

@@ -30,7 +30,7 @@ from functools import lru_cache
 import numpy as np
 
 from ..schema import UserError
-from .answers import Answers, check_same_questions
+from .variant_answers import Answers, check_same_questions
 
 
 @dataclass(frozen=True)

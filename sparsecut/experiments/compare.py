@@ -10,13 +10,13 @@ from pathlib import Path
 from ..config.yaml_io import expand_path, read_yaml
 from ..data.images import ImageStore
 from ..data.jsonl import read_json_lines
-from ..evaluation.answers import Answers
 from ..evaluation.statistics import (
     Spread,
     estimate_accuracy,
     estimate_difference,
     pool_seed_spread,
 )
+from ..evaluation.variant_answers import Answers
 from ..plan import Plan
 from ..schema import UserError
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from ..config.yaml_io import read_yaml
 from ..data.jsonl import read_json_lines
-from ..evaluation.answers import Answers
 from ..evaluation.statistics import (
     Contrast,
     Spread,
@@ -21,6 +20,7 @@ from ..evaluation.statistics import (
     estimate_difference,
     pool_seed_spread,
 )
+from ..evaluation.variant_answers import Answers
 from ..plan import Plan
 from ..schema import UserError
 

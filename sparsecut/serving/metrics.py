@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from .context import ServerContext
+from .admission import ServerContext
 
 
 class Metric(NamedTuple):

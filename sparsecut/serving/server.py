@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from .. import __version__
 from ..schema import UserError
 from . import responses
-from .context import APIError, ServerConfig, ServerContext, build_busy_error
+from .admission import APIError, ServerConfig, ServerContext, build_busy_error
 from .conversation import build_conversation
 from .decoding import TextDelta, join_deltas
 from .engine import Engine, GenerationRequest, QueueFullError, RequestHandle

@@ -17,7 +17,7 @@ from ..data.examples import Example
 from ..drawing import list_arrows, summarize
 from ..evaluation.additions import measure_additions
 from ..schema import UserError
-from .context import APIError, ServerConfig, ServerContext, build_busy_error
+from .admission import APIError, ServerConfig, ServerContext, build_busy_error
 from .conversation import build_conversation
 from .decoding import SamplingParams
 from .engine import Engine, QueueFullError

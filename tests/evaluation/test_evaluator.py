@@ -9,7 +9,7 @@ from PIL import Image
 
 from sparsecut.data.examples import read_examples
 from sparsecut.evaluation.evaluator import evaluate
-from sparsecut.evaluation.scoring import (
+from sparsecut.evaluation.exact_match import (
     compute_scores,
     exact_match,
     format_scores,

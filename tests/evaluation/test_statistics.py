@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sparsecut.evaluation.answers import Answers
-from sparsecut.evaluation.scoring import compute_scores
+from sparsecut.evaluation.exact_match import compute_scores
 from sparsecut.evaluation.statistics import (
     Spread,
     estimate_accuracy,
@@ -15,6 +14,7 @@ from sparsecut.evaluation.statistics import (
     estimate_difference,
     pool_seed_spread,
 )
+from sparsecut.evaluation.variant_answers import Answers
 from sparsecut.schema import UserError
 
 LEVELS = ("high", "mid", "low")

@@ -16,7 +16,7 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
-from sparsecut.serving.context import ServerConfig  # noqa: E402
+from sparsecut.serving.admission import ServerConfig  # noqa: E402
 from sparsecut.serving.server import make_app  # noqa: E402
 
 SETTINGS = {"model": "tiny", "temperature": 0, "max_tokens": 6}

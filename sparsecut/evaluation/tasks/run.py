@@ -14,8 +14,8 @@ from ...data.examples import IMAGE, Example
 from ...drawing import text_table
 from ...schema import UserError, nearest
 from ..evaluator import evaluate
+from ..exact_match import Z95, wilson_interval
 from ..output_dir import PREDICTIONS, RESULT, SETTINGS, read_predictions, write_result
-from ..scoring import Z95, wilson_interval
 from .multiple_choice import MULTIPLE_CHOICE_TASKS
 from .open_ended import OPEN_ENDED_TASKS
 from .single_word import SINGLE_WORD_TASKS

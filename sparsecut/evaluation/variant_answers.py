@@ -93,7 +93,7 @@ class Answers:
 
     @property
     def mean_over_levels(self) -> float:
-        """Accuracy averaged over levels, then seeds; see `scoring.compute_scores`."""
+        """Accuracy averaged over levels, then seeds; see `exact_match.compute_scores`."""
         return float(self.accuracies.mean())
 
 
