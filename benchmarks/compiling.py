@@ -1,8 +1,7 @@
-"""Which upgraded models can be compiled as one graph and exported: a tiny random one of each
-family, beside its base.
+"""Which upgraded models compile to one graph and can be exported, beside their bases.
 
-python benchmarks/compiling.py                  # every family, some minutes; a section of docs/support.md
-python benchmarks/compiling.py llava gemma3     # some of them, on screen only
+python benchmarks/compiling.py                 # all: some minutes; writes docs/support.md
+python benchmarks/compiling.py llava gemma3    # some of them, on screen only
 """
 
 import copy
@@ -16,121 +15,125 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
 import transformers
-from grid import reason
 from helpers import bases
-from support_page import replace_section
+from support_page import format_reason, replace_section
 
 from sparsecut import upgrade
 
 HEADING = "Upgraded models: compiling and exporting"
 INTRODUCTION = """\
-Made by `python benchmarks/compiling.py` with transformers {transformers} and torch {torch}: a tiny random model of each family, by
-itself and upgraded by the default plan with random shortcuts. "yes" means logits equal those of eager mode within 1e-4.
+`python benchmarks/compiling.py` made this section with transformers {transformers} and torch
+{torch}. It takes a tiny random model of each family, alone and upgraded by the default plan with
+random shortcuts. "yes" means that logits equal those of eager mode within 1e-4.
 
-- *prompt*: `torch.compile(model, fullgraph=True, backend="eager")` (one graph, no kernels made of it) of a pass with two
-  prompts and their pictures
-- *step*: the same of the pass over the next word, with the cache of the prompt
-- *export*: `torch.export.export(model, (), inputs, strict=False)` of the prompt pass
+- *prefill*: `torch.compile(model, fullgraph=True, backend="eager")` of two prompts with images. It
+  makes one graph, and no kernels from it.
+- *step*: The same for the next token, with the cache of the prompt.
+- *export*: `torch.export.export(model, (), inputs, strict=False)` of the prefill.
 
-Where the base says "no", it reads the sizes of its pictures as Python numbers to cut or pack them, so its prompt pass is not one
-graph, and an upgraded one cannot be either; its steps after the prompt can.
+A base with "no" reads the sizes of its images as Python numbers, to cut or pack them. So its prefill
+is not one graph, and that of an upgraded model cannot be either. Its steps after the prefill are.
 """
 
 
-def setting(name: str, upgraded: bool):
-    """(model, inputs): a family's tiny model and two prompts with pictures."""
+def build_setting(name: str, is_upgraded: bool):
+    """(model, inputs): the tiny model of a family, and two prompts with images."""
     base = bases.build_base(name)
-    inputs = bases.build_inputs(name, base, bases.build_images(name))
-    if not upgraded:
+    inputs = bases.build_inputs(name, base)
+    if not is_upgraded:
         return base, inputs
     model, _ = upgrade(base)
-    torch.manual_seed(1)
-    for parameter in model.fusion.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    bases.randomize_fusion(model)
     return model, inputs | bases.build_fine_views(model, inputs)
 
 
-def close(found, expected) -> None:
-    """AssertionError where logits differ."""
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
+def assert_close(output, expected) -> None:
+    torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
 
 
-def prompt(model, inputs):
-    """The prompt pass is one graph."""
-    close(
-        torch.compile(model, fullgraph=True, backend="eager")(**inputs, use_cache=False),
-        model(**inputs),
-    )
+def compile_model(model):
+    return torch.compile(model, fullgraph=True, backend="eager")
 
 
-def step(model, inputs):
-    """The pass over the next word, as `generate` calls it, is one graph."""
-    calls, base = [], getattr(model, "base", model)
-    keep = base.register_forward_pre_hook(
-        lambda m, args, named: calls.append(copy.deepcopy(named)), with_kwargs=True
-    )
+def check_prefill(model, inputs) -> None:
+    """The prefill is one graph."""
+    assert_close(compile_model(model)(**inputs, use_cache=False), model(**inputs))
+
+
+def check_step(model, inputs) -> None:
+    """The next token, as `generate` calls the model for it, is one graph."""
+    calls = []
+
+    def record_call(module, args, kwargs):
+        calls.append(copy.deepcopy(kwargs))
+
+    base = getattr(model, "base", model)
+    handle = base.register_forward_pre_hook(record_call, with_kwargs=True)
     model.generate(**inputs, max_new_tokens=2, min_new_tokens=2)
-    keep.remove()
+    handle.remove()
     expected = model(**copy.deepcopy(calls[-1]))
-    close(torch.compile(model, fullgraph=True, backend="eager")(**calls[-1]), expected)
+    assert_close(compile_model(model)(**calls[-1]), expected)
 
 
-def export(model, inputs):
-    """The prompt pass can be exported, and the program answers as the model does."""
+def check_export(model, inputs) -> None:
+    """The prefill can be exported, and the program answers as the model does."""
     inputs = inputs | {"use_cache": False}
-    close(torch.export.export(model, (), inputs, strict=False).module()(**inputs), model(**inputs))
+    program = torch.export.export(model, (), inputs, strict=False)
+    assert_close(program.module()(**inputs), model(**inputs))
 
 
-CHECKS = {"prompt": prompt, "step": step, "export": export}
+CHECKS = {"prefill": check_prefill, "step": check_step, "export": check_export}
 
 
 @torch.no_grad()
 def try_family(name: str) -> tuple[list[str], list[str]]:
-    """Cells of a family, and a sentence for each way in which the upgraded model fails where its
-    base does not.
+    """Run the checks on a base and its upgraded model.
+
+    Returns:
+        The cells ("yes" or "no"), and a sentence for each check that only the upgraded model fails.
     """
-    cells, reasons = [], []
+    cells = []
+    reasons = []
     for column, check in CHECKS.items():
-        for upgraded in (False, True):
-            torch._dynamo.reset()
-            try:
-                check(*setting(name, upgraded))
-                cells.append("yes")
-            except Exception as error:
-                cells.append("no")
-                if upgraded and cells[-2] == "yes":
-                    reasons.append(f"- `{name}`, {column}: {reason(error)}")
+        base_error = run_check(check, name, is_upgraded=False)
+        error = run_check(check, name, is_upgraded=True)
+        cells += ["no" if base_error else "yes", "no" if error else "yes"]
+        if error and not base_error:
+            reasons.append(format_reason(name, column, error))
     return cells, reasons
 
 
-def main():
-    """Try the families named, or all; all of them are written down."""
+def run_check(check, name: str, *, is_upgraded: bool) -> Exception | None:
+    """The error of a check, None where it passes."""
+    torch._dynamo.reset()
+    try:
+        check(*build_setting(name, is_upgraded))
+    except Exception as error:
+        return error
+    return None
+
+
+def main() -> None:
+    """Try the families, and write the section unless single families were named."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    names, lines, reasons = sys.argv[1:] or bases.FAMILY_NAMES, [], []
-    for name in names:
-        cells, why = try_family(name)
+    titles = ["family"]
+    for column in CHECKS:
+        titles += [f"{column}, base", f"{column}, upgraded"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    notes = []
+    for name in sys.argv[1:] or bases.FAMILY_NAMES:
+        cells, reasons = try_family(name)
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
-        reasons += why
-        print(lines[-1], *why, sep="\n", flush=True)
-    titles = [f"{column}, {which}" for column in CHECKS for which in ("base", "upgraded")]
-    table = ["| family | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|", *lines]
+        notes += reasons
+        print(lines[-1], *reasons, sep="\n", flush=True)
+    if notes:
+        notes = ["", "Where an upgraded model fails and its base does not:", "", *notes]
     if not sys.argv[1:]:
-        introduction = INTRODUCTION.format(
-            transformers=transformers.__version__, torch=torch.__version__
+        head = INTRODUCTION.format(
+            transformers=transformers.__version__, torch=torch.__version__.split("+")[0]
         )
-        text = "\n".join(
-            [
-                introduction,
-                *table,
-                *(
-                    ["", "Where an upgraded model fails and its base does not:", "", *reasons]
-                    if reasons
-                    else []
-                ),
-            ]
-        )
-        replace_section(HEADING, text)
+        replace_section(HEADING, "\n".join([head, *lines, *notes]))
 
 
 if __name__ == "__main__":

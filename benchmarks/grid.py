@@ -1,11 +1,11 @@
-"""Which model families work: a tiny random model of each, checked; a table on screen and in
-docs/support.md.
+"""Which model families work: a tiny random model of each, checked, as a table in docs/support.md.
 
-    python benchmarks/grid.py                      # every family of tests/families.py, some minutes
+    python benchmarks/grid.py                      # every family of tests/helpers/families.py
     python benchmarks/grid.py encoders             # or decoders: that section alone
-    python benchmarks/grid.py llama vit mamba      # some of them, on screen only
+    python benchmarks/grid.py llama vit mamba      # some families, on screen only
 
-Each decoder is joined to CLIP and each encoder to Llama, with `sparsecut` in the pattern `sparse`. The checks are those of tests/checks.py.
+The whole takes some minutes. Each decoder is joined to CLIP and each encoder to Llama, by
+`sparsecut` with the pattern `sparse`. The checks are those of tests/helpers/checks.py.
 """
 
 import multiprocessing
@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -21,7 +22,7 @@ import torch
 import transformers
 from helpers import checks
 from helpers.families import LANGUAGE, VISION
-from support_page import replace_section
+from support_page import format_reason, replace_section
 
 COLUMNS = {
     "gradients": checks.gradients,
@@ -32,121 +33,137 @@ COLUMNS = {
     "compiles": checks.compiles,
 }
 ENCODER_COLUMNS = {"taps": checks.taps, "stops early": checks.stops} | COLUMNS
-PARTS = {"vision": "encoders", "language": "decoders"}  # words of the command line
 INTRODUCTION = """\
 # Model families
 
-Which encoders and language models `build` joins, and more below, each section made by the command that it names. Families that are
-not listed were not tried; most decoder-only transformers work.
-
+The first two sections list encoders and language models that `build` joins. Further sections list
+pretrained VLMs that `upgrade` takes, and other checks. Each section names the command that makes
+it. Families that are not listed were not tried. Most decoder-only transformers work.
 """
 MADE = """\
-Made by `make grid` with transformers {transformers} and torch {torch}: a tiny random model of each family, joined to a tiny
-{partner} by `sparsecut` in the pattern `sparse`. {green} of {tried} families pass every check.
+`make grid` made this section with transformers {transformers} and torch {torch}. It joins a tiny
+random model of each family to a tiny {partner}, by `sparsecut` with the pattern `sparse`.
+{green} of {tried} families pass every check.
 """
 ENCODERS = """\
-Encoders that pack pictures of any size (Pixtral, SigLIP2-NaFlex, Qwen2-VL's and its successors') run on views of one size, here with
-more columns than rows; Whisper listens, without fine views. Hierarchical encoders (Swin, Hiera, ConvNeXt) change width and grid
-from stage to stage, so a patch has no one state per layer, and masked or detecting ones (MAE, YOLOS) have no state for every patch:
-both are refused by name. Qwen's encoders read the numbers of a picture's grid as they run, which one full graph cannot hold.
+Some encoders take images of any size: Pixtral, SigLIP2-NaFlex, Qwen2-VL and its successors. They
+run here on views of one size, with more columns than rows. Whisper takes audio, without fine views.
+Two kinds of encoders are refused by name. Hierarchical ones (Swin, Hiera, ConvNeXt) change width
+and grid from stage to stage, so a patch has no single state per layer. Masked or detecting ones
+(MAE, YOLOS) do not have a state for every patch. Qwen's encoders compute the sizes of their grids
+while they run, so they cannot be one full graph.
 
-- *taps*: equal to the encoder's own hidden states, without class and register tokens; touching one patch moves the state in its place
-- *stops early*: blocks above the deepest tap do not run
+- *taps*: They equal the encoder's own hidden states, without class and register tokens. A change of
+  a patch moves the state at its place.
+- *stops early*: Blocks above the deepest tap do not run.
 """
 CHECKS = """\
-- *gradients*: a training step reaches every parameter of the fusion
-- *cached = uncached*: greedy decoding, the same tokens, and scores within 1e-4
-- *batch = single*: each row of a left-padded batch has the logits it has alone
-- *beams*: beam search with several returned sequences, equal to the rows alone
-- *checkpointing*: equal gradients with gradient checkpointing of both kinds
-- *compiles*: one full graph, forward and backward, equal to eager mode
+- *gradients*: A training step reaches every parameter of the fusion.
+- *cached = uncached*: Greedy decoding gives the same tokens, and logits within 1e-4.
+- *batch = single*: Each row of a left-padded batch has the logits that it has alone.
+- *beams*: Beam search with several returned sequences gives each row what it gives the row alone.
+- *checkpointing*: Both kinds of gradient checkpointing give equal gradients.
+- *compiles*: The model is one full graph, forward and backward, and equals eager mode.
 """
+
+
+class Section(NamedTuple):
+    """One table of the page."""
+
+    heading: str
+    argument: str  # its name on the command line
+    kind: str  # argument of `checks.join`
+    families: dict
+    columns: dict
+    partner: str
+    explanation: str
+
+
+SECTIONS = (
+    Section(
+        "Vision encoders",
+        "encoders",
+        "vision",
+        VISION,
+        ENCODER_COLUMNS,
+        "Llama",
+        ENCODERS + CHECKS,
+    ),
+    Section("Language models", "decoders", "language", LANGUAGE, COLUMNS, "CLIP encoder", CHECKS),
+)
 
 
 def try_family(kind: str, name: str, columns: dict) -> tuple[list[str], list[str]]:
-    """Cells ("yes" or "no") of a family, building first, and a sentence for each "no"."""
+    """Run the checks on one family.
+
+    Returns:
+        The cells ("yes" or "no"), building first, and a sentence for each "no".
+    """
     try:
         model = checks.join(**{kind: name})
     except Exception as error:
-        return ["no"] + [""] * len(columns), [f"does not build: {reason(error)}"]
-    cells, reasons = ["yes"], []
+        return ["no"] + [""] * len(columns), [format_reason(name, "builds", error)]
+    cells = ["yes"]
+    reasons = []
     for column, check in columns.items():
         try:
             check(model)
             cells.append("yes")
         except Exception as error:
             cells.append("no")
-            reasons.append(f"{column}: {reason(error)}")
+            reasons.append(format_reason(name, column, error))
     return cells, reasons
 
 
-def reason(error: Exception) -> str:
-    """The first sentence of an error, short enough for a table."""
-    text = (
-        str(error).strip().split("\n")[0].split(";")[0].replace("|", "/")[:200].replace("*", "\\*")
-    )  # which Markdown would read as emphasis
-    return (
-        text
-        if isinstance(error, ValueError | AssertionError)
-        else f"{type(error).__name__}: {text}"
-    )
+def make_table(section: Section, wanted: list[str]) -> tuple[str, dict[str, int]]:
+    """Try the families of a section, or the wanted ones.
 
-
-def table(
-    kind: str, families: dict, columns: dict, wanted: list[str]
-) -> tuple[str, dict[str, int]]:
-    """A Markdown table of families, their reasons below it, and how many were tried and are green
-    in every column.
+    Returns:
+        A Markdown table with the reasons below it, and the numbers of families that were tried and
+        that pass every check.
     """
-    pool = multiprocessing.get_context("fork").Pool(
-        1, maxtasksperchild=1
-    )  # what compilation keeps goes with each family
-    lines = ["| family | builds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    notes, counts = [], {"tried": 0, "green": 0}
-    for name in [n for n in families if not wanted or n in wanted]:
+    titles = ["family", "builds", *section.columns]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    notes = []
+    counts = {"tried": 0, "green": 0}
+    # A fresh process for each family, because compilation keeps what it has compiled.
+    pool = multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1)
+    for name in section.families:
+        if wanted and name not in wanted:
+            continue
         start = time.time()
-        cells, reasons = pool.apply(try_family, (kind, name, columns))
-        print(
-            f"{name:28}",
-            *(f"{c:4}" for c in cells),
-            f"{time.time() - start:6.1f} s",
-            *reasons,
-            flush=True,
-        )
+        cells, reasons = pool.apply(try_family, (section.kind, name, section.columns))
+        seconds = f"{time.time() - start:6.1f} s"
+        print(f"{name:28}", *(f"{cell:4}" for cell in cells), seconds, *reasons, flush=True)
         counts["tried"] += 1
         counts["green"] += set(cells) == {"yes"}
-        lines.append("| `" + name + "` | " + " | ".join(cells) + " |")
-        notes += [f"- `{name}`: {r}" for r in reasons]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+        notes += reasons
     return "\n".join([*lines, "", *notes, ""]), counts
 
 
 def main() -> None:
-    """Run the grid; a full run is written to docs/support.md."""
+    """Run the grid, and write docs/support.md unless single families were named."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    only = [part for part in ("encoders", "decoders") if part in sys.argv[1:]]
-    wanted = [name for name in sys.argv[1:] if name not in only]
-    if unknown := set(wanted) - set(LANGUAGE) - set(VISION):
+    parts = {section.argument for section in SECTIONS} & set(sys.argv[1:])
+    wanted = [name for name in sys.argv[1:] if name not in parts]
+    unknown = set(wanted) - set(LANGUAGE) - set(VISION)
+    if unknown:
         sys.exit(
-            f"no such family: {', '.join(sorted(unknown))}; known are"
+            f"there is no family {', '.join(sorted(unknown))}; known are"
             f" {', '.join([*LANGUAGE, *VISION])}"
         )
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
-    sections = {}
-    for heading, kind, families, columns, partner, more in (
-        ("Vision encoders", "vision", VISION, ENCODER_COLUMNS, "Llama", ENCODERS + CHECKS),
-        ("Language models", "language", LANGUAGE, COLUMNS, "CLIP encoder", CHECKS),
-    ):
-        if only and PARTS[kind] not in only:
-            continue
-        rows, counts = table(kind, families, columns, wanted)
-        sections[heading] = "\n".join(
-            [MADE.format(**versions, **counts, partner=partner), more, rows]
-        )
     if not wanted:
         replace_section("", INTRODUCTION)
-        for heading, text in sections.items():
-            replace_section(heading, text)
+    for section in SECTIONS:
+        if parts and section.argument not in parts:
+            continue
+        rows, counts = make_table(section, wanted)
+        if not wanted:
+            made = MADE.format(**versions, **counts, partner=section.partner)
+            replace_section(section.heading, "\n".join([made, section.explanation, rows]))
 
 
 if __name__ == "__main__":

@@ -204,9 +204,11 @@ def section(classes: dict, release: str, checkout: str) -> str:
         "the release's tag" if checkout == release else f"a checkout that says it is {checkout}"
     )
     text = f"""\
-Made by `make hf-suite`: the common model, generation, export, training, processor and pipeline tests of transformers {release}, on
-tiny random models, for our classes and, with the same settings, for the stock LLaVA. Offline, on a CPU. Common tests from the
-release's source archive; generation, export and pipeline tests from {origin}.
+`make hf-suite` made this section with transformers {release}. It runs transformers' own tests on tiny
+random models of our classes and, with the same settings, of the stock LLaVA. These are the common
+tests of models, generation, export, training, processors and pipelines, offline on a CPU. The
+common tests are those of the release's source archive. Those of generation, export and pipelines
+come from {origin}.
 
 | class | passed | skipped | expected to fail | failed |
 |---|---|---|---|---|
@@ -233,7 +235,8 @@ release's source archive; generation, export and pipeline tests from {origin}.
                 if belongs(name, test, outcome):
                     groups[CLASSES[name], reason].append(f"`{test}`")
         lines = [
-            f"- {name}: {', '.join(tests)}: {reason}" for (name, reason), tests in groups.items()
+            f"- {name}: {', '.join(tests)}: {reason.rstrip('.')}."
+            for (name, reason), tests in groups.items()
         ]
         text += f"\n{title}:" + (" none.\n" if not lines else "\n\n" + "\n".join(lines) + "\n")
     return text

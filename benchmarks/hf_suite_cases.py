@@ -226,4 +226,4 @@ class TestSparseCutProcessor(ProcessorCases, unittest.TestCase):
 
     def test_subprocessor_defaults_1_images(self):
         """Expects of the whole processor what the image processor gives alone."""
-        self.skipTest("a image becomes several views, but the image processor alone makes one")
+        self.skipTest("an image becomes several views, but the image processor alone makes one")
