@@ -104,7 +104,7 @@ class Gate:
     @property
     def starts_without_effect(self) -> bool:
         """Whether a new model is, bit for bit, the model without shortcuts."""
-        return self.start == 0 or self.zero_projector
+        return self.module is None and (self.start == 0 or self.zero_projector)
 
 
 GATES: dict[str | None, Gate] = {
