@@ -1,7 +1,7 @@
 """An OpenAI-compatible server. A request makes its way through these modules once, downwards:
 
     server            the routes
-    context           the token, a place among the requests under way, the JSON
+    admission         the token, a place among the requests under way, the JSON
     protocol          checks the JSON; `conversation` joins a message's parts to one text
     image_fetching    reads the images: data URLs, and public http(s) URLs where allowed
     engine            a queue and batches; `model_runner` runs the model, `decoding` draws tokens
