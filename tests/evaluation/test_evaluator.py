@@ -29,7 +29,7 @@ QUESTIONS = (
 
 
 def write_questions(folder):
-    """Twelve records over three images: with none, one and two images, some with an earlier turn."""
+    """Twelve records over three images: with none, one or two images, some with an earlier turn."""
     for i in range(3):
         noise = np.random.default_rng(i).integers(0, 255, (20, 24, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{i}.png")

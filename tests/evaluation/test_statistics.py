@@ -1,4 +1,4 @@
-"""Intervals cover the true value as often as they promise, and only equal questions are compared."""
+"""Intervals cover the true value as often as they should, and only equal questions are compared."""
 
 import time
 

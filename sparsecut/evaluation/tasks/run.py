@@ -235,7 +235,7 @@ def build_examples(data: TaskData) -> list[Example]:
             ],
             group=question.group,
             source=question.source,
-            store=data.pictures,
+            store=data.images,
         )
         examples.append(example)
     return examples
@@ -368,7 +368,7 @@ def _build_result(
     part_result = _read_json(part_folder / RESULT)
     settings = {key: value for key, value in part_result.items() if key not in left_out}
     hashes = {str(file): _hash_file(file) for file in selected.data.files}
-    pictures = selected.data.pictures
+    images = selected.data.images
     return {
         "task": selected.name,
         "title": selected.task.title,
@@ -380,7 +380,7 @@ def _build_result(
         **settings,
         "num_examples": num_examples,
         "limit": selected.limit,
-        "pictures": str(pictures.path) if pictures else None,
+        "pictures": str(images.path) if images else None,
         "question_files": hashes,
     }
 

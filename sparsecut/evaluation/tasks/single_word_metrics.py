@@ -252,12 +252,12 @@ def _compute_distribution(balanced: Mapping, answers: Mapping) -> float:
     It is averaged over groups of questions, weighted by their size.
     """
     truth: dict[str, Counter] = defaultdict(Counter)
-    given: dict[str, Counter] = defaultdict(Counter)
+    observed: dict[str, Counter] = defaultdict(Counter)
     for key, question in balanced.items():
         group = question["groups"]["global"]
         if group is not None:
             truth[group][question["answer"]] += 1
-            given[group][answers[key]] += 1
+            observed[group][answers[key]] += 1
     if not truth:
         return 0.0
     weighted = []
@@ -265,8 +265,8 @@ def _compute_distribution(balanced: Mapping, answers: Mapping) -> float:
     for group, counts in truth.items():
         chi_squared = 0.0
         for answer, expected in counts.items():
-            observed = given[group][answer]
-            chi_squared += (observed - expected) ** 2 / expected
+            count = observed[group][answer]
+            chi_squared += (count - expected) ** 2 / expected
         size = sum(counts.values())
         weighted.append(chi_squared * size)
         sizes.append(size)

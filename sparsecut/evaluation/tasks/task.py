@@ -52,13 +52,13 @@ class TaskData:
 
     Attributes:
         questions: The questions, in order.
-        pictures: Where the images are; None where the questions hold their bytes.
+        images: Where the images are; None where the questions hold their bytes.
         files: The files that were read.
         facts: What the score or the submission needs besides the questions.
     """
 
     questions: Sequence[Question]
-    pictures: ImageStore | None
+    images: ImageStore | None
     files: Sequence[Path]
     facts: Mapping = field(default_factory=dict)
 
