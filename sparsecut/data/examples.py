@@ -40,8 +40,8 @@ class Example:
         id: The record's id.
         images: Names of the images in `store`, or their encoded bytes.
         messages: {"role", "content"} of every turn, with `<image>` in user contents.
-        group: What a score is told apart by, such as a category.
-        level: A second such name, for levels of difficulty.
+        group: A category; scores are given for each.
+        level: A level of difficulty; scores are given for each.
         source: Where the record stands, such as "train.jsonl line 7".
         store: Opens the images that have names.
         skip: Whether the record is left out, in place of an error, where an image is broken.

@@ -1,9 +1,8 @@
 """Examples for an upgraded model, encoded by its base's own processor.
 
-The processor expands placeholders, pads, and names the inputs. The ids that are trained on are those
-that the same text and images have at inference. The answers are found by characters of the text in
-which the processor has expanded its placeholders; the processor itself says which characters those
-became.
+The processor expands placeholders, pads, and names the inputs. Training uses the ids that the same
+text and images have at inference. The answers are found by their characters in the text whose
+placeholders the processor has expanded. The processor itself says which characters became which.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A conversation is rendered once, as a whole. The answers are found by their characters: from the
 chat template's own `{% generation %}` marks or, without these, from rendering the conversation up
-to each answer. Text is never tokenized in pieces, so a merge across a boundary cannot shift a label.
+to each answer. Text is never tokenized in pieces. So a merge across a boundary shifts no label.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from sparsecut.data.examples import read_examples
 from sparsecut.data.images import ImageStore
 from sparsecut.data.labels import Limits
 from sparsecut.data.validation import check_examples
+from sparsecut.schema import UserError
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_batches_pad_on_the_right_and_stack_images_in_order(image_folder, tiny):
     assert (batch["labels"][batch["input_ids"] == processor.image_token_id] == -100).all()
     assert "pixel_values" not in collate([items[1]])
     assert torch.isfinite(model(**batch).loss)
-    with pytest.raises(ValueError, match="labels are masked"):
+    with pytest.raises(UserError, match="labels are masked"):
         collate([{**items[1], "labels": torch.full_like(items[1]["labels"], -100)}])
 
 

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from sparsecut.data.encoding import example_encoder
+from sparsecut.data.errors import RecordError
 from sparsecut.data.examples import Example
 from sparsecut.data.labels import Limits
 from sparsecut.processing import SparseCutProcessor
@@ -79,9 +80,10 @@ def encode(example, processor, template="chat", max_length=None) -> dict[str, li
     return {name: values.tolist() for name, values in encoder.encode(example).items()}
 
 
-def learned(encoded, processor) -> list[str]:
+def get_learned(encoded, processor) -> list[str]:
     """Runs of learned tokens, as text."""
-    runs, before = [], -100
+    runs = []
+    before = -100
     for label in encoded["labels"]:
         if label != -100 and before == -100:
             runs.append([])
@@ -101,15 +103,14 @@ def test_labels_are_the_answers_and_their_end_tokens(name):
     template, expected = LEARNED[name]
     processor = processor_with(template)
     encoded = encode(TALK, processor)
-    assert learned(encoded, processor) == expected
-    assert all(
-        label in (-100, token)
-        for label, token in zip(encoded["labels"], encoded["input_ids"], strict=True)
-    )
-    images = [
-        i for i, token in enumerate(encoded["input_ids"]) if token == processor.image_token_id
-    ]
-    assert len(images) == 4 and all(encoded["labels"][i] == -100 for i in images)
+    assert get_learned(encoded, processor) == expected
+    num_image_tokens = 0
+    for token, label in zip(encoded["input_ids"], encoded["labels"], strict=True):
+        assert label in (-100, token)
+        if token == processor.image_token_id:
+            num_image_tokens += 1
+            assert label == -100
+    assert num_image_tokens == 4
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -118,14 +119,17 @@ def test_token_ids_are_those_of_inference(name):
     ids = encode(TALK, processor)["input_ids"]
     text = processor.apply_chat_template(TALK.messages, tokenize=False)
     special = not text.startswith(processor.tokenizer.bos_token)
-    assert (
-        ids == processor.tokenizer(processor.expand(text), add_special_tokens=special)["input_ids"]
-    )
+
+    def tokenize(text: str) -> list[int]:
+        expanded = processor.expand(text)
+        return processor.tokenizer(expanded, add_special_tokens=special)["input_ids"]
+
+    assert ids == tokenize(text)
     question = processor.apply_chat_template(
         TALK.messages[:1], tokenize=False, add_generation_prompt=True
     )
-    asked = processor.tokenizer(processor.expand(question), add_special_tokens=special)["input_ids"]
-    assert ids[: len(asked)] == asked
+    prompt = tokenize(question)
+    assert ids[: len(prompt)] == prompt
 
 
 @pytest.mark.parametrize("name", ["chatml", "vicuna", "marked", "none"])
@@ -133,7 +137,7 @@ def test_a_system_turn_is_not_learned(name):
     template, expected = LEARNED[name]
     processor = processor_with(template)
     example = talk(*(m["content"] for m in TALK.messages), system="Be brief.")
-    assert learned(encode(example, processor), processor) == expected
+    assert get_learned(encode(example, processor), processor) == expected
 
 
 def test_a_merge_across_the_boundary_is_kept_and_learned():
@@ -156,7 +160,7 @@ def test_plain_learns_caption_and_end_only():
     processor = processor_with(CHATML)
     encoded = encode(talk("Describe it.\n<image>", " a red cat "), processor, "plain")
     assert processor.tokenizer.decode(encoded["input_ids"]) == "<image>" * 4 + "a red cat</s>"
-    assert learned(encoded, processor) == ["a red cat</s>"]
+    assert get_learned(encoded, processor) == ["a red cat</s>"]
 
 
 def test_another_placeholder_is_written_where_the_processor_has_one():
@@ -167,13 +171,13 @@ def test_another_placeholder_is_written_where_the_processor_has_one():
     assert ids[:4] == [processor.image_token_id] * 4
 
 
-def test_max_length_cuts_answers_but_never_pictures():
+def test_max_length_cuts_answers_but_never_images():
     processor = processor_with(VICUNA)
     full = encode(TALK, processor)["input_ids"]
     assert encode(TALK, processor, max_length=40)["input_ids"] == full[:40]
-    with pytest.raises(ValueError, match=r"talk.json record 0: .*2 of 4"):
+    with pytest.raises(RecordError, match=r"talk.json record 0: .*2 of 4"):
         encode(TALK, processor, max_length=full.index(processor.image_token_id) + 2)
-    with pytest.raises(ValueError, match="raise max_length"):
+    with pytest.raises(RecordError, match="raise max_length"):
         encode(TALK, processor, max_length=full.index(processor.image_token_id) + 6)
 
 
@@ -191,21 +195,21 @@ def test_max_length_cuts_answers_but_never_pictures():
 def test_templates_that_hide_the_answers_are_refused(template, sentence):
     processor = processor_with(CHATML)
     processor.chat_template = template
-    with pytest.raises(ValueError, match=rf"^talk.json record 0: .*{sentence}"):
+    with pytest.raises(RecordError, match=rf"^talk.json record 0: .*{sentence}"):
         encode(talk(*(m["content"] for m in TALK.messages), system="Be brief."), processor)
 
 
 def test_a_tokenizer_that_does_not_say_where_tokens_stand_is_refused(monkeypatch):
     processor = processor_with(CHATML)
     monkeypatch.setattr(type(processor.tokenizer), "is_fast", False)
-    with pytest.raises(ValueError, match="use_fast=True"):
+    with pytest.raises(RecordError, match="use_fast=True"):
         encode(TALK, processor)
 
 
 def test_plain_needs_one_caption_and_an_end_token():
     processor = processor_with(CHATML)
-    with pytest.raises(ValueError, match=r"one caption.* 2 answers"):
+    with pytest.raises(RecordError, match=r"one caption.* 2 answers"):
         encode(TALK, processor, "plain")
     processor.tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="eos_token"):
+    with pytest.raises(RecordError, match="eos_token"):
         encode(talk("<image>", "a cat"), processor, "plain")

@@ -1,4 +1,4 @@
-"""Base models' own processors: ids are those of inference, and answers are found behind any expansion."""
+"""Base models' own processors: ids are those of inference, and every answer is found."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Streams: every record once a pass in the seed's order, however the work is divided, and resumed."""
+"""Streams: every record once a pass in the seed's order, however the work is divided."""
 
 import itertools
 from collections import Counter
@@ -65,12 +65,13 @@ def read_ids(stream: Stream, number: int) -> list:
 @pytest.mark.parametrize("path", ["part-*.jsonl", "shard-*.tar", "table.parquet"])
 def test_a_stream_has_every_record_once_a_pass_in_the_seed_s_order(folder, path):
     examples = list(itertools.islice(make_stream(folder, path).iterate_examples(), 36))
-    passes = [[e.id for e in examples[at : at + 12]] for at in (0, 12, 24)]
-    assert all(len(set(ids)) == 12 for ids in passes)
+    ids = [example.id for example in examples]
+    passes = [ids[start : start + 12] for start in (0, 12, 24)]
+    assert all(len(set(one)) == 12 for one in passes)
     assert passes[0] != passes[1]
-    assert all(count == 3 for count in Counter(e.id for e in examples).values())
+    assert set(Counter(ids).values()) == {3}
     again = itertools.islice(make_stream(folder, path).iterate_examples(), 36)
-    assert [e.id for e in again] == [e.id for e in examples]
+    assert [example.id for example in again] == ids
 
 
 def test_processes_share_a_stream_and_a_later_start_passes_over_what_was_seen(folder):
