@@ -31,8 +31,9 @@ random shortcuts. "yes" means that logits equal those of eager mode within 1e-4.
 - *step*: The same for the next token, with the cache of the prompt.
 - *export*: `torch.export.export(model, (), inputs, strict=False)` of the prefill.
 
-A base with "no" reads the sizes of its images as Python numbers, to cut or pack them. So its prefill
-is not one graph, and that of an upgraded model cannot be either. Its steps after the prefill are.
+A base with "no" reads the sizes of its images as Python numbers, to cut or pack them. So its
+prefill is not one graph, and that of an upgraded model cannot be either. Its steps after the
+prefill are.
 """
 
 

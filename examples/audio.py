@@ -1,9 +1,9 @@
-"""Audio in, text out: the method joins an audio encoder to a language model, as it joins a vision encoder.
+"""Audio in, text out: the method joins an audio encoder and a language model.
 
     python examples/audio.py [STEPS]
 
-It builds a small random Whisper encoder and Llama, and trains them on tones of three pitches for
-some hundred steps, about a minute on a CPU. Then it asks about new tones, saves the model, loads it,
+It builds a small random Whisper encoder and Llama, and trains them on tones of three pitches. Some
+hundred steps take about a minute on a CPU. Then it asks about new tones, saves the model, loads it,
 and asks again.
 """
 

@@ -239,16 +239,18 @@ def _count_views(grid: tuple[int, int] | None) -> int:
 
 def _make_places(side: int, grid: tuple[int, int] | None) -> Tensor:
     """Row and column of each patch, in the whole view and in the joined tiles: [views, N, 2]."""
-    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    row, column = row.flatten(), column.flatten()
-    whole = torch.stack([row, column], dim=-1)[None]
+    patch = torch.arange(side * side)
+    row = patch // side
+    column = patch % side
+    whole_view = torch.stack([row, column], dim=-1)[None]
     if grid is None:
-        return whole
-    tile = torch.arange(grid[0] * grid[1])[:, None]
-    tile_row = tile // grid[1] * side
-    tile_column = tile % grid[1] * side
-    tiles = torch.stack([row + tile_row, column + tile_column], dim=-1)
-    return torch.cat([whole, tiles])
+        return whole_view
+    num_rows, num_columns = grid
+    tile = torch.arange(num_rows * num_columns)[:, None]
+    first_row = tile // num_columns * side
+    first_column = tile % num_columns * side
+    tiles = torch.stack([first_row + row, first_column + column], dim=-1)
+    return torch.cat([whole_view, tiles])
 
 
 def _look_up_places(
@@ -257,12 +259,15 @@ def _look_up_places(
     """Patch numbers at places [tokens, 2] of an image with `numbers` [views, N]; -1 at newlines."""
     row, column = places.unbind(-1)
     num_columns = 1 if grid is None else grid[1]
-    tile_row, tile_column = row // side, column // side
+    tile_row = row // side
+    tile_column = column // side
     view = 1 + tile_row * num_columns + tile_column
     view[: side * side] = 0  # the whole view comes first
     view = view.clamp(0, len(numbers) - 1)
-    row_in_tile, column_in_tile = row % side, column % side
-    patch = (row_in_tile * side + column_in_tile).clamp(min=0)
+    row_in_tile = row % side
+    column_in_tile = column % side
+    patch = row_in_tile * side + column_in_tile
+    patch = patch.clamp(min=0)
     is_newline = row < 0
     return torch.where(is_newline, -1, numbers[view, patch])
 
@@ -273,10 +278,13 @@ def _index_mistral3(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
     table = []
     first = 0
     for height, width in torch.as_tensor(call["image_sizes"]).tolist():
-        rows, columns = height // patch, width // patch
+        rows = height // patch
+        columns = width // patch
         numbers = torch.arange(first, first + rows * columns).view(1, rows, columns)
-        whole_windows = numbers[:, : rows // size * size, : columns // size * size]
-        table.append(_split_windows(whole_windows.contiguous(), size))
+        whole_rows = rows // size * size  # patches beside the last whole window are dropped
+        whole_columns = columns // size * size
+        in_windows = numbers[:, :whole_rows, :whole_columns].contiguous()
+        table.append(_split_windows(in_windows, size))
         first += rows * columns
     return torch.cat(table)
 

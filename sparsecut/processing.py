@@ -92,10 +92,10 @@ def cut_views(image: Image.Image, tiles: int, size, coarse: str = "squash") -> l
 
 def _crop_center(image: Image.Image, height: int, width: int) -> Image.Image:
     """Resize an image until it covers (height, width), then cut out its center."""
-    if width * image.height <= height * image.width:
-        scaled_size = (int(height * image.width / image.height), height)
-    else:
-        scaled_size = (width, int(width * image.height / image.width))
+    is_wide = width * image.height <= height * image.width
+    scaled_width = int(height * image.width / image.height)
+    scaled_height = int(width * image.height / image.width)
+    scaled_size = (scaled_width, height) if is_wide else (width, scaled_height)
     scaled = image.resize(scaled_size, Image.Resampling.BICUBIC)
     left = (scaled.width - width) // 2
     top = (scaled.height - height) // 2

@@ -47,7 +47,7 @@ def _scale_size(size, factor: int) -> dict[str, int]:
 
 
 class SparseCutUpgradeProcessor:
-    """Loads the processor of an upgraded model: the base's class, which adds `fine_pixel_values`."""
+    """Loads the processor of an upgraded model, which is the base's class with fine views."""
 
     # Set where this file was loaded as remote code. The code is then saved with every processor.
     _auto_class = None

@@ -1,4 +1,4 @@
-"""From a conversation to the model's answer, the same way in training, evaluation, chat and serving.
+"""From a conversation to the answer, the same way in training, evaluation, chat and serving.
 
 Message contents are strings with the processor's placeholder (`image_token`) for every image. There
 are two kinds of processors. In ours every image takes the same number of image tokens. That of an
@@ -23,7 +23,7 @@ PROBE = "probe"  # text that shows whether a chat template accepts a form of con
 
 
 def get_tokens_per_image(processor) -> int | None:
-    """Return the image tokens of every image, or None where only a call of the processor shows them.
+    """Return the image tokens of each image, or None where only a call of the processor tells.
 
     The processor of a built model takes the same number for every image. That of an upgraded model
     is its base's own.

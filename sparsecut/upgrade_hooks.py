@@ -282,8 +282,10 @@ def _append_features(pooled, features: dict[int, Tensor]):
     """Put the shortcuts' features, in the order of layers, behind the model's own channels."""
     extra = torch.cat([features[layer] for layer in sorted(features)], dim=-1)
     if isinstance(pooled, Tensor):
-        return torch.cat([pooled, extra.to(pooled).view(*pooled.shape[:-1], -1)], dim=-1)
-    extras = extra.split([len(image) for image in pooled])
+        extra = extra.to(pooled).view(*pooled.shape[:-1], -1)
+        return torch.cat([pooled, extra], dim=-1)
+    num_tokens = [len(image) for image in pooled]
+    extras = extra.split(num_tokens)
     joined = []
     for image, extra in zip(pooled, extras, strict=True):
         joined.append(torch.cat([image, extra.to(image)], dim=-1))

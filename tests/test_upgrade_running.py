@@ -1,4 +1,4 @@
-"""An upgraded model under export, threads, checkpointing, other dtypes, and in every mode of generate.
+"""An upgraded model: export, threads, checkpointing, other dtypes, every mode of generate.
 
 Compilation is tested in tests/conformance.
 """

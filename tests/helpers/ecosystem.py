@@ -68,7 +68,7 @@ def encode_messages(processor):
 
 
 def assert_trains(model, inputs, more=()):
-    """One training pass gives a gradient to the trained fusion parameters and to those in `more`."""
+    """One training pass gives a gradient to the trained fusion parameters and to `more`."""
     model.train()
     model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
     trained = [p for p in model.fusion.parameters() if p.requires_grad]
