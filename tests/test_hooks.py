@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import pytest
 import torch
@@ -35,34 +36,46 @@ def model():
 
 def single(model, row, pixels):
     """Logits of one prompt, alone and without padding."""
-    return model(
-        input_ids=torch.tensor([expanded(model, row)]), pixel_values=pixels if len(pixels) else None
-    ).logits[0]
+    ids = torch.tensor([expanded(model, row)])
+    return model(input_ids=ids, pixel_values=pixels if len(pixels) else None).logits[0]
+
+
+def assert_close(values, expected, tolerance=1e-4):
+    torch.testing.assert_close(values, expected, atol=tolerance, rtol=1e-4)
+
+
+@cache
+def join_method(method):
+    """A model of a method, shared by all tests of it."""
+    return checks.join(plan=method)
+
+
+def read_states(model, pixels) -> dict:
+    """The encoder's own hidden states without the class token: tap -> [images, views, N, D]."""
+    states = {tap: [] for tap in range(model.config.vision_depth + 1)}
+    for views in pixels:
+        hidden = model.vision_tower(views, output_hidden_states=True).hidden_states
+        for tap, per_tap in states.items():
+            per_tap.append(hidden[tap][:, 1:])
+    return {tap: torch.stack(per_tap) for tap, per_tap in states.items()}
 
 
 def by_hand(model, row, pixels):
-    """The method in plain steps: encode each view, fuse, and run the decoder layer by layer, adding
-    at image positions.
-    """
-    ids = expanded(model, row)
-    states = [
-        model.vision_tower(views, output_hidden_states=True).hidden_states for views in pixels
-    ]
-    depth = model.config.vision_depth
-    taps = {
-        t: torch.stack([s[t][:, 1:] for s in states]) for t in range(depth + 1)
-    }  # without the class token
-    fused = fuse(model.fusion, {t: taps[t] for t in model.plan.resolved_taps(depth)})
-    spots = [i for i, token in enumerate(ids) if token == IMAGE]
+    """The method in plain steps: encode each view, fuse, and run the decoder layer by layer."""
+    states = read_states(model, pixels)
+    taps = model.plan.resolved_taps(model.config.vision_depth)
+    features = fuse(model.fusion, {tap: states[tap] for tap in taps})
+    ids = torch.tensor([expanded(model, row)])
+    is_image = ids[0] == IMAGE
     decoder = model.language_model.model
-    h = decoder.embed_tokens(torch.tensor([ids])).clone()
-    h[0, spots] = 0
-    rope = decoder.rotary_emb(h, torch.arange(len(ids))[None])
+    hidden = decoder.embed_tokens(ids).clone()
+    hidden[0, is_image] = 0
+    rope = decoder.rotary_emb(hidden, torch.arange(ids.shape[1])[None])
     for number, layer in enumerate(decoder.layers):
-        if number in fused:
-            h[0, spots] += fused[number].flatten(0, 1)
-        h = layer(h, position_embeddings=rope)
-    return model.language_model.lm_head(decoder.norm(h))[0]
+        if number in features:
+            hidden[0, is_image] += features[number].flatten(0, 1)
+        hidden = layer(hidden, position_embeddings=rope)
+    return model.language_model.lm_head(decoder.norm(hidden))[0]
 
 
 @torch.no_grad()
@@ -71,11 +84,9 @@ def by_hand(model, row, pixels):
 )
 @pytest.mark.parametrize("row", WITH_PICTURES.values(), ids=WITH_PICTURES)
 def test_features_reach_exactly_the_image_positions_of_the_planned_layers(method, row):
-    model = checks.join(plan=method)
+    model = join_method(method)
     pixels = batch(model, [row])["pixel_values"]
-    torch.testing.assert_close(
-        single(model, row, pixels), by_hand(model, row, pixels), atol=1e-5, rtol=1e-4
-    )
+    assert_close(single(model, row, pixels), by_hand(model, row, pixels), 1e-5)
 
 
 @torch.no_grad()
@@ -87,9 +98,7 @@ def test_two_shortcuts_into_one_layer_and_none_into_others(row=(5, IMAGE, 6)):
     ]
     model = checks.join(plan={"shortcuts": shortcuts, "tiles": 2})
     pixels = batch(model, [row])["pixel_values"]
-    torch.testing.assert_close(
-        single(model, row, pixels), by_hand(model, row, pixels), atol=1e-5, rtol=1e-4
-    )
+    assert_close(single(model, row, pixels), by_hand(model, row, pixels), 1e-5)
 
 
 @torch.no_grad()
@@ -97,15 +106,15 @@ def test_two_shortcuts_into_one_layer_and_none_into_others(row=(5, IMAGE, 6)):
 def test_no_row_depends_on_its_neighbours_or_padding(model, side):
     rows = [TEXT[0], *WITH_PICTURES.values(), TEXT[1], WITH_PICTURES["middle"], TEXT[0]]
     inputs = batch(model, rows, side)
-    logits, real = model(**inputs).logits, inputs["attention_mask"].bool()
-    taken = 0
+    logits = model(**inputs).logits
+    is_text = inputs["attention_mask"].bool()
+    start = 0
     for i, row in enumerate(rows):
-        pixels = inputs["pixel_values"][taken : taken + row.count(IMAGE)]
-        taken += row.count(IMAGE)
-        torch.testing.assert_close(
-            logits[i][real[i]], single(model, row, pixels), atol=1e-4, rtol=1e-4
-        )
-    assert taken == len(inputs["pixel_values"])
+        end = start + row.count(IMAGE)
+        alone = single(model, row, inputs["pixel_values"][start:end])
+        assert_close(logits[i][is_text[i]], alone)
+        start = end
+    assert start == len(inputs["pixel_values"])
 
 
 @torch.no_grad()
@@ -114,9 +123,7 @@ def test_text_only_rows_are_the_language_model_untouched(model):
     assert torch.equal(model(input_ids=ids).logits, model.language_model(input_ids=ids).logits)
     together = batch(model, [TEXT[1], WITH_PICTURES["end"]])
     alone = model.language_model(input_ids=ids).logits[0]
-    torch.testing.assert_close(
-        model(**together).logits[0, -len(TEXT[1]) :], alone, atol=1e-4, rtol=1e-4
-    )
+    assert_close(model(**together).logits[0, -len(TEXT[1]) :], alone)
 
 
 @torch.no_grad()
@@ -256,20 +263,26 @@ def test_states_that_are_not_one_row_of_patches_are_refused(model):
         read_taps(model.vision_tower, torch.randn(1, 3, 16, 16), 9, [1])
 
 
+LABELS = torch.zeros(2, 11, dtype=torch.long)
+TEXT_ONLY = {"input_ids": torch.tensor([TEXT[1]]), "attention_mask": None}
+CUT_OFF = {"input_ids": torch.tensor([[5, *[IMAGE] * 7]]), "attention_mask": None}
+TWO_SOURCES = {"mm_encoder_outputs": {"image": object()}}
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"pixel_values": None, "labels": torch.zeros(2, 11, dtype=torch.long)}, r"8 image tokens.* 0 features"),
-        ({"input_ids": torch.tensor([TEXT[1]]), "attention_mask": None}, r"0 image tokens.* 8 features"),
-        ({"input_ids": torch.tensor([[5, *[IMAGE] * 7]]), "attention_mask": None}, r"7 image tokens.* 8 features.*length limit"),
-        ({"pixel_values": torch.zeros(2, 4, 3, 16, 16)}, r"shape \(2, 4, 3, 16, 16\), but .* need \(images, 5, 3, 16, 16\)"),
-        ({"pixel_values": torch.zeros(2, 3, 16, 16)}, r"shape \(2, 3, 16, 16\), but .* need \(images, 5, 3, 16, 16\)"),
-        ({"pixel_values": torch.zeros(2, 5, 3, 32, 32)}, r"need \(images, 5, 3, 16, 16\), coarse view first"),
-        ({"inputs_embeds": torch.zeros(2, 11, 32)}, "either input_ids or inputs_embeds, and not both"),
-        ({"input_ids": None}, "either input_ids or inputs_embeds"),
-        ({"mm_encoder_outputs": {"image": object()}}, "one of pixel_values, vision_states and mm_encoder_outputs"),
+        ({"pixel_values": None, "labels": LABELS}, r"8 image tokens.* 0 features"),
+        (TEXT_ONLY, r"0 image tokens.* 8 features"),
+        (CUT_OFF, r"7 image tokens.* 8 features.*length limit"),
+        ({"pixel_values": torch.zeros(2, 4, 3, 16, 16)}, r"\(2, 4, 3, 16, 16\), .*\(images, 5, 3"),
+        ({"pixel_values": torch.zeros(2, 3, 16, 16)}, r"\(2, 3, 16, 16\), .*\(images, 5, 3"),
+        ({"pixel_values": torch.zeros(2, 5, 3, 32, 32)}, r"\(images, 5, 3, 16, 16\), coarse"),
+        ({"inputs_embeds": torch.zeros(2, 11, 32)}, "input_ids or inputs_embeds"),
+        ({"input_ids": None}, "input_ids or inputs_embeds"),
+        (TWO_SOURCES, "pixel_values, vision_states and mm_encoder_outputs"),
     ],
-)  # fmt: skip
+)
 def test_pictures_that_do_not_match_the_prompt_are_refused_in_a_sentence(model, change, sentence):
     with pytest.raises(UserError, match=sentence):
         model(**batch(model) | change)

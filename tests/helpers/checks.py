@@ -1,5 +1,4 @@
-"""What every family must do, as functions of a model: the family tests and `make grid` run the same
-ones.
+"""What every family must do, as functions of a model: the family tests and `make grid` run them.
 
 Each raises AssertionError, or whatever the model raises, where the claim does not hold.
 """
@@ -20,7 +19,7 @@ from sparsecut import SparseCutConfig, SparseCutForConditionalGeneration
 from sparsecut.encoders import encoder_inputs, is_audio, to_raster_order
 from sparsecut.hooks import find_layers, read_taps
 
-PROMPTS = [[5, IMAGE, 6, 7], [8, 9, 10, IMAGE, 11, 12, 13]]  # one placeholder per picture
+PROMPTS = [[5, IMAGE, 6, 7], [8, 9, 10, IMAGE, 11, 12, 13]]  # one placeholder per image
 GREEDY = {
     "do_sample": False,
     "max_new_tokens": 5,
@@ -28,33 +27,32 @@ GREEDY = {
     "pad_token_id": 0,
     "suppress_tokens": [IMAGE],
 }
-
-
-SPARSE = {
-    "method": "sparsecut",
-    "pattern": "sparse",
-}  # two shortcuts above the input in models of these depths
+# two shortcuts above the input in models of these depths
+SPARSE = {"method": "sparsecut", "pattern": "sparse"}
 
 
 def join(vision="clip_vision_model", language="llama", plan=None):
-    """A model of two tiny families, refused by their configurations where they do not fit; names or
-    modules.
+    """A model of two tiny families; UserError where their configurations do not fit.
 
-    plan: by default `sparsecut` in the pattern `sparse`, without fine views where the encoder
-    listens.
+    Args:
+        vision: Name of an encoder family, or a module.
+        language: Name of a language model family, or a module.
+        plan: Default: `sparsecut` in the pattern `sparse`, without fine views for audio.
     """
-    configs = {
-        "vision_config": vision_config(vision) if isinstance(vision, str) else vision.config,
-        "text_config": language_config(language) if isinstance(language, str) else language.config,
-    }
+    encoder_config = vision_config(vision) if isinstance(vision, str) else vision.config
+    text_config = language_config(language) if isinstance(language, str) else language.config
+    if plan is None:
+        plan = SPARSE | {"tiles": 0} if is_audio(encoder_config) else SPARSE
     settings = {
         "image_token_id": IMAGE,
-        "view_size": VIEW_SIZES.get(configs["vision_config"].model_type),
+        "view_size": VIEW_SIZES.get(encoder_config.model_type),
+        "plan": plan,
     }
-    settings["plan"] = plan or SPARSE | ({"tiles": 0} if is_audio(configs["vision_config"]) else {})
-    SparseCutConfig(**configs, **settings)
-    vision = family_vision(vision) if isinstance(vision, str) else vision
-    language = family_language(language) if isinstance(language, str) else language
+    SparseCutConfig(vision_config=encoder_config, text_config=text_config, **settings)
+    if isinstance(vision, str):
+        vision = family_vision(vision)
+    if isinstance(language, str):
+        language = family_language(language)
     config = SparseCutConfig(vision_config=vision.config, text_config=language.config, **settings)
     torch.manual_seed(1)
     model = SparseCutForConditionalGeneration(config, vision_tower=vision, language_model=language)
@@ -64,46 +62,45 @@ def join(vision="clip_vision_model", language="llama", plan=None):
 
 
 def expanded(model, row: list[int]) -> list[int]:
-    """A prompt with each placeholder as often as a picture has image tokens."""
-    return [
-        n
-        for token in row
-        for n in [token] * (model.config.num_image_tokens if token == IMAGE else 1)
-    ]
+    """A prompt with each placeholder as often as an image has image tokens."""
+    ids = []
+    for token in row:
+        times = model.config.num_image_tokens if token == IMAGE else 1
+        ids += [token] * times
+    return ids
 
 
 def batch(model, rows=PROMPTS, side="left") -> dict:
-    """Padded prompts and random pixels of their pictures."""
+    """Padded prompts and random pixels of their images."""
     torch.manual_seed(2)
     rows = [expanded(model, row) for row in rows]
-    pictures = sum(row.count(IMAGE) for row in rows) // model.config.num_image_tokens
-    width = max(map(len, rows))
-    pixels = torch.randn(pictures, model.plan.num_views, *model.config.grid.view)
-    pads = [[0] * (width - len(row)) for row in rows]
-    ids = [pad + row if side == "left" else row + pad for pad, row in zip(pads, rows, strict=True)]
-    ones = [[1] * len(row) for row in rows]
-    masks = [
-        pad + one if side == "left" else one + pad for pad, one in zip(pads, ones, strict=True)
-    ]
-    return {
-        "input_ids": torch.tensor(ids),
-        "attention_mask": torch.tensor(masks),
-        "pixel_values": pixels,
-    }
+    num_images = sum(row.count(IMAGE) for row in rows) // model.config.num_image_tokens
+    pixels = torch.randn(num_images, model.plan.num_views, *model.config.grid.view)
+    length = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        start = length - len(row) if side == "left" else 0
+        ids[i, start : start + len(row)] = torch.tensor(row)
+        mask[i, start : start + len(row)] = 1
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+def text_labels(input_ids: torch.Tensor) -> torch.Tensor:
+    """Labels of all tokens but image tokens."""
+    return input_ids.masked_fill(input_ids == IMAGE, -100)
 
 
 def gradients(model):
     """A training step gives every fusion parameter a gradient that is not zero."""
     inputs = batch(model, side="right")
-    model.train()(
-        **inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
-    ).loss.backward()
+    model.train()
+    model(**inputs, labels=text_labels(inputs["input_ids"])).loss.backward()
     model.eval()
-    silent = [
-        n
-        for n, p in model.fusion.named_parameters()
-        if p.grad is None or not p.grad.abs().sum() > 0
-    ]
+    silent = []
+    for name, parameter in model.fusion.named_parameters():
+        if parameter.grad is None or not parameter.grad.abs().sum() > 0:
+            silent.append(name)
     model.zero_grad()
     assert not silent, f"no gradient in {silent[:3]}"
 
@@ -111,21 +108,17 @@ def gradients(model):
 @torch.no_grad()
 def cached(model):
     """Greedy decoding gives the same tokens, and scores within 1e-4, with and without a cache."""
-    inputs, settings = (
-        batch(model),
-        GREEDY
-        | {
-            "return_dict_in_generate": True,
-            "output_logits": True,
-        },
-    )
-    with_cache, without = (
-        model.generate(**inputs, use_cache=use, **settings) for use in (True, False)
-    )
+    inputs = batch(model)
+    settings = GREEDY | {"return_dict_in_generate": True, "output_logits": True}
+    with_cache = model.generate(**inputs, use_cache=True, **settings)
+    without = model.generate(**inputs, use_cache=False, **settings)
     assert torch.equal(with_cache.sequences, without.sequences), "other tokens"
-    torch.testing.assert_close(
-        torch.stack(with_cache.logits), torch.stack(without.logits), atol=1e-4, rtol=1e-4
-    )
+    assert_close(torch.stack(with_cache.logits), torch.stack(without.logits))
+
+
+def assert_close(values: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4):
+    """Equal within a tolerance, absolute and relative."""
+    torch.testing.assert_close(values, expected, atol=tolerance, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -133,40 +126,40 @@ def padded(model):
     """A left-padded batch gives every row the logits that it has alone."""
     inputs = batch(model)
     together = model(**inputs).logits
-    for i, row in enumerate(expanded(model, row) for row in PROMPTS):
-        alone = model(
-            input_ids=torch.tensor([row]), pixel_values=inputs["pixel_values"][i : i + 1]
-        ).logits
-        torch.testing.assert_close(together[i, -len(row) :], alone[0], atol=1e-4, rtol=1e-4)
+    for i, prompt in enumerate(PROMPTS):
+        row = expanded(model, prompt)
+        pixels = inputs["pixel_values"][i : i + 1]
+        alone = model(input_ids=torch.tensor([row]), pixel_values=pixels).logits
+        assert_close(together[i, -len(row) :], alone[0])
 
 
 @torch.no_grad()
 def beams(model):
-    """Beam search with several returned sequences: the best beam of a row is that of the row
+    """In beam search with several returned sequences, a row's best beam is that of the row
     alone.
     """
-    inputs, settings = batch(model), GREEDY | {"num_beams": 3, "num_return_sequences": 2}
+    inputs = batch(model)
+    settings = GREEDY | {"num_beams": 3, "num_return_sequences": 2}
     together = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
-    for i, row in enumerate(expanded(model, row) for row in PROMPTS):
-        ids, pixels = torch.tensor([row]), inputs["pixel_values"][i : i + 1]
-        alone = model.generate(input_ids=ids, pixel_values=pixels, **settings)[:, len(row) :]
-        assert torch.equal(together[2 * i : 2 * i + 2], alone), "beams depend on the neighbour"
+    for i, prompt in enumerate(PROMPTS):
+        row = expanded(model, prompt)
+        pixels = inputs["pixel_values"][i : i + 1]
+        alone = model.generate(input_ids=torch.tensor([row]), pixel_values=pixels, **settings)
+        new = alone[:, len(row) :]
+        assert torch.equal(together[2 * i : 2 * i + 2], new), "beams depend on the neighbour"
 
 
 def fusion_gradients(model, inputs) -> dict:
     """Gradients of the fusion's parameters for one training pass."""
     model.zero_grad()
     torch.manual_seed(3)  # some families have dropout
-    model(
-        **inputs,
-        labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100),
-        use_cache=False,
-    ).loss.backward()
+    labels = text_labels(inputs["input_ids"])
+    model(**inputs, labels=labels, use_cache=False).loss.backward()
     return {name: p.grad.clone() for name, p in model.fusion.named_parameters()}
 
 
 def assert_same(gradients: dict, expected: dict, tolerance: float = 1e-6):
-    """Equal gradients, name by name; tolerance: of a gradient's largest value where that is above
+    """Equal gradients, name by name; tolerance: of a gradient's largest value if that is above
     1.
     """
     for name, grad in expected.items():
@@ -177,7 +170,7 @@ def assert_same(gradients: dict, expected: dict, tolerance: float = 1e-6):
 
 
 def checkpointing(model):
-    """Gradient checkpointing of either kind gives the same gradients."""
+    """Activation checkpointing of either kind gives the same gradients."""
     inputs = batch(model, side="right")
     model = copy.deepcopy(model).train()
     expected = fusion_gradients(model, inputs)
@@ -190,72 +183,71 @@ def compiles(model):
     """Full-graph compilation gives the logits and the gradients of eager mode."""
     torch._dynamo.reset()
     inputs = batch(model, side="right")
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
-    logits, expected = model(**inputs, use_cache=False).logits, fusion_gradients(model, inputs)
+    logits = model(**inputs, use_cache=False).logits
+    expected = fusion_gradients(model, inputs)
     model.zero_grad()
-    out = torch.compile(model, fullgraph=True, backend="aot_eager")(
-        **inputs, labels=labels, use_cache=False
-    )
-    out.loss.backward()
-    torch.testing.assert_close(out.logits, logits, atol=1e-4, rtol=1e-4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    output = compiled(**inputs, labels=text_labels(inputs["input_ids"]), use_cache=False)
+    output.loss.backward()
+    assert_close(output.logits, logits)
     assert_same({name: p.grad for name, p in model.fusion.named_parameters()}, expected, 1e-5)
     model.zero_grad()
 
 
 @torch.no_grad()
 def taps(model):
-    """The taps are the encoder's own hidden states, their prefix tokens removed, and each stands
-    where its patch does.
-    """
-    grid, depth = model.config.grid, model.config.vision_depth
+    """Taps are the encoder's own hidden states without prefix tokens, each where its patch is."""
+    grid = model.config.grid
     views = torch.randn(2, *grid.view)
-    states = model.vision_tower(
-        **encoder_inputs(grid, views), output_hidden_states=True
-    ).hidden_states
-    for deepest in (0, 1, depth - 1):  # the last one is normalised in some families
-        found = read_taps(model.vision_tower, views, grid, range(deepest + 1))
+    inputs = encoder_inputs(grid, views)
+    states = model.vision_tower(**inputs, output_hidden_states=True).hidden_states
+    # The deepest state is normalised in some families.
+    for deepest in (0, 1, model.config.vision_depth - 1):
+        read = read_taps(model.vision_tower, views, grid, range(deepest + 1))
         for tap in range(deepest + 1):
-            assert torch.equal(found[tap], to_raster_order(grid, states[tap], 2)), f"tap {tap}"
-            torch.testing.assert_close(
-                read_taps(model.vision_tower, views[1:], grid, [tap])[tap],
-                found[tap][1:],
-                atol=1e-5,
-                rtol=1e-4,
-            )
-    height, width = grid.view[-2] // grid.rows, grid.view[-1] // grid.columns
+            assert torch.equal(read[tap], to_raster_order(grid, states[tap], 2)), f"tap {tap}"
+            alone = read_taps(model.vision_tower, views[1:], grid, [tap])[tap]
+            assert_close(alone, read[tap][1:], tolerance=1e-5)
+    assert_patches_in_raster_order(model, views)
+
+
+def assert_patches_in_raster_order(model, views: torch.Tensor):
+    """Changing the pixels of a patch changes the state of that patch most, for the second of two
+    views.
+    """
+    grid = model.config.grid
+    height = grid.view[-2] // grid.rows
+    width = grid.view[-1] // grid.columns
+    before = read_taps(model.vision_tower, views, grid, [0])[0]
     for number in range(grid.num_patches):
         row, column = divmod(number, grid.columns)
+        rows = slice(row * height, (row + 1) * height)
+        columns = slice(column * width, (column + 1) * width)
         touched = views.clone()
-        touched[
-            1, ..., row * height : (row + 1) * height, column * width : (column + 1) * width
-        ] += 1
-        moved = (
-            read_taps(model.vision_tower, touched, grid, [0])[0]
-            - read_taps(model.vision_tower, views, grid, [0])[0]
-        )
+        touched[1, ..., rows, columns] += 1
+        moved = read_taps(model.vision_tower, touched, grid, [0])[0] - before
         most = int(moved.abs().sum(-1).flatten().argmax()) - grid.num_patches
-        assert abs(most - number) <= is_audio(model.config.vision_config), (
-            f"patch {most} moved most when {number} was touched"
-        )
+        allowed = is_audio(model.config.vision_config)  # convolutions reach into the next frame
+        assert abs(most - number) <= allowed, f"patch {most} moved most, not {number}"
 
 
 @torch.no_grad()
 def stops(model):
-    """Blocks above the deepest wanted tap do not run while taps are read, and run as ever
-    otherwise.
-    """
-    depth, grid, runs = model.config.vision_depth, model.config.grid, []
+    """Blocks above the deepest wanted tap do not run while taps are read, and run otherwise."""
+    depth = model.config.vision_depth
+    grid = model.config.grid
     views = torch.randn(1, *grid.view)
-    before = model.vision_tower(**encoder_inputs(grid, views)).last_hidden_state
-    inner = [
-        next(m for m in block.modules() if not list(m.children()))
-        for block in find_layers(model.vision_tower, depth, "")
-    ]
-    handles = [m.register_forward_hook(lambda *_, i=i: runs.append(i)) for i, m in enumerate(inner)]
+    inputs = encoder_inputs(grid, views)
+    before = model.vision_tower(**inputs).last_hidden_state
+    ran = set()
+    handles = []
+    for number, block in enumerate(find_layers(model.vision_tower, depth, "")):
+        leaf = next(module for module in block.modules() if not list(module.children()))
+        handles.append(leaf.register_forward_hook(lambda *_, number=number: ran.add(number)))
     read_taps(model.vision_tower, views, grid, [1, 2])
-    assert set(runs) == {0, 1}, f"blocks {sorted(set(runs))} ran"
-    assert torch.equal(model.vision_tower(**encoder_inputs(grid, views)).last_hidden_state, before)
-    assert set(runs) == set(range(depth))
+    assert ran == {0, 1}, f"blocks {sorted(ran)} ran"
+    assert torch.equal(model.vision_tower(**inputs).last_hidden_state, before)
+    assert ran == set(range(depth))
     for handle in handles:
         handle.remove()
 
