@@ -16,6 +16,7 @@ from ..drawing import text_table
 from ..hooks import read_taps
 from ..plan import Plan
 from ..schema import UserError
+from ..training.freezing import count_parameters
 from .fake_models import (
     FakeScalarMode,
     build_config,
@@ -140,16 +141,15 @@ def count_plan(
         mask = torch.ones(batch_size, num_tokens, dtype=torch.long)
         fusion_bytes = count_saved_bytes(model, input_ids, pixels, mask, ["fusion"])
         both_bytes = count_saved_bytes(model, input_ids, pixels, mask, ["fusion", "language"])
-    sizes = {
-        part: sum(parameter.numel() for parameter in parameters)
-        for part, parameters in model.parameter_groups().items()
-        if part != "head"
-    }
+    groups = model.parameter_groups()
+    num_vision = count_parameters(groups["vision"])
+    num_fusion = count_parameters(groups["fusion"])
+    num_language = count_parameters(groups["language"])
     return PlanCost(
-        num_vision_parameters=sizes["vision"],
-        num_fusion_parameters=sizes["fusion"],
-        num_language_parameters=sizes["language"],
-        num_total_parameters=sum(sizes.values()),
+        num_vision_parameters=num_vision,
+        num_fusion_parameters=num_fusion,
+        num_language_parameters=num_language,
+        num_total_parameters=num_vision + num_fusion + num_language,
         **flops,
         num_image_tokens=num_image_tokens,
         num_prompt_tokens=num_tokens,

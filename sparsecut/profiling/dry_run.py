@@ -21,7 +21,7 @@ from ..config.recipe import Recipe, Stage
 from ..config.yaml_io import expand_path
 from ..schema import UserError
 from ..training.arguments import DEFAULT_BATCH_SIZE, compute_accumulation_steps
-from ..training.freezing import check_parts
+from ..training.freezing import check_parts, count_parameters
 from .dry_run_data import RowFacts, RowSize, describe_row, read_record_facts
 from .dry_run_model import EstimatedModel, count_trained, estimate_model
 from .fake_models import (
@@ -195,7 +195,7 @@ def _count_parameters(
                     f" remove {name}"
                 )
     groups = model.parameter_groups()
-    parameters = {name: sum(p.numel() for p in group) for name, group in groups.items()}
+    parameters = {name: count_parameters(group) for name, group in groups.items()}
     trained = {name: count_trained(model, name, stage) for name in stage.train}
     if not any(trained.values()):
         raise UserError(
@@ -362,10 +362,12 @@ def format_estimates(
     """Lay out estimates as lines of text, for the machine that `dry_run` was called with."""
     machine = f"on {devices} x {tflops:,.0f} TFLOP/s at a utilization of {100 * mfu:.0f} %"
     lines = []
+    notes = []
     for estimate in estimates:
-        lines += [f"stage {estimate.name}", *_format_estimate(estimate, machine)]
-    notes = [note for estimate in estimates for note in estimate.notes]
-    lines += [f"note: {note}" for note in dict.fromkeys(notes)]
+        lines.append(f"stage {estimate.name}")
+        lines += _format_estimate(estimate, machine)
+        notes += [note for note in estimate.notes if note not in notes]
+    lines += [f"note: {note}" for note in notes]
     return "\n".join(lines)
 
 

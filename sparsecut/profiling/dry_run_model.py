@@ -24,6 +24,7 @@ from ..configuration import SparseCutConfig, SparseCutUpgradeConfig
 from ..modeling_upgraded import FACTS, SparseCutUpgrade
 from ..plan import Plan, Shortcut
 from ..schema import UserError
+from ..training.freezing import count_parameters
 from ..upgrading import resolve_plan
 from .fake_models import build_config
 from .sizes import PUBLISHED_BASES, PUBLISHED_CONFIGS, read_backbone_config
@@ -75,7 +76,7 @@ def count_trained(model: nn.Module, name: str, stage: Stage) -> int:
     """
     part = get_adapted_part(name)
     if part is None:
-        return sum(parameter.numel() for parameter in model.parameter_groups()[name])
+        return count_parameters(model.parameter_groups()[name])
     head = model.get_output_embeddings()
     targets = stage.lora.targets
     number = 0

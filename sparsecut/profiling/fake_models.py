@@ -37,13 +37,15 @@ class FakeScalarMode(TorchDispatchMode):
         self.num_image_tokens = num_image_tokens
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.long:
+        asks_number = func is torch.ops.aten._local_scalar_dense.default
+        if asks_number and args[0].dtype == torch.long:
             return self.num_image_tokens
         if func is torch.ops.aten.index.Tensor:
-            values, indices = args[0], args[1]
-            mask = indices[0]
+            values = args[0]
+            mask = args[1][0]
             if mask is not None and mask.dtype == torch.bool:
-                return values.new_empty(self.num_image_tokens, *values.shape[mask.dim() :])
+                rest = values.shape[mask.dim() :]
+                return values.new_empty(self.num_image_tokens, *rest)
         return func(*args, **(kwargs or {}))
 
 

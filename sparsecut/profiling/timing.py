@@ -18,6 +18,7 @@ from ..configuration import SparseCutConfig
 from ..modeling import SparseCutForConditionalGeneration
 from ..plan import Plan
 from ..schema import UserError
+from ..training.freezing import count_parameters
 from .counting import check_minimum, format_plans
 from .fake_models import build_config
 
@@ -229,9 +230,9 @@ def _check_memory(
     """Raise UserError unless the weights of models with shared backbones fit the device."""
     with torch.device("meta"):
         models = [SparseCutForConditionalGeneration(config) for config in configs]
-    number = sum(p.numel() for p in models[0].parameters())
+    number = count_parameters(models[0].parameters())
     for model in models[1:]:
-        number += sum(p.numel() for p in model.fusion.parameters())
+        number += count_parameters(model.fusion.parameters())
     needed = number * dtype.itemsize
     free = _count_free_bytes(device)
     if needed > 0.9 * free:

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 from PIL import Image
-from torch import nn
 
 from ..prompts import prepare_inputs, render_prompt
+from ..training.freezing import count_parameters
 from ..upgrading import upgrade
 from .counting import UNITS
 from .fake_models import create_flop_counter
@@ -72,8 +72,8 @@ def count_upgrade(
     weights = list(model.fusion.parameters())
     num_values = len(layers) * num_image_tokens * model.config.text_config.hidden_size
     return UpgradeCost(
-        num_base_parameters=_count_parameters(model.base),
-        num_fusion_parameters=_count_parameters(model.fusion),
+        num_base_parameters=count_parameters(model.base.parameters()),
+        num_fusion_parameters=count_parameters(weights),
         base_flops=base.get_total_flops(),
         upgraded_flops=upgraded.get_total_flops(),
         fusion_bytes=sum(p.numel() * p.element_size() for p in weights),
@@ -129,10 +129,6 @@ def format_upgrade_cost(cost: UpgradeCost) -> str:
         ),
     }
     return "\n".join(f"  {heading:<14} {text}" for heading, text in rows.items())
-
-
-def _count_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _format_bytes(number: int) -> str:

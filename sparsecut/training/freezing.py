@@ -6,12 +6,19 @@ them, as in `language:lora`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from ..adapters import LORA, get_adapted_part, get_adapter_parameters, get_adapters
 from ..config.recipe import Stage
 from ..schema import UserError
+
+
+def count_parameters(parameters: Iterable[nn.Parameter]) -> int:
+    """Number of values in all of the parameters."""
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def get_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -50,7 +57,7 @@ def get_trained_parameters(model: nn.Module, train: tuple[str, ...]) -> list[nn.
     check_parts(model, train)
     parts = get_parts(model)
     if not any(parts[name] for name in train):
-        sizes = {name: sum(p.numel() for p in parameters) for name, parameters in parts.items()}
+        sizes = {name: count_parameters(parameters) for name, parameters in parts.items()}
         raise UserError(
             f"training {', '.join(train)} would train nothing; numbers of parameters by part:"
             f" {sizes}"
@@ -123,11 +130,11 @@ def _projector_modules(model: nn.Module, parts: dict[str, list[nn.Module]]) -> l
     A module that holds one of these is no part: its training mode belongs to the model.
     """
     known = {id(module) for modules in parts.values() for module in modules}
-    return [
-        module
-        for module in model.base.modules()
-        if known.isdisjoint(id(inside) for inside in module.modules())
-    ]
+    projector = []
+    for module in model.base.modules():
+        if known.isdisjoint(map(id, module.modules())):
+            projector.append(module)
+    return projector
 
 
 def _modules_without_adapters(module: nn.Module) -> list[nn.Module]:

@@ -1,46 +1,54 @@
-"""Runs that a group of processes must do as one process does: a table, and the program that
-`torchrun` starts.
+"""Runs that several processes must do as one process does, and the program that torchrun starts.
 
-torchrun --nproc-per-node 2 tests/engines.py FOLDER ddp|fsdp
+torchrun --nproc-per-node 2 tests/helpers/engines.py FOLDER ENGINE=CASE,CASE,... [ENGINE=...]
+
+Engines are ddp, fsdp, zero2 and zero3. Each runs its cases one after another; a case is a name of
+CASES, "upgrade" or "interrupted".
 """
 
 import contextlib
+import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from helpers.runs import recipe, run, stage
+from helpers.example_bases import build_example_base
+from helpers.runs import log, recipe, run, stage, write_records
 from helpers.tiny import SPARSE
+from safetensors.torch import load_file
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from sparsecut import train
+from sparsecut import load, train
 from sparsecut.training.trainer import StageTrainer
 
+TESTS = Path(__file__).parents[1]
 BOTH = ["fusion", "language"]
 ALL = ["vision", "fusion", "language"]
 CONTEXT = {**SPARSE, "gate": "context"}
-# name -> plan, and changes of the stage; four records a step, text-only records among them.
+RECOMPUTED = {"gradient_accumulation_steps": 2, "activation_checkpointing": True}
+# Plan, and changes of the stage. A step has four records, and text-only records are among them.
 CASES = {
     "parts": (SPARSE, {"train": ALL}),
-    "accumulated, recomputed": (
-        SPARSE,
-        {
-            "train": BOTH,
-            "args": {"gradient_accumulation_steps": 2, "activation_checkpointing": True},
-        },
-    ),
+    "recomputed": (SPARSE, {"train": BOTH, "args": RECOMPUTED}),
     "context": (CONTEXT, {"train": ["fusion"]}),
     "texts": (SPARSE, {"train": BOTH, "data": "texts.json"}),
     "streamed": (SPARSE, {"train": BOTH, "streaming": True}),
     "packed": (SPARSE, {"train": BOTH, "pack": 30, "group": True}),
 }
+ENGINES = ["ddp", "fsdp"]
+if importlib.util.find_spec("deepspeed"):
+    ENGINES += ["zero2", "zero3"]
 ZERO = {
-    "zero_optimization": {
-        "stage3_gather_16bit_weights_on_model_save": True,
-        "stage3_param_persistence_threshold": 0,
-    },
+    "stage3_gather_16bit_weights_on_model_save": True,
+    "stage3_param_persistence_threshold": 0,
+}
+DEEPSPEED = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
@@ -49,119 +57,189 @@ ZERO = {
 }
 
 
-def stage_of(folder: Path, name: str, processes: int, **args):
-    """The case's stage for so many processes; the batch of a step is the same for all."""
+def make_stage(folder: Path, name: str, num_processes: int, **args) -> dict:
+    """A case's stage for so many processes; the batch of a step is the same for all."""
     changes = dict(CASES[name][1])
     args = {
-        "max_steps": 4,
+        "max_steps": 3,
         "optim": "sgd",
         "learning_rate": 0.1,
         "use_cpu": True,
         **changes.pop("args", {}),
         **args,
     }
-    args["per_device_train_batch_size"] = (
-        4 // args.get("gradient_accumulation_steps", 1) // processes
-    )
+    num_batches = args.get("gradient_accumulation_steps", 1) * num_processes
+    args["per_device_train_batch_size"] = 4 // num_batches
     streaming = changes.pop("streaming", False)
-    found = stage(folder, **changes, args=args)
-    return {**found, "data": {**found["data"], "streaming": streaming}}
+    plain = stage(folder, **changes, args=args)
+    plain["data"]["streaming"] = streaming
+    return plain
 
 
-def run_case(folder: Path, name: str, output: Path, processes: int, **args) -> None:
-    """Two stages: the case's own, and one more of the language model, which goes on from what the
-    first has left.
-    """
-    first = stage_of(folder, name, processes, **args)
-    second = {
-        **first,
-        "name": "two",
-        "train": ["language"],
-        "args": {**first["args"], "max_steps": 2},
-    }
-    run(folder, first, second, plan=CASES[name][0], output=str(output / name))
+def run_case(folder: Path, name: str, output: Path, num_processes: int, **args) -> None:
+    """Run a case: its own stage, and one of the language model that continues its result."""
+    if name == "upgrade":
+        run_upgrade(folder, output, num_processes, **args)
+    elif name == "interrupted":
+        run_interrupted(folder, output, num_processes, **args)
+    else:
+        first = make_stage(folder, name, num_processes, **args)
+        second_args = {**first["args"], "max_steps": 2}
+        second = {**first, "name": "two", "train": ["language"], "args": second_args}
+        run(folder, first, second, plan=CASES[name][0], output=str(output / name))
+
+
+def run_upgrade(folder: Path, output: Path, num_processes: int, **args) -> None:
+    """Train shortcuts on the base in folder/base, alone and then with its language model."""
+    first = {**make_stage(folder, "parts", num_processes, **args), "train": ["fusion"]}
+    second = {**first, "name": "two", "train": BOTH}
+    given = recipe(
+        folder,
+        first,
+        second,
+        model={"base": str(folder / "base")},
+        fusion={"method": "sparsecut", "count": 2, "rank": 8},
+        output=str(output / "upgrade"),
+    )
+    train(given, shown=False)
 
 
 class Interrupted(Exception):
     """Stands for a power cut."""
 
 
-def run_interrupted(folder: Path, output: Path, **args) -> None:
-    """The same six steps twice, with Adam: at a stretch, and cut off in step 4 and resumed."""
-    more = {
-        "max_steps": 6,
+def run_interrupted(folder: Path, output: Path, num_processes: int, **args) -> None:
+    """Run four steps with Adam twice: at a stretch, and cut off in the last one and resumed."""
+    settings = {
+        "max_steps": 4,
         "optim": "adamw_torch",
         "learning_rate": 1e-2,
         "save_strategy": "steps",
         "save_steps": 2,
         **args,
     }
-    one = stage_of(folder, "parts", 2, **more)
-    run(folder, one, output=str(output / "whole"))
-    step = StageTrainer.training_step
+    plain = make_stage(folder, "parts", num_processes, **settings)
+    run(folder, plain, output=str(output / "whole"))
+    training_step = StageTrainer.training_step
 
-    def fails(self, *arguments, **named):
+    def fail(self, *arguments, **named):
         if self.state.global_step == 3:
             raise Interrupted
-        return step(self, *arguments, **named)
+        return training_step(self, *arguments, **named)
 
-    StageTrainer.training_step = fails
+    StageTrainer.training_step = fail
     with contextlib.suppress(Interrupted):
-        run(folder, one, output=str(output / "resumed"))
-    StageTrainer.training_step = step
-    run(folder, one, output=str(output / "resumed"), resume=True)
+        run(folder, plain, output=str(output / "resumed"))
+    StageTrainer.training_step = training_step
+    run(folder, plain, output=str(output / "resumed"), resume=True)
 
 
-def run_upgrade(folder: Path, output: Path, processes: int, **args) -> None:
-    """Shortcuts on the base that lies in folder/base, trained alone and then with its language
-    model.
+def write_inputs(folder: Path) -> None:
+    """Write the records and the base that cases need."""
+    write_records(folder)
+    base, processor = build_example_base("llava")
+    base.save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+
+
+def run_engines(folder: Path, cases: dict[str, list[str]]) -> None:
+    """Run cases by engine in two processes, and all of them but "interrupted" in one process.
+
+    Results are in folder/ENGINE/CASE, and in folder/one/CASE.
     """
-    first = stage_of(folder, "parts", processes, **args) | {"train": ["fusion"]}
-    second = {**first, "name": "two", "train": BOTH}
-    changes = {
-        "model": {"base": str(folder / "base")},
-        "fusion": {"method": "sparsecut", "count": 2, "rank": 8},
-    }
-    train(recipe(folder, first, second, **changes, output=str(output / "upgrade")), shown=False)
+    write_inputs(folder)
+    path = [str(TESTS), str(TESTS.parent)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    chosen = [f"{engine}={','.join(names)}" for engine, names in cases.items()]
+    program = [str(TESTS / "helpers" / "engines.py"), str(folder), *chosen]
+    process = subprocess.Popen(
+        [*torchrun, "--nproc-per-node", "2", *program],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        names = [name for engine_cases in cases.values() for name in engine_cases]
+        for name in dict.fromkeys(names):
+            if name != "interrupted":
+                run_case(folder, name, folder / "one", 1)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output[-3000:]
+    finally:
+        process.kill()
 
 
-def engine_arguments(engine: str) -> dict:
-    """Arguments of a stage that ask for this engine; engines for accelerators are made to take CPUs
-    for such.
+def check_equal(folder: Path, engine: str, name: str) -> None:
+    """Assert that two processes have given the losses and weights of one."""
+    for stage_name in ("one", "two"):
+        alone = [line["loss"] for line in log(folder / "one", stage_name, name)]
+        together = [line["loss"] for line in log(folder / engine, stage_name, name)]
+        assert len(alone) >= 2
+        assert together == pytest.approx(alone, abs=2e-5)
+        weights = load_weights(folder / "one" / name / stage_name)
+        shared_weights = load_weights(folder / engine / name / stage_name)
+        assert weights.keys() == shared_weights.keys()
+        for key, value in weights.items():
+            assert (value - shared_weights[key]).abs().max() < 2e-5, key
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """What a stage has saved, under the names it has in memory (DeepSpeed writes others)."""
+    fusion = folder / "fusion.safetensors"
+    if fusion.is_file():
+        return load_file(fusion)
+    return load(folder)[0].state_dict()
+
+
+def check_resumed(folder: Path, engine: str) -> None:
+    """Assert that the resumed run equals the one at a stretch, to the bit."""
+    losses = [line["loss"] for line in log(folder / engine, "one", "whole")]
+    assert len(losses) == 4
+    assert [line["loss"] for line in log(folder / engine, "one", "resumed")] == losses
+    weights = Path("final") / "model.safetensors"
+    whole = (folder / engine / "whole" / weights).read_bytes()
+    assert (folder / engine / "resumed" / weights).read_bytes() == whole
+
+
+def use_engine(engine: str) -> dict:
+    """Set this process up for an engine; those for accelerators are made to take CPUs for such.
+
+    Returns:
+        Arguments of a stage that ask for the engine.
     """
+    AcceleratorState._reset_state(reset_partial_state=True)
     if engine == "ddp":
         return {}
     if engine == "fsdp":
-        place = PartialState.set_device
+        set_device = PartialState.set_device
 
-        def set_device(self):
-            place(self)
-            self.distributed_type = (
-                DistributedType.MULTI_GPU
-            )  # else accelerate would silently use DDP
+        def set_cpu(self):
+            set_device(self)
+            # Else accelerate would silently use DDP.
+            self.distributed_type = DistributedType.MULTI_GPU
 
-        PartialState.set_device = set_device
+        PartialState.set_device = set_cpu
         return {"fsdp": True, "fsdp_config": {"version": 2}}
-    PartialState._prepare_backend = lambda self, *args, **kwargs: (
-        "gloo",
-        DistributedType.MULTI_GPU,
-    )
+    backend = ("gloo", DistributedType.MULTI_GPU)
+    PartialState._prepare_backend = lambda self, *args, **kwargs: backend
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
-    zero = {**ZERO["zero_optimization"], "stage": int(engine[-1])}
-    return {"use_cpu": False, "deepspeed": {**ZERO, "zero_optimization": zero}}
+    zero = {**ZERO, "stage": int(engine.removeprefix("zero"))}
+    return {"use_cpu": False, "deepspeed": {**DEEPSPEED, "zero_optimization": zero}}
+
+
+def main() -> None:
+    """Run the cases of the command line in this process, as one of several."""
+    folder = Path(sys.argv[1])
+    for argument in sys.argv[2:]:
+        engine, _, names = argument.partition("=")
+        args = use_engine(engine)
+        for name in names.split(","):
+            # Or the next model would be made in pieces, with other random numbers.
+            unset_hf_deepspeed_config()
+            run_case(folder, name, folder / engine, 2, **args)
 
 
 if __name__ == "__main__":
-    folder, engine = Path(sys.argv[1]), sys.argv[2]
-    args = engine_arguments(engine)
-    for name in CASES:
-        # or the next model would be made in pieces, with other random numbers
-        unset_hf_deepspeed_config()
-        run_case(folder, name, folder / engine, 2, **args)
-    if (
-        engine != "zero3"
-    ):  # there a model that is built by the recipe starts from other random numbers
-        unset_hf_deepspeed_config()
-        run_upgrade(folder, folder / engine, 2, **args)
-    if engine in ("ddp", "fsdp"):
-        run_interrupted(folder, folder / engine, **args)
+    main()
