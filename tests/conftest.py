@@ -1,5 +1,6 @@
 """One thread per test process, and the tiny model as a fixture."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,3 +29,12 @@ def pytest_ignore_collect(collection_path, config):
     """Leave tests/conformance out, unless the command line names it: `make conformance` does."""
     named = any("conformance" in argument for argument in config.args)
     return True if collection_path.name == "conformance" and not named else None
+
+
+def pytest_collection_finish(session):
+    """Spare what is imported from garbage collection, which every training run starts in full.
+
+    It took more than half of the time of a tiny run.
+    """
+    gc.collect()
+    gc.freeze()

@@ -7,6 +7,7 @@ CASES, "upgrade" or "interrupted".
 """
 
 import contextlib
+import gc
 import importlib.util
 import os
 import subprocess
@@ -231,6 +232,7 @@ def use_engine(engine: str) -> dict:
 
 def main() -> None:
     """Run the cases of the command line in this process, as one of several."""
+    gc.freeze()  # or every run would look through all that is imported
     folder = Path(sys.argv[1])
     for argument in sys.argv[2:]:
         engine, _, names = argument.partition("=")
