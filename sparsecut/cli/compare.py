@@ -55,6 +55,7 @@ def explain(
             max_new_tokens=max_new_tokens,
             progress=progress,
         )
+
     if out is not None:
         page = write_explanation(explanation, out)
     typer.echo(write_text(explanation))

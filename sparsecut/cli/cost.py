@@ -66,6 +66,7 @@ def cost(
         numbers = _count_plans(vision, language, specs, text_tokens)
         if measure:
             _measure_plans(numbers, vision, language, specs, text_tokens, find_device(device))
+
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
@@ -79,12 +80,14 @@ def _count_plans(vision: str, language: str, specs: dict, text_tokens: int) -> d
 
     vision_config = read_backbone_config(vision, "vision")
     language_config = read_backbone_config(language, "language")
+
     counts = {}
     numbers = {}
     for name, spec in specs.items():
         counted = count_plan(vision_config, language_config, spec, num_text_tokens=text_tokens)
         counts[name] = counted
         numbers[name] = {"count": counted.to_dict()}
+
     typer.echo(format_costs(counts))
     return numbers
 
@@ -100,6 +103,7 @@ def _measure_plans(
     models = timing.random_models(*configs, specs, device=device)
     measured = timing.measure_all(models, num_text_tokens=text_tokens)
     typer.echo(f"\n{timing.format_measurements(measured)}")
+
     for name, one in measured.items():
         numbers[name]["measured"] = one.to_dict()
 

@@ -42,6 +42,7 @@ def study(
         run_study(
             chosen, workers=workers, variants=variants or (), seeds=seeds or (), log=typer.echo
         )
+
     page = write_study_report(chosen.output)
     typer.echo(
         f"\nThe report: {page}, with tables in {page.with_suffix('.md')} and numbers in"
@@ -89,11 +90,13 @@ def search(
     language_depth = max(pair["layer"] for pair in pairs) + 1
     typer.echo(f"\n{draw(plan, vision_depth, language_depth, title='the chosen plan')}")
     typer.echo("\nthe best pairs:")
+
     for pair in pairs[:NUM_PAIRS_SHOWN]:
         typer.echo(
             f"  tap {pair['tap']:2} -> layer {pair['layer']:2}   importance {pair['worth']:.4f}"
             f"   gate {pair['gate']:.2f}"
         )
+
     typer.echo(
         f"\nwrote {Path(chosen.output) / 'search' / 'plan.yaml'}; use it as a variant of a study,"
         " as a recipe's fusion, or with build --plan"

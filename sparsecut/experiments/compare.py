@@ -80,11 +80,13 @@ def read_runs(arguments: Sequence[str]) -> list[ComparedRun]:
     for name, path in _name_folders(arguments):
         run = runs.setdefault(name, ComparedRun(name))
         _add_evaluation(run, _find_evaluation(Path(path)))
+
     if len(runs) < 2:
         raise UserError(
             f"a comparison needs two runs or more, but {len(runs)} was named; name another, as"
             " a=runs/a b=runs/b"
         )
+
     _check_same_questions(list(runs.values()))
     return list(runs.values())
 
@@ -118,6 +120,7 @@ def _name_folders(arguments: Sequence[str]) -> list[tuple[str, str]]:
             parts = Path(folder).parts
             name = "/".join(parts[start : len(parts) - end])
         pairs.append((name, folder))
+
     return pairs
 
 
@@ -148,6 +151,7 @@ def _find_evaluation(folder: Path) -> Path:
     for place in places:
         if (place / RESULT).is_file() and (place / PREDICTIONS).is_file():
             return place
+
     hint = ""
     if any((place / PREDICTIONS).is_file() for place in places):
         hint = ", only a begun one: run the same command again, it goes on"
@@ -187,6 +191,7 @@ def _check_same_questions(runs: Sequence[ComparedRun]) -> None:
     first = runs[0].first_records
     ids = [record["id"] for record in first]
     references = [record["reference"] for record in first]
+
     for run in runs:
         names = f"{runs[0].name} and {run.name}"
         for records in run.records.values():
@@ -232,6 +237,7 @@ def compare_runs(runs: Sequence[ComparedRun], *, num_items: int = 24) -> dict:
     else:
         paired = {name: _average_seeds(one) for name, one in answers.items()}
         spread = None
+
     rows = {}
     for run in runs:
         row = _summarize_run(run, answers[run.name])
@@ -239,6 +245,7 @@ def compare_runs(runs: Sequence[ComparedRun], *, num_items: int = 24) -> dict:
             pair = paired[run.name], paired[baseline.name]
             row["difference"] = _compute_difference(*pair, len(others), spread)
         rows[run.name] = row
+
     num_questions = len(baseline.first_records)
     return {
         "baseline": baseline.name,
@@ -290,6 +297,7 @@ def _is_disputed(runs: Sequence[ComparedRun], item: int) -> bool:
 def _choose_items(runs: Sequence[ComparedRun], number: int) -> list[int]:
     """Items that most others gain over the baseline, and items that most others lose, in turn."""
     baseline, *others = runs
+
     gained = []
     lost = []
     for i in range(len(baseline.first_records)):
@@ -299,12 +307,14 @@ def _choose_items(runs: Sequence[ComparedRun], number: int) -> list[int]:
                 lost.append((num_right, i))
         elif num_right:
             gained.append((-num_right, i))
-    chosen = []
+
     gained.sort()
     lost.sort()
+    chosen = []
     for k in range(number):
         for side in (gained, lost):
             chosen += [i for _, i in side[k : k + 1]]
+
     return chosen[:number]
 
 
@@ -337,6 +347,7 @@ def find_images(runs: Sequence[ComparedRun], images: str | Path | None = None) -
         for place in _name_image_places(run):
             if Path(place).exists():
                 places[str(place)] = None
+
     return [ImageStore(place) for place in places]
 
 
@@ -353,7 +364,9 @@ def _name_image_places(run: ComparedRun) -> list[str]:
         beside_the_data = str(Path(source["path"]).parent)
         images = source.get("images") or beside_the_data
         places.append(expand_path(images))
+
     for result in run.results.values():
         if result.get("pictures"):
             places.append(result["pictures"])
+
     return places

@@ -33,6 +33,7 @@ def prepare(study: Study, log: Log) -> None:
     tiles = _find_tiles(study, vision, language)
     widest = {"method": "hires_channels", "tiles": tiles}
     model, processor = build(vision, language, widest)
+
     plans = {}
     for name, spec in study.arms.items():
         plans[name] = make_plan(spec, model.config.vision_depth, model.config.language_depth)
@@ -57,6 +58,7 @@ def _cache_features(recipe: Recipe, plans: Sequence[Plan], model, processor, log
     for stage in recipe.stages:
         for source in stage.data:
             examples += read_source(source, [])
+
     examples += evaluation_examples(recipe)
     if max(views.values()) == 1:
         processor.tiles = 0
@@ -74,12 +76,14 @@ def _find_tiles(study: Study, vision, language) -> int:
         plan = make_plan(spec, *depths)
         if plan.tiles:
             variants[plan.tiles] = name
+
     if len(variants) > 1:
         raise UserError(
             f"the variants {' and '.join(variants.values())} have"
             f" {' and '.join(map(str, variants))} tiles, but features are cached for one grid of"
             " fine views; make two studies of them"
         )
+
     return next(iter(variants), 2)
 
 
@@ -117,6 +121,7 @@ def write_costs(study: Study, plans: dict, config, log: Log) -> None:
     path = Path(study.output) / "costs.json"
     costs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     log(f"counting what {len(plans)} plans cost ...")
+
     for name, plan in plans.items():
         if name in costs and costs[name]["plan"] == plan.to_dict():
             continue
@@ -138,6 +143,7 @@ def _count_at_large_size(spec: str | dict) -> dict | None:
         return None  # a plan in full is meant for these depths, and is another one at others
     vision = read_backbone_config(LARGE_SIZE[0], "vision")
     language = read_backbone_config(LARGE_SIZE[1], "language")
+
     try:
         plan = make_plan(spec, vision.num_hidden_layers, language.num_hidden_layers)
         return count_plan(vision, language, plan).to_dict()

@@ -56,6 +56,7 @@ def compute_results(folder: str | Path) -> dict:
     variants = {}
     for name in study["arms"]:
         variants[name] = {"family": (study.get("families") or {}).get(name), "results": {}}
+
     missing: list[str] = []
     curves: dict[str, dict] = {}
     answers: AnswersByBudget = {}
@@ -74,6 +75,7 @@ def compute_results(folder: str | Path) -> dict:
             if "facts" not in variant:
                 first_run = next(iter(runs.values()))
                 variant["facts"] = _read_json(first_run / "facts.json")
+
     _describe_variants(variants, folder, study["baseline"])
     results |= _count_questions(answers)
     results |= {"missing": missing, "arms": variants, "curves": curves}
@@ -151,6 +153,7 @@ def _summarize(runs: dict[int, Path], answers: Answers) -> dict:
     by_seed = {}
     for seed, accuracy in zip(runs, answers.accuracies.mean(1), strict=True):
         by_seed[str(seed)] = float(accuracy)
+
     levels = {}
     for name, estimate in estimates.levels.items():
         levels[name] = asdict(estimate)
@@ -194,11 +197,13 @@ def _average_losses(runs) -> list[list[float]]:
 
     counts = [len(values) for values in losses.values()]
     most = max(counts, default=0)
+
     curve = []
     for step, values in sorted(losses.items()):
         if len(values) == most:
             mean = sum(values) / len(values)
             curve.append([step, mean])
+
     return curve
 
 
@@ -226,6 +231,7 @@ def _describe_variant(facts: dict, cost: dict, baseline_cost: dict) -> dict:
         flops = counts[size].get("prefill_total_flops")
         baseline_flops = (baseline_cost.get(size) or {}).get("prefill_total_flops")
         relative[size] = flops / baseline_flops if flops and baseline_flops else None
+
     return {
         "plan": facts.get("plan") or cost.get("plan"),
         "depths": facts.get("depths"),
@@ -256,6 +262,7 @@ def _count_questions(answers: AnswersByBudget) -> dict:
                 "num_questions": len(first.ids),
                 "num_pictures": len(set(first.image)),
             }
+
     return {"levels": [], "num_questions": 0, "num_pictures": 0}
 
 
@@ -313,10 +320,12 @@ def _add_change(results: dict, answers: AnswersByBudget, name: str, budget: str)
     """Add how the difference from the baseline changes from the shorter budget to the longer."""
     main = results["main"]
     baseline = results["baseline"]
+
     needed = []
     for one in (budget, main):
         needed.append(answers[one].get(name))
         needed.append(answers[one].get(baseline))
+
     if not _have_common_seed(*needed):
         return
 
@@ -378,6 +387,7 @@ def _compare_pairs(results: dict, answers: dict[str, Answers]) -> dict:
         estimate = asdict(gap.average)
         estimate["corrected_p"] = min(1.0, gap.average.p * len(pairs))
         cells.append([a, b, estimate])
+
     return {"arms": chosen, "cells": cells}
 
 
@@ -388,6 +398,7 @@ def _choose_paired(results: dict, answers: dict[str, Answers]) -> list[str]:
     for name, one in answers.items():
         if len(one.seeds) == most:
             names.append(name)
+
     names.sort(key=lambda name: -_get_average(results, name))
 
     baseline = results["baseline"]
@@ -415,6 +426,7 @@ def _find_frontier(results: dict, size: str) -> list[str]:
         is_beaten = any(_beats(other, place) for other in places.values())
         if not is_beaten:
             frontier.append(name)
+
     return sorted(frontier, key=lambda name: places[name])
 
 

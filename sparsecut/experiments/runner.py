@@ -81,12 +81,15 @@ def run_study(
         f"{len(runs)} runs: {len(runs) - len(pending)} finished, {len(pending)} to do in"
         f" {max(workers, 1)} processes"
     )
+
     for run in pending:
         (run.get_folder(out) / "failed.txt").unlink(missing_ok=True)
+
     if pending and workers:
         _supervise(part, out, min(workers, len(pending)), log)
     elif pending:
         work(out, variants, seeds, log=log)
+
     _check_failures(runs, out)
     return out
 
@@ -100,6 +103,7 @@ def _check_failures(runs: Sequence[Run], out: Path) -> None:
         if report.is_file():
             names.append(str(run))
             reports.append(report)
+
     if not reports:
         return
 
@@ -120,16 +124,20 @@ def check_folder(study: Study, out: Path) -> None:
     if not (out / "study.yaml").is_file():
         return
     before = load_study(out / "study.yaml")
+
     changed = []
     for key in ("recipe", "pictures"):
         if getattr(before, key) != getattr(study, key):
             changed.append(key)
+
     for name, spec in before.arms.items():
         if study.arms.get(name, spec) != spec:
             changed.append(f"arms.{name}")
+
     for name, budget in before.budgets.items():
         if study.budgets.get(name, budget).change != budget.change:
             changed.append(f"budgets.{name}")
+
     if changed:
         raise UserError(
             f"{out} holds another study (it differs in {', '.join(changed)}), whose results would"
@@ -147,6 +155,7 @@ def _supervise(study: Study, out: Path, workers: int, log: Log) -> None:
     finally:
         for process in processes:
             process.terminate()
+
     for number, process in enumerate(processes):
         if process.wait() not in (0, -15):
             lines = _get_log_path(out, number).read_text(encoding="utf-8").splitlines()
@@ -175,6 +184,7 @@ def _watch(study: Study, out: Path, processes: list[subprocess.Popen], log: Log)
     runs = study.list_runs()
     reported = {run for run in runs if run.is_finished(out)}
     last_line = time.monotonic()
+
     while any(process.poll() is None for process in processes):
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
@@ -195,6 +205,7 @@ def _log_progress(study: Study, runs: Sequence[Run], out: Path, log: Log) -> Non
         if is_claimed and not run.is_finished(out):
             progress = describe_progress(study, run)
             parts.append(f"{run.variant} {progress}")
+
     if parts:
         log("  " + "   ".join(parts))
 
@@ -211,6 +222,7 @@ def _describe_scores(run: Run, out: Path) -> str:
     for level, row in result["levels"].items():
         percent = 100 * row["accuracy"]
         levels.append(f"{level} {percent:.1f}")
+
     percent = 100 * result["mean_over_levels"]
     return f"{name}: {percent:.1f} % ({', '.join(levels)})"
 
@@ -228,6 +240,7 @@ def describe_progress(study: Study, run: Run) -> str:
             loss = lines[-1]["loss"]
             num_steps = stage.args.get("max_steps", "?")
             return f"{stage.name} {step}/{num_steps} loss {loss:.2f}"
+
     return "loading"
 
 
@@ -240,6 +253,7 @@ def work(
     torch.set_num_threads(1)
     study = load_study(out / "study.yaml")
     runs = narrow_study(study, variants, seeds).list_runs()
+
     for run in runs:
         folder = run.get_folder(out)
         failure = folder / "failed.txt"
@@ -260,6 +274,7 @@ def claim(folder: Path) -> bool:
     """Make a run this process's own; False where a living process has it."""
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / "running"
+
     for _ in range(2):
         try:
             with mark.open("x", encoding="utf-8") as file:
@@ -269,6 +284,7 @@ def claim(folder: Path) -> bool:
             if _is_owner_alive(mark):
                 return False
             mark.unlink(missing_ok=True)
+
     return False
 
 
@@ -278,12 +294,14 @@ def _is_owner_alive(mark: Path) -> bool:
         host, pid = mark.read_text(encoding="utf-8").split()
     except (OSError, ValueError):  # gone just now, or not written yet
         return mark.is_file() and time.time() - mark.stat().st_mtime < SECONDS_TO_CLAIM
+
     if host != socket.gethostname():
         return True
     try:
         os.kill(int(pid), 0)
     except OSError:
         return False
+
     return True
 
 
@@ -297,9 +315,11 @@ def train_and_evaluate(study: Study, run: Run) -> None:
     model, processor = train(recipe, resume=True)
     features = open_feature_cache(recipe, model, processor, evaluation_examples(recipe))
     result = evaluate_recipe(recipe, model, processor, resume=True, feature_cache=features)
+
     train_seconds = 0.0
     for stage in recipe.stages:
         train_seconds += read_json_lines(folder / stage.name / "log.jsonl")[-1]["seconds"]
+
     facts = {
         "arm": run.variant,
         "budget": run.budget,
@@ -335,6 +355,7 @@ def _remove_stage_models(recipe, folder: Path) -> None:
 def _parse_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], list[int]]:
     """The folder, variants and seeds from `FOLDER variant=NAME ... seed=NUMBER ...`."""
     folder, *pairs = arguments
+
     variants = []
     seeds = []
     for pair in pairs:
@@ -343,6 +364,7 @@ def _parse_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], list[in
             variants.append(value)
         else:
             seeds.append(int(value))
+
     return Path(folder), variants, seeds
 
 

@@ -40,6 +40,7 @@ def make_supernet_plan(
     for tap in range(1, vision_depth + 1):
         for layer in range(language_depth):
             shortcuts.append(Shortcut((tap,), layer, mix))
+
     return Plan(tuple(shortcuts), tiles=tiles, gate="one", rank=rank)
 
 
@@ -107,6 +108,7 @@ def check_budget(count: int | None, ratio: float | None) -> None:
         raise UserError(
             "a search needs a budget: a number of shortcuts (count), a cost (ratio), or both"
         )
+
     if count is not None and count < 1:
         raise UserError(f"count is {count}, but a plan of a search has at least 1 shortcut")
     if ratio is not None and ratio <= 1:
@@ -155,12 +157,14 @@ def measure_importance(study: Study, seed: int) -> tuple[list[float], list[float
     model.requires_grad_(False)
     gates = model.fusion.gates.requires_grad_(True)
     total = torch.zeros_like(gates)
+
     for start in range(0, len(data), batch_size):
         end = min(start + batch_size, len(data))
         rows = [data[i] for i in range(start, end)]
         loss = model(**collate(rows)).loss
         (gradient,) = torch.autograd.grad(loss, gates)
         total += (gates.detach() * gradient).abs()
+
     return total.tolist(), gates.tolist()
 
 
@@ -174,9 +178,11 @@ def _read_training_data(study: Study, run: Run, model, processor, number: int):
 
     recipe = study.get_recipe(run)
     stage = recipe.stages[-1]
+
     examples = []
     for source in stage.data:
         examples += read_source(source, [])
+
     encoder = example_encoder(processor, stage.template, Limits(max_length=stage.max_length))
     return TrainingData(
         examples[:number],
@@ -200,6 +206,7 @@ def _rank_pairs(plan: Plan, measured: list[tuple[list[float], list[float]]]) -> 
                 "gate": sum(gates) / len(measured),
             }
         )
+
     return sorted(pairs, key=lambda pair: -pair["worth"])
 
 
@@ -222,6 +229,7 @@ def choose_pairs(
     """
     coarse, *_, last = plan.shortcuts
     unrestricted = replace(plan, gate="zero_projector", rank=None)
+
     chosen: list[Shortcut] = []
     for pair in pairs:
         if count is not None and len(chosen) == count:
@@ -230,6 +238,7 @@ def choose_pairs(
         extended = sorted([*chosen, shortcut], key=lambda one: (one.layer, one.taps))
         if fits(replace(unrestricted, shortcuts=(coarse, *extended))):
             chosen = extended
+
     if not chosen:
         raise UserError("no pair is within the budget; raise ratio, for example to 1.5")
     return replace(unrestricted, shortcuts=(coarse, *chosen))

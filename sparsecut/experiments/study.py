@@ -123,11 +123,14 @@ class Study:
         _check_seeds(self.seeds)
         self._check_variants("baseline", [self.baseline])
         self._check_variants("families", self.families)
+
         for name, budget in self.budgets.items():
             self._check_variants(f"budgets.{name}.arms", budget.arms or ())
+
         for key, place in SET_ELSEWHERE.items():
             if key in self.recipe:
                 raise UserError(f"recipe.{key} is set by {place}; remove it there")
+
         for run in self.list_runs():
             self._check_recipe(run)
 
@@ -163,6 +166,7 @@ class Study:
                 for variant in self.arms:
                     if budget.arms is None or variant in budget.arms:
                         runs.append(Run(name, variant, seed))
+
         return runs
 
     def get_recipe(self, run: Run) -> Recipe:
@@ -173,8 +177,10 @@ class Study:
         """
         folder = Path(self.output)
         values = dict(self.recipe)
+
         for change in [*self._list_data_changes(), *self.budgets[run.budget].change]:
             values = override(values, change)
+
         values["fusion"] = self.arms[run.variant]
         values["output"] = str(run.get_folder(folder))
         values["seed"] = run.seed
@@ -192,10 +198,12 @@ class Study:
             f"evaluate.data.path={data / self.pictures.split}.json",
             f"evaluate.data.images={data}",
         ]
+
         for i, stage in enumerate(self.recipe.get("stages", ())):
             name = "train_captions" if stage.get("template") == "plain" else "train"
             changes.append(f"stages.{i}.data.path={data / name}.json")
             changes.append(f"stages.{i}.data.images={data}")
+
         return changes
 
     def to_dict(self) -> dict:
@@ -279,9 +287,11 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
         raise UserError(
             f"there is no study {path}; give a YAML file such as configs/study/shapes.yaml"
         )
+
     values = read_yaml(path.read_text(encoding="utf-8"), str(path))
     for change in overrides:
         values = override(values, change)
+
     return parse_study(values, name=str(path))
 
 
@@ -304,6 +314,7 @@ def narrow_study(study: Study, variants: Sequence[str] = (), seeds: Sequence[int
 
     chosen = [name for name in study.arms if not variants or name in variants]
     families = {name: study.families[name] for name in chosen if name in study.families}
+
     budgets = {}
     for name, budget in study.budgets.items():
         if budget.arms is not None:

@@ -107,6 +107,7 @@ def make_loss_table(explanation: dict) -> Rows:
             rows.append(_make_full_row(explanation, columns))
         else:
             rows.append(_make_loss_row(explanation, name, columns))
+
     return rows
 
 
@@ -131,9 +132,11 @@ def _make_loss_row(explanation: dict, name: str, columns: list[tuple[str, str]])
         str(condition["lost"]),
         str(condition["gained"]),
     ]
+
     for kind, column in columns:
         accuracy = condition[kind][column]["accuracy"]
         row.append(format_points(accuracy - full[kind][column]["accuracy"]))
+
     return row
 
 
@@ -165,6 +168,7 @@ def make_norm_table(explanation: dict) -> Rows:
                 _format_norm(shortcut["cosine"]),
             ]
         )
+
     return rows
 
 
@@ -182,6 +186,7 @@ def _shade_losses(explanation: dict, rows: Rows) -> list[list[Cell]]:
             is_change = place == 1 or place >= FIRST_LEVEL
             cells.append(_shade(text) if is_change else Cell(text))
         shaded.append(cells)
+
     return shaded
 
 

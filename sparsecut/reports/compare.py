@@ -97,6 +97,7 @@ def make_main_table(comparison: dict) -> Rows:
         cells.append(format_change(get_difference(row)))
         cells += _format_cost(row["cost"], costs)
         rows.append(cells)
+
     return rows
 
 
@@ -134,11 +135,13 @@ def write_notes(comparison: dict) -> list[str]:
             "One seed is one seed: such an interval is about the images only, and another training"
             " may differ by more."
         )
+
     if any(row["cost"] for row in runs):
         notes.append(
             "Prompt FLOPs: of a prompt with one image and 64 text tokens, relative to the first run"
             " with a saved model."
         )
+
     return notes
 
 
@@ -150,6 +153,7 @@ def _draw_levels(comparison: dict) -> list[Markup]:
         for name, row in comparison["runs"].items():
             rows[name] = get_interval(row["share"], level)
         charts.append(draw_bars(rows, title=level, reference=comparison["baseline"]))
+
     return charts
 
 
@@ -175,6 +179,7 @@ def _make_item(item: dict, images: Sequence[ImageStore]) -> dict:
                 "is_right": 2 * num_right > len(by_seed),
             }
         )
+
     return {
         "images": [(str(name), _embed(name, images)) for name in item["images"]],
         "prompt": item["prompt"],

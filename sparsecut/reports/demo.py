@@ -83,6 +83,7 @@ def print_answers(study: Study, titles: dict[str, str], log: Callable[[str], Non
             accuracy = result["levels"][level]["accuracy"]
             row.append(f"{100 * accuracy:.1f}")
         rows.append(row)
+
     log(f"\n{text_table(rows)}")
     log("one seed is one seed: other seeds move every number by some points\n")
 
@@ -111,12 +112,14 @@ def choose_items(study: Study, titles: dict[str, str], number: int) -> list[dict
 
     first = next(iter(records.values()))
     kinds = sorted({record["group"] for record in first})
+
     items = []
     for i in range(number):
         start = i * len(first) // number
         kind = kinds[i % len(kinds)]
         chosen = _find_next(first, kind, start)
         items.append(_collect_answers(records, first[chosen], chosen))
+
     return items
 
 
@@ -157,6 +160,7 @@ def _draw_levels(results: dict, titles: dict[str, str]) -> list[Markup]:
         chart_title = LEVELS.get(level, level)
         reference = titles[results["baseline"]]
         charts.append(draw_bars(rows, title=chart_title, reference=reference))
+
     return charts
 
 
@@ -164,6 +168,7 @@ def _make_score_table(results: dict, titles: dict[str, str]) -> Rows:
     by_variant = get_main_results(results)
     baseline = titles[results["baseline"]]
     levels = results["levels"]
+
     rows = [["variant", "average (95 %)", *levels, f"above {baseline} (95 %)"]]
     for name, title in titles.items():
         result = by_variant[name]
@@ -172,6 +177,7 @@ def _make_score_table(results: dict, titles: dict[str, str]) -> Rows:
             row.append(format_percent(result["levels"][level]))
         row.append(format_change(get_difference(result)))
         rows.append(row)
+
     return rows
 
 
@@ -188,6 +194,7 @@ def _make_cost_table(results: dict, titles: dict[str, str]) -> Rows:
     head = ["variant", "image tokens per image", "encoder passes per image", "fusion parameters"]
     rows = [[*head, "language model parameters", "training seconds", "answering seconds"]]
     by_variant = get_main_results(results)
+
     for name, title in titles.items():
         facts = results["arms"][name]
         result = by_variant[name]
@@ -202,6 +209,7 @@ def _make_cost_table(results: dict, titles: dict[str, str]) -> Rows:
                 format_number(result["eval_seconds"], ",.0f"),
             ]
         )
+
     return rows
 
 

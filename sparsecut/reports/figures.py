@@ -80,8 +80,9 @@ def draw_bars(
     if not any(rows.values()):
         return write_empty("nothing was measured for it", title)
     label_width = 10 + CHARACTER * max(len(name) for name in rows)
-    width = max(NARROW, label_width + 200)
+    width = max(NARROW, label_width + 170)
     height = 58 + 22 * len(rows)
+
     with begin_figure(width, height) as (figure, axes):
         set_margins(axes, left=label_width, right=46, top=24, bottom=26)
         for place, (name, interval) in enumerate(rows.items()):
@@ -151,8 +152,10 @@ def draw_curves(
         return write_empty(
             "no run logged two values; more steps, or smaller logging_steps, give a curve", title
         )
+
     y_limit = y_limit or get_curve_limit(lines.values())
     height = 220 + 18 * len(lines)
+
     with begin_figure(NARROW, height) as (figure, axes):
         set_margins(axes, left=40, right=14, top=26, bottom=48 + 18 * len(lines))
         for i, (name, points) in enumerate(lines.items()):
@@ -244,6 +247,7 @@ def to_svg(figure, label: str) -> Markup:
     file = io.StringIO()
     with rc_context({"svg.hashsalt": label}):
         FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -27,23 +27,28 @@ def write_findings(results: dict) -> list[str]:
     alike = find_alike(results, best)
     if alike:
         findings.append(f"Not told apart from it, corrected for all pairs: {', '.join(alike)}.")
+
     for size in SIZES:
         findings += _describe_affordable(results, size)
+
     findings += _sort_by_side(results)
     for budget in results["budgets"]:
         change = by_variant[best].get("change", {}).get(budget)
         if change:
             findings.append(_describe_budget_change(results, best, change))
+
     gaps = [result.get("difference") for result in by_variant.values()]
     if any(gap and gap["note"] for gap in gaps):
         findings.append(
             "Some variants have one seed in common only: their intervals leave out that another"
             " training may differ."
         )
+
     if results["missing"]:
         findings.append(
             f"Unfinished: {len(results['missing'])} runs are missing, see the end of this report."
         )
+
     return findings
 
 
@@ -81,6 +86,7 @@ def _describe_affordable(results: dict, size: str) -> list[str]:
         cost = results["arms"][name]["relative"][size]
         if cost and cost <= AFFORDABLE:
             cheap.append(name)
+
     if cheap:
         best = _describe(results, cheap[0], size)
         findings.append(
@@ -93,6 +99,7 @@ def _describe_affordable(results: dict, size: str) -> list[str]:
         findings.append(
             f"No variant is both better and cheaper at {SIZES[size]} than: {', '.join(frontier)}."
         )
+
     return findings
 
 
@@ -113,10 +120,12 @@ def _sort_by_side(results: dict) -> list[str]:
             sides["clearly below it"].append(name)
         else:
             sides["not told apart from it"].append(name)
+
     parts = []
     for side, names in sides.items():
         if names:
             parts.append(f"{len(names)} {side} ({', '.join(names)})")
+
     if not parts:
         return []
     number = sum(len(names) for names in sides.values())
@@ -132,6 +141,7 @@ def _describe_budget_change(results: dict, name: str, change: dict) -> str:
     for budget in (change["from"], change["to"]):
         gap = get_difference(by_budget[budget])
         leads.append(format_points(gap["value"]))
+
     return (
         f"Between the budgets {change['from']} and {change['to']} the lead of {name} over"
         f" {results['baseline']} goes from {leads[0]} to {leads[1]} points, a change of"

@@ -41,6 +41,7 @@ def place_labels(
         labels = list(boxes.values())
         others = [*marks[:i], *marks[i + 1 :], *labels]
         boxes[i] = _choose_box(candidates, anchors[i], [marks[i], *others], lines)
+
     return [boxes[i] for i in range(len(anchors))]
 
 
@@ -54,9 +55,11 @@ def _choose_box(
     """The first candidate that meets most wishes; the first of `taken` is the point's own mark."""
     free = [box for box in candidates if not _covers_any(box, taken)]
     clear = [box for box in free if not _covers_any(box, lines)]
+
     for box in clear:
         if not _is_hidden(box, anchor, taken[1:]):
             return box
+
     best = clear or free or candidates
     return best[0] if best else (*anchor, *anchor)
 
@@ -72,6 +75,7 @@ def _make_candidates(anchor: Place, size: Place) -> Iterator[Box]:
     """Yield boxes around a point, the nearest first, the right-hand side first."""
     x, y = anchor
     width, height = size
+
     for distance in DISTANCES:
         for turn in range(DIRECTIONS):
             angle = 2 * math.pi * turn / DIRECTIONS
@@ -104,6 +108,7 @@ def _is_hidden(box: Box, anchor: Place, others: Sequence[Box]) -> bool:
     """Whether the line between a label and its mark runs through another mark or label."""
     x, y = anchor
     end_x, end_y = find_leader_end(box, anchor)
+
     for step in range(1, STEPS):
         fraction = step / STEPS
         place_x = x + fraction * (end_x - x)
@@ -112,4 +117,5 @@ def _is_hidden(box: Box, anchor: Place, others: Sequence[Box]) -> bool:
         is_outside_the_mark = math.dist(anchor, (place_x, place_y)) > MARK
         if is_outside_the_mark and _covers_any(point, others):
             return True
+
     return False

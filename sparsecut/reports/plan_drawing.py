@@ -88,6 +88,7 @@ def _make_arrows(plan: Plan, vision_depth: int, bottom: int, step: int) -> list[
                     "is_fine": is_fine,
                 }
             )
+
     return arrows
 
 

@@ -66,6 +66,7 @@ def draw_scatter(points: Sequence[Point], *, title: str, x_label: str) -> Markup
     families = list(dict.fromkeys(point.family for point in points))
     width = NARROW if len(points) <= FEW else WIDE
     legend_height = 20 * (len(families) + 1)
+
     with begin_figure(width, 360 + legend_height) as (figure, axes):
         set_margins(axes, left=48, right=12, top=26, bottom=50 + legend_height)
         axes.set_title(title)
@@ -100,6 +101,7 @@ def _set_cost_axis(axes, costs: list[float]) -> None:
 def _choose_cost_ticks(axes) -> list[float]:
     """Round costs within the axis, not too close together."""
     low, high = axes.get_xlim()
+
     chosen: list[float] = []
     places: list[float] = []
     for tick in COST_TICKS:
@@ -110,6 +112,7 @@ def _choose_cost_ticks(axes) -> list[float]:
         if nearest >= TICK_DISTANCE:
             chosen.append(tick)
             places.append(place)
+
     return sorted(chosen)
 
 
@@ -142,6 +145,7 @@ def _find_frontier_boxes(axes, points: list[Point]) -> list[Box]:
         upper = max(y1, y2)
         boxes.append((x1, y1 - 1, x2, y1 + 1))
         boxes.append((x2 - 1, lower, x2 + 1, upper))
+
     return boxes
 
 
@@ -171,6 +175,7 @@ def _draw_names(axes, points: Sequence[Point]) -> None:
     anchors = []
     sizes = []
     lines = _find_frontier_boxes(axes, [point for point in points if point.on_frontier])
+
     for point in points:
         value, low, high = point.interval
         x, y = _to_pixels(axes, point.cost, value)
@@ -184,6 +189,7 @@ def _draw_names(axes, points: Sequence[Point]) -> None:
     frame = axes.get_window_extent()
     room = (frame.x0 + 2, frame.y0 + 2, frame.x1 - 2, frame.y1)
     boxes = place_labels(anchors, sizes, lines, room)
+
     for point, anchor, box in zip(points, anchors, boxes, strict=True):
         _draw_name(axes, point.name, anchor, box)
 
@@ -205,6 +211,7 @@ def _draw_name(axes, name: str, anchor: Place, box: Box) -> None:
             textcoords="figure pixels",
             arrowprops={"arrowstyle": "-", "color": INK, "alpha": 0.45, "linewidth": 0.8},
         )
+
     axes.annotate(name, (left, bottom + 2), xycoords="figure pixels", va="bottom")
 
 

@@ -80,9 +80,11 @@ def write_markdown(results: dict) -> str:
     if results["note"]:
         parts.append(results["note"])
     parts.append("\n".join(findings))
+
     for title, rows in tables.items():
         if len(rows) > 1:
             parts.append(f"## {title}\n\n{to_markdown(rows)}")
+
     parts.append("\n".join(notes))
     if results["missing"]:
         parts.append(f"Missing runs: {name_missing_runs(results)}.")
@@ -144,6 +146,7 @@ def _draw_scatters(results: dict, names: list[str]) -> list[Markup]:
                 points.append(_make_point(results, name, cost, size))
         title = f"At {size_name}"
         drawings.append(draw_scatter(points, title=title, x_label=x_label))
+
     return drawings
 
 
@@ -177,6 +180,7 @@ def _make_pair_rows(pairs: dict) -> list[list[Cell]]:
             cell = _make_pair_cell(estimate, largest or 1) if estimate else Cell("")
             row.append(cell)
         rows.append(row)
+
     return rows
 
 
@@ -236,6 +240,7 @@ def _draw_all_curves(results: dict, names: list[str]) -> list[Markup]:
     all_lines = []
     for by_variant in results["curves"].values():
         all_lines += by_variant.values()
+
     limit = get_curve_limit(all_lines)
 
     charts = []
@@ -246,4 +251,5 @@ def _draw_all_curves(results: dict, names: list[str]) -> list[Markup]:
                 lines = {name: by_variant.get(name, []) for name in shown}
                 title = f"{family}, {budget}"
                 charts.append(draw_curves(lines, title=title, x_label="step", y_limit=limit))
+
     return charts

@@ -60,9 +60,11 @@ def make_main_table(results: dict) -> Rows:
         "training s",
     ]
     by_variant = get_main_results(results)
+
     rows = [head]
     for name in rank_variants(results):
         rows.append(_make_main_row(results, name, by_variant[name]))
+
     return rows
 
 
@@ -71,9 +73,11 @@ def _make_main_row(results: dict, name: str, result: dict) -> list[str]:
     gap = result.get("difference")
     counted = variant["cost"]["here"].get("num_fusion_parameters")
     num_fusion_parameters = variant["parameters"].get("fusion", counted)
+
     row = [name, str(len(result["seeds"])), format_percent_interval(result["average"])]
     for level in results["levels"]:
         row.append(format_percent(result["levels"][level]))
+
     return [
         *row,
         format_change(get_difference(result)),
@@ -90,6 +94,7 @@ def make_level_table(results: dict) -> Rows:
     """Differences from the baseline per level, corrected; a star marks those clear of zero."""
     rows = [["variant", *(f"{level} (corrected)" for level in results["levels"])]]
     by_variant = get_main_results(results)
+
     for name in rank_variants(results):
         gap = by_variant[name].get("difference")
         if not gap:
@@ -99,6 +104,7 @@ def make_level_table(results: dict) -> Rows:
             estimate = gap["corrected_levels"][level]
             row.append(format_change(estimate) + (" *" if is_clear(estimate) else ""))
         rows.append(row)
+
     return rows
 
 
@@ -114,20 +120,26 @@ def make_budget_table(results: dict) -> Rows:
     """Average and difference under every budget, and how the difference changes."""
     budgets = list(results["budgets"])
     main = results["main"]
+
     head = ["variant"]
     for budget in budgets:
         head += [f"{budget}: average", f"{budget}: difference (95 %)"]
+
     for budget in budgets[1:]:
         head.append(f"change of the difference, {main} and {budget}")
+
     rows = [head]
     if len(budgets) < 2:
         return rows
     names = rank_variants(results)
+
     for name, variant in results["arms"].items():
         if variant["results"] and name not in names:
             names.append(name)
+
     for name in names:
         rows.append(_make_budget_row(name, results["arms"][name]["results"], budgets, main))
+
     return rows
 
 
@@ -143,8 +155,10 @@ def _make_budget_row(name: str, by_budget: dict, budgets: list[str], main: str) 
 
     main_result = by_budget.get(main, {})
     changes = main_result.get("change", {})
+
     for budget in budgets[1:]:
         row.append(format_change(changes.get(budget)))
+
     return row
 
 
@@ -152,12 +166,14 @@ def make_cost_table(results: dict) -> Rows:
     """Counted cost in full, at the study's own size and at the large one."""
     head = ["variant", "size", "image tokens", "fusion parameters"]
     head += [name for name, _, _ in COSTS]
+
     rows = [head]
     for name, variant in results["arms"].items():
         for size, size_name in SIZE_NAMES.items():
             cost = variant["cost"][size]
             if cost:
                 rows.append([name, size_name, *_format_cost(cost)])
+
     return rows
 
 
@@ -191,6 +207,7 @@ def write_notes(results: dict) -> list[str]:
             f" {spread['num_free']} degrees of freedom. What a seed does to all variants is taken"
             " out. Intervals of differences use it, or the two variants' own where that is larger."
         )
+
     gaps = [result.get("difference") for result in get_main_results(results).values()]
     gaps = [gap for gap in gaps if gap]
     if gaps:
@@ -198,11 +215,13 @@ def write_notes(results: dict) -> list[str]:
             f"Corrected: the interval at a level of 1 - 0.05 / {gaps[0]['comparisons']}"
             " (Bonferroni), so that all of them hold together at 95 %."
         )
+
     if any(gap["note"] for gap in gaps):
         notes.append(
             "Where variants share one seed, intervals are about the images only; another training"
             " may differ by more."
         )
+
     notes.append(
         f"FLOPs: of a prompt with one image, relative to {results['baseline']}. Here is the study's"
         " own size; large is CLIP-L/336 with a 7B Llama. The frontier goes by the averages, not by"
@@ -222,4 +241,5 @@ def name_missing_runs(results: dict) -> str:
     for place, numbers in seeds.items():
         noun = "seed" if len(numbers) == 1 else "seeds"
         texts.append(f"{place} {noun} {', '.join(numbers)}")
+
     return "; ".join(texts)

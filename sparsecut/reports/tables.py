@@ -89,6 +89,7 @@ def tabulate_fractions(corner: str, fractions: dict[str, dict[str, float]]) -> R
     keys: set[str] = set()
     for by_key in fractions.values():
         keys |= set(by_key)
+
     columns = sorted(keys)
     if not columns:
         return [[corner]]
@@ -99,6 +100,7 @@ def tabulate_fractions(corner: str, fractions: dict[str, dict[str, float]]) -> R
         for key in columns:
             row.append(f"{100 * by_key[key]:.1f}" if key in by_key else DASH)
         rows.append(row)
+
     return rows
 
 

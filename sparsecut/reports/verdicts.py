@@ -48,6 +48,7 @@ def judge_study(results: dict) -> str:
         )
         if alike:
             verdict += f", but {_join_names(alike)} cannot be told apart from it"
+
     caveats = []
     if gap and gap["note"]:
         caveats.append(ONE_SEED)
@@ -74,11 +75,13 @@ def judge_comparison(comparison: dict) -> str:
     for name, row in comparison["runs"].items():
         if "difference" in row:
             gaps[name] = row["difference"]
+
     if len(gaps) == 1:
         [(name, gap)] = gaps.items()
         verdict = _judge_pair(name, baseline, gap["average"])
     else:
-        verdict = f"Of {len(gaps)} runs compared with {baseline}, {_sort_by_side(gaps)}"
+        verdict = f"Of {len(gaps)} runs compared with {baseline}: {_sort_by_side(gaps)}"
+
     if any(gap["note"] for gap in gaps.values()):
         verdict += f"; {ONE_SEED}"
     return verdict + "."
@@ -114,6 +117,7 @@ def _sort_by_side(gaps: dict[str, dict]) -> str:
         if texts:
             verb = "is" if len(texts) == 1 else "are"
             parts.append(f"{_join_names(texts)} {verb} {side}")
+
     if neither:
         parts.append(f"{_join_names(neither)} cannot be told apart")
     return ", ".join(parts)
@@ -127,6 +131,7 @@ def judge_ablation(explanation: dict) -> str:
         word, _, number = name.rpartition(" ")
         if word == "without":
             losses[int(number)] = condition["difference"]["average"]
+
     missed = [number for number, estimate in losses.items() if estimate["high"] < 0]
     together = conditions["input only"]["difference"]["average"]
     if missed:
@@ -136,11 +141,13 @@ def judge_ablation(explanation: dict) -> str:
             f" accuracy falls by {_format_gap(losses[most]['value'], losses[most])}"
         )
         return verdict + _describe_rest(len(losses) - 1, len(missed) - 1) + "."
+
     if together["high"] < 0:
         return (
             "No single shortcut is clearly missed, but without all of them accuracy falls by"
             f" {_format_gap(together['value'], together)}."
         )
+
     return (
         "No use of the shortcuts can be seen: without all of them accuracy changes by"
         f" {100 * together['value']:+.1f} points ({format_interval(together)})."
@@ -161,6 +168,7 @@ def _describe_rest(number: int, missed: int) -> str:
         return (
             "; the other one is clearly missed too" if missed else "; the other one is not missed"
         )
+
     if missed == 0:
         return f"; none of the other {number} is clearly missed"
     return f"; of the other {number}, {missed} {'are' if missed > 1 else 'is'} clearly missed too"
