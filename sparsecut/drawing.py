@@ -383,7 +383,7 @@ def text_table(
         One line for each row, without whitespace at its end.
     """
     columns = list(zip(*rows, strict=True))
-    widths = [max(len(cell) for cell in column) for column in columns]
+    widths = [len(max(column, key=len)) for column in columns]
     align = align or "<" + ">" * (len(columns) - 1)
     lines = []
     for row in rows:

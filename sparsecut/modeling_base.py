@@ -67,6 +67,13 @@ class SparseCutPreTrainedModel(PreTrainedModel):
         """The language model whose layers the shortcuts write to."""
         return self.language_model
 
+    def count_parameters(self) -> dict[str, int]:
+        """Numbers of parameters by the names of `parameter_groups`."""
+        counts = {}
+        for name, parameters in self.parameter_groups().items():
+            counts[name] = sum(parameter.numel() for parameter in parameters)
+        return counts
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the names that a recipe trains.
 

@@ -162,9 +162,8 @@ def _read_depth(source: str | None, part: str) -> int | None:
 def describe_model(model) -> str:
     """Return a built model's drawing, with its image tokens and parameters."""
     lines = [_draw_config(model.plan, model.config)]
-    for part, parameters in model.parameter_groups().items():
+    for part, count in model.count_parameters().items():
         if part != "head":
-            count = sum(parameter.numel() for parameter in parameters)
             lines.append(f"  {part:13} {count:,} parameters")
     return "\n".join(lines)
 

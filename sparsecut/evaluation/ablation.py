@@ -17,7 +17,7 @@ from torch import Tensor
 from ..data.examples import Example
 from ..data.feature_cache import get_image_keys, get_tap_views
 from ..schema import UserError
-from .additions import measure_additions, only
+from .shortcut_norms import measure_additions, only
 from .evaluator import EvaluationResult, evaluate
 from .statistics import estimate_difference
 from .variant_answers import Answers

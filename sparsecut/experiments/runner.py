@@ -326,7 +326,7 @@ def train_and_evaluate(study: Study, run: Run) -> None:
         "seed": run.seed,
         "plan": model.plan.to_dict(),
         "depths": [model.config.vision_depth, model.config.language_depth],
-        "parameters": _count_parameters(model),
+        "parameters": model.count_parameters(),
         "image_tokens": processor.num_image_tokens,
         "views": processor.num_views,
         "train_seconds": train_seconds,
@@ -336,13 +336,6 @@ def train_and_evaluate(study: Study, run: Run) -> None:
     part.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     part.replace(folder / "facts.json")
     _remove_stage_models(recipe, folder)
-
-
-def _count_parameters(model) -> dict[str, int]:
-    counts = {}
-    for part, parameters in model.parameter_groups().items():
-        counts[part] = sum(parameter.numel() for parameter in parameters)
-    return counts
 
 
 def _remove_stage_models(recipe, folder: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..data.examples import Example
 from ..drawing import list_arrows, summarize
-from ..evaluation.additions import measure_additions
+from ..evaluation.shortcut_norms import measure_additions
 from ..schema import UserError
 from .admission import APIError, ServerConfig, ServerContext, build_busy_error
 from .conversation import build_conversation

@@ -18,7 +18,7 @@ from helpers.clients import (
 )
 
 from sparsecut.data.examples import Example
-from sparsecut.evaluation.additions import measure_additions
+from sparsecut.evaluation.shortcut_norms import measure_additions
 from sparsecut.serving.web import add_page, read_page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
