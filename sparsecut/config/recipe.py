@@ -23,7 +23,8 @@ from ..schema import (
     check_types,
     make_tuples,
 )
-from .yaml_io import override, read_yaml, rename_key, to_lists
+from .overrides import override
+from .yaml_io import read_yaml, rename_key, to_lists
 
 PARTS = ("vision", "projector", "fusion", "language", "head")
 ADAPTERS = ("vision:lora", "language:lora")

@@ -1,7 +1,4 @@
-"""YAML read strictly, and single values in it replaced by dotted overrides.
-
-An override is a text such as "stages.0.args.max_steps=10".
-"""
+"""YAML read strictly: a key that is written twice is refused."""
 
 from __future__ import annotations
 
@@ -12,10 +9,8 @@ from typing import Any
 
 import yaml
 
-from ..schema import UserError, nearest
+from ..schema import UserError
 
-# Keys that an override may create, because a recipe may leave them out.
-OPTIONAL_KEYS = ("args", "lr", "weight_decay", "lora")
 logger = logging.getLogger(__name__)
 
 
@@ -70,50 +65,6 @@ def rename_key(plain: Any, old: str, new: str, name: str) -> Any:
         raise UserError(f"{name} has both {new} and {old}, its old name; remove {old}")
     logger.warning("%s: the key `%s` is now called `%s`", name, old, new)
     return {new if key == old else key: value for key, value in plain.items()}
-
-
-def override(plain: Any, change: str) -> Any:
-    """Return a copy of a tree with one value replaced.
-
-    A new last key is accepted here; the checks of the whole file may refuse it.
-
-    Args:
-        plain: Dicts and lists, as YAML holds them.
-        change: The change, such as "stages.0.args.max_steps=10". The value is read as YAML.
-
-    Raises:
-        UserError: The change is malformed, or its place is not in the tree.
-    """
-    dotted, equals, text = change.partition("=")
-    if not equals or not dotted:
-        raise UserError(
-            f"the override {change!r} is not written as key=value; write for example seed=1"
-        )
-    value = read_yaml(text, f"override {change!r}")
-    try:
-        return _replace(plain, dotted.split("."), value)
-    except UserError as error:
-        raise UserError(f"the override {change!r} has no effect: {error}") from None
-
-
-def _replace(node: Any, keys: list[str], value: Any, place: str = "") -> Any:
-    if not keys:
-        return value
-    key, *rest = keys
-    inner_place = f"{place}.{key}" if place else key
-    if isinstance(node, list):
-        if not key.isdigit() or int(key) >= len(node):
-            raise UserError(f"{place} is a list with places 0 to {len(node) - 1}")
-        index = int(key)
-        return [*node[:index], _replace(node[index], rest, value, inner_place), *node[index + 1 :]]
-    if not isinstance(node, dict):
-        raise UserError(f"{place or 'the recipe'} is {node!r}, which has no keys")
-    if rest and key not in node and key not in OPTIONAL_KEYS:
-        raise UserError(
-            f"there is no {inner_place}{nearest(key, node)}; the keys there are"
-            f" {', '.join(map(str, node))}"
-        )
-    return {**node, key: _replace(node.get(key, {}), rest, value, inner_place)}
 
 
 def expand_path(text: str) -> str:

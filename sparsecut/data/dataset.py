@@ -17,7 +17,8 @@ from .encoding import ExampleEncoder
 from .errors import RecordError
 from .examples import Example
 from .feature_cache import VisionFeatureCache
-from .labels import IGNORED, NO_LIMITS
+from .labels import IGNORED
+from .length_limits import NO_LIMITS
 
 CACHED_TOKENS = 20_000_000  # token ids that stay in memory between epochs, at most some 160 MB
 MAX_BROKEN = 100  # broken records in a row that others replace

@@ -18,9 +18,10 @@ from ..prompts import adds_special_tokens, get_tokens_per_image
 from ..schema import UserError
 from .errors import RecordError
 from .examples import Example
-from .labels import IGNORED, NO_LIMITS, Limits
+from .labels import IGNORED, find_learned_tokens
+from .length_limits import NO_LIMITS, Limits
 from .native_encoding import NativeExampleEncoder
-from .rendering import Rendered, Span, render_example
+from .rendering import Rendered, render_example
 
 
 class ExampleEncoder(Protocol):
@@ -200,31 +201,6 @@ def get_pad_token_id(tokenizer) -> int:
     """Return the token that batches are padded with: the end token where there is none for it."""
     pad_token_id = tokenizer.pad_token_id
     return tokenizer.eos_token_id if pad_token_id is None else pad_token_id
-
-
-def find_learned_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Return for each token whether one of the spans covers a character of it.
-
-    Args:
-        offsets: The characters of each token, as (first, one after the last).
-        spans: The characters that are learned, in order.
-    """
-    learned = []
-    current = 0
-    for start, end in offsets:
-        while current < len(spans) and spans[current][1] <= start:
-            current += 1
-        is_learned = current < len(spans) and _covers(spans[current], start, end)
-        learned.append(is_learned)
-    return learned
-
-
-def _covers(span: Span, start: int, end: int) -> bool:
-    first, last = span
-    if start < end:
-        return start < last and end > first
-    # Some tokenizers give whitespace no width. A token at (0, 0) does not come from the text.
-    return first <= start < last and end > 0
 
 
 def join_image_inputs(items: Sequence[dict]) -> dict[str, Tensor | dict[int, Tensor]]:

@@ -1,94 +1,34 @@
-"""Labels of a conversation's tokens, and the limits that a record must keep."""
+"""The label mask: which tokens of a conversation are learned."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from ..schema import UserError
+from .rendering import Span
 
 IGNORED = -100  # the label of a token that is not learned
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How long a record may be, in tokens.
+def find_learned_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """Return for each token whether one of the spans covers a character of it.
 
-    Attributes:
-        max_length: Longer records are cut to this length. None cuts nothing.
-        model_limit: Positions of the language model. What is longer after the cut is refused.
-        max_image_tokens: A record with more image tokens is refused.
+    Args:
+        offsets: The characters of each token, as (first, one after the last).
+        spans: The characters that are learned, in order.
     """
-
-    max_length: int | None = None
-    model_limit: int | None = None
-    max_image_tokens: int | None = None
-
-    def check(
-        self, ids: Sequence[int], labels: Sequence[int], image_token_ids: Collection[int]
-    ) -> None:
-        """Check a record before it is cut.
-
-        Args:
-            ids: Token ids of the whole record.
-            labels: Their labels.
-            image_token_ids: The ids of image tokens.
-
-        Raises:
-            UserError: The record is too long, would lose image tokens, or has nothing to learn.
-        """
-        self._check_image_tokens(ids, image_token_ids)
-        self._check_length(ids)
-        self._check_cut(ids, image_token_ids)
-        self._check_labels(labels)
-
-    def _check_image_tokens(self, ids: Sequence[int], image_token_ids: Collection[int]) -> None:
-        if self.max_image_tokens is None:
-            return
-        number = _count(ids, image_token_ids)
-        if number > self.max_image_tokens:
-            raise UserError(
-                f"the record has {number} image tokens, but max_image_tokens="
-                f"{self.max_image_tokens}; raise it, or skip such records (on_error: skip)"
-            )
-
-    def _check_length(self, ids: Sequence[int]) -> None:
-        if self.model_limit is None:
-            return
-        if len(ids[: self.max_length]) > self.model_limit:
-            raise UserError(
-                f"the record has {len(ids)} tokens, but the language model takes"
-                f" {self.model_limit}; set the stage's max_length to cut such records, or skip"
-                " them (on_error: skip)"
-            )
-
-    def _check_cut(self, ids: Sequence[int], image_token_ids: Collection[int]) -> None:
-        if self.max_length is None or len(ids) <= self.max_length:
-            return
-        before = _count(ids, image_token_ids)
-        after = _count(ids[: self.max_length], image_token_ids)
-        if after < before:
-            raise UserError(
-                f"the record has {len(ids)} tokens and max_length={self.max_length} would cut off"
-                f" image tokens ({after} of {before} left); raise max_length, shorten the text, or"
-                " skip such records (on_error: skip)"
-            )
-
-    def _check_labels(self, labels: Sequence[int]) -> None:
-        labels = labels[: self.max_length]
-        # The first position is never predicted, so its label does not count.
-        if any(label != IGNORED for label in labels[1:]):
-            return
-        remedy = "check the chat template and the answer"
-        if self.max_length is not None:
-            remedy = "raise max_length"
-        raise UserError(
-            f"no token of the {len(labels)} is left to learn: all labels are masked; {remedy}"
-        )
+    learned = []
+    current = 0
+    for start, end in offsets:
+        while current < len(spans) and spans[current][1] <= start:
+            current += 1
+        is_learned = current < len(spans) and _covers(spans[current], start, end)
+        learned.append(is_learned)
+    return learned
 
 
-NO_LIMITS = Limits()
-
-
-def _count(ids: Sequence[int], wanted: Collection[int]) -> int:
-    return sum(token in wanted for token in ids)
+def _covers(span: Span, start: int, end: int) -> bool:
+    first, last = span
+    if start < end:
+        return start < last and end > first
+    # Some tokenizers give whitespace no width. A token at (0, 0) does not come from the text.
+    return first <= start < last and end > 0

@@ -21,7 +21,8 @@ from ..prompts import run_processor, takes_suffix
 from ..schema import UserError
 from .errors import RecordError
 from .examples import Example
-from .labels import IGNORED, NO_LIMITS, Limits
+from .labels import IGNORED
+from .length_limits import NO_LIMITS, Limits
 from .rendering import Span, render_example
 
 # Inputs with one value for each token, [B, L].

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..data.examples import Example
 from ..data.feature_cache import get_image_keys, get_tap_views
 from ..schema import UserError
-from .shortcut_norms import measure_additions, only
 from .evaluator import EvaluationResult, evaluate
+from .shortcut_norms import measure_additions, only
 from .statistics import estimate_difference
 from .variant_answers import Answers
 

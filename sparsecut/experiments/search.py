@@ -174,7 +174,7 @@ def _read_training_data(study: Study, run: Run, model, processor, number: int):
     from ..data.encoding import example_encoder
     from ..data.examples import read_source
     from ..data.feature_cache import VisionFeatureCache, get_tap_views
-    from ..data.labels import Limits
+    from ..data.length_limits import Limits
 
     recipe = study.get_recipe(run)
     stage = recipe.stages[-1]

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import yaml
 
+from ..config.overrides import override
 from ..config.recipe import Recipe, parse_recipe
-from ..config.yaml_io import override, read_yaml, rename_key
+from ..config.yaml_io import read_yaml, rename_key
 from ..schema import UserError, build_dataclass, is_whole_number, make_tuples, nearest
 
 SET_ELSEWHERE = {  # keys of a recipe that a study sets -> where

@@ -20,7 +20,7 @@ from ..data.dataset import TrainingData
 from ..data.encoding import ExampleEncoder, example_encoder
 from ..data.errors import RecordError
 from ..data.examples import Example, select_examples
-from ..data.labels import Limits
+from ..data.length_limits import Limits
 from ..data.packing import pack_dataset
 from ..data.streaming import read_first_examples
 from ..data.validation import check_examples

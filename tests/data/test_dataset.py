@@ -14,7 +14,7 @@ from sparsecut.data.encoding import example_encoder
 from sparsecut.data.errors import RecordError
 from sparsecut.data.examples import read_examples
 from sparsecut.data.images import ImageStore
-from sparsecut.data.labels import Limits
+from sparsecut.data.length_limits import Limits
 from sparsecut.data.validation import check_examples
 from sparsecut.schema import UserError
 

@@ -10,7 +10,7 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 from sparsecut.data.encoding import example_encoder
 from sparsecut.data.errors import RecordError
 from sparsecut.data.examples import Example
-from sparsecut.data.labels import Limits
+from sparsecut.data.length_limits import Limits
 from sparsecut.processing import SparseCutProcessor
 
 CHATML = (

@@ -8,7 +8,7 @@ from transformers import LlavaProcessor
 
 from sparsecut.data.encoding import example_encoder
 from sparsecut.data.errors import RecordError
-from sparsecut.data.labels import Limits
+from sparsecut.data.length_limits import Limits
 from sparsecut.data.native_encoding import estimate_length
 from sparsecut.prompts import render_prompt, run_processor
 

@@ -16,7 +16,7 @@ from sparsecut.data.collator import Collator
 from sparsecut.data.dataset import TrainingData
 from sparsecut.data.encoding import example_encoder
 from sparsecut.data.errors import RecordError
-from sparsecut.data.labels import Limits
+from sparsecut.data.length_limits import Limits
 from sparsecut.data.streaming import Stream, read_first_examples
 
 

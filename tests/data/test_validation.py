@@ -13,7 +13,7 @@ from sparsecut.data.dataset import TrainingData
 from sparsecut.data.encoding import FixedExampleEncoder, example_encoder
 from sparsecut.data.errors import RecordError
 from sparsecut.data.examples import Example
-from sparsecut.data.labels import Limits
+from sparsecut.data.length_limits import Limits
 from sparsecut.data.validation import check_examples
 
 BAD = (17, 18, 40)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from sparsecut.data.encoding import example_encoder
-from sparsecut.data.labels import NO_LIMITS
+from sparsecut.data.length_limits import NO_LIMITS
 
 
 def make_record(**changes) -> dict:
