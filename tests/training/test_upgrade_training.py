@@ -304,7 +304,7 @@ def test_contents_in_parts_leave_line_ends_to_the_template():
             "writes no <image>",
         ),
         ({"limit": 6}, "has .* tokens, but the language model takes 6"),
-        ({"model": {"base": "nowhere/base"}}, "there is no model nowhere/base that can be read"),
+        ({"model": {"base": "nowhere/base"}}, "nowhere/base"),
         ({"fusion": "llava"}, "shortcut"),
     ],
 )
