@@ -23,7 +23,7 @@ from .figures import (
     to_svg,
     write_empty,
 )
-from .labels import Box, Place, find_leader_end, place_labels
+from .label_placement import Box, Place, find_leader_end, place_labels
 
 LEADER_FROM = 14  # pixels between a mark and its name from which a line joins them
 STRETCHED_WITHIN = 0.03  # costs so near to 1 are even on the axis, others logarithmic

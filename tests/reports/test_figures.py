@@ -10,7 +10,7 @@ from helpers.studies import DEPTHS, SPECS
 from sparsecut.methods import make_plan
 from sparsecut.reports import figures
 from sparsecut.reports.figures import draw_bars, draw_curves
-from sparsecut.reports.labels import place_labels
+from sparsecut.reports.label_placement import place_labels
 from sparsecut.reports.plan_drawing import draw_plan
 from sparsecut.reports.scatter import Point, draw_scatter
 from sparsecut.schema import UserError
