@@ -72,21 +72,19 @@ def build(
 ) -> tuple[SparseCutForConditionalGeneration, SparseCutProcessor | SparseCutAudioProcessor]:
     """Join a vision encoder and a causal language model by a plan.
 
-    Nothing of either is copied, and no weight is changed. The plan is checked before any weight is
-    loaded.
+    Nothing is copied and no weight changes. The plan is checked before weights are loaded.
 
     Args:
-        vision: The encoder: a hub name, a folder, "shapes" (the built-in small backbones), or a
-            loaded module.
+        vision: The encoder: a hub name, a folder, "shapes" (built-in and small), or a module.
         language: The language model, in the same forms.
         plan: A method's name, {"method": ..., options}, or a plan.
-        image_processor: Needed with a loaded encoder. For an audio encoder its feature extractor.
+        image_processor: Needed with a loaded encoder (of audio: its feature extractor).
         tokenizer: Needed with a loaded language model.
-        image_token: The placeholder. Default: "<image>", or "<audio>" for an audio encoder.
+        image_token: The placeholder. Default: "<image>", or "<audio>".
         coarse: How the coarse view is made of an image; see `SparseCutProcessor`.
         view_size: Pixels of a view, or (height, width), for encoders of images of any size.
         dtype: Of parts that are loaded here.
-        **from_pretrained: For both `from_pretrained` (attn_implementation, device_map, token, ...).
+        **from_pretrained: For both parts' `from_pretrained`.
 
     Returns:
         (model, processor), the model in evaluation mode.
@@ -94,9 +92,9 @@ def build(
     Raises:
         UserError: The parts cannot be read or joined, or the plan does not fit them.
     """
-    hub = {name: value for name, value in from_pretrained.items() if name in HUB_ARGUMENTS}
     vision = resolve(vision, "vision")
     language = resolve(language, "language")
+    hub = {name: value for name, value in from_pretrained.items() if name in HUB_ARGUMENTS}
     vision_config = _read_config(vision, "vision", hub)
     text_config = _read_config(language, "language", hub)
     if hasattr(vision_config, "vision_config"):  # a two-tower checkpoint such as CLIP's
@@ -115,17 +113,14 @@ def build(
         check_extractor(image_processor, config.grid)
     image_token = image_token or ("<audio>" if is_audio(vision_config) else "<image>")
     config.image_token_id = _add_image_token(tokenizer, image_token)
+    settings = {"dtype": dtype, **from_pretrained}
     if isinstance(vision, str):
-        vision = _load_encoder(vision, vision_config, dtype, from_pretrained)
-    vision = get_encoder(vision)
+        vision = _load_encoder(vision, vision_config, settings)
     if isinstance(language, str):
-        language = AutoModelForCausalLM.from_pretrained(
-            language, config=text_config, dtype=dtype, **from_pretrained
-        )
-    model = _join(config, vision, language)
+        language = AutoModelForCausalLM.from_pretrained(language, config=text_config, **settings)
+    model = _join(config, get_encoder(vision), language)
     model.generation_config = _make_generation_config(language, tokenizer, config.image_token_id)
-    processor = _make_processor(config, image_processor, tokenizer, image_token, coarse)
-    return model.eval(), processor
+    return model.eval(), _make_processor(config, image_processor, tokenizer, image_token, coarse)
 
 
 def _read_image_processor(vision, config: SparseCutConfig, hub: dict):
@@ -356,10 +351,10 @@ def _find_encoder(model: nn.Module, config) -> nn.Module:
     )
 
 
-def _load_encoder(name: str, config, dtype, settings: dict) -> nn.Module:
+def _load_encoder(name: str, config, settings: dict) -> nn.Module:
     """The encoder of a checkpoint; UserError where weights are missing, which would be random."""
     vision, info = AutoModel.from_pretrained(
-        name, config=config, dtype=dtype, output_loading_info=True, **settings
+        name, config=config, output_loading_info=True, **settings
     )
     missing = sorted(info["missing_keys"])
     if missing:

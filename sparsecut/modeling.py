@@ -156,9 +156,8 @@ class SparseCutModel(SparseCutPreTrainedModel):
         Args:
             pixel_values: Images, as `encode` takes them.
             vision_states: What `encode` returned for them, instead of pixels.
-            **kwargs: output_hidden_states and output_attentions add the encoder's own, for the
-                coarse views of pixels. That costs another pass through every block. The
-                configuration can set them too.
+            **kwargs: output_hidden_states and output_attentions add the encoder's own, for coarse
+                views of pixels, by another pass. The configuration can set them too.
 
         Raises:
             UserError: The pixels have another shape, or both arguments or none were given.
@@ -184,12 +183,9 @@ class SparseCutModel(SparseCutPreTrainedModel):
 
     def _get_requested_records(self, settings: dict) -> list[str]:
         """Which of RECORDS the settings or the configuration request."""
-        names = []
-        for name in RECORDS:
-            default = getattr(self.config, f"output_{name}", False)
-            if settings.get(f"output_{name}", default):
-                names.append(name)
-        return names
+        keys = {name: f"output_{name}" for name in RECORDS}
+        defaults = {name: getattr(self.config, key, False) for name, key in keys.items()}
+        return [name for name, key in keys.items() if settings.get(key, defaults[name])]
 
     def image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """Where image tokens are, [B, L]: by id, or by embedding where there are no ids."""
@@ -428,10 +424,7 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
             **optional,
             **kwargs,
         )
-        logits = outputs.logits
-        if self.config.mask_image_token:
-            placeholder = torch.tensor([self.config.image_token_id], device=logits.device)
-            logits = logits.index_fill(-1, placeholder, torch.finfo(logits.dtype).min)
+        logits = self._mask_placeholder(outputs.logits)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -447,3 +440,9 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
             attentions=outputs.get("attentions"),
             image_hidden_states=image_hidden_states,
         )
+
+    def _mask_placeholder(self, logits: Tensor) -> Tensor:
+        if not self.config.mask_image_token:
+            return logits
+        placeholder = torch.tensor([self.config.image_token_id], device=logits.device)
+        return logits.index_fill(-1, placeholder, torch.finfo(logits.dtype).min)
