@@ -259,6 +259,16 @@ class StageTrainer(Trainer):
 
     # Steps
 
+    def _run_epoch(self, *args, **kwargs):
+        """Run an epoch; nothing is left to do after the checkpoint of the last step.
+
+        The Trainer would take one step more, unless the last step also ends an epoch.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch: counts tokens, and measures shortcuts where the step is logged.
 

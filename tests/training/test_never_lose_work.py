@@ -1,5 +1,6 @@
-"""A run that is killed, told to stop, or finds the disk full goes on as if nothing had happened,
-and never from a broken checkpoint.
+"""A run that is killed, told to stop, or finds the disk full continues as if undisturbed.
+
+It never continues from a broken checkpoint.
 """
 
 import errno
@@ -12,154 +13,131 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.killed import POINTS
 from helpers.runs import log, run, stage, write_records
 
-from sparsecut.training import run_dir as run_folder
+from sparsecut.training import run_dir
 from sparsecut.training.trainer import StageTrainer
 
-HERE = Path(__file__).parents[1]
-CHECKPOINTS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+TESTS = Path(__file__).parents[1]
+CHECKPOINTS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A function (output, point) -> exit status of a run, and the folder; an undisturbed run is in
-    whole/.
-    """
-    folder = tmp_path_factory.mktemp("killed")
-    write_records(folder)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}",
-    }
+def folder(tmp_path_factory):
+    """A folder with records and images."""
+    return write_records(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def start(folder):
+    """A function (output, point) -> exit status of a run in a process of its own."""
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     program = subprocess.Popen(
-        [sys.executable, str(HERE / "helpers" / "killed.py"), str(folder)],
+        [sys.executable, str(TESTS / "helpers" / "killed.py"), str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         text=True,
     )
 
-    def go(output: str, point: str) -> int:
+    def start(output: str, point: str) -> int:
         program.stdin.write(f"{output} {point}\n")
         program.stdin.flush()
         return int(program.stdout.readline())
 
-    assert go("whole", "undisturbed") == 0
-    yield go, folder
+    yield start
     program.stdin.close()
     program.wait()
 
 
-def test_dropout_takes_part(runs):
-    """Or the comparison above would not see a random state that is lost."""
-    _, folder = runs
-    text = json.loads((folder / "whole" / "final" / "config.json").read_text())["text_config"]
-    assert text["attention_dropout"] == 0.3
-
-
-def weights(folder: Path, output: str) -> bytes:
+def read_final(folder: Path, output: str) -> bytes:
     return (folder / output / "final" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("point", POINTS)
-def test_a_killed_run_goes_on_to_the_bit(runs, point):
-    go, folder = runs
-    output = point.replace(" ", "-").replace(",", "")
-    assert go(output, point) == (1 if point == "told to stop" else -9)
-    assert go(output, "resume") == 0
+def read_figures(folder: Path, output: str, name: str) -> list[dict]:
+    """A stage's log, without what differs from run to run."""
+    varying = ("seconds", "memory_gib")
+    lines = log(folder, name, output)
+    return [{key: line[key] for key in line if key not in varying} for line in lines]
+
+
+def test_a_run_that_is_killed_at_every_point_gives_the_same_to_the_bit(folder, start):
+    assert start("whole", "undisturbed") == 0
+    for number, point in enumerate(POINTS):
+        status = start("killed", f"{point} resume" if number else point)
+        assert status == (1 if point == "told to stop" else -signal.SIGKILL), point
+    assert start("killed", "undisturbed resume") == 0
     for name in ("one", "two"):
-        kept, whole = (
-            [
-                {k: v for k, v in line.items() if k not in ("seconds", "memory_gib")}
-                for line in log(folder, name, way)
-            ]
-            for way in (output, "whole")
-        )
-        assert kept == whole
-    assert weights(folder, output) == weights(folder, "whole")
+        assert read_figures(folder, "killed", name) == read_figures(folder, "whole", name)
+    assert read_final(folder, "killed") == read_final(folder, "whole")
+    # Without dropout a random state that is lost would not be seen.
+    config = json.loads((folder / "whole" / "final" / "config.json").read_text())
+    assert config["text_config"]["attention_dropout"] == 0.3
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A folder with records and pictures."""
-    write_records(tmp_path)
-    return tmp_path
-
-
-FULL = OSError(errno.ENOSPC, "No space left on device")
+@pytest.fixture(scope="module")
+def whole(folder):
+    """Weights of a run with checkpoints, which is in folder/checkpointed."""
+    model, _ = run(folder, stage(folder, args=CHECKPOINTS), output=str(folder / "checkpointed"))
+    return model.state_dict()
 
 
 @pytest.mark.parametrize(
     "owner, name",
-    [(StageTrainer, "_save"), (StageTrainer, "_save_rng_state"), (run_folder, "_flush_to_disk")],
+    [(StageTrainer, "_save"), (StageTrainer, "_save_rng_state"), (run_dir, "_flush_to_disk")],
 )
-def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_can_go_on(
-    folder, monkeypatch, owner, name
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_can_continue(
+    folder, whole, tmp_path, monkeypatch, owner, name
 ):
-    own = getattr(owner, name)
+    original = getattr(owner, name)
 
-    def full(*args, **kwargs):
+    def fail(*args, **kwargs):
         if "checkpoint-4" in str(args):
-            raise FULL
-        return own(*args, **kwargs)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*args, **kwargs)
 
-    whole = run(folder, stage(folder, args=CHECKPOINTS), output=str(folder / "whole"))[0]
-    monkeypatch.setattr(owner, name, full)
-    with pytest.raises(
-        OSError,
-        match=(r"checkpoint-4 .*No space left.*checkpoint-2.*--resume"),
-    ):
-        run(folder, stage(folder, args=CHECKPOINTS))
-    assert sorted(path.name for path in (folder / "out" / "one").glob("checkpoint-*")) == [
-        "checkpoint-2"
-    ]
-    monkeypatch.setattr(owner, name, own)
-    resumed = run(folder, stage(folder, args=CHECKPOINTS), resume=True)[0]
-    states = whole.state_dict(), resumed.state_dict()
-    assert all((states[0][key] == states[1][key]).all() for key in states[0])
+    plain = stage(folder, args=CHECKPOINTS)
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(OSError, match=r"checkpoint-4 .*No space left.*checkpoint-2.*--resume"):
+        run(folder, plain, output=str(tmp_path))
+    assert [path.name for path in (tmp_path / "one").glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.setattr(owner, name, original)
+    resumed, _ = run(folder, plain, output=str(tmp_path), resume=True)
+    for key, value in resumed.state_dict().items():
+        assert torch.equal(value, whole[key]), key
 
 
-def test_a_disk_that_is_too_small_is_told_before_the_first_step(folder, monkeypatch):
-    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(
-        ValueError,
-        match=r"a checkpoint takes about .* GiB, but .* has 0.00 GiB free; free some space",
-    ):
-        run(folder)
+def test_a_disk_that_is_too_small_is_an_error_before_the_first_step(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"stage one: .*0\.00 GiB"):
+        run(folder, output=str(tmp_path))
 
 
-def test_going_on_with_other_batches_is_refused(folder):
-    run(folder, stage(folder, args=CHECKPOINTS))
-    (folder / "out" / "one" / run_folder.FINISHED).unlink()
-    for checkpoint in (folder / "out" / "one").glob("checkpoint-*"):
-        facts = json.loads((checkpoint / run_folder.WHOLE).read_text())
-        (checkpoint / run_folder.WHOLE).write_text(
-            json.dumps({**facts, "global_batch": 8, "processes": 4})
-        )
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"written with 8 records a step \(4 processes\), but now a step has 2 \(1 processes\)"
-        ),
-    ):
-        run(folder, stage(folder, args=CHECKPOINTS), resume=True)
+def test_continuing_with_other_batches_is_refused(folder, tmp_path):
+    run(folder, stage(folder, args=CHECKPOINTS), output=str(tmp_path))
+    (tmp_path / "one" / run_dir.FINISHED).unlink()
+    for checkpoint in (tmp_path / "one").glob("checkpoint-*"):
+        facts = {"global_batch": 8, "processes": 4}
+        (checkpoint / run_dir.WHOLE).write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=r"8 records .*4 processes.* 2 \(1 processes"):
+        run(folder, stage(folder, args=CHECKPOINTS), output=str(tmp_path), resume=True)
 
 
-def test_an_unfinished_run_is_not_started_over_by_accident(folder):
-    run(folder, stage(folder, args=CHECKPOINTS))
-    run(folder, stage(folder, args=CHECKPOINTS))  # a finished one may be repeated
-    (folder / "out" / "one" / run_folder.FINISHED).unlink()
-    with pytest.raises(ValueError, match=r"checkpoint-6.*--resume"):
-        run(folder, stage(folder, args=CHECKPOINTS))
+def test_an_unfinished_run_is_not_started_over_by_accident(folder, tmp_path):
+    output = str(tmp_path)
+    run(folder, stage(folder, args=CHECKPOINTS), output=output)
+    run(folder, stage(folder, args=CHECKPOINTS), output=output)  # a finished one may be repeated
+    (tmp_path / "one" / run_dir.FINISHED).unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-4.*--resume"):
+        run(folder, stage(folder, args=CHECKPOINTS), output=output)
     changed = {**CHECKPOINTS, "save_steps": 3, "logging_steps": 2, "dataloader_num_workers": 1}
-    run(folder, stage(folder, args=changed), resume=True)  # what changes no weight may change
+    run(folder, stage(folder, args=changed), output=output, resume=True)
 
 
-def test_sigterm_outside_training_is_not_caught(folder):
+def test_sigterm_outside_training_is_not_caught(folder, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    run(folder)
+    run(folder, output=str(tmp_path))
     assert signal.getsignal(signal.SIGTERM) is before
