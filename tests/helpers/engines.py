@@ -6,7 +6,6 @@ Engines are ddp, fsdp, zero2 and zero3. Each runs its cases one after another; a
 CASES, "upgrade" or "interrupted".
 """
 
-import contextlib
 import gc
 import importlib.util
 import os
@@ -20,13 +19,12 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from helpers.example_bases import build_example_base
-from helpers.runs import log, recipe, run, stage, write_records
+from helpers.runs import interrupt, log, recipe, run, stage, write_records
 from helpers.tiny import SPARSE
 from safetensors.torch import load_file
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from sparsecut import load, train
-from sparsecut.training.trainer import StageTrainer
 
 TESTS = Path(__file__).parents[1]
 BOTH = ["fusion", "language"]
@@ -105,10 +103,6 @@ def run_upgrade(folder: Path, output: Path, num_processes: int, **args) -> None:
     train(given, shown=False)
 
 
-class Interrupted(Exception):
-    """Stands for a power cut."""
-
-
 def run_interrupted(folder: Path, output: Path, num_processes: int, **args) -> None:
     """Run four steps with Adam twice: at a stretch, and cut off in the last one and resumed."""
     settings = {
@@ -121,17 +115,8 @@ def run_interrupted(folder: Path, output: Path, num_processes: int, **args) -> N
     }
     plain = make_stage(folder, "parts", num_processes, **settings)
     run(folder, plain, output=str(output / "whole"))
-    training_step = StageTrainer.training_step
-
-    def fail(self, *arguments, **named):
-        if self.state.global_step == 3:
-            raise Interrupted
-        return training_step(self, *arguments, **named)
-
-    StageTrainer.training_step = fail
-    with contextlib.suppress(Interrupted):
+    with interrupt("one", step=3):
         run(folder, plain, output=str(output / "resumed"))
-    StageTrainer.training_step = training_step
     run(folder, plain, output=str(output / "resumed"), resume=True)
 
 

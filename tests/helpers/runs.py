@@ -1,9 +1,11 @@
 """Small training runs for the tests: twelve records, the tiny model, a recipe made on the spot."""
 
+import contextlib
 import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from helpers.tiny import SPARSE, tiny_model
 from PIL import Image
 
@@ -12,6 +14,7 @@ from sparsecut.data.collator import Collator
 from sparsecut.data.dataset import TrainingData
 from sparsecut.data.encoding import example_encoder
 from sparsecut.data.examples import read_examples
+from sparsecut.data.jsonl import read_json_lines
 from sparsecut.data.validation import check_examples
 from sparsecut.training.arguments import build_arguments
 from sparsecut.training.freezing import freeze
@@ -22,14 +25,20 @@ from sparsecut.training.trainer import StageTrainer
 ANSWERS = ["a cat", "a red dog", "blue", "yes ."]
 
 
-def write_records(folder) -> None:
-    """Twelve records: one in four is text only, one has two pictures; texts.json holds text-only
-    records.
+def write_records(folder: Path) -> Path:
+    """Write twelve records: one in four is text only, one has two images.
+
+    data.json holds all of them, those with images first; texts.json holds the text-only ones.
     """
-    records, texts, rng = [], [], np.random.default_rng(0)
+    rng = np.random.default_rng(0)
+    records = []
+    texts = []
     for i in range(12):
-        Image.fromarray(rng.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        images = [] if i % 4 == 3 else [f"{i}.png", "0.png"] if i == 6 else [f"{i}.png"]
+        pixels = rng.integers(0, 256, (20, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        images = [] if i % 4 == 3 else [f"{i}.png"]
+        if i == 6:
+            images.append("0.png")
         question = {"from": "human", "value": "<image> " * len(images) + "what is it"}
         answer = {"from": "gpt", "value": ANSWERS[i % 4]}
         record = {"id": str(i), "image": images or None, "conversations": [question, answer]}
@@ -40,19 +49,19 @@ def write_records(folder) -> None:
 
 
 def write_word_records(path: Path, words: dict[str, int], pictures: bool = True) -> dict:
-    """A file of records, each of so many words; what a stage's data says of it."""
-    shown = "<image>\n" if pictures else ""
-    records = [
-        {
-            "id": name,
-            **({"image": "one.png"} if pictures else {}),
-            "conversations": [
-                {"from": "human", "value": shown + "a " * (n - 1)},
-                {"from": "gpt", "value": "b"},
-            ],
-        }
-        for name, n in words.items()
-    ]
+    """Write a file of records with so many words each, by id.
+
+    Returns:
+        The `data` of a stage that names the file.
+    """
+    records = []
+    for name, number in words.items():
+        question = ("<image>\n" if pictures else "") + "a " * (number - 1)
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "b"}]
+        record = {"id": name, "conversations": turns}
+        if pictures:
+            record["image"] = "one.png"
+        records.append(record)
     path.write_text(json.dumps(records))
     return {"path": str(path)}
 
@@ -98,11 +107,33 @@ def run(folder, *stages, plan=SPARSE, resume=False, **changes):
     )
 
 
-def log(folder, name="one", output="out"):
+class Interrupted(Exception):
+    """Stands for a power cut."""
+
+
+@contextlib.contextmanager
+def interrupt(stage_name: str, step: int):
+    """Cut training off before a step of a stage, and assert that it came to that."""
+    training_step = StageTrainer.training_step
+
+    def fail(self, *args, **kwargs):
+        if self.stage.name == stage_name and self.state.global_step == step:
+            raise Interrupted
+        return training_step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(StageTrainer, "training_step", fail)
+        yield
+
+
+def log(folder: Path, name: str = "one", output: str = "out") -> list[dict]:
     """The lines of a stage's log."""
-    return [
-        json.loads(line) for line in (folder / output / name / "log.jsonl").read_text().splitlines()
-    ]
+    return read_json_lines(folder / output / name / "log.jsonl")
+
+
+def read_losses(folder: Path, name: str = "one", output: str = "out") -> list[float]:
+    """The losses that a stage has logged."""
+    return [line["loss"] for line in log(folder, name, output) if "loss" in line]
 
 
 def trainer_for(model, processor, folder, **changes):

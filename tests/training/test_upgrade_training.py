@@ -1,8 +1,7 @@
-"""From a recipe with a base to answers: what is trained, saved, loaded and asked is the base's own
-way, with shortcuts.
-"""
+"""From a recipe with a base to answers: the base's own way of doing things, with shortcuts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import torch
 from helpers.example_bases import KINDS, build_example_base
 from helpers.records import encode_batch
-from helpers.runs import log, stage, write_records
+from helpers.runs import interrupt, log, stage, write_records
 from PIL import Image
 
 from sparsecut import Chat, load, train, upgrade
@@ -21,243 +20,254 @@ from sparsecut.evaluation.evaluator import evaluate
 from sparsecut.prompts import render_prompt, run_processor, split_at_images
 from sparsecut.reports.ablation import write_text
 from sparsecut.training.arguments import build_arguments
-from sparsecut.training.trainer import StageTrainer
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(params=KINDS)
 def base(request):
+    """(model, processor): a tiny random base of each kind."""
     return build_example_base(request.param)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A folder with data.json, texts.json, their pictures, and a LLaVA in base/."""
-    write_records(tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with data.json, texts.json, their images, and a LLaVA in base/."""
+    folder = write_records(tmp_path_factory.mktemp("upgrades"))
     model, processor = build_example_base("llava")
-    model.save_pretrained(tmp_path / "base")
-    processor.save_pretrained(tmp_path / "base")
-    return tmp_path
+    model.save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    return folder
 
 
-def picture(width: int, height: int) -> Image.Image:
-    values = np.random.default_rng(width * height).integers(
-        0, 256, (height, width, 3), dtype=np.uint8
-    )
-    return Image.fromarray(values)
+@pytest.fixture(scope="module")
+def untouched():
+    """Weights of the LLaVA in base/."""
+    return build_example_base("llava")[0].state_dict()
 
 
-def recipe(folder, *stages, **changes):
+def make_image(width: int, height: int) -> Image.Image:
+    rng = np.random.default_rng(width * height)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def make_recipe(folder: Path, output: Path, *stages: dict, **changes):
     plain = {
         "model": {"base": str(folder / "base")},
-        "output": str(folder / "out"),
-        "stages": list(stages),
+        "output": str(output),
+        "stages": list(stages) or [stage(folder)],
     }
-    return parse_recipe({**plain, "stages": list(stages) or [stage(folder)], **changes})
+    return parse_recipe({**plain, **changes})
 
 
-def talk(*turns: str, images=()) -> Example:
-    roles = ["user", "assistant"] * len(turns)
-    messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
-    return Example("x", list(images), messages, source="talk.json record 0")
+def train_upgrade(folder: Path, output: Path, *stages: dict, resume: bool = False):
+    """Train shortcuts on the LLaVA in base/; returns the model."""
+    return train(make_recipe(folder, output, *stages), shown=False, resume=resume)[0]
 
 
-TALKS = [  # conversation, sizes of its pictures
-    (talk(f"{IMAGE}\nwhat is it", "a red cat", "are you sure ?", "yes"), [(40, 20)]),
-    (talk(f"is {IMAGE} it\n{IMAGE} or", "zebra"), [(16, 30), (64, 48)]),
-    (talk("what is blue", "it is a dog", "sure", "a"), []),
+def read_predictions(folder: Path) -> str:
+    return (folder / "predictions.jsonl").read_text()
+
+
+def make_talk(*turns: str) -> Example:
+    messages = []
+    for number, text in enumerate(turns):
+        role = "assistant" if number % 2 else "user"
+        messages.append({"role": role, "content": text})
+    return Example("x", [], messages, source="talk.json record 0")
+
+
+# Conversations, each with the sizes of its images.
+TALKS = [
+    (make_talk(f"{IMAGE}\nwhat is it", "a red cat", "are you sure ?", "yes"), [(40, 20)]),
+    (make_talk(f"is {IMAGE} it\n{IMAGE} or", "zebra"), [(16, 30), (64, 48)]),
+    (make_talk("what is blue", "it is a dog", "sure", "a"), []),
 ]
+
+
+def make_talks() -> tuple[list[Example], list[list[Image.Image]]]:
+    images = []
+    for _, sizes in TALKS:
+        images.append([make_image(*size) for size in sizes])
+    return [talk for talk, _ in TALKS], images
 
 
 def test_what_is_learned_follows_exactly_the_prompt_of_inference(base):
     processor = base[1]
-    pictures = [[picture(*size) for size in sizes] for _, sizes in TALKS]
-    batch = encode_batch(processor, [one for one, _ in TALKS], pictures)
-    for row, (one, _) in enumerate(TALKS):
+    talks, images = make_talks()
+    batch = encode_batch(processor, talks, images)
+    for row, talk in enumerate(talks):
         length = int(batch["attention_mask"][row].sum())
-        ids, labels = batch["input_ids"][row, :length], batch["labels"][row, :length]
-        answers, start = [m["content"] for m in one.messages if m["role"] == "assistant"], 0
-        for number, answer in enumerate(answers):
-            asked = [
-                {**m, "content": m["content"].replace(IMAGE, processor.image_token)}
-                for m in one.messages[: 2 * number + 1]
-            ]
-            prompt = run_processor(
-                processor, [render_prompt(processor, asked)], pictures[row : row + 1]
-            )["input_ids"][0]
-            assert (
-                torch.equal(ids[: len(prompt)], prompt)
-                and (labels[start : len(prompt)] == -100).all()
-            )
-            learned = labels[
-                len(prompt) :
-            ].tolist()  # from the very first token that the model has to say
-            learned = learned[: learned.index(-100)] if -100 in learned else learned
-            last = number + 1 == len(answers)
-            ends = (
-                processor.tokenizer.eos_token if last or "im_end" in processor.chat_template else ""
-            )
-            assert processor.decode(learned).strip() == answer + ends
-            start = len(prompt) + len(learned)
-        assert (labels[start:] == -100).all() and (batch["labels"][row, length:] == -100).all()
+        labels = batch["labels"][row]
+        check_learned(
+            processor, talk, images[row], batch["input_ids"][row, :length], labels[:length]
+        )
+        assert (labels[length:] == -100).all()
+
+
+def check_learned(processor, talk: Example, images: list, ids, labels) -> None:
+    """Assert that the answers of a conversation have labels, from their first token on."""
+    ends_turns = "im_end" in processor.chat_template
+    start = 0
+    for number, message in enumerate(talk.messages):
+        if message["role"] == "user":
+            continue
+        messages = []
+        for earlier in talk.messages[:number]:
+            content = earlier["content"].replace(IMAGE, processor.image_token)
+            messages.append({**earlier, "content": content})
+        prompt = run_processor(processor, [render_prompt(processor, messages)], [images])
+        prompt_ids = prompt["input_ids"][0]
+        assert torch.equal(ids[: len(prompt_ids)], prompt_ids)
+        assert (labels[start : len(prompt_ids)] == -100).all()
+        answer = labels[len(prompt_ids) :].tolist()
+        answer = answer[: answer.index(-100)] if -100 in answer else answer
+        is_last = number == len(talk.messages) - 1
+        end = processor.tokenizer.eos_token if is_last or ends_turns else ""
+        assert processor.decode(answer).strip() == message["content"] + end
+        start = len(prompt_ids) + len(answer)
+    assert (labels[start:] == -100).all()
 
 
 def test_a_batch_is_what_the_processor_makes_of_it(base):
     model, processor = base
-    pictures = [[picture(*size) for size in sizes] for _, sizes in TALKS]
-    batch = encode_batch(processor, [one for one, _ in TALKS], pictures)
+    talks, images = make_talks()
+    batch = encode_batch(processor, talks, images)
     model(**batch).loss.backward()
-    alone = encode_batch(processor, [TALKS[0][0]], pictures[:1])
+    alone = encode_batch(processor, talks[:1], images[:1])
     length = alone["input_ids"].shape[1]
-    assert all(
-        torch.equal(alone[name][0], batch[name][0, :length]) for name in ("input_ids", "labels")
-    )
+    for name in ("input_ids", "labels"):
+        assert torch.equal(alone[name][0], batch[name][0, :length])
 
 
-def test_shortcuts_are_trained_by_a_recipe_and_the_base_is_not(folder):
+@pytest.fixture(scope="module")
+def trained(folder):
+    """(model, folder): shortcuts trained for thirty steps on the LLaVA in base/."""
     args = {"max_steps": 30, "per_device_train_batch_size": 4}
-    model, _ = train(recipe(folder, stage(folder, args=args)), shown=False)
+    return train_upgrade(folder, folder / "out", stage(folder, args=args)), folder
+
+
+def test_shortcuts_are_trained_by_a_recipe_and_the_base_is_not(trained, untouched):
+    model, folder = trained
     losses = [line["loss"] for line in log(folder) if "loss" in line]
     assert np.mean(losses[-5:]) < 0.97 * np.mean(losses[:5])
-    untouched = build_example_base("llava")[0].state_dict()
-    assert all(
-        torch.equal(value, untouched[name]) for name, value in model.base.state_dict().items()
-    )
+    for name, value in model.base.state_dict().items():
+        assert torch.equal(value, untouched[name])
+
+
+def test_shortcuts_are_saved_without_the_base_and_load_with_it(trained):
+    model, folder = trained
     files = {path.name for path in (folder / "out" / "final").iterdir()}
     assert {"fusion.safetensors", "fusion.json", "config.yaml", "processor_config.json"} <= files
     assert not files & {"model.safetensors", "config.json"}
-
-    again, processor = load(folder / "out" / "final")
+    loaded, _ = load(folder / "out" / "final")
+    state = loaded.state_dict()
     for name, value in model.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name])
-    asked = read_examples(folder / "data.json")
-    found = evaluate(again, processor, asked, out=folder / "eval", max_new_tokens=4)
-    assert found["num_examples"] == 12 and found["views"]["tiles"] == 2
-    said = (folder / "eval" / "predictions.jsonl").read_text()
-    for out, off in (("single", ()), ("off", again.fusion.gated)):
-        with again.fusion.switched_off(*off):
-            evaluate(again, processor, asked, out=folder / out, max_new_tokens=4, batch_size=1)
-    assert (folder / "single" / "predictions.jsonl").read_text() == said
-    evaluate(*upgrade(folder / "base"), asked, out=folder / "plain", max_new_tokens=4)
-    off, plain = (
-        json.loads((folder / name / "result.json").read_text()) for name in ("off", "plain")
-    )
+        assert torch.equal(value, state[name])
+
+
+def test_answers_depend_on_shortcuts_and_not_on_the_batch(trained, tmp_path):
+    model, folder = trained
+    processor = load(folder / "out" / "final")[1]
+    examples = read_examples(folder / "data.json")
+    settings = {"max_new_tokens": 4}
+    result = evaluate(model, processor, examples, out=tmp_path / "eval", **settings)
+    assert result["num_examples"] == 12
+    assert result["views"]["tiles"] == 2
+    evaluate(model, processor, examples, out=tmp_path / "single", batch_size=1, **settings)
+    assert read_predictions(tmp_path / "single") == read_predictions(tmp_path / "eval")
+    with model.fusion.switched_off(*model.fusion.gated):
+        off = evaluate(model, processor, examples, out=tmp_path / "off", batch_size=1, **settings)
+    plain = evaluate(*upgrade(folder / "base"), examples, out=tmp_path / "plain", **settings)
     assert off["accuracy"] == plain["accuracy"]
-    assert (folder / "off" / "predictions.jsonl").read_text() == (
-        folder / "plain" / "predictions.jsonl"
-    ).read_text()
+    assert read_predictions(tmp_path / "off") == read_predictions(tmp_path / "plain")
 
 
-def test_a_loaded_base_is_trained_too(base, tmp_path):
-    write_records(tmp_path)
+def test_a_loaded_base_is_trained_too(base, folder, tmp_path):
     before = {name: value.clone() for name, value in base[0].state_dict().items()}
-    model, processor = train(recipe(tmp_path), model=base[0], processor=base[1], shown=False)
+    given = make_recipe(folder, tmp_path / "out")
+    model, processor = train(given, model=base[0], processor=base[1], shown=False)
     assert model.base is base[0]
-    assert all(torch.equal(before[name], value) for name, value in model.base.state_dict().items())
+    for name, value in model.base.state_dict().items():
+        assert torch.equal(before[name], value)
     assert any(value.abs().sum() > 0 for value in model.fusion.paths[0].linear_2.parameters())
-    asked, said = read_examples(tmp_path / "data.json"), []
+    examples = read_examples(folder / "data.json")
     for size in (1, 5):
-        evaluate(
-            model, processor, asked, max_new_tokens=3, batch_size=size, out=tmp_path / str(size)
-        )
-        said.append((tmp_path / str(size) / "predictions.jsonl").read_text())
-    assert said[0] == said[1]
+        out = tmp_path / str(size)
+        evaluate(model, processor, examples, max_new_tokens=3, batch_size=size, out=out)
+    assert read_predictions(tmp_path / "1") == read_predictions(tmp_path / "5")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_shortcuts_of_a_half_precision_base_learn_in_single_precision(folder, dtype):
-    build_example_base("llava")[0].to(dtype).save_pretrained(folder / "base")
-    model, _ = train(
-        recipe(folder, stage(folder, args={"bf16": True, "use_cpu": True, "max_steps": 2})),
-        shown=False,
-    )
+def test_shortcuts_of_a_half_precision_base_are_trained_in_single_precision(
+    folder, tmp_path, dtype
+):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    build_example_base("llava")[0].to(dtype).save_pretrained(tmp_path / "base")
+    args = {"bf16": True, "use_cpu": True, "max_steps": 2}
+    model = train_upgrade(tmp_path, tmp_path / "out", stage(folder, args=args))
     assert next(model.fusion.parameters()).dtype == torch.float32
     assert next(model.base.parameters()).dtype == torch.bfloat16
-    assert load(folder / "out" / "final")[0].plan == model.plan
+    assert load(tmp_path / "out" / "final")[0].plan == model.plan
 
 
-def test_gradient_checkpointing_changes_nothing(folder):
-    found = []
-    for on in (False, True):
-        args = {"activation_checkpointing": on}
-        model, _ = train(
-            recipe(folder, stage(folder, args=args), output=str(folder / str(on))), shown=False
-        )
-        found.append(model.fusion.state_dict())
-    assert all(torch.allclose(value, found[1][name], atol=1e-6) for name, value in found[0].items())
+def test_gradient_checkpointing_changes_nothing(folder, tmp_path):
+    weights = []
+    for checkpointing in (False, True):
+        args = {"activation_checkpointing": checkpointing}
+        output = tmp_path / str(checkpointing)
+        model = train_upgrade(folder, output, stage(folder, args=args))
+        weights.append(model.fusion.state_dict())
+    for name, value in weights[0].items():
+        assert torch.allclose(value, weights[1][name], atol=1e-6)
 
 
-class Interrupted(Exception):
-    """Stands for a power cut."""
-
-
-def test_resuming_gives_the_weights_of_an_uninterrupted_run(folder, monkeypatch):
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(folder, tmp_path):
     args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    stages = [stage(folder, args=args), stage(folder, name="two", args=args)]
-    whole = train(recipe(folder, *stages, output=str(folder / "whole")), shown=False)[0]
-    checkpoint = {path.name for path in (folder / "whole" / "two" / "checkpoint-2").iterdir()}
-    assert "fusion.safetensors" in checkpoint and "model.safetensors" not in checkpoint
-    step = StageTrainer.training_step
-
-    def fails(self, *arguments, **named):
-        if self.stage.name == "two" and self.state.global_step == 3:
-            raise Interrupted
-        return step(self, *arguments, **named)
-
-    monkeypatch.setattr(StageTrainer, "training_step", fails)
-    with pytest.raises(Interrupted):
-        train(recipe(folder, *stages), shown=False)
-    monkeypatch.setattr(StageTrainer, "training_step", step)
-    resumed = train(recipe(folder, *stages), shown=False, resume=True)[0]
+    stages = [stage(folder, args={"max_steps": 1}), stage(folder, name="two", args=args)]
+    whole = train_upgrade(folder, tmp_path / "whole", *stages)
+    files = {path.name for path in (tmp_path / "whole" / "two" / "checkpoint-2").iterdir()}
+    assert "fusion.safetensors" in files
+    assert "model.safetensors" not in files
+    with interrupt("two", step=3):
+        train_upgrade(folder, tmp_path / "out", *stages)
+    resumed = train_upgrade(folder, tmp_path / "out", *stages, resume=True)
     for name, value in whole.fusion.state_dict().items():
         assert torch.equal(value, resumed.fusion.state_dict()[name]), name
 
 
-def test_a_base_that_was_trained_too_is_saved_with_the_shortcuts(folder):
-    stages = [
-        stage(folder),
-        stage(
-            folder, name="two", train=["projector", "fusion", "language"], lr={"projector": 1e-3}
-        ),
-    ]
-    model, _ = train(recipe(folder, *stages), shown=False)
-    assert (folder / "out" / "one" / "fusion.json").is_file()
-    assert (folder / "out" / "final" / "model.safetensors").is_file()
-    untouched = build_example_base("llava")[0]
-    changed = {
-        n
-        for n, value in model.base.state_dict().items()
-        if not torch.equal(value, untouched.state_dict()[n])
-    }
-    assert {name.split(".")[1] for name in changed if name != "lm_head.weight"} == {
-        "multi_modal_projector",
-        "language_model",
-    }
-    again, processor = load(folder / "out" / "final")
-    inputs = run_processor(processor, ["<image>what is it"], [[picture(20, 30)]])
-    assert torch.equal(model(**inputs).logits, again(**inputs).logits)
-    again.save_fusion(folder / "alone")
-    assert json.loads((folder / "alone" / "fusion.json").read_text())["base"] is None
+def test_a_base_that_was_trained_too_is_saved_with_the_shortcuts(folder, tmp_path, untouched):
+    parts = ["projector", "fusion", "language"]
+    second = stage(folder, name="two", train=parts, lr={"projector": 1e-3})
+    model = train_upgrade(folder, tmp_path / "out", stage(folder), second)
+    assert (tmp_path / "out" / "one" / "fusion.json").is_file()
+    assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
+    changed = set()
+    for name, value in model.base.state_dict().items():
+        if name != "lm_head.weight" and not torch.equal(value, untouched[name]):
+            changed.add(name.split(".")[1])
+    assert changed == {"multi_modal_projector", "language_model"}
+    loaded, processor = load(tmp_path / "out" / "final")
+    inputs = run_processor(processor, ["<image>what is it"], [[make_image(20, 30)]])
+    assert torch.equal(model(**inputs).logits, loaded(**inputs).logits)
+    loaded.save_fusion(tmp_path / "alone")
+    assert json.loads((tmp_path / "alone" / "fusion.json").read_text())["base"] is None
 
 
-def test_a_chat_sees_several_pictures_and_remembers_them(folder):
+def test_a_chat_sees_several_images_and_remembers_them(folder):
     model, processor = upgrade(folder / "base")
     chat = Chat(model, processor, max_new_tokens=3)
-    chat.ask("what is it", picture(20, 30), picture(16, 16))
-    said = chat.ask("is <image> red", picture(30, 30))
-    assert [m["content"].count(IMAGE) for m in chat.messages] == [2, 0, 1, 0] and len(
-        chat.images
-    ) == 3
-    inputs = run_processor(processor, [render_prompt(processor, chat.messages[:3])], [chat.images])
-    ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)[
-        :, inputs["input_ids"].shape[1] :
-    ]
-    assert processor.batch_decode(ids, skip_special_tokens=True)[0].strip() == said
-    assert (
-        "".join(Chat(model, processor, max_new_tokens=3).stream("what is it", picture(20, 30)))
-        != ""
-    )
+    chat.ask("what is it", make_image(20, 30), make_image(16, 16))
+    answer = chat.ask("is <image> red", make_image(30, 30))
+    assert [message["content"].count(IMAGE) for message in chat.messages] == [2, 0, 1, 0]
+    assert len(chat.images) == 3
+    prompt = render_prompt(processor, chat.messages[:3])
+    inputs = run_processor(processor, [prompt], [chat.images])
+    ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    new_ids = ids[:, inputs["input_ids"].shape[1] :]
+    assert processor.batch_decode(new_ids, skip_special_tokens=True)[0].strip() == answer
+    streamed = Chat(model, processor, max_new_tokens=3).stream("what is it", make_image(20, 30))
+    assert "".join(streamed) != ""
 
 
 def test_an_explanation_switches_shortcuts_off_and_measures_what_they_add(folder):
@@ -265,70 +275,94 @@ def test_an_explanation_switches_shortcuts_off_and_measures_what_they_add(folder
     torch.manual_seed(1)
     for parameter in model.fusion.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    asked = read_examples(folder / "data.json")
-    found = explain(model, processor, asked, max_new_tokens=3, batch_size=5)
+    examples = read_examples(folder / "data.json")
+    explanation = explain(model, processor, examples, max_new_tokens=3, batch_size=5)
     with model.fusion.switched_off(1):
-        assert (
-            found["conditions"]["without 1"]["accuracy"]
-            == evaluate(model, processor, asked, max_new_tokens=3)["accuracy"]
-        )
-    first = list({tuple(e.images): e for e in asked if e.images}.values())
-    inputs = run_processor(
-        processor, ["<image>" * len(e.images) for e in first], [e.load_images() for e in first]
+        without = evaluate(model, processor, examples, max_new_tokens=3)
+    assert explanation["conditions"]["without 1"]["accuracy"] == without["accuracy"]
+    norms = measure_norms(model, processor, examples)
+    assert np.allclose([s["norm"] for s in explanation["shortcuts"][1:]], norms, rtol=1e-4)
+    assert write_text(explanation).count("\n") > 10
+
+
+def measure_norms(model, processor, examples: list[Example]) -> list[float]:
+    """Mean norms of the features above the input, over images that differ."""
+    different = {tuple(example.images): example for example in examples if example.images}
+    images = [example.load_images() for example in different.values()]
+    inputs = run_processor(processor, ["<image>" * len(group) for group in images], images)
+    features = model.get_image_features(
+        pixel_values=inputs["pixel_values"], fine_pixel_values=inputs["fine_pixel_values"]
     )
-    names = ("pixel_values", "fine_pixel_values")
-    beside = model.get_image_features(**{name: inputs[name] for name in names}).pooler_output
-    norms = torch.cat(list(beside)).unflatten(-1, (-1, 32)).norm(dim=-1).mean(0).tolist()[1:]
-    assert np.allclose([s["norm"] for s in found["shortcuts"][1:]], norms, rtol=1e-4)
-    assert write_text(found).count("\n") > 10
+    by_layer = torch.cat(list(features.pooler_output)).unflatten(-1, (-1, 32))
+    return by_layer.norm(dim=-1).mean(0).tolist()[1:]
 
 
 def test_contents_in_parts_leave_line_ends_to_the_template():
-    kinds = [
-        list(part.values())[-1]
-        for part in split_at_images("<image>\n<image>\nis <image>\nit\n", "<image>")
-    ]
-    assert kinds == ["image", "image", "is ", "image", "it\n"]
+    parts = split_at_images("<image>\n<image>\nis <image>\nit\n", "<image>")
+    values = [list(part.values())[-1] for part in parts]
+    assert values == ["image", "image", "is ", "image", "it\n"]
+
+
+def check_refused(folder: Path, tmp_path: Path, match: str, *, of_stage=None, **changes) -> None:
+    """Assert that a recipe with changes is refused before anything is written."""
+    given = make_recipe(folder, tmp_path / "out", stage(folder, **(of_stage or {})), **changes)
+    with pytest.raises(ValueError, match=match):
+        train(given, shown=False, check=True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "match"),
+    [
+        ({"template": "plain"}, "record 0: .*'plain'"),
+        ({"max_length": 3}, "max_length=3"),
+        ({"max_length": 12}, "record 0: .*max_length"),
+    ],
+)
+def test_a_stage_that_a_base_cannot_be_trained_by_is_refused(folder, tmp_path, changes, match):
+    check_refused(folder, tmp_path, match, of_stage=changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
     [
         ({"feature_cache": "kept"}, "feature_cache is 'kept'"),
-        ({"template": "plain"}, "record 0: template 'plain' leaves out the prompt format"),
-        ({"max_length": 3}, "max_length=3 would cut off image tokens"),
-        ({"max_length": 12}, "no token of the .* is left to learn: .* raise max_length"),
-        ({"chat_template": None}, "LlavaProcessor has no chat template"),
-        (
-            {"chat_template": "{% for m in messages %}{{ m['role'] }}{% endfor %}"},
-            "writes no <image>",
-        ),
-        ({"limit": 6}, "has .* tokens, but the language model takes 6"),
         ({"model": {"base": "nowhere/base"}}, "nowhere/base"),
         ({"fusion": "llava"}, "shortcut"),
     ],
 )
-def test_what_cannot_be_trained_on_is_refused(folder, changes, sentence, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    config = folder / "base" / "config.json"
-    for name in set(changes) & {"chat_template"}:
-        (folder / "base" / "chat_template.jinja").unlink()
-        if changes[name]:
-            (folder / "base" / "chat_template.jinja").write_text(changes[name])
-    if "limit" in changes:
-        plain = json.loads(config.read_text())
-        plain["text_config"]["max_position_embeddings"] = changes["limit"]
-        config.write_text(json.dumps(plain))
-    of_stage = {name: changes[name] for name in set(changes) & {"template", "max_length"}}
-    of_recipe = {
-        name: changes[name] for name in set(changes) & {"feature_cache", "model", "fusion"}
-    }
-    with pytest.raises(ValueError, match=sentence):
-        train(recipe(folder, stage(folder, **of_stage), **of_recipe), shown=False, check=True)
-    assert not (folder / "out").exists()
+def test_a_recipe_that_a_base_cannot_be_trained_by_is_refused(folder, tmp_path, changes, match):
+    check_refused(folder, tmp_path, match, **changes)
+
+
+@pytest.mark.parametrize(
+    ("template", "match"),
+    [
+        (None, "LlavaProcessor has no chat template"),
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "<image>"),
+    ],
+)
+def test_a_chat_template_without_images_is_refused(folder, tmp_path, template, match):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    file = tmp_path / "base" / "chat_template.jinja"
+    file.unlink()
+    if template is not None:
+        file.write_text(template)
+    check_refused(folder, tmp_path, match, model={"base": str(tmp_path / "base")})
+
+
+def test_records_that_are_longer_than_the_base_takes_are_refused(folder, tmp_path):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    plain = json.loads(file.read_text())
+    plain["text_config"]["max_position_embeddings"] = 6
+    file.write_text(json.dumps(plain))
+    check_refused(folder, tmp_path, "tokens.* 6", model={"base": str(tmp_path / "base")})
 
 
 def test_the_recipe_for_a_large_base_is_whole():
-    found = load_recipe(ROOT / "configs" / "upgrade-llava-7b.yaml", ["stages.0.args.use_cpu=true"])
-    assert found.model.base == "llava-hf/llava-1.5-7b-hf" and found.stages[0].train == ("fusion",)
-    build_arguments(found.stages[0], 0, Path("unused"))
+    path = ROOT / "configs" / "upgrade-llava-7b.yaml"
+    recipe = load_recipe(path, ["stages.0.args.use_cpu=true"])
+    assert recipe.model.base == "llava-hf/llava-1.5-7b-hf"
+    assert recipe.stages[0].train == ("fusion",)
+    build_arguments(recipe.stages[0], 0, Path("unused"))
