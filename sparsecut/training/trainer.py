@@ -26,7 +26,6 @@ from ..data.streaming import Stream
 from ..modeling_upgraded import WEIGHTS
 from ..schema import UserError
 from .freezing import freeze_unused_vision_blocks, get_frozen_modules, get_part_names
-from .preemption import SigtermCallback, TrainingInterrupted
 from .progress import StageLog
 from .run_dir import (
     SKIPPED,
@@ -36,6 +35,7 @@ from .run_dir import (
     mark_complete,
 )
 from .shortcut_stats import ShortcutMonitor
+from .sigterm import SigtermCallback, TrainingInterrupted
 
 MIN_BROKEN = 10  # broken records that any stage may have
 
