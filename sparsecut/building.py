@@ -38,15 +38,15 @@ logger = logging.getLogger(__name__)
 SHAPES_WEIGHTS = Path(__file__).parent / "shapes" / "weights"
 SHAPES = "shapes"  # names the built-in small backbones
 OLD_SHAPES = "world"  # their former name
-# Where the Auto classes find the code that is saved with a model or a processor. By name of its
-# class, or of the module of its class where that is made on the spot.
+# Where the Auto classes find the code that is saved with a model or a processor: by the module of its
+# class, or by the class where a module has several kinds.
 AUTO_MAPS = {
-    "SparseCutForConditionalGeneration": {
+    "modeling": {
         "AutoConfig": "configuration.SparseCutConfig",
         "AutoModel": "modeling.SparseCutModel",
         "AutoModelForImageTextToText": "modeling.SparseCutForConditionalGeneration",
     },
-    "SparseCutUpgrade": {
+    "modeling_upgraded": {
         "AutoConfig": "configuration.SparseCutUpgradeConfig",
         "AutoModel": "modeling_upgraded.SparseCutUpgradeModel",
         "AutoModelForImageTextToText": "modeling_upgraded.SparseCutUpgrade",

@@ -59,13 +59,13 @@ class SparseCutConfig(PreTrainedConfig):
         implementations = _read_implementations(self.vision_config, self.text_config)
         super().__post_init__(**kwargs)
         _restore_implementations(implementations)
-        grid = read_grid(self.vision_config, self.view_size)
+        read_grid(self.vision_config, self.view_size)  # refuses encoders without a fixed grid
         check_text_config(self.text_config)
         spec = "sparsecut" if self.plan is None else self.plan
         plan = make_plan(spec, self.vision_depth, self.language_depth)
-        check_fine_views(self.vision_config, grid, plan)
+        check_plan(self.vision_config, plan)
         self.plan = plan.to_dict()
-        register_models(type(self))
+        register_models(SparseCutConfig)
 
     def get_plan(self) -> Plan:
         """The plan as a `Plan`."""
@@ -131,7 +131,7 @@ class SparseCutUpgradeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        register_models(type(self))
+        register_models(SparseCutUpgradeConfig)
 
     @classmethod
     def from_base(
@@ -198,8 +198,13 @@ def _restore_implementations(implementations: list[tuple]) -> None:
             setattr(config, name, value)
 
 
-def check_fine_views(vision_config, grid: PatchGrid, plan: Plan) -> None:
-    """Raise UserError where a plan needs fine views of audio, which has one view."""
+def check_plan(vision_config, plan: Plan) -> None:
+    """Raise UserError for plans of upgraded models, and for fine views of audio, which has none."""
+    if plan.has_base_input:
+        raise UserError(
+            "the plan has mix='base', which stands for a pretrained VLM's own input, but a joined"
+            " model has none; give layer 0 a shortcut with taps, or use sparsecut.upgrade"
+        )
     if plan.tiles and is_audio(vision_config):
         raise UserError(
             f"the plan has tiles={plan.tiles}, but {vision_config.model_type} is an audio encoder,"

@@ -32,6 +32,10 @@ class VLMParts:
     language: nn.Module
 
 
+def _never(model: nn.Module) -> bool:  # not a lambda: models hold their family, and are pickled
+    return False
+
+
 @dataclass(frozen=True)
 class VLMFamily:
     """Layout of a family of pretrained VLMs.
@@ -51,7 +55,7 @@ class VLMFamily:
     parts: Callable[[nn.Module], VLMParts]
     patches_under: Callable[[nn.Module], int]
     patch_index: Callable[[nn.Module, tuple, dict], Tensor]
-    has_one_view: Callable[[nn.Module], bool] = lambda model: False
+    has_one_view: Callable[[nn.Module], bool] = _never
 
 
 # --- parts ---

@@ -198,7 +198,9 @@ class Fusion(nn.Module):
         gate_class = GATES[self.plan.gate].module
         if gate_class is None:
             return modules
-        if isinstance(gate_class, str):
+        if isinstance(
+            gate_class, str
+        ):  # plan.py imports no torch, so it names classes of this file
             gate_class = globals()[gate_class]
         layers = [s.layer for s in self.plan.shortcuts]
         for layer in self.plan.layers:

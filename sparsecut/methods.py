@@ -47,11 +47,11 @@ def make_plan(spec: str | dict | Plan, vision_depth: int, language_depth: int) -
         spec = {"method": spec}
     if isinstance(spec, Plan):
         plan = spec
-    elif "method" not in spec:
-        plan = Plan.from_dict(spec)
-    else:
+    elif isinstance(spec, dict) and "method" in spec:
         options = {key: value for key, value in spec.items() if key != "method"}
         plan = _call_method(spec["method"], options, vision_depth, language_depth)
+    else:
+        plan = Plan.from_dict(spec)
     return plan.check(vision_depth, language_depth)
 
 

@@ -216,6 +216,7 @@ class Enrich(nn.Module):
 
 def build_mixer(shortcut: Shortcut, plan: Plan, dim: int, rows: int) -> nn.Module:
     """Make the module of a shortcut's mixer."""
-    module = shortcut.mixer.module
-    mixer_class = globals()[module] if isinstance(module, str) else module
+    mixer_class = shortcut.mixer.module
+    if isinstance(mixer_class, str):  # plan.py imports no torch, so it names classes of this file
+        mixer_class = globals()[mixer_class]
     return mixer_class(shortcut, plan, dim, rows)

@@ -139,7 +139,7 @@ class Shortcut:
         make_tuples(self, "taps")
         taps = tuple(tuple(tap) if isinstance(tap, list) else tap for tap in self.taps)
         object.__setattr__(self, "taps", taps)
-        if self.mix not in MIXERS:
+        if self.mix not in tuple(MIXERS):  # a list from a file has no hash
             raise UserError(
                 f"mix {self.mix!r} is not known{nearest(self.mix, MIXERS)}; allowed are"
                 f" {', '.join(MIXERS)}, and mixers that were added to sparsecut.plan.MIXERS"
@@ -213,6 +213,12 @@ class Plan:
 
     def __post_init__(self):
         make_tuples(self, "shortcuts")
+        for shortcut in self.shortcuts:
+            if not isinstance(shortcut, Shortcut):
+                raise UserError(
+                    f"shortcuts holds {shortcut!r}, which is no Shortcut; Plan.from_dict takes keys"
+                    " and values"
+                )
         self._check_settings()
         self._check_input()
         for number, shortcut in enumerate(self.shortcuts):
@@ -220,7 +226,7 @@ class Plan:
         self._check_tokens()
 
     def _check_settings(self) -> None:
-        if self.gate not in GATES:
+        if self.gate not in tuple(GATES):
             known = [gate for gate in GATES if gate is not None]
             raise UserError(
                 f"gate {self.gate!r} is not known{nearest(self.gate, known)}; allowed are"

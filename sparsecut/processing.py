@@ -78,8 +78,10 @@ def cut_views(image: Image.Image, tiles: int, size, coarse: str = "squash") -> l
     """
     image = image.convert("RGB")
     height, width = as_pair(size)
-    squashed = image.resize((width, height), Image.Resampling.BICUBIC)
-    coarse_view = _crop_center(image, height, width) if coarse == "crop" else squashed
+    if coarse == "crop":
+        coarse_view = _crop_center(image, height, width)
+    else:
+        coarse_view = image.resize((width, height), Image.Resampling.BICUBIC)
     if not tiles:
         return [coarse_view]
     large = image.resize((tiles * width, tiles * height), Image.Resampling.BICUBIC)

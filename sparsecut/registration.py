@@ -28,7 +28,7 @@ def register_configurations() -> None:
 
     from . import configuration
 
-    if not hasattr(configuration, "check_text_config"):
+    if not hasattr(configuration, "SparseCutUpgradeConfig"):
         return  # it is being imported, and registers itself at its end
     for config_class in (configuration.SparseCutConfig, configuration.SparseCutUpgradeConfig):
         CONFIG_MAPPING.register(config_class.model_type, config_class, exist_ok=True)

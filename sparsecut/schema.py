@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -123,18 +123,18 @@ def check_pattern(key: str, pattern: str | None) -> None:
 
 def check_choice(what: str, value: object, allowed: Collection[str]) -> None:
     """Raise UserError, with the nearest match, where a value is not one of those allowed."""
-    if value not in allowed:
+    if value not in tuple(allowed):  # a tuple, because a list or dict from a file has no hash
         raise UserError(
             f"{what} is {value!r}{nearest(value, allowed)}, but allowed are {', '.join(allowed)}"
         )
 
 
 def make_tuples(value: Any, *names: str) -> None:
-    """Turn fields of a frozen dataclass into tuples: from a list, or from a single value."""
+    """Turn fields of a frozen dataclass into tuples: from several values, or from a single one."""
     for name in names:
         held = getattr(value, name)
-        items = tuple(held) if isinstance(held, list | tuple) else (held,)
-        object.__setattr__(value, name, items)
+        is_single = isinstance(held, str | dict) or not isinstance(held, Iterable)
+        object.__setattr__(value, name, (held,) if is_single else tuple(held))
 
 
 def is_whole_number(value: object) -> bool:

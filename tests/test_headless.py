@@ -1,13 +1,22 @@
 """`AutoModel` loads a saved folder without the head; its states are the whole model's."""
 
+import copy
 import logging
+import pickle
 
 import pytest
 import torch
 from helpers import checks
-from helpers.bases import DEFAULT_FAMILIES, build_base, build_fine_views, build_inputs
+from helpers.bases import (
+    DEFAULT_FAMILIES,
+    build_base,
+    build_fine_views,
+    build_inputs,
+    randomize_fusion,
+)
 from helpers.checks import IMAGE, batch
-from transformers import AutoModel, AutoModelForImageTextToText
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from sparsecut import upgrade
 from sparsecut.building import save
@@ -97,3 +106,54 @@ def test_a_cache_goes_on_without_the_head():
     begun = body(input_ids=ids[:, :-1], pixel_values=inputs["pixel_values"], use_cache=True)
     rest = body(input_ids=ids[:, -1:], past_key_values=begun.past_key_values, continued=True)
     torch.testing.assert_close(rest.last_hidden_state[:, -1], states[:, -1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.fixture(params=["joined", "tied", "upgraded"])
+def saved(request, tmp_path):
+    """A saved whole model, its inputs, and the states that the headless one gives."""
+    if request.param == "upgraded":
+        whole, _ = upgrade(build_base("qwen2_5_vl"))
+        inputs = build_inputs("qwen2_5_vl", randomize_fusion(whole).base)
+    else:
+        whole = checks.join(language={"joined": "llama", "tied": "gpt2"}[request.param])
+        inputs = batch(whole)
+    save(whole, NoProcessor(), tmp_path, code=True)
+    return tmp_path, inputs, compute_states(AutoModel.from_pretrained(tmp_path), inputs)
+
+
+@torch.no_grad()
+def compute_states(model, inputs):
+    return model.eval()(**inputs).last_hidden_state
+
+
+def test_a_headless_model_is_saved_with_its_code_and_copied_like_any_other(saved, tmp_path):
+    folder, inputs, states = saved
+    model = AutoModel.from_pretrained(folder, device_map="cpu")
+    assert torch.equal(compute_states(model, inputs), states)
+    save(model, NoProcessor(), tmp_path / "again", code=True)
+    again, info = AutoModel.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    files = {path.name for path in (tmp_path / "again").glob("*.py")}
+    assert files == {path.name for path in folder.glob("*.py")} and "hooks.py" in files
+    for copied in (again, copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+        assert torch.equal(compute_states(copied, inputs), states)
+
+
+def test_a_headless_model_is_made_of_a_configuration_and_in_half_precision(saved):
+    folder, inputs, states = saved
+    new = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    assert compute_states(new, inputs).shape == states.shape and not head_names(new)
+    half = AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert compute_states(half, inputs).dtype == torch.bfloat16
+
+
+def test_a_headless_model_takes_an_adapter(saved, tmp_path):
+    folder, inputs, states = saved
+    settings = LoraConfig(r=2, target_modules=r".*(q_proj|c_attn)", init_lora_weights=False)
+    adapted = get_peft_model(AutoModel.from_pretrained(folder), settings)
+    expected = compute_states(adapted, inputs)
+    assert not torch.equal(expected, states)
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(AutoModel.from_pretrained(folder), tmp_path / "adapter")
+    assert torch.equal(compute_states(again, inputs), expected)

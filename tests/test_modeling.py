@@ -190,6 +190,16 @@ def test_build_takes_a_loaded_two_tower_model(tiny):
     assert len(model.get_image_features(pixels).pooler_output[0]) == 4
 
 
+def test_a_configuration_may_be_derived_from_ours(tiny):
+    config = tiny[0].config
+
+    class Derived(type(config)):
+        pass
+
+    values = {name: getattr(config, name) for name in ("vision_config", "text_config", "plan")}
+    assert Derived(**values).get_plan() == config.get_plan()
+
+
 def test_build_refuses_before_it_changes_anything(tiny):
     _, processor = tiny
     vision, language = tiny_vision(), tiny[0].language_model
@@ -200,6 +210,13 @@ def test_build_refuses_before_it_changes_anything(tiny):
             vision,
             language,
             {"shortcuts": [{"taps": [1], "layer": 0}, {"taps": [1], "layer": 4}]},
+            **parts,
+        )
+    with pytest.raises(UserError, match="mix='base'"):  # the plan of an upgraded model
+        build(
+            vision,
+            language,
+            {"shortcuts": [{"taps": [], "layer": 0, "mix": "base"}, {"taps": [1], "layer": 1}]},
             **parts,
         )
     with pytest.raises(UserError, match="tokenizer="):

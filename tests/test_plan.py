@@ -28,6 +28,11 @@ def test_a_plan_equals_its_json_and_its_yaml(name):
     assert make_plan(plan.to_dict(), 24, 32) == plan
 
 
+def test_taps_and_shortcuts_may_be_any_sequence():
+    assert Shortcut(range(1, 3), 0, "channels") == Shortcut((1, 2), 0, "channels")
+    assert Plan(Shortcut((tap,), 0) for tap in (1, 2)) == Plan((Shortcut(1, 0), Shortcut(2, 0)))
+
+
 def test_a_plan_cannot_be_changed():
     with pytest.raises(AttributeError):
         sparsecut(24, 32).tiles = 3
@@ -128,6 +133,13 @@ MISTAKES = {
     "no shortcuts": (lambda: Plan.from_dict({"tiles": 2}), ["lacks shortcuts"]),
     "no taps": (lambda: Shortcut((), 0), ["taps=()"]),
     "tap's type": (lambda: Shortcut((True,), 0), ["(True,)"]),
+    # A list in a file cannot be looked up in a dict.
+    "mix's type": (lambda: Shortcut((1,), 0, ["pick"]), ["['pick']"]),
+    "gate's type": (lambda: deep(gate=["zero"]), ["['zero']"]),
+    "method's type": (lambda: made(method=["llava"]), ["['llava']"]),
+    "pattern's type": (lambda: made(method="sparsecut", pattern=["top"]), ["['top']"]),
+    "spec's type": (lambda: make_plan(5, 24, 32), ["5", "keys and values"]),
+    "shortcut's type": (lambda: Plan(({"taps": [1], "layer": 0},)), ["Plan.from_dict"]),
 }
 
 
