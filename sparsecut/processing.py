@@ -78,18 +78,20 @@ def cut_views(image: Image.Image, tiles: int, size, coarse: str = "squash") -> l
     """
     image = image.convert("RGB")
     height, width = as_pair(size)
-    if coarse == "crop":
-        coarse_view = _crop_center(image, height, width)
-    else:
-        coarse_view = image.resize((width, height), Image.Resampling.BICUBIC)
+    make_coarse = _crop_center if coarse == "crop" else _squash
+    coarse_view = make_coarse(image, height, width)
     if not tiles:
         return [coarse_view]
-    large = image.resize((tiles * width, tiles * height), Image.Resampling.BICUBIC)
+    large = _squash(image, tiles * height, tiles * width)
     fine_views = []
     for top in range(0, tiles * height, height):
         for left in range(0, tiles * width, width):
             fine_views.append(large.crop((left, top, left + width, top + height)))
     return [coarse_view, *fine_views]
+
+
+def _squash(image: Image.Image, height: int, width: int) -> Image.Image:
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def _crop_center(image: Image.Image, height: int, width: int) -> Image.Image:
