@@ -11,7 +11,14 @@ from .plan import Plan, Shortcut
 
 
 def llava(vision_depth: int, language_depth: int, *, tap: int = -2, norm: bool = False) -> Plan:
-    """LLaVA-1.5 (arXiv 2310.03744): the last block but one into the input, one view."""
+    """LLaVA-1.5 (arXiv 2310.03744): the last block but one into the input, one view.
+
+    Args:
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+        tap: The tap that is read.
+        norm: See `Plan`.
+    """
     return Plan((Shortcut((tap,), 0),), norm=norm)
 
 
@@ -23,6 +30,12 @@ def hires_tokens(
     Source: https://llava-vl.github.io/blog/2024-01-30-llava-next/.
 
     Deviations: the image is resized, not padded, and there are no newline vectors at row ends.
+
+    Args:
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+        tiles: Fine views in each row and column.
+        norm: See `Plan`.
     """
     return Plan((Shortcut((-2,), 0, "tokens"),), tiles=tiles, norm=norm)
 
@@ -35,12 +48,19 @@ def hires_channels(
     mix: str = "channels",
     norm: bool = True,
 ) -> Plan:
-    """SparseCut's own multi-grained module at the input only: fine views, but no shortcuts.
+    """SparseCut's multi-grained module at the input only: fine views, but no shortcuts.
 
     It is a control. With the mixer `channels` it is S2 (arXiv 2403.13043) with two scales.
 
     Deviation: S2 pools the fine patches under a coarse one to their mean before it stacks scales.
     Here all of them are stacked.
+
+    Args:
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+        tiles: Fine views in each row and column.
+        mix: The mixer of coarse and fine patches.
+        norm: See `Plan`.
     """
     return Plan((Shortcut((-2,), 0, mix),), tiles=tiles, norm=norm)
 
@@ -50,6 +70,11 @@ def dense_connector_sti(vision_depth: int, language_depth: int, *, norm: bool = 
 
     Two shallower states, pooled by 8, are extra tokens. They lie at a third and two thirds of the
     depth, 7 and 15 of 24 as published. (8 and 16 would be the even choice.)
+
+    Args:
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+        norm: See `Plan`.
     """
     low, middle = _get_thirds(vision_depth)
     return Plan((Shortcut((low, middle, -2), 0, "append"),), norm=norm)
@@ -59,6 +84,11 @@ def dense_connector_sci(vision_depth: int, language_depth: int, *, norm: bool = 
     """Dense Connector, sparse channel integration (arXiv 2405.13800).
 
     Three states of a patch stand side by side.
+
+    Args:
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+        norm: See `Plan`.
     """
     low, middle = _get_thirds(vision_depth)
     return Plan((Shortcut((-2, low, middle), 0, "channels"),), norm=norm)
@@ -69,6 +99,11 @@ def dense_connector_dci(vision_depth: int, language_depth: int, *, norm: bool = 
 
     The last block but one, and the means of the states of both halves, 0 to V/2 - 1 and V/2 to
     V - 1. With `norm`, states are normalized before the mean.
+
+    Args:
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+        norm: See `Plan`.
     """
     half = max(1, vision_depth // 2)
     lower_half = tuple(range(half))
@@ -82,6 +117,11 @@ def mmfuser(vision_depth: int, language_depth: int, *, norm: bool = False) -> Pl
     States 3, 8, 13 and 18 of 24, scaled to the depth.
 
     Deviation: dense attention instead of the authors' deformable kernel.
+
+    Args:
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+        norm: See `Plan`.
     """
     taps = _scale((3, 8, 13, 18), vision_depth)
     return Plan((Shortcut((*taps, -2), 0, "enrich"),), norm=norm)
@@ -116,6 +156,11 @@ def qwen3_vl(vision_depth: int, language_depth: int, *, norm: bool = True) -> Pl
 
     Deviations: patches are not merged 2 x 2, the norm has no parameters, and the projector's inner
     width is the language model's.
+
+    Args:
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+        norm: See `Plan`.
     """
     taps = (9, 17, 25) if vision_depth == 27 else _scale((6, 12, 18), vision_depth)
     layers = [min(layer, language_depth - 1) for layer in (1, 2, 3)]
@@ -130,6 +175,11 @@ def granite4(vision_depth: int, language_depth: int, *, norm: bool = True) -> Pl
 
     Deviations: the phases are the fine patches under a coarse one, where Granite takes every second
     patch of one view. A two-layer projector stands for each window Q-Former.
+
+    Args:
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+        norm: See `Plan`.
     """
     step = max(1, vision_depth * 6 // 27)
     layers = [round(k * language_depth * 3 / 40) for k in range(8)]
@@ -147,6 +197,11 @@ def lsf_internal_direct(vision_depth: int, language_depth: int, *, norm: bool = 
 
     State k of 24 is added before layer int(k L / 24 - 1), which is 3, 23 and 29 of 32. States are
     scaled to the depth. Each has a projector.
+
+    Args:
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+        norm: See `Plan`.
     """
     states = (3, 18, 23)
     layers = [max(0, int(state * language_depth / 24 - 1)) for state in states]
@@ -188,6 +243,11 @@ def spread_evenly(
 
     Tap k is floor(k V / K) + 1 and layer k is floor((k + 1) L / K) - 1, for k = 0 to K - 1. For 24
     and 40 layers this gives the lists of SparseCut's released code.
+
+    Args:
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+        count: Number of taps and of layers, K.
     """
     taps = [k * vision_depth // count + 1 for k in range(count)]
     layers = [(k + 1) * language_depth // count - 1 for k in range(count)]

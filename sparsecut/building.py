@@ -323,7 +323,7 @@ def resolve(source, part: str):
     if is_path and not Path(source).is_dir():
         raise UserError(
             f"the {part} model {source!r} is a path, but there is no such folder; correct it, or"
-            " make it first (a recipe that needs it made says how in its first lines)"
+            " make it first, as the comment at the top of the recipe describes"
         )
     return source
 

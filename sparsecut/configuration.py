@@ -137,7 +137,14 @@ class SparseCutUpgradeConfig(PreTrainedConfig):
     def from_base(
         cls, base, plan: Plan, name: str | None, digest: str | None
     ) -> SparseCutUpgradeConfig:
-        """The configuration of a loaded base under a plan."""
+        """Make the configuration of a loaded base under a plan.
+
+        Args:
+            base: The loaded pretrained VLM.
+            plan: The plan of its shortcuts.
+            name: The base's hub name or folder, where known.
+            digest: The base's hash, see `fingerprint.base_hash`.
+        """
         # Copied, because transformers resets a sub-configuration that is handed over.
         return cls(
             base_config=copy.deepcopy(base.config),
@@ -184,7 +191,7 @@ class SparseCutUpgradeConfig(PreTrainedConfig):
 
 
 def _read_implementations(*configs) -> list[tuple]:
-    """How given sub-configurations compute attention and experts: (config, name, value).
+    """How sub-configurations compute attention and experts: (config, name, value).
 
     PreTrainedConfig resets this on sub-configurations, also of models that already run with it.
     """

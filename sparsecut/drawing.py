@@ -120,12 +120,12 @@ def draw(
 
 
 def summarize(plan: Plan) -> str:
-    """Return the plan in one line of words."""
+    """Return the plan in one line of text."""
     count = len(plan.shortcuts) - 1
-    words = f"{count or 'no'} shortcut{'' if count == 1 else 's'}"
+    text = f"{count or 'no'} shortcut{'' if count == 1 else 's'}"
     if count and not plan.layers:
-        words += " into the input"
-    parts = [words, f"{plan.tiles}x{plan.tiles} fine views" if plan.tiles else "coarse view only"]
+        text += " into the input"
+    parts = [text, f"{plan.tiles}x{plan.tiles} fine views" if plan.tiles else "coarse view only"]
     if count:
         parts.append(_describe_projectors(plan))
     parts.append("norm on taps" if plan.norm else "no norm")
@@ -181,10 +181,10 @@ def _draw_stacks(arrows: Sequence[Arrow], vision_depth: int, language_depth: int
     left = fold(taps, vision_depth + 1)
     right = fold(layers, language_depth)
     rows = _align(left, right, straight, taps, layers)
-    wires = _route(rows, arrows, straight)
+    routing = _route(rows, arrows, straight)
     labels = _label_layers(arrows)
     label_width = max(len(label) for label in labels.values()) + 8
-    space = " " * (wires.width + label_width + 1)
+    space = " " * (routing.width + label_width + 1)
     lines = []
     headers = [("vision encoder", "language model")]
     headers.append((f"{vision_depth} blocks", f"{language_depth} layers"))
@@ -200,7 +200,7 @@ def _draw_stacks(arrows: Sequence[Arrow], vision_depth: int, language_depth: int
         arrow = " " * (label_width + 1)
         if layer in labels:
             arrow = f" {labels[layer]} ".center(label_width, LINE) + ARROW
-        lines.append(f"  {POST}{vision}{edge}{wires.draw_row(y)}{arrow}{POST}{language}{POST}")
+        lines.append(f"  {POST}{vision}{edge}{routing.draw_row(y)}{arrow}{POST}{language}{POST}")
     lines.append(_draw_edges(RIGHT | UP, LEFT | UP, space))
     return lines
 
@@ -284,7 +284,7 @@ def _interleave(left: list[Item], right: list[Item], taps: set[int], layers: set
 
 
 @dataclass
-class Wires:
+class Routing:
     """The space between the stacks, as cells that lines pass in some directions.
 
     Attributes:
@@ -300,14 +300,26 @@ class Wires:
     joints: set[tuple[int, int]] = field(default_factory=set)
 
     def add_horizontal(self, y: int, start: int, stop: int) -> None:
-        """Add a line from column `start` to `stop`. It is open at the edges of the space."""
+        """Add a line along a row. It is open at the edges of the space.
+
+        Args:
+            y: The row.
+            start: The first column.
+            stop: The last column.
+        """
         for x in range(start, stop + 1):
             goes_left = x > start or x == 0
             goes_right = x < stop or x == self.width - 1
             self._add(x, y, LEFT * goes_left | RIGHT * goes_right)
 
     def add_vertical(self, x: int, low: int, high: int) -> None:
-        """Add a line between two rows, which are counted upwards."""
+        """Add a line along a column.
+
+        Args:
+            x: The column.
+            low: The lowest row; rows are counted upwards.
+            high: The highest row.
+        """
         for y in range(low, high + 1):
             self._add(x, y, UP * (y < high) | DOWN * (y > low))
 
@@ -327,7 +339,7 @@ class Wires:
 
 def _route(
     rows: Sequence[Row], arrows: Sequence[Arrow], straight: Sequence[tuple[int, int]]
-) -> Wires:
+) -> Routing:
     """Route every arrow. Lower layers have their track further left.
 
     So lines that leave one tap do not cross.
@@ -341,19 +353,19 @@ def _route(
             routed.append(arrow)
     layers = sorted({arrow.layer for arrow in routed})
     step = 2 if len(layers) <= MANY_TRACKS else 1
-    wires = Wires(width=2 + step * len(layers))
+    routing = Routing(width=2 + step * len(layers))
     for tap, _ in straight:
-        wires.add_horizontal(tap_rows[tap], 0, wires.width - 1)
+        routing.add_horizontal(tap_rows[tap], 0, routing.width - 1)
     for arrow in routed:
         x = 1 + step * layers.index(arrow.layer)
         end = layer_rows[arrow.layer]
         starts = [tap_rows[tap] for tap in arrow.taps]
         for y in starts:
-            wires.add_horizontal(y, 0, x)
-            wires.joints.add((x, y))
-        wires.add_vertical(x, min(end, *starts), max(end, *starts))
-        wires.add_horizontal(end, x, wires.width - 1)
-    return wires
+            routing.add_horizontal(y, 0, x)
+            routing.joints.add((x, y))
+        routing.add_vertical(x, min(end, *starts), max(end, *starts))
+        routing.add_horizontal(end, x, routing.width - 1)
+    return routing
 
 
 def _label_layers(arrows: Sequence[Arrow]) -> dict[int, str]:

@@ -108,8 +108,8 @@ def read_grid(config, view_size: int | list | tuple | None = None) -> PatchGrid:
         view_size: Pixels of a view, or (height, width), for encoders of images of any size.
 
     Raises:
-        UserError: The blocks do not return one fixed grid of patches, a view is not a whole number
-            of patches, or `view_size` is needed and missing, or given and fixed already.
+        UserError: The blocks do not return one fixed grid of patches, or a view is not a whole
+            number of patches. Or `view_size` is missing, or the encoder fixes it already.
     """
     kind = get_kind(config)
     if kind == "audio":

@@ -206,8 +206,8 @@ def _index_llava_onevision(inner: nn.Module, shape: tuple, call: dict) -> Tensor
     first_view = 0
     for places, grid in zip(packed, grids, strict=True):
         num_views = _count_views(grid)
-        of_image = numbers[first_view : first_view + num_views]
-        table.append(_look_up_places(of_image, places.round().long(), side, grid))
+        image_numbers = numbers[first_view : first_view + num_views]
+        table.append(_look_up_places(image_numbers, places.round().long(), side, grid))
         first_view += num_views
     return torch.cat(table).unsqueeze(-1)
 

@@ -54,9 +54,9 @@ def _find_stable_weights(base: nn.Module) -> list[tuple[str, nn.Module, str]]:
             if "lora_" in name:
                 continue
             # PEFT's name for a layer with an adapter
-            plain_name = name.replace(".base_layer", "")
+            base_name = name.replace(".base_layer", "")
             attribute = name.rpartition(".")[2]
-            weights.setdefault(id(value), (plain_name, module, attribute))
+            weights.setdefault(id(value), (base_name, module, attribute))
     return sorted(weights.values(), key=lambda entry: entry[0])
 
 

@@ -38,6 +38,7 @@ class ShortcutProjector(nn.Module):
         self.linear_2 = nn.Linear(inner_dim, language_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Mix and project features: [B, T, G, N, D] -> [B, N', H]."""
         return self.project(self.mixer(x))
 
     def project(self, mixed: Tensor) -> Tensor:
@@ -46,7 +47,13 @@ class ShortcutProjector(nn.Module):
 
 
 class LowRankCorrection(nn.Module):
-    """What one shortcut adds to a shared projector, through `rank` channels. It starts at zero."""
+    """What one shortcut adds to a shared projector, through `rank` channels. It starts at zero.
+
+    Args:
+        mixed_dim: D', the width of mixed features.
+        rank: Number of channels between the two layers.
+        language_dim: H.
+    """
 
     def __init__(self, mixed_dim: int, rank: int, language_dim: int):
         super().__init__()
@@ -54,6 +61,7 @@ class LowRankCorrection(nn.Module):
         self.up = nn.Linear(rank, language_dim, bias=False)
 
     def forward(self, mixed: Tensor) -> Tensor:
+        """Correct mixed features: [B, N', D'] -> [B, N', H]."""
         return self.up(self.down(mixed))
 
 

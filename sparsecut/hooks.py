@@ -92,19 +92,19 @@ def find_layers(module: nn.Module, depth: int, what: str) -> nn.ModuleList:
     Raises:
         UserError: There is no such list.
     """
-    found = None
-    found_depth = math.inf
+    layers = None
+    least_nesting = math.inf
     for name, inner in module.named_modules():
         if not isinstance(inner, nn.ModuleList) or len(inner) != depth:
             continue
-        if name.count(".") < found_depth:
-            found, found_depth = inner, name.count(".")
-    if found is None:
+        if name.count(".") < least_nesting:
+            layers, least_nesting = inner, name.count(".")
+    if layers is None:
         raise UserError(
             f"{what} {type(module).__name__} has no list of {depth} layers. SparseCut needs a stack"
             " of transformer blocks, as many as `num_hidden_layers`; choose another model"
         )
-    return found
+    return layers
 
 
 def get_argument_names(module: nn.Module) -> set[str]:

@@ -133,7 +133,13 @@ sparsecut_input.__signature__ = inspect.signature(sparsecut)
 
 
 def official_13b(vision_depth: int, language_depth: int, *, mix: str = "channels") -> Plan:
-    """The released code on its 40-layer decoder: eight shortcuts, one shared path, no norm."""
+    """The released code on its 40-layer decoder: eight shortcuts, one shared path, no norm.
+
+    Args:
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+        mix: The mixer of every shortcut.
+    """
     taps = (1, 4, 7, 10, 13, 16, 19, 22)
     layers = (4, 9, 14, 19, 24, 29, 34, 39)
     return _make_official(taps, layers, mix)
@@ -143,6 +149,11 @@ def official_7b_as_run(vision_depth: int, language_depth: int, *, mix: str = "ch
     """The released code as its scripts run it on 32 layers.
 
     The last two of its eight shortcuts never fire there, so six are listed.
+
+    Args:
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+        mix: The mixer of every shortcut.
     """
     taps = (1, 4, 7, 10, 13, 16)
     layers = (4, 9, 14, 19, 24, 29)

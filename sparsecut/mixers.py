@@ -2,9 +2,11 @@
 
 Features have the shape [B, T, G, N, D]: B images, T taps, G grains (1 coarse and tiles^2 fine), N
 patches of a view, D channels. A mixer is a module that turns them into [B, N', D'], with N' image
-tokens and D' = `out_dim` channels. It is made as `Mixer(shortcut, plan, dim, rows)`: `dim` is D and
-`rows` the number of patch rows of a view. G is 1 where the mixer's entry in `plan.MIXERS`, which
-holds everything else about it, says that it reads one grain.
+tokens and D' = `out_dim` channels. The docstring of its class names the shapes of `forward`. G is 1
+where the mixer's entry in `plan.MIXERS` reads one grain; that entry holds everything else about it.
+
+A mixer is made as `Mixer(shortcut, plan, dim, rows)`: `dim` is D and `rows` the number of patch
+rows of a view.
 
 Linear layers of a mixer start as PyTorch's do. A mixer with parameters of its own may give their
 start values in `initial_values()`, as pairs of a parameter and a number.
@@ -210,12 +212,19 @@ class Enrich(nn.Module):
         cross = self.output(compute_attention(query, key_value, self.num_heads))
         normed = self.norm_self(cross)
         query = self.self_query(normed)
-        own = compute_attention(query, self.self_key_value(normed), self.num_heads)
-        return coarse + self.gate_cross * (cross + self.gate_self * self.self_output(own))
+        attended = compute_attention(query, self.self_key_value(normed), self.num_heads)
+        return coarse + self.gate_cross * (cross + self.gate_self * self.self_output(attended))
 
 
 def build_mixer(shortcut: Shortcut, plan: Plan, dim: int, rows: int) -> nn.Module:
-    """Make the module of a shortcut's mixer."""
+    """Make the module of a shortcut's mixer.
+
+    Args:
+        shortcut: The shortcut.
+        plan: The plan that it belongs to.
+        dim: D, the encoder's width.
+        rows: Patch rows of one view.
+    """
     mixer_class = shortcut.mixer.module
     if isinstance(mixer_class, str):  # plan.py imports no torch, so it names classes of this file
         mixer_class = globals()[mixer_class]

@@ -359,7 +359,7 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
         is_first_iteration=False,
         **kwargs,
     ):
-        """What `generate` gives to `forward` at each step: images with the prompt only."""
+        """Prepare one step of `generate`: images go with the prompt only. See transformers."""
         kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
         inputs = super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, **kwargs

@@ -1,4 +1,4 @@
-"""What both kinds of model share: base class, outputs, and checks of image inputs."""
+"""The common base of both kinds of model: base class, outputs, and checks of image inputs."""
 
 from __future__ import annotations
 
@@ -320,7 +320,16 @@ def check_image_tokens(
 
 
 def check_pixels(pixel_values: Tensor, grid: PatchGrid, plan: Plan) -> None:
-    """Raise UserError unless pixels are [P, 1 + tiles^2, *view]."""
+    """Check the shape of pixels.
+
+    Args:
+        pixel_values: Pixels, which should be [P, 1 + tiles^2, *view].
+        grid: The views of the encoder.
+        plan: The plan, which gives the number of views.
+
+    Raises:
+        UserError: They have another shape.
+    """
     shape = (plan.num_views, *grid.view)
     if tuple(pixel_values.shape[1:]) != shape:
         raise UserError(
@@ -331,12 +340,21 @@ def check_pixels(pixel_values: Tensor, grid: PatchGrid, plan: Plan) -> None:
 
 
 def check_image_features(images: SparseCutImageFeatures, plan: Plan, width: int) -> None:
-    """Raise UserError where features come from a model of another width or plan."""
-    given_width = images.pooler_output[0].shape[-1]
-    given_layers = len(images.deepstack_features or ())
-    if (given_width, given_layers) != (width, len(plan.layers)):
+    """Check that image features fit a model.
+
+    Args:
+        images: The features.
+        plan: The model's plan.
+        width: H, the width of its language model.
+
+    Raises:
+        UserError: They come from a model of another width or plan.
+    """
+    feature_width = images.pooler_output[0].shape[-1]
+    num_feature_layers = len(images.deepstack_features or ())
+    if (feature_width, num_feature_layers) != (width, len(plan.layers)):
         raise UserError(
-            f"the image features have width {given_width} and {given_layers} layers above the"
-            f" input, but this model needs width {width} and {len(plan.layers)} layers; make them"
+            f"the image features have width {feature_width} and {num_feature_layers} layers above"
+            f" the input, but this model needs width {width} and {len(plan.layers)} layers; make them"
             " with this model's get_image_features, or give pixel_values"
         )

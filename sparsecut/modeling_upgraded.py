@@ -96,12 +96,15 @@ class SparseCutUpgradeModel(SparseCutPreTrainedModel):
         return self.family.parts(self.base).language
 
     def get_input_embeddings(self):
+        """Return the token embedding of the language model."""
         return self.base.get_input_embeddings()
 
     def set_input_embeddings(self, value):
+        """Replace the token embedding of the language model."""
         self.base.set_input_embeddings(value)
 
     def get_decoder(self):
+        """Return the decoder of the language model."""
         return self.base.get_decoder()
 
     def shortcuts_active(self, fine_pixel_values: Tensor | None = None):
@@ -192,9 +195,11 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
         return share_modules(self, SparseCutUpgradeModel, modules)
 
     def get_output_embeddings(self):
+        """Return the head of the language model."""
         return self.base.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings):
+        """Replace the head of the language model."""
         self.base.set_output_embeddings(new_embeddings)
 
     def forward(
@@ -243,9 +248,9 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
         if base_scales_loss:
             named = {**named, "num_items_in_batch": num_items_in_batch}
         # A new dict: torch.compile breaks the graph of some bases where a dict is changed.
-        given = {name: value for name, value in named.items() if value is not None}
+        arguments = {name: value for name, value in named.items() if value is not None}
         with self.shortcuts_active(fine_pixel_values) as call:
-            output = self.base(input_ids, *args, **given, **kwargs)
+            output = self.base(input_ids, *args, **arguments, **kwargs)
         loss = output.get("loss") if isinstance(output, dict) else None
         if loss is None:
             return output

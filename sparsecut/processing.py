@@ -284,14 +284,14 @@ class SparseCutAudioProcessor(ProcessorMixin):
     r"""Prepares audio and text for a SparseCut model with an audio encoder.
 
     It joins a tokenizer and the feature extractor of an encoder such as Whisper's. A spectrogram
-    takes the place of an image's views: `pixel_values` are [sounds, 1, mels, frames].
+    takes the place of an image's views: `pixel_values` are [clips, 1, mels, frames].
 
     Recipes, evaluation and chat read images only. Train a model with an audio encoder by a Trainer
     or a loop of your own (examples/audio.py).
 
     Attributes:
-        num_audio_tokens: positions per sound in the prompt.
-        audio_token: placeholder in the text, one per sound; it becomes `num_audio_tokens` tokens.
+        num_audio_tokens: positions per audio clip in the prompt.
+        audio_token: placeholder in the text, one per clip; it becomes `num_audio_tokens` tokens.
         audio_token_id: id of the placeholder.
     """
 
@@ -316,12 +316,12 @@ class SparseCutAudioProcessor(ProcessorMixin):
     def _process_audio(self, audio, **kwargs):
         """Spectrograms, and the text that replaces each placeholder."""
         extractor = self.feature_extractor
-        num_samples = max(len(sound) for sound in audio)
+        num_samples = max(len(clip) for clip in audio)
         if num_samples > extractor.n_samples:
             raise UserError(
-                f"a sound has {num_samples} samples, but the encoder takes at most"
+                f"an audio clip has {num_samples} samples, but the encoder takes at most"
                 f" {extractor.n_samples} ({extractor.chunk_length} s at {extractor.sampling_rate}"
-                " Hz); cut the sound into parts"
+                " Hz); cut the clip into parts"
             )
         # The other keywords (padding, truncation) are for text: all spectrograms have one length.
         rate = kwargs.get("sampling_rate") or extractor.sampling_rate
@@ -348,7 +348,7 @@ def check_extractor(feature_extractor, grid) -> None:
     num_frames = feature_extractor.nb_max_frames
     if (num_mels, num_frames) != grid.view:
         raise UserError(
-            f"the feature extractor makes {num_mels} mels and {num_frames} frames per sound, but"
+            f"the feature extractor makes {num_mels} mels and {num_frames} frames per clip, but"
             f" the encoder takes {grid.view[0]} and {grid.view[1]}; set its feature_size, or its"
             " chunk_length in seconds"
         )

@@ -27,6 +27,11 @@ PROCESSOR_FILE = "processor_config.json"
 def cut_fine_views(image_processor, images, tiles: int) -> Tensor:
     """Cut the fine views of images by the steps that make their coarse views.
 
+    Args:
+        image_processor: The base's image processor.
+        images: Images, also in nested lists.
+        tiles: Fine views in each row and column.
+
     Returns:
         Float [images, tiles^2, 3, S, S], row by row.
     """

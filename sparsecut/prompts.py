@@ -23,7 +23,7 @@ PROBE = "probe"  # text that shows whether a chat template accepts a form of con
 
 
 def get_tokens_per_image(processor) -> int | None:
-    """Return the image tokens of each image, or None where only a call of the processor tells.
+    """Return the image tokens of each image, or None where only a call of the processor shows it.
 
     The processor of a built model takes the same number for every image. That of an upgraded model
     is its base's own.
@@ -219,7 +219,14 @@ def get_prefix(processor, messages: list[dict]) -> str:
 def prepare_inputs(
     model, processor, prompts: list[str], images: list[list[Image.Image]] | None
 ) -> BatchFeature:
-    """`encode_prompts`, moved to the model's device."""
+    """Encode prompts by `encode_prompts` and move them to the model's device.
+
+    Args:
+        model: the model, which names the device.
+        processor: its processor.
+        prompts: texts of `render_prompt`.
+        images: the images of each prompt, or None, see `encode_prompts`.
+    """
     return encode_prompts(processor, prompts, images).to(model.device)
 
 
@@ -296,7 +303,13 @@ def make_greedy_config(model, max_new_tokens: int) -> GenerationConfig:
 
 
 def decode_answers(processor, inputs: BatchFeature, ids: Tensor) -> list[str]:
-    """Decode the tokens after the prompts, without special tokens and outer whitespace."""
+    """Decode the tokens after the prompts, without special tokens and outer whitespace.
+
+    Args:
+        processor: the model's processor.
+        inputs: the encoded prompts.
+        ids: what `generate` returned: prompts [B, L], each with its answer.
+    """
     new_ids = ids[:, inputs["input_ids"].shape[1] :]
     texts = processor.batch_decode(new_ids, skip_special_tokens=True)
     return [text.strip() for text in texts]

@@ -42,8 +42,8 @@ def register_models(config_class: type) -> None:
     from transformers.models.auto import modeling_auto
 
     name, headless, whole = MODELS[config_class.__name__]
-    # By name, not by an import statement: transformers saves every file that one names beside a
-    # model, and a model needs neither the other kind of model nor the processors.
+    # By name, because transformers saves every file that an import statement names beside a model.
+    # A model needs neither the other kind of model nor the processors.
     try:
         module = importlib.import_module(f".{name}", __package__)
     except ModuleNotFoundError as error:

@@ -118,11 +118,22 @@ def check_pattern(key: str, pattern: str | None) -> None:
     try:
         re.compile(pattern or "")
     except re.error as error:
-        raise UserError(f"{key} is {pattern!r}, which is no regular expression: {error}") from None
+        raise UserError(
+            f"{key} is {pattern!r}, which is not a regular expression: {error}"
+        ) from None
 
 
 def check_choice(what: str, value: object, allowed: Collection[str]) -> None:
-    """Raise UserError, with the nearest match, where a value is not one of those allowed."""
+    """Check that a value is one of those allowed.
+
+    Args:
+        what: The value's name in the error.
+        value: The value.
+        allowed: The allowed values.
+
+    Raises:
+        UserError: It is not; the message has the nearest match.
+    """
     if value not in tuple(allowed):  # a tuple, because a list or dict from a file has no hash
         raise UserError(
             f"{what} is {value!r}{nearest(value, allowed)}, but allowed are {', '.join(allowed)}"
@@ -142,7 +153,7 @@ def is_whole_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def nearest(word: object, words: Collection[object]) -> str:
-    """Return a hint for error messages: the allowed word closest to `word`, or nothing."""
-    close = difflib.get_close_matches(str(word), [str(w) for w in words], n=1)
+def nearest(value: object, allowed: Collection[object]) -> str:
+    """Return a hint for error messages: the allowed value closest to `value`, or nothing."""
+    close = difflib.get_close_matches(str(value), [str(name) for name in allowed], n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

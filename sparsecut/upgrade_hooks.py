@@ -196,8 +196,8 @@ def _compute_features(
     if len(index) != num_tokens:
         raise RuntimeError(
             f"{type(call.parts.inner).__name__} made {num_tokens} image tokens, but its geometry"
-            f" gives {len(index)}, so the patches under each token are not known; this is a fault"
-            " of SparseCut: please report the model and the image sizes"
+            f" gives {len(index)}, so the patches under each token are not known; this is a bug"
+            " in SparseCut: please report the model and the image sizes"
         )
     index = index.to(call.fusion.gates.device)
     grains = _gather_grains(call, taps, arguments, index)
@@ -325,7 +325,7 @@ def _forward(inner: nn.Module, original: Callable, *args, **kwargs):
 
 
 def _take_features(call: UpgradeCall, arguments: dict) -> dict[int, Tensor]:
-    """Take the shortcuts' features out of encoder outputs that the call was given, by layer.
+    """Take the shortcuts' features out of encoder outputs that the call got, by layer.
 
     `arguments` then hold what the model itself expects. Without such outputs, the features come
     from `get_image_features` later.

@@ -1,4 +1,4 @@
-"""The command line's app, and what several commands share: options, loading, progress.
+"""The command line's app, and the options, loading and progress of several commands.
 
 Nothing heavy is imported before a command runs, so that help is quick.
 """

@@ -40,7 +40,7 @@ def chat(
     is_terminal = sys.stdin.isatty()
     prompt = "> " if is_terminal else ""
     if is_terminal:
-        typer.echo("/image PATH shows an image, /help tells more, /quit leaves")
+        typer.echo("/image PATH shows an image, /help lists the commands, /quit leaves")
     run_terminal(
         conversation,
         opened,

@@ -1,4 +1,4 @@
-"""`sparsecut compare` and `sparsecut explain`: what finished models do differently, and why."""
+"""`sparsecut compare` and `sparsecut explain`: what trained models do differently, and why."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def explain(
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Tell what each shortcut of a trained model is good for: answers without it, and its size."""
+    """Measure what each shortcut of a trained model contributes: the accuracy without it."""
     from ..config.recipe import Source
     from ..data.examples import read_source
 
@@ -47,7 +47,7 @@ def explain(
     from ..reports.ablation import write_explanation, write_text
 
     loaded = load_model(model, device, dtype)
-    with show_progress("asking") as progress:
+    with show_progress("evaluating") as progress:
         explanation = explain(
             *loaded,
             examples,
@@ -80,7 +80,7 @@ def compare(
     ] = None,
     items: Annotated[int, option("At most so many items on which they differ.", min=0)] = 24,
 ) -> None:
-    """Put finished evaluations side by side: paired differences over the same items, and cost."""
+    """Compare finished evaluations: paired differences over the same items, and cost."""
     from ..drawing import text_table
     from ..experiments.compare import compare_runs, read_runs
     from ..reports.compare import make_main_table, write_comparison, write_notes

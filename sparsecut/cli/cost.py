@@ -13,7 +13,7 @@ from ..schema import UserError
 from .app import Device, File, MethodOptions, Text, app, argument, find_device, option
 
 
-def _check_folder_of(file: Path | None) -> Path | None:
+def _check_parent(file: Path | None) -> Path | None:
     if file is not None:
         check_writable_folder(file.parent)
     return file
@@ -47,7 +47,7 @@ def cost(
         option(
             "File for all numbers, also those of a training step.",
             "--json",
-            callback=_check_folder_of,
+            callback=_check_parent,
         ),
     ] = None,
 ) -> None:
@@ -104,8 +104,8 @@ def _measure_plans(
     measured = timing.measure_all(models, num_text_tokens=text_tokens)
     typer.echo(f"\n{timing.format_measurements(measured)}")
 
-    for name, one in measured.items():
-        numbers[name]["measured"] = one.to_dict()
+    for name, measurement in measured.items():
+        numbers[name]["measured"] = measurement.to_dict()
 
 
 def _count_upgrades(base: str, specs: dict) -> dict:

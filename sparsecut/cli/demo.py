@@ -21,7 +21,7 @@ def run_demo(
     """Train and evaluate every variant of the demo, and write a page about them.
 
     Args:
-        out: Folder for images, models and report.html. Variants that are finished there are kept.
+        out: Folder for images, models and report.html. Finished variants there are reused.
         seed: Draws the images, starts the fusion, and orders the batches.
         quick: A small part of everything, to see that it runs; its numbers mean nothing.
         workers: Processes on this machine; 0 runs everything in this one.

@@ -46,9 +46,9 @@ def draw_argument(
                 " and options"
             )
         return _draw_saved(Path(argument))
-    found_depths = _find_depths(argument)
-    vision_depth = vision_depth or found_depths[0] or DEFAULT_DEPTHS[0]
-    language_depth = language_depth or found_depths[1] or DEFAULT_DEPTHS[1]
+    stated_depths = _find_depths(argument)
+    vision_depth = vision_depth or stated_depths[0] or DEFAULT_DEPTHS[0]
+    language_depth = language_depth or stated_depths[1] or DEFAULT_DEPTHS[1]
     plan = make_plan(read_plan(argument, options), vision_depth, language_depth)
     return plan, draw(plan, vision_depth, language_depth, title=argument)
 

@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from ..serving.engine import Engine
 
 TOKEN_VARIABLE = "SPARSECUT_TOKEN"
-DEFAULT_TOKENS = 256  # of an answer, where a request does not say
+DEFAULT_TOKENS = 256  # of an answer, where a request sets no limit
 
 
 @app.command()
 def serve(
     model: SavedModel,
     host: Annotated[
-        str, option("Address to listen at; 0.0.0.0 listens at every network.")
+        str, option("Address to listen on; 0.0.0.0 is every network interface.")
     ] = "127.0.0.1",
-    port: Annotated[int, option("Port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
+    port: Annotated[int, option("Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     name: Annotated[
         Text, option("The model's name in requests; by default its folder's name, without /final.")
     ] = None,
     token: Annotated[
         Text,
         option(
-            "What clients must give as api_key. Better set the environment variable"
+            "The api_key that clients must send. Better set the environment variable"
             f" {TOKEN_VARIABLE}, which ps does not show."
         ),
     ] = None,
@@ -142,10 +142,10 @@ def _make_web_app(engine: Engine, config: ServerConfig, ui: bool) -> FastAPI:
 
 
 def _run(web: FastAPI, engine: Engine, listener: socket.socket, host: str, ui: bool) -> None:
-    """Answer requests until the process is told to end."""
+    """Serve requests until the process gets a signal to end."""
     import uvicorn
 
-    listener.listen()  # so that who reads the next line can connect
+    listener.listen()  # clients may connect as soon as the next line is printed
     shown_host = f"[{host}]" if ":" in host else host
     url = f"http://{shown_host}:{listener.getsockname()[1]}"
     config = web.state.context.config
@@ -173,7 +173,7 @@ def _bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise UserError(
-            f"cannot listen at {host}:{port} ({error.strerror or error});"
+            f"cannot listen on {host}:{port} ({error.strerror or error});"
             " give another --port or --host"
         ) from None
     return listener

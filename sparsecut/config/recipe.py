@@ -72,8 +72,8 @@ class Source:
             check_pattern(name, getattr(self, name))
         if self.group and re.compile(self.group).groups != 1:
             raise UserError(
-                f"group is {self.group!r}, but needs one pair of parentheses, around what names the"
-                " group"
+                f"group is {self.group!r}, but needs one pair of parentheses, around the group's"
+                " name"
             )
         if self.keep is not None and self.keep < 1:
             raise UserError(
@@ -174,7 +174,7 @@ class Stage:
         max_length: Longer records are cut to so many tokens. None refuses what is longer than the
             language model takes.
         gate_penalty: This times the sum of the gates' sizes is added to the loss.
-        loss_over: "tokens" for the mean over all learned tokens of a step, however they are divided
+        loss_over: "tokens" for the mean over all trained tokens of a step, however they are divided
             into micro-batches and processes. "batches" for the mean of each micro-batch's own mean,
             as older training code has it: a token counts for less in a batch with long answers.
         group: Whether the records of a step have similar lengths, and all or none have images.

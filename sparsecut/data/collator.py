@@ -17,9 +17,9 @@ IMAGE_KEYS = ("images", "pixel_values", "vision_states")  # where an item has it
 class Collator:
     """Joins items to a batch.
 
-    A batch holds input_ids, attention_mask and labels [B, L], padded on the right, and the inputs
-    of all images in reading order: pixel_values [images, ...], or vision_states as tap ->
-    [images, V, N, D]. An upgraded model's own processor names its inputs itself.
+    A batch holds input_ids, attention_mask and labels [B, L], padded on the right. It also holds
+    the inputs of all images in reading order: pixel_values [images, ...], or vision_states as
+    tap -> [images, V, N, D]. The processor of an upgraded model names its inputs itself.
 
     Packed rows (lists of items) become one row each, with position_ids [B, L] in place of the
     attention_mask. Errors of broken records that others have replaced stand in "broken", which the

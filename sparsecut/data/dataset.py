@@ -171,7 +171,7 @@ def make_blank_item(
     feature_cache: VisionFeatureCache | None = None,
     tap_views: dict[int, int] | None = None,
 ) -> dict:
-    """Return an item with one grey image and nothing to learn.
+    """Return an item with one grey image and no target.
 
     Where weights are sharded all processes must run the same modules. So a batch of texts alone
     needs an image that shows nothing. Arguments are those of `TrainingData`.

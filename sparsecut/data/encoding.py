@@ -18,7 +18,7 @@ from ..prompts import adds_special_tokens, get_tokens_per_image
 from ..schema import UserError
 from .errors import RecordError
 from .examples import Example
-from .labels import IGNORED, find_learned_tokens
+from .labels import IGNORED, find_target_tokens
 from .length_limits import NO_LIMITS, Limits
 from .native_encoding import NativeExampleEncoder
 from .rendering import Rendered, render_example
@@ -115,7 +115,7 @@ class FixedExampleEncoder:
         Labels are -100 except in answers and the token that ends them.
 
         Raises:
-            RecordError: The example cannot be rendered, is too long, or has nothing to learn.
+            RecordError: The example cannot be rendered, is too long, or has no token to train on.
         """
         try:
             rendered = render_example(example, self.processor, self.template, add_end_token=False)
@@ -136,13 +136,13 @@ class FixedExampleEncoder:
             add_special_tokens=adds_special_tokens(self.processor, rendered.text),
             return_offsets_mapping=True,
         )
-        learned = find_learned_tokens(encoded["offset_mapping"], rendered.spans)
+        are_targets = find_target_tokens(encoded["offset_mapping"], rendered.spans)
         ids, labels = [], []
-        for token, is_learned in zip(encoded["input_ids"], learned, strict=True):
+        for token, is_target in zip(encoded["input_ids"], are_targets, strict=True):
             is_image = token == self.processor.image_token_id
             copies = self.processor.num_image_tokens if is_image else 1
             ids += [token] * copies
-            labels += [token if is_learned else IGNORED] * copies
+            labels += [token if is_target else IGNORED] * copies
         return ids, labels
 
     def encode_images(self, images: list[Image.Image]) -> dict[str, Tensor]:
@@ -173,10 +173,10 @@ class FixedExampleEncoder:
         """Return input_ids, attention_mask and labels [B, L] of rows with input_ids and labels.
 
         Raises:
-            UserError: No row has a token to learn.
+            UserError: No row has a token to train on.
         """
         if not any((row["labels"][1:] != IGNORED).any() for row in rows):
-            raise UserError("no item of the batch has a token to learn: all labels are masked")
+            raise UserError("no item of the batch has a token to train on: all labels are masked")
         longest = max(len(row["input_ids"]) for row in rows)
         length = -(-longest // pad_to) * pad_to
         shape = len(rows), length

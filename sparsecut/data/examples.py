@@ -164,8 +164,8 @@ def select_examples(
 ) -> list[Example]:
     """Return some of the examples, in file order.
 
-    The choice of `keep` goes by a hash of the ids: it is random, but the same for every seed and
-    machine, and a smaller choice lies inside a larger one.
+    `keep` chooses by a hash of the ids. So the choice is random, but the same for every seed and
+    machine. A smaller choice lies inside a larger one.
 
     Args:
         examples: The examples to choose among.
@@ -255,7 +255,7 @@ def _check_roles(roles: list[str]) -> None:
     turns = [role for role in roles if role != "system"]
     if "assistant" not in turns:
         raise UserError(
-            "there is no gpt turn, so there is nothing to learn or to compare with; add the answer"
+            "there is no gpt turn, so there is no answer to train on or compare with; add one"
         )
     expected = ["user", "assistant"] * (len(turns) // 2)
     if turns != expected:

@@ -95,7 +95,7 @@ def _decode(read, what: str) -> Image.Image:
     try:
         return open_upright(io.BytesIO(read()))
     except UnidentifiedImageError:  # its message holds an address in memory
-        raise UserError(f"{what} is broken: it is of no format that is known") from None
+        raise UserError(f"{what} is broken: its format is not known") from None
     except IMAGE_ERRORS as error:
         raise UserError(f"{what} is broken: {error}") from None
 

@@ -1,4 +1,4 @@
-"""The label mask: which tokens of a conversation are learned."""
+"""The label mask: which tokens of a conversation are targets."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from collections.abc import Sequence
 
 from .rendering import Span
 
-IGNORED = -100  # the label of a token that is not learned
+IGNORED = -100  # the label of a token that is not a target
 
 
-def find_learned_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+def find_target_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     """Return for each token whether one of the spans covers a character of it.
 
     Args:
         offsets: The characters of each token, as (first, one after the last).
-        spans: The characters that are learned, in order.
+        spans: The characters that are targets, in order.
     """
-    learned = []
+    are_targets = []
     current = 0
     for start, end in offsets:
         while current < len(spans) and spans[current][1] <= start:
             current += 1
-        is_learned = current < len(spans) and _covers(spans[current], start, end)
-        learned.append(is_learned)
-    return learned
+        is_target = current < len(spans) and _covers(spans[current], start, end)
+        are_targets.append(is_target)
+    return are_targets
 
 
 def _covers(span: Span, start: int, end: int) -> bool:

@@ -34,7 +34,7 @@ class Limits:
             image_token_ids: The ids of image tokens.
 
         Raises:
-            UserError: The record is too long, would lose image tokens, or has nothing to learn.
+            UserError: The record is too long, would lose image tokens, or has no token to train on.
         """
         self._check_image_tokens(ids, image_token_ids)
         self._check_length(ids)
@@ -82,7 +82,7 @@ class Limits:
         if self.max_length is not None:
             remedy = "raise max_length"
         raise UserError(
-            f"no token of the {len(labels)} is left to learn: all labels are masked; {remedy}"
+            f"none of the {len(labels)} tokens is left to train on: all labels are masked; {remedy}"
         )
 
 

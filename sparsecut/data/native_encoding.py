@@ -35,7 +35,7 @@ class NativeExampleEncoder:
     """Encodes examples with an upgraded model's own processor, which prepares whole batches.
 
     Attributes are those of `ExampleEncoder`. An item holds the example, its text, the spans of the
-    text that are learned, and its images.
+    text that are targets, and its images.
     """
 
     processor: object
@@ -68,7 +68,7 @@ class NativeExampleEncoder:
         return estimate > NEAR_LIMIT * min(max_length, model_limit)
 
     def encode(self, example: Example) -> dict:
-        """Return the example, its text, and the spans of it that are learned.
+        """Return the example, its text, and the spans of it that are targets.
 
         Raises:
             RecordError: The example cannot be rendered.
@@ -157,12 +157,12 @@ def _label_batch(
     original, replacements = calls[0] if calls else (texts, [[] for _ in texts])
     _check_unchanged(texts, original, offsets if not calls else None)
     ids = features["input_ids"]
-    learned = torch.zeros_like(ids, dtype=torch.bool)
+    is_target = torch.zeros_like(ids, dtype=torch.bool)
     for row, row_spans in enumerate(spans):
         for span in move_spans(row_spans, replacements[row]):
-            learned[row] |= _find_covered(offsets[row], span)
-    learned &= features["attention_mask"] > 0
-    return {**features, "labels": ids.masked_fill(~learned, IGNORED)}
+            is_target[row] |= _find_covered(offsets[row], span)
+    is_target &= features["attention_mask"] > 0
+    return {**features, "labels": ids.masked_fill(~is_target, IGNORED)}
 
 
 def _label_suffixes(

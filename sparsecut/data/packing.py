@@ -1,4 +1,4 @@
-"""Which records share a step: rows of several short records, and batches of similar records.
+"""Packing and grouping: rows of several short records, and batches of similar records.
 
 Both are planned from lengths alone, before anything is opened, and by the seed. So every process
 makes the same plan, and a resumed run does too.
@@ -53,7 +53,7 @@ class _Row:
 def pack_rows(
     lengths: Sequence[int],
     images: Sequence[int],
-    room: int,
+    row_length: int,
     *,
     max_images: int | None = None,
     seed: int = 0,
@@ -61,13 +61,13 @@ def pack_rows(
     """Return numbers of records in rows, each record once.
 
     The longest records come first, each into the first row that it fits. A record that is longer
-    than the room has a row of its own. Records with and without images do not share a row, so that
+    than a row gets a row to itself. Records with and without images do not share a row, so that
     steps of text alone stay so.
 
     Args:
         lengths: Tokens of every record.
         images: Image tokens of every record.
-        room: Tokens of a row.
+        row_length: Tokens of a row.
         max_images: Image tokens of a row.
         seed: Gives the order of records of one length.
     """
@@ -82,7 +82,7 @@ def pack_rows(
                 continue
             row = next((row for row in open_rows if row.fits(lengths[i], images[i])), None)
             if row is None:
-                row = _Row(room, math.inf if max_images is None else max_images)
+                row = _Row(row_length, math.inf if max_images is None else max_images)
                 rows.append(row)
                 open_rows = [*open_rows[-OPEN_ROWS + 1 :], row]
             row.add(i, lengths[i], images[i])
@@ -107,7 +107,7 @@ def pack_dataset(data: TrainingData, model, stage) -> TrainingData | PackedDatas
         record = data.examples[data.lengths.index(longest)]
         raise UserError(
             f"{record.place}: the record has {longest} tokens, but pack={stage.pack} makes rows of"
-            " so many; raise pack, or set max_length to cut records"
+            " that many; raise pack, or set max_length to cut records"
         )
     rows = pack_rows(
         data.lengths, data.num_image_tokens, stage.pack, max_images=stage.max_image_tokens
@@ -189,7 +189,7 @@ def check_packing(model, collator, data: PackedDataset) -> None:
         return
     reason = "positions of the second go on"
     if leak > 0:
-        reason = f"a record changes what the next one says, by {leak:.2g}"
+        reason = f"a record changes the outputs of the next one, by {leak:.2g}"
     raise UserError(
         f"{type(model.language_model).__name__} does not keep packed records apart ({reason});"
         " remove pack, or take a language model that builds its mask from restarting positions,"

@@ -1,4 +1,4 @@
-"""The text of a conversation, and which of its characters a model learns to write.
+"""The text of a conversation, and which of its characters are targets.
 
 A conversation is rendered once, as a whole. The answers are found by their characters: from the
 chat template's own `{% generation %}` marks or, without these, from rendering the conversation up
@@ -26,7 +26,7 @@ class Rendered(NamedTuple):
 
     Attributes:
         text: The text, with one placeholder for each image.
-        spans: The characters that are learned, as (first, one after the last), in order.
+        spans: The characters that are targets, as (first, one after the last), in order.
     """
 
     text: str

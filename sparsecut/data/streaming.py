@@ -136,7 +136,7 @@ class Stream(IterableDataset):
                 yield example
             if is_empty:
                 raise UserError(
-                    f"{source.path} gives no record to learn from in a whole pass through its"
+                    f"{source.path} gives no record to train on in a whole pass through its"
                     f" {len(files)} files"
                 )
 
@@ -163,7 +163,7 @@ def read_stream(source: Source, files: list[Path]) -> Iterator[Example | RecordE
     """Yield a source's examples in the order of its files, and errors of records it may skip.
 
     Only the form of a record is checked, because every worker of every process passes over all
-    records. Whether there is something to learn is seen by the one that encodes it.
+    records. Whether one has a target is checked when it is encoded.
 
     Args:
         source: The source.

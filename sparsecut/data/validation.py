@@ -82,10 +82,10 @@ def _find_errors(check: _Check) -> Iterator[RecordError | None]:
         if num_processes > 1:
             yield from _find_errors_in_parallel(check, num_processes)
             return
-    found_good = False
+    has_good = False
     for index in range(len(check.examples)):
-        error = check.find_error(index, is_first=not found_good)
-        found_good = found_good or error is None
+        error = check.find_error(index, is_first=not has_good)
+        has_good = has_good or error is None
         yield error
 
 

@@ -214,7 +214,9 @@ def _check_can_explain(model, examples: Sequence[Example]) -> None:
             " to compare; give a model with more shortcuts"
         )
     if not examples:
-        raise UserError("there is nothing to ask: the list of examples is empty; give at least one")
+        raise UserError(
+            "there is nothing to evaluate: the list of examples is empty; give at least one"
+        )
     if not any(example.images for example in examples):
         raise UserError(
             "none of the questions has an image, so shortcuts add nothing; give questions about"

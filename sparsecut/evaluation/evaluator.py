@@ -178,7 +178,9 @@ def _check_arguments(
 def _check_examples(examples: Sequence[Example]) -> None:
     """Raise UserError where there is no example, or an image is missing."""
     if not examples:
-        raise UserError("there is nothing to ask: the list of examples is empty; give at least one")
+        raise UserError(
+            "there is nothing to evaluate: the list of examples is empty; give at least one"
+        )
     for example in examples:
         example.check_images()
 

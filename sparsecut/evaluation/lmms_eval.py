@@ -48,7 +48,7 @@ class Request:
     Attributes:
         prompt: The rendered prompt.
         images: Its images, in order.
-        payload: The task's generation settings, or the continuation whose loss is asked for.
+        payload: The task's generation settings, or the continuation whose loss is wanted.
     """
 
     prompt: str

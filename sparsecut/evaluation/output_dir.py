@@ -1,7 +1,7 @@
 """The output folder of an evaluation, and how an interrupted evaluation resumes from it.
 
-settings.json is written first. predictions.jsonl gets one line for each question as it is answered,
-and is put into the order of the questions at the end. result.json is written last.
+settings.json is written first. predictions.jsonl gets one line for each answer. At the end its
+lines are sorted in the order of the questions. result.json is written last.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _take_over_answers(file: Path, records: list[dict], metric: str | None) -> N
     unknown = set(answers) - set(keys)
     if unknown:
         raise UserError(
-            f"{file} holds {len(unknown)} answers to questions that are not asked now, such as"
+            f"{file} holds {len(unknown)} answers to questions outside this evaluation, such as"
             f" {min(unknown)[0]!r}; give another output folder, ask the same questions, or start"
             " over (--fresh, resume=False)"
         )

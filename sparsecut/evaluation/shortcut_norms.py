@@ -28,11 +28,11 @@ def measure_additions(
         batch_size: Examples that are read at once.
 
     Returns:
-        For every shortcut its number, taps, layer, mix and grain, and means over image tokens:
-        `gate` (the value of a scalar gate, the mean size of a vector's values, or the value of a
-        context gate); `norm` of what is added after the gate; `hidden_norm` of the hidden state
-        that it is added to; their `ratio`, and the `cosine` between them. Shortcuts into layer 0
-        are added to the input's features, which are themselves added to nothing (None).
+        For every shortcut its number, taps, layer, mix and grain, and means over image tokens.
+        `gate` is the value of a scalar or context gate, or the mean size of a vector's values.
+        `norm` is the norm of what is added, after the gate. `hidden_norm` is that of the hidden
+        state it is added to. `ratio` and `cosine` compare the two. Shortcuts into layer 0 are
+        added to the input's features, which are themselves added to nothing (None).
     """
     fusion = model.fusion
     shortcuts = model.plan.shortcuts

@@ -10,11 +10,10 @@ drawn again:
   a normal distribution into Student's t. Without both, intervals of five seeds are a third too
   narrow.
 
-Few seeds say little about their own spread, and Student's t accounts for that: with three seeds,
-intervals are twice as wide. Where many variants were trained with the same seeds,
-`pool_seed_spread` estimates one spread from all of them, as Dunnett's test (1955) does, after
-removing what a seed does to every variant. A contrast with a larger spread of its own keeps that
-one.
+Few seeds estimate their spread poorly, and Student's t accounts for that: with three seeds,
+intervals are twice as wide. If many variants were trained with the same seeds, `pool_seed_spread`
+estimates one spread from all of them, as Dunnett's test (1955) does. It first removes what a seed
+does to every variant. A contrast with a larger spread uses its own.
 
 Draws of images and of seeds are independent, and their deviations are added. The residual (the
 chance of one question after one training) is therefore counted twice. Intervals are a little too
@@ -127,8 +126,8 @@ def pool_seed_spread(*groups: Sequence[Answers]) -> Spread | None:
             rows = [list(answers.seeds).index(seed) for seed in sorted(seeds)]
             tables.append(_append_average(answers.accuracies[rows]))
         values = np.stack(tables)  # [variants, S, L + 1]
-        of_variant = values.mean(1, keepdims=True)
-        residual = values - values.mean(0) - of_variant + values.mean((0, 1))
+        variant_means = values.mean(1, keepdims=True)
+        residual = values - values.mean(0) - variant_means + values.mean((0, 1))
         squares = squares + (residual**2).sum((0, 1))
         degrees_of_freedom += (len(variants) - 1) * (len(seeds) - 1)
     if not degrees_of_freedom:

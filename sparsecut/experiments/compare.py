@@ -1,4 +1,4 @@
-"""Finished evaluations side by side: paired differences over the same items, and cost."""
+"""Compares evaluations: paired differences over the same items, and cost."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def read_runs(arguments: Sequence[str]) -> list[ComparedRun]:
 
     Raises:
         UserError: A folder holds no finished evaluation, there are fewer than two names, or
-            different questions were asked.
+            they answered different questions.
     """
     runs: dict[str, ComparedRun] = {}
     for name, path in _name_folders(arguments):
@@ -198,7 +198,7 @@ def _check_same_questions(runs: Sequence[ComparedRun]) -> None:
             other_ids = [record["id"] for record in records]
             if other_ids != ids:
                 raise UserError(
-                    f"{names} were asked different questions ({len(ids)} and"
+                    f"{names} answered different questions ({len(ids)} and"
                     f" {len(other_ids)}{_name_differing(ids, other_ids)}); evaluate both on the"
                     " same file"
                 )
@@ -235,7 +235,7 @@ def compare_runs(runs: Sequence[ComparedRun], *, num_items: int = 24) -> dict:
         paired = answers
         spread = pool_seed_spread(list(answers.values()))
     else:
-        paired = {name: _average_seeds(one) for name, one in answers.items()}
+        paired = {name: _average_seeds(by_seed) for name, by_seed in answers.items()}
         spread = None
 
     rows = {}

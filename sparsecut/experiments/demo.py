@@ -29,7 +29,7 @@ class DemoVariant:
 
 VARIANTS = {  # of demo.yaml
     "llava": DemoVariant(
-        "plain (LLaVA)", "one coarse view, the last block but one, into the input"
+        "LLaVA baseline", "one coarse view, the last block but one, into the input"
     ),
     "hires_channels": DemoVariant(
         "hi-res at the input", "control: LLaVA's block, with four fine views, into the input"

@@ -285,8 +285,8 @@ def _add_differences(results: dict, answers: AnswersByBudget) -> None:
 
         base = by_variant.get(baseline)
         others = []
-        for name, one in by_variant.items():
-            if name != baseline and _have_common_seed(one, base):
+        for name, variant_answers in by_variant.items():
+            if name != baseline and _have_common_seed(variant_answers, base):
                 others.append(name)
 
         for name in others:
@@ -322,15 +322,15 @@ def _add_change(results: dict, answers: AnswersByBudget, name: str, budget: str)
     baseline = results["baseline"]
 
     needed = []
-    for one in (budget, main):
-        needed.append(answers[one].get(name))
-        needed.append(answers[one].get(baseline))
+    for compared in (budget, main):
+        needed.append(answers[compared].get(name))
+        needed.append(answers[compared].get(baseline))
 
     if not _have_common_seed(*needed):
         return
 
     curves = results["curves"]
-    shorter, longer = sorted((main, budget), key=lambda one: _get_num_steps(curves[one]))
+    shorter, longer = sorted((main, budget), key=lambda name: _get_num_steps(curves[name]))
     before = answers[shorter]
     after = answers[longer]
     terms = [
@@ -393,10 +393,10 @@ def _compare_pairs(results: dict, answers: dict[str, Answers]) -> dict:
 
 def _choose_paired(results: dict, answers: dict[str, Answers]) -> list[str]:
     """The best variants among those with the most seeds, the baseline included."""
-    most = max(len(one.seeds) for one in answers.values())
+    most = max(len(by_seed.seeds) for by_seed in answers.values())
     names = []
-    for name, one in answers.items():
-        if len(one.seeds) == most:
+    for name, by_seed in answers.items():
+        if len(by_seed.seeds) == most:
             names.append(name)
 
     names.sort(key=lambda name: -_get_average(results, name))

@@ -262,7 +262,7 @@ def work(
         try:
             if not run.is_finished(out):  # another process may have finished it just now
                 train_and_evaluate(study, run)
-            num_finished = sum(one.is_finished(out) for one in runs)
+            num_finished = sum(other.is_finished(out) for other in runs)
             log(f"{num_finished}/{len(runs)}  {_describe_scores(run, out)}")
         except Exception:
             failure.write_text(traceback.format_exc(), encoding="utf-8")

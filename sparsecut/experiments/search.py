@@ -2,7 +2,7 @@
 
 The supernet has a narrow projector and a gate for every pair, beside the coarse input. An L1 penalty
 on the gates makes pairs compete. The importance of a trained pair is |g * dL/dg| of its gate, summed
-over training batches: the first-order estimate of how much the loss would rise without it
+over training batches. It estimates, to first order, how much the loss would rise without the pair
 (Molchanov et al., CVPR 2017). Pairs are then taken greedily, best first, as long as the budget
 holds. The plan they make is trained from the start like any other variant.
 """
@@ -235,7 +235,7 @@ def choose_pairs(
         if count is not None and len(chosen) == count:
             break
         shortcut = Shortcut((pair["tap"],), pair["layer"], last.mix)
-        extended = sorted([*chosen, shortcut], key=lambda one: (one.layer, one.taps))
+        extended = sorted([*chosen, shortcut], key=lambda item: (item.layer, item.taps))
         if fits(replace(unrestricted, shortcuts=(coarse, *extended))):
             chosen = extended
 

@@ -35,10 +35,10 @@ class DrawnImages:
 
     Attributes:
         train: Number of images to train on.
-        ask: Number of images to ask about.
-        split: The split that is asked about; `dev` and `test` never overlap.
+        ask: Number of images to evaluate on.
+        split: The split that is evaluated on; `dev` and `test` never overlap.
         train_questions: Questions about each image to train on.
-        questions: Questions about each image that is asked about.
+        questions: Questions about each evaluated image.
         seed: Equal seeds give equal images.
         size: small or large.
     """

@@ -99,7 +99,7 @@ def read_backbone_config(source: str, part: str):
     is_other_part = any(source in sizes for sizes in REFERENCE.values())
     is_shapes = source in (SHAPES, OLD_SHAPES)
     if (hint or is_other_part) and not is_shapes and not Path(source).is_dir():
-        raise UserError(message)  # a slip; the hub need not be asked
+        raise UserError(message)  # a typing error; no request to the hub
     folder = resolve(source, part)
     try:
         config = AutoConfig.from_pretrained(folder)

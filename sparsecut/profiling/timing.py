@@ -383,7 +383,7 @@ def _summarize(
     for phase in PHASES:
         medians[phase] = statistics.median(seconds[phase] for seconds in times)
         pairs = zip(times, first_times, strict=True)
-        ratios[phase] = statistics.median(own[phase] / first[phase] for own, first in pairs)
+        ratios[phase] = statistics.median(seconds[phase] / first[phase] for seconds, first in pairs)
     spread = 0.0
     if len(times) > 1:
         quartiles = statistics.quantiles([seconds["first_token"] for seconds in times], n=4)

@@ -1,1 +1,1 @@
-"""Pages about finished work: jinja2 templates, matplotlib figures as SVG, tables."""
+"""Pages about results: jinja2 templates, matplotlib figures as SVG, tables."""

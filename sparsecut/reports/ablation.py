@@ -56,9 +56,9 @@ def write_text(explanation: dict) -> str:
 
 def write_markdown(explanation: dict) -> str:
     """Return the verdict, both tables and the notes in Markdown."""
-    parts = ["# What each shortcut is good for", f"**{judge_ablation(explanation)}**"]
-    parts.append("## What is lost\n\n" + to_markdown(make_loss_table(explanation)))
-    parts.append("## What each adds\n\n" + to_markdown(make_norm_table(explanation)))
+    parts = ["# What each shortcut contributes", f"**{judge_ablation(explanation)}**"]
+    parts.append("## Accuracy without it\n\n" + to_markdown(make_loss_table(explanation)))
+    parts.append("## Size of its features\n\n" + to_markdown(make_norm_table(explanation)))
     parts.append("\n".join(f"- {note}" for note in NOTES))
     return "\n\n".join(parts) + "\n"
 
@@ -68,7 +68,7 @@ def write_page(explanation: dict) -> str:
     head, *rows = make_loss_table(explanation)
     return render(
         "explain.html.j2",
-        title="What each shortcut is good for",
+        title="What each shortcut contributes",
         verdict=judge_ablation(explanation),
         num_questions=explanation["num_questions"],
         loss_head=head,
@@ -141,10 +141,10 @@ def _make_loss_row(explanation: dict, name: str, columns: list[tuple[str, str]])
 
 
 def _describe_condition(explanation: dict, name: str) -> str:
-    word, _, number = name.rpartition(" ")
+    kind, _, number = name.rpartition(" ")
     if not number.isdigit():
         return "the input only"
-    return f"{word} {locate_shortcut(explanation, int(number))}"
+    return f"{kind} {locate_shortcut(explanation, int(number))}"
 
 
 def make_norm_table(explanation: dict) -> Rows:

@@ -132,7 +132,7 @@ def write_notes(comparison: dict) -> list[str]:
     ]
     if any(len(row["seeds"]) == 1 for row in runs):
         notes.append(
-            "One seed is one seed: such an interval is about the images only, and another training"
+            "With one seed an interval is about the images only, and another training"
             " may differ by more."
         )
 

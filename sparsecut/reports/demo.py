@@ -85,7 +85,7 @@ def print_answers(study: Study, titles: dict[str, str], log: Callable[[str], Non
         rows.append(row)
 
     log(f"\n{text_table(rows)}")
-    log("one seed is one seed: other seeds move every number by some points\n")
+    log("this is one seed: other seeds move every number by some points\n")
 
     for item in choose_items(study, titles, NUM_ITEMS_ON_SCREEN):
         log(_describe_item(item))

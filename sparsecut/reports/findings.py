@@ -1,4 +1,4 @@
-"""What a study's numbers say, in sentences: the list below the verdict of its report."""
+"""A study's findings in sentences: the list below the verdict of its report."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from .tables import (
     get_difference,
     is_clear,
 )
-from .verdicts import find_alike
+from .verdicts import find_indistinguishable
 
 AFFORDABLE = 1.10  # times the baseline's prefill FLOPs
 
 
 def write_findings(results: dict) -> list[str]:
-    """Return what the numbers of a study say, each finding a sentence."""
+    """Return the findings of a study, one sentence each."""
     by_variant = get_main_results(results)
     if not by_variant:
-        return ["No run of the main budget is finished, so there is nothing to say yet."]
+        return ["No run of the main budget is finished, so there are no findings yet."]
     best = max(by_variant, key=lambda name: by_variant[name]["average"]["value"])
     findings = [f"Highest average: {_describe(results, best, 'large')}."]
-    alike = find_alike(results, best)
-    if alike:
-        findings.append(f"Not told apart from it, corrected for all pairs: {', '.join(alike)}.")
+    close = find_indistinguishable(results, best)
+    if close:
+        findings.append(
+            f"Not distinguishable from it, corrected for all pairs: {', '.join(close)}."
+        )
 
     for size in SIZES:
         findings += _describe_affordable(results, size)
@@ -108,7 +110,7 @@ def _sort_by_side(results: dict) -> list[str]:
     sides: dict[str, list[str]] = {
         "clearly above it": [],
         "clearly below it": [],
-        "not told apart from it": [],
+        "not distinguishable from it": [],
     }
     for name, result in get_main_results(results).items():
         gap = result.get("difference")
@@ -119,7 +121,7 @@ def _sort_by_side(results: dict) -> list[str]:
         elif gap["corrected"]["high"] < 0:
             sides["clearly below it"].append(name)
         else:
-            sides["not told apart from it"].append(name)
+            sides["not distinguishable from it"].append(name)
 
     parts = []
     for side, names in sides.items():

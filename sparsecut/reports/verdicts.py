@@ -24,9 +24,9 @@ def judge_study(results: dict) -> str:
     by_variant = get_main_results(results)
     baseline = results["baseline"]
     if not by_variant:
-        return "Nothing can be said yet: no run of the main budget is finished."
+        return "There is no verdict yet: no run of the main budget is finished."
     best = max(by_variant, key=lambda name: by_variant[name]["average"]["value"])
-    alike = [name for name in find_alike(results, best) if name != baseline]
+    close = [name for name in find_indistinguishable(results, best) if name != baseline]
     gap = by_variant[best].get("difference")
     percent = f"{format_percent(by_variant[best]['average'])} %"
     if best == baseline:
@@ -46,8 +46,8 @@ def judge_study(results: dict) -> str:
             f"{best} is above {baseline} by"
             f" {_format_gap(gap['average']['value'], gap['corrected'])}"
         )
-        if alike:
-            verdict += f", but {_join_names(alike)} cannot be told apart from it"
+        if close:
+            verdict += f", but {_join_names(close)} cannot be distinguished from it"
 
     caveats = []
     if gap and gap["note"]:
@@ -58,14 +58,14 @@ def judge_study(results: dict) -> str:
     return "; ".join([verdict, *caveats]) + "."
 
 
-def find_alike(results: dict, name: str) -> list[str]:
-    """Variants that no corrected comparison of all pairs tells apart from this one, best first."""
+def find_indistinguishable(results: dict, name: str) -> list[str]:
+    """Variants that no corrected comparison distinguishes from this one, best first."""
     by_variant = get_main_results(results)
-    alike = []
+    close = []
     for a, b, estimate in results["pairs"]["cells"]:
         if name in (a, b) and estimate["corrected_p"] >= 0.05:
-            alike.append(b if a == name else a)
-    return sorted(alike, key=lambda other: -by_variant[other]["average"]["value"])
+            close.append(b if a == name else a)
+    return sorted(close, key=lambda other: -by_variant[other]["average"]["value"])
 
 
 def judge_comparison(comparison: dict) -> str:
@@ -91,7 +91,7 @@ def _judge_pair(name: str, baseline: str, estimate: dict) -> str:
     value = estimate["value"]
     if not is_clear(estimate):
         difference = f"{100 * value:+.1f} points ({format_interval(estimate)})"
-        return f"{name} cannot be told apart from {baseline}: the difference is {difference}"
+        return f"{name} cannot be distinguished from {baseline}: the difference is {difference}"
     if value > 0:
         return f"{name} is above {baseline} by {_format_gap(value, estimate)}"
     return f"{name} is below {baseline} by {_format_gap(value, estimate)}"
@@ -119,7 +119,7 @@ def _sort_by_side(gaps: dict[str, dict]) -> str:
             parts.append(f"{_join_names(texts)} {verb} {side}")
 
     if neither:
-        parts.append(f"{_join_names(neither)} cannot be told apart")
+        parts.append(f"{_join_names(neither)} cannot be distinguished")
     return ", ".join(parts)
 
 
@@ -128,8 +128,8 @@ def judge_ablation(explanation: dict) -> str:
     conditions = explanation["conditions"]
     losses = {}
     for name, condition in conditions.items():
-        word, _, number = name.rpartition(" ")
-        if word == "without":
+        kind, _, number = name.rpartition(" ")
+        if kind == "without":
             losses[int(number)] = condition["difference"]["average"]
 
     missed = [number for number, estimate in losses.items() if estimate["high"] < 0]
@@ -186,13 +186,13 @@ def judge_demo(results: dict, titles: dict[str, str], *, is_quick: bool) -> str:
     baseline = titles[results["baseline"]]
     gap = get_main_results(results)["sparsecut"]["difference"]
     verdict = _judge_pair(name, baseline, gap["corrected"] | {"value": gap["average"]["value"]})
-    alike = [titles[other] for other in find_alike(results, "sparsecut")]
-    alike = [title for title in alike if title != baseline]
-    if alike and is_clear(gap["corrected"]):
-        verdict += f", but {_join_names(alike)} cannot be told apart from it"
+    close = [titles[other] for other in find_indistinguishable(results, "sparsecut")]
+    close = [title for title in close if title != baseline]
+    if close and is_clear(gap["corrected"]):
+        verdict += f", but {_join_names(close)} cannot be distinguished from it"
     if is_quick:
         return f"Quick demo, whose numbers mean nothing: {verdict}."
-    return f"{verdict}; one seed is one seed: this is no evidence about the method."
+    return f"{verdict}; one seed is no evidence about the method."
 
 
 def _format_gap(value: float, estimate: dict) -> str:

@@ -1,4 +1,4 @@
-"""What the routes share: the server's settings, who may ask, and how a request is received."""
+"""The common base of the routes: the server's settings, authorization, and receiving a request."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def build_busy_error(message: str) -> APIError:
 
 
 class ServerContext:
-    """What the routes share.
+    """The state that all routes use.
 
     Attributes:
         engine: The model.

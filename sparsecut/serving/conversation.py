@@ -34,9 +34,9 @@ def build_conversation(
         limits: Limits of this server.
 
     Raises:
-        UserError: For too many images, too much text, text that contains the placeholder or half
-            a character, images outside of the user's messages, and a last message that is not
-            the user's.
+        UserError: There are too many images or too much text. Or a text contains the placeholder
+            or half a character. Or an image is in a message that is not the user's, or the last
+            message is not the user's.
     """
     contents = []
     image_urls: list[str] = []

@@ -47,7 +47,7 @@ class TextDelta:
     Attributes:
         index: Which of the request's answers it belongs to.
         text: The new text.
-        tokens: The tokens of it with their log-probabilities, where the request asks for these.
+        tokens: The tokens of it with their log-probabilities, where the request wants these.
         finish_reason: In the last delta why the answer ended: "stop" or "length".
     """
 

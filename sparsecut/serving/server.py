@@ -157,8 +157,8 @@ async def answer_chat(context: ServerContext, request: Request, body: object) ->
     """Answer a chat completion request, whole or as a stream of events.
 
     Args:
-        context: What the routes share.
-        request: The HTTP request, asked now and then whether the client is still there.
+        context: The state that all routes use.
+        request: The HTTP request, polled for whether the client is still there.
         body: Its JSON.
 
     Raises:

@@ -24,7 +24,7 @@ from .scenes import COLOURS, DIGITS, LINES, SHADES, SHAPES, TEXTURES, Scene
 from .sizes import SMALL, LanguageTraining, Size
 from .vocabulary import make_tokenizer
 
-IGNORED = -100  # label of a token that is not learned
+IGNORED = -100  # label of a token that is not a target
 NOISE = 0.2  # on slots, as a multiple of the embeddings' standard deviation
 # Fraction of a cell's slots that hold a word, drawn at random: patches show a thing in part or whole.
 FRACTIONS = (1.0, 1.0, 0.5, 0.25)
@@ -183,20 +183,20 @@ def make_conversation(
     sides: tuple[tuple[int, ...], ...] = SMALL.sides,
 ) -> Conversation:
     """Make a conversation about a scene; one in eight is a caption."""
-    ids_of = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab()
     slots: list[list[str]] = []
     for side in rng.choice(sides):
         slots += fill_slots(scene, rng, side)
     ids = [tokenizer.bos_token_id, *[tokenizer.pad_token_id] * len(slots)]
     filled = {}
     for position, words in enumerate(slots, start=1):
-        filled[position] = [ids_of[word] for word in words]
+        filled[position] = [vocabulary[word] for word in words]
     labels = [IGNORED] * len(ids)
     is_caption = rng.random() < CAPTION_PROBABILITY
     pairs = [("", caption(scene, rng))] if is_caption else ask(scene, rng, turns)
     for question, reply in pairs:
-        question_ids = [ids_of[word] for word in question.split()]
-        reply_ids = [ids_of[word] for word in reply.split()] + [tokenizer.eos_token_id]
+        question_ids = [vocabulary[word] for word in question.split()]
+        reply_ids = [vocabulary[word] for word in reply.split()] + [tokenizer.eos_token_id]
         ids += question_ids + reply_ids
         labels += [IGNORED] * len(question_ids) + reply_ids
     return ids, labels, filled

@@ -1,9 +1,8 @@
 """The tokenizer for drawn shapes: one token per word, and a chat template.
 
-The template marks the assistant's words, so that labels can be made from it. Turns follow one
-another without role names: an answer comes right after the last word of its question, which is what
-it is about, and ends with the end token. With role names in between, so small a model learned
-slowly.
+The template marks the assistant's text, so that labels can be made from it. Turns follow one
+another without role names. An answer comes right after the last word of its question, which is its
+subject, and ends with the end token. With role names in between, so small a model learned slowly.
 """
 
 from __future__ import annotations

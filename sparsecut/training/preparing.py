@@ -221,7 +221,7 @@ def _check_sources(
 def _raise_no_record(stage: Stage, source: Source, problems: list[RecordError]) -> None:
     last = f", the last: {problems[-1]}" if problems else ""
     raise UserError(
-        f"stage {stage.name}: the source {source.path} has no record left to learn from;"
+        f"stage {stage.name}: the source {source.path} has no record left to train on;"
         f" {len(problems)} were skipped{last}"
     )
 

@@ -31,15 +31,15 @@ def print_message(message: str) -> None:
 class StageLog(TrainerCallback):
     """Writes `log.jsonl` and shows progress; silent on all processes but the first.
 
-    A line of the file holds step, loss (mean since the last line), grad_norm, lr (by part), tokens
-    (seen so far, without padding), image_tokens, seconds, memory_gib (the peak), and shortcuts (see
-    `ShortcutMonitor`). A stage that is evaluated while it trains also writes lines with step and
-    eval_loss.
+    A line of the file holds step, loss (mean since the last line), grad_norm and lr (by part).
+    Then come tokens (seen so far, without padding), image_tokens, seconds, memory_gib (the peak)
+    and shortcuts (see `ShortcutMonitor`). A stage that is evaluated while it trains also writes
+    lines with step and eval_loss.
 
     Attributes:
         tokens: Tokens that this process has seen, also before it was resumed.
         image_tokens: Image tokens among them.
-        shortcuts: What the next line says of the shortcuts; the trainer sets it.
+        shortcuts: The next line's values of the shortcuts; the trainer sets it.
     """
 
     def __init__(self, stage: str, folder: Path, *, shown: bool = True):

@@ -1,7 +1,7 @@
 """The Hugging Face Trainer of one stage.
 
 It adds what a stage needs: frozen parts, learning rates by part, complete checkpoints, and errors
-that stop a run which cannot learn.
+that stop a run which cannot train.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ class StageTrainer(Trainer):
         if self.args.save_only_model:
             return 2 * weights
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        moments = 2 * 4 * trained  # Adam's two, in single precision
-        return 2 * weights + moments
+        optimizer_state = 2 * 4 * trained  # Adam's two moments, in single precision
+        return 2 * weights + optimizer_state
 
     # Data
 
@@ -279,8 +279,8 @@ class StageTrainer(Trainer):
         step = self.state.global_step + 1
         if num_items_in_batch is not None and num_items_in_batch.max() == 0:
             raise UserError(
-                f"step {step} has no token to learn: all its labels are masked; check template and"
-                " data"
+                f"step {step} has no token to train on: all its labels are masked; check template"
+                " and data"
             )
         self._record_broken(inputs.pop("broken", ()))
         num_image_tokens = self._count_tokens(inputs)

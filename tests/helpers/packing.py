@@ -46,5 +46,5 @@ def check_mixing_family(name: str, folder) -> None:
     model, processor = build_with_language(name)
     encoder = example_encoder(processor)
     data = TrainingData(read_examples(folder / "data.json"), encoder)
-    with pytest.raises(UserError, match=r"a record changes what the next one says.*pack"):
+    with pytest.raises(UserError, match=r"a record changes the outputs of the next one.*pack"):
         check_packing(model, Collator(encoder), PackedDataset(data, [[0, 1]]))

@@ -39,7 +39,7 @@ def test_the_page_shows_every_variant_and_some_answers(finished):
         assert any(variant.title in line for line in lines)
     assert outline.counts["svg"] >= 8
     assert text.count("data:image/png;base64,") == 8
-    assert "one seed is one seed" in text
+    assert "one run per variant" in text
     assert "mean nothing" in outline.verdicts[0]
     assert "is empty" in text, "four steps log one loss, which is no curve"
 

@@ -63,7 +63,7 @@ def test_the_findings_are_computed(results):
     assert "clear of zero" in findings[0]
     affordable = [line for line in findings if "sparsecut_coarse with" in line]
     assert any("CLIP-L/336" in line for line in affordable), "the better one is dearer"
-    assert any("not told apart from it (sti)" in line for line in findings)
+    assert any("not distinguishable from it (sti)" in line for line in findings)
     assert any("main and long" in line for line in findings)
 
 
@@ -116,7 +116,7 @@ def test_one_seed_is_called_one_seed(tmp_path):
 def test_a_study_without_any_run_says_so(study, tmp_path):
     shutil.copy(study / "study.yaml", tmp_path)
     outline = check_page(write_study_report(tmp_path).read_text())
-    assert "Nothing can be said" in outline.verdicts[0]
+    assert "There is no verdict yet" in outline.verdicts[0]
     with pytest.raises(UserError, match=r"study\.yaml"):
         compute_results(tmp_path / "elsewhere")
 

@@ -35,7 +35,7 @@ def test_a_clear_lead_is_stated_with_its_interval():
 
 
 def test_a_control_that_does_as_well_is_named():
-    assert "control cannot be told apart" in judge_study(study(alike=True))
+    assert "control cannot be distinguished" in judge_study(study(alike=True))
 
 
 def test_a_lead_that_includes_zero_is_no_lead():

@@ -1,4 +1,4 @@
-"""The tasks ScienceQA, MMBench (English and Chinese) and SEED-Bench, which ask for a letter."""
+"""The tasks ScienceQA, MMBench (English and Chinese) and SEED-Bench, whose answers are letters."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def read_scienceqa(root: Path, options: Mapping[str, str]) -> TaskData:
         source = f"{question_file.name} record {number}"
         if key not in problems or key not in test_ids:
             raise UserError(
-                f"{source} asks problem {key}, which is not in the test split in {folder}; download"
-                " both again"
+                f"problem {key} of {source} is not in the test split in {folder};"
+                " download both again"
             )
         if options["part"] == "image" and record.get("image") is None:
             continue
@@ -258,8 +258,8 @@ def read_seed(root: Path, options: Mapping[str, str]) -> TaskData:
     for question in read_llava_questions(question_file):
         if question.id not in by_id:
             raise UserError(
-                f"{question.source} asks question {question.id}, which {truth_file.name} does not"
-                " hold; download both again"
+                f"question {question.id} of {question.source} is not in {truth_file.name};"
+                " download both again"
             )
         record = by_id[question.id]
         if options["part"] not in ("all", record["data_type"]):
@@ -276,8 +276,8 @@ def read_seed(root: Path, options: Mapping[str, str]) -> TaskData:
         questions.append(question)
     if not questions:
         raise UserError(
-            f"{question_file} holds no {options['part']} questions; download it again, or ask all,"
-            " as seed:part=all"
+            f"{question_file} holds no {options['part']} questions; download it again, or take"
+            " all, as seed:part=all"
         )
     facts = {"question_type": truth["question_type"]}
     return TaskData(questions, ImageStore(folder), [question_file, truth_file], facts)

@@ -46,8 +46,8 @@ def mmbench(rows: Sequence[Mapping], predictions: Sequence[str]) -> dict:
 
     Returns:
         `circular_accuracy` (Overall, then by category), `circular_hit` by question,
-        `vanilla_accuracy` over all rows, and `inferred`, the option read from each answer (None,
-        which is wrong, where no option could be read).
+        `vanilla_accuracy` over all rows, and `inferred`. The last is the option read from each
+        answer; None, which is wrong, where no option could be read.
 
     Raises:
         UserError: There is no row, or not one answer for each.

@@ -96,7 +96,7 @@ def score_vqav2(data: TaskData, answers: Mapping[str, str]) -> Score | None:
 
 def submit_vqav2(data: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
     """Write what eval.ai takes: an answer to every question of the test split, empty where it was
-    not asked.
+    left out.
     """
     if "submitted" not in data.facts:
         return []
@@ -142,8 +142,8 @@ def read_textvqa(root: Path, options: Mapping[str, str]) -> TaskData:
         key = (image_id, lines[0].lower())
         if key not in references:
             raise UserError(
-                f"{question.source} asks {lines[0]!r} about {image_id}, which {truth_file.name}"
-                " does not; download both again"
+                f"the question {lines[0]!r} about {image_id} in {question.source} is not in"
+                f" {truth_file.name}; download both again"
             )
         answers = references[key]
         question = replace(

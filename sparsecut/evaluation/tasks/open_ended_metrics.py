@@ -142,18 +142,18 @@ def vqa(annotations: Sequence[Mapping], predictions: Sequence[Mapping]) -> dict:
 def score_vqa_answer(answer: str, references: Sequence[Mapping]) -> float:
     """VQA's score of one answer against a question's references [{"answer", ...}], 0 to 1."""
     answer = _join_lines(answer)
-    references = [{**one, "answer": _join_lines(one["answer"])} for one in references]
-    if len({one["answer"] for one in references}) > 1:
+    references = [{**item, "answer": _join_lines(item["answer"])} for item in references]
+    if len({item["answer"] for item in references}) > 1:
         answer = normalize_vqa(answer)
-        references = [{**one, "answer": normalize_vqa(one["answer"])} for one in references]
+        references = [{**item, "answer": normalize_vqa(item["answer"])} for item in references]
     return _leave_one_out(answer, references, lambda reference: reference["answer"])
 
 
 def _leave_one_out(answer: str, references: Sequence, get_text: Callable) -> float:
     scores = []
     for left_out in references:
-        others = [one for one in references if one != left_out]
-        num_equal = sum(get_text(one) == answer for one in others)
+        others = [reference for reference in references if reference != left_out]
+        num_equal = sum(get_text(reference) == answer for reference in others)
         scores.append(min(1, num_equal / 3))
     return sum(scores) / len(scores)
 
@@ -204,19 +204,19 @@ def score_textvqa_answer(answer: str, references: Sequence[str]) -> float:
     return _leave_one_out(normalize_textvqa(answer), numbered, lambda reference: reference[1])
 
 
-def anls(one: str, other: str) -> float:
+def anls(text: str, other: str) -> float:
     """Normalized Levenshtein similarity of two texts, 0 where below 0.5 (Biten et al., 2019)."""
-    one = one.lower().strip()
+    text = text.lower().strip()
     other = other.lower().strip()
-    length = max(len(one), len(other))
-    similarity = 1 - edit_distance(one, other) / length if length else 1.0
+    length = max(len(text), len(other))
+    similarity = 1 - edit_distance(text, other) / length if length else 1.0
     return similarity if similarity >= 0.5 else 0.0
 
 
-def edit_distance(one: str, other: str) -> int:
+def edit_distance(text: str, other: str) -> int:
     """Levenshtein distance: the fewest insertions, deletions and replacements of a character."""
     previous = list(range(len(other) + 1))
-    for i, a in enumerate(one, start=1):
+    for i, a in enumerate(text, start=1):
         current = [i]
         for j, b in enumerate(other, start=1):
             deleted = previous[j] + 1

@@ -133,7 +133,7 @@ def _parse_task(text: str) -> tuple[str, dict[str, str]]:
 
 
 def parse_part(text: str | None) -> tuple[int, int]:
-    """Parse which part of the questions this process asks.
+    """Parse which part of the questions this process answers.
 
     Args:
         text: Such as "2/4". None takes the process's rank among those that torchrun started.
@@ -257,21 +257,21 @@ def run_task(
     workers: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict | None:
-    """Ask a part of a task's questions, and score the task once all parts are answered.
+    """Answer a part of a task's questions, and score the task once all parts are answered.
 
-    The folder `out`/label gets predictions.jsonl (prompt, answer and score of each question),
-    result.json (scores, options, question files, settings, versions) and, where the benchmark has
-    a server, the file to submit. An interrupted run resumes.
+    The folder `out`/label gets predictions.jsonl (prompt, answer and score of each question) and
+    result.json (scores, options, question files, settings, versions). It also gets the file to
+    submit where the benchmark has a server. An interrupted run resumes.
 
     Args:
         model: A SparseCut model.
         processor: Its processor.
         selected: The task and its data.
         out: The folder that gets a folder for the task.
-        part: (index, number of parts) of the questions to ask; see `parse_part`.
+        part: (index, number of parts) of the questions; see `parse_part`.
         batch_size: Questions that are answered at once.
         max_new_tokens: The longest answer; None takes that of the released scripts.
-        resume: Whether to keep answers that are there.
+        resume: Whether to reuse answers that are there.
         workers: Processes that prepare images.
         progress: Called with the number of answered questions and the number of all.
 
@@ -350,7 +350,7 @@ def _read_parts(selected: SelectedTask, folder: Path, part_folders: Sequence[Pat
     if missing:
         raise UserError(
             f"the parts in {folder} hold no answer to {len(missing)} questions, such as"
-            f" {missing[0]}, since some were asked other questions; start over (--fresh) with all"
+            f" {missing[0]}, since some have other questions; start over (--fresh) with all"
             " parts, or give another output folder"
         )
     return [by_id[key] for key in ids]

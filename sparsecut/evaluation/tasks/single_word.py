@@ -1,4 +1,4 @@
-"""The tasks GQA, POPE and MME, which ask for one word."""
+"""The tasks GQA, POPE and MME, whose answers are one word."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def read_gqa(root: Path, options: Mapping[str, str]) -> TaskData:
     for question in read_llava_questions(question_file):
         if question.id not in truth:
             raise UserError(
-                f"{question.source} asks question {question.id}, which {truth_file.name} does not"
-                " hold; download both again"
+                f"question {question.id} of {question.source} is not in {truth_file.name};"
+                " download both again"
             )
         facts = truth[question.id]
         kind = facts["types"]["structural"]
@@ -91,13 +91,13 @@ def read_pope(root: Path, options: Mapping[str, str]) -> TaskData:
     for split in splits:
         truth_file = folder / "coco" / f"coco_pope_{split}.json"
         labels = read_records(truth_file, "image", "text", "label")
-        of_split = by_split.get(split, [])
-        if len(of_split) != len(labels):
+        in_split = by_split.get(split, [])
+        if len(in_split) != len(labels):
             raise UserError(
-                f"{question_file} asks {len(of_split)} {split} questions, but {truth_file} has"
+                f"{question_file} holds {len(in_split)} {split} questions, but {truth_file} has"
                 f" {len(labels)}; download both again"
             )
-        for question, label in zip(of_split, labels, strict=True):
+        for question, label in zip(in_split, labels, strict=True):
             questions.append(_add_pope_label(question, label))
         files.append(truth_file)
     return TaskData(questions, ImageStore(find_file(folder / "val2014")), files)
@@ -157,7 +157,7 @@ def read_mme(root: Path, options: Mapping[str, str]) -> TaskData:
     for unit, pair in pairs.items():
         if len(pair) != 2:
             raise UserError(
-                f"{question_file} asks {len(pair)} questions about {unit}, but MME asks two about"
+                f"{question_file} holds {len(pair)} questions about {unit}, but MME has two about"
                 " every image; download it again"
             )
         questions += pair
@@ -175,7 +175,7 @@ def _add_mme_truth(question: Question, task: str, truth: dict, release: Path) ->
     key = (Path(image).stem, text)
     if key not in truth:
         raise UserError(
-            f"{question.source} asks {text!r}, which is not in the files of {release / task};"
+            f"the question {text!r} in {question.source} is not in the files of {release / task};"
             " download both again"
         )
     facts = {"task": task, "image": image, "truth": truth[key], "question": text}

@@ -1,4 +1,4 @@
-"""Scores of POPE, MME, GQA and NLVR, which ask for one word.
+"""Scores of POPE, MME, GQA and NLVR, whose answers are one word.
 
 Each function returns what the benchmark's own script computes from the same input.
 """
@@ -112,7 +112,7 @@ def _score_mme_task(task: str, rows: Sequence[Sequence[str]]) -> dict:
     images = [row[0] for row in rows]
     if images[::2] != images[1::2]:
         raise UserError(
-            f"MME asks two questions about each image, one after the other, but the {len(rows)}"
+            f"MME has two questions about each image, one after the other, but the {len(rows)}"
             f" rows of {task} do not pair up"
         )
     right = []
@@ -154,15 +154,15 @@ def gqa(
         choices: By id, the lists `valid` and `plausible`.
 
     Returns:
-        `binary`, `open` and `accuracy`; `consistency`, None unless every entailed question has a
-        prediction; `validity` and `plausibility`, None without choices; `distribution` (chi square,
-        lower is better); and accuracy with the number of questions by four kinds.
+        `binary`, `open` and `accuracy`. `consistency`: None unless every entailed question has a
+        prediction. `validity` and `plausibility`: None without choices. `distribution`: chi
+        square, lower is better. Further, accuracy and the number of questions by four kinds.
 
     Raises:
         UserError: A balanced question has no prediction.
     """
-    answers = {one["questionId"]: one["prediction"] for one in predictions}
-    balanced = {key: one for key, one in questions.items() if one["isBalanced"]}
+    answers = {item["questionId"]: item["prediction"] for item in predictions}
+    balanced = {key: item for key, item in questions.items() if item["isBalanced"]}
     check_all_answered(list(balanced), answers)
     right = {}
     for key, answer in answers.items():
@@ -207,12 +207,12 @@ def _score_gqa_kinds(balanced: Mapping, right: Mapping) -> dict:
 
 
 def _count_steps(program: Sequence[Mapping]) -> int:
-    """Reasoning steps of a question, without the last one, which asks."""
+    """Reasoning steps of a question, without the last one, which is the query."""
     count = 0
     for step in program:
         text = f"{step['operation']}: {step['argument']}"
-        asks = any(words in text for words in ("exist", "query: name", "choose name"))
-        count += not asks
+        is_query = any(phrase in text for phrase in ("exist", "query: name", "choose name"))
+        count += not is_query
     return count
 
 
@@ -247,7 +247,7 @@ def _compute_fitting(
 
 
 def _compute_distribution(balanced: Mapping, answers: Mapping) -> float:
-    """Chi square of the answers given against the true ones, over 100.
+    """Chi square of the predictions against the true answers, over 100.
 
     It is averaged over groups of questions, weighted by their size.
     """

@@ -23,7 +23,7 @@ EVAL_ZIP = "extract LLaVA's eval.zip (docs/Evaluation.md of LLaVA links it) into
 
 @dataclass(frozen=True)
 class Question:
-    """One question, as the model is asked.
+    """One question, as the model gets it.
 
     Attributes:
         id: The question's name, unique in its task.
