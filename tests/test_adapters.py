@@ -173,7 +173,7 @@ def test_a_stage_with_adapters_resumes_from_a_checkpoint_to_the_bit(
 def test_an_upgrade_is_saved_whole_only_where_the_adapter_was_merged(
     data, tmp_path, upgraded_recipe
 ):
-    """A merged adapter changes the base, so its name no longer says which weights it has."""
+    """A merged adapter changes the base, so its name no longer identifies its weights."""
     for merge in (True, False):
         one = stage(data, train=BOTH, lora={**SMALL, "merge": merge}, args={"max_steps": 1})
         output = tmp_path / f"merge-{merge}"

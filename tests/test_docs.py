@@ -189,14 +189,14 @@ def test_both_ways_of_asking_a_server_run(tmp_path, monkeypatch, capsys):
         (python,), (_, curl, _) = blocks("serving.md", "python"), blocks("serving.md", "bash")
         exec(compile(here(python), "serving.md", "exec"), {})
         answer = capsys.readouterr().out.strip()
-        told = subprocess.run(["bash", "-c", here(curl)], capture_output=True, text=True).stdout
+        output = subprocess.run(["bash", "-c", here(curl)], capture_output=True, text=True).stdout
     engine.close()
-    events = [json.loads(line[6:]) for line in told.splitlines() if line.startswith("data: {")]
+    events = [json.loads(line[6:]) for line in output.splitlines() if line.startswith("data: {")]
     assert (
         answer
         == "".join(event["choices"][0]["delta"].get("content", "") for event in events).strip()
     )
-    assert events[-1]["choices"][0]["finish_reason"] and told.rstrip().endswith("[DONE]")
+    assert events[-1]["choices"][0]["finish_reason"] and output.rstrip().endswith("[DONE]")
 
 
 def test_the_site_builds_without_a_warning(tmp_path):

@@ -74,7 +74,7 @@ def test_unused_layers_are_folded_and_single_ones_are_not():
     assert fold({0}, 2) == [0, 1]
 
 
-def test_the_words_beside_the_drawing():
+def test_the_text_beside_the_drawing():
     shortcuts = (Shortcut((-2,), 0), Shortcut((3, 5), 4, "attend"))
     plan = Plan(shortcuts, tiles=2, shared=True, norm=False, gate="zero")
     text = draw(plan, 6, 8, num_patches=9)

@@ -1,5 +1,5 @@
-"""One contract for encoders: any grid, packed pictures, windows and sounds come out as patches row
-by row, or a sentence says why not.
+"""One contract for encoders: any grid, packed images, windows and audio come out as patches row
+by row, or an error explains why not.
 """
 
 import numpy as np
@@ -92,7 +92,7 @@ def test_windows_are_undone_as_the_encoder_makes_them(size):
 
 
 @torch.no_grad()
-def test_a_packed_encoder_gives_what_its_own_picture_processor_leads_to():
+def test_a_packed_encoder_gives_what_its_own_image_processor_leads_to():
     from transformers import Qwen2VLImageProcessorPil
 
     encoder = family_vision("qwen2_vl_vision")
@@ -115,7 +115,7 @@ def test_a_packed_encoder_gives_what_its_own_picture_processor_leads_to():
 
 
 @torch.no_grad()
-def test_a_configuration_without_a_view_size_is_asked_for_one():
+def test_a_configuration_without_a_view_size_needs_one():
     text = language_config("llama")
     with pytest.raises(UserError, match=r"multiple of 16 pixels.*view_size=256"):
         SparseCutConfig(vision_config=vision_config("qwen2_vl_vision"), text_config=text)
@@ -180,7 +180,7 @@ def test_an_encoder_that_needs_more_than_views_is_refused():
         checks.join(vision=encoder)
 
 
-def test_sounds_in_and_words_out_from_building_to_loading(tmp_path):
+def test_audio_in_and_text_out_from_building_to_loading(tmp_path):
     example = load_example("audio")
     torch.manual_seed(0)
     encoder, extractor, language, tokenizer = example.build_parts()
@@ -190,15 +190,15 @@ def test_sounds_in_and_words_out_from_building_to_loading(tmp_path):
     )
     losses = example.train(model, processor, 30, batch_size=4)
     assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
-    sounds, _ = example.make_tones(4, seed=0)
-    said = example.answer(model, processor, sounds)
-    assert said == [example.answer(model, processor, [sound])[0] for sound in sounds]
+    clips, _ = example.make_tones(4, seed=0)
+    answers = example.answer(model, processor, clips)
+    assert answers == [example.answer(model, processor, [clip])[0] for clip in clips]
     save(model, processor, tmp_path, code=True)
     assert AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True).audio_token == "<audio>"
     assert (tmp_path / "processing.py").is_file()
     again = load(tmp_path)
     assert type(again[1]) is type(processor) and type(again[0].vision_tower) is type(encoder)
-    assert example.answer(*again, sounds) == said
+    assert example.answer(*again, clips) == answers
     talk = [
         {
             "role": "user",
@@ -208,7 +208,7 @@ def test_sounds_in_and_words_out_from_building_to_loading(tmp_path):
     assert again[1].apply_chat_template(talk, tokenize=False).count("<audio>") == 1
 
 
-def test_sounds_that_do_not_fit_the_encoder_are_refused():
+def test_audio_that_does_not_fit_the_encoder_is_refused():
     example = load_example("audio")
     encoder, extractor, language, tokenizer = example.build_parts()
     parts = {"image_processor": extractor, "tokenizer": tokenizer}
@@ -225,7 +225,7 @@ def test_sounds_that_do_not_fit_the_encoder_are_refused():
         processor(audio=[[0.0] * 100], text="<audio> <audio>")
 
 
-def test_oblong_views_are_made_of_pictures_and_kept_when_saved(tmp_path):
+def test_oblong_views_are_made_of_images_and_kept_when_saved(tmp_path):
     tokenizer, language = tiny_tokenizer(), tiny_language()
     encoder, image_processor = family_vision("qwen2_5_vl_vision"), CLIPImageProcessorPil()
     plan = {"method": "sparsecut", "pattern": "sparse"}
@@ -233,13 +233,13 @@ def test_oblong_views_are_made_of_pictures_and_kept_when_saved(tmp_path):
     with pytest.raises(UserError, match="view_size"):
         build(encoder, language, plan, **parts)
     model, processor = build(encoder, language, plan, **parts, view_size=(32, 48))
-    picture = Image.new("RGB", (60, 30), "red")
-    batch = processor(images=[picture], text="<image> what is it", return_tensors="pt")
+    image = Image.new("RGB", (60, 30), "red")
+    batch = processor(images=[image], text="<image> what is it", return_tensors="pt")
     assert batch["pixel_values"].shape == (1, 5, 3, 32, 48)
     save(model, processor, tmp_path)
     again, other = load(tmp_path)
     assert torch.equal(
-        other(images=[picture], text="<image> what is it", return_tensors="pt")["pixel_values"],
+        other(images=[image], text="<image> what is it", return_tensors="pt")["pixel_values"],
         batch["pixel_values"],
     )
     with torch.no_grad():
@@ -247,16 +247,16 @@ def test_oblong_views_are_made_of_pictures_and_kept_when_saved(tmp_path):
 
 
 def test_fine_views_of_an_oblong_size_lie_under_the_coarse_one():
-    picture = Image.fromarray(
+    image = Image.fromarray(
         np.kron(np.array([[0, 80], [160, 240]], np.uint8), np.ones((30, 50), np.uint8))
     )
-    coarse, *fine = (np.asarray(v)[..., 0] for v in cut_views(picture, 2, (16, 24)))
+    coarse, *fine = (np.asarray(v)[..., 0] for v in cut_views(image, 2, (16, 24)))
     assert coarse.shape == (16, 24)
     for view, quarter in zip(
         fine, [coarse[:8, :12], coarse[:8, 12:], coarse[8:, :12], coarse[8:, 12:]], strict=True
     ):
         assert abs(float(np.median(view)) - float(np.median(quarter))) < 1
-    cropped = cut_views(picture, 0, (16, 24), "crop")[0]
+    cropped = cut_views(image, 0, (16, 24), "crop")[0]
     assert cropped.size == (24, 16)
 
 

@@ -95,7 +95,7 @@ def test_two_shortcuts_into_one_layer_add_up():
 
 def test_features_of_an_image_do_not_depend_on_the_others():
     module = fusion(Shortcut((1,), 0, "attend"), Shortcut((2,), 1, "attend"))
-    x = features((1, 2), pictures=3)
+    x = features((1, 2), images=3)
     together = module(x)
     for b in range(3):
         alone = module({tap: states[b : b + 1] for tap, states in x.items()})
@@ -204,7 +204,7 @@ def test_a_model_with_context_gates_generates_and_trains_like_any_other(context_
 
 
 @torch.no_grad()
-def test_later_words_do_not_reach_earlier_positions_through_context_gates(context_model):
+def test_later_text_does_not_reach_earlier_positions_through_context_gates(context_model):
     inputs = checks.batch(context_model)
     before = context_model(**inputs).logits[:, :-1]
     inputs["input_ids"][:, -1] = (inputs["input_ids"][:, -1] + 1) % 4
@@ -237,7 +237,7 @@ def test_fine_views_stop_at_the_deepest_tap_read_from_them_and_give_the_same_sta
 
 @pytest.mark.parametrize("method", [name for name in METHODS if not name.startswith("official")])
 @torch.no_grad()
-def test_states_given_instead_of_pixels_change_nothing(method):
+def test_features_instead_of_pixels_change_nothing(method):
     model = checks.join(plan=method)  # official plans need deep models
     inputs = checks.batch(model)
     expected = model(**inputs).logits

@@ -48,11 +48,11 @@ def new_tokens(inputs, sequences):
     return sequences[:, inputs["input_ids"].shape[1] :]
 
 
-def test_pictures_matter_to_what_is_generated(model, inputs, greedy):
+def test_images_matter_to_what_is_generated(model, inputs, greedy):
     other = model.generate(**inputs | {"pixel_values": inputs["pixel_values"].flip(1)}, **FULL)
-    with_picture = torch.tensor([IMAGE in row for row in ROWS])
+    with_image = torch.tensor([IMAGE in row for row in ROWS])
     difference = (other.logits[0] - greedy.logits[0]).abs().amax(-1)
-    assert (difference[with_picture] > 0.1).all() and not difference[~with_picture].any()
+    assert (difference[with_image] > 0.1).all() and not difference[~with_image].any()
 
 
 def test_shortcuts_matter_in_every_mode(model, inputs):
@@ -60,14 +60,14 @@ def test_shortcuts_matter_in_every_mode(model, inputs):
         torch.manual_seed(0)
         first = model.generate(**inputs, **FULL | mode).logits[0]
         paths = model.fusion.paths[1:]
-        kept = [p.linear_2.weight.data.clone() for p in paths]
+        before = [p.linear_2.weight.data.clone() for p in paths]
         for p in paths:
             p.linear_2.weight.data.neg_()
         torch.manual_seed(0)
         assert not torch.allclose(
             model.generate(**inputs, **FULL | mode).logits[0], first, atol=0.1
         ), mode
-        for p, weight in zip(paths, kept, strict=True):
+        for p, weight in zip(paths, before, strict=True):
             p.linear_2.weight.data = weight
 
 
@@ -101,7 +101,7 @@ def test_beams_of_a_batch_are_the_beams_of_its_rows(model, inputs):
     )
 
 
-def test_pictures_are_encoded_once_with_and_without_a_cache(model, inputs):
+def test_images_are_encoded_once_with_and_without_a_cache(model, inputs):
     runs = []
     handle = model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
     for settings in (
@@ -115,7 +115,7 @@ def test_pictures_are_encoded_once_with_and_without_a_cache(model, inputs):
     assert len(runs) == 4
 
 
-def test_several_samples_of_a_row_see_its_own_pictures(model, inputs, greedy):
+def test_several_samples_of_a_row_see_its_own_images(model, inputs, greedy):
     torch.manual_seed(0)
     out = model.generate(**inputs, **FULL | {"do_sample": True, "num_return_sequences": 3})
     expected = greedy.logits[0].repeat_interleave(3, dim=0)
@@ -166,7 +166,7 @@ def test_guessed_continuations_change_nothing(model, inputs, greedy, row):
     assert torch.equal(model.generate(**given, **settings, prompt_lookup_num_tokens=3), plain)
 
 
-def test_an_assistant_sees_the_pictures(model, inputs):
+def test_an_assistant_sees_the_images(model, inputs):
     twin, steps = checks.join(), []
     twin.generation_config.assistant_confidence_threshold = 0  # random models are never sure
     twin.register_forward_pre_hook(
@@ -196,7 +196,7 @@ def test_embeddings_instead_of_ids(model, inputs, greedy):
     assert torch.equal(together, new_tokens(inputs, model.generate(**inputs, **beams)))
 
 
-def test_encoded_pictures_can_be_handed_over_and_used_again(model, inputs, greedy):
+def test_encoded_images_can_be_handed_over_and_used_again(model, inputs, greedy):
     images = model.get_image_features(inputs["pixel_values"])
     rest = {k: v for k, v in inputs.items() if k != "pixel_values"}
     assert torch.equal(
@@ -214,7 +214,7 @@ def test_a_penalty_on_repetition_and_many_continuations(model, inputs):
     assert all(len(set(row.tolist())) == 8 for row in together)
 
 
-def test_a_conversation_goes_on_from_its_cache_with_another_picture(model, inputs):
+def test_a_conversation_goes_on_from_its_cache_with_another_image(model, inputs):
     pixels, ids = inputs["pixel_values"][:2], torch.tensor([expanded(model, [5, IMAGE, 6, 7])])
     cached = GREEDY | {"return_dict_in_generate": True}
     begun = [model.generate(input_ids=ids, pixel_values=pixels[:1], **cached) for _ in range(4)]
@@ -232,7 +232,7 @@ def test_a_conversation_goes_on_from_its_cache_with_another_picture(model, input
         model.generate(input_ids=whole, past_key_values=caches[3], **GREEDY)
 
 
-def test_a_placeholder_that_the_model_writes_stands_for_no_picture(model, inputs):
+def test_a_placeholder_that_the_model_writes_stands_for_no_image(model, inputs):
     forced = GREEDY | {"suppress_tokens": [t for t in range(64) if t != IMAGE]}
     for mode in ({}, {"do_sample": True}, {"num_beams": 2}):
         written = new_tokens(inputs, model.generate(**inputs, **forced | mode))

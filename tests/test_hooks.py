@@ -1,5 +1,5 @@
 """Where features are read and where they arrive: against a decoder run by hand, whatever stands
-around a picture.
+around an image.
 """
 
 import copy
@@ -20,7 +20,7 @@ from sparsecut.hooks import connect_decoder, connect_encoder, find_layers, read_
 from sparsecut.schema import UserError
 
 TEXT = [[20, 21], [22, 23, 24, 25, 26, 27, 28, 29, 30, 31]]
-WITH_PICTURES = {
+WITH_IMAGES = {
     "start": [IMAGE, 5, 6],
     "middle": [5, 6, IMAGE, 7],
     "end": [5, 6, 7, IMAGE],
@@ -82,7 +82,7 @@ def by_hand(model, row, pixels):
 @pytest.mark.parametrize(
     "method", ["llava", "hires_tokens", "hires_channels", "sparsecut", "sparsecut_input"]
 )
-@pytest.mark.parametrize("row", WITH_PICTURES.values(), ids=WITH_PICTURES)
+@pytest.mark.parametrize("row", WITH_IMAGES.values(), ids=WITH_IMAGES)
 def test_features_reach_exactly_the_image_positions_of_the_planned_layers(method, row):
     model = join_method(method)
     pixels = batch(model, [row])["pixel_values"]
@@ -104,7 +104,7 @@ def test_two_shortcuts_into_one_layer_and_none_into_others(row=(5, IMAGE, 6)):
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_no_row_depends_on_its_neighbours_or_padding(model, side):
-    rows = [TEXT[0], *WITH_PICTURES.values(), TEXT[1], WITH_PICTURES["middle"], TEXT[0]]
+    rows = [TEXT[0], *WITH_IMAGES.values(), TEXT[1], WITH_IMAGES["middle"], TEXT[0]]
     inputs = batch(model, rows, side)
     logits = model(**inputs).logits
     is_text = inputs["attention_mask"].bool()
@@ -121,7 +121,7 @@ def test_no_row_depends_on_its_neighbours_or_padding(model, side):
 def test_text_only_rows_are_the_language_model_untouched(model):
     ids = torch.tensor([TEXT[1]])
     assert torch.equal(model(input_ids=ids).logits, model.language_model(input_ids=ids).logits)
-    together = batch(model, [TEXT[1], WITH_PICTURES["end"]])
+    together = batch(model, [TEXT[1], WITH_IMAGES["end"]])
     alone = model.language_model(input_ids=ids).logits[0]
     assert_close(model(**together).logits[0, -len(TEXT[1]) :], alone)
 
@@ -283,13 +283,13 @@ TWO_SOURCES = {"mm_encoder_outputs": {"image": object()}}
         (TWO_SOURCES, "pixel_values, vision_states and mm_encoder_outputs"),
     ],
 )
-def test_pictures_that_do_not_match_the_prompt_are_refused_in_a_sentence(model, change, sentence):
+def test_images_that_do_not_match_the_prompt_are_refused_in_a_sentence(model, change, sentence):
     with pytest.raises(UserError, match=sentence):
         model(**batch(model) | change)
 
 
 @torch.no_grad()
-def test_a_bare_pass_without_pictures_warns_and_reads_placeholders_as_words(model):
+def test_a_bare_pass_without_images_warns_and_reads_placeholders_as_text(model):
     ids = batch(model)["input_ids"]
     with pytest.warns(UserWarning, match=r"8 image tokens.* 0 features"):
         logits = model(input_ids=ids).logits
@@ -314,7 +314,7 @@ def test_features_of_another_model_are_refused_in_a_sentence(model):
 
 
 @torch.no_grad()
-def test_a_batch_of_no_pictures_is_a_batch_of_texts(model):
+def test_a_batch_of_no_images_is_a_batch_of_texts(model):
     ids, none = torch.tensor([TEXT[1]]), torch.empty(0, 5, 3, 16, 16)
     assert torch.equal(model(input_ids=ids, pixel_values=none).logits, model(input_ids=ids).logits)
     for beams in (1, 2):

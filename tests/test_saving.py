@@ -179,10 +179,10 @@ def test_loading_gives_back_the_same_model(tmp_path, plan, tie):
         ]
         head, table = again.get_output_embeddings().weight, again.get_input_embeddings().weight
         assert (head.data_ptr() == table.data_ptr()) == tie
-    picture, text = Image.new("RGB", (30, 20), (250, 80, 10)), "<image> what is it"
+    image, text = Image.new("RGB", (30, 20), (250, 80, 10)), "<image> what is it"
     for again in (load(tmp_path)[1], AutoProcessor.from_pretrained(tmp_path)):
-        for name, value in processor(images=picture, text=text, return_tensors="pt").items():
-            assert torch.equal(again(images=picture, text=text, return_tensors="pt")[name], value)
+        for name, value in processor(images=image, text=text, return_tensors="pt").items():
+            assert torch.equal(again(images=image, text=text, return_tensors="pt")[name], value)
         assert (
             again.tokenizer.padding_side == "left"
             and again.chat_template == processor.chat_template

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """A folder with an encoder, a language model, a built model, two pictures and eight
+    """A folder with an encoder, a language model, a built model, two images and eight
     questions.
     """
     home = tmp_path_factory.mktemp("home")
@@ -269,10 +269,10 @@ def test_chat_asks_once_and_talks_through_a_pipe(run, model):
         "what is it\n/image pictures/blue.png\n/image none.png\nis it"
         " blue\n/history\n/reset\n/history\n/quit\nnever\n"
     )
-    code, said, _ = run("chat", model, "pictures/red.png", "--max-new-tokens", "4", typed=talk)
-    assert code == 0 and said.startswith(out)
-    assert "error: there is no image none.png" in said and "user: [image]\nis it blue" in said
-    assert said.count("the conversation is empty") == 2
+    code, output, _ = run("chat", model, "pictures/red.png", "--max-new-tokens", "4", typed=talk)
+    assert code == 0 and output.startswith(out)
+    assert "error: there is no image none.png" in output and "user: [image]\nis it blue" in output
+    assert output.count("the conversation is empty") == 2
     assert run("chat", model, typed="")[:2] == (0, "")
 
 
@@ -307,7 +307,7 @@ def test_convert_reads_a_released_folder(run, home):
     assert code == 2 and "--taps is '0;3', but must be whole numbers with commas" in err
 
 
-def test_world_draws_pictures(run, home):
+def test_shapes_draws_images(run, home):
     code, out, _ = run(
         "shapes", "draw", "drawn", "--train", "2", "--dev", "1", "--test", "0", "--questions", "1"
     )
@@ -352,7 +352,7 @@ MISTAKES = {  # a command -> the fact that its error names
 
 
 @pytest.mark.parametrize("typed", MISTAKES)
-def test_a_mistake_is_told_in_one_line(run, home, model, typed):
+def test_a_mistake_is_one_line(run, home, model, typed):
     code, out, err = run(*typed.split())
     lines = [line for line in err.splitlines() if line.strip()]
     assert code == 2 and not out and len(lines) == 1, err

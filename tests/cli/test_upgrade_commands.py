@@ -36,13 +36,13 @@ def run(*typed: str) -> str:
 
 
 def test_upgrade_writes_shortcuts_and_says_what_they_cost(base, tmp_path):
-    said = run("upgrade", "base", "--out", "shortcuts")
+    output = run("upgrade", "base", "--out", "shortcuts")
     model, _ = load("shortcuts")
     number = sum(p.numel() for p in model.fusion.parameters())
     assert (
-        f"{number:,} parameters" in said
-        and "49,568 parameters" in said
-        and "wrote shortcuts" in said
+        f"{number:,} parameters" in output
+        and "49,568 parameters" in output
+        and "wrote shortcuts" in output
     )
     assert sum(f.stat().st_size for f in (tmp_path / "shortcuts").iterdir()) < 4 * number + 4000
     assert "base + channels" in run("show", "shortcuts") and "shortcuts of base" in run(
@@ -56,7 +56,7 @@ def test_upgrade_writes_shortcuts_and_says_what_they_cost(base, tmp_path):
 
 
 def test_cost_compares_plans_on_a_base(base, tmp_path):
-    said = run("cost", "sparsecut", "qwen3_vl", "--base", "base", "--json", "costs.json")
+    output = run("cost", "sparsecut", "qwen3_vl", "--base", "base", "--json", "costs.json")
     costs = json.loads((tmp_path / "costs.json").read_text())
     ours, theirs = (costs[name]["count"] for name in ("sparsecut", "qwen3_vl"))
     assert (
@@ -65,12 +65,14 @@ def test_cost_compares_plans_on_a_base(base, tmp_path):
         < theirs["upgraded_flops"]
         < ours["upgraded_flops"]
     )
-    assert ours["num_image_tokens"] == 4 and f"{ours['num_fusion_parameters']:,} parameters" in said
+    assert (
+        ours["num_image_tokens"] == 4 and f"{ours['num_fusion_parameters']:,} parameters" in output
+    )
     with pytest.raises(ValueError, match="leave out --measure or --base"):
         run("cost", "sparsecut", "--base", "base", "--measure")
 
 
-def test_mistakes_are_told_before_anything_is_written(base, tmp_path):
+def test_mistakes_are_reported_before_anything_is_written(base, tmp_path):
     with pytest.raises(ValueError, match="no shortcut"):
         run("upgrade", "base", "--out", "new", "--plan", "llava")
     with pytest.raises(ValueError, match="holds a model already"):

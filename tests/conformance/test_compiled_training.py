@@ -30,7 +30,7 @@ def test_a_compiled_model_is_compiled_no_more_once_its_shapes_are_known(folder):
         lambda **batch: model(**batch, use_cache=False).loss, backend=backend, dynamic=False
     )
     seen = []
-    for rows in ((0, 1), (2, 3), (1, 2), (0, 3)):  # one picture each
+    for rows in ((0, 1), (2, 3), (1, 2), (0, 3)):  # one image each
         step(**compiled([trainer.train_dataset[i] for i in rows]))
         seen.append(len(graphs))
     assert seen[0] >= 1 and seen[1:] == [seen[0]] * 3

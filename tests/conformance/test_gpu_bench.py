@@ -117,8 +117,8 @@ def test_tokens_after_the_prompt_are_those_of_generate(gpu):
     torch.testing.assert_close(logits[:, -1], made[-1].logits[:, -1], rtol=1e-3, atol=1e-4)
 
 
-def test_operations_of_a_step_follow_six_per_weight_and_token(gpu):
-    """Of a decoder much larger than the rest: 2 operations per weight forward, 2 for activations, 2
+def test_flops_of_a_step_follow_six_per_weight_and_token(gpu):
+    """Of a decoder much larger than the rest: 2 FLOPs per weight forward, 2 for activations, 2
     for weights.
     """
     from gpu_parts import configs, step_flops

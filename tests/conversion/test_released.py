@@ -89,7 +89,7 @@ def assert_close(result, expected, atol: float = 1e-4) -> None:
 
 @torch.no_grad()
 def project(projector, fusion: str, views: torch.Tensor) -> torch.Tensor:
-    """The released P(coarse, fine), patch by patch: [views, N, D] of one picture -> [N, H]."""
+    """The released P(coarse, fine), patch by patch: [views, N, D] of one image -> [N, H]."""
     coarse = views[0]
     if fusion == "mlp2x_gelu":
         return projector(coarse)
@@ -146,7 +146,7 @@ REVERSED = [23 - tap for tap in TAPS]
 LEFT_PADDED = ("attention", "32 layers")
 CASES = {
     "attention": ("cross_attention", 40, None, None, -2),
-    "plain LLaVA": ("mlp2x_gelu", 40, [], [], -2),
+    "LLaVA": ("mlp2x_gelu", 40, [], [], -2),
     "plain projector, first eight blocks": ("mlp2x_gelu", 40, None, None, -2),
     "reversed": ("cross_mlp", 40, REVERSED, None, 0),
     "32 layers": ("cross_mlp", 32, None, None, -2),

@@ -23,7 +23,7 @@ def get_prompt_ids(processor, example, images, num_turns: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_what_is_learned_follows_exactly_the_prompt_of_inference(name, reverse):
+def test_targets_follow_exactly_the_prompt_of_inference(name, reverse):
     processor = PROCESSORS[name]()
     talks = get_talks(processor)[:: -1 if reverse else 1]
     batch = encode_batch(processor, [one for one, _ in talks], [images for _, images in talks])
@@ -51,7 +51,7 @@ def test_what_is_learned_follows_exactly_the_prompt_of_inference(name, reverse):
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_a_cut_spares_images_and_needs_something_to_learn(name):
+def test_a_cut_spares_images_and_needs_a_target(name):
     processor = PROCESSORS[name]()
     example, images = TALKS[3]
     full = encode_batch(processor, [example], [images])

@@ -178,7 +178,7 @@ def test_arguments_that_are_not_allowed_are_named(shared, examples, tmp_path, ar
     assert not (tmp_path / "out").exists()
 
 
-def test_examples_that_cannot_be_asked_are_named(tiny, tmp_path):
+def test_examples_that_cannot_be_evaluated_are_named(tiny, tmp_path):
     model, processor = tiny
     examples = write_questions(tmp_path)
     with pytest.raises(UserError, match="empty"):

@@ -312,7 +312,7 @@ def test_a_part_is_a_number_and_the_number_of_parts(monkeypatch):
             parse_part(wrong)
 
 
-def test_a_missing_file_or_image_is_named_before_anything_is_asked(root, tmp_path):
+def test_a_missing_file_or_image_is_named_before_any_answer(root, tmp_path):
     copy = tmp_path / "eval"
     shutil.copytree(root / "pope", copy / "pope")
     (copy / "pope" / "val2014" / "COCO_val2014_000000000001.jpg").unlink()

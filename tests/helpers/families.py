@@ -277,7 +277,7 @@ VISION = {
     "hiera": {"image_size": [16, 16], "patch_size": [8, 8]},
     "convnext": {},
 }
-VIEW_SIZES = {  # with more columns than rows, for the families that take pictures of any size
+VIEW_SIZES = {  # with more columns than rows, for the families that take images of any size
     "pixtral": [16, 32],
     "siglip2_vision_model": [16, 24],
     "qwen2_vl_vision": [32, 48],

@@ -15,10 +15,10 @@ def fusion(*shortcuts, rows=2, **settings) -> Fusion:
     return Fusion(plan, vision_depth=DEPTH, vision_dim=DIM, language_dim=HIDDEN, rows=rows)
 
 
-def features(taps, *, pictures=2, tiles=2, rows=2) -> dict:
+def features(taps, *, images=2, tiles=2, rows=2) -> dict:
     """Random features of every tap: [B, V, N, D]."""
     torch.manual_seed(1)
-    return {tap: torch.randn(pictures, 1 + tiles**2, rows**2, DIM) for tap in taps}
+    return {tap: torch.randn(images, 1 + tiles**2, rows**2, DIM) for tap in taps}
 
 
 def fuse(module: Fusion, states) -> dict[int, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""A program that trains, and kills itself where its input says; each run is a fork of its own.
+"""A program that trains and kills itself at the point its input names; each run is a fork.
 
 python tests/helpers/killed.py FOLDER
 
@@ -98,7 +98,7 @@ POINTS = {
         lambda recipe, path: path.parent.name == "one",
     ),
     "between the stages": (stages, "clear_stage", lambda folder, *a: folder.name == "two"),
-    "told to stop": (StageTrainer, "training_step", is_step("two", 1), terminate),
+    "SIGTERM": (StageTrainer, "training_step", is_step("two", 1), terminate),
     "second stage, late": (StageTrainer, "training_step", is_step("two", 3)),
     "final being linked": (os, "link"),
 }

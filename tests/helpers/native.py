@@ -51,8 +51,8 @@ IDEFICS = (
 
 def byte_tokenizer(*tokens: str, **named: str) -> PreTrainedTokenizerFast:
     """One token per byte, so that every character shows whether it is learned."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({character: i for i, character in enumerate(characters)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **SPECIAL, **named)

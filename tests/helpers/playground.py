@@ -164,11 +164,11 @@ def make_textvqa(folder: Path) -> None:
     data = []
     for i in range(4):
         image = f"{'abc'[i % 3]}0"
-        asked = f"What is it {i}"
-        text = f"{asked}\nReference OCR token: cat, dog\n{SHORT}"
+        question = f"What is it {i}"
+        text = f"{question}\nReference OCR token: cat, dog\n{SHORT}"
         questions.append(make_question(image, f"{image}.jpg", text))
         answers = ["cat"] * 7 + ["dog"] * 3
-        data.append({"image_id": image, "question": asked, "question_id": i, "answers": answers})
+        data.append({"image_id": image, "question": question, "question_id": i, "answers": answers})
         write_image(folder / "train_images" / f"{image}.jpg", i)
     write_json_lines(folder / "llava_textvqa_val_v051_ocr.jsonl", questions)
     write_json(folder / "TextVQA_0.5.1_val.json", {"data": data})

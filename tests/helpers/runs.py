@@ -48,7 +48,7 @@ def write_records(folder: Path) -> Path:
     return folder
 
 
-def write_word_records(path: Path, words: dict[str, int], pictures: bool = True) -> dict:
+def write_word_records(path: Path, words: dict[str, int], has_images: bool = True) -> dict:
     """Write a file of records with so many words each, by id.
 
     Returns:
@@ -56,10 +56,10 @@ def write_word_records(path: Path, words: dict[str, int], pictures: bool = True)
     """
     records = []
     for name, number in words.items():
-        question = ("<image>\n" if pictures else "") + "a " * (number - 1)
+        question = ("<image>\n" if has_images else "") + "a " * (number - 1)
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "b"}]
         record = {"id": name, "conversations": turns}
-        if pictures:
+        if has_images:
             record["image"] = "one.png"
         records.append(record)
     path.write_text(json.dumps(records))

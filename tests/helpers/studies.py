@@ -90,7 +90,7 @@ def make_study(
         out: The study's folder.
         variants: Names of `SPECS`; the first is the baseline.
         seeds: Seeds of every variant.
-        num_images: Images that are asked about.
+        num_images: Images that are evaluated.
         budgets: Names of the budgets, the main one first.
         accuracies: Variant to the fraction right under the main budget; drawn where not given.
     """

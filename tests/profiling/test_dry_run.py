@@ -203,7 +203,7 @@ def test_a_folder_that_does_not_exist_yet_is_named(tmp_path, monkeypatch):
 
 
 def test_texts_have_no_image_and_mixtures_count_by_weight(backbones, data):
-    texts = write_word_records(data / "t.json", {f"t{i}": 40 for i in range(30)}, pictures=False)
+    texts = write_word_records(data / "t.json", {f"t{i}": 40 for i in range(30)}, has_images=False)
     images = write_word_records(data / "i.json", {f"i{i}": 40 for i in range(10)})
     alone = estimate(backbones, data=texts)
     both = estimate(backbones, data=[texts, images])

@@ -1,4 +1,4 @@
-"""What a row of a batch holds: told from records, by the rules that training packs and pads by."""
+"""What a row of a batch holds, from records, by the rules that training packs and pads by."""
 
 import pytest
 from helpers.runs import write_word_records
@@ -16,7 +16,7 @@ def data(tmp_path):
     (tmp_path / "one.png").write_bytes(b"")
     images = write_word_records(tmp_path / "images.json", {f"i{i}": 20 for i in range(20)})
     words = {f"t{i}": 20 for i in range(20)}
-    return images, write_word_records(tmp_path / "texts.json", words, pictures=False)
+    return images, write_word_records(tmp_path / "texts.json", words, has_images=False)
 
 
 def make_stage(*sources, **changes):

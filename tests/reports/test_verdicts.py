@@ -1,4 +1,4 @@
-"""A verdict says no more than its intervals allow, and names what does as well."""
+"""A verdict claims no more than its intervals allow, and names what does as well."""
 
 from sparsecut.reports.verdicts import judge_ablation, judge_comparison, judge_study
 

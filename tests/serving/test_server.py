@@ -116,7 +116,7 @@ def test_logprobs_are_the_models(engine, client):
     assert entry.bytes == list(entry.token.encode())
 
 
-def test_a_seed_repeats_an_answer_whatever_else_is_asked(client):
+def test_a_seed_repeats_an_answer_whatever_else_is_running(client):
     def draw(**changes):
         settings = {"temperature": 1.5, "seed": 4, "n": 3, "max_tokens": 8, **changes}
         response = complete(client, make_messages("what is it"), **settings)

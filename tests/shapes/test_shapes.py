@@ -1,4 +1,4 @@
-"""The picture world is the same everywhere, its splits share nothing, and words alone do not answer
+"""Drawn images are the same everywhere, their splits share nothing, and text alone does not answer
 its questions.
 """
 
@@ -26,7 +26,7 @@ def drawn(tmp_path_factory):
     return folder
 
 
-def test_equal_seeds_give_equal_pictures_and_others_do_not():
+def test_equal_seeds_give_equal_images_and_others_do_not():
     one, same, other = (
         np.asarray(draw(split_scene(key))) for key in ("train/0/3", "train/0/3", "train/1/3")
     )
@@ -60,7 +60,7 @@ def test_files_are_in_llava_format(drawn):
     assert Counter(r["group"] for r in test) == dict.fromkeys(KINDS, 60)
 
 
-def test_words_alone_do_not_answer():
+def test_text_alone_does_not_answer():
     answers = {}
     for i in range(400):
         scene = split_scene(f"test/1/{i}")

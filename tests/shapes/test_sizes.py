@@ -1,4 +1,4 @@
-"""The large picture world: its questions are true, its splits share nothing, its backbones learn;
+"""The large size: its questions are true, its splits share nothing, its backbones learn;
 the small one is as it was.
 """
 
@@ -52,7 +52,7 @@ def test_the_small_encoder_sees_the_batches_it_was_made_on():
     assert digest == "11d98f1f9ffdc7ee7e5b5acf829bdd93a5fd7645a3475a37626c13b7d8d733ec"
 
 
-def test_pictures_are_twice_as_wide_and_hold_more_things():
+def test_images_are_twice_as_wide_and_hold_more_things():
     scenes = [split_scene(f"train/0/{i}", LARGE) for i in range(200)]
     assert {len(scene.things) for scene in scenes} == {5, 6, 7, 8}
     assert {t.place for scene in scenes for t in scene.things} == set(range(16))
@@ -67,11 +67,11 @@ def test_pictures_are_twice_as_wide_and_hold_more_things():
 
 def test_things_are_drawn_where_the_scene_says():
     scene = split_scene("train/0/5", LARGE)
-    picture = np.asarray(draw(scene)).astype(float)
+    image = np.asarray(draw(scene)).astype(float)
     taken = {t.place for t in scene.things}
     for place in range(16):
         row, column = divmod(place, 4)
-        lines = picture[48 * row + 35 : 48 * row + 46, 48 * column + 3 : 48 * column + 14]
+        lines = image[48 * row + 35 : 48 * row + 46, 48 * column + 3 : 48 * column + 14]
         assert (lines.std() > 40) == (place in taken), (
             place
         )  # an empty cell is a gradient with grain
@@ -83,8 +83,8 @@ def test_every_answer_is_true_of_the_scene(split):
         scene = split_scene(f"{split}/0/{i}", LARGE)
         pairs = ask(scene, random.Random(i), 12)
         assert len(set(pairs)) == 12
-        for question, told in pairs:
-            assert true_answer(scene, question) == told, (scene, question)
+        for question, answer in pairs:
+            assert true_answer(scene, question) == answer, (scene, question)
 
 
 def true_answer(scene, question: str) -> str:
@@ -126,7 +126,7 @@ def test_every_word_is_one_token_and_places_differ():
         assert len(ids) == len(words.split()) and tokenizer.unk_token_id not in ids
 
 
-def test_the_encoder_is_told_what_each_cell_shows():
+def test_targets_of_the_encoder_are_what_each_cell_shows():
     torch.manual_seed(0)
     views = Views(3, LARGE)
     pixels, in_coarse, in_fine = views.batch(2)

@@ -1,4 +1,4 @@
-"""A run that is killed, told to stop, or finds the disk full continues as if undisturbed.
+"""A run that is killed, gets SIGTERM, or finds the disk full continues as if undisturbed.
 
 It never continues from a broken checkpoint.
 """
@@ -68,7 +68,7 @@ def test_a_run_that_is_killed_at_every_point_gives_the_same_to_the_bit(folder, s
     assert start("whole", "undisturbed") == 0
     for number, point in enumerate(POINTS):
         status = start("killed", f"{point} resume" if number else point)
-        assert status == (1 if point == "told to stop" else -signal.SIGKILL), point
+        assert status == (1 if point == "SIGTERM" else -signal.SIGKILL), point
     assert start("killed", "undisturbed resume") == 0
     for name in ("one", "two"):
         assert read_figures(folder, "killed", name) == read_figures(folder, "whole", name)

@@ -20,7 +20,7 @@ from sparsecut.training.freezing import apply_liger, freeze
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with data.json, texts.json and their pictures."""
+    """A folder with data.json, texts.json and their images."""
     write_records(tmp_path)
     return tmp_path
 
@@ -42,19 +42,20 @@ def test_nothing_of_a_frozen_encoder_waits_for_the_backward_pass(folder):
     """What autograd keeps is of the fusion and the decoder: its size does not hang on the encoder's
     depth.
     """
-    assert kept_values(folder, 6) == kept_values(folder, 12) > 0
+    assert count_saved_values(folder, 6) == count_saved_values(folder, 12) > 0
 
 
 def test_checkpointing_does_not_wake_a_frozen_encoder(folder):
-    """transformers has the encoder's embeddings ask for a gradient, too; where the encoder learns,
+    """transformers has the encoder's embeddings ask for a gradient, too; for a trained encoder
     that is as it was.
     """
-    resting = [kept_values(folder, depth, tap=depth, checkpointing=True) for depth in (6, 12)]
-    assert resting[0] == resting[1] > 0
-    learning = [
-        kept_values(folder, depth, tap=depth, checkpointing=True, vision=True) for depth in (6, 12)
+    frozen = [count_saved_values(folder, depth, tap=depth, checkpointing=True) for depth in (6, 12)]
+    assert frozen[0] == frozen[1] > 0
+    trained = [
+        count_saved_values(folder, depth, tap=depth, checkpointing=True, vision=True)
+        for depth in (6, 12)
     ]
-    assert resting[0] < learning[0] < learning[1]
+    assert frozen[0] < trained[0] < trained[1]
 
 
 PARTS = [["fusion"], ["fusion", "vision"], ["vision"], ["language"]]
@@ -71,9 +72,7 @@ def test_checkpointing_changes_no_gradient(folder, kind, parts):
 
 
 @pytest.mark.parametrize("kind", ["built", "llava"])
-def test_an_encoder_of_which_a_part_learns_gets_its_gradients_from_reentrant_checkpointing_too(
-    folder, kind
-):
+def test_a_partly_trained_encoder_gets_its_gradients_from_reentrant_checkpointing_too(folder, kind):
     """Its blocks get none unless their input asks for one, which embeddings that rest must do for
     them.
     """
@@ -98,7 +97,7 @@ def gradients(
     torch.manual_seed(0)
     for parameter in model.fusion.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    # The recipe of a base alone may train its projector; either way the encoder rests.
+    # The recipe of a base alone may train its projector; either way the encoder is frozen.
     trainer = trainer_for(
         model, processor, folder, train=["fusion"] if parts == ["projector"] else parts
     )
@@ -119,7 +118,7 @@ def same_gradients(plain: dict, checkpointed: dict) -> None:
         assert torch.allclose(gradient, checkpointed[name], atol=1e-6), name
 
 
-def kept_values(
+def count_saved_values(
     folder, depth: int, tap: int = 2, checkpointing: bool = False, vision: bool = False
 ) -> int:
     """How many values autograd keeps of a step with an encoder of so many blocks, run up to the
@@ -146,15 +145,15 @@ def kept_values(
 
 
 def test_liger_s_kernels_go_into_the_language_model(folder, monkeypatch):
-    """Its package needs a GPU, so a stand-in notes what it is asked; transformers alone would ask
+    """Its package needs a GPU, so a stand-in notes its calls; transformers alone would ask
     for the whole model's type.
     """
-    asked = []
+    calls = []
     package, inside, patch = (
         ModuleType(f"liger_kernel{name}")
         for name in ("", ".transformers", ".transformers.monkey_patch")
     )
-    inside._apply_liger_kernel_to_instance = lambda model, **settings: asked.append(
+    inside._apply_liger_kernel_to_instance = lambda model, **settings: calls.append(
         (model, settings)
     )
     patch.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
@@ -162,7 +161,7 @@ def test_liger_s_kernels_go_into_the_language_model(folder, monkeypatch):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     model, _ = tiny_model()
     apply_liger(model, {"rope": False})
-    assert asked == [(model.language_model, {"fused_linear_cross_entropy": False, "rope": False})]
+    assert calls == [(model.language_model, {"fused_linear_cross_entropy": False, "rope": False})]
     patch.MODEL_TYPE_TO_APPLY_LIGER_FN = {"qwen2": None}
     with pytest.raises(ValueError, match=r"llama.*qwen2"):
         apply_liger(model, None)

@@ -92,7 +92,7 @@ def make_talks() -> tuple[list[Example], list[list[Image.Image]]]:
     return [talk for talk, _ in TALKS], images
 
 
-def test_what_is_learned_follows_exactly_the_prompt_of_inference(base):
+def test_targets_follow_exactly_the_prompt_of_inference(base):
     processor = base[1]
     talks, images = make_talks()
     batch = encode_batch(processor, talks, images)
