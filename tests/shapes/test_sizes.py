@@ -83,8 +83,8 @@ def test_every_answer_is_true_of_the_scene(split):
         scene = split_scene(f"{split}/0/{i}", LARGE)
         pairs = ask(scene, random.Random(i), 12)
         assert len(set(pairs)) == 12
-        for question, answer in pairs:
-            assert true_answer(scene, question) == answer, (scene, question)
+        for question, reply in pairs:
+            assert true_answer(scene, question) == reply, (scene, question)
 
 
 def true_answer(scene, question: str) -> str:
