@@ -1,24 +1,17 @@
-"""Training: only named parts move, at their own rates, over all learned tokens, and the same
-twice.
-"""
+"""Training: named parts alone move, at their own rates, over all learned tokens, the same twice."""
 
 import itertools
 import math
 
 import pytest
 import torch
-from helpers.runs import log, run, stage, trainer_for, write_records
+from helpers.runs import log, read_losses, run, stage, trainer_for
 from helpers.tiny import tiny_model
 
 from sparsecut.building import load
 from sparsecut.data.collator import Collator
 
-
-@pytest.fixture
-def folder(tmp_path):
-    """A folder with data.json, texts.json and their pictures."""
-    write_records(tmp_path)
-    return tmp_path
+BOTH = ["fusion", "language"]
 
 
 @pytest.mark.parametrize(
@@ -34,12 +27,13 @@ def test_only_named_parts_change(folder, parts, prefixes):
     before = dict(tiny_model()[0].named_parameters())
     after = dict(run(folder, stage(folder, train=parts))[0].named_parameters())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all(name.startswith(prefixes) for name in changed)
-    trained = {name for name in before if name.startswith(prefixes)}
-    unread = {name for name in trained if name.startswith("vision_tower") and name not in changed}
-    assert changed == trained - unread
+    named = {name for name in before if name.startswith(prefixes)}
+    assert changed
+    assert changed <= named
     # What lies above the deepest tap is never run.
-    assert all(".layers.5." in name or "post_layernorm" in name for name in unread)
+    for name in named - changed:
+        assert name.startswith("vision_tower")
+        assert ".layers.5." in name or "post_layernorm" in name
 
 
 def test_frozen_parts_stay_in_evaluation_mode(folder):
@@ -48,80 +42,93 @@ def test_frozen_parts_stay_in_evaluation_mode(folder):
     for layer in model.language_model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     trainer = trainer_for(model, processor, folder)
-    batch, losses = trainer.data_collator([trainer.train_dataset[i] for i in range(3)]), []
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    losses = []
     for _ in range(2):
         model.train()
         losses.append(trainer.compute_loss(model, dict(batch)).item())
-    assert losses[0] == losses[1] and model.fusion.training and not model.language_model.training
+    assert losses[0] == losses[1]
+    assert model.fusion.training
+    assert not model.language_model.training
 
 
-def test_constant_gates_stay_and_the_model_comes_back_ready(folder):
-    model = run(folder)[0]
+def test_constant_gates_stay_and_the_model_is_ready_afterwards(folder):
+    model, _ = run(folder)
     assert torch.equal(model.fusion.gates, torch.ones_like(model.fusion.gates))
-    assert not model.training and all(p.requires_grad for p in model.parameters())
+    assert not model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_each_part_has_its_own_learning_rate_and_schedule(folder):
-    changes = {
-        "train": ["fusion", "language"],
-        "lr": {"fusion": 1e-3, "head": 0.0},
-        "args": {"weight_decay": 0.1, "learning_rate": 1e-4},
-    }
+RATES = {
+    "train": BOTH,
+    "lr": {"fusion": 1e-3, "head": 0.0},
+    "args": {"weight_decay": 0.1, "learning_rate": 1e-4},
+}
+
+
+def test_each_part_has_its_own_learning_rate_and_matrices_are_decayed(folder):
     model, processor = tiny_model()
-    trainer = trainer_for(model, processor, folder, **changes)
-    groups = trainer.create_optimizer().param_groups
-    assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
-    rates = {g["part"]: g["lr"] for g in groups}
+    groups = trainer_for(model, processor, folder, **RATES).create_optimizer().param_groups
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert sum(len(group["params"]) for group in groups) == len(trained)
+    rates = {group["part"]: group["lr"] for group in groups}
     assert rates == {"fusion": 1e-3, "language": 1e-4, "head": 0.0}
-    decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
-    assert decayed and all(p.dim() > 1 for p in model.parameters() if id(p) in decayed)
+    decayed = [p for group in groups if group["weight_decay"] for p in group["params"]]
+    assert decayed
+    assert all(parameter.dim() > 1 for parameter in decayed)
 
-    head = model.language_model.lm_head.weight.clone()
-    run(folder, stage(folder, **changes))
-    lines = log(folder)
+
+def test_learning_rates_follow_one_schedule(folder):
+    head = tiny_model()[0].language_model.lm_head.weight
+    run(folder, stage(folder, **RATES))
     assert torch.equal(load(folder / "out" / "one")[0].language_model.lm_head.weight, head)
-    assert [line["lr"]["fusion"] for line in lines] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
-    assert all(line["lr"]["language"] == pytest.approx(line["lr"]["fusion"] / 10) for line in lines)
+    rates = [line["lr"] for line in log(folder)]
+    assert [rate["fusion"] for rate in rates] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
+    for rate in rates:
+        assert rate["language"] == pytest.approx(rate["fusion"] / 10)
 
 
 def test_trained_gates_are_not_decayed(folder):
     model, processor = tiny_model({"method": "sparsecut", "gate": "zero"})
     trainer = trainer_for(model, processor, folder, args={"weight_decay": 0.1})
-    groups = trainer.create_optimizer().param_groups
-    assert [
-        g["weight_decay"] for g in groups if any(p is model.fusion.gates for p in g["params"])
-    ] == [0.0]
+    decays = []
+    for group in trainer.create_optimizer().param_groups:
+        if any(parameter is model.fusion.gates for parameter in group["params"]):
+            decays.append(group["weight_decay"])
+    assert decays == [0.0]
 
 
 def test_the_same_recipe_twice_gives_the_same_losses_to_the_bit(folder):
-    stages = [
-        stage(folder, template="plain"),
-        stage(folder, name="two", train=["fusion", "language"]),
-    ]
-    runs = []
-    for _ in range(2):
-        run(folder, *stages)
-        runs.append([line["loss"] for name in ("one", "two") for line in log(folder, name)])
-    assert runs[0] == runs[1] and len(runs[0]) == 6 and all(math.isfinite(loss) for loss in runs[0])
+    first = stage(folder, template="plain")
+    second = stage(folder, name="two", train=BOTH)
+    losses = []
+    for output in ("first", "again"):
+        run(folder, first, second, output=str(folder / output))
+        losses.append([read_losses(folder, name, output) for name in ("one", "two")])
+    assert losses[0] == losses[1]
+    for stage_losses in losses[0]:
+        assert len(stage_losses) == 3
+        assert all(math.isfinite(loss) for loss in stage_losses)
 
 
-def test_two_arms_see_the_same_batches_in_the_same_order(folder, monkeypatch):
-    seen = []
+def test_two_variants_see_the_same_batches_in_the_same_order(folder, monkeypatch):
+    batches = {}
     collate = Collator.__call__
 
-    def spy(self, items):
-        seen[-1].append(
-            [item["input_ids"][item["input_ids"] != self.image_token_id].tolist() for item in items]
-        )
+    def record(self, items):
+        texts = [item["input_ids"][item["input_ids"] != image_token_id] for item in items]
+        batches[plan].append([text.tolist() for text in texts])
         return collate(self, items)
 
-    monkeypatch.setattr(Collator, "__call__", spy)
+    monkeypatch.setattr(Collator, "__call__", record)
     for plan in ("sparsecut", "llava"):
-        seen.append([])
-        Collator.image_token_id = tiny_model(plan)[1].image_token_id
+        batches[plan] = []
+        image_token_id = tiny_model(plan)[1].image_token_id
         run(folder, stage(folder, args={"max_steps": 9}), plan=plan, output=str(folder / plan))
-    assert seen[0] == seen[1] and len(seen[0]) >= 9
-    assert seen[0][:3] != seen[0][6:9]  # the second epoch is shuffled anew
+    assert batches["sparsecut"] == batches["llava"]
+    assert len(batches["llava"]) >= 9
+    # The second epoch is shuffled anew.
+    assert batches["llava"][:3] != batches["llava"][6:9]
 
 
 def test_the_loss_counts_every_learned_token_of_the_step_once(folder):
@@ -134,15 +141,11 @@ def test_the_loss_counts_every_learned_token_of_the_step_once(folder):
             "max_steps": 2,
             "optim": "sgd",
         }
-        model = run(folder, stage(folder, args=args), output=str(folder / str(size)))[0]
-        weights.append(
-            (
-                torch.cat([p.flatten() for p in model.fusion.parameters()]),
-                [x["loss"] for x in log(folder, output=str(size))],
-            )
-        )
-    assert torch.allclose(weights[0][0], weights[1][0], atol=1e-6)
-    assert weights[0][1] == pytest.approx(weights[1][1], abs=1e-5)
+        model, _ = run(folder, stage(folder, args=args), output=str(folder / str(size)))
+        weights.append(torch.cat([p.flatten() for p in model.fusion.parameters()]))
+    assert torch.allclose(weights[0], weights[1], atol=1e-6)
+    losses = read_losses(folder, output="4")
+    assert losses == pytest.approx(read_losses(folder, output="2"), abs=1e-5)
 
 
 def test_older_code_averages_the_means_of_micro_batches(folder):
@@ -151,47 +154,56 @@ def test_older_code_averages_the_means_of_micro_batches(folder):
     losses = {}
     for over in ("tokens", "batches"):
         run(folder, stage(folder, args=args, loss_over=over), output=str(folder / over))
-        losses[over] = log(folder, output=over)[0]["loss"]
+        losses[over] = read_losses(folder, output=over)[0]
     trainer = trainer_for(*tiny_model(), folder, args=args)
-    batches = list(itertools.islice(trainer.get_train_dataloader(), 2))
-    alone = [trainer.compute_loss(trainer.model, batch).item() for batch in batches]
-    learned = [int((batch["labels"] != -100).sum()) for batch in batches]
-    assert losses["batches"] == pytest.approx(sum(alone) / 2, abs=1e-5)
-    weighted = sum(loss * num for loss, num in zip(alone, learned, strict=True)) / sum(learned)
-    assert losses["tokens"] == pytest.approx(weighted, abs=1e-5)
+    total = 0.0
+    total_tokens = 0
+    means = []
+    for batch in itertools.islice(trainer.get_train_dataloader(), 2):
+        means.append(trainer.compute_loss(trainer.model, batch).item())
+        num_tokens = int((batch["labels"] != -100).sum())
+        total += means[-1] * num_tokens
+        total_tokens += num_tokens
+    assert losses["batches"] == pytest.approx(sum(means) / 2, abs=1e-5)
+    assert losses["tokens"] == pytest.approx(total / total_tokens, abs=1e-5)
     assert abs(losses["tokens"] - losses["batches"]) > 1e-4
 
 
-@pytest.mark.parametrize("parts", [["fusion"], ["vision"], ["fusion", "language"]])
-def test_batches_without_pictures_train(folder, parts):
+@pytest.mark.parametrize("parts", [["fusion"], ["vision"], BOTH])
+def test_batches_without_images_train(folder, parts):
     run(folder, stage(folder, data="texts.json", train=parts))
-    assert all(math.isfinite(line["loss"]) and line["image_tokens"] == 0 for line in log(folder))
+    for line in log(folder):
+        assert math.isfinite(line["loss"])
+        assert line["image_tokens"] == 0
 
 
 def test_half_precision_computes_alike_and_keeps_single_precision_weights(folder):
     losses = []
     for half in (False, True):
-        model = run(
-            folder,
-            stage(folder, train=["fusion", "language"], args={"bf16": half}),
-            output=str(folder / str(half)),
-        )[0]
-        assert {p.dtype for p in model.parameters()} == {torch.float32}
-        losses.append([line["loss"] for line in log(folder, output=str(half))])
-    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
+        plain = stage(folder, train=BOTH, args={"bf16": half})
+        model, _ = run(folder, plain, output=str(folder / str(half)))
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        losses.append(read_losses(folder, output=str(half)))
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
 
 
-def test_checkpointing_works_through_frozen_layers(folder):
-    losses, (model, processor) = [], tiny_model()
+def test_checkpointing_changes_no_loss(folder):
+    losses = []
     for checkpointing in (False, True):
-        args, output = {"activation_checkpointing": checkpointing}, f"checkpointing-{checkpointing}"
-        run(folder, stage(folder, args=args), output=str(folder / output))
-        losses.append([line["loss"] for line in log(folder, output=output)])
+        plain = stage(folder, args={"activation_checkpointing": checkpointing})
+        run(folder, plain, output=str(folder / str(checkpointing)))
+        losses.append(read_losses(folder, output=str(checkpointing)))
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
+
+def test_checkpointing_recomputes_frozen_layers(folder):
+    model, processor = tiny_model()
     calls = []
-    model.language_model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    layer = model.language_model.model.layers[1]
+    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     trainer = trainer_for(model, processor, folder)
+    calls.clear()
     model.activation_checkpointing_enable()
     model.train()
     trainer.compute_loss(model, trainer.data_collator([trainer.train_dataset[0]])).backward()

@@ -1,9 +1,8 @@
-"""docs/training.md, followed word for word: its data, its recipe, its commands; and the engines'
-files it names.
-"""
+"""docs/training.md, followed word for word: its data, its recipe, its commands and its files."""
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -20,59 +19,61 @@ ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
 
-def blocks(kind: str) -> list[str]:
+def find_blocks(kind: str) -> list[str]:
+    """The page's blocks of code of one kind."""
     return re.findall(rf"```{kind}\n(.*?)```", GUIDE, re.S)
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch):
+def workspace(tmp_path, monkeypatch):
     """A folder as the guide has its reader make it."""
-    (tmp_path / "mine").mkdir()
+    images = tmp_path / "mine"
+    images.mkdir()
     for i in range(2):
-        draw(split_scene(f"test/{i}/0")).save(tmp_path / "mine" / f"{i}.png")
-    (tmp_path / "mine" / "data.json").write_text(blocks("json")[0])
-    (tmp_path / "mine.yaml").write_text(blocks("yaml")[0])
+        draw(split_scene(f"test/{i}/0")).save(images / f"{i}.png")
+    (images / "data.json").write_text(find_blocks("json")[0])
+    (tmp_path / "mine.yaml").write_text(find_blocks("yaml")[0])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_its_laptop_commands_run_as_they_stand(desk):
-    for command in blocks("sh")[0].splitlines():
-        arguments = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', command)]
-        assert arguments[0] == "sparsecut"
-        result = CliRunner().invoke(app, arguments[1:], catch_exceptions=False)
+def test_its_laptop_commands_run_as_printed(workspace):
+    for command in find_blocks("sh")[0].splitlines():
+        program, *arguments = shlex.split(command)
+        assert program == "sparsecut"
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert result.exit_code == 0, (command, result.output)
-    written = {path.name for path in (desk / "runs" / "mine").iterdir()}
+    written = {path.name for path in (workspace / "runs" / "mine").iterdir()}
     assert written == {"config.yaml", "align", "tune", "final", "eval"}
-    assert (desk / "runs" / "mine" / "tune" / "checkpoint-4").is_dir()
+    assert (workspace / "runs" / "mine" / "tune" / "checkpoint-4").is_dir()
 
 
-def test_engines_it_names_are_arguments_of_a_stage(desk):
-    for line in blocks("yaml")[-1].splitlines():
+def test_engines_it_names_are_arguments_of_a_stage(workspace):
+    for line in find_blocks("yaml")[-1].splitlines():
         args = yaml.safe_load(line)["args"]
         if "deepspeed" in args:
-            assert (
-                json.loads((ROOT / args["deepspeed"]).read_text())["zero_optimization"]["stage"]
-                == 3
-            )
+            config = json.loads((ROOT / args["deepspeed"]).read_text())
+            assert config["zero_optimization"]["stage"] == 3
         changes = [f"stages.1.args.{key}={json.dumps(value)}" for key, value in args.items()]
         assert load_recipe("mine.yaml", changes).stages[1].args["bf16"] is True
 
 
-def test_its_adapters_are_a_stage(desk):
-    stage = load_recipe("mine.yaml", [f"stages.1={json.dumps(whole_stage())}"]).stages[1]
-    assert stage.train == ("fusion", "language:lora") and stage.lora.dropout == 0.05
-
-
-def whole_stage() -> dict:
-    """The guide's second stage with the lines on adapters in place."""
-    second = read_yaml(blocks("yaml")[0].split("stages:")[1].split("evaluate:")[0], "stages")[1]
-    return {**second, **read_yaml(blocks("yaml")[1], "stage")}
+def test_its_adapters_are_a_stage(workspace):
+    stages = read_yaml(find_blocks("yaml")[0], "recipe")["stages"]
+    second = {**stages[1], **read_yaml(find_blocks("yaml")[1], "stage")}
+    stage = load_recipe("mine.yaml", [f"stages.1={json.dumps(second)}"]).stages[1]
+    assert stage.train == ("fusion", "language:lora")
+    assert stage.lora.dropout == 0.05
 
 
 def test_files_it_points_to_exist():
-    for name in re.findall(
-        r"\]\(\.\./([^)]+)\)|(?:torchrun|accelerate)[^\n]* (configs/\S+)", GUIDE
-    ):
-        assert (ROOT / (name[0] or name[1])).is_file()
-    assert all((ROOT / "configs" / "deepspeed" / f"zero{stage}.json").is_file() for stage in (2, 3))
+    links = re.findall(r"\]\(\.\./([^)]+)\)", GUIDE)
+    recipes = re.findall(r"(?:torchrun|accelerate)[^\n]* (configs/\S+)", GUIDE)
+    tests = re.findall(r"`pytest (\S+)`", GUIDE)
+    assert links
+    assert recipes
+    assert tests
+    for name in [*links, *recipes, *tests]:
+        assert (ROOT / name).is_file(), name
+    for stage in (2, 3):
+        assert (ROOT / "configs" / "deepspeed" / f"zero{stage}.json").is_file()
