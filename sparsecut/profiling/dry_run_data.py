@@ -162,17 +162,22 @@ def _add_sizes(facts: RecordFacts, samples: Sequence[tuple[float, list[RecordSiz
     total = sum(weight for weight, _ in samples)
     text_tokens = 0
     image_fraction = 0
+    all_texts = []
+    all_images = []
     for weight, sizes in samples:
+        texts = [size.text_tokens for size in sizes]
+        images = [size.images for size in sizes]
         fraction = weight / total
-        text_tokens += fraction * sum(size.text_tokens for size in sizes) / len(sizes)
-        image_fraction += fraction * sum(size.images > 0 for size in sizes) / len(sizes)
+        text_tokens += fraction * sum(texts) / len(sizes)
+        image_fraction += fraction * sum(number > 0 for number in images) / len(sizes)
+        all_texts += texts
+        all_images += images
     facts.text_tokens = text_tokens
     facts.image_fraction = image_fraction
-    all_sizes = [size for _, sizes in samples for size in sizes]
-    with_images = [size.images for size in all_sizes if size.images]
+    facts.longest_text = max(all_texts)
+    facts.max_images = max(all_images)
+    with_images = [number for number in all_images if number]
     facts.images = round(sum(with_images) / len(with_images)) if with_images else 0
-    facts.longest_text = max(size.text_tokens for size in all_sizes)
-    facts.max_images = max(size.images for size in all_sizes)
 
 
 def describe_row(stage: Stage, facts: RecordFacts, num_image_tokens: int) -> RowFacts:

@@ -1,4 +1,4 @@
-"""Models of fake tensors: the real code runs on them, but no weight is made and nothing is computed.
+"""Models of fake tensors: the real code runs, but no weight is made and nothing is computed.
 
 So a model of any size is counted in seconds. One multiplication with its addition counts as two
 FLOPs. Only matrix products, convolutions and attention count; norms, activations and sums are about

@@ -278,18 +278,22 @@ def _make_prompt(model, processor, num_text_tokens: int, batch_size: int) -> _Pr
     text = torch.randint(1, vocab_size, (batch_size, num_text_tokens), generator=generator)
     text[text == config.image_token_id] = 0 if config.image_token_id else 1
     image = torch.full((batch_size, config.num_image_tokens), config.image_token_id)
-    shape = (batch_size, model.plan.num_views, *config.grid.view)
-    if processor is None:
-        pixels = torch.randn(shape, generator=generator)
-    else:
-        height, width = config.grid.view[-2:]
-        raw_shape = (batch_size, 2 * height, 2 * width, 3)
-        raw = torch.randint(0, 256, raw_shape, generator=generator, dtype=torch.uint8)
-        text_inputs = [processor.image_token] * batch_size
-        inputs = processor(images=list(raw.numpy()), text=text_inputs, return_tensors="pt")
-        pixels = inputs["pixel_values"].view(shape)
     input_ids = torch.cat([image, text], dim=1).to(model.device)
+    shape = (batch_size, model.plan.num_views, *config.grid.view)
+    pixels = _make_pixels(processor, shape, generator)
     return _Prompt(model, input_ids, pixels.to(model.device, model.vision_tower.dtype))
+
+
+def _make_pixels(processor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Random pixels [B, views, 3, height, width], by the processor where there is one."""
+    if processor is None:
+        return torch.randn(shape, generator=generator)
+    batch_size = shape[0]
+    raw_shape = (batch_size, 2 * shape[-2], 2 * shape[-1], 3)
+    raw = torch.randint(0, 256, raw_shape, generator=generator, dtype=torch.uint8)
+    text = [processor.image_token] * batch_size
+    inputs = processor(images=list(raw.numpy()), text=text, return_tensors="pt")
+    return inputs["pixel_values"].view(shape)
 
 
 @torch.no_grad()

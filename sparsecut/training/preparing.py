@@ -167,8 +167,8 @@ def _check_model(recipe: Recipe, model) -> None:
     _check_plan(recipe, model)
     if recipe.feature_cache is not None and not model.supports_feature_cache:
         raise UserError(
-            f"feature_cache is {recipe.feature_cache!r}, but vision features of an upgraded model cannot be"
-            " cached, because its base runs the encoder itself; remove `feature_cache`"
+            f"feature_cache is {recipe.feature_cache!r}, but vision features of an upgraded model"
+            " cannot be cached, because its base runs the encoder itself; remove `feature_cache`"
         )
     for stage in recipe.stages:
         check_parts(model, stage.train)

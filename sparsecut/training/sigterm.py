@@ -1,4 +1,7 @@
-"""Stopping on SIGTERM, which batch systems send before they kill: training ends with a checkpoint."""
+"""Stopping on SIGTERM, which batch systems send before they kill.
+
+Training then ends with a checkpoint.
+"""
 
 from __future__ import annotations
 

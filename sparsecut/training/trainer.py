@@ -77,7 +77,7 @@ class StageTrainer(Trainer):
         self._prepare_image_parameters()
 
     def _prepare_image_parameters(self) -> None:
-        """Find the trained parameters that only images reach, and freeze those that none reaches."""
+        """Find the parameters that only images reach, and freeze those that none reaches."""
         parts = self.model.parameter_groups()
         parameters = [*parts["vision"], *parts.get("projector", ())]
         data = self.train_dataset

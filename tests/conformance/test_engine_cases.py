@@ -1,4 +1,4 @@
-"""Every engine trains every case as one process does.
+"""Every engine trains every case as one process does, started by torchrun.
 
 DeepSpeed takes part where it is installed; it compiles a part of itself.
 """
@@ -14,6 +14,6 @@ def list_cases(engine: str) -> list[str]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_give_the_losses_and_weights_of_one(engine, tmp_path):
-    run_engines(tmp_path, {engine: list_cases(engine)})
+    run_engines(tmp_path, {engine: list_cases(engine)}, torchrun=True)
     for name in list_cases(engine):
         check_equal(tmp_path, engine, name)

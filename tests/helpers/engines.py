@@ -1,14 +1,17 @@
-"""Runs that several processes must do as one process does, and the program that torchrun starts.
+"""Runs that several processes must do as one process does, and the program that does them.
 
-torchrun --nproc-per-node 2 tests/helpers/engines.py FOLDER ENGINE=CASE,CASE,... [ENGINE=...]
+    torchrun --nproc-per-node 2 tests/helpers/engines.py FOLDER ENGINE=CASE,CASE,... [ENGINE=...]
 
-Engines are ddp, fsdp, zero2 and zero3. Each runs its cases one after another; a case is a name of
-CASES, "upgrade" or "interrupted".
+Without torchrun, the program starts its two processes itself, after its imports. Engines are ddp,
+fsdp, zero2 and zero3. Each runs its cases one after another; a case is a name of CASES, "upgrade"
+or "interrupted".
 """
 
 import gc
 import importlib.util
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +37,7 @@ RECOMPUTED = {"gradient_accumulation_steps": 2, "activation_checkpointing": True
 # Plan, and changes of the stage. A step has four records, and text-only records are among them.
 CASES = {
     "parts": (SPARSE, {"train": ALL}),
-    "recomputed": (SPARSE, {"train": BOTH, "args": RECOMPUTED}),
+    "recomputed": (CONTEXT, {"train": BOTH, "args": RECOMPUTED}),
     "context": (CONTEXT, {"train": ["fusion"]}),
     "texts": (SPARSE, {"train": BOTH, "data": "texts.json"}),
     "streamed": (SPARSE, {"train": BOTH, "streaming": True}),
@@ -128,23 +131,25 @@ def write_inputs(folder: Path) -> None:
     processor.save_pretrained(folder / "base")
 
 
-def run_engines(folder: Path, cases: dict[str, list[str]]) -> None:
+def run_engines(folder: Path, cases: dict[str, list[str]], *, torchrun: bool = False) -> None:
     """Run cases by engine in two processes, and all of them but "interrupted" in one process.
 
-    Results are in folder/ENGINE/CASE, and in folder/one/CASE.
+    Results are in folder/ENGINE/CASE, and in folder/one/CASE. Without torchrun, the two processes
+    share their imports, which take most of the time.
     """
     write_inputs(folder)
     path = [str(TESTS), str(TESTS.parent)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     chosen = [f"{engine}={','.join(names)}" for engine, names in cases.items()]
     program = [str(TESTS / "helpers" / "engines.py"), str(folder), *chosen]
     process = subprocess.Popen(
-        [*torchrun, "--nproc-per-node", "2", *program],
+        [sys.executable, *(launcher if torchrun else []), *program],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     try:
         names = [name for engine_cases in cases.values() for name in engine_cases]
@@ -154,7 +159,8 @@ def run_engines(folder: Path, cases: dict[str, list[str]]) -> None:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output[-3000:]
     finally:
-        process.kill()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
 
 
 def check_equal(folder: Path, engine: str, name: str) -> None:
@@ -215,9 +221,43 @@ def use_engine(engine: str) -> dict:
     return {"use_cpu": False, "deepspeed": {**DEEPSPEED, "zero_optimization": zero}}
 
 
+def find_free_port() -> int:
+    """A port on this machine that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start_processes(num_processes: int) -> None:
+    """Go on as so many processes, as torchrun would start them; the first one ends here."""
+    shared = {
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(find_free_port()),
+    }
+    children = []
+    for rank in range(num_processes):
+        child = os.fork()
+        if not child:
+            os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+            return
+        children.append(child)
+    while children:
+        child, status = os.wait()
+        children.remove(child)
+        if status:
+            for other in children:  # they would wait for it
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)
+    sys.exit(0)
+
+
 def main() -> None:
     """Run the cases of the command line in this process, as one of several."""
     gc.freeze()  # or every run would look through all that is imported
+    if "RANK" not in os.environ:
+        start_processes(2)
     folder = Path(sys.argv[1])
     for argument in sys.argv[2:]:
         engine, _, names = argument.partition("=")

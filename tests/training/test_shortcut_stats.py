@@ -1,4 +1,4 @@
-"""What training says of its shortcuts: norms of autograd, ratios of what is added, and dead ones."""
+"""Statistics of shortcuts: norms of autograd, ratios of what is added, and dead ones."""
 
 import logging
 import math
