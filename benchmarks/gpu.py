@@ -3,18 +3,20 @@ steps of both stages.
 
     python benchmarks/gpu.py --out runs/gpu/bench                  # writes bench.json and bench.md; at most nine minutes
     python benchmarks/gpu.py --plans llava sparsecut --skip-training --compile
-    python benchmarks/gpu.py --tiny --device cpu --out runs/bench  # that it runs; its figures mean nothing
+    python benchmarks/gpu.py --tiny --device cpu --out runs/bench  # a smoke test; its figures mean nothing
 
-One process, both backbones shared by all plans and made on the device in bfloat16; the plans take
-turns, every round begins with another, and ratios are to the first plan in the same round. Time
-that is left is shared out over the sections still to come; what was not reached is said to be so.
-Prompts: one image and --text-tokens words each. Training: one image and --train-text words
-per row, every word learned, without padding; activation checkpointing in the language model;
-AdamW whose weights, gradients and moments are all bfloat16, as 7 billion parameters with float32
-masters do not fit one device. MFU: floating-point operations without the recomputed ones
-(sparsecut.profiling.counting; backward as much as forward for activations, and once more for
-trained weights) over the rate that this device reached in a bfloat16 matrix product in the same
-run.
+One process makes both backbones on the device in bfloat16, and all plans share them. The plans take
+turns, and every round begins with another one. Ratios are to the first plan in the same round. The
+time that is left is divided over the remaining sections; a note lists those that were not reached.
+
+Prompts have one image and --text-tokens text tokens each. Training has one image and --train-text
+tokens per row, all of them targets, without padding, and activation checkpointing in the language
+model. Weights, gradients and moments of AdamW are bfloat16, because 7 billion parameters with
+float32 masters do not fit one device.
+
+MFU: FLOPs of a step, without the recomputed ones, over the rate that this device reached in a
+bfloat16 matrix product in the same run. The backward pass counts as much as the forward pass for
+activations, and once more for trained weights (sparsecut.profiling.counting).
 """
 
 import argparse
@@ -27,7 +29,7 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_parts import Arm, configs, machine, matmul_rate, size_of, step_flops
+from gpu_parts import BenchedPlan, configs, machine, matmul_rate, size_of, step_flops
 from gpu_table import markdown
 from transformers import StaticCache
 
@@ -91,7 +93,7 @@ def parse(words=None) -> argparse.Namespace:
 
 
 class Bench:
-    """All arms, a clock that counts down, and the sections that are measured one after the
+    """All plans, a clock that counts down, and the sections that are measured one after the
     other.
     """
 
@@ -112,7 +114,7 @@ class Bench:
         models = random_models(
             self.vision, self.language, {n: n for n in self.names}, device=self.device
         )
-        self.arms = {name: Arm(model) for name, (model, _) in models.items()}
+        self.benched = {name: BenchedPlan(model) for name, (model, _) in models.items()}
         self.left = 2 * len(a.batches) + (0 if a.skip_training else len(STAGES))
         self.shared_optimizer, self.counts = None, {}
 
@@ -125,33 +127,33 @@ class Bench:
             self.section(f"decode {batch}", {n: self.decode(n, batch) for n in self.names}, batch)
         for stage, parts in {} if self.a.skip_training else STAGES.items():
             self.train(stage, parts, rate)
-        one = self.arms[self.names[0]].model
+        first = self.benched[self.names[0]].model
         a = vars(self.a) | {"out": str(self.a.out)}
         return {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
             "machine": machine(self.device),
             "vision": size_of(self.vision),
             "language": size_of(self.language),
-            "dtype": str(one.dtype).removeprefix("torch."),
-            "attention": one.language_model.config._attn_implementation,
+            "dtype": str(first.dtype).removeprefix("torch."),
+            "attention": first.language_model.config._attn_implementation,
             "matmul_tflops": rate / 1e12,
             "settings": a,
             "seconds": time.monotonic() - self.start,
             "notes": self.notes,
             "plans": {
                 name: {
-                    "image_tokens": arm.model.config.num_image_tokens,
-                    **arm.results,
-                    "missing": arm.missing,
+                    "image_tokens": plan.model.config.num_image_tokens,
+                    **plan.results,
+                    "missing": plan.missing,
                 }
-                for name, arm in self.arms.items()
+                for name, plan in self.benched.items()
             },
         }
 
     def section(
         self, name: str, work: dict, items: int, flops: dict | None = None, rate: float = 1.0
     ) -> None:
-        """Time work {arm: (prepare, run)} in turns, until --repeats rounds are made or its share of
+        """Time work {plan: (prepare, run)} in turns, until --repeats rounds are made or its part of
         the time is spent.
 
         items: what one run makes, for a rate per second. flops: of one run; rate: what the device
@@ -166,49 +168,49 @@ class Bench:
                 break
             names = [n for n in work if n in times]
             first = turn % max(1, len(names))
-            for arm in names[first:] + names[:first]:
+            for plan in names[first:] + names[:first]:
                 seconds, peak = None, 0
                 try:
-                    seconds, peak = self.timed(arm, *work[arm])
+                    seconds, peak = self.timed(plan, *work[plan])
                 except torch.OutOfMemoryError:
-                    self.arms[arm].missing[name] = "out of memory"
+                    self.benched[plan].missing[name] = "out of memory"
                 if (
                     seconds is None
                 ):  # only now does nothing hold the tensors of the pass that failed
-                    del times[arm], work[arm]
+                    del times[plan], work[plan]
                     self.free()
                     continue
-                peaks[arm] = max(peak, peaks.get(arm, 0))
+                peaks[plan] = max(peak, peaks.get(plan, 0))
                 if turn >= 0:
-                    times[arm].append(seconds)
+                    times[plan].append(seconds)
         base = times.get(self.names[0])
-        for arm, own in times.items():
-            if not own:
-                self.arms[arm].missing[name] = "not reached in the time given"
+        for plan, seconds in times.items():
+            if not seconds:
+                self.benched[plan].missing[name] = "not reached in time"
                 continue
-            middle = statistics.median(own)
+            middle = statistics.median(seconds)
             low, _, high = (
-                statistics.quantiles(own, n=4, method="inclusive")
-                if len(own) > 1
+                statistics.quantiles(seconds, n=4, method="inclusive")
+                if len(seconds) > 1
                 else (middle, middle, middle)
             )
             row = {
                 "ms": 1e3 * middle,
                 "spread_ms": 1e3 * (high - low),
-                "rounds": len(own),
-                "peak_gib": peaks[arm] / 2**30,
+                "rounds": len(seconds),
+                "peak_gib": peaks[plan] / 2**30,
             }
-            row["per_second"] = items[arm] / middle if isinstance(items, dict) else items / middle
+            row["per_second"] = items[plan] / middle if isinstance(items, dict) else items / middle
             if base:
-                row["ratio"] = statistics.median(x / y for x, y in zip(own, base, strict=False))
+                row["ratio"] = statistics.median(x / y for x, y in zip(seconds, base, strict=False))
             if flops:
-                row |= {"tflop": flops[arm] / 1e12, "mfu": flops[arm] / middle / rate}
-            self.arms[arm].results[name] = row
+                row |= {"tflop": flops[plan] / 1e12, "mfu": flops[plan] / middle / rate}
+            self.benched[plan].results[name] = row
         work.clear()
         self.free()
 
-    def timed(self, arm: str, prepare, run) -> tuple[float, int]:
-        """Seconds of one run, and the most bytes then held: weights included, other arms' own left
+    def timed(self, plan: str, prepare, run) -> tuple[float, int]:
+        """Seconds of one run, and the most bytes then held: with weights, but those of other plans left
         out.
         """
         if prepare is not None:
@@ -226,7 +228,9 @@ class Bench:
             )
         torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - start
-        others = sum(other.own_bytes() for name, other in self.arms.items() if name != arm)
+        others = sum(
+            other.exclusive_bytes() for name, other in self.benched.items() if name != plan
+        )
         return seconds, torch.cuda.max_memory_allocated(self.device) - others
 
     def free(self) -> None:
@@ -237,7 +241,7 @@ class Bench:
 
     def prompt(self, name: str, batch: int, text: int) -> dict:
         """Token ids [batch, length], the image first, and pixels [batch, views, 3, S, S]."""
-        model = self.arms[name].model
+        model = self.benched[name].model
         config, chance = model.config, torch.Generator().manual_seed(0)
         words = torch.randint(1, config.image_token_id, (batch, text), generator=chance)
         images = torch.full((batch, config.num_image_tokens), config.image_token_id)
@@ -250,7 +254,7 @@ class Bench:
 
     def prefill(self, name: str, batch: int) -> tuple:
         """From pixels and token ids on the device to the first token's number."""
-        model, prompt = self.arms[name].model, self.prompt(name, batch, self.a.text_tokens)
+        model, prompt = self.benched[name].model, self.prompt(name, batch, self.a.text_tokens)
 
         @torch.no_grad()
         def run():
@@ -263,7 +267,7 @@ class Bench:
         makes --new-tokens of them.
         """
         model, prompt, held = (
-            self.arms[name].model,
+            self.benched[name].model,
             self.prompt(name, batch, self.a.text_tokens),
             {},
         )
@@ -300,43 +304,43 @@ class Bench:
         """Steps of a stage: loss on every word, backward, AdamW."""
         fused = {"lr": 1e-6, "fused": True} if self.device.type == "cuda" else {"lr": 1e-6}
         work, items, flops = {}, {}, {}
-        for name, arm in self.arms.items():
-            freeze(arm.model, parts)
-            arm.optimizer = torch.optim.AdamW(arm.model.fusion.parameters(), **fused)
-            arm.model.language_model.train()
-            arm.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        for name, plan in self.benched.items():
+            freeze(plan.model, parts)
+            plan.optimizer = torch.optim.AdamW(plan.model.fusion.parameters(), **fused)
+            plan.model.language_model.train()
+            plan.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
             if name not in self.counts:
                 self.counts[name] = count_plan(
-                    self.vision, self.language, arm.model.plan, num_text_tokens=self.a.train_text
+                    self.vision, self.language, plan.model.plan, num_text_tokens=self.a.train_text
                 )
             flops[name] = self.a.train_batch * step_flops(self.counts[name], self.language, parts)
             items[name] = self.a.train_batch * self.counts[name].num_prompt_tokens
-            work[name] = None, self.step(arm)
-        language = self.arms[self.names[0]].model.language_model.parameters()
+            work[name] = None, self.step(plan)
+        language = self.benched[self.names[0]].model.language_model.parameters()
         self.shared_optimizer = (
             torch.optim.AdamW(language, **fused) if "language" in parts else None
         )
         self.section(stage, work, items, flops, rate)
         self.shared_optimizer = None
-        for arm in self.arms.values():
-            arm.optimizer = None
-            arm.model.language_model.eval()
+        for plan in self.benched.values():
+            plan.optimizer = None
+            plan.model.language_model.eval()
 
-    def step(self, arm: Arm):
-        """A function that makes one training step of an arm."""
-        name = next(n for n, other in self.arms.items() if other is arm)
+    def step(self, plan: BenchedPlan):
+        """A function that makes one training step of a plan."""
+        name = next(n for n, other in self.benched.items() if other is plan)
         prompt = self.prompt(name, self.a.train_batch, self.a.train_text)
         ids = prompt["input_ids"]
-        labels = ids.masked_fill(ids == arm.model.config.image_token_id, -100)
+        labels = ids.masked_fill(ids == plan.model.config.image_token_id, -100)
 
         def run():
             try:
-                arm.model(**prompt, labels=labels, use_cache=False).loss.backward()
-                for optimizer in (arm.optimizer, self.shared_optimizer):
+                plan.model(**prompt, labels=labels, use_cache=False).loss.backward()
+                for optimizer in (plan.optimizer, self.shared_optimizer):
                     if optimizer is not None:
                         optimizer.step()
             finally:
-                arm.model.zero_grad(set_to_none=True)
+                plan.model.zero_grad(set_to_none=True)
 
         return run
 

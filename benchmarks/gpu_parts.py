@@ -14,7 +14,7 @@ from sparsecut.profiling.sizes import read_backbone_config
 
 
 @dataclass
-class Arm:
+class BenchedPlan:
     """A plan's model with what was measured of it, by section, and why a section is missing."""
 
     model: torch.nn.Module
@@ -22,8 +22,8 @@ class Arm:
     missing: dict = field(default_factory=dict)
     optimizer: torch.optim.Optimizer | None = None
 
-    def own_bytes(self) -> int:
-        """Bytes that only this arm keeps on the device: its fusion and that one's moments."""
+    def exclusive_bytes(self) -> int:
+        """Bytes that only this plan has on the device: its fusion and the moments of AdamW."""
         tensors = list(self.model.fusion.parameters())
         for state in self.optimizer.state.values() if self.optimizer else ():
             tensors += [x for x in state.values() if torch.is_tensor(x)]

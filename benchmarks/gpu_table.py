@@ -33,7 +33,7 @@ def markdown(result: dict) -> str:
             (
                 f"Training: {settings['train_batch']} rows of one image and"
                 f" {settings['train_text']} words, activation checkpointing, AdamW with weights,"
-                " gradients and moments in the dtype above; tokens count images and words."
+                " gradients and moments in the dtype above; tokens count images and text."
             ),
             "",
             *_table(plans, _training_columns()),

@@ -7,10 +7,10 @@ docs/support.md.
     python benchmarks/hf_suite.py --repository ../transformers
     python benchmarks/hf_suite.py -k test_beam                     # some tests, on screen only
 
-The release's source archive, from the package index, holds the common tests. Those of generation,
-export and pipelines and the base classes for vision-language models are in the repository alone:
-in a checkout of the release's tag (--repository or TRANSFORMERS_REPOSITORY), or else in GitHub's
-archive of it. Everything is put together under runs/hf-suite.
+The release's source archive, from the package index, holds the common tests. Only the repository
+holds those of generation, export and pipelines, and the base classes for vision-language models.
+Give a checkout of the release's tag (--repository or TRANSFORMERS_REPOSITORY); otherwise GitHub's
+archive of it is fetched. Everything is put together under runs/hf-suite.
 """
 
 import argparse
@@ -70,20 +70,20 @@ def source_archive(release: str) -> Path:
         ]
         if subprocess.run([*pip, f"transformers=={release}"]).returncode:
             raise SystemExit(
-                f"the source archive of transformers {release} could not be downloaded (pip says"
-                f" why above); put transformers-{release}.tar.gz, unpacked, at {folder}"
+                f"the source archive of transformers {release} could not be downloaded (see"
+                f" pip's error above); put transformers-{release}.tar.gz, unpacked, at {folder}"
             )
         with tarfile.open(WORK / f"transformers-{release}.tar.gz") as archive:
             archive.extractall(WORK, filter="data")
     return folder
 
 
-def repository(release: str, given: str | None) -> Path:
-    """A folder with the repository's tests: the one given, or GitHub's archive of the release's
+def repository(release: str, checkout: str | None) -> Path:
+    """A folder with the repository's tests: the checkout, or GitHub's archive of the release's
     tag.
     """
-    if given is not None:
-        folder = Path(given)
+    if checkout is not None:
+        folder = Path(checkout)
         if not (folder / "tests" / "vlm_tester.py").is_file():
             raise SystemExit(
                 f"{folder} holds no tests/vlm_tester.py, so it is no checkout of transformers; give"
@@ -133,7 +133,7 @@ def assemble(release: str, checkout: Path) -> Path:
 
 
 def version_of(checkout: Path) -> str:
-    """Which version a checkout says it is."""
+    """Return the version that a checkout declares."""
     found = (
         re.search(r'version="([^"]+)"', (checkout / "setup.py").read_text())
         if (checkout / "setup.py").is_file()
@@ -197,7 +197,7 @@ def by_class(outcomes: dict) -> dict[str, dict[str, tuple[str, str]]]:
 
 
 def section(classes: dict, release: str, checkout: str) -> str:
-    """What docs/support.md says: counts, and each test that fails, is expected to, or is skipped
+    """The text of docs/support.md: counts, and each test that fails, is expected to, or is skipped
     for us alone, with its reason.
     """
     origin = (

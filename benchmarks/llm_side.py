@@ -120,13 +120,13 @@ def compare(runs: dict, repeats: int) -> dict[str, list[tuple]]:
         run()
         run()
     for turn in range(repeats):
-        for name, found in pairs.items():
+        for name, measured in pairs.items():
             if turn % 2:
                 base = seconds("llava")
-                found.append((seconds(name), base))
+                measured.append((seconds(name), base))
             else:
-                own = seconds(name)
-                found.append((own, seconds("llava")))
+                plan_seconds = seconds(name)
+                measured.append((plan_seconds, seconds("llava")))
     return pairs
 
 
@@ -148,7 +148,7 @@ def summary(pairs: list[tuple[float, float]]) -> dict:
 
 
 def main() -> None:
-    """Compare the plans asked for, and LLaVA with itself."""
+    """Compare the requested plans, and LLaVA with itself."""
     a = parse()
     plans = a.plan or ["sparsecut"]
     size = {

@@ -72,8 +72,8 @@ def count(plans: list[str]) -> list[dict]:
             for i, parts in enumerate(STAGES.values())
         ]
         recipe = parse_recipe({"model": sides, "fusion": plan, "stages": stages, "output": "none"})
-        for name, found in zip(STAGES, dry_run(recipe), strict=True):
-            rows.append({"plan": plan, "stage": name, "tflop": found.flops_per_step / 1e12})
+        for name, estimate in zip(STAGES, dry_run(recipe), strict=True):
+            rows.append({"plan": plan, "stage": name, "tflop": estimate.flops_per_step / 1e12})
     first = {row["stage"]: row["tflop"] for row in rows if row["plan"] == plans[0]}
     return [{**row, "speed": first[row["stage"]] / row["tflop"]} for row in rows]
 
@@ -197,7 +197,7 @@ def measure(plans: list[str], a: argparse.Namespace) -> list[dict]:
 
 
 def main() -> None:
-    """Print one table and, if asked, write JSON."""
+    """Print one table and, with --json, write it."""
     a = parse()
     plans = a.plan or PLANS
     rows = count(plans) if a.count else measure(plans, a)

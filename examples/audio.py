@@ -135,7 +135,7 @@ def main(steps: int) -> None:
     losses = train(model, processor, steps)
     tones, words = make_tones(60, seed=0)
     answers = answer(model, processor, tones)
-    accuracy = np.mean([given == word for given, word in zip(answers, words, strict=True)])
+    accuracy = np.mean([reply == word for reply, word in zip(answers, words, strict=True)])
     print(f"loss {losses[0]:.2f} -> {np.mean(losses[-10:]):.2f}")
     print(f"{accuracy:.0%} of 60 tones named right (33% by chance)")
     with tempfile.TemporaryDirectory() as folder:

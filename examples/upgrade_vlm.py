@@ -10,7 +10,7 @@ folder, records, their images, and optionally the number of steps and the seed.
 Nothing is downloaded. The base is a tiny random LLaVA or Qwen2.5-VL with its own processor and
 prompt format, saved to OUT/base. A recipe names that folder as its base and trains everything,
 shortcuts included. For comparison the same base is trained for as many steps without shortcuts, and
-with controls: the same taps all at the input, and fine views alone. All are then asked about
+with controls: the same taps all at the input, and fine views alone. All are then evaluated on
 records that were held out, the upgraded model also with its shortcuts switched off.
 
 The example shows how a recipe with `base:` is used, and how much of the answers depends on which
@@ -267,7 +267,7 @@ def train_base(model, processor, examples, steps: int, seed: int = 0) -> None:
 
 
 def make_controls(kind: str) -> dict[str, dict]:
-    """Plans that tell what causes a gain.
+    """Plans that show what causes a gain.
 
     One has the same taps, all at the input. A base with one view per image has another one: fine
     views alone.
@@ -329,7 +329,7 @@ def read_splits(records: str, images: str) -> tuple[list, list]:
     train_examples = read_source(Source(**source, hold_out=TONES), [])
     every_example = read_source(Source(**source, group=GROUP), [])
     test_examples = [example for example in every_example if re.search(TONES, example.id)]
-    print(f"{len(train_examples)} records to learn, {len(test_examples)} to ask")
+    print(f"{len(train_examples)} records to train on, {len(test_examples)} to evaluate on")
     return train_examples, test_examples
 
 

@@ -284,7 +284,7 @@ class Fusion(nn.Module):
         return arrange_grains(self.normalize(states), tiles, self.rows)
 
     def normalize(self, states: Tensor) -> Tensor:
-        """Return encoder states [..., D] in the fusion's dtype, normalized if the plan says so."""
+        """Return encoder states [..., D] in the fusion's dtype, normalized if the plan has `norm`."""
         states = states.to(self.paths[0].linear_1.weight.dtype)
         return F.layer_norm(states, (self.vision_dim,)) if self.plan.norm else states
 

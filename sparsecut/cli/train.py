@@ -32,7 +32,7 @@ def train(
     mfu: Annotated[float, option("Fraction of the peak that training reaches.")] = 0.4,
     json: Annotated[bool, option("Print the dry run as JSON.", "--json")] = False,
 ) -> None:
-    """Train by a recipe, stage after stage, then evaluate where the recipe says so."""
+    """Train by a recipe, stage after stage, then evaluate if the recipe has `evaluate`."""
     from ..config.recipe import load_recipe
 
     loaded_recipe = load_recipe(recipe, overrides or [])

@@ -1,4 +1,4 @@
-"""The report of what each shortcut is good for: text for a terminal, Markdown, JSON, and a page."""
+"""The report of what each shortcut contributes: text for a terminal, Markdown, JSON, and a page."""
 
 from __future__ import annotations
 

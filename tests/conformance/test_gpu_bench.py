@@ -77,7 +77,7 @@ def test_it_stops_when_the_time_is_spent_and_says_what_is_missing(gpu, tmp_path)
     ]
     result = gpu.main([*words, f"--out={tmp_path / 'bench'}"])
     assert list(result["plans"]) == ["llava"] and "nonsense is no method" in result["notes"][0]
-    assert set(result["plans"]["llava"]["missing"].values()) == {"not reached in the time given"}
+    assert set(result["plans"]["llava"]["missing"].values()) == {"not reached in time"}
     page = (tmp_path / "bench.md").read_text()
     assert "not reached" in page and "Training" not in page
 
@@ -91,8 +91,8 @@ def test_a_plan_that_runs_out_of_memory_does_not_end_the_others(gpu, tmp_path):
         raise torch.OutOfMemoryError("no memory left")
 
     bench.section("prefill 1", {"llava": bench.prefill("llava", 1), "sparsecut": (None, fails)}, 1)
-    assert bench.arms["sparsecut"].missing == {"prefill 1": "out of memory"}
-    assert bench.arms["llava"].results["prefill 1"]["rounds"] == 2
+    assert bench.benched["sparsecut"].missing == {"prefill 1": "out of memory"}
+    assert bench.benched["llava"].results["prefill 1"]["rounds"] == 2
 
 
 def test_tokens_after_the_prompt_are_those_of_generate(gpu):
@@ -102,7 +102,7 @@ def test_tokens_after_the_prompt_are_those_of_generate(gpu):
     bench = gpu.Bench(
         gpu.parse(["--tiny", "--device=cpu", "--skip-training", "--plans", "sparsecut"])
     )
-    model, made = bench.arms["sparsecut"].model, []
+    model, made = bench.benched["sparsecut"].model, []
     forward = model.forward
     model.forward = lambda *args, **kwargs: made.append(out := forward(*args, **kwargs)) or out
     prepare, run = bench.decode("sparsecut", 2)
