@@ -31,7 +31,7 @@ def explain(
     ] = None,
     out: Annotated[File, output_folder("Folder for explain.html, .md and .json.")] = None,
     limit: Annotated[
-        int | None, option("At most so many questions, a fixed random choice.", min=1)
+        int | None, option("Maximum number of questions, a fixed random choice.", min=1)
     ] = None,
     batch_size: Annotated[int, option("Questions answered at once.", min=1)] = 64,
     max_new_tokens: Annotated[int, option("Longest answer, in tokens.", min=1)] = 16,
@@ -78,7 +78,7 @@ def compare(
     images: Annotated[
         Text, option("Folder or tar archive of the images, where the runs' recipes name none.")
     ] = None,
-    items: Annotated[int, option("At most so many items on which they differ.", min=0)] = 24,
+    items: Annotated[int, option("Maximum number of differing items to show.", min=0)] = 24,
 ) -> None:
     """Compare finished evaluations: paired differences over the same items, and cost."""
     from ..drawing import text_table

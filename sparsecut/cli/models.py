@@ -72,7 +72,7 @@ def convert(
     vision: Annotated[str, option("The vision tower it was trained with: hub name or folder.")],
     fusion: Annotated[
         Text,
-        option("cross_mlp, cross_attention or mlp2x_gelu. Default: what config.json says."),
+        option("cross_mlp, cross_attention or mlp2x_gelu. Default: from config.json."),
     ] = None,
     taps: Annotated[
         Text,

@@ -37,19 +37,19 @@ def serve(
     token: Annotated[
         Text,
         option(
-            "The api_key that clients must send. Better set the environment variable"
+            "The api_key that clients must send. Prefer the environment variable"
             f" {TOKEN_VARIABLE}, which ps does not show."
         ),
     ] = None,
     ui: Annotated[
         bool, option("Also serve a page at / to chat and to switch shortcuts off.", "--ui")
     ] = False,
-    max_batch: Annotated[int, option("Answers written together.", min=1)] = 16,
+    max_batch: Annotated[int, option("Maximum number of answers in a batch.", min=1)] = 16,
     queue: Annotated[int, option("Requests that may wait; more are refused with 429.", min=1)] = 64,
-    max_tokens: Annotated[int, option("Tokens of one answer at most.", min=1)] = 1024,
-    max_pictures: Annotated[int, option("Images in one request.", min=0)] = 8,
-    max_pixels: Annotated[int, option("Pixels of one image.", min=1)] = 20_000_000,
-    max_mib: Annotated[int, option("MiB of one request.", min=1)] = 32,
+    max_tokens: Annotated[int, option("Maximum number of tokens of an answer.", min=1)] = 1024,
+    max_pictures: Annotated[int, option("Maximum number of images in a request.", min=0)] = 8,
+    max_pixels: Annotated[int, option("Maximum number of pixels of an image.", min=1)] = 20_000_000,
+    max_mib: Annotated[int, option("Maximum size of a request, in MiB.", min=1)] = 32,
     keep_mib: Annotated[
         int, option("MiB of vision features to cache, so that images are not encoded again.", min=0)
     ] = 256,

@@ -29,9 +29,9 @@ def run_under_its_old_name(arguments: Annotated[list[str] | None, argument("")] 
 @shapes_app.command("draw")
 def draw(
     folder: Annotated[Path, argument("Folder for images and questions.")],
-    train: Annotated[int, option("Number of images to train on.", min=0)] = 1000,
-    dev: Annotated[int, option("Number of images to choose by.", min=0)] = 100,
-    test: Annotated[int, option("Number of images to report on.", min=0)] = 100,
+    train: Annotated[int, option("Number of training images.", min=0)] = 1000,
+    dev: Annotated[int, option("Number of dev images, to choose by.", min=0)] = 100,
+    test: Annotated[int, option("Number of test images, to report on.", min=0)] = 100,
     questions: Annotated[int, option("Questions about each image.", min=1)] = 12,
     seed: Annotated[int, option("Equal seeds give equal files.")] = 0,
     size: Annotated[

@@ -26,7 +26,7 @@ def study(
     ] = None,
     seeds: Annotated[list[int] | None, option("Only this seed; may be repeated.", "--seed")] = None,
     report: Annotated[
-        bool, option("Train nothing, report on what is finished.", "--report")
+        bool, option("Train nothing; report on the finished runs.", "--report")
     ] = False,
 ) -> None:
     """Train and compare variants of fusion over seeds, and report; goes on where it stopped."""
@@ -57,9 +57,9 @@ def search(
         argument("A study file; its recipe, images and main budget are used, not its variants."),
     ],
     overrides: Overrides = None,
-    count: Annotated[int | None, option("At most so many shortcuts.")] = None,
+    count: Annotated[int | None, option("Maximum number of shortcuts.")] = None,
     ratio: Annotated[
-        float | None, option("At most so many times the baseline's prefill FLOPs, such as 1.1.")
+        float | None, option("Maximum cost, in times the baseline's prefill FLOPs, such as 1.1.")
     ] = None,
     seeds: Annotated[
         list[int] | None,
