@@ -1,6 +1,6 @@
 """Every number of a study, computed from what its runs left on disk.
 
-`runner.py` says which files a run leaves.
+`runner.py` lists the files that a run leaves.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def _describe_family(plan: dict | None) -> str:
 
 
 def _count_questions(answers: AnswersByBudget) -> dict:
-    """The levels, and how many questions about how many images were asked."""
+    """The levels, and the numbers of questions and of images."""
     for by_variant in answers.values():
         for first in by_variant.values():
             return {

@@ -3,7 +3,7 @@
 A study's output folder holds:
 
     study.yaml               the study as it ran; running it again goes on where it stopped
-    data/                    the images of the built-in shapes, if the study asks for them
+    data/                    the images of the built-in shapes, if the study draws them
     states/                  the encoder's features of all images
     costs.json               what each variant costs, at the study's own size and at a large one
     runs/BUDGET/VARIANT/SEED/    one run: what training writes, eval/ with its answers, facts.json
@@ -39,7 +39,7 @@ LINES_SHOWN = 12  # of the log of a process that stopped
 
 
 class StudyRunError(UserError):
-    """Some runs of a study failed; all others are finished and kept."""
+    """Some runs of a study failed; all others are finished."""
 
 
 def run_study(
@@ -110,8 +110,8 @@ def _check_failures(runs: Sequence[Run], out: Path) -> None:
     error = reports[0].read_text(encoding="utf-8").strip()
     reason = error.splitlines()[-1]
     raise StudyRunError(
-        f"{len(names)} runs failed ({', '.join(names)}); the first says: {reason}; see"
-        f" {reports[0]}, mend it and run again, the others are kept"
+        f"{len(names)} runs failed ({', '.join(names)}); the first reports: {reason}; see"
+        f" {reports[0]}, correct it and run again; finished runs are not repeated"
     )
 
 

@@ -1,7 +1,7 @@
 """A study: variants of fusion x seeds x training budgets on equal data, described by one file.
 
 A study is frozen data, equal to its YAML, and knows nothing of torch. `get_recipe` gives the recipe
-of every run. runner.py says what a run leaves on disk, and which other files the folder holds.
+of every run. runner.py lists what a run leaves on disk, and the other files of the folder.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A figure is as many CSS pixels wide as its SVG says, and its text is at least `FONT_SIZE` pixels
 high. Text and axes take the colour of the page's text, so that a figure is legible on a light and on
-a dark page. Markers, dashes and hatches tell apart what colours tell apart, for prints in grey.
+a dark page. Markers, dashes and hatches show the same as colours, for prints in grey.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class PreparedImage:
     Attributes:
         digest: SHA-256 of its size and pixels.
         image: The image in RGB; None where the views are known.
-        views: What the encoder reads of it, [1, V, 3, h, w]; None where the image is kept.
+        views: What the encoder reads of it, [1, V, 3, h, w]; None where the image is cached.
     """
 
     digest: str

@@ -71,7 +71,7 @@ class ModelRunner:
 
     @property
     def max_positions(self) -> int | None:
-        """How many tokens the language model takes; None where its configuration does not say."""
+        """How many tokens the language model takes; None where its configuration has no limit."""
         return get_max_length(self.model)
 
     def build_prompt(self, messages: list[dict]) -> str:
@@ -86,7 +86,7 @@ class ModelRunner:
     def prepare_image(self, image: Image.Image) -> PreparedImage:
         """An image as it waits for the model.
 
-        Views are kept in place of the image where they are enough, because photographs would fill
+        Views are cached in place of the image where they are enough, because photographs would fill
         the memory.
         """
         if image.mode != "RGB":

@@ -40,7 +40,7 @@ IGNORED = (  # settings that do not change an answer
     "prompt_cache_key",
     "parallel_tool_calls",
 )
-NEUTRAL = {  # settings that this server does not offer -> the one value that asks for nothing
+NEUTRAL = {  # settings that this server does not offer -> the one value that changes nothing
     "frequency_penalty": 0,
     "presence_penalty": 0,
     "logit_bias": {},
@@ -57,7 +57,7 @@ class RequestLimits:
 
     Attributes:
         max_tokens: Tokens of one answer at most.
-        default_tokens: Tokens of one answer at most, where the request does not say.
+        default_tokens: Maximum tokens of an answer, where the request sets none.
         max_images: Images in one request.
         max_messages: Messages in one request.
         max_characters: Characters of text in all messages together. Tokenizing a longer text would
@@ -71,7 +71,7 @@ class RequestLimits:
     max_characters: int = 1_000_000
 
 
-# ---- the schema; a field's description says what is allowed and is part of the error message
+# ---- the schema; a field's description names what is allowed and is part of the error message
 
 
 class RequestPart(BaseModel):
@@ -252,7 +252,7 @@ class ChatCompletionRequest(ConversationRequest):
         """How to draw an answer.
 
         Args:
-            default_tokens: Length of the answer where the request does not say.
+            default_tokens: Maximum tokens of the answer where the request sets none.
         """
         requested = self.max_completion_tokens or self.max_tokens
         return SamplingParams(
@@ -266,7 +266,7 @@ class ChatCompletionRequest(ConversationRequest):
 
     @property
     def has_length(self) -> bool:
-        """Whether the request says how long an answer may be."""
+        """Whether the request limits the length of an answer."""
         return self.max_completion_tokens is not None or self.max_tokens is not None
 
 

@@ -70,7 +70,7 @@ def build_chunk(header: dict, delta: TextDelta, with_logprobs: bool) -> dict:
 
 
 def build_usage_chunk(header: dict, usage: dict) -> dict:
-    """The last event of a stream whose request asks for the usage."""
+    """The last event of a stream whose request wants the usage."""
     return {**header, "choices": [], "usage": usage}
 
 

@@ -105,7 +105,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def handle_failure(request: Request, error: Exception) -> Response:
-        message = "the server failed at this request; its log says why"
+        message = "the server failed at this request; see its log"
         return JSONResponse(responses.build_error(message, "server_error"), 500)
 
 

@@ -70,7 +70,7 @@ def compute_accumulation_steps(stage: Stage, num_processes: int) -> int:
     """Compute how many micro-batches one step of a stage accumulates.
 
     Args:
-        stage: The stage; `global_batch` asks for so many records a step over all processes.
+        stage: The stage; `global_batch` is the number of records a step over all processes.
         num_processes: Number of processes that train together.
 
     Returns:

@@ -33,7 +33,7 @@ from .freezing import check_parts, trains_base
 from .progress import print_message
 from .reading import RunInputs, SourceExamples
 
-HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the argument that asks for each
+HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the argument that selects each
 MAX_HELD_OUT = 256  # examples that a stage is evaluated on while it trains
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _choose_base_dtype(recipe: Recipe, arguments: list[TrainingArguments]) -> to
 
 
 def _check_model(recipe: Recipe, model) -> None:
-    """Raise UserError where the model has not what the recipe asks for."""
+    """Raise UserError where the model lacks what the recipe needs."""
     _check_plan(recipe, model)
     if recipe.feature_cache is not None and not model.supports_feature_cache:
         raise UserError(
@@ -227,7 +227,7 @@ def _raise_no_record(stage: Stage, source: Source, problems: list[RecordError]) 
 
 
 def _check_batches(prepared: PreparedStage, model, processor) -> None:
-    """Raise UserError where a stage's batches cannot be made as it asks."""
+    """Raise UserError where a stage's batches cannot be made by its settings."""
     stage = prepared.stage
     if stage.pad_to is not None and model.is_upgrade:
         raise UserError(

@@ -218,7 +218,7 @@ def save_stage(trainer, processor, recipe: Recipe, folder: Path) -> None:
     if had_bar:
         hf_logging.enable_progress_bar()
     if trainer.is_world_process_zero():
-        # A pickle of what config.yaml says in text.
+        # A pickle of what config.yaml holds as text.
         (folder / "training_args.bin").unlink(missing_ok=True)
         processor.save_pretrained(folder)
         dump_recipe(recipe, folder / "config.yaml")

@@ -183,7 +183,7 @@ class StageTrainer(Trainer):
     # Data
 
     def _get_train_sampler(self, train_dataset=None):
-        """The Trainer's random order, or one that groups and mixes records as the stage says."""
+        """The Trainer's random order, or one that groups and mixes records by the stage's settings."""
         if not (self.stage.group or self.stage.pack or self.mixture):
             return super()._get_train_sampler(train_dataset)
         data = self.train_dataset

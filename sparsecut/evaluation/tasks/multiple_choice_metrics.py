@@ -215,7 +215,7 @@ def scienceqa(problems: Mapping[str, Mapping], predictions: Sequence[Mapping]) -
 
 
 def _get_scienceqa_groups(problems: Mapping[str, Mapping]) -> dict[str, Callable]:
-    """The official groups, each as a function that tells whether a problem belongs to it."""
+    """The official groups, each as a predicate on problems."""
 
     def has(key: str, *values: str) -> Callable:
         return lambda problem: problem[key] in values
