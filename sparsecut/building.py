@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 SHAPES_WEIGHTS = Path(__file__).parent / "shapes" / "weights"
 SHAPES = "shapes"  # names the built-in small backbones
 OLD_SHAPES = "world"  # their former name
-# Where the Auto classes find the code that is saved with a model or a processor: by the module of its
-# class, or by the class where a module has several kinds.
+# Where the Auto classes find the code that is saved with a model or a processor. The key is the
+# module of its class, or the class where a module has several kinds.
 AUTO_MAPS = {
     "modeling": {
         "AutoConfig": "configuration.SparseCutConfig",

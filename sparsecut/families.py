@@ -1,8 +1,8 @@
 """Pretrained VLM families that can be upgraded: where their parts are, and their patch geometry.
 
 A family answers which patches lie under each image token. The answer is an index table for one call
-of `get_image_features`. Where a family rearranges patches by a function of its own, the table is
-what this function makes of the patches' numbers, so that no rule is written twice.
+of `get_image_features`. Some families rearrange patches by a function of their own. Their table is
+the output of this function for the patches' numbers, so that no rule is written twice.
 """
 
 from __future__ import annotations
@@ -189,8 +189,8 @@ def _make_newline(inner: nn.Module, width: int) -> Tensor | None:
 
 def _index_llava_onevision(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
     # The model interpolates where an image has too many tokens. Numbers cannot be interpolated, but
-    # places can: each patch sends its row and column in the joined tiles, and what comes back is
-    # rounded to the nearest patch.
+    # places can. Each patch sends its row and column in the joined tiles. The result is rounded to
+    # the nearest patch.
     config = inner.config
     image_sizes = call["image_sizes"]
     side = config.vision_config.image_size // config.vision_config.patch_size

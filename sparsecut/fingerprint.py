@@ -30,8 +30,8 @@ def weights_hash(module: nn.Module) -> str:
 def base_hash(base: nn.Module) -> str:
     """A hash that recognizes a pretrained VLM in any dtype, quantized or with adapters.
 
-    It covers the model type, and some values (as bfloat16) of norms, biases and input embeddings:
-    these are the same in every dtype that a model is loaded in.
+    It covers the model type, and some values (as bfloat16) of norms, biases and input embeddings.
+    These are the same in every dtype that a model is loaded in.
     """
     total = hashlib.sha256(base.config.model_type.encode())
     for name, module, attribute in _find_stable_weights(base):

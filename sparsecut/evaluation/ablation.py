@@ -1,6 +1,6 @@
 """What each shortcut of a trained model contributes: answers without it, with it alone, and norms.
 
-A shortcut that is switched off adds zeros. Nothing is trained again: a loss of accuracy tells what
+A shortcut that is switched off adds zeros. Nothing is trained again: a loss of accuracy shows what
 this model relies on, not what another model could do without. Of two shortcuts that carry the same
 information, each can be switched off without loss.
 """

@@ -96,8 +96,8 @@ def dry_run(
         mfu: Fraction of them that training reaches.
 
     Raises:
-        UserError: If the recipe asks for what cannot be: an unknown part, a stage that trains
-            nothing, a plan that does not fit, a file that cannot be read.
+        UserError: The recipe is impossible. It names an unknown part, has a stage that trains
+            nothing or a plan that does not fit, or names a file that cannot be read.
     """
     if devices < 1 or tflops <= 0 or not 0 < mfu <= 1:
         raise UserError(

@@ -2,8 +2,8 @@
 
 Where image tokens will stand, it gets slots: sums of word embeddings with noise. Each thing's words
 are scattered over the slots of its cell. So the model knows the questions, the words and where to
-look, and nothing of images. The number of slots varies (as for coarse views, as for fine ones, or
-both one after the other), so a fusion with a longer prompt meets nothing new.
+look, and nothing of images. The number of slots varies: as for coarse views, as for fine ones, or
+both one after the other. So a fusion with a longer prompt meets nothing new.
 """
 
 from __future__ import annotations
