@@ -263,15 +263,15 @@ class SparseCutModel(SparseCutPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         mask = self.image_mask(input_ids, inputs_embeds)
-        has_prompt = images is not None or (input_ids is not None and not continued)
-        if has_prompt and not torch.compiler.is_compiling():
-            begun = has_begun(past_key_values)
-            says_more = sources or has_labels or past_key_values is not None or self.training
+        is_prompt = images is not None or (input_ids is not None and not continued)
+        if is_prompt and not torch.compiler.is_compiling():
+            is_bare = not sources and not has_labels and not self.training
+            is_generating = past_key_values is not None or continued is not None
             check_image_tokens(
                 mask,
                 images,
-                warn_only=not says_more and continued is None,
-                tokens_per_image=self.tokens_per_image if begun else 0,
+                warn_only=is_bare and not is_generating,
+                tokens_per_image=self.tokens_per_image if has_begun(past_key_values) else 0,
             )
         image_hidden_states, features, gates = self._gather_features(inputs_embeds, images)
         if images is not None:

@@ -208,6 +208,10 @@ def is_sparsecut_model(model: nn.Module) -> bool:
     return isinstance(inner, SparseCutPreTrainedModel)
 
 
+# Attributes that run the model they are on: accelerate's and those of torch.compile.
+BOUND_TO_MODEL = ("forward", "_old_forward", "_hf_hook", "_compiled_call", "_compiled_call_impl")
+
+
 def share_modules(model: PreTrainedModel, model_class: type, modules: dict[str, nn.Module]):
     """Make a model of another class that shares attributes and modules with a model.
 
@@ -220,9 +224,8 @@ def share_modules(model: PreTrainedModel, model_class: type, modules: dict[str, 
     """
     shared = model_class.__new__(model_class)
     nn.Module.__init__(shared)
-    replaced_by_accelerate = ("forward", "_old_forward", "_hf_hook")
     for name, value in model.__dict__.items():
-        if name not in shared.__dict__ and name not in replaced_by_accelerate:
+        if name not in shared.__dict__ and name not in BOUND_TO_MODEL:
             shared.__dict__[name] = value
     for name, module in modules.items():
         shared.add_module(name, module)

@@ -97,6 +97,13 @@ def test_the_base_model_of_a_whole_model_shares_its_weights():
     assert_same_states(upgraded, upgraded.base_model, inputs)
 
 
+def test_the_base_model_of_a_compiled_model_has_no_head():
+    whole = checks.join()
+    inputs = batch(whole)
+    whole.compile(backend="eager")
+    assert "logits" not in whole.base_model(**inputs)
+
+
 def test_a_cache_goes_on_without_the_head():
     whole = checks.join()
     body = whole.base_model
