@@ -103,6 +103,10 @@ class SparseCutUpgradeModel(SparseCutPreTrainedModel):
         """Replace the token embedding of the language model."""
         self.base.set_input_embeddings(value)
 
+    def get_encoder(self, modality: str | None = None):
+        """Return the base's encoder of "image", "video" or "audio"; the base where it has none."""
+        return self.base.get_encoder(modality)
+
     def get_decoder(self):
         """Return the decoder of the language model."""
         return self.base.get_decoder()

@@ -95,6 +95,9 @@ def test_the_base_model_of_a_whole_model_shares_its_weights():
     inputs = build_inputs("llava", upgraded.base)
     inputs |= build_fine_views(upgraded, inputs)
     assert_same_states(upgraded, upgraded.base_model, inputs)
+    for model in (whole, body, upgraded, upgraded.base_model):
+        assert model.get_encoder("image") is model.vision_backbone()
+        assert any(model.get_decoder() is module for module in model.language_backbone().modules())
 
 
 def test_the_base_model_of_a_compiled_model_has_no_head():
