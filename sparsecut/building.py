@@ -8,7 +8,6 @@ import logging
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,6 +25,7 @@ from .adapters import load_adapters
 from .configuration import SparseCutConfig, SparseCutUpgradeConfig
 from .encoders import get_encoder, is_audio
 from .hooks import check_language_model
+from .loading import load_pretrained
 from .modeling import SparseCutForConditionalGeneration
 from .modeling_upgraded import FACTS
 from .plan import Plan
@@ -117,7 +117,12 @@ def build(
     if isinstance(vision, str):
         vision = _load_encoder(vision, vision_config, settings)
     if isinstance(language, str):
-        language = AutoModelForCausalLM.from_pretrained(language, config=text_config, **settings)
+        complaint = (
+            f"the weights of the language model {language} cannot be read; fetch the model again"
+        )
+        language = load_pretrained(
+            AutoModelForCausalLM, language, complaint, config=text_config, **settings
+        )
     model = _join(config, get_encoder(vision), language)
     model.generation_config = _make_generation_config(language, tokenizer, config.image_token_id)
     return model.eval(), _make_processor(config, image_processor, tokenizer, image_token, coarse)
@@ -229,28 +234,20 @@ def load(
             " give a vision-language model to sparsecut.upgrade, or an encoder and a language"
             " model to sparsecut.build"
         )
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, **from_pretrained)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"the weights in {folder} cannot be read; save or fetch the model again."
-            f" Hugging Face says: {error}"
-        ) from error
+    complaint = f"the weights in {folder} cannot be read; save or fetch the model again"
+    model = load_pretrained(AutoModelForImageTextToText, folder, complaint, **from_pretrained)
     load_adapters(model, Path(folder))
     return model.eval(), read_processor(folder)
 
 
 def _read_saved_config(name: str | Path):
     """The configuration of a folder or hub name; UserError where there is none."""
-    try:
-        return AutoConfig.from_pretrained(name)
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"there is no saved model {name} that can be read; give a folder with a whole model,"
-            f" or a hub name. Hugging Face says: {error}"
-        ) from error
+    return load_pretrained(
+        AutoConfig,
+        name,
+        f"there is no saved model {name} that can be read; give a folder with a whole model, or a"
+        " hub name",
+    )
 
 
 def is_saved(name: str | Path) -> bool:
@@ -331,13 +328,12 @@ def resolve(source, part: str):
 def _read_config(source, part: str, hub: dict):
     if isinstance(source, nn.Module):
         return source.config
-    try:
-        return AutoConfig.from_pretrained(source, **hub)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the {part} model {source!r} could not be read; give a folder, a hub name, or"
-            f" {SHAPES!r}. Hugging Face says: {error}"
-        ) from error
+    return load_pretrained(
+        AutoConfig,
+        source,
+        f"the {part} model {source!r} could not be read; give a folder, a hub name, or {SHAPES!r}",
+        **hub,
+    )
 
 
 def _find_encoder(model: nn.Module, config) -> nn.Module:
@@ -353,8 +349,9 @@ def _find_encoder(model: nn.Module, config) -> nn.Module:
 
 def _load_encoder(name: str, config, settings: dict) -> nn.Module:
     """The encoder of a checkpoint; UserError where weights are missing, which would be random."""
-    vision, info = AutoModel.from_pretrained(
-        name, config=config, output_loading_info=True, **settings
+    complaint = f"the weights of the encoder {name} cannot be read; fetch the model again"
+    vision, info = load_pretrained(
+        AutoModel, name, complaint, config=config, output_loading_info=True, **settings
     )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -373,10 +370,10 @@ def _read_tool(auto_class, source, argument: str, hub: dict):
             f"a loaded module was given without {argument}, but the module alone does not say how"
             f" its input is prepared; give {argument}=..."
         )
-    try:
-        return auto_class.from_pretrained(source, **hub)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{source} has no {argument} that can be read; give the folder or hub name of a"
-            f" complete model. Hugging Face says: {error}"
-        ) from error
+    return load_pretrained(
+        auto_class,
+        source,
+        f"{source} has no {argument} that can be read; give the folder or hub name of a complete"
+        " model",
+        **hub,
+    )

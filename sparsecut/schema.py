@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -26,6 +28,37 @@ TYPE_NAMES = {
     tuple: "a list",
     NoneType: "nothing",
 }
+
+
+def read_text_file(path: str | Path, encoding: str = "utf-8") -> str:
+    """Return the text of a file; UserError where it cannot be read or is not UTF-8 text."""
+    try:
+        return Path(path).read_text(encoding=encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8, or"
+            " give another file"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); give a file that exists and may be read"
+        ) from error
+
+
+def read_json_file(path: str | Path) -> dict:
+    """Return the keys and values of a JSON file; UserError where it holds anything else."""
+    try:
+        values = json.loads(read_text_file(path))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} is not valid JSON ({error}); mend it, or remove it and make it again"
+        ) from error
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path} holds {str(values)[:40]!r}, but keys and values are needed; mend it, or remove"
+            " it and make it again"
+        )
+    return values
 
 
 def build_dataclass(cls: type, values: Any, source: str, place: str = ""):

@@ -6,28 +6,27 @@ where it is, whatever its size.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from .configuration import SparseCutUpgradeConfig
 from .families import VLMFamily, get_family
 from .fingerprint import base_hash
+from .loading import load_pretrained, read_tensors
 from .methods import make_plan
 from .modeling_upgraded import FACTS, WEIGHTS, SparseCutUpgrade
 from .plan import Plan
 from .processing_upgraded import PROCESSOR_FILE, add_fine_views
-from .schema import UserError
+from .schema import UserError, read_json_file
 from .upgrade_hooks import get_encoder_depth
 
 # Width of the language model over the inner width of a projector, in the default plan.
 NARROWING = 16
 SMALLEST_RANK = 16
+FACT_NAMES = {"base", "base_type", "base_digest", "plan", "depths"}  # of fusion.json
 
 # Arguments that say how to reach the hub. They go to configurations, tokenizers and image
 # processors too.
@@ -162,13 +161,20 @@ def load_fusion(
 
 def _read_fusion(folder: Path) -> tuple[dict, dict]:
     """Facts and weights of a folder of shortcuts."""
-    try:
-        return json.loads((folder / FACTS).read_text()), load_file(folder / WEIGHTS)
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    remedy = f"give a folder with {FACTS} and {WEIGHTS}, as save_fusion writes it"
+    return read_facts(folder), read_tensors(folder / WEIGHTS, remedy)
+
+
+def read_facts(folder: Path) -> dict:
+    """Return what fusion.json says about saved shortcuts; UserError where it is damaged."""
+    facts = read_json_file(folder / FACTS)
+    missing = sorted(FACT_NAMES - set(facts))
+    if missing:
         raise UserError(
-            f"the shortcuts in {folder} cannot be read ({error}); give a folder with {FACTS} and"
-            f" {WEIGHTS}, as save_fusion writes it"
-        ) from error
+            f"{folder / FACTS} lacks {' and '.join(missing)}; save the shortcuts again with"
+            " save_fusion"
+        )
+    return facts
 
 
 def _check_base(folder: Path, facts: dict, base: nn.Module, *, check_weights: bool) -> None:
@@ -213,13 +219,13 @@ def resolve_plan(base: PreTrainedModel, plan: str | dict | Plan | None) -> tuple
 
 
 def _load(auto_class, name, **from_pretrained):
-    try:
-        return auto_class.from_pretrained(name, **from_pretrained)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"the base {name} could not be read as a pretrained VLM; give a folder, a hub name or a"
-            f" loaded model. Hugging Face says: {error}"
-        ) from error
+    return load_pretrained(
+        auto_class,
+        name,
+        f"the base {name} could not be read as a pretrained VLM; give a folder, a hub name or a"
+        " loaded model",
+        **from_pretrained,
+    )
 
 
 def read_processor(name: str | Path, **hub):

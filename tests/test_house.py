@@ -40,6 +40,7 @@ ASSEMBLY = [
     "chat",
     "drawing",
     "image_loading",
+    "loading",
 ]
 # The lazy registration of the Auto classes: a configuration's end registers its model class.
 AGAINST_THE_GRAIN = {"registration"}

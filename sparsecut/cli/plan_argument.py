@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ..config.recipe import parse_recipe
-from ..config.yaml_io import expand_path, read_yaml
+from ..config.yaml_io import expand_path, read_yaml, read_yaml_file
 from ..drawing import draw
 from ..methods import METHODS, make_plan
 from ..plan import Plan
@@ -106,14 +106,16 @@ def _read_file(file: str) -> str | dict:
 
 
 def _read_yaml_file(file: str):
-    return read_yaml(Path(file).read_text(encoding="utf-8"), file)
+    return read_yaml_file(file)
 
 
 def _draw_saved(folder: Path) -> tuple[Plan, str]:
     """The plan of a saved model, or of shortcuts that are saved without their base."""
     fusion_file = folder / "fusion.json"
     if fusion_file.is_file():
-        facts = json.loads(fusion_file.read_text(encoding="utf-8"))
+        from ..upgrading import read_facts
+
+        facts = read_facts(folder)
         plan = Plan.from_dict(facts["plan"])
         title = f"{folder}, shortcuts of {facts['base']}"
         return plan, draw(plan, *facts["depths"], title=title)
@@ -122,10 +124,22 @@ def _draw_saved(folder: Path) -> tuple[Plan, str]:
             f"{folder} holds no config.json, so it is not a saved model; give the folder that"
             " holds one"
         )
+    config = _read_config(folder)
+    if not hasattr(config, "get_plan"):
+        raise UserError(
+            f"{folder} holds a {config.model_type}, which has no plan; give a model that this"
+            " package has saved"
+        )
+    return config.get_plan(), _draw_config(config.get_plan(), config, title=str(folder))
+
+
+def _read_config(folder: Path):
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    return config.get_plan(), _draw_config(config.get_plan(), config, title=str(folder))
+    from ..loading import load_pretrained
+
+    complaint = f"{folder}/config.json cannot be read; save or fetch the model again"
+    return load_pretrained(AutoConfig, folder, complaint)
 
 
 def _draw_config(plan: Plan, config, title: str | None = None) -> str:
@@ -153,9 +167,7 @@ def _read_depth(source: str | None, part: str) -> int | None:
     folder = SHAPES_FOLDER / part if source == "shapes" else Path(expand_path(source))
     if not (folder / "config.json").is_file():
         return None
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder)
+    config = _read_config(folder)
     return getattr(config, f"{part}_config", config).get_text_config().num_hidden_layers
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from pathlib import Path
 
 from ..schema import UserError
@@ -16,9 +16,17 @@ def check_writable_folder(folder: str | Path) -> None:
     """
     path = Path(folder)
     existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    try:
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+    except (OSError, ValueError) as error:  # a name that is too long, or has a null byte
+        raise UserError(f"{str(path)[:40]!r} cannot be a folder: {error}; name another") from error
     if not existing.is_dir():
         raise UserError(f"{path} cannot be a folder, because {existing} is a file; name another")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"{path} cannot be written: no permission in {existing}; name another")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written in {existing} ({error.strerror}); name another"
+        ) from error

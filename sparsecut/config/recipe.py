@@ -24,7 +24,7 @@ from ..schema import (
     make_tuples,
 )
 from .overrides import override
-from .yaml_io import read_yaml, rename_key, to_lists
+from .yaml_io import read_yaml_file, rename_key, to_lists
 
 PARTS = ("vision", "projector", "fusion", "language", "head")
 ADAPTERS = ("vision:lora", "language:lora")
@@ -339,6 +339,8 @@ class Recipe:
     def __post_init__(self):
         make_tuples(self, "stages")
         check_types(self)
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}, but must be from 0 to {2**32 - 1}")
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
             raise UserError(
@@ -378,7 +380,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no recipe {path}; give a YAML file such as configs/tiny.yaml")
-    plain = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    plain = read_yaml_file(path)
     return parse_recipe(plain, overrides, name=str(path))
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..schema import UserError
+from ..schema import UserError, read_text_file
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,22 @@ def read_yaml(text: str, name: str) -> Any:
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{name} is not valid YAML: {problem}") from None
+
+
+def read_yaml_file(path: str | Path) -> Any:
+    """Return what a YAML file holds; UserError where it cannot be read or is not YAML."""
+    return read_yaml(read_text_file(path), str(path))
+
+
+def read_yaml_values(path: str | Path) -> dict:
+    """Return the keys and values of a YAML file; UserError where it holds anything else."""
+    values = read_yaml_file(path)
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path} holds {str(values)[:40]!r}, but keys and values are needed; mend it, or remove"
+            " it and make it again"
+        )
+    return values
 
 
 def rename_key(plain: Any, old: str, new: str, name: str) -> Any:

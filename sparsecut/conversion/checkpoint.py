@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import pickle
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -19,9 +18,10 @@ from transformers import (
 )
 
 from ..building import save
+from ..loading import load_pretrained, read_tensors
 from ..modeling import SparseCutForConditionalGeneration
 from ..processing import SparseCutProcessor
-from ..schema import UserError
+from ..schema import UserError, read_json_file
 from .released import MIXES, TAPS, VISION, from_released
 
 IMAGE_TOKEN = "<image>"
@@ -119,7 +119,12 @@ def _build_processor(
     model: SparseCutForConditionalGeneration, tokenizer, vision: str
 ) -> SparseCutProcessor:
     return SparseCutProcessor(
-        AutoImageProcessor.from_pretrained(vision),
+        load_pretrained(
+            AutoImageProcessor,
+            vision,
+            f"the vision tower {vision} has no image processor that can be read; give its hub name"
+            " or folder",
+        ),
         tokenizer,
         image_size=model.config.image_size,
         tiles=model.plan.tiles,
@@ -129,28 +134,24 @@ def _build_processor(
 
 
 def _read_vision_config(vision: str) -> PreTrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(vision)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the vision tower {vision} cannot be read ({error}); give its hub name or folder"
-        ) from error
+    complaint = f"the vision tower {vision} cannot be read; give its hub name or folder"
+    config = load_pretrained(AutoConfig, vision, complaint)
     return getattr(config, "vision_config", config)  # of a two-tower checkpoint such as CLIP's
 
 
 def _read_tokenizer(checkpoint: Path):
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{checkpoint} holds no tokenizer that can be read ({error}); give the folder that the"
-            " released code saved"
-        ) from error
+    return load_pretrained(
+        AutoTokenizer,
+        checkpoint,
+        f"{checkpoint} holds no tokenizer that can be read; give the folder that the released code"
+        " saved",
+    )
 
 
 def _read_generation_config(checkpoint: Path, default: GenerationConfig) -> GenerationConfig:
     if (checkpoint / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(checkpoint)
+        complaint = f"{checkpoint}/generation_config.json cannot be read; copy it again"
+        return load_pretrained(GenerationConfig, checkpoint, complaint)
     return default
 
 
@@ -166,10 +167,7 @@ def read_settings(checkpoint: Path) -> dict:
             f"{checkpoint} holds no config.json; give the folder that the released code saved, with"
             " config.json, weights and tokenizer files"
         )
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is no JSON: {error}; copy it again") from None
+    settings = read_json_file(file)
     if settings.get("mm_vision_select_feature", "patch") != "patch":
         raise UserError(
             f"{file} has mm_vision_select_feature={settings['mm_vision_select_feature']!r}, which"
@@ -188,7 +186,8 @@ def _read_all_weights(
 ) -> dict[str, Tensor]:
     weights = read_weights(checkpoint)
     if not any(name.startswith(VISION) for name in weights):
-        tower = AutoModel.from_pretrained(vision, config=vision_config)
+        complaint = f"the weights of the vision tower {vision} cannot be read; fetch it again"
+        tower = load_pretrained(AutoModel, vision, complaint, config=vision_config)
         weights |= {VISION + name: tensor for name, tensor in tower.state_dict().items()}
     return weights
 
@@ -214,8 +213,11 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 def _read_file(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
-        return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return read_tensors(file, "copy it again")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"the weights {file} cannot be read ({error}); copy it again") from error
 
 
 def add_image_token(tokenizer, vocab_size: int) -> int:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..fingerprint import weights_hash
-from ..schema import UserError
+from ..schema import UserError, read_json_file
 from .examples import Example
 
 INDEX = "index.json"
@@ -39,7 +39,7 @@ class VisionFeatureCache:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+        index = read_json_file(self.folder / INDEX)
         self.encoder = index["encoder"]
         self.rows = {key: row for row, key in enumerate(index["pictures"])}
         self.views = {int(tap): num_views for tap, num_views in index["taps"].items()}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..data.errors import RecordError
 from ..data.jsonl import read_json_lines, write_json_lines
-from ..schema import UserError
+from ..schema import UserError, read_json_file
 from .exact_match import METRICS
 
 SETTINGS = "settings.json"
@@ -80,7 +80,7 @@ def _check_settings(folder: Path, settings: dict) -> None:
     file = folder / SETTINGS
     stored = {}
     if file.is_file():
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = read_json_file(file)
     as_stored = json.loads(json.dumps(settings))
     before = _flatten(stored)
     now = _flatten(as_stored)

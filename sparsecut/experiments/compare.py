@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..config.yaml_io import expand_path, read_yaml
+from ..config.yaml_io import expand_path, read_yaml_values
 from ..data.images import ImageStore
 from ..data.jsonl import read_json_lines
 from ..evaluation.statistics import (
@@ -18,7 +17,7 @@ from ..evaluation.statistics import (
 )
 from ..evaluation.variant_answers import Answers
 from ..plan import Plan
-from ..schema import UserError
+from ..schema import UserError, read_json_file
 
 RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
 ITEM_KEYS = ("id", "prompt", "images", "reference", "group", "level")
@@ -97,8 +96,7 @@ def _add_evaluation(run: ComparedRun, folder: Path) -> None:
     if seed in run.folders:
         seed = max(run.folders) + 1
 
-    text = (folder / RESULT).read_text(encoding="utf-8")
-    result = json.loads(text)
+    result = read_json_file(folder / RESULT)
     run.folders[seed] = folder
     run.results[seed] = result
     run.records[seed] = read_json_lines(folder / PREDICTIONS)
@@ -164,7 +162,7 @@ def _find_evaluation(folder: Path) -> Path:
 def _read_config(folder: Path) -> dict | None:
     """The recipe of the run that an evaluation belongs to."""
     path = folder.parent / "config.yaml"
-    return read_yaml(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
+    return read_yaml_values(path) if path.is_file() else None
 
 
 def _add_model_facts(run: ComparedRun, folder: Path, model: str | None) -> None:
@@ -177,9 +175,13 @@ def _add_model_facts(run: ComparedRun, folder: Path, model: str | None) -> None:
     from transformers import AutoConfig
 
     from ..configuration import SparseCutConfig
+    from ..loading import load_pretrained
     from ..profiling.counting import count_plan
 
-    config = AutoConfig.from_pretrained(place)
+    complaint = f"{place}/config.json cannot be read; save the model again"
+    config = load_pretrained(AutoConfig, place, complaint)
+    if not hasattr(config, "get_plan"):  # a model of another package
+        return
     run.plan = config.get_plan()
     run.depths = config.vision_depth, config.language_depth
     if isinstance(config, SparseCutConfig):  # the base of an upgraded model may be anything

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..config.recipe import Recipe
 from ..plan import Plan
-from ..schema import UserError
+from ..schema import UserError, read_json_file
 from .study import Study
 
 LARGE_SIZE = ("clip-l-336", "llama-7b")  # the size that costs are also counted at
@@ -96,7 +96,7 @@ def draw_images(study: Study, log: Log) -> None:
     record = data / "drawn.json"
     settings = asdict(images)
     if record.is_file():
-        drawn = json.loads(record.read_text(encoding="utf-8"))
+        drawn = read_json_file(record)
         if drawn == settings:
             return
 
@@ -119,7 +119,7 @@ def write_costs(study: Study, plans: dict, config, log: Log) -> None:
     from ..profiling.counting import count_plan
 
     path = Path(study.output) / "costs.json"
-    costs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    costs = read_json_file(path) if path.is_file() else {}
     log(f"counting what {len(plans)} plans cost ...")
 
     for name, plan in plans.items():

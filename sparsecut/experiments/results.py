@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
-from ..config.yaml_io import read_yaml
+from ..config.yaml_io import read_yaml_values
 from ..data.jsonl import read_json_lines
 from ..evaluation.statistics import (
     Contrast,
@@ -22,7 +21,7 @@ from ..evaluation.statistics import (
 )
 from ..evaluation.variant_answers import Answers
 from ..plan import Plan
-from ..schema import UserError
+from ..schema import UserError, read_json_file
 
 SIZES = {"here": "the study's own size", "large": "CLIP-L/336 + 7B"}
 MAX_PAIRED = 16  # variants in the matrix of all pairs: more cannot be read
@@ -92,7 +91,7 @@ def _read_study(folder: Path) -> dict:
             f"{folder} holds no study.yaml; give the output folder of a study, or run one with"
             " `sparsecut study`"
         )
-    return read_yaml(path.read_text(encoding="utf-8"), str(path))
+    return read_yaml_values(path)
 
 
 def _sort_budgets(study: dict) -> list[str]:
@@ -130,7 +129,7 @@ def _name_missing_runs(study: dict, budget: str, name: str, runs: dict[int, Path
 
 
 def _read_json(path: Path) -> dict | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json_file(path) if path.is_file() else None
 
 
 def _read_lines(path: Path) -> list[dict]:
@@ -209,7 +208,7 @@ def _average_losses(runs) -> list[list[float]]:
 
 def _get_last_stage(run: Path) -> str:
     path = run / "config.yaml"
-    config = read_yaml(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
+    config = read_yaml_values(path) if path.is_file() else {}
     names = [stage["name"] for stage in config.get("stages", [])]
     return names[-1] if names else "tune"
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from ..config.paths import check_writable_folder
 from ..data.jsonl import read_json_lines
-from ..schema import UserError
+from ..schema import UserError, read_json_file
 from .preparation import Log, prepare
 from .study import Run, Study, dump_study, load_study, narrow_study
 
@@ -212,7 +212,7 @@ def _log_progress(study: Study, runs: Sequence[Run], out: Path, log: Log) -> Non
 
 def _describe_scores(run: Run, out: Path) -> str:
     path = run.get_folder(out) / "eval" / "result.json"
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = read_json_file(path)
     name = f"{run.budget} {run.variant} seed {run.seed}"
     if not result["levels"]:
         percent = 100 * result["accuracy"]

@@ -16,7 +16,7 @@ import yaml
 
 from ..config.overrides import override
 from ..config.recipe import Recipe, parse_recipe
-from ..config.yaml_io import read_yaml, rename_key
+from ..config.yaml_io import read_yaml_file, rename_key
 from ..schema import UserError, build_dataclass, is_whole_number, make_tuples, nearest
 
 SET_ELSEWHERE = {  # keys of a recipe that a study sets -> where
@@ -289,7 +289,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
             f"there is no study {path}; give a YAML file such as configs/study/shapes.yaml"
         )
 
-    values = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    values = read_yaml_file(path)
     for change in overrides:
         values = override(values, change)
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..adapters import get_adapted_part
 from ..config.recipe import Recipe, Stage
 from ..config.yaml_io import expand_path
-from ..schema import UserError
+from ..schema import UserError, read_json_file
 from ..training.arguments import DEFAULT_BATCH_SIZE, compute_accumulation_steps
 from ..training.freezing import check_parts, count_parameters
 from .dry_run_data import RowFacts, RowSize, describe_row, read_record_facts
@@ -349,11 +349,9 @@ def _read_deepspeed_config(stage: Stage, path: Path) -> dict:
             " the path"
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"stage {stage.name}: args.deepspeed names {path}, which is not valid JSON: {error}"
-        ) from None
+        return read_json_file(path)
+    except UserError as error:
+        raise UserError(f"stage {stage.name}: args.deepspeed: {error}") from None
 
 
 def format_estimates(

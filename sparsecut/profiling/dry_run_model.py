@@ -6,7 +6,6 @@ asked.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,11 +20,12 @@ from ..adapters import get_adapted_part, get_part_module
 from ..config.recipe import Recipe, Stage
 from ..config.yaml_io import expand_path
 from ..configuration import SparseCutConfig, SparseCutUpgradeConfig
+from ..loading import load_pretrained
 from ..modeling_upgraded import FACTS, SparseCutUpgrade
 from ..plan import Plan, Shortcut
 from ..schema import UserError
 from ..training.freezing import count_parameters
-from ..upgrading import resolve_plan
+from ..upgrading import read_facts, resolve_plan
 from .fake_models import build_config
 from .sizes import PUBLISHED_BASES, PUBLISHED_CONFIGS, read_backbone_config
 
@@ -112,7 +112,7 @@ def _estimate_base(recipe: Recipe, base: str, mode: FakeTensorMode) -> Estimated
         config = config.base_config
         is_saved = True
     with mode, no_init_weights():
-        bare = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        bare = _build_bare(config, base)
         bare.tie_weights()  # transformers does so after it has initialized them
         plan, family = resolve_plan(bare, spec)
         config = SparseCutUpgradeConfig.from_base(bare, plan, None, None)
@@ -134,14 +134,19 @@ def _estimate_base(recipe: Recipe, base: str, mode: FakeTensorMode) -> Estimated
     )
 
 
-def _read_saved_shortcuts(folder: Path) -> tuple[str, dict]:
-    """The base and the plan of saved shortcuts."""
+def _build_bare(config: PreTrainedConfig, base: str):
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     except ValueError as error:
         raise UserError(
-            f"{folder / FACTS} is not valid JSON: {error}; save the model again"
-        ) from None
+            f"the base {base} is a {config.model_type}, which is no vision-language model; give a"
+            " pretrained VLM, or a model that this package has saved"
+        ) from error
+
+
+def _read_saved_shortcuts(folder: Path) -> tuple[str, dict]:
+    """The base and the plan of saved shortcuts."""
+    facts = read_facts(folder)
     if facts["base"] is None:
         raise UserError(
             f"the shortcuts in {folder} do not name their base, so they cannot be counted; name a"
@@ -158,12 +163,9 @@ def _read_base_config(base: str, notes: list[str]) -> PreTrainedConfig:
             vision_config=PUBLISHED_CONFIGS[vision].to_dict(),
             text_config=PUBLISHED_CONFIGS[language].to_dict(),
         )
-    try:
-        return AutoConfig.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"there is no model {base} that can be read; Hugging Face says: {error}"
-        ) from error
+    return load_pretrained(
+        AutoConfig, base, f"there is no model {base} that can be read; give a folder or hub name"
+    )
 
 
 def _replace_base_input(plan: Plan, tap) -> Plan:

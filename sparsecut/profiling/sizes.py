@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 
 from ..building import OLD_SHAPES, SHAPES, resolve
+from ..loading import load_pretrained
 from ..schema import UserError, nearest
 
 # Sizes by the names that the command `cost` takes. The language models are Vicuna's.
@@ -101,8 +102,5 @@ def read_backbone_config(source: str, part: str):
     if (hint or is_other_part) and not is_shapes and not Path(source).is_dir():
         raise UserError(message)  # a typing error; no request to the hub
     folder = resolve(source, part)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{message}. Hugging Face says: {error}") from error
+    config = load_pretrained(AutoConfig, folder, message)
     return getattr(config, f"{part}_config", config)

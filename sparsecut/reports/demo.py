@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from ..experiments.demo import DemoVariant
 from ..experiments.results import compute_results
 from ..experiments.study import Run, Study
 from ..plan import Plan
+from ..schema import read_json_file
 from .figures import draw_bars, draw_curves
 from .pages import embed_image, render
 from .plan_drawing import draw_plan
@@ -77,7 +77,7 @@ def print_answers(study: Study, titles: dict[str, str], log: Callable[[str], Non
     rows = [["accuracy in per cent", "average", *LEVELS]]
     for name, title in titles.items():
         path = _get_folder(study, name) / "eval" / "result.json"
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json_file(path)
         row = [title, f"{100 * result['mean_over_levels']:.1f}"]
         for level in LEVELS:
             accuracy = result["levels"][level]["accuracy"]

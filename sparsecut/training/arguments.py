@@ -17,6 +17,17 @@ from ..schema import UserError, nearest
 # Arguments that the recipe sets itself, with the recipe's key for each.
 RECIPE_KEYS = {"output_dir": "output", "seed": "seed"}
 DEFAULT_BATCH_SIZE = 8  # transformers' default of per_device_train_batch_size
+# What TrainingArguments, which checks few of its values, raises at wrong ones.
+ARGUMENT_ERRORS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    ImportError,
+    OSError,
+)
 
 
 def build_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
@@ -58,7 +69,7 @@ def build_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
     values = {**defaults, **stage.args, **fixed}
     try:
         args = TrainingArguments(output_dir=str(output / stage.name), seed=seed, **values)
-    except (ValueError, TypeError, ImportError) as error:
+    except ARGUMENT_ERRORS as error:
         raise UserError(
             f"stage {stage.name}: transformers' TrainingArguments refuses args: {error}"
         ) from None

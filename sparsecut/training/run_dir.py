@@ -13,15 +13,17 @@ import os
 import platform
 import re
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as hf_logging
 
 from ..adapters import FOLDER as ADAPTERS
 from ..config.paths import check_writable_folder
 from ..config.recipe import Recipe, Stage, dump_recipe, load_recipe
-from ..schema import UserError
+from ..schema import UserError, read_json_file
 
 FINISHED = "versions.json"  # the marker of a stage
 WHOLE = "whole.json"  # the marker of a checkpoint inside a stage
@@ -69,9 +71,13 @@ def check_output(recipe: Recipe, output: Path, *, resume: bool) -> None:
             " another folder (output=...) or remove this one"
         )
     num_finished = count_finished_stages(recipe, output)
-    if resume or num_finished == len(recipe.stages):
+    if num_finished == len(recipe.stages):
         return
     complete = last_checkpoint(output / recipe.stages[num_finished].name)
+    if resume:
+        if complete is not None:
+            check_intact(complete)
+        return
     if complete is None and num_finished:
         complete = recipe.stages[num_finished - 1].name
     if complete is not None:
@@ -120,6 +126,35 @@ def last_checkpoint(folder: Path) -> Path | None:
     return complete[max(complete)] if complete else None
 
 
+def check_intact(checkpoint: Path) -> None:
+    """Raise UserError where a file of a complete checkpoint was lost or damaged afterwards."""
+    try:
+        facts = read_json_file(checkpoint / WHOLE)
+        if not {"global_batch", "processes"} <= set(facts):
+            raise UserError(f"{checkpoint / WHOLE} lacks the size of its batches")
+        read_json_file(checkpoint / "trainer_state.json")
+        _check_weight_files(checkpoint)
+    except (UserError, OSError, SafetensorError) as error:
+        raise UserError(
+            f"the checkpoint {checkpoint} is damaged: {error}; remove that folder and --resume, then"
+            " the run goes on from what was complete before it"
+        ) from error
+
+
+def _check_weight_files(checkpoint: Path) -> None:
+    """Open every file of weights without reading it; both formats know how long they are."""
+    weights = list(checkpoint.rglob("*.safetensors"))
+    is_sharded = any(path.is_dir() for path in checkpoint.iterdir())
+    if not weights and not is_sharded:
+        raise UserError("it holds no weights")
+    for file in weights:
+        with safe_open(file, "pt"):
+            pass
+    for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
+        if not zipfile.is_zipfile(file):
+            raise UserError(f"{file.name} is not what torch has saved")
+
+
 def mark_complete(folder: Path, batch_facts: dict) -> None:
     """Write a checkpoint's marker, once everything else of it is on disk.
 
@@ -136,7 +171,7 @@ def mark_complete(folder: Path, batch_facts: dict) -> None:
 
 def check_same_batches(checkpoint: Path, batch_facts: dict) -> None:
     """Raise UserError where a run would continue a checkpoint with batches of another size."""
-    before = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
+    before = read_json_file(checkpoint / WHOLE)
     if before["global_batch"] != batch_facts["global_batch"]:
         raise UserError(
             f"{checkpoint} was written with {before['global_batch']} records a step"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from ...data.examples import IMAGE, Example
 from ...drawing import text_table
-from ...schema import UserError, nearest
+from ...schema import UserError, nearest, read_json_file
 from ..evaluator import evaluate
 from ..exact_match import Z95, wilson_interval
 from ..output_dir import PREDICTIONS, RESULT, SETTINGS, read_predictions, write_result
@@ -403,7 +402,7 @@ def _estimate_fraction(score: Score) -> dict:
 
 
 def _read_json(file: Path) -> dict:
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json_file(file)
 
 
 def _hash_file(file: Path) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...data.images import ImageStore
-from ...schema import UserError
+from ...schema import UserError, read_text_file
 from .single_word_metrics import gqa, is_no, mme, pope, read_yes_or_no
 from .task import (
     EVAL_ZIP,
@@ -193,7 +193,7 @@ def _read_mme_truth(folder: Path) -> dict[tuple[str, str], str]:
         separate = find_file(folder)
     truth = {}
     for file in sorted(separate.glob("*.txt")):
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in read_text_file(file).splitlines():
             if not line.strip():
                 continue
             cells = line.strip().split("\t")

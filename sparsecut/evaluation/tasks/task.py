@@ -14,7 +14,7 @@ from pathlib import Path
 from ...data.errors import RecordError
 from ...data.images import ImageStore
 from ...data.jsonl import iterate_lines, parse_line
-from ...schema import UserError
+from ...schema import UserError, read_text_file
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -128,7 +128,7 @@ def read_json(path: Path):
     Raises:
         UserError: The file is missing or is not JSON.
     """
-    text = find_file(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+    text = read_text_file(find_file(path), "utf-8-sig")  # some editors begin a file with a mark
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
