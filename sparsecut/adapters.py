@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -106,8 +107,19 @@ def load_adapters(model: nn.Module, folder: Path) -> None:
     for config_file in sorted((folder / FOLDER).glob("*/adapter_config.json")):
         source = config_file.parent
         module = get_part_module(model, source.name)
-        adapter = import_peft().PeftModel.from_pretrained(module, str(source), is_trainable=True)
+        adapter = _load_adapter(module, source)
         get_adapters(model)[source.name] = adapter.eval()
+
+
+def _load_adapter(module: nn.Module, source: Path):
+    peft_model = import_peft().PeftModel
+    try:
+        return peft_model.from_pretrained(module, str(source), is_trainable=True)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"the adapter in {source} cannot be read ({type(error).__name__}: {error}); save or"
+            " fetch the model again"
+        ) from error
 
 
 def load_checkpoint(model: nn.Module, folder: Path) -> None:

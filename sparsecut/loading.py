@@ -6,6 +6,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from .schema import UserError
 
 PACKAGE = str(Path(__file__).parent)
+FILE_ERRORS = (OSError, SafetensorError, StrictDataclassError)  # whoever reads the file
 
 
 def load_pretrained(kind, name, complaint: str, **settings):
@@ -35,7 +37,7 @@ def load_pretrained(kind, name, complaint: str, **settings):
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        is_about_files = isinstance(error, OSError | SafetensorError)
+        is_about_files = isinstance(error, FILE_ERRORS)
         if _arose_in_our_code(error) and not is_about_files:
             raise
         reason = str(error) if is_about_files else f"{type(error).__name__}: {error}"

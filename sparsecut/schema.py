@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
@@ -141,6 +142,8 @@ def check_types(value: Any) -> None:
         allowed = tuple(get_origin(h) or h for h in hints)
         held = getattr(value, key)
         is_misplaced_bool = isinstance(held, bool) and bool not in allowed
+        if isinstance(held, float) and not math.isfinite(held):
+            raise UserError(f"{key} is {held}, but must be a finite number")
         if is_misplaced_bool or not isinstance(held, allowed):
             names = [TYPE_NAMES.get(kind, f"a {kind.__name__.lower()}") for kind in allowed]
             raise UserError(f"{key} is {held!r}, but must be {' or '.join(names)}")

@@ -20,7 +20,7 @@ from .methods import make_plan
 from .modeling_upgraded import FACTS, WEIGHTS, SparseCutUpgrade
 from .plan import Plan
 from .processing_upgraded import PROCESSOR_FILE, add_fine_views
-from .schema import UserError, read_json_file
+from .schema import UserError, is_whole_number, read_json_file
 from .upgrade_hooks import get_encoder_depth
 
 # Width of the language model over the inner width of a projector, in the default plan.
@@ -149,7 +149,13 @@ def load_fusion(
         source = folder if (folder / PROCESSOR_FILE).is_file() else name
         processor = None if source is None else read_processor(source)
     model, processor = upgrade(base, Plan.from_dict(facts["plan"]), processor=processor)
-    problems = model.fusion.load_state_dict(weights, strict=False)
+    try:
+        problems = model.fusion.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # weights of another size
+        raise UserError(
+            f"the weights {folder / WEIGHTS} do not fit the plan in {FACTS} ({error}); save the"
+            " shortcuts again with save_fusion"
+        ) from error
     if problems.missing_keys or problems.unexpected_keys:
         raise UserError(
             f"the weights {folder / WEIGHTS} do not fit the plan in {FACTS}: missing are"
@@ -173,6 +179,12 @@ def read_facts(folder: Path) -> dict:
         raise UserError(
             f"{folder / FACTS} lacks {' and '.join(missing)}; save the shortcuts again with"
             " save_fusion"
+        )
+    depths = facts["depths"]
+    if not isinstance(depths, list) or len(depths) != 2 or not all(map(is_whole_number, depths)):
+        raise UserError(
+            f"{folder / FACTS} has depths={depths!r}, but two whole numbers are needed; save the"
+            " shortcuts again with save_fusion"
         )
     return facts
 

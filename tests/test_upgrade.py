@@ -260,7 +260,8 @@ def test_inputs_of_the_base_alone_are_refused(llava, images):
 
 
 def test_shortcuts_without_a_known_base_need_one(tmp_path):
-    (tmp_path / "fusion.json").write_text(json.dumps({"base": None}))
+    facts = {"base": None, "base_type": "llava", "base_digest": "0", "plan": {}, "depths": [4, 4]}
+    (tmp_path / "fusion.json").write_text(json.dumps(facts))
     (tmp_path / "fusion.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     with pytest.raises(UserError, match="base="):
         load(tmp_path)

@@ -16,6 +16,8 @@ from .app import Device, File, MethodOptions, Text, app, argument, find_device, 
 def _check_parent(file: Path | None) -> Path | None:
     if file is not None:
         check_writable_folder(file.parent)
+        if file.is_dir():
+            raise UserError(f"--json is {file}, but that is a folder; name a file in it")
     return file
 
 

@@ -7,6 +7,7 @@ writes the recipe as it ran, so that this file alone repeats the run.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -248,7 +249,11 @@ class Stage:
                     f"{name} is set for {part!r}, but stage {self.name} trains"
                     f" {', '.join(self.train)}; add the part to `train` or remove its {name}"
                 )
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not 0 <= value < math.inf
+            ):
                 raise UserError(
                     f"{name}.{part} is {value!r}, but must be a number of at least 0, like 1e-3"
                 )

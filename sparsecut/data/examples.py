@@ -232,7 +232,7 @@ def _parse_turn(turn: Any, number: int) -> dict[str, str]:
     role, text = None, None
     if isinstance(turn, dict):
         role, text = turn.get("from"), turn.get("value")
-    if role not in ROLES:
+    if role not in list(ROLES):  # a list also looks for values that have no hash
         raise UserError(
             f"turn {number} is from {role!r}{nearest(role, ROLES)}; allowed are human, gpt and"
             " system"

@@ -23,6 +23,7 @@ from .jsonl import iterate_lines, parse_line
 # Members of a WebDataset archive that are images.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+MOST_FILES = 1_000_000  # that one pattern may name
 TYPE_NAMES = {dict: "an object", list: "a list", str: "a text"}
 
 # Where a record stands, and the record or a function that reads it.
@@ -63,6 +64,12 @@ def _expand_ranges(path: str) -> list[str]:
     if int(last) < int(first):
         raise UserError(
             f"{path} counts from {first} down to {last}; write the smaller number first"
+        )
+    number_of_files = int(last) - int(first) + 1
+    if number_of_files > MOST_FILES:
+        raise UserError(
+            f"{path} names {number_of_files:,} files, but at most {MOST_FILES:,} can be; correct the"
+            " numbers"
         )
     paths = []
     for number in range(int(first), int(last) + 1):
@@ -132,10 +139,8 @@ def _open_image_table(path: Path):
     """A memory-mapped table of a file that holds images itself, None for any other file."""
     import datasets
 
-    if path.is_dir():
-        table = datasets.load_from_disk(str(path))
-    elif path.suffix == ".arrow":
-        table = datasets.Dataset.from_file(str(path))
+    if path.is_dir() or path.suffix == ".arrow":
+        table = _open_arrow(path)
     elif path.suffix == ".parquet" and _has_images(_read_schema(path)):
         table = datasets.Dataset.from_parquet(str(path))
     else:
@@ -148,7 +153,7 @@ def _read_schema(path: Path):
 
     try:
         return pyarrow.parquet.read_schema(path)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from None
 
 
@@ -181,11 +186,28 @@ def _count_images(cell) -> int:
 
 
 def _read_arrow(path: Path) -> Iterator[Placed]:
+    table = _open_arrow(path)
+    return _number_records(path, table.with_format("arrow").iter(batch_size=1000))
+
+
+def _open_arrow(path: Path):
+    """A memory-mapped table of an Arrow file, or of a folder that `save_to_disk` has written."""
     import datasets
+    import pyarrow
 
     open_table = datasets.load_from_disk if path.is_dir() else datasets.Dataset.from_file
-    table = open_table(str(path))
-    return _number_records(path, table.with_format("arrow").iter(batch_size=1000))
+    try:
+        table = open_table(str(path))
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} cannot be read as records of `datasets` ({type(error).__name__}: {error}); save"
+            " it again"
+        ) from error
+    if not isinstance(table, datasets.Dataset):
+        raise UserError(
+            f"{path} holds several splits ({', '.join(table)}); give one of its folders"
+        )
+    return table
 
 
 def _read_parquet(path: Path) -> Iterator[Placed]:
@@ -194,7 +216,7 @@ def _read_parquet(path: Path) -> Iterator[Placed]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from None
     return _number_records(path, file.iter_batches())
 

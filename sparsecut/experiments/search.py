@@ -10,6 +10,7 @@ holds. The plan they make is trained from the start like any other variant.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +112,7 @@ def check_budget(count: int | None, ratio: float | None) -> None:
 
     if count is not None and count < 1:
         raise UserError(f"count is {count}, but a plan of a search has at least 1 shortcut")
-    if ratio is not None and ratio <= 1:
+    if ratio is not None and not 1 < ratio < math.inf:
         raise UserError(
             f"ratio is {ratio}, but shortcuts come on top of the baseline, so it must be above 1,"
             " e.g. 1.1"

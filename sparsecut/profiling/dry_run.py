@@ -99,7 +99,7 @@ def dry_run(
         UserError: The recipe is impossible. It names an unknown part, has a stage that trains
             nothing or a plan that does not fit, or names a file that cannot be read.
     """
-    if devices < 1 or tflops <= 0 or not 0 < mfu <= 1:
+    if devices < 1 or not 0 < tflops < math.inf or not 0 < mfu <= 1:
         raise UserError(
             f"devices is {devices}, tflops is {tflops} and mfu is {mfu}; devices must be at least"
             " 1, tflops above 0, and mfu above 0 and at most 1"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import Field, fields
 from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from ..config.recipe import Stage
 from ..schema import UserError, nearest
@@ -50,6 +52,11 @@ def build_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
     """
     _check_names_and_types(stage)
     _check_unsupported(stage)
+    for name, value in stage.args.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(
+                f"stage {stage.name}: args.{name} is {value}, but must be a finite number"
+            )
     defaults = {
         "data_seed": seed,
         "report_to": "none",
@@ -73,8 +80,26 @@ def build_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
         raise UserError(
             f"stage {stage.name}: transformers' TrainingArguments refuses args: {error}"
         ) from None
+    _check_packages(stage, args)
     _check_processes(args, num_processes)
     return args
+
+
+def _check_packages(stage: Stage, args: TrainingArguments) -> None:
+    """Refuse an optimizer or a report whose package is not installed here."""
+    available = get_available_reporting_integrations()
+    for name in args.report_to:
+        if name not in available:
+            raise UserError(
+                f"stage {stage.name}: args.report_to names {name!r}, which is not known or not"
+                f" installed here; available are {', '.join(['none', *available])}"
+            )
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        raise UserError(f"stage {stage.name}: args.optim is {args.optim}: {error}") from error
+    except ValueError:
+        return  # some need the model, so the Trainer checks them
 
 
 def compute_accumulation_steps(stage: Stage, num_processes: int) -> int:
