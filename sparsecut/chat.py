@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, TextIteratorStreamer
 
-from .image_loading import ImageSource, open_image
+from .loading import ImageSource, open_image
 from .prompts import (
     check_length,
     decode_answers,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from ..image_loading import open_upright
+from ..loading import open_upright
 from ..schema import UserError
 
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz")

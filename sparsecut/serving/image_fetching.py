@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..image_loading import open_upright
+from ..loading import open_upright
 from ..schema import UserError
 
 MIB = 2**20

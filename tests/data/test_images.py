@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from sparsecut.data.images import ImageStore
-from sparsecut.image_loading import open_image
+from sparsecut.loading import open_image
 from sparsecut.schema import UserError
 
 
