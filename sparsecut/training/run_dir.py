@@ -150,10 +150,12 @@ def _check_weight_files(checkpoint: Path) -> None:
     for file in weights:
         with safe_open(file, "pt"):
             pass
-    moments = (checkpoint / "optimizer.pt", checkpoint / "scheduler.pt")
-    present = [file for file in moments if file.is_file()]
-    if len(present) == 1 and not is_sharded:  # both are left out by save_only_model
-        raise UserError(f"it holds {present[0].name} alone of optimizer.pt and scheduler.pt")
+    # save_only_model leaves both out; FSDP calls the optimizer's file optimizer.bin.
+    has_optimizer = any((checkpoint / f"optimizer.{ending}").is_file() for ending in ("pt", "bin"))
+    has_scheduler = (checkpoint / "scheduler.pt").is_file()
+    if has_optimizer != has_scheduler and not is_sharded:
+        lost = "scheduler.pt" if has_optimizer else "optimizer.pt"
+        raise UserError(f"{lost} is missing")
     for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
         if not zipfile.is_zipfile(file):
             raise UserError(f"{file.name} is not what torch has saved")
