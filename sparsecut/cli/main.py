@@ -10,7 +10,7 @@ import typer
 from ..schema import UserError
 
 # Importing these modules adds their commands to the app.
-from . import chat, compare, cost, demo, evaluate, models, serve, shapes, show, study, train  # noqa: F401  # noqa: F401
+from . import chat, compare, cost, demo, evaluate, models, serve, shapes, show, study, train  # noqa: F401
 from .app import app
 
 USER_ERROR = 2  # exit code of a mistake that the user can mend

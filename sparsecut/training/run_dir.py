@@ -136,8 +136,8 @@ def check_intact(checkpoint: Path) -> None:
         _check_weight_files(checkpoint)
     except (UserError, OSError, SafetensorError) as error:
         raise UserError(
-            f"the checkpoint {checkpoint} is damaged: {error}; remove that folder and --resume, then"
-            " the run goes on from what was complete before it"
+            f"the checkpoint {checkpoint} is damaged: {error}; remove that folder and run again with"
+            " --resume, which continues from what was complete before it"
         ) from error
 
 
