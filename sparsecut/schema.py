@@ -100,8 +100,9 @@ def _check_keys(cls: type, values: Any, source: str, place: str) -> None:
     allowed = [f.name for f in fields(cls)]
     subject = f"{source}: {place}" if place else source
     if not isinstance(values, dict):
+        shown = "empty" if values is None else repr(values)
         raise UserError(
-            f"{subject} is {values!r}, but keys and values are needed: {', '.join(allowed)}"
+            f"{subject} is {shown}, but keys and values are needed: {', '.join(allowed)}"
         )
     for key in values:
         if key not in allowed:
