@@ -48,9 +48,10 @@ def read_text_file(path: str | Path, encoding: str = "utf-8") -> str:
 
 def read_json_file(path: str | Path) -> dict:
     """Return the keys and values of a JSON file; UserError where it holds anything else."""
+    text = read_text_file(path)
     try:
-        values = json.loads(read_text_file(path))
-    except json.JSONDecodeError as error:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers of too many digits, and depth
         raise UserError(
             f"{path} is not valid JSON ({error}); mend it, or remove it and make it again"
         ) from error
