@@ -11,6 +11,7 @@ from torch import Tensor, nn
 WEIGHTS_SAMPLE = 256  # values of each tensor that `weights_hash` reads
 BASE_SAMPLE = 64  # values of each that `base_hash` reads
 NUM_DIGITS = 16
+BYTES_AT_ONCE = 8  # that `weights_sum` reads as one number
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -24,6 +25,24 @@ def weights_hash(module: nn.Module) -> str:
         values = tensor.detach().flatten()[::step].float().cpu()
         header = f"{name} {tuple(tensor.shape)} {tensor.dtype}"
         total.update(header.encode() + values.numpy().tobytes())
+    return total.hexdigest()[:NUM_DIGITS]
+
+
+def weights_sum(module: nn.Module) -> str:
+    """A hash that changes with any value of a module's weights.
+
+    It covers every tensor's name and the sum of its bytes, read as whole numbers. Such sums are
+    exact, quick, and the same on every device. They do not see values that change places, which
+    `weights_hash` sees.
+    """
+    total = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        data = tensor.detach().flatten().contiguous().view(torch.uint8)
+        end = len(data) // BYTES_AT_ONCE * BYTES_AT_ONCE
+        # A part of a larger tensor may begin in the middle of a number.
+        words = data[:end].clone() if data.storage_offset() % BYTES_AT_ONCE else data[:end]
+        sums = words.view(torch.int64).sum().item(), data[end:].sum().item()
+        total.update(f"{name} {sums} ".encode())
     return total.hexdigest()[:NUM_DIGITS]
 
 

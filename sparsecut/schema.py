@@ -46,6 +46,18 @@ def read_text_file(path: str | Path, encoding: str = "utf-8") -> str:
         ) from error
 
 
+def write_text_file(path: str | Path, text: str) -> Path:
+    """Replace a file at once: an interruption leaves the old one or the new one. Return its path.
+
+    Two processes must not write one file at the same time.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+    return path
+
+
 def read_json_file(path: str | Path) -> dict:
     """Return the keys and values of a JSON file; UserError where it holds anything else."""
     text = read_text_file(path)

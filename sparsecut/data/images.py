@@ -72,9 +72,15 @@ class ImageStore:
         """
         if name not in self:
             raise UserError(self.describe_missing(name))
-        return _decode(lambda: self._read(name), f"the image {name} in {self.path}")
+        return _decode(lambda: self.read_bytes(name), f"the image {name} in {self.path}")
 
-    def _read(self, name: str) -> bytes:
+    def find_file(self, name: str) -> Path:
+        """Return the file that holds an image: its own, or the archive."""
+        is_folder = self.places is None and self.contents is None
+        return self.path / name if is_folder else self.path
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return the encoded bytes of an image."""
         if self.contents is not None:
             return self.contents[os.path.normpath(name)]
         if self.places is None:
