@@ -17,6 +17,8 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.utils.output_capturing import CompileableContextVar
 
 from .encoders import PatchGrid, encoder_inputs, takes_plain_views, to_raster_order
@@ -141,12 +143,42 @@ def check_vision_tower(module: nn.Module, grid: PatchGrid) -> None:
         )
 
 
+# What transformers calls the cache of keys and values, in arguments and outputs: 5.24 renamed it.
+CACHE_NAMES = ("cache", "past_key_values")
+_generation = inspect.signature(GenerationMixin.prepare_inputs_for_generation)
+CACHE = next(name for name in CACHE_NAMES if name in _generation.parameters)
+
+
+def name_cache(module: nn.Module, cache: Cache | None) -> dict[str, Cache | None]:
+    """The cache as a keyword argument, under the name that this module's forward has for it."""
+    names = get_argument_names(module)
+    return {next((name for name in CACHE_NAMES if name in names), CACHE): cache}
+
+
+def get_cache(output: Mapping) -> Cache | None:
+    """The cache in a model's output, under this release's name."""
+    return output.get(CACHE)
+
+
+def _keeps_keys_and_values(module: nn.Module) -> bool:
+    """Whether a language model has a cache of keys and values: state-space models have none."""
+    layer_types = getattr(module.config.get_text_config(), "layer_types", None)
+    if layer_types and set(layer_types) == {"linear_attention"}:
+        return False
+    has_default_cache = getattr(module, "_supports_default_dynamic_cache", lambda: True)
+    if getattr(module, "_is_stateful", False) and not has_default_cache():
+        return False
+    return bool(get_argument_names(module) & set(CACHE_NAMES))
+
+
 def check_language_model(module: nn.Module) -> None:
     """Raise UserError for a language model that takes no embeddings or no cache."""
-    missing = {"inputs_embeds", "past_key_values"} - get_argument_names(module)
+    missing = sorted({"inputs_embeds"} - get_argument_names(module))
+    if not _keeps_keys_and_values(module):
+        missing.append("a cache of keys and values")
     if missing:
         raise UserError(
-            f"{type(module).__name__} does not take {' or '.join(sorted(missing))}. Image features"
+            f"{type(module).__name__} does not take {' or '.join(missing)}. Image features"
             " and generation need both; use a decoder-only transformer such as Llama, Qwen or"
             " Mistral"
         )

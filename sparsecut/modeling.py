@@ -15,16 +15,20 @@ from .configuration import SparseCutConfig
 from .encoders import make_encoder
 from .fusion import Fusion
 from .hooks import (
+    CACHE,
     accepts,
     check_language_model,
     check_vision_tower,
     connect_decoder,
     connect_encoder,
+    get_cache,
     get_unsplit_classes,
     inject,
+    name_cache,
     read_taps,
 )
 from .modeling_base import (
+    NO_RECORDS,
     SparseCutCausalLMOutputWithPast,
     SparseCutImageFeatures,
     SparseCutModelOutputWithPast,
@@ -32,6 +36,7 @@ from .modeling_base import (
     check_image_features,
     check_image_tokens,
     check_pixels,
+    get_requested_records,
     has_begun,
     has_part_below_head,
     record_encoder,
@@ -39,9 +44,6 @@ from .modeling_base import (
     without_head,
 )
 from .schema import UserError
-
-RECORDS = ("hidden_states", "attentions")  # what an encoder returns of its blocks on request
-NO_RECORDS = {f"output_{name}": False for name in RECORDS}
 
 
 class SparseCutModel(SparseCutPreTrainedModel):
@@ -170,7 +172,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
         states = self.encode(pixel_values) if vision_states is None else vision_states
         input_features, *layer_features = self.fusion(states)
         records = {}
-        names = self._get_requested_records(kwargs)
+        names = get_requested_records(self.config, kwargs)
         if names and pixel_values is not None:
             records = record_encoder(self.vision_tower, self.grid, pixel_values, names)
         return SparseCutImageFeatures(
@@ -180,12 +182,6 @@ class SparseCutModel(SparseCutPreTrainedModel):
             deepstack_features=[list(features) for features in layer_features] or None,
             pixel_values=pixel_values,
         )
-
-    def _get_requested_records(self, settings: dict) -> list[str]:
-        """Which of RECORDS the settings or the configuration request."""
-        keys = {name: f"output_{name}" for name in RECORDS}
-        defaults = {name: getattr(self.config, key, False) for name, key in keys.items()}
-        return [name for name, key in keys.items() if settings.get(key, defaults[name])]
 
     def image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """Where image tokens are, [B, L]: by id, or by embedding where there are no ids."""
@@ -219,10 +215,10 @@ class SparseCutModel(SparseCutPreTrainedModel):
         )
         return SparseCutModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=image_hidden_states,
+            **{CACHE: get_cache(outputs)},
         )
 
     def _run(
@@ -237,6 +233,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         continued: bool | None = None,
         has_labels: bool = False,
         **kwargs,
@@ -252,6 +249,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give either input_ids or inputs_embeds, and not both")
+        cache = past_key_values if cache is None else cache
         precomputed = (mm_encoder_outputs or {}).get("image")
         sources = [x for x in (pixel_values, vision_states, precomputed) if x is not None]
         if len(sources) > 1:
@@ -266,12 +264,12 @@ class SparseCutModel(SparseCutPreTrainedModel):
         is_prompt = images is not None or (input_ids is not None and not continued)
         if is_prompt and not torch.compiler.is_compiling():
             is_bare = not sources and not has_labels and not self.training
-            is_generating = past_key_values is not None or continued is not None
+            is_generating = cache is not None or continued is not None
             check_image_tokens(
                 mask,
                 images,
                 warn_only=is_bare and not is_generating,
-                tokens_per_image=self.tokens_per_image if has_begun(past_key_values) else 0,
+                tokens_per_image=self.tokens_per_image if has_begun(cache) else 0,
             )
         image_hidden_states, features, gates = self._gather_features(inputs_embeds, images)
         if images is not None:
@@ -279,7 +277,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             position_ids = position_ids[:, -inputs_embeds.shape[1] :]
-        optional = {**kwargs, "position_ids": position_ids, "past_key_values": past_key_values}
+        optional = {**kwargs, "position_ids": position_ids, **name_cache(decoder, cache)}
         taken = {k: v for k, v in optional.items() if v is not None and accepts(decoder, k)}
 
         def run():
@@ -357,15 +355,15 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
         past_key_values=None,
         inputs_embeds=None,
         is_first_iteration=False,
+        cache=None,
         **kwargs,
     ):
         """Prepare one step of `generate`: images go with the prompt only. See transformers."""
         kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, **kwargs
-        )
+        cache = past_key_values if cache is None else cache
+        inputs = super().prepare_inputs_for_generation(input_ids, **{CACHE: cache}, **kwargs)
         images = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        inputs["continued"] = not is_first_iteration and has_begun(past_key_values)
+        inputs["continued"] = not is_first_iteration and has_begun(cache)
         # In assisted decoding transformers calls the assistant's prompt a continuation and leaves
         # the images out.
         if images is not None and "mm_encoder_outputs" not in inputs and not inputs["continued"]:
@@ -388,6 +386,7 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, SparseCutImageFeatures] | None = None,
         continued: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> SparseCutCausalLMOutputWithPast:
         """One pass over a prompt, its continuation, or a training batch.
@@ -398,6 +397,7 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
             vision_states: What `encode` returned for the images, instead of pixels.
             mm_encoder_outputs: {"image": get_image_features(...)}, instead of pixels.
             continued: `generate` sets it: placeholders in input_ids were written by the model.
+            cache: What transformers 5.24 calls `past_key_values`; every release takes both names.
 
         Raises:
             UserError: Image tokens and features do not match. Without labels, cache and images
@@ -415,6 +415,7 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             continued=continued,
@@ -435,10 +436,10 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
         return SparseCutCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.get("past_key_values"),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=image_hidden_states,
+            **{CACHE: get_cache(outputs)},
         )
 
     def _mask_placeholder(self, logits: Tensor) -> Tensor:

@@ -12,11 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 
 from .encoders import PatchGrid, encoder_inputs
 from .fusion import Fusion
-from .hooks import remove_gradient_hooks
+from .hooks import CACHE_NAMES, remove_gradient_hooks
 from .plan import Plan
 from .schema import UserError
 
@@ -51,7 +55,7 @@ class SparseCutPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement: ClassVar[list] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list] = list(CACHE_NAMES)
     _no_split_modules: ClassVar[list] = ["Fusion", "ContextGate"]
 
     @property
@@ -163,42 +167,30 @@ class SparseCutImageFeatures(BaseModelOutputWithPooling):
 
 
 @dataclass
-class SparseCutModelOutputWithPast(ModelOutput):
+class SparseCutModelOutputWithPast(BaseModelOutputWithPast):
     """Output of a model without a head.
 
+    The base class has the states after the last decoder layer and its norm [B, L, H], the cache
+    under this release's name, and what was requested besides.
+
     Attributes:
-        last_hidden_state: States after the last decoder layer and its norm, [B, L, H].
-        past_key_values: The cache.
-        hidden_states: States before each layer and after the last, if requested.
-        attentions: Attention weights of each layer, if requested.
         image_hidden_states: Features of all images that entered the input, [tokens, H].
     """
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor] | None = None
-    attentions: tuple[Tensor] | None = None
     image_hidden_states: Tensor | None = None
 
 
 @dataclass
-class SparseCutCausalLMOutputWithPast(ModelOutput):
+class SparseCutCausalLMOutputWithPast(CausalLMOutputWithPast):
     """Output of the whole model.
 
+    The base class has the loss, if labels were given, the logits [B, L, vocabulary], the cache
+    under this release's name, and what was requested besides.
+
     Attributes:
-        loss: Mean cross-entropy of the next tokens, if labels were given.
-        logits: [B, L, vocabulary].
-        past_key_values: The cache.
-        hidden_states: States before each layer and after the last, if requested.
-        attentions: Attention weights of each layer, if requested.
         image_hidden_states: Features of all images that entered the input, [tokens, H].
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor] | None = None
-    attentions: tuple[Tensor] | None = None
     image_hidden_states: Tensor | None = None
 
 
@@ -259,6 +251,17 @@ def without_head(model: PreTrainedModel) -> PreTrainedModel:
     body.all_tied_weights_keys = inside
     body._tied_weights_keys = None
     return body
+
+
+RECORDS = ("hidden_states", "attentions")  # what an encoder returns of its blocks on request
+NO_RECORDS = {f"output_{name}": False for name in RECORDS}
+
+
+def get_requested_records(config, settings: dict) -> list[str]:
+    """Which of RECORDS the settings or else the configuration request."""
+    keys = {name: f"output_{name}" for name in RECORDS}
+    defaults = {name: getattr(config, key, False) for name, key in keys.items()}
+    return [name for name, key in keys.items() if settings.get(key, defaults[name])]
 
 
 def record_encoder(

@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 from .configuration import SparseCutUpgradeConfig
 from .families import get_family
 from .fusion import Fusion
-from .hooks import get_unsplit_classes
+from .hooks import get_unsplit_classes, name_cache
 from .modeling_base import (
     SparseCutPreTrainedModel,
     has_part_below_head,
@@ -221,17 +221,19 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
         output_attentions: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ):
         """The base's own forward, with the shortcuts' features added.
 
-        Arguments and result are the base's, besides these two.
+        Arguments and result are the base's, besides these.
 
         Args:
             fine_pixel_values: Fine views of the images, [images, tiles^2, 3, S, S], from the
                 processor, where the plan reads them.
             num_items_in_batch: Number of tokens with a label in the whole step. The loss is then
                 the mean over these, whatever the base.
+            cache: What transformers 5.24 calls `past_key_values`; every release takes both names.
 
         Raises:
             UserError: Fine views are missing.
@@ -241,7 +243,7 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
             "pixel_values": pixel_values,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            **name_cache(self.base, past_key_values if cache is None else cache),
             "inputs_embeds": inputs_embeds,
             "labels": labels,
             "use_cache": use_cache,

@@ -84,7 +84,7 @@ def test_a_decoder_cut_out_of_a_pair_is_refused_too():
         checks.join(language=family_language("bart"))
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2", "rwkv"])
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "rwkv", "xlstm"])
 def test_a_language_model_without_a_key_value_cache_is_refused(name):
-    with pytest.raises(UserError, match="past_key_values"):
+    with pytest.raises(UserError, match="cache of keys and values"):
         checks.join(language=name)

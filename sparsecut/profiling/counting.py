@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..drawing import text_table
-from ..hooks import read_taps
+from ..hooks import CACHE, get_cache, read_taps
 from ..plan import Plan
 from ..schema import UserError
 from ..training.freezing import count_parameters
@@ -172,11 +172,11 @@ def _count_prompt(
             output = model(
                 input_ids=input_ids, pixel_values=images, use_cache=True, logits_to_keep=1
             )
-        cache_bytes = count_cache_bytes(output.past_key_values)
+        cache_bytes = count_cache_bytes(get_cache(output))
         with create_flop_counter() as new_token:
             model(
                 input_ids=input_ids[:, :1],
-                past_key_values=output.past_key_values,
+                **{CACHE: get_cache(output)},
                 use_cache=True,
                 continued=True,
             )

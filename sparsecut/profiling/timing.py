@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from ..configuration import SparseCutConfig
+from ..hooks import CACHE, get_cache
 from ..modeling import SparseCutForConditionalGeneration
 from ..plan import Plan
 from ..schema import UserError
@@ -326,7 +327,7 @@ def _time_pass(prompt: _Prompt, num_new_tokens: int) -> dict[str, float]:
     mark()
     for _ in range(num_new_tokens - 1):
         output = model(
-            input_ids=token, past_key_values=output.past_key_values, use_cache=True, continued=True
+            input_ids=token, **{CACHE: get_cache(output)}, use_cache=True, continued=True
         )
         token = output.logits[:, -1:].argmax(-1)
     mark()
