@@ -26,7 +26,7 @@ from .baselines import (
     spread_evenly,
 )
 from .plan import Plan, Shortcut
-from .schema import UserError, check_choice, is_whole_number, nearest
+from .schema import UserError, check_choice, check_type, is_whole_number, nearest
 
 SKEW = 1.6  # power that crowds positions at one end
 Positions = tuple[list[int], list[int]]  # taps, and the layers they are added to
@@ -58,13 +58,17 @@ def make_plan(spec: str | dict | Plan, vision_depth: int, language_depth: int) -
 def _call_method(name: str, options: dict, vision_depth: int, language_depth: int) -> Plan:
     check_choice("method", name, METHODS)
     method = METHODS[name]
-    allowed = [key for key in inspect.signature(method).parameters if not key.endswith("_depth")]
-    for key in options:
+    parameters = inspect.signature(method, eval_str=True).parameters
+    allowed = [key for key in parameters if not key.endswith("_depth")]
+    for key, value in options.items():
         if key not in allowed:
             raise UserError(
                 f"method {name} has no option {key!r}{nearest(key, allowed)}; allowed are"
                 f" {', '.join(allowed) or 'none'}"
             )
+        hint = parameters[key].annotation
+        if hint is not inspect.Parameter.empty:
+            check_type(f"method {name}: {key}", value, hint)
     return method(vision_depth, language_depth, **options)
 
 
@@ -105,7 +109,7 @@ def sparsecut(
     """
     taps, layers = place_shortcuts(vision_depth, language_depth, count, pattern)
     if fine is not None:
-        if isinstance(fine, bool) or not isinstance(fine, int | float) or not 0 <= fine <= 1:
+        if not 0 <= fine <= 1:
             raise UserError(
                 f"fine is {fine!r}, but is a fraction of the encoder's depth, from 0 to 1; use for"
                 " example fine=0.4"
@@ -129,7 +133,7 @@ def sparsecut_input(vision_depth: int, language_depth: int, **options) -> Plan:
     return replace(plan, shortcuts=tuple(replace(s, layer=0) for s in plan.shortcuts))
 
 
-sparsecut_input.__signature__ = inspect.signature(sparsecut)
+sparsecut_input.__signature__ = inspect.signature(sparsecut, eval_str=True)
 
 
 def official_13b(vision_depth: int, language_depth: int, *, mix: str = "channels") -> Plan:

@@ -13,11 +13,21 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 
+LONGEST_MESSAGE = 2000  # characters; values that a message shows may be of any length
+
+
 class UserError(ValueError):
     """A mistake that the user can mend: the message says what is wrong and what to do.
 
-    The command line shows its message alone; any other exception keeps its traceback.
+    The command line shows its message alone; any other exception keeps its traceback. The middle of
+    a very long message is left out.
     """
+
+    def __init__(self, message: str):
+        if len(message) > LONGEST_MESSAGE:
+            half = LONGEST_MESSAGE // 2
+            message = f"{message[:half]} [...] {message[-half:]}"
+        super().__init__(message)
 
 
 TYPE_NAMES = {
@@ -149,18 +159,44 @@ def check_types(value: Any) -> None:
     `True` and `False` are not accepted as numbers.
 
     Raises:
-        UserError: A field holds another type.
+        UserError: A field, or a value inside its list or keys and values, has another type.
     """
     for key, hint in get_type_hints(type(value)).items():
-        hints = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        allowed = tuple(get_origin(h) or h for h in hints)
-        held = getattr(value, key)
-        is_misplaced_bool = isinstance(held, bool) and bool not in allowed
-        if isinstance(held, float) and not math.isfinite(held):
-            raise UserError(f"{key} is {held}, but must be a finite number")
-        if is_misplaced_bool or not isinstance(held, allowed):
-            names = [TYPE_NAMES.get(kind, f"a {kind.__name__.lower()}") for kind in allowed]
-            raise UserError(f"{key} is {held!r}, but must be {' or '.join(names)}")
+        check_type(key, getattr(value, key), hint)
+
+
+def check_type(key: str, held: Any, hint: Any) -> None:
+    """Check that a value, and all inside it, is what an annotation says.
+
+    Args:
+        key: The value's name in errors.
+        held: The value.
+        hint: The annotation: classes, unions of them, `tuple[X, ...]` and `dict[K, V]`.
+
+    Raises:
+        UserError: It has another type, or is a number that is not finite.
+    """
+    hints = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    allowed = tuple(get_origin(h) or h for h in hints)
+    if float in allowed:
+        allowed = (*allowed, int)
+    is_misplaced_bool = isinstance(held, bool) and bool not in allowed
+    if isinstance(held, float) and not math.isfinite(held):
+        raise UserError(f"{key} is {held}, but must be a finite number")
+    if is_misplaced_bool or not isinstance(held, allowed):
+        names = [TYPE_NAMES.get(kind, f"a {kind.__name__.lower()}") for kind in allowed]
+        if float in allowed:
+            names.remove(TYPE_NAMES[int])
+        raise UserError(f"{key} is {held!r}, but must be {' or '.join(names)}")
+    for inner_hint in hints:
+        arguments = get_args(inner_hint)
+        if isinstance(held, tuple) and get_origin(inner_hint) is tuple:
+            for number, item in enumerate(held):
+                check_type(f"{key}.{number}", item, arguments[0])
+        elif isinstance(held, dict) and get_origin(inner_hint) is dict:
+            for name, item in held.items():
+                check_type(f"a key of {key}", name, arguments[0])
+                check_type(f"{key}.{name}", item, arguments[1])
 
 
 def check_pattern(key: str, pattern: str | None) -> None:

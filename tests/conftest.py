@@ -26,9 +26,11 @@ def llava():
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Leave tests/conformance out, unless the command line names it: `make conformance` does."""
-    named = any("conformance" in argument for argument in config.args)
-    return True if collection_path.name == "conformance" and not named else None
+    """Leave tests/conformance and tests/fuzz out, unless the command line names them."""
+    if collection_path.name not in ("conformance", "fuzz"):
+        return None
+    named = any(collection_path.name in argument for argument in config.args)
+    return None if named else True
 
 
 def pytest_collection_finish(session):

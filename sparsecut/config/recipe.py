@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..schema import (
     UserError,
     build_dataclass,
@@ -25,7 +23,7 @@ from ..schema import (
     make_tuples,
 )
 from .overrides import override
-from .yaml_io import read_yaml_file, rename_key, to_lists
+from .yaml_io import dump_yaml, read_yaml_file, rename_key, to_lists
 
 PARTS = ("vision", "projector", "fusion", "language", "head")
 ADAPTERS = ("vision:lora", "language:lora")
@@ -412,8 +410,7 @@ def dump_recipe(recipe: Recipe, path: str | Path) -> None:
     for holder in (*plain["stages"], plain.get("evaluate", {})):
         if len(holder.get("data", ())) == 1:
             holder["data"] = holder["data"][0]
-    text = yaml.safe_dump(to_lists(plain), sort_keys=False, allow_unicode=True, width=110)
-    Path(path).write_text(text, encoding="utf-8")
+    Path(path).write_text(dump_yaml(to_lists(plain)), encoding="utf-8")
 
 
 def _drop_empty(items: list[tuple[str, Any]]) -> dict:

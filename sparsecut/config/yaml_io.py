@@ -14,6 +14,9 @@ from ..schema import UserError, read_text_file
 
 logger = logging.getLogger(__name__)
 
+MOST_VALUES = 100_000  # of a file; the largest that ships holds some hundreds
+BAD_SCALARS = (ValueError, TypeError, AttributeError)  # PyYAML's at dates and numbers with faults
+
 
 class _Loader(yaml.SafeLoader):
     """Reads 1e-3 as a number, as YAML 1.2 does, and refuses a key that is written twice."""
@@ -40,12 +43,42 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str, name: str) -> Any:
-    """Return what a YAML text holds; UserError, which starts with `name`, where it is not YAML."""
+    """Return what a YAML text holds.
+
+    Args:
+        text: The text.
+        name: Names the text at the start of errors.
+
+    Raises:
+        UserError: It is not YAML, or holds more than a person writes: values inside themselves,
+            or over `MOST_VALUES` of them once its aliases (`*name`) are filled in.
+    """
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        values = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, *BAD_SCALARS) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{name} is not valid YAML: {problem}") from None
+    except RecursionError:
+        raise UserError(f"{name} is nested too deeply; write fewer lists inside lists") from None
+    _check_size(values, name)
+    return values
+
+
+def _check_size(values: Any, name: str) -> None:
+    """Raise UserError where values hold themselves, or aliases multiply them without end."""
+    waiting = [values]
+    for count in range(MOST_VALUES):
+        if not waiting:
+            return
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+    raise UserError(
+        f"{name} holds over {count + 1:,} values, or a value that holds itself; use fewer aliases"
+        " (*name)"
+    )
 
 
 def read_yaml_file(path: str | Path) -> Any:
@@ -98,6 +131,15 @@ def expand_path(text: str) -> str:
             f" set it first (export {missing[1]}=...) or write the path in full"
         )
     return expanded
+
+
+def dump_yaml(values: Any) -> str:
+    """Return a YAML text of plain values; `read_yaml` reads equal values from it."""
+    options = {"sort_keys": False, "width": 110}
+    text = yaml.safe_dump(values, allow_unicode=True, **options)
+    if yaml.load(text, Loader=_Loader) != values:  # rare characters that PyYAML takes for breaks
+        text = yaml.safe_dump(values, allow_unicode=False, **options)
+    return text
 
 
 def to_lists(value: Any) -> Any:

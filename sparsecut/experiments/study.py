@@ -12,12 +12,18 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import yaml
-
 from ..config.overrides import override
 from ..config.recipe import Recipe, parse_recipe
-from ..config.yaml_io import read_yaml_file, rename_key
-from ..schema import UserError, build_dataclass, is_whole_number, make_tuples, nearest
+from ..config.yaml_io import dump_yaml, read_yaml_file, rename_key
+from ..schema import (
+    UserError,
+    build_dataclass,
+    check_type,
+    check_types,
+    is_whole_number,
+    make_tuples,
+    nearest,
+)
 
 SET_ELSEWHERE = {  # keys of a recipe that a study sets -> where
     "fusion": "arms",
@@ -51,6 +57,9 @@ class DrawnImages:
     seed: int = 0
     size: str = "small"
 
+    def __post_init__(self):
+        check_types(self)
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -70,6 +79,7 @@ class Budget:
         for name in ("change", "arms", "seeds"):
             if getattr(self, name) is not None:
                 make_tuples(self, name)
+        check_types(self)
 
     def to_dict(self) -> dict:
         """Plain lists, numbers and strings: what YAML holds."""
@@ -117,8 +127,10 @@ class Study:
         # Frozen data shares nothing with what it was made of.
         object.__setattr__(self, "recipe", copy.deepcopy(self.recipe))
         make_tuples(self, "seeds")
+        check_type("budgets", self.budgets, dict)
         budgets = {name: _build_budget(name, values) for name, values in self.budgets.items()}
         object.__setattr__(self, "budgets", budgets)
+        check_types(self)
         _check_folder_names("arms", self.arms)
         _check_folder_names("budgets", self.budgets)
         _check_seeds(self.seeds)
@@ -185,10 +197,17 @@ class Study:
         values["fusion"] = self.arms[run.variant]
         values["output"] = str(run.get_folder(folder))
         values["seed"] = run.seed
-        trained = [stage.get("train", ()) for stage in values.get("stages", ())]
-        if self.feature_cache and not any("vision" in parts for parts in trained):
+        trains_vision = any("vision" in str(stage.get("train")) for stage in self._list_stages())
+        if self.feature_cache and not trains_vision:
             values["feature_cache"] = str(folder / "states")
         return parse_recipe(values, name=f"the study's recipe for {run.variant}")
+
+    def _list_stages(self) -> list[dict]:
+        """The recipe's stages; none where it has no list of them, which `parse_recipe` refuses."""
+        stages = self.recipe.get("stages")
+        if not isinstance(stages, list | tuple):
+            return []
+        return [stage for stage in stages if isinstance(stage, dict)]
 
     def _list_data_changes(self) -> list[str]:
         """Overrides that put the drawn images in place of the recipe's data."""
@@ -200,7 +219,7 @@ class Study:
             f"evaluate.data.images={data}",
         ]
 
-        for i, stage in enumerate(self.recipe.get("stages", ())):
+        for i, stage in enumerate(self._list_stages()):
             name = "train_captions" if stage.get("template") == "plain" else "train"
             changes.append(f"stages.{i}.data.path={data / name}.json")
             changes.append(f"stages.{i}.data.images={data}")
@@ -344,5 +363,4 @@ def _check_part(kind: str, names: Sequence, known: Sequence) -> None:
 
 def dump_study(study: Study, path: Path) -> None:
     """Write the study with everything that was decided."""
-    text = yaml.safe_dump(study.to_dict(), sort_keys=False, allow_unicode=True, width=110)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(dump_yaml(study.to_dict()), encoding="utf-8")
