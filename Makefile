@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help install demo test conformance style check docs grid hf-suite bench study gpu clean
+.PHONY: help install demo test conformance fuzz style check docs grid hf-suite bench study gpu clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -24,8 +24,13 @@ demo: install  ## Train and compare LLaVA, two controls and SparseCut on drawn i
 test: install  ## Run the tests (offline, under five minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/conformance
 
-conformance: install  ## Run the slow grids: more families, engines, sizes, compiling
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/conformance
+conformance: install  ## Run the slow grids: more families, engines, sizes, compiling, some drawn inputs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/conformance tests/fuzz
+
+SECONDS ?= 300
+SEED ?= 0
+fuzz: install  ## Try drawn inputs of every kind (SECONDS=300, SEED=0)
+	FUZZ_SECONDS=$(SECONDS) FUZZ_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v tests/fuzz
 
 style: install  ## Check formatting and lint
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-
 LONGEST_MESSAGE = 2000  # characters; values that a message shows may be of any length
 
 

@@ -349,6 +349,11 @@ class Recipe:
             raise UserError(
                 f"stages are named {names}, but at least one stage is needed and names must differ"
             )
+        if self.fusion is not None and not self.fusion:
+            raise UserError(
+                f"fusion is {self.fusion!r}, which names no method and holds no plan; write for"
+                " example `fusion: {method: sparsecut}`"
+            )
         if self.model.base is None and self.fusion is None:
             raise UserError(
                 "a model of an encoder and a language model needs a plan, but fusion is not given;"

@@ -20,7 +20,6 @@ from ..schema import (
     build_dataclass,
     check_type,
     check_types,
-    is_whole_number,
     make_tuples,
     nearest,
 )
@@ -284,7 +283,7 @@ def _check_folder_names(key: str, names: Collection) -> None:
 
 
 def _check_seeds(seeds: tuple) -> None:
-    if not seeds or not all(is_whole_number(seed) for seed in seeds):
+    if not seeds:
         raise UserError(f"seeds is {list(seeds)}, but at least one whole number is needed")
     if len(set(seeds)) < len(seeds):
         raise UserError(

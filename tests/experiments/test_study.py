@@ -181,7 +181,7 @@ def test_a_run_belongs_to_one_living_process(tmp_path):
         ({"baseline": "plane"}, ["baseline", "'plane'", "'plain'"]),
         ({"families": {"cutt": "ours"}}, ["families", "'cutt'", "'cut'"]),
         ({"seeds": []}, ["seeds", "[]"]),
-        ({"seeds": [True]}, ["seeds", "[True]"]),
+        ({"seeds": [True]}, ["seeds.0", "True"]),
         ({"seeds": [1, 1]}, ["seeds", "[1, 1]"]),
         ({"arms": {}}, ["arms"]),
         ({"arms": {"A b": "llava"}, "baseline": "A b"}, ["arms", "'A b'"]),

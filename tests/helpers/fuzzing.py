@@ -19,7 +19,9 @@ NUMBERS = st.one_of(
 )
 TEXTS = st.one_of(
     st.text(max_size=8),
-    st.sampled_from(["", "(", "../..", "/dev/null", "\0", "\ud800", "\x1b[2J", "a" * 300, "$NO_VAR"]),
+    st.sampled_from(
+        ["", "(", "../..", "/dev/null", "\0", "\ud800", "\x1b[2J", "a" * 300, "$NO_VAR"]
+    ),
 )
 LEAVES = st.one_of(st.none(), NUMBERS, TEXTS)
 JUNK = st.recursive(
