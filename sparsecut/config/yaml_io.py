@@ -67,7 +67,7 @@ def read_yaml(text: str, name: str) -> Any:
 def _check_size(values: Any, name: str) -> None:
     """Raise UserError where values hold themselves, or aliases multiply them without end."""
     waiting = [values]
-    for count in range(MOST_VALUES):
+    for _ in range(MOST_VALUES):
         if not waiting:
             return
         value = waiting.pop()
@@ -76,7 +76,7 @@ def _check_size(values: Any, name: str) -> None:
         elif isinstance(value, list):
             waiting.extend(value)
     raise UserError(
-        f"{name} holds over {count + 1:,} values, or a value that holds itself; use fewer aliases"
+        f"{name} holds over {MOST_VALUES:,} values, or a value that holds itself; use fewer aliases"
         " (*name)"
     )
 
