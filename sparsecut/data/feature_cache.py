@@ -1,8 +1,9 @@
 """Vision features of a frozen encoder on disk: every image is encoded once.
 
-A folder holds index.json (which encoder, taps, views and images) and one file per tap, float16,
-[images, V, N, D]. Files are memory-mapped, so several processes share them. Half precision rounds a
-feature by at most 1 part in 2,048.
+A folder holds index.json (which encoder, taps, views and images) and for every tap two files:
+tap-NN.f16, float16, [images, V, N, D], and tap-NN.crc32, a checksum of every view. Files are
+memory-mapped, so several processes share them. Half precision rounds a feature by at most 1 part in
+2,048. `cached_features` reads the folder.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Collection, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,87 +23,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..fingerprint import weights_hash
-from ..schema import UserError, read_json_file
+from ..config.folder_lock import lock_folder
+from ..config.paths import check_writable_folder
+from ..fingerprint import weights_hash, weights_sum
+from ..schema import UserError, write_text_file
+from .cached_features import (
+    INDEX,
+    TO_START_OVER,
+    ImagePlace,
+    VisionFeatureCache,
+    get_file,
+    get_image_keys,
+    read_index,
+)
 from .examples import Example
+from .file_facts import NUM_STAMPS, Facts, describe_image, read_stamp
 
-INDEX = "index.json"
-
-
-class VisionFeatureCache:
-    """The vision features that a folder holds.
-
-    Attributes:
-        folder: The folder.
-        encoder: A hash of the encoder and of how it gets its images.
-        rows: Key of an image -> its row in every file.
-        views: Tap -> number of views.
-        maps: Tap -> memory-mapped array [images, V, N, D].
-    """
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        index = read_json_file(self.folder / INDEX)
-        self.encoder = index["encoder"]
-        self.rows = {key: row for row, key in enumerate(index["pictures"])}
-        self.views = {int(tap): num_views for tap, num_views in index["taps"].items()}
-        self.shape = index["num_patches"], index["width"]
-        self.maps = {tap: self._map_file(tap) for tap in self.views}
-
-    def _map_file(self, tap: int) -> np.memmap:
-        shape = len(self.rows), self.views[tap], *self.shape
-        return np.memmap(_get_file(self.folder, tap), np.float16, "r", shape=shape)
-
-    def __reduce__(self):
-        # Other processes map the files again instead of being sent their contents.
-        return VisionFeatureCache, (self.folder,)
-
-    def read(self, example: Example, views: dict[int, int]) -> dict[int, Tensor]:
-        """Return tap -> float16 [images of the example, V, N, D].
-
-        Args:
-            example: An example whose images are all in the cache.
-            views: Tap -> number of views to read.
-        """
-        rows = [self.rows[key] for key in get_image_keys(example)]
-        return {tap: torch.from_numpy(self.maps[tap][rows, :num]) for tap, num in views.items()}
-
-    def make_blank(self, views: dict[int, int]) -> dict[int, Tensor]:
-        """Return features of an image that shows nothing: tap -> zeros [1, V, N, D]."""
-        features = {}
-        for tap, num_views in views.items():
-            features[tap] = torch.zeros(1, num_views, *self.shape, dtype=torch.float16)
-        return features
-
-    def covers(self, encoder: str, keys: Collection[str], views: dict[int, int]) -> bool:
-        """Return whether the cache holds these images, taps and views, made by that encoder.
-
-        Fine views of another grid are other views.
-        """
-        if self.encoder != encoder:
-            return False
-        for tap, num_views in views.items():
-            if tap not in self.views or num_views not in (1, self.views[tap]):
-                return False
-        return all(key in self.rows for key in keys)
+OWN_FILE = re.compile(r"tap-\d+\.(f16|crc32)|index\.json(\.part)?")
 
 
 def get_tap_views(plan, vision_depth: int) -> dict[int, int]:
     """Return the taps that a plan reads, each with its number of views: the coarse one, or all."""
     fine = plan.fine_taps(vision_depth)
     return {tap: plan.num_views if tap in fine else 1 for tap in plan.resolved_taps(vision_depth)}
-
-
-def get_image_keys(example: Example) -> list[str]:
-    """Return a key for each of an example's images that no other image has."""
-    folder = os.path.abspath(example.store.path) if example.store is not None else ""
-    keys = []
-    for image in example.images:
-        if isinstance(image, str):
-            keys.append(f"{folder}/{image}")
-        else:
-            keys.append("sha1:" + hashlib.sha1(image).hexdigest())
-    return keys
 
 
 def build_feature_cache(
@@ -114,7 +60,7 @@ def build_feature_cache(
 ) -> VisionFeatureCache:
     """Encode all images of the examples into a folder, unless it holds them, and open it.
 
-    A folder that lacks something is made anew.
+    A cache that lacks something, or is damaged, is made anew. Only its own files are removed.
 
     Args:
         folder: The cache's folder.
@@ -126,8 +72,8 @@ def build_feature_cache(
         log: Called with one line about what is written.
 
     Raises:
-        UserError: The processor makes too few views, the disk is too small, or a feature does not
-            fit half precision.
+        UserError: The folder holds something else, or another process writes it; the processor
+            makes too few views; the disk is too small; or a feature does not fit half precision.
     """
     folder = Path(folder)
     views = views or get_tap_views(model.plan, model.config.vision_depth)
@@ -137,28 +83,126 @@ def build_feature_cache(
             f" {processor.num_views} of an image; pass the processor of a plan with as many tiles"
         )
     images = _list_images(examples)
-    encoder = _hash_encoder(model, processor)
-    if (folder / INDEX).is_file():
-        cache = VisionFeatureCache(folder)
-        if cache.covers(encoder, images, views):
+    encoder = hash_encoder(model, processor)
+    check_writable_folder(folder)
+    _check_ours(folder)
+    cache = _open_if_whole(folder, encoder, images, views, log)
+    if cache is not None:
+        return cache
+    with lock_folder(folder):
+        # Another process may have written it just now.
+        cache = _open_if_whole(folder, encoder, images, views, lambda line: None)
+        if cache is not None:
             return cache
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    _check_room(folder, model.config.grid, len(images), views, log)
-    _write_features(folder, model, processor, list(images.values()), views, batch_size)
-    index = {
-        "encoder": encoder,
-        "num_patches": model.config.grid.num_patches,
-        "width": model.config.grid.width,
-        "taps": views,
-        "pictures": list(images),
-    }
-    # The index is written last: a folder that has one is complete.
-    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+        _check_ours(folder)
+        _remove_own_files(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_room(folder, model.config.grid, len(images), views, log)
+        facts = _describe_images(images)
+        _write_features(folder, model, processor, list(images.values()), views, batch_size)
+        index = {
+            "encoder": encoder[0],
+            "encoder_sum": encoder[1],
+            "num_patches": model.config.grid.num_patches,
+            "width": model.config.grid.width,
+            "taps": views,
+            "pictures": list(images),
+            "facts": facts,
+        }
+        # The index is written last: a folder that has one is complete.
+        write_text_file(folder / INDEX, json.dumps(index))
     return VisionFeatureCache(folder)
 
 
-def _list_images(examples: Sequence[Example]) -> dict[str, tuple[Example, int]]:
+def _open_if_whole(
+    folder: Path,
+    encoder: tuple[str, str],
+    images: Mapping[str, ImagePlace],
+    views: dict[int, int],
+    log: Callable[[str], None],
+) -> VisionFeatureCache | None:
+    """The cache of a folder that has all that is needed; None where it must be made."""
+    if read_index(folder) is None:
+        return None
+    try:
+        cache = VisionFeatureCache(folder)
+        obstacle = cache.find_obstacle(encoder, images, views)
+    except UserError as error:
+        obstacle = str(error).partition(";")[0]
+    if obstacle is not None:
+        log(f"the vision features in {folder} are made again: {obstacle}")
+        return None
+    if not cache.has_checks:
+        log(
+            f"{folder} was written by a version that kept no checksums, so neither its features nor"
+            f" its images can be checked; to be sure, {TO_START_OVER}"
+        )
+    _update_places(cache, images)
+    return cache
+
+
+def _update_places(cache: VisionFeatureCache, images: Mapping[str, ImagePlace]) -> None:
+    """Write down new places and times of images whose contents are the same."""
+    if not cache.has_checks:
+        return
+    index = read_index(cache.folder)
+    changed = False
+    for key, place in images.items():
+        row = cache.find_row(key, place)
+        is_free = cache.keys[row] == key or cache.keys[row] not in images
+        if cache.facts[row] is None or not is_free:
+            continue
+        stamp = read_stamp(_find_file(place))
+        if cache.keys[row] != key or cache.facts[row][:NUM_STAMPS] != stamp:
+            index["pictures"][row] = key
+            index["facts"][row] = [*stamp, cache.facts[row][-1]]
+            changed = True
+    if changed:
+        with suppress(OSError):  # a folder that is only read works too, a little slower
+            write_text_file(cache.folder / INDEX, json.dumps(index))
+
+
+def _find_file(place: ImagePlace) -> Path:
+    example, number = place
+    return example.store.find_file(example.images[number])
+
+
+def _check_ours(folder: Path) -> None:
+    """Raise UserError where a folder holds something, but no vision features."""
+    if not folder.is_dir() or read_index(folder) is not None:
+        return
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    foreign = sorted(name for name in names if not OWN_FILE.fullmatch(name))
+    if names == {INDEX}:
+        foreign = [INDEX]
+    if foreign:
+        raise UserError(
+            f"feature_cache is {folder}, which holds other files ({', '.join(foreign[:3])}) and no"
+            " vision features; give a new or empty folder"
+        )
+
+
+def _remove_own_files(folder: Path) -> None:
+    if not folder.is_dir():
+        return
+    # The index goes first: what an interruption leaves is then known to be incomplete.
+    (folder / INDEX).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if OWN_FILE.fullmatch(path.name) and path.is_file():
+            path.unlink()
+
+
+def _describe_images(images: Mapping[str, ImagePlace]) -> list[Facts | None]:
+    """The facts of every image; None for one that its key describes."""
+    facts = []
+    for example, number in images.values():
+        name = example.images[number]
+        has_file = isinstance(name, str)
+        facts.append(describe_image(example.store, name) if has_file else None)
+    return facts
+
+
+def _list_images(examples: Sequence[Example]) -> dict[str, ImagePlace]:
     """Key of an image -> an example that has it, and its number there."""
     images = {}
     for example in examples:
@@ -189,11 +233,13 @@ def _write_features(
     folder: Path,
     model,
     processor,
-    images: list[tuple[Example, int]],
+    images: list[ImagePlace],
     views: dict[int, int],
     batch_size: int,
 ) -> None:
-    files = {tap: _get_file(folder, tap).open("wb") for tap in views}
+    """Write the features of all images, and their checksums."""
+    files = {tap: get_file(folder, tap).open("wb") for tap in views}
+    checksums: dict[int, list[int]] = {tap: [] for tap in views}
     for start in range(0, len(images), batch_size):
         batch = [
             example.load_images()[number] for example, number in images[start : start + batch_size]
@@ -204,9 +250,21 @@ def _write_features(
                     f"vision features of tap {tap} are too large for half precision; train without"
                     " feature_cache"
                 )
-            features.numpy().tofile(files[tap])
-    for file in files.values():
-        file.close()
+            values = features.numpy()
+            checksums[tap] += [zlib.crc32(view) for view in values.reshape(-1, *values.shape[2:])]
+            values.tofile(files[tap])
+    for tap, file in files.items():
+        _flush_to_disk(file)
+        with get_file(folder, tap).with_suffix(".crc32").open("wb") as checksum_file:
+            np.array(checksums[tap], "<u4").tofile(checksum_file)
+            _flush_to_disk(checksum_file)
+
+
+def _flush_to_disk(file) -> None:
+    """Have a file on disk, before an index says that it is whole, and close it."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
 
 
 def _encode_images(
@@ -231,8 +289,12 @@ def _encode_images(
     return features
 
 
-def _hash_encoder(model, processor) -> str:
-    """A hash of the encoder's weights and of all that happens to its images before it."""
+def hash_encoder(model, processor) -> tuple[str, str]:
+    """Return what identifies an encoder: two hashes.
+
+    The first covers samples of its weights, and all that happens to its images before it. The
+    second changes with any of its weights.
+    """
     image_processor = processor.image_processor
     settings = [
         image_processor.do_rescale,
@@ -244,8 +306,20 @@ def _hash_encoder(model, processor) -> str:
         processor.coarse,
     ]
     text = f"{weights_hash(model.vision_tower)} {json.dumps(settings)}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:16], weights_sum(model.vision_tower)
 
 
-def _get_file(folder: Path, tap: int) -> Path:
-    return folder / f"tap-{tap:02}.f16"
+def check_encoder(cache, model, processor) -> None:
+    """Raise UserError where another encoder made cached features; those in memory are the model's.
+
+    Args:
+        cache: A `VisionFeatureCache`, or what is read like one.
+        model: The model that will read the features.
+        processor: Its processor.
+    """
+    is_on_disk = isinstance(cache, VisionFeatureCache)
+    if is_on_disk and not cache.is_of(hash_encoder(model, processor)):
+        raise UserError(
+            f"the vision features in {cache.folder} were made by another encoder, or from images"
+            f" prepared in another way; {TO_START_OVER}, or give another folder"
+        )

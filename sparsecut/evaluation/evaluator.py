@@ -24,7 +24,7 @@ from ..config.recipe import Recipe
 from ..config.yaml_io import expand_path
 from ..data.dataset import raise_errors
 from ..data.examples import Example, read_source
-from ..data.feature_cache import get_tap_views
+from ..data.feature_cache import check_encoder, get_tap_views
 from ..data.jsonl import append_json_lines
 from ..fingerprint import weights_hash
 from ..prompts import (
@@ -402,6 +402,7 @@ def _prepare_cached_inputs(
             "the vision features of an upgraded model cannot be cached; evaluate it without"
             " feature_cache"
         )
+    check_encoder(feature_cache, model, processor)
     views = get_tap_views(model.plan, model.config.vision_depth)
     for batch in batches:
         with_images = [example for example in batch.examples if example.images]
