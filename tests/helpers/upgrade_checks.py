@@ -87,8 +87,13 @@ def check_patch_table(name: str) -> None:
 
 def check_real_images(name: str) -> None:
     """The patch table holds for images of awkward sizes, prepared by the family's own processor."""
-    base = bases.build_base(name)
-    inputs = IMAGE_PROCESSORS[name]()(awkward_images(), return_tensors="pt")
+    table = check_table_of_images(name, bases.build_base(name), awkward_images())
+    assert torch.unique(table).numel() > 40
+
+
+def check_table_of_images(name: str, base, images: list) -> torch.Tensor:
+    """The patches listed under a token are those on which it depends. Returns the table."""
+    inputs = IMAGE_PROCESSORS[name]()(images, return_tensors="pt")
     reached, table = find_patches_by_gradient(base, inputs, READ_BLOCK.get(name, -1))
     assert table.shape == (len(reached), get_family(base).patches_under(base))
     for patches, row in zip(reached, table.tolist(), strict=True):
@@ -99,7 +104,7 @@ def check_real_images(name: str) -> None:
         else:
             assert listed == patches
     assert torch.equal(table, table.sort(-1).values), "patches under a token are in raster order"
-    assert torch.unique(table).numel() > 40
+    return table
 
 
 def check_fine_views(name: str) -> None:
