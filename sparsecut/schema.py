@@ -5,14 +5,20 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
+import time
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 LONGEST_MESSAGE = 2000  # characters; values that a message shows may be of any length
+
+
+SECONDS_TO_WRITE = 5  # a part of a file that is older may have been left by a killed process
 
 
 class UserError(ValueError):
@@ -56,15 +62,28 @@ def read_text_file(path: str | Path, encoding: str = "utf-8") -> str:
 
 
 def write_text_file(path: str | Path, text: str) -> Path:
-    """Replace a file at once: an interruption leaves the old one or the new one. Return its path.
-
-    Two processes must not write one file at the same time.
-    """
+    """Replace a file at once: an interruption leaves the old one or the new one. Return its path."""
     path = Path(path)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes do not share it
+    for left in path.parent.glob(f"{path.name}.*.part"):
+        _remove_left_part(left)
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)
     return path
+
+
+def _remove_left_part(part: Path) -> None:
+    """Remove what a killed process left, and nothing that is being written."""
+    import psutil
+
+    pid = part.name.split(".")[-2]
+    with suppress(OSError):  # gone just now
+        is_old = time.time() - part.stat().st_mtime > SECONDS_TO_WRITE
+        if is_old and pid.isdigit() and not psutil.pid_exists(int(pid)):
+            part.unlink()
 
 
 def read_json_file(path: str | Path) -> dict:

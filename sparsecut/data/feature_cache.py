@@ -39,7 +39,7 @@ from .cached_features import (
 from .examples import Example
 from .file_facts import NUM_STAMPS, Facts, describe_image, read_stamp
 
-OWN_FILE = re.compile(r"tap-\d+\.(f16|crc32)|index\.json(\.part)?")
+OWN_FILE = re.compile(r"tap-\d+\.(f16|crc32)|index\.json(\.\d+\.part)?")
 
 
 def get_tap_views(plan, vision_depth: int) -> dict[int, int]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..schema import UserError
+from ..schema import UserError, write_text_file
 from .errors import RecordError
 
 
@@ -59,10 +58,7 @@ def write_json_lines(path: Path, values: Iterable) -> Path:
 
     The file changes at once: an interruption leaves the old file or the new one.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")  # two processes do not share it
-    part.write_text(_format_lines(values), encoding="utf-8")
-    part.replace(path)
-    return path
+    return write_text_file(path, _format_lines(values))
 
 
 def append_json_lines(path: Path, values: Iterable) -> None:

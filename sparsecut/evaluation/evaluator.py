@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import BatchFeature
 
 from .. import __version__
+from ..config.folder_lock import lock_folder
 from ..config.recipe import Recipe
 from ..config.yaml_io import expand_path
 from ..data.dataset import raise_errors
 from ..data.examples import Example, read_source
 from ..data.feature_cache import check_encoder, get_tap_views
-from ..data.jsonl import append_json_lines
-from ..fingerprint import weights_hash
+from ..fingerprint import weights_hash, weights_sum
 from ..prompts import (
     check_length,
     decode_answers,
@@ -39,7 +40,7 @@ from ..prompts import (
 )
 from ..schema import UserError, nearest
 from .exact_match import METRICS, compute_scores
-from .output_dir import PREDICTIONS, judge, open_output_dir, write_result
+from .output_dir import OutputDir, judge, open_output_dir
 
 
 class EvaluationResult(dict):
@@ -92,7 +93,8 @@ def evaluate(
 
     Raises:
         UserError: An image is missing or broken, a prompt is too long, an argument is not allowed,
-            or `out` holds answers made with other settings or to other questions.
+            `out` holds answers made with other settings, about images that have changed since, or
+            to other questions, or another process writes there.
     """
     start_time = time.perf_counter()
     _check_arguments(batch_size, max_new_tokens, metric, workers)
@@ -100,24 +102,28 @@ def evaluate(
     records = [_build_record(example, processor) for example in examples]
     lengths = _measure_prompts(model, processor, examples, records, max_new_tokens)
     settings = get_settings(model, processor, max_new_tokens, metric)
-    if out is not None:
-        open_output_dir(Path(out), settings, records, resume)
-    batches = _split_batches(records, examples, lengths, batch_size)
-    num_resumed = sum(record["prediction"] is not None for record in records)
-    answers = _generate_answers(model, processor, batches, max_new_tokens, feature_cache, workers)
-    _collect_answers(records, batches, answers, metric, out, progress)
-    scores = compute_scores(records) if metric else {"num_examples": len(records)}
-    facts = {
-        "model": model.config._name_or_path,
-        "batch_size": batch_size,
-        "example_prompt": records[0]["prompt"],
-        "num_kept": num_resumed,
-        "seconds": round(time.perf_counter() - start_time, 3),
-        "versions": get_versions(),
-    }
-    result = {**scores, **settings, **facts}
-    if out is not None:
-        write_result(Path(out), records, result)
+    with lock_folder(out) if out is not None else nullcontext():
+        output = None
+        if out is not None:
+            output = open_output_dir(Path(out), settings, records, examples, resume)
+        num_resumed = sum(record["prediction"] is not None for record in records)
+        batches = _split_batches(records, examples, lengths, batch_size)
+        answers = _generate_answers(
+            model, processor, batches, max_new_tokens, feature_cache, workers
+        )
+        _collect_answers(records, batches, answers, metric, output, progress)
+        scores = compute_scores(records) if metric else {"num_examples": len(records)}
+        facts = {
+            "model": model.config._name_or_path,
+            "batch_size": batch_size,
+            "example_prompt": records[0]["prompt"],
+            "num_kept": num_resumed,
+            "seconds": round(time.perf_counter() - start_time, 3),
+            "versions": get_versions(),
+        }
+        result = {**scores, **settings, **facts}
+        if output is not None:
+            output.finish(records, examples, result)
     return EvaluationResult(result, records)
 
 
@@ -255,6 +261,8 @@ def get_settings(model, processor, max_new_tokens: int, metric: str | None) -> d
         "prompt_template": get_chat_template(processor),
         "views": _get_view_settings(processor),
         "weights": weights_hash(model),
+        "weights_sum": weights_sum(model),
+        "plan": model.plan.to_dict(),
     }
 
 
@@ -359,7 +367,7 @@ def _collect_answers(
     batches: list[PromptBatch],
     answers: Iterator[list[str]],
     metric: str | None,
-    out: str | Path | None,
+    output: OutputDir | None,
     progress: Callable[[int, int], None],
 ) -> None:
     """Judge the answers, and write them into the records and the output folder as they come."""
@@ -369,8 +377,8 @@ def _collect_answers(
         batch_records = [records[i] for i in batch.indices]
         for record, answer in zip(batch_records, batch_answers, strict=True):
             record.update(judge(record, answer, metric))
-        if out is not None:
-            append_json_lines(Path(out) / PREDICTIONS, batch_records)
+        if output is not None:
+            output.append(batch_records, batch.examples)
         num_done += len(batch_records)
         progress(num_done, len(records))
 

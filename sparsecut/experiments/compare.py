@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..config.yaml_io import expand_path, read_yaml_values
 from ..data.images import ImageStore
-from ..data.jsonl import read_json_lines
+from ..evaluation.output_dir import read_predictions
 from ..evaluation.statistics import (
     Spread,
     estimate_accuracy,
@@ -99,7 +99,7 @@ def _add_evaluation(run: ComparedRun, folder: Path) -> None:
     result = read_json_file(folder / RESULT)
     run.folders[seed] = folder
     run.results[seed] = result
-    run.records[seed] = read_json_lines(folder / PREDICTIONS)
+    run.records[seed] = read_predictions(folder / PREDICTIONS, judged=True)
     if run.plan is None:
         _add_model_facts(run, folder, result.get("model"))
 

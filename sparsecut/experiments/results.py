@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..config.yaml_io import read_yaml_values
 from ..data.jsonl import read_json_lines
+from ..evaluation.output_dir import read_predictions
 from ..evaluation.statistics import (
     Contrast,
     Spread,
@@ -139,7 +140,7 @@ def _read_lines(path: Path) -> list[dict]:
 def _read_answers(runs: dict[int, Path], folder: Path) -> Answers:
     records = {}
     for seed, run in runs.items():
-        records[seed] = _read_lines(run / "eval" / "predictions.jsonl")
+        records[seed] = read_predictions(run / "eval" / "predictions.jsonl", judged=True)
     try:
         return Answers.from_records(records)
     except UserError as error:

@@ -1,12 +1,19 @@
 """Evaluation asks every question once, gives the same answers in any batch, and resumes."""
 
 import json
+import logging
+import os
+import shutil
+import tarfile
+import threading
 
 import numpy as np
 import pytest
+import torch
 from helpers.tiny import tiny_model
 from PIL import Image
 
+from sparsecut.config.folder_lock import lock_folder
 from sparsecut.data.examples import read_examples
 from sparsecut.evaluation.evaluator import evaluate
 from sparsecut.evaluation.exact_match import (
@@ -161,6 +168,179 @@ def test_answers_of_another_evaluation_are_not_mixed_in(shared, examples, tmp_pa
     with pytest.raises(UserError, match=r"holds 2 answers.*'r1'"):
         evaluate(*shared, some[:1], out=tmp_path, max_new_tokens=3)
     assert read_predictions(tmp_path) == before
+
+
+def keep_lines(folder, number: int) -> None:
+    """Leave an evaluation as one that was interrupted after some answers."""
+    file = folder / "predictions.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:number]))
+    (folder / "result.json").unlink()
+
+
+def invert(path) -> None:
+    """Put another image under a name, in a file of the same size and time."""
+    before = path.stat()
+    pixels = np.asarray(Image.open(path))
+    Image.fromarray(255 - pixels).save(path)
+    with path.open("ab") as file:
+        file.write(bytes(max(0, before.st_size - path.stat().st_size)))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+@pytest.mark.parametrize("place", ["folder", "archive"])
+def test_an_evaluation_does_not_go_on_with_other_images(shared, tmp_path, place, is_finished):
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    write_questions(data)
+    images = data
+
+    def pack() -> None:
+        if place == "archive":
+            with tarfile.open(tmp_path / "images.tar", "w") as archive:
+                for i in range(3):
+                    archive.add(data / f"{i}.png", f"{i}.png")
+
+    if place == "archive":
+        images = tmp_path / "images.tar"
+    pack()
+    settings = {"out": out, "batch_size": 4, "max_new_tokens": 3}
+    evaluate(*shared, read_examples(data / "questions.json", images), **settings)
+    written = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    if not is_finished:
+        keep_lines(out, 7)
+    original = (data / "1.png").read_bytes()
+    invert(data / "1.png")
+    pack()
+    before = (out / "predictions.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"1\.png"):
+        evaluate(*shared, read_examples(data / "questions.json", images), **settings)
+    assert (out / "predictions.jsonl").read_bytes() == before
+    (data / "1.png").write_bytes(original)  # with a new time
+    pack()
+    again = evaluate(*shared, read_examples(data / "questions.json", images), **settings)
+    assert again["num_kept"] == (12 if is_finished else 7)
+    assert (out / "predictions.jsonl").read_bytes() == written["predictions.jsonl"]
+
+
+def test_an_evaluation_goes_on_after_its_images_moved(shared, tmp_path):
+    old, new, out = tmp_path / "old", tmp_path / "new", tmp_path / "out"
+    old.mkdir()
+    evaluate(*shared, write_questions(old), out=out, max_new_tokens=3)
+    keep_lines(out, 7)
+    shutil.copytree(old, new, copy_function=shutil.copy)
+    shutil.rmtree(old)
+    moved = read_examples(new / "questions.json")
+    assert evaluate(*shared, moved, out=out, max_new_tokens=3)["num_kept"] == 7
+
+
+def test_images_of_equal_names_and_questions_in_two_folders_go_on(shared, tmp_path):
+    examples = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        examples += write_questions(tmp_path / name)
+        invert(tmp_path / name / "0.png")
+    for path in (tmp_path / "b").glob("*.png"):
+        invert(path)
+    out = tmp_path / "out"
+    evaluate(*shared, examples, out=out, max_new_tokens=1)
+    assert evaluate(*shared, examples, out=out, max_new_tokens=1)["num_kept"] == 24
+
+
+def test_an_evaluation_of_an_old_version_goes_on_and_a_line_says_what_is_not_known(
+    shared, examples, tmp_path, caplog
+):
+    evaluate(*shared, examples, out=tmp_path, max_new_tokens=3)
+    keep_lines(tmp_path, 7)
+    (tmp_path / "images.jsonl").unlink()
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    for key in ("plan", "weights_sum"):
+        del settings[key]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with caplog.at_level(logging.WARNING):
+        assert evaluate(*shared, examples, out=tmp_path, max_new_tokens=3)["num_kept"] == 7
+    assert len([record for record in caplog.records if str(tmp_path) in record.getMessage()]) == 2
+
+
+def test_any_weight_and_the_plan_belong_to_the_model(examples, tmp_path):
+    model, processor = tiny_model()
+    settings = {"out": tmp_path, "max_new_tokens": 2}
+    evaluate(model, processor, examples[:2], **settings)
+    weight = max(model.language_model.parameters(), key=torch.numel)
+    weight.data.view(-1)[-2] += 1  # one that samples leave out
+    with pytest.raises(UserError, match="weights_sum"):
+        evaluate(model, processor, examples[:2], **settings)
+    weight.data.view(-1)[-2] -= 1
+    stored = json.loads((tmp_path / "settings.json").read_text())
+    stored["plan"]["shortcuts"] = stored["plan"]["shortcuts"][:-1]
+    (tmp_path / "settings.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="plan"):
+        evaluate(model, processor, examples[:2], **settings)
+
+
+@pytest.mark.parametrize("name", ["settings.json", "result.json", "predictions.jsonl"])
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("content", ['{"mine": 1}\n', "my notes\n", "[1]\n"])
+def test_files_of_something_else_are_not_replaced(
+    shared, examples, tmp_path, name, resume, content
+):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=name):
+        evaluate(*shared, examples[:1], out=tmp_path, resume=resume)
+    assert (tmp_path / name).read_text() == content
+    assert sum(path.is_file() for path in tmp_path.glob("[!.]*")) == 1
+
+
+def test_other_files_of_the_folder_are_left_alone(shared, examples, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    for _ in range(2):
+        evaluate(*shared, examples[:1], out=tmp_path, max_new_tokens=1, resume=False)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("line", "fact"),
+    [
+        ("null", "None"),
+        ("[]", r"\[\]"),
+        ('{"prompt": {"a": 1}}', "prompt"),
+        ('{"images": null}', "images"),
+        ('{"images": [1]}', "images"),
+        ('{"prediction": null}', "prediction"),
+        ('{"id": 7}', "id"),
+        ('{"reference": ["x"]}', "reference"),
+    ],
+)
+def test_a_line_that_is_no_prediction_is_named(shared, examples, tmp_path, line, fact):
+    evaluate(*shared, examples[:2], out=tmp_path, max_new_tokens=1)
+    keep_lines(tmp_path, 1)
+    file = tmp_path / "predictions.jsonl"
+    first = json.loads(file.read_text())
+    value = json.loads(line)
+    bad = json.dumps({**first, **value} if isinstance(value, dict) else value)
+    file.write_text(file.read_text() + bad + "\n")
+    with pytest.raises(UserError, match=rf"predictions\.jsonl line 2: .*{fact}"):
+        evaluate(*shared, examples[:2], out=tmp_path, max_new_tokens=1)
+    assert bad in file.read_text()
+
+
+def test_one_process_at_a_time_evaluates_into_a_folder(shared, examples, tmp_path):
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock_folder(tmp_path / "out"):
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    try:
+        with pytest.raises(UserError, match="in use"):
+            evaluate(*shared, examples[:1], out=tmp_path / "out")
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.mark.parametrize(

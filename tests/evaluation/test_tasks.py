@@ -8,7 +8,7 @@ import shutil
 
 import pandas
 import pytest
-from helpers.playground import LETTER, SHORT, make_root
+from helpers.playground import LETTER, SHORT, make_root, write_image
 from helpers.tiny import tiny_model
 
 from sparsecut.building import load, save
@@ -250,6 +250,18 @@ def test_parts_that_do_not_belong_together_are_refused(root, loaded, tmp_path):
         run_task(*loaded, selected, tmp_path, part=(1, 2), max_new_tokens=3, resume=False)
     with pytest.raises(UserError, match=r"vizwiz has 3 questions.*9"):
         run_task(*loaded, selected, tmp_path, part=(5, 9), max_new_tokens=4)
+
+
+def test_parts_about_other_images_are_refused(root, loaded, tmp_path):
+    shutil.copytree(root, tmp_path / "root")
+    selected = read_task(tmp_path / "root", "pope")
+    run_task(*loaded, selected, tmp_path / "out", part=(0, 2), max_new_tokens=2)
+    name = selected.data.questions[0].image
+    file = selected.data.images.find_file(name)
+    write_image(file, 99)
+    with pytest.raises(UserError, match=name):
+        run_task(*loaded, selected, tmp_path / "out", part=(1, 2), max_new_tokens=2)
+    assert not (tmp_path / "out" / "pope" / "result.json").exists()
 
 
 def test_a_selection_keeps_units_together_and_submits_nothing(root, loaded, tmp_path):

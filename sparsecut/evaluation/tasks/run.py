@@ -9,12 +9,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ...config.folder_lock import lock_folder
 from ...data.examples import IMAGE, Example
 from ...drawing import text_table
 from ...schema import UserError, nearest, read_json_file
+from ..answered_images import AnsweredImages
 from ..evaluator import evaluate
 from ..exact_match import Z95, wilson_interval
-from ..output_dir import PREDICTIONS, RESULT, SETTINGS, read_predictions, write_result
+from ..output_dir import (
+    LATER_SETTINGS,
+    PREDICTIONS,
+    RESULT,
+    SETTINGS,
+    check_ours,
+    read_predictions,
+    write_result,
+)
 from .multiple_choice import MULTIPLE_CHOICE_TASKS
 from .open_ended import OPEN_ENDED_TASKS
 from .single_word import SINGLE_WORD_TASKS
@@ -291,28 +301,31 @@ def run_task(
             f"{selected.label} has {len(selected.data.questions)} questions, too few for {count}"
             " processes; use fewer"
         )
-    evaluate(
-        model,
-        processor,
-        examples,
-        out=part_folders[index],
-        metric=None,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens or selected.task.max_new_tokens,
-        resume=resume,
-        workers=workers,
-        progress=progress,
-    )
-    if not all((part_folder / RESULT).is_file() for part_folder in part_folders):
-        return None
-    return merge_parts(selected, folder, part_folders)
+    check_ours(folder)
+    with lock_folder(part_folders[index]):
+        evaluate(
+            model,
+            processor,
+            examples,
+            out=part_folders[index],
+            metric=None,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens or selected.task.max_new_tokens,
+            resume=resume,
+            workers=workers,
+            progress=progress,
+        )
+        if not all((part_folder / RESULT).is_file() for part_folder in part_folders):
+            return None
+        return merge_parts(selected, folder, part_folders)
 
 
 def merge_parts(selected: SelectedTask, folder: Path, part_folders: Sequence[Path]) -> dict:
     """Score the answers of all parts, and write predictions, submission and result.
 
     Raises:
-        UserError: The parts were answered with different settings, or lack questions.
+        UserError: The parts were answered with different settings, about images that have changed
+            since, or lack questions.
     """
     records = _read_parts(selected, folder, part_folders)
     answers = {record["id"]: record["prediction"] for record in records}
@@ -335,15 +348,21 @@ def merge_parts(selected: SelectedTask, folder: Path, part_folders: Sequence[Pat
 def _read_parts(selected: SelectedTask, folder: Path, part_folders: Sequence[Path]) -> list[dict]:
     """The records of all parts in the order of the questions."""
     settings = [_read_json(part_folder / SETTINGS) for part_folder in part_folders]
+    shared = set.intersection(*map(set, settings))
+    for one in settings:
+        for name in set(LATER_SETTINGS) - shared:
+            one.pop(name, None)
     if any(other != settings[0] for other in settings):
         raise UserError(
             f"the parts in {folder} were answered by different models or settings; give another"
             " output folder, or start over (--fresh)"
         )
+    examples = build_examples(selected.data)
     by_id = {}
-    for part_folder in part_folders:
-        for record in read_predictions(part_folder / PREDICTIONS):
-            by_id[record["id"]] = record
+    for i, part_folder in enumerate(part_folders):
+        records = read_predictions(part_folder / PREDICTIONS)
+        by_id |= {record["id"]: record for record in records}
+        _check_images(part_folder, records, examples[i :: len(part_folders)])
     ids = [question.id for question in selected.data.questions]
     missing = [key for key in ids if key not in by_id]
     if missing:
@@ -353,6 +372,12 @@ def _read_parts(selected: SelectedTask, folder: Path, part_folders: Sequence[Pat
             " parts, or give another output folder"
         )
     return [by_id[key] for key in ids]
+
+
+def _check_images(folder: Path, records: Sequence[dict], examples: Sequence[Example]) -> None:
+    """Raise UserError where images of a part's questions have changed since it was answered."""
+    if [record["id"] for record in records] == [example.id for example in examples]:
+        AnsweredImages(folder).check(records, examples)
 
 
 def _build_result(
