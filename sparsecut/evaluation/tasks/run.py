@@ -13,20 +13,12 @@ from ...config.folder_lock import lock_folder
 from ...data.examples import IMAGE, Example
 from ...drawing import text_table
 from ...schema import UserError, nearest, read_json_file
-from ..answered_images import AnsweredImages
 from ..evaluator import evaluate
 from ..exact_match import Z95, wilson_interval
-from ..output_dir import (
-    LATER_SETTINGS,
-    PREDICTIONS,
-    RESULT,
-    SETTINGS,
-    check_ours,
-    read_predictions,
-    write_result,
-)
+from ..output_dir import RESULT, check_ours, write_result
 from .multiple_choice import MULTIPLE_CHOICE_TASKS
 from .open_ended import OPEN_ENDED_TASKS
+from .parts import read_parts
 from .single_word import SINGLE_WORD_TASKS
 from .task import MissingFileError, Question, Score, Task, TaskData
 
@@ -327,7 +319,8 @@ def merge_parts(selected: SelectedTask, folder: Path, part_folders: Sequence[Pat
         UserError: The parts were answered with different settings, about images that have changed
             since, or lack questions.
     """
-    records = _read_parts(selected, folder, part_folders)
+    examples = build_examples(selected.data)
+    records = read_parts(folder, part_folders, examples)
     answers = {record["id"]: record["prediction"] for record in records}
     task = selected.task
     score = None
@@ -343,41 +336,6 @@ def merge_parts(selected: SelectedTask, folder: Path, part_folders: Sequence[Pat
     result = _build_result(selected, score, submission, len(records), part_folders[0])
     write_result(folder, records, result)
     return result
-
-
-def _read_parts(selected: SelectedTask, folder: Path, part_folders: Sequence[Path]) -> list[dict]:
-    """The records of all parts in the order of the questions."""
-    settings = [_read_json(part_folder / SETTINGS) for part_folder in part_folders]
-    shared = set.intersection(*map(set, settings))
-    for one in settings:
-        for name in set(LATER_SETTINGS) - shared:
-            one.pop(name, None)
-    if any(other != settings[0] for other in settings):
-        raise UserError(
-            f"the parts in {folder} were answered by different models or settings; give another"
-            " output folder, or start over (--fresh)"
-        )
-    examples = build_examples(selected.data)
-    by_id = {}
-    for i, part_folder in enumerate(part_folders):
-        records = read_predictions(part_folder / PREDICTIONS)
-        by_id |= {record["id"]: record for record in records}
-        _check_images(part_folder, records, examples[i :: len(part_folders)])
-    ids = [question.id for question in selected.data.questions]
-    missing = [key for key in ids if key not in by_id]
-    if missing:
-        raise UserError(
-            f"the parts in {folder} hold no answer to {len(missing)} questions, such as"
-            f" {missing[0]}, since some have other questions; start over (--fresh) with all"
-            " parts, or give another output folder"
-        )
-    return [by_id[key] for key in ids]
-
-
-def _check_images(folder: Path, records: Sequence[dict], examples: Sequence[Example]) -> None:
-    """Raise UserError where images of a part's questions have changed since it was answered."""
-    if [record["id"] for record in records] == [example.id for example in examples]:
-        AnsweredImages(folder).check(records, examples)
 
 
 def _build_result(
