@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from functools import lru_cache
 
 from jinja2 import TemplateError
@@ -19,6 +20,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .schema import UserError
 
+# Names of settings, and tokens between brackets, that are about images, video or audio.
+MEDIA = "image|img|vision|video|audio|speech|sound|media|tile|slice|pixel"
+MEDIA_SETTING = re.compile(rf"{MEDIA}|^[be]o[aiv](?=_)|im_(start|end)|frame_")
+MEDIA_ID = re.compile(rf"({MEDIA_SETTING.pattern}).*_token_(id|index)$")
+MEDIA_MARK = re.compile(
+    rf"[<\[|](?!loc|seg)(.*({MEDIA}).*|\W*patch\W*|im_\w+|row_\d+_col_\d+)[>\]|]",
+    re.IGNORECASE,
+)
 PROBE = "probe"  # text that shows whether a chat template accepts a form of contents
 
 
@@ -54,8 +63,13 @@ def takes_suffix(processor) -> bool:
 # --- from messages to text ---
 
 
-def render_prompt(processor, messages: list[dict]) -> str:
+def render_prompt(processor, messages: list[dict], *, cached: bool = True) -> str:
     """Render a conversation as the text that asks for the next answer.
+
+    Args:
+        processor: its template and tokenizer are used.
+        messages: the conversation.
+        cached: keep the text for the next time.
 
     Returns:
         The text, with one placeholder per image.
@@ -65,11 +79,16 @@ def render_prompt(processor, messages: list[dict]) -> str:
     """
     if takes_suffix(processor):
         return get_prefix(processor, messages)
-    return apply_template(processor, messages, add_generation_prompt=True)[0]
+    return apply_template(processor, messages, add_generation_prompt=True, cached=cached)[0]
 
 
 def apply_template(
-    processor, messages: list[dict], *, add_generation_prompt: bool = False, marks: bool = False
+    processor,
+    messages: list[dict],
+    *,
+    add_generation_prompt: bool = False,
+    marks: bool = False,
+    cached: bool = True,
 ) -> tuple[str, list[tuple[int, int]]]:
     """Render a conversation by the chat template.
 
@@ -79,6 +98,7 @@ def apply_template(
             templates that need these.
         add_generation_prompt: add the beginning of the next answer.
         marks: return the spans that the template marks as generated.
+        cached: keep the text for the next time.
 
     Returns:
         The text, and the spans of characters (first, one after the last); [] without `marks`.
@@ -99,9 +119,8 @@ def apply_template(
         if _needs_items(template, placeholder, special_tokens):
             split_at = placeholder
     frozen_messages = tuple(tuple(message.items()) for message in messages)
-    return _render(
-        frozen_messages, template, add_generation_prompt, marks, split_at, special_tokens
-    )
+    render = _render if cached else _render.__wrapped__
+    return render(frozen_messages, template, add_generation_prompt, marks, split_at, special_tokens)
 
 
 def _freeze_special_tokens(tokenizer) -> tuple:
@@ -280,6 +299,43 @@ def adds_special_tokens(processor, text: str) -> bool:
     """Whether the tokenizer should add its first token: not where the template has written it."""
     first = processor.tokenizer.bos_token
     return not (first and text.startswith(first))
+
+
+# --- special tokens of images, video and audio ---
+
+
+def list_media_tokens(processor, config) -> frozenset[str]:
+    """List the tokens that stand for images, video or audio in a model's prompts.
+
+    In users' text they would be taken for images that are not there. They are the placeholder, what
+    the processor and the configuration name, and marks in the tokenizer such as `<|image_pad|>`.
+    Marks of places in an image, such as `<loc0001>`, are ordinary text.
+
+    Args:
+        processor: the model's processor.
+        config: the model's configuration.
+    """
+    tokenizer = processor.tokenizer
+    tokens = {str(processor.image_token)}
+    for name, value in vars(processor).items():
+        if name.endswith(("token", "tag")) and MEDIA_SETTING.search(name):
+            tokens.add(str(value or ""))
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    ids = [id for id in _find_media_ids(config.to_dict()) if 0 <= id < len(tokenizer)]
+    tokens |= added.intersection(tokenizer.convert_ids_to_tokens(ids))
+    tokens |= {token for token in added if MEDIA_MARK.fullmatch(token)}
+    return frozenset(tokens - {""})
+
+
+def _find_media_ids(config: dict) -> list[int]:
+    """The token ids of images, video and audio in a configuration and those inside it."""
+    ids = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            ids += _find_media_ids(value)
+        elif isinstance(value, int) and MEDIA_ID.search(str(key)):
+            ids.append(value)
+    return ids
 
 
 # --- generation ---

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,11 +43,26 @@ def serve(
             f" {TOKEN_VARIABLE}, which ps does not show."
         ),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        option(
+            "A name by which clients or pages call this server, beside its addresses; may be"
+            " repeated. * allows every name."
+        ),
+    ] = None,
     ui: Annotated[
         bool, option("Also serve a page at / to chat and to switch shortcuts off.", "--ui")
     ] = False,
     max_batch: Annotated[int, option("Maximum number of answers in a batch.", min=1)] = 16,
     queue: Annotated[int, option("Requests that may wait; more are refused with 429.", min=1)] = 64,
+    max_per_address: Annotated[
+        Number,
+        option(
+            "Requests under way from one address, this machine's own apart; by default four"
+            " fifths of all.",
+            min=1,
+        ),
+    ] = None,
     max_tokens: Annotated[int, option("Maximum number of tokens of an answer.", min=1)] = 1024,
     max_pictures: Annotated[int, option("Maximum number of images in a request.", min=0)] = 8,
     max_pixels: Annotated[int, option("Maximum number of pixels of an image.", min=1)] = 20_000_000,
@@ -85,7 +102,9 @@ def serve(
         ),
         image_limits=ImageLimits(max_bytes=max_mib * MIB, max_pixels=max_pixels, remote=remote),
         max_request_bytes=max_mib * MIB,
+        max_per_address=max_per_address or max(1, (queue + max_batch) * 4 // 5),
         token=token,
+        allowed_hosts=(*_check_allowed_hosts(allowed_host or ()), host),
     )
     engine = Engine(
         loaded, processor, max_batch=max_batch, max_queue=queue, cache_bytes=keep_mib * MIB
@@ -123,6 +142,16 @@ def _check_name(name: str | None) -> None:
         raise UserError(f"--name is {name!r}, but must be printable characters without line breaks")
 
 
+def _check_allowed_hosts(names: Sequence[str]) -> Sequence[str]:
+    for name in names:
+        if name != "*" and (not name.isascii() or not re.fullmatch(r"[\w.-]+", name)):
+            raise UserError(
+                f"--allowed-host is {name!r}, but must be a host's name alone, such as"
+                " model.example.org, without http:// and port"
+            )
+    return names
+
+
 def _get_default_name(folder: Path) -> str:
     """The folder's name; of .../final, as training writes it, the name of the folder above."""
     if folder.is_dir():
@@ -145,13 +174,17 @@ def _run(web: FastAPI, engine: Engine, listener: socket.socket, host: str, ui: b
     """Serve requests until the process gets a signal to end."""
     import uvicorn
 
+    from ..serving.connections import make_protocol
+
     listener.listen()  # clients may connect as soon as the next line is printed
     shown_host = f"[{host}]" if ":" in host else host
     url = f"http://{shown_host}:{listener.getsockname()[1]}"
     config = web.state.context.config
     page = f", its page is {url}/" if ui else ""
     typer.echo(f"{config.name} answers at {url}/v1{page}")
-    settings = uvicorn.Config(web, log_level="warning", timeout_graceful_shutdown=5)
+    settings = uvicorn.Config(
+        web, http=make_protocol(), ws="none", log_level="warning", timeout_graceful_shutdown=5
+    )
     try:
         uvicorn.Server(settings).run(sockets=[listener])
     finally:

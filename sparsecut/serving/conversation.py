@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..schema import UserError
@@ -24,7 +24,10 @@ class Conversation:
 
 
 def build_conversation(
-    messages: Sequence[Message], image_token: str, limits: RequestLimits
+    messages: Sequence[Message],
+    image_token: str,
+    limits: RequestLimits,
+    reserved: Collection[str] = (),
 ) -> Conversation:
     """Join the parts of each message to one text.
 
@@ -32,9 +35,10 @@ def build_conversation(
         messages: Checked messages.
         image_token: The model's placeholder for an image.
         limits: Limits of this server.
+        reserved: Other special tokens that no text may contain.
 
     Raises:
-        UserError: There are too many images or too much text. Or a text contains the placeholder
+        UserError: There are too many images or too much text. Or a text contains a special token
             or half a character. Or an image is in a message that is not the user's, or the last
             message is not the user's.
     """
@@ -49,8 +53,10 @@ def build_conversation(
                 " send images in messages of the role 'user'"
             )
         image_urls += urls
-        contents.append(_join_parts(message.content, place, image_token))
+        contents.append(_join_parts(message.content, image_token))
     _check_conversation(messages, contents, len(image_urls), limits)
+    for i, message in enumerate(messages):
+        _check_text(f"messages[{i}]", message.content, contents[i], image_token, reserved)
     roles = ["system" if message.role == "developer" else message.role for message in messages]
     joined = [
         {"role": role, "content": content} for role, content in zip(roles, contents, strict=True)
@@ -62,24 +68,34 @@ def _get_image_urls(message: Message) -> list[str]:
     return [part["image_url"]["url"] for part in message.content if part["type"] == "image_url"]
 
 
-def _join_parts(parts: Sequence[TextPart | ImagePart], place: str, image_token: str) -> str:
+def _join_parts(parts: Sequence[TextPart | ImagePart], image_token: str) -> str:
     """One text; an image is the placeholder on a line of its own, as in training."""
-    content = ""
+    texts = []
     for i, part in enumerate(parts):
         if part["type"] == "text":
-            _check_text(part["text"], place, image_token)
-            content += part["text"]
+            texts.append(part["text"])
         else:
             is_last = i + 1 == len(parts)
-            content += image_token if is_last else f"{image_token}\n"
-    return content
+            texts.append(image_token if is_last else f"{image_token}\n")
+    return "".join(texts)
 
 
-def _check_text(text: str, place: str, image_token: str) -> None:
-    if image_token in text:
+def _check_text(
+    place: str,
+    parts: Sequence[TextPart | ImagePart],
+    content: str,
+    image_token: str,
+    reserved: Collection[str],
+) -> None:
+    """Refuse special tokens in a message's text, also those that its parts make together."""
+    num_images = sum(part["type"] == "image_url" for part in parts)
+    found = [image_token] if content.count(image_token) != num_images else []
+    text = content.replace(image_token, "\n") if num_images else content
+    found += [token for token in reserved if token in text]
+    if found:
         raise UserError(
-            f"{place}.content contains {image_token}, the model's placeholder for an image;"
-            " leave it out and send the image as a part of type image_url"
+            f"{place}.content contains {found[0]}, a special token by which the model reads images"
+            " and the like; leave it out, and send an image as a part of type image_url"
         )
     try:
         text.encode()

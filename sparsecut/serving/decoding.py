@@ -16,6 +16,9 @@ from torch import Tensor
 # What a tokenizer writes for the first bytes of a character whose other bytes are still missing.
 INCOMPLETE_CHARACTER = "\ufffd"
 MIN_LOGPROB = -9999.0  # JSON has no minus infinity; OpenAI writes this number
+# Smaller ones would make infinite scores, and they draw the likeliest token all the same.
+MIN_TEMPERATURE = 1e-6
+MIN_TOP_P = 1e-6
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class GenerationRow:
         token_ids: Tokens drawn so far.
         text: Their text.
         finish_reason: Why the answer ended; None while it is being written.
+        failure: The exception that ended the answer, if one did.
     """
 
     def __init__(
@@ -91,10 +95,12 @@ class GenerationRow:
         self.on_delta = on_delta
         self.token_ids: list[int] = []
         self.text = ""
+        self.num_forced = 0  # tokens given to the present run of `generate`
         self.num_sent = 0  # characters
         # Log-probabilities that are not sent yet, each with the place where its text begins.
         self.unsent_tokens: list[tuple[int, dict]] = []
         self.finish_reason: str | None = None
+        self.failure: Exception | None = None
         self.generator = torch.Generator()
         if sampling.seed is None:
             self.generator.seed()
@@ -104,9 +110,14 @@ class GenerationRow:
     def choose(self, scores: Tensor) -> int:
         """Draw the next token and append it to the answer.
 
+        After a restart, the tokens drawn before come first, once more.
+
         Args:
             scores: Scores of all tokens, [V].
         """
+        self.num_forced += 1
+        if self.num_forced <= len(self.token_ids):
+            return self.token_ids[self.num_forced - 1]
         token = self._draw(scores)
         if token not in self.end_ids and self.sampling.top_logprobs is not None:
             logprobs = torch.log_softmax(scores.float(), -1).cpu()
@@ -115,10 +126,13 @@ class GenerationRow:
         return token
 
     def _draw(self, scores: Tensor) -> int:
+        if not torch.isfinite(scores.max()):
+            raise ArithmeticError("the model gave scores that are not finite")
         if self.sampling.temperature == 0:
             return int(scores.argmax())
         scores = scores.float().cpu()
-        probabilities = torch.softmax(scores / self.sampling.temperature, -1)
+        temperature = max(self.sampling.temperature, MIN_TEMPERATURE)
+        probabilities = torch.softmax(scores / temperature, -1)
         if self.sampling.top_p < 1:
             probabilities = self._keep_top_p(probabilities)
         return int(torch.multinomial(probabilities, 1, generator=self.generator))
@@ -127,7 +141,8 @@ class GenerationRow:
         """A token stays while those before it have not reached top_p."""
         ordered, indices = probabilities.sort(descending=True, stable=True)
         sum_before = ordered.cumsum(-1) - ordered
-        ordered = ordered.masked_fill(sum_before >= self.sampling.top_p, 0)
+        top_p = max(self.sampling.top_p, MIN_TOP_P)
+        ordered = ordered.masked_fill(sum_before >= top_p, 0)
         return torch.zeros_like(probabilities).scatter_(0, indices, ordered)
 
     def _describe_token(self, token: int, logprobs: Tensor) -> dict:
@@ -203,6 +218,15 @@ class GenerationRow:
         if self.finish_reason is None:
             self.finish_reason = "abandoned"
 
+    def fail(self, error: Exception) -> None:
+        """End the answer by an exception."""
+        self.failure = error
+        self.finish_reason = "failed"
+
+    def restart(self) -> None:
+        """Prepare for another run of `generate`, which continues after what is written."""
+        self.num_forced = 0
+
 
 class PerRowSampler:
     """Lets every row of a batch draw its own tokens inside `generate`.
@@ -223,9 +247,18 @@ class PerRowSampler:
         """Scores [B, V] under which the likeliest token of every row is the one it has drawn."""
         forced = torch.full_like(scores, torch.finfo(scores.dtype).min)
         for i, row in enumerate(self.rows):
-            token = 0 if row.finish_reason else row.choose(scores[i])
-            forced[i, token] = 0
+            forced[i, self._choose(row, scores[i])] = 0
         return forced
+
+    def _choose(self, row: GenerationRow, scores: Tensor) -> int:
+        """A row's next token; a failure ends this row alone."""
+        if row.finish_reason is not None:
+            return 0
+        try:
+            return row.choose(scores)
+        except Exception as error:  # sent to the row's client
+            row.fail(error)
+            return 0
 
     def find_ended(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
         """Which rows have ended, booleans [B]."""

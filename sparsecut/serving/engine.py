@@ -6,6 +6,7 @@ is sent as soon as it is there.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections import Counter, deque
@@ -20,6 +21,8 @@ from ..schema import UserError
 from .decoding import GenerationRow, SamplingParams, TextDelta
 from .image_cache import PreparedImage
 from .model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
 
 SHUTTING_DOWN = "the server is shutting down; send the request to another one"
 
@@ -141,6 +144,11 @@ class Engine:
         """The model's placeholder for an image in a text."""
         return self.runner.image_token
 
+    @property
+    def reserved_tokens(self) -> frozenset[str]:
+        """Special tokens that no text of a request may contain."""
+        return self.runner.reader.reserved
+
     def prepare_image(self, image: Image.Image) -> PreparedImage:
         """An image as requests hold it."""
         return self.runner.prepare_image(image)
@@ -173,8 +181,8 @@ class Engine:
         self._check_num_answers(num_answers)
         shortcuts_off = tuple(sorted(set(shortcuts_off)))
         self._check_shortcuts(shortcuts_off)
-        prompt = self.runner.build_prompt(messages)
-        num_tokens = self.runner.count_tokens(prompt, images)
+        prompt = self.runner.reader.build_prompt(messages)
+        num_tokens = self.runner.reader.count_tokens(prompt, images)
         max_positions = self.runner.max_positions
         if may_shorten and max_positions is not None:
             num_left = max(1, max_positions - num_tokens)
@@ -308,49 +316,82 @@ class Engine:
 
     def _answer(self, batch: list[RequestHandle]) -> None:
         """Write a batch's answers, and send each request its end."""
-        end = None
-        try:
-            self._generate(batch)
-            if self.is_closed:
+        rows = [self._make_rows(handle) for handle in batch]
+        self._generate(batch, rows)
+        for handle, own_rows in zip(batch, rows, strict=True):
+            failures = [row.failure for row in own_rows if row.failure is not None]
+            end = failures[0] if failures else None
+            self.counts["failed"] += bool(failures)
+            if self.is_closed and end is None:
                 end = QueueFullError(SHUTTING_DOWN)
-        except Exception as error:  # sent to the clients; the next batch may go well
-            self.counts["failed"] += len(batch)
-            end = error
-        for handle in batch:
             self.counts["cancelled"] += handle.is_cancelled
+            handle.num_generated = sum(len(row.token_ids) for row in own_rows)
             handle.has_ended = True
             handle.on_delta(end)
 
-    def _generate(self, batch: list[RequestHandle]) -> None:
-        handles: list[RequestHandle] = []  # of each row
+    def _make_rows(self, handle: RequestHandle) -> list[GenerationRow]:
         rows = []
-        tokenizer = self.processor.tokenizer
-        for handle in batch:
-            for index in range(handle.request.num_answers):
-                row = GenerationRow(
-                    index,
-                    handle.request.sampling,
-                    tokenizer,
-                    self.runner.end_ids,
-                    handle.on_delta,
-                )
-                handles.append(handle)
-                rows.append(row)
+        for index in range(handle.request.num_answers):
+            row = GenerationRow(
+                index,
+                handle.request.sampling,
+                self.processor.tokenizer,
+                self.runner.end_ids,
+                handle.on_delta,
+            )
+            rows.append(row)
+        return rows
+
+    def _generate(self, batch: list[RequestHandle], rows: list[list[GenerationRow]]) -> None:
+        """Write the answers of some requests.
+
+        Where the model fails, each half of them is tried again, down to single requests. So only
+        those fail at which the model fails alone. Answers continue after what they have sent.
+        """
+        try:
+            self._run_model(batch, rows)
+            return
+        except Exception as error:  # sent to the client; the other requests may go well
+            failure = error
+        if len(batch) == 1:
+            for row in rows[0]:
+                if row.finish_reason is None:
+                    row.fail(failure)
+            return
+        logger.warning(
+            "the model failed at %d requests at once (%s); each half of them is tried again",
+            len(batch),
+            type(failure).__name__,
+        )
+        middle = len(batch) // 2
+        for half in (slice(None, middle), slice(middle, None)):
+            self._generate(batch[half], rows[half])
+
+    def _run_model(self, batch: list[RequestHandle], rows: list[list[GenerationRow]]) -> None:
+        """Write all answers that have no end yet, in one batch."""
+        handles: list[RequestHandle] = []  # of each row
+        open_rows: list[GenerationRow] = []
+        for handle, own_rows in zip(batch, rows, strict=True):
+            for row in own_rows:
+                if row.finish_reason is None:
+                    row.restart()
+                    handles.append(handle)
+                    open_rows.append(row)
+        if not open_rows:
+            return
 
         def is_wanted(i: int) -> bool:
             return not (self.is_closed or handles[i].is_cancelled)
 
         self.runner.generate(
-            rows,
+            open_rows,
             prompts=[handle.request.prompt for handle in handles],
             images=[handle.request.images for handle in handles],
             shortcuts_off=batch[0].request.shortcuts_off,
             is_wanted=is_wanted,
         )
         self.counts["batches"] += 1
-        self.counts["rows"] += len(rows)
-        for handle, row in zip(handles, rows, strict=True):
-            handle.num_generated += len(row.token_ids)
+        self.counts["rows"] += len(open_rows)
 
 
 def _check_whole_number(name: str, value: object, least: int) -> None:

@@ -16,15 +16,17 @@ import ssl
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from PIL import Image
 
 from ..loading import open_upright
 from ..schema import UserError
+from .public_addresses import is_public
 
 MIB = 2**20
 BLOCK_BYTES = 65536
@@ -32,8 +34,6 @@ FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")  # no other decoder of Pillow is
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
 SAFE_CHARACTERS = "/?%:@!$&'()*+,;=~[]"  # of a path and a query; others are quoted
-# The IPv6 addresses that anyone may have (RFC 4291, section 2.4).
-GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 
 
 @dataclass(frozen=True)
@@ -55,26 +55,61 @@ class ImageLimits:
     max_redirects: int = 3
 
 
-def read_image(url: str, limits: ImageLimits) -> Image.Image:
+def is_remote(url: str) -> bool:
+    """Whether an image must be fetched from another machine."""
+    return _get_scheme(url) in PORTS
+
+
+def _get_scheme(url: str) -> str:
+    return url.split(":", 1)[0].lower() if ":" in url[:16] else ""
+
+
+def fetch_all(urls: Sequence[str], limits: ImageLimits) -> dict[str, bytes]:
+    """Fetch the remote images of a request, within the time and the bytes of one.
+
+    Returns:
+        The bytes by URL.
+
+    Raises:
+        UserError: As `fetch`, and where remote images are not allowed.
+    """
+    fetched: dict[str, bytes] = {}
+    deadline = time.monotonic() + limits.seconds
+    for url in dict.fromkeys(urls):
+        if not limits.remote:
+            raise UserError(
+                f"the image {_shorten(url)} is a remote one, which this server does not fetch; send"
+                " data:image/png;base64,... with the file's bytes, or start the server with"
+                " --remote"
+            )
+        num_left = limits.max_bytes - sum(map(len, fetched.values()))
+        fetched[url] = fetch(url, replace(limits, max_bytes=num_left), deadline)
+    return fetched
+
+
+def read_image(
+    url: str, limits: ImageLimits, fetched: Mapping[str, bytes] | None = None
+) -> Image.Image:
     """The image of a data URL, or of an http(s) URL where these are allowed; RGB, upright.
+
+    Args:
+        url: The URL.
+        limits: What the image may be.
+        fetched: Bytes of remote images, from `fetch_all`; others are fetched now.
 
     Raises:
         UserError: For other URLs, files that are no images, and images beyond a limit.
     """
-    scheme = url.split(":", 1)[0].lower() if ":" in url[:16] else ""
-    if scheme == "data":
+    if _get_scheme(url) == "data":
         return decode_image(decode_data_url(url), limits)
-    if scheme not in PORTS:
+    if not is_remote(url):
         raise UserError(
             f"the image {_shorten(url)} is neither a data URL nor http(s);"
             " send data:image/png;base64,... with the file's bytes"
         )
-    if not limits.remote:
-        raise UserError(
-            f"the image {_shorten(url)} is a remote one, which this server does not fetch; send"
-            " data:image/png;base64,... with the file's bytes, or start the server with --remote"
-        )
-    return decode_image(fetch(url, limits), limits)
+    if not fetched or url not in fetched:
+        fetched = fetch_all([url], limits)
+    return decode_image(fetched[url], limits)
 
 
 def decode_data_url(url: str) -> bytes:
@@ -129,13 +164,18 @@ def _describe_broken_file(error: Exception) -> str:
     return f"an image cannot be read ({reason}); send {', '.join(FORMATS)}"
 
 
-def fetch(url: str, limits: ImageLimits) -> bytes:
+def fetch(url: str, limits: ImageLimits, deadline: float | None = None) -> bytes:
     """The bytes behind a public http(s) URL.
+
+    Args:
+        url: The URL.
+        limits: What the image may be.
+        deadline: When it must be there, in seconds of `time.monotonic`; None takes the limits'.
 
     Raises:
         UserError: For private addresses, failures, and where a limit is passed.
     """
-    deadline = time.monotonic() + limits.seconds
+    deadline = time.monotonic() + limits.seconds if deadline is None else deadline
     for _ in range(limits.max_redirects + 1):
         response = _get(url, limits, deadline)
         if response.status == 200:
@@ -157,14 +197,19 @@ def fetch(url: str, limits: ImageLimits) -> bytes:
     )
 
 
-def find_public_address(host: str, port: int) -> str:
+def find_public_address(host: str, port: int, deadline: float | None = None) -> str:
     """An address of a host.
+
+    Args:
+        host: Its name or address.
+        port: The port to connect to.
+        deadline: When it must be known, in seconds of `time.monotonic`.
 
     Raises:
         UserError: Where any of the host's addresses is not public, and for unknown hosts.
     """
     try:
-        entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        entries = _look_up(host, port, deadline)
     except (OSError, ValueError) as error:  # ValueError: characters that no host has
         raise UserError(
             f"the host {_shorten(host)} of an image is not known ({error});"
@@ -173,7 +218,7 @@ def find_public_address(host: str, port: int) -> str:
     addresses = sorted({entry[4][0] for entry in entries})
     for address in addresses:
         without_zone = address.split("%")[0]
-        if not _is_public(ipaddress.ip_address(without_zone)):
+        if not is_public(ipaddress.ip_address(without_zone)):
             raise UserError(
                 f"the host {_shorten(host)} of an image has the address {address}, which is not"
                 " public; send the file's bytes as a data URL"
@@ -181,18 +226,20 @@ def find_public_address(host: str, port: int) -> str:
     return addresses[0]
 
 
-def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether anybody could reach an address; an IPv4 address inside an IPv6 one counts itself."""
-    if address.is_multicast:
-        return False
-    if address.version == 4:
-        return address.is_global
-    inner = address.ipv4_mapped or address.sixtofour
-    if inner is not None:
-        return _is_public(inner)
-    # The other kinds that carry an IPv4 address (compatible, translated, NAT64) lie outside of
-    # the global unicast addresses, and may lead inside.
-    return address.is_global and address in GLOBAL_UNICAST and address.teredo is None
+def _look_up(host: str, port: int, deadline: float | None) -> list:
+    """`getaddrinfo` has no timeout, so it has a thread of its own, which is left alone if slow."""
+    if deadline is None:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    future: Future = Future()
+
+    def look_up() -> None:
+        try:
+            future.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:  # raised in the waiting thread
+            future.set_exception(error)
+
+    threading.Thread(target=look_up, daemon=True).start()
+    return future.result(max(0, deadline - time.monotonic()))
 
 
 class FetchedResponse(NamedTuple):
@@ -234,7 +281,7 @@ def _parse_url(url: str) -> Target:
 def _get(url: str, limits: ImageLimits, deadline: float) -> FetchedResponse:
     """One GET request to a public address."""
     target = _parse_url(url)
-    address = find_public_address(target.host, target.port)
+    address = find_public_address(target.host, target.port, deadline)
     headers = {"User-Agent": "sparsecut", "Accept": "image/*"}
     try:
         with _connect(target, address, deadline) as connection:

@@ -6,7 +6,6 @@ cached by the image's digest.
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -16,10 +15,11 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..modeling_base import SparseCutImageFeatures
-from ..prompts import get_max_length, make_greedy_config, prepare_inputs, render_prompt
+from ..prompts import get_max_length, make_greedy_config, prepare_inputs
 from ..schema import UserError
 from .decoding import GenerationRow, PerRowSampler
 from .image_cache import ImageFeatureCache, PreparedImage, hash_image
+from .prompt_reader import PromptReader
 
 # Base models of which an image's features are known to be the same alone as in a batch.
 CACHEABLE_BASES = ("llava", "qwen2_5_vl")
@@ -30,8 +30,8 @@ ENCODER_INPUTS = (*PIXELS, "image_grid_thw")
 class ModelRunner:
     """A model, its processor, and the cache of its vision features.
 
-    `build_prompt`, `prepare_image` and `count_tokens` may be called from any thread, `generate`
-    from one alone.
+    `prepare_image` and the methods of `reader` may be called from any thread, `generate` from one
+    alone.
 
     Attributes:
         model: The model.
@@ -39,7 +39,7 @@ class ModelRunner:
         image_token: Its placeholder for an image in a prompt.
         feature_cache: Features of images by (digest, shortcuts that are off).
         counts: Counts "images" and, of them, "cached_images".
-        tokenizer_lock: A tokenizer changes its padding while it works.
+        reader: Reads the prompts of requests.
     """
 
     def __init__(self, model, processor, cache_bytes: int):
@@ -67,21 +67,12 @@ class ModelRunner:
         self.counts: Counter = Counter()
         end_ids = model.generation_config.eos_token_id
         self.end_ids = set(end_ids if isinstance(end_ids, list) else [end_ids]) - {None}
-        self.tokenizer_lock = threading.Lock()
+        self.reader = PromptReader(model, processor, uses_views=self.uses_views)
 
     @property
     def max_positions(self) -> int | None:
         """How many tokens the language model takes; None where its configuration has no limit."""
         return get_max_length(self.model)
-
-    def build_prompt(self, messages: list[dict]) -> str:
-        """The text of a conversation by the chat template.
-
-        Raises:
-            UserError: Where the template refuses the conversation.
-        """
-        with self.tokenizer_lock:
-            return render_prompt(self.processor, messages)
 
     def prepare_image(self, image: Image.Image) -> PreparedImage:
         """An image as it waits for the model.
@@ -95,22 +86,6 @@ class ModelRunner:
         if self.uses_views:
             return PreparedImage(digest, views=self.processor.pixels([image]))
         return PreparedImage(digest, image=image)
-
-    def count_tokens(self, prompt: str, images: Sequence[PreparedImage]) -> int:
-        """Tokens of a prompt, those of its images included.
-
-        Raises:
-            UserError: Where the processor refuses the images.
-        """
-        try:
-            inputs = self._process([prompt], [images])
-        except UserError:
-            raise
-        except ValueError as error:  # such as an image that is too long for its height
-            raise UserError(
-                f"the model's processor refuses the images: {error}; send others"
-            ) from None
-        return inputs["input_ids"].shape[1]
 
     @torch.inference_mode()
     def generate(
@@ -147,8 +122,7 @@ class ModelRunner:
             whole_images = []
             for row in images:
                 whole_images.append([image.image for image in row])
-        with self.tokenizer_lock:
-            return dict(prepare_inputs(self.model, self.processor, prompts, whole_images))
+        return dict(prepare_inputs(self.model, self.processor, prompts, whole_images))
 
     def _build_inputs(
         self,

@@ -30,7 +30,6 @@ MAX_ANSWERS = 128
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARACTERS = 255
 MAX_TOP_LOGPROBS = 20
-MIN_TOP_P = 1e-6
 IGNORED = (  # settings that do not change an answer
     "user",
     "metadata",
@@ -219,7 +218,7 @@ class ChatCompletionRequest(ConversationRequest):
         None, description="a whole number above 0"
     )
     temperature: float = Field(1.0, ge=0, le=2, description="a number from 0 to 2")
-    top_p: float = Field(1.0, ge=MIN_TOP_P, le=1, description="a number above 0, up to 1")
+    top_p: float = Field(1.0, gt=0, le=1, description="a number above 0, up to 1")
     n: int = _whole_number(1, 1, MAX_ANSWERS)
     seed: int | None = _whole_number(None, -(2**63), 2**63 - 1)
     stop: Annotated[

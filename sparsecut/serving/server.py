@@ -5,59 +5,59 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from .. import __version__
 from ..schema import UserError
 from . import responses
-from .admission import APIError, ServerConfig, ServerContext, build_busy_error
-from .conversation import build_conversation
+from .admission import ServerConfig, ServerContext, read_json
+from .conversation import Conversation, build_conversation
 from .decoding import TextDelta, join_deltas
 from .engine import Engine, GenerationRequest, QueueFullError, RequestHandle
+from .errors import APIError, build_busy_error
+from .gate import Gate, HostNames, describe_failure, log_failure
 from .image_fetching import read_image
 from .metrics import format_metrics
 from .protocol import ChatCompletionRequest, parse_chat_request
+from .uploads import Upload, get_address
 
+READ_SECONDS = 60.0  # in which a client must read the next part of its answer
 POLL_SECONDS = 0.5  # between two looks whether the client is still there
 NO_EVENT = object()  # sentinel: no event before the timeout
-
-
-class ResponseCounter:
-    """Middleware that counts responses by status."""
-
-    def __init__(self, app, counts: Counter):
-        self.app = app
-        self.counts = counts
-
-    async def __call__(self, scope, receive, send) -> None:
-        async def count_and_send(message) -> None:
-            if message["type"] == "http.response.start":
-                self.counts[message["status"]] += 1
-            await send(message)
-
-        await self.app(scope, receive, count_and_send)
 
 
 class EventStream(StreamingResponse):
     """The server-sent events of a request, which is cancelled unless they are read to their end."""
 
-    def __init__(self, events: AsyncIterator[str], context: ServerContext, handle: RequestHandle):
+    def __init__(
+        self, events: AsyncIterator[str], context: ServerContext, request: Request, handle
+    ):
         headers = {"Cache-Control": "no-cache"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self.context = context
+        self.address = get_address(request)
         self.handle = handle
 
     async def __call__(self, scope, receive, send) -> None:
-        self.context.num_in_flight += 1  # the place that the route held ended with the route
+        async def send_in_time(message) -> None:
+            try:
+                async with asyncio.timeout(READ_SECONDS):
+                    await send(message)
+            except TimeoutError:
+                raise OSError("the client does not read its answer") from None
+
         try:
-            await super().__call__(scope, receive, send)
+            # The place that the route held ended with the route.
+            with self.context.hold_place(self.address):
+                await super().__call__(scope, receive, send_in_time)
+        except ClientDisconnect:
+            pass
         finally:
-            self.context.num_in_flight -= 1
             self.handle.cancel()
 
 
@@ -73,7 +73,8 @@ def make_app(engine: Engine, config: ServerConfig) -> FastAPI:
     )
     context = ServerContext(engine, config)
     app.state.context = context
-    app.add_middleware(ResponseCounter, counts=context.counts)
+    host_names = HostNames(config.allowed_hosts)
+    app.add_middleware(Gate, counts=context.counts, host_names=host_names)
     _add_error_handlers(app)
     _add_status_routes(app, context)
     _add_model_routes(app, context)
@@ -81,9 +82,8 @@ def make_app(engine: Engine, config: ServerConfig) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         context.check_token(request)
-        async with context.admit():
-            body = await context.read_json(request)
-            return await answer_chat(context, request, body)
+        async with context.receive(request) as upload:
+            return await answer_chat(context, request, upload)
 
     return app
 
@@ -102,11 +102,6 @@ def _add_error_handlers(app: FastAPI) -> None:
             " this server has POST /v1/chat/completions, GET /v1/models"
         )
         return JSONResponse(responses.build_error(message), error.status_code, error.headers)
-
-    @app.exception_handler(Exception)
-    async def handle_failure(request: Request, error: Exception) -> Response:
-        message = "the server failed at this request; see its log"
-        return JSONResponse(responses.build_error(message, "server_error"), 500)
 
 
 def _add_status_routes(app: FastAPI, context: ServerContext) -> None:
@@ -153,27 +148,25 @@ def _check_model(name: str, config: ServerConfig) -> None:
         )
 
 
-async def answer_chat(context: ServerContext, request: Request, body: object) -> Response:
+async def answer_chat(context: ServerContext, request: Request, upload: Upload) -> Response:
     """Answer a chat completion request, whole or as a stream of events.
 
     Args:
         context: The state that all routes use.
         request: The HTTP request, polled for whether the client is still there.
-        body: Its JSON.
+        upload: Its body.
 
     Raises:
         APIError: For a request that cannot be answered.
     """
     engine = context.engine
-    chat_request, generation = await context.run_reader(
-        prepare_generation, engine, context.config, body
-    )
+    chat_request, generation = await _read_request(context, upload)
     events: asyncio.Queue = asyncio.Queue()
     handle = _submit(engine, generation, events)
     header = responses.build_header(context.config.name, chat_request.stream)
     if chat_request.stream:
         stream = _stream_events(context, request, chat_request, handle, events, header)
-        return EventStream(stream, context, handle)
+        return EventStream(stream, context, request, handle)
     deltas = [delta async for delta in _receive_deltas(request, handle, events)]
     if handle.is_cancelled:
         return Response(status_code=499)  # nobody reads it
@@ -182,32 +175,73 @@ async def answer_chat(context: ServerContext, request: Request, body: object) ->
     return JSONResponse(responses.build_completion(header, answers, usage, chat_request.logprobs))
 
 
-def prepare_generation(
-    engine: Engine, config: ServerConfig, body: object
+async def _read_request(
+    context: ServerContext, upload: Upload
 ) -> tuple[ChatCompletionRequest, GenerationRequest]:
-    """All that happens to a request before it is queued.
+    """The settings of a request, without its messages, and what the engine takes.
+
+    So neither the body nor the images' files wait with the request.
+    """
+    engine = context.engine
+    chat_request, conversation = await context.run_reader(
+        check_request, engine, context.config, upload.data
+    )
+    fetched = await context.fetch_images(conversation.image_urls)
+    generation = await context.run_reader(
+        prepare_generation, engine, context.config, chat_request, conversation, fetched
+    )
+    context.uploads.release(upload)
+    return chat_request.model_copy(update={"messages": []}), generation
+
+
+def check_request(
+    engine: Engine, config: ServerConfig, data: bytes | bytearray
+) -> tuple[ChatCompletionRequest, Conversation]:
+    """All that can be checked before a request's images are read.
 
     Args:
         engine: Answers the request.
         config: How the server answers.
-        body: The request's JSON.
-
-    Returns:
-        The checked request, and what the engine takes.
+        data: The request's JSON.
 
     Raises:
         UserError: For a request that cannot be answered.
         APIError: 404 for another model's name.
     """
-    request = parse_chat_request(body, config.request_limits)
+    limits = config.request_limits
+    request = parse_chat_request(read_json(data), limits)
     if request.model is not None:
         _check_model(request.model, config)
-    conversation = build_conversation(request.messages, engine.image_token, config.request_limits)
+    conversation = build_conversation(
+        request.messages, engine.image_token, limits, engine.reserved_tokens
+    )
+    return request, conversation
+
+
+def prepare_generation(
+    engine: Engine,
+    config: ServerConfig,
+    request: ChatCompletionRequest,
+    conversation: Conversation,
+    fetched: Mapping[str, bytes],
+) -> GenerationRequest:
+    """Read a request's images, and make what the engine takes.
+
+    Args:
+        engine: Answers the request.
+        config: How the server answers.
+        request: The checked request.
+        conversation: Its messages.
+        fetched: Bytes of its remote images by URL.
+
+    Raises:
+        UserError: For a request that cannot be answered.
+    """
     images = [
-        engine.prepare_image(read_image(url, config.image_limits))
+        engine.prepare_image(read_image(url, config.image_limits, fetched))
         for url in conversation.image_urls
     ]
-    generation = engine.prepare(
+    return engine.prepare(
         conversation.messages,
         images,
         request.build_sampling(config.request_limits.default_tokens),
@@ -215,7 +249,6 @@ def prepare_generation(
         shortcuts_off=request.shortcuts_off,
         may_shorten=not request.has_length,
     )
-    return request, generation
 
 
 def _submit(engine: Engine, generation: GenerationRequest, events: asyncio.Queue) -> RequestHandle:
@@ -249,7 +282,7 @@ async def _receive_deltas(
             if event is None:
                 return
             if isinstance(event, Exception):
-                raise _build_failure(event)
+                raise _build_failure(event, request.state.request_id)
             yield event
     finally:
         handle.cancel()
@@ -262,15 +295,14 @@ async def _next_event(events: asyncio.Queue) -> object:
         return NO_EVENT
 
 
-def _build_failure(error: Exception) -> APIError:
+def _build_failure(error: Exception, request_id: str) -> APIError:
     """The response to a request that failed in the engine."""
     if isinstance(error, QueueFullError):
         return APIError(503, str(error), "server_error")
     if isinstance(error, UserError):
         return APIError(400, str(error))
-    return APIError(
-        500, f"the model failed ({type(error).__name__}: {error}); try again", "server_error"
-    )
+    log_failure(request_id, error)
+    return APIError(500, describe_failure(request_id, error), "server_error")
 
 
 async def _stream_events(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import io
 import math
+from collections.abc import Mapping
 from importlib.resources import files
 
 from fastapi import FastAPI, Request
@@ -17,17 +18,19 @@ from ..data.examples import Example
 from ..drawing import list_arrows, summarize
 from ..evaluation.shortcut_norms import measure_additions
 from ..schema import UserError
-from .admission import APIError, ServerConfig, ServerContext, build_busy_error
-from .conversation import build_conversation
+from .admission import ServerConfig, ServerContext, read_json
+from .conversation import Conversation, build_conversation
 from .decoding import SamplingParams
 from .engine import Engine, QueueFullError
+from .errors import APIError, build_busy_error
 from .image_fetching import read_image
 from .protocol import parse_conversation
 
 # Nothing is loaded from elsewhere, and what a model writes could not load anything either.
 CONTENT_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
-    " img-src data: blob:; connect-src 'self'"
+    " img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none';"
+    " frame-ancestors 'none'"
 )
 HEADERS = {
     "Content-Security-Policy": CONTENT_POLICY,
@@ -64,9 +67,10 @@ def add_page(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
     @app.post("/sparsecut/strengths")
     async def strengths(request: Request) -> dict:
         context.check_token(request)
-        async with context.admit():
-            body = await context.read_json(request)
-            example = await context.run_reader(build_example, engine, config, body)
+        async with context.receive(request) as upload:
+            conversation = await context.run_reader(read_conversation, engine, config, upload.data)
+            fetched = await context.fetch_images(conversation.image_urls)
+            example = await context.run_reader(build_example, engine, config, conversation, fetched)
             try:
                 future = engine.run(lambda: measure_shortcuts(engine, example))
                 shortcuts = await asyncio.wrap_future(future)
@@ -104,20 +108,33 @@ def build_plan_facts(model, config: ServerConfig) -> dict:
     }
 
 
-def build_example(engine: Engine, config: ServerConfig, body: object) -> Example:
-    """The conversation of a request as an example, its images as the bytes of PNG files.
+def read_conversation(
+    engine: Engine, config: ServerConfig, data: bytes | bytearray
+) -> Conversation:
+    """The conversation of a request's JSON.
 
     Raises:
-        UserError: Where the conversation has no image or cannot be read.
+        UserError: Where it has no image or cannot be read.
     """
     limits = config.request_limits
-    messages = parse_conversation(body, limits)
-    conversation = build_conversation(messages, engine.image_token, limits)
+    messages = parse_conversation(read_json(data), limits)
+    conversation = build_conversation(messages, engine.image_token, limits, engine.reserved_tokens)
     if not conversation.image_urls:
         raise UserError(
             "the messages hold no image, and shortcuts add nothing without one; send an image"
         )
-    images = [read_image(url, config.image_limits) for url in conversation.image_urls]
+    return conversation
+
+
+def build_example(
+    engine: Engine, config: ServerConfig, conversation: Conversation, fetched: Mapping[str, bytes]
+) -> Example:
+    """A conversation as an example, its images as the bytes of PNG files.
+
+    Raises:
+        UserError: Where an image cannot be read, or all is too long.
+    """
+    images = [read_image(url, config.image_limits, fetched) for url in conversation.image_urls]
     prepared = [engine.prepare_image(image) for image in images]
     # Refuses what is too long before the model sees it.
     engine.prepare(conversation.messages, prepared, SamplingParams(max_new_tokens=1))

@@ -92,10 +92,10 @@ def run_site(context: ssl.SSLContext | None = None):
 @pytest.fixture
 def site(monkeypatch):
     """The site's URL; its address alone counts as public."""
-    is_public = image_fetching._is_public
+    is_public = image_fetching.is_public
     monkeypatch.setattr(
         image_fetching,
-        "_is_public",
+        "is_public",
         lambda address: str(address) == "127.0.0.1" or is_public(address),
     )
     with run_site() as port:
@@ -171,7 +171,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(site, monkeypatch):
         return create_connection(address, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    monkeypatch.setattr(image_fetching, "_is_public", lambda address: True)
+    monkeypatch.setattr(image_fetching, "is_public", lambda address: True)
     monkeypatch.setattr(socket, "create_connection", connect)
     assert fetch(f"http://turning.example:{port}/good", LIMITS) == make_png(20, 10)
     assert hosts == ["turning.example"]
@@ -270,7 +270,7 @@ def test_https_needs_a_certificate_of_that_host(tmp_path, monkeypatch):
     subprocess.run(command, check=True, capture_output=True)
     server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server_context.load_cert_chain(certificate, key)
-    monkeypatch.setattr(image_fetching, "find_public_address", lambda host, port: "127.0.0.1")
+    monkeypatch.setattr(image_fetching, "find_public_address", lambda *target: "127.0.0.1")
     with run_site(server_context) as port:
         url = f"https://images.example:{port}/good"
         with pytest.raises(UserError, match=r"self.signed"):
