@@ -25,13 +25,13 @@ from .adapters import load_adapters
 from .configuration import SparseCutConfig, SparseCutUpgradeConfig
 from .encoders import get_encoder, is_audio
 from .hooks import check_language_model
-from .loading import load_pretrained
+from .loading import HUB_ARGUMENTS, load_pretrained, load_weights
 from .modeling import SparseCutForConditionalGeneration
 from .modeling_upgraded import FACTS
 from .plan import Plan
 from .processing import SparseCutAudioProcessor, SparseCutProcessor, check_extractor
 from .schema import UserError
-from .upgrading import HUB_ARGUMENTS, load_fusion, read_processor
+from .upgrading import load_fusion, read_processor
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def build(
         complaint = (
             f"the weights of the language model {language} cannot be read; fetch the model again"
         )
-        language = load_pretrained(
+        language = load_weights(
             AutoModelForCausalLM, language, complaint, config=text_config, **settings
         )
     model = _join(config, get_encoder(vision), language)
@@ -227,7 +227,8 @@ def load(
             f"{folder} is a whole model with its own base and processor; leave out base and"
             " processor"
         )
-    config = _read_saved_config(folder)
+    hub = {name: value for name, value in from_pretrained.items() if name in HUB_ARGUMENTS}
+    config = _read_saved_config(folder, **hub)
     if not isinstance(config, SparseCutConfig | SparseCutUpgradeConfig):
         raise UserError(
             f"{folder} holds a model of type {config.model_type}, which is not SparseCut's;"
@@ -237,16 +238,17 @@ def load(
     complaint = f"the weights in {folder} cannot be read; save or fetch the model again"
     model = load_pretrained(AutoModelForImageTextToText, folder, complaint, **from_pretrained)
     load_adapters(model, Path(folder))
-    return model.eval(), read_processor(folder)
+    return model.eval(), read_processor(folder, **hub)
 
 
-def _read_saved_config(name: str | Path):
+def _read_saved_config(name: str | Path, **hub):
     """The configuration of a folder or hub name; UserError where there is none."""
     return load_pretrained(
         AutoConfig,
         name,
         f"there is no saved model {name} that can be read; give a folder with a whole model, or a"
         " hub name",
+        **hub,
     )
 
 
@@ -350,17 +352,9 @@ def _find_encoder(model: nn.Module, config) -> nn.Module:
 def _load_encoder(name: str, config, settings: dict) -> nn.Module:
     """The encoder of a checkpoint; UserError where weights are missing, which would be random."""
     complaint = f"the weights of the encoder {name} cannot be read; fetch the model again"
-    vision, info = load_pretrained(
-        AutoModel, name, complaint, config=config, output_loading_info=True, **settings
-    )
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UserError(
-            f"{name} holds no weights for {len(missing)} parts of the encoder {config.model_type},"
-            f" such as {missing[0]}; load the whole model, and give its encoder as a module,"
-            " with its image_processor"
-        )
-    return vision
+    # Shortcuts read blocks. Checkpoints of classifiers have no pooler.
+    optional = r"(^|\.)pooler\."
+    return load_weights(AutoModel, name, complaint, optional=optional, config=config, **settings)
 
 
 def _read_tool(auto_class, source, argument: str, hub: dict):

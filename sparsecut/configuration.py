@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from .encoders import PatchGrid, is_audio, read_grid
+from .loading import check_runs_no_code
 from .methods import make_plan
 from .plan import Plan
 from .registration import register_configurations, register_models
@@ -66,6 +67,12 @@ class SparseCutConfig(PreTrainedConfig):
         check_plan(self.vision_config, plan)
         self.plan = plan.to_dict()
         register_models(SparseCutConfig)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """The configuration that a file holds; UserError where it would fetch and run code."""
+        check_runs_no_code(config_dict, kwargs.get("name_or_path") or f"a {cls.model_type} model")
+        return super().from_dict(config_dict, **kwargs)
 
     def get_plan(self) -> Plan:
         """The plan as a `Plan`."""
@@ -132,6 +139,12 @@ class SparseCutUpgradeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         register_models(SparseCutUpgradeConfig)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """The configuration that a file holds; UserError where it would fetch and run code."""
+        check_runs_no_code(config_dict, kwargs.get("name_or_path") or f"a {cls.model_type} model")
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_base(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import traceback
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -10,20 +13,34 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from .schema import UserError
 
 ImageSource = Image.Image | str | Path
 PACKAGE = str(Path(__file__).parent)
 FILE_ERRORS = (OSError, SafetensorError, StrictDataclassError)  # whoever reads the file
+# Arguments that say how to reach the hub. They go to configurations, tokenizers and image
+# processors too.
+HUB_ARGUMENTS = (
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "revision",
+    "subfolder",
+    "trust_remote_code",
+)
+FLASH_PACKAGES = ("flash_attn", "flash_attn_3", "flash_attn_interface")
 
 
 def load_pretrained(kind, name, complaint: str, **settings):
     """Call `kind.from_pretrained`.
 
     A damaged file makes transformers and tokenizers raise almost any error. Each means that the
-    folder cannot be read, unless our own code was running.
+    folder cannot be read, unless it arose in our own code. No code is run that the folder names or
+    brings, unless `trust_remote_code` is set.
 
     Args:
         kind: A class with `from_pretrained`, such as AutoConfig.
@@ -32,9 +49,13 @@ def load_pretrained(kind, name, complaint: str, **settings):
         **settings: Further arguments of `from_pretrained`.
 
     Raises:
-        UserError: There is no such folder or hub name, or it is damaged.
+        UserError: There is no such folder or hub name, or it is damaged, or it asks for code.
     """
+    if kind.__name__.startswith("Auto"):
+        settings = {"trust_remote_code": False, **settings}
     try:
+        if kind.__name__.startswith(("AutoConfig", "AutoModel")):
+            _check_configuration_file(name, settings)
         return kind.from_pretrained(name, **settings)
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -47,12 +68,127 @@ def load_pretrained(kind, name, complaint: str, **settings):
 
 
 def _arose_in_our_code(error: Exception) -> bool:
-    """Whether code of this package ran below the call; its own `from_pretrained` only passes on."""
-    for frame, _ in traceback.walk_tb(error.__traceback__.tb_next):
-        code = frame.f_code
-        if code.co_filename.startswith(PACKAGE) and code.co_name != "from_pretrained":
-            return True
-    return False
+    """Whether a line of this package raised it, and not what that line called."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_code.co_filename.startswith(PACKAGE)
+
+
+def load_weights(kind, name, complaint: str, *, optional: str = r"(?!)", **settings) -> nn.Module:
+    """Call `kind.from_pretrained` for a model that others have saved.
+
+    Args:
+        kind: The model's class, or an Auto class.
+        name: A folder or hub name; its file may hold other parts than this model too.
+        complaint: As in `load_pretrained`.
+        optional: A pattern of weights that may be missing, because nothing reads them.
+        **settings: Further arguments of `from_pretrained`.
+
+    Raises:
+        UserError: The model cannot be read, or some of its weights would be random.
+    """
+    model, info = load_pretrained(kind, name, complaint, output_loading_info=True, **settings)
+    check_loaded_weights(model, info, str(name), is_part=True, optional=optional)
+    return model
+
+
+def _check_configuration_file(name, settings: dict) -> None:
+    """`check_runs_no_code` for the config.json of a folder or hub name, before it is used."""
+    if settings.get("trust_remote_code") or settings.get("gguf_file"):
+        return
+    hub = {key: settings[key] for key in HUB_ARGUMENTS if key in settings}
+    values, _ = PreTrainedConfig.get_config_dict(name, **hub | {"force_download": False})
+    check_runs_no_code(values, str(name))
+
+
+def check_runs_no_code(values: dict, source: str) -> None:
+    """Raise UserError where a configuration makes transformers fetch code from the hub and run it.
+
+    Args:
+        values: What a configuration file holds, with all that is nested in it.
+        source: Where it comes from, for the error.
+    """
+    for key, name in _find_implementations(values):
+        if _is_fetched(name):
+            raise UserError(
+                f"the configuration of {source} has {key}={name!r}, which makes transformers fetch"
+                " and run code; take it out of the file, or give trust_remote_code=True if you"
+                " trust that code"
+            )
+
+
+def _find_implementations(values, inside: bool = False) -> Iterator[tuple[str, str]]:
+    """Yield (key, name) wherever a configuration names how attention or experts are computed."""
+    pairs = values.items() if isinstance(values, dict) else enumerate(values)
+    for key, value in pairs:
+        is_name = inside or "_implementation" in str(key)
+        if isinstance(value, dict | list):
+            yield from _find_implementations(value, is_name)
+        elif is_name and isinstance(value, str):
+            yield key, value
+
+
+def _is_fetched(implementation: str) -> bool:
+    """Whether transformers takes an implementation from the hub, for want of an own one."""
+    name = implementation.rpartition("|")[2]
+    if name.startswith("flash_attention_") and find_spec("kernels") is not None:
+        return not any(find_spec(package) for package in FLASH_PACKAGES)
+    return "/" in name
+
+
+def check_loaded_weights(
+    model: nn.Module, info: dict, source: str, *, is_part: bool = False, optional: str = r"(?!)"
+) -> None:
+    """Raise UserError where weights of a model would be random, or weights of its file be lost.
+
+    Args:
+        model: What `from_pretrained` has loaded.
+        info: What it says about missing and unexpected weights.
+        source: Where the weights come from, for the error.
+        is_part: The file may hold other parts too. Then only weights of this model's own kinds of
+            layers need a place in it, such as those of a layer beyond its depth.
+        optional: A pattern of names that may be missing, because nothing reads them.
+    """
+    missing = [name for name in sorted(info["missing_keys"]) if not re.search(optional, name)]
+    unknown = sorted(info["unexpected_keys"])
+    if is_part:
+        unknown = _find_surplus(model, unknown)
+    if missing or unknown:
+        raise UserError(
+            f"the weights in {source} are not those of the {type(model).__name__} that its"
+            f" configuration describes: {describe_names(missing)} are missing and would be random,"
+            f" {describe_names(unknown)} have no place in it; give the folder or hub name of the"
+            " whole model, or save or fetch it again"
+        )
+
+
+def _find_surplus(model: nn.Module, names: list[str]) -> list[str]:
+    """The names that belong to layers as the model has them; numbers of layers do not count."""
+    owners = {_without_numbers(name.rpartition(".")[0]) for name, _ in model.named_parameters()}
+    return [name for name in names if _without_numbers(name.rpartition(".")[0]) in owners - {""}]
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\b\d+\b", "*", name)
+
+
+def describe_names(names: list[str]) -> str:
+    """How many names there are, and the first three."""
+    return f"{len(names)} ({', '.join(names[:3])})" if names else "none"
+
+
+def check_finite(module: nn.Module, source: str) -> None:
+    """Raise UserError where a parameter holds NaN or infinity, as after a diverged training."""
+    for name, parameter in module.named_parameters():
+        # A sum is much quicker than a mask, and finite only if all values are (float32 holds it).
+        is_read = parameter.is_floating_point() and parameter.device.type != "meta"
+        if not is_read or parameter.detach().sum(dtype=torch.float32).isfinite():
+            continue
+        if not parameter.detach().isfinite().all():
+            raise UserError(
+                f"the weight {name} in {source} holds values that are not numbers (NaN or"
+                " infinity), so every answer would be wrong; use an earlier checkpoint, or save or"
+                " fetch the model again"
+            )
 
 
 def read_tensors(file: Path, remedy: str) -> dict[str, Tensor]:

@@ -39,6 +39,8 @@ from .modeling_base import (
     get_requested_records,
     has_begun,
     has_part_below_head,
+    ignore_placeholder,
+    mask_placeholder,
     record_encoder,
     share_modules,
     without_head,
@@ -425,11 +427,17 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
             **optional,
             **kwargs,
         )
-        logits = self._mask_placeholder(outputs.logits)
+        logits = mask_placeholder(self.config, outputs.logits)
         loss = None
         if labels is not None:
+            if kwargs.get("shift_labels") is not None:
+                shifted = ignore_placeholder(self.config, kwargs["shift_labels"])
+                kwargs = {**kwargs, "shift_labels": shifted}
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs
+                logits=logits,
+                labels=ignore_placeholder(self.config, labels),
+                vocab_size=logits.shape[-1],
+                **kwargs,
             )
             if image_hidden_states is None and self.training:
                 loss = loss + self.zero_from_fusion()
@@ -441,9 +449,3 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
             image_hidden_states=image_hidden_states,
             **{CACHE: get_cache(outputs)},
         )
-
-    def _mask_placeholder(self, logits: Tensor) -> Tensor:
-        if not self.config.mask_image_token:
-            return logits
-        placeholder = torch.tensor([self.config.image_token_id], device=logits.device)
-        return logits.index_fill(-1, placeholder, torch.finfo(logits.dtype).min)

@@ -21,8 +21,11 @@ from transformers.modeling_outputs import (
 from .encoders import PatchGrid, encoder_inputs
 from .fusion import Fusion
 from .hooks import CACHE_NAMES, remove_gradient_hooks
+from .loading import check_finite, check_loaded_weights
 from .plan import Plan
 from .schema import UserError
+
+IGNORED = -100  # a label that does not count in the loss
 
 
 class SparseCutPreTrainedModel(PreTrainedModel):
@@ -57,6 +60,27 @@ class SparseCutPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _skip_keys_device_placement: ClassVar[list] = list(CACHE_NAMES)
     _no_split_modules: ClassVar[list] = ["Fusion", "ContextGate"]
+
+    @classmethod
+    def from_pretrained(cls, name, *args, output_loading_info: bool = False, **settings):
+        """Load a model as transformers does, and refuse one whose weights are not all its own.
+
+        Args:
+            name: A folder or a hub name. With `state_dict={}` instead the model is a new one.
+            *args: As transformers takes them.
+            output_loading_info: Return what is missing and unknown too, and refuse nothing.
+            **settings: As transformers takes them.
+
+        Raises:
+            UserError: Weights are missing, unknown or not finite.
+        """
+        model, info = super().from_pretrained(name, *args, output_loading_info=True, **settings)
+        if output_loading_info:
+            return model, info
+        if name is not None or settings.get("state_dict"):
+            check_loaded_weights(model, info, str(name or "state_dict"))
+            check_finite(model, str(name or "state_dict"))
+        return model
 
     @property
     def saves_fusion_only(self) -> bool:
@@ -323,6 +347,21 @@ def check_image_tokens(
     if not warn_only:
         raise UserError(message)
     warnings.warn(f"{message}. Here image tokens are read as text", stacklevel=3)
+
+
+def mask_placeholder(config, logits: Tensor) -> Tensor:
+    """Give the placeholder's logit the lowest value where `config.mask_image_token` is set."""
+    if not config.mask_image_token:
+        return logits
+    placeholder = torch.tensor([config.image_token_id], device=logits.device)
+    return logits.index_fill(-1, placeholder, torch.finfo(logits.dtype).min)
+
+
+def ignore_placeholder(config, labels: Tensor) -> Tensor:
+    """Labels that do not count a placeholder which `mask_placeholder` makes impossible."""
+    if not config.mask_image_token:
+        return labels
+    return labels.masked_fill(labels == config.image_token_id, IGNORED)
 
 
 def check_pixels(pixel_values: Tensor, grid: PatchGrid, plan: Plan) -> None:

@@ -17,6 +17,7 @@ from .families import get_family
 from .fusion import Fusion
 from .hooks import get_unsplit_classes, name_cache
 from .modeling_base import (
+    IGNORED,
     SparseCutPreTrainedModel,
     has_part_below_head,
     share_modules,
@@ -32,7 +33,6 @@ from .upgrade_hooks import (
     shortcuts_active,
 )
 
-IGNORED = -100  # a label that does not count in the loss
 WEIGHTS, FACTS = "fusion.safetensors", "fusion.json"
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from .configuration import SparseCutUpgradeConfig
 from .families import VLMFamily, get_family
 from .fingerprint import base_hash
-from .loading import load_pretrained, read_tensors
+from .loading import HUB_ARGUMENTS, check_finite, load_pretrained, load_weights, read_tensors
 from .methods import make_plan
 from .modeling_upgraded import FACTS, WEIGHTS, SparseCutUpgrade
 from .plan import Plan
@@ -26,11 +26,11 @@ from .upgrade_hooks import get_encoder_depth
 # Width of the language model over the inner width of a projector, in the default plan.
 NARROWING = 16
 SMALLEST_RANK = 16
+UNREADABLE = (
+    "the base {name} could not be read as a pretrained VLM; give a folder, a hub name or a loaded"
+    " model"
+)
 FACT_NAMES = {"base", "base_type", "base_digest", "plan", "depths"}  # of fusion.json
-
-# Arguments that say how to reach the hub. They go to configurations, tokenizers and image
-# processors too.
-HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
 
 
 def upgrade(
@@ -65,7 +65,7 @@ def upgrade(
     if not isinstance(base, nn.Module):
         hub = {name: value for name, value in from_pretrained.items() if name in HUB_ARGUMENTS}
         processor = processor or read_processor(base, **hub)
-        base = _load(AutoModelForImageTextToText, base, dtype=dtype, **from_pretrained)
+        base = _load_base(base, dtype=dtype, **from_pretrained)
     base = _unwrap_peft(base)
     if isinstance(base, SparseCutUpgrade):
         raise UserError(
@@ -141,7 +141,7 @@ def load_fusion(
         raise UserError(f"the shortcuts in {folder} name no base; give it as base=...")
     name = base if isinstance(base, str | Path) else facts["base"]
     if not isinstance(base, nn.Module):
-        base = _load(AutoModelForImageTextToText, name, **from_pretrained)
+        base = _load_base(name, **from_pretrained)
     base = _unwrap_peft(base)
     _check_base(folder, facts, base, check_weights=check_base)
     if processor is None:
@@ -162,6 +162,7 @@ def load_fusion(
             f" {problems.missing_keys[:3]}, not expected are {problems.unexpected_keys[:3]}; save"
             " the shortcuts again with save_fusion"
         )
+    check_finite(model.fusion, str(folder / WEIGHTS))
     return model, processor
 
 
@@ -230,14 +231,10 @@ def resolve_plan(base: PreTrainedModel, plan: str | dict | Plan | None) -> tuple
     return plan, family
 
 
-def _load(auto_class, name, **from_pretrained):
-    return load_pretrained(
-        auto_class,
-        name,
-        f"the base {name} could not be read as a pretrained VLM; give a folder, a hub name or a"
-        " loaded model",
-        **from_pretrained,
-    )
+def _load_base(name, **from_pretrained) -> PreTrainedModel:
+    """A pretrained VLM; UserError where it cannot be read or some weights would be random."""
+    complaint = UNREADABLE.format(name=name)
+    return load_weights(AutoModelForImageTextToText, name, complaint, **from_pretrained)
 
 
 def read_processor(name: str | Path, **hub):
@@ -247,7 +244,7 @@ def read_processor(name: str | Path, **hub):
         UserError: It cannot be read. transformers silently returns a part of it, such as the
             tokenizer, where the processor's class is not known; this is refused too.
     """
-    processor = _load(AutoProcessor, name, **hub)
+    processor = load_pretrained(AutoProcessor, name, UNREADABLE.format(name=name), **hub)
     if not isinstance(processor, ProcessorMixin):
         settings = getattr(processor, "init_kwargs", {})
         wanted = settings.get("processor_class") or "its processor"

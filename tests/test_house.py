@@ -39,7 +39,6 @@ ASSEMBLY = [
     "prompts",
     "chat",
     "drawing",
-    "loading",
 ]
 # The lazy registration of the Auto classes: a configuration's end registers its model class.
 AGAINST_THE_GRAIN = {"registration"}

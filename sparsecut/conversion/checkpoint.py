@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ..building import save
-from ..loading import load_pretrained, read_tensors
+from ..loading import load_pretrained, load_weights, read_tensors
 from ..modeling import SparseCutForConditionalGeneration
 from ..processing import SparseCutProcessor
 from ..schema import UserError, read_json_file
@@ -187,7 +187,7 @@ def _read_all_weights(
     weights = read_weights(checkpoint)
     if not any(name.startswith(VISION) for name in weights):
         complaint = f"the weights of the vision tower {vision} cannot be read; fetch it again"
-        tower = load_pretrained(AutoModel, vision, complaint, config=vision_config)
+        tower = load_weights(AutoModel, vision, complaint, config=vision_config)
         weights |= {VISION + name: tensor for name, tensor in tower.state_dict().items()}
     return weights
 
