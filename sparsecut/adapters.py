@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .schema import UserError
+from .loading import check_finite, check_loaded_weights, read_tensors
+from .schema import UserError, check_choice, read_json_file
 
 FOLDER = "adapters"  # beside a saved model; it has one folder of PEFT's per part with an adapter
+REMEDY = "remove that checkpoint and continue from an earlier one"
 LORA = ":lora"  # follows a part's name in `train`: its adapter is trained, and the part is frozen
 
 
@@ -103,34 +103,82 @@ def save_adapters(model: nn.Module, folder: Path) -> None:
 
 
 def load_adapters(model: nn.Module, folder: Path) -> None:
-    """Add the adapters saved beside a model to its parts."""
-    for config_file in sorted((folder / FOLDER).glob("*/adapter_config.json")):
-        source = config_file.parent
+    """Add the adapters saved beside a model to its parts.
+
+    Raises:
+        UserError: An adapter is of no part of the model, cannot be read, or has other weights.
+    """
+    for source in sorted((folder / FOLDER).glob("*/")):
         module = get_part_module(model, source.name)
         adapter = _load_adapter(module, source)
+        _check_adapter(adapter, source)
         get_adapters(model)[source.name] = adapter.eval()
 
 
 def _load_adapter(module: nn.Module, source: Path):
+    settings = read_json_file(source / "adapter_config.json")
+    if settings.get("megatron_config"):
+        raise UserError(
+            f"the adapter in {source} has megatron_config, which makes PEFT import the module that"
+            " its configuration names; take it out of adapter_config.json"
+        )
     peft_model = import_peft().PeftModel
     try:
         return peft_model.from_pretrained(module, str(source), is_trainable=True)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # whatever a damaged file leads to
         raise UserError(
             f"the adapter in {source} cannot be read ({type(error).__name__}: {error}); save or"
             " fetch the model again"
         ) from error
 
 
+def _check_adapter(adapter, source: Path) -> None:
+    """Raise UserError where weights of an adapter were not in its file, or have no place in it."""
+    peft = import_peft()
+    found = set(peft.load_peft_weights(str(source), device="cpu"))
+    expected = set(peft.get_peft_model_state_dict(adapter, save_embedding_layers=False))
+    # A file may hold layers of the model itself, such as its embeddings.
+    own = {
+        f"base_model.model.{_strip_layer(name)}" for name in adapter.get_base_model().state_dict()
+    }
+    info = {"missing_keys": expected - found, "unexpected_keys": found - expected - own}
+    check_loaded_weights(adapter, info, str(source))
+    check_finite(adapter, str(source))
+
+
 def load_checkpoint(model: nn.Module, folder: Path) -> None:
-    """Load the weights of a checkpoint, adapters included, into a model with the same adapters."""
-    current_names = {_strip_layer(name): name for name in model.state_dict()}
-    for path in sorted(folder.glob("model*.safetensors")):
-        weights = {current_names[name]: value for name, value in load_file(path).items()}
-        model.load_state_dict(weights, strict=False)
+    """Load the weights of a checkpoint, adapters included, into a model with the same adapters.
+
+    Raises:
+        UserError: The checkpoint lacks weights of the model, or holds others.
+    """
+    files = sorted(folder.glob("model*.safetensors"))
+    weights = {}
+    for path in files:
+        weights |= read_tensors(path, REMEDY)
+    if files:
+        _load_all_weights(model, weights, folder)
     for part, adapter in get_adapters(model).items():
-        weights = load_file(folder / FOLDER / part / "adapter_model.safetensors")
+        source = folder / FOLDER / part
+        weights = read_tensors(source / "adapter_model.safetensors", REMEDY)
         import_peft().set_peft_model_state_dict(adapter, weights)
+        _check_adapter(adapter, source)
+
+
+def _load_all_weights(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+    """Give a model all its weights but those of adapters; tied ones need to be there once."""
+    current = model.state_dict()
+    names = {_strip_layer(name): name for name in current if ".lora_" not in name}
+    loaded = {current[names[name]].data_ptr() for name in weights if name in names}
+    absent = [name for name in names if name not in weights]
+    info = {
+        "missing_keys": [name for name in absent if current[names[name]].data_ptr() not in loaded],
+        "unexpected_keys": set(weights) - set(names),
+    }
+    check_loaded_weights(model, info, str(folder))
+    model.load_state_dict({names[name]: x for name, x in weights.items()}, strict=False)
 
 
 def strip_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -144,8 +192,14 @@ def _strip_layer(name: str) -> str:
 
 
 def get_part_module(model: nn.Module, part: str) -> nn.Module:
-    """The module that a part's adapter is added to; part: "vision" or "language"."""
-    return {"vision": model.vision_backbone, "language": model.language_backbone}[part]()
+    """The module that a part's adapter is added to; part: "vision" or "language".
+
+    Raises:
+        UserError: No adapter can be added to this part.
+    """
+    modules = {"vision": model.vision_backbone, "language": model.language_backbone}
+    check_choice("the part with an adapter", part, modules)
+    return modules[part]()
 
 
 def import_peft():

@@ -15,7 +15,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from .configuration import SparseCutUpgradeConfig
 from .families import VLMFamily, get_family
 from .fingerprint import base_hash
-from .loading import HUB_ARGUMENTS, check_finite, load_pretrained, load_weights, read_tensors
+from .loading import (
+    HUB_ARGUMENTS,
+    check_finite,
+    check_loaded_weights,
+    load_pretrained,
+    load_weights,
+    read_tensors,
+)
 from .methods import make_plan
 from .modeling_upgraded import FACTS, WEIGHTS, SparseCutUpgrade
 from .plan import Plan
@@ -136,7 +143,7 @@ def load_fusion(
         UserError: The folder cannot be read, or the base or the weights do not fit.
     """
     folder = Path(folder)
-    facts, weights = _read_fusion(folder)
+    facts = read_facts(folder)
     if base is None and facts["base"] is None:
         raise UserError(f"the shortcuts in {folder} name no base; give it as base=...")
     name = base if isinstance(base, str | Path) else facts["base"]
@@ -149,27 +156,33 @@ def load_fusion(
         source = folder if (folder / PROCESSOR_FILE).is_file() else name
         processor = None if source is None else read_processor(source)
     model, processor = upgrade(base, Plan.from_dict(facts["plan"]), processor=processor)
-    try:
-        problems = model.fusion.load_state_dict(weights, strict=False)
-    except RuntimeError as error:  # weights of another size
-        raise UserError(
-            f"the weights {folder / WEIGHTS} do not fit the plan in {FACTS} ({error}); save the"
-            " shortcuts again with save_fusion"
-        ) from error
-    if problems.missing_keys or problems.unexpected_keys:
-        raise UserError(
-            f"the weights {folder / WEIGHTS} do not fit the plan in {FACTS}: missing are"
-            f" {problems.missing_keys[:3]}, not expected are {problems.unexpected_keys[:3]}; save"
-            " the shortcuts again with save_fusion"
-        )
-    check_finite(model.fusion, str(folder / WEIGHTS))
+    load_fusion_weights(model.fusion, folder)
     return model, processor
 
 
-def _read_fusion(folder: Path) -> tuple[dict, dict]:
-    """Facts and weights of a folder of shortcuts."""
-    remedy = f"give a folder with {FACTS} and {WEIGHTS}, as save_fusion writes it"
-    return read_facts(folder), read_tensors(folder / WEIGHTS, remedy)
+def load_fusion_weights(fusion: nn.Module, folder: Path) -> None:
+    """Give a fusion the weights of saved shortcuts.
+
+    Raises:
+        UserError: The file is damaged, or its weights are not finite or not those of this fusion.
+    """
+    file = folder / WEIGHTS
+    weights = read_tensors(
+        file, f"give a folder with {FACTS} and {WEIGHTS}, as save_fusion writes it"
+    )
+    try:
+        problems = fusion.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # weights of another size
+        raise UserError(
+            f"the weights {file} do not fit the plan in {FACTS} ({error}); save the shortcuts again"
+            " with save_fusion"
+        ) from error
+    info = {
+        "missing_keys": problems.missing_keys,
+        "unexpected_keys": problems.unexpected_keys,
+    }
+    check_loaded_weights(fusion, info, str(file))
+    check_finite(fusion, str(file))
 
 
 def read_facts(folder: Path) -> dict:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import rotate_checkpoints
@@ -25,6 +24,7 @@ from ..data.packing import LengthGroupedSampler, PackedDataset, check_packing
 from ..data.streaming import Stream
 from ..modeling_upgraded import WEIGHTS
 from ..schema import UserError
+from ..upgrading import load_fusion_weights
 from .freezing import freeze_unused_vision_blocks, get_frozen_modules, get_part_names
 from .progress import StageLog
 from .run_dir import (
@@ -419,10 +419,9 @@ class StageTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Load what `_save` has written."""
-        folder = Path(resume_from_checkpoint)
-        has_fusion = (folder / WEIGHTS).is_file()
-        if self.is_sharded or not (has_fusion or get_adapters(self.model)):
+        if self.is_sharded:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if has_fusion:
-            self.model.fusion.load_state_dict(load_file(folder / WEIGHTS))
+        folder = Path(resume_from_checkpoint)
+        if (folder / WEIGHTS).is_file():
+            load_fusion_weights(self.model.fusion, folder)
         load_checkpoint(self.model, folder)
