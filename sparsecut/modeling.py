@@ -430,15 +430,8 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
         logits = mask_placeholder(self.config, outputs.logits)
         loss = None
         if labels is not None:
-            if kwargs.get("shift_labels") is not None:
-                shifted = ignore_placeholder(self.config, kwargs["shift_labels"])
-                kwargs = {**kwargs, "shift_labels": shifted}
-            loss = self.loss_function(
-                logits=logits,
-                labels=ignore_placeholder(self.config, labels),
-                vocab_size=logits.shape[-1],
-                **kwargs,
-            )
+            targets = ignore_placeholder(self.config, labels=labels, **kwargs)
+            loss = self.loss_function(logits=logits, vocab_size=logits.shape[-1], **targets)
             if image_hidden_states is None and self.training:
                 loss = loss + self.zero_from_fusion()
         return SparseCutCausalLMOutputWithPast(

@@ -357,11 +357,20 @@ def mask_placeholder(config, logits: Tensor) -> Tensor:
     return logits.index_fill(-1, placeholder, torch.finfo(logits.dtype).min)
 
 
-def ignore_placeholder(config, labels: Tensor) -> Tensor:
-    """Labels that do not count a placeholder which `mask_placeholder` makes impossible."""
+def ignore_placeholder(config, **arguments) -> dict:
+    """Arguments of a loss whose labels leave out what `mask_placeholder` makes impossible.
+
+    Args:
+        config: The model's configuration.
+        **arguments: With `labels` [B, L], and `shift_labels` where the caller has shifted them.
+    """
     if not config.mask_image_token:
-        return labels
-    return labels.masked_fill(labels == config.image_token_id, IGNORED)
+        return arguments
+    for name in ("labels", "shift_labels"):
+        labels = arguments.get(name)
+        if labels is not None:
+            arguments[name] = labels.masked_fill(labels == config.image_token_id, IGNORED)
+    return arguments
 
 
 def check_pixels(pixel_values: Tensor, grid: PatchGrid, plan: Plan) -> None:

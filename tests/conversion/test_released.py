@@ -211,6 +211,31 @@ def test_the_placeholder_is_appended_and_has_no_probability(cross_mlp):
     assert F.softmax(logits, -1)[..., 50].max() == 0
 
 
+@pytest.mark.parametrize("is_shifted", [False, True])
+def test_labels_at_image_tokens_do_not_count(cross_mlp, is_shifted):
+    weights, configs, _ = cross_mlp
+    model = from_released(weights, **configs, fusion="cross_mlp").train()
+    ids, mask = expand_rows([[1, 4, -200, 8, 9]], model.config.image_token_id)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": torch.randn(1, 5, 3, 32, 32),
+    }
+
+    def compute_loss(labels, **more):
+        if is_shifted:
+            more["shift_labels"] = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        return model(**inputs, labels=labels, **more).loss
+
+    placeholders = ids == model.config.image_token_id
+    hidden = ids.masked_fill(placeholders, -100)
+    assert placeholders.sum() > 1 and compute_loss(ids).isfinite()
+    assert torch.equal(compute_loss(ids), compute_loss(hidden))
+    assert torch.equal(*(compute_loss(x, num_items_in_batch=9) for x in (ids, hidden)))
+    compute_loss(ids).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_lists_are_cut_to_what_fires():
     plan = make_released_plan("cross_mlp", 24, 32)
     assert [s.layer for s in plan.shortcuts] == [0, 4, 9, 14, 19, 24, 29]
