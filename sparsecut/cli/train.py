@@ -23,6 +23,9 @@ def train(
     resume: Annotated[
         bool, option("Continue after the last finished stage or checkpoint.", "--resume")
     ] = False,
+    overwrite: Annotated[
+        bool, option("Replace the run that the output folder holds.", "--overwrite")
+    ] = False,
     dry_run: Annotated[
         bool,
         option("Estimate sizes, memory, steps and hours without loading weights.", "--dry-run"),
@@ -43,7 +46,7 @@ def train(
         raise UserError("--json prints a dry run, so it needs --dry-run; add it")
     from ..training.stages import train
 
-    model, processor = train(loaded_recipe, check=check, resume=resume)
+    model, processor = train(loaded_recipe, check=check, resume=resume, overwrite=overwrite)
     if check:
         typer.echo(f"{recipe} can be trained")
         return

@@ -21,6 +21,7 @@ from ..schema import (
     check_pattern,
     check_types,
     make_tuples,
+    write_text_file,
 )
 from .overrides import override
 from .yaml_io import dump_yaml, read_yaml_file, rename_key, to_lists
@@ -415,7 +416,7 @@ def dump_recipe(recipe: Recipe, path: str | Path) -> None:
     for holder in (*plain["stages"], plain.get("evaluate", {})):
         if len(holder.get("data", ())) == 1:
             holder["data"] = holder["data"][0]
-    Path(path).write_text(dump_yaml(to_lists(plain)), encoding="utf-8")
+    write_text_file(path, dump_yaml(to_lists(plain)))
 
 
 def _drop_empty(items: list[tuple[str, Any]]) -> dict:

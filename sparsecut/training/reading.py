@@ -46,6 +46,7 @@ class RunInputs:
         check: Whether to stop before the first step; every image is then opened.
         num_finished: Stages that are complete on disk already, where the run is resumed.
         resume: Whether to continue what the output folder holds.
+        overwrite: Whether to replace what it holds.
     """
 
     recipe: Recipe
@@ -57,10 +58,15 @@ class RunInputs:
     check: bool
     num_finished: int
     resume: bool
+    overwrite: bool
 
 
 def read_inputs(
-    recipe: Recipe | str | Path, *, check: bool = False, resume: bool = False
+    recipe: Recipe | str | Path,
+    *,
+    check: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> RunInputs:
     """Read everything that a recipe names, except for models.
 
@@ -68,6 +74,7 @@ def read_inputs(
         recipe: The recipe, or its file.
         check: Whether the run stops before the first step; images of `evaluate` are then opened.
         resume: Whether to continue what the output folder holds.
+        overwrite: Whether to replace what it holds.
 
     Returns:
         What was read.
@@ -79,7 +86,7 @@ def read_inputs(
         recipe = load_recipe(recipe)
     output = Path(expand_path(recipe.output))
     arguments = [build_arguments(stage, recipe.seed, output) for stage in recipe.stages]
-    check_output(recipe, output, resume=resume or check)
+    check_output(recipe, output, resume=resume, overwrite=overwrite, check=check)
     problems: list[RecordError] = []
     sources = [_read_sources(stage, problems) for stage in recipe.stages]
     evaluation_examples = _read_evaluation(recipe, problems)
@@ -97,6 +104,7 @@ def read_inputs(
         check=check,
         num_finished=count_finished_stages(recipe, output) if continues else 0,
         resume=resume,
+        overwrite=overwrite,
     )
 
 

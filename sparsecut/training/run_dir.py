@@ -1,8 +1,8 @@
-"""What a run leaves on disk, and which of it is complete.
+"""What a run leaves on disk: what may be written, continued, replaced and removed.
 
-This is the part of training that a power cut, a full disk or a kill must not spoil. Every stage and
-every checkpoint has a marker file, which is written last. What lacks its marker was being written
-when the run ended: it is removed, and the run goes on from what was complete before.
+This is the part of training that a power cut, a full disk or a kill must not spoil. Every stage has
+a marker file, which is written last (`checkpoints` does the same inside a stage). What is not of a
+run of ours is neither removed nor written over, and what is, only where the user says so.
 """
 
 from __future__ import annotations
@@ -11,25 +11,32 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
-import zipfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as hf_logging
 
 from ..adapters import FOLDER as ADAPTERS
 from ..config.paths import check_writable_folder
 from ..config.recipe import Recipe, Stage, dump_recipe, load_recipe
-from ..schema import UserError, read_json_file
+from ..evaluation.output_dir import PREDICTIONS, RESULT, SETTINGS
+from ..schema import UserError, write_text_file
+from .checkpoints import (
+    check_intact,
+    check_known,
+    find_checkpoints,
+    last_checkpoint,
+    remove_incomplete,
+)
 
+RECIPE = "config.yaml"
 FINISHED = "versions.json"  # the marker of a stage
-WHOLE = "whole.json"  # the marker of a checkpoint inside a stage
+LOG = "log.jsonl"
 SKIPPED = "skipped.txt"  # one line about each record that was left out
+FINAL = "final"
 PACKAGES = ("sparsecut", "torch", "transformers", "accelerate", "tokenizers", "pillow", "numpy")
-GIB = 2**30
 # Arguments that may differ between a run and its continuation, by the beginning of their names.
 HARMLESS = (
     "logging",
@@ -44,47 +51,154 @@ HARMLESS = (
     "hub",
     "disable_tqdm",
 )
+HARMFUL = ("dataloader_drop_last",)  # begins as a harmless one does, but changes batches
+# What a stage's folder holds of ours. A file of the same folder with another name stays.
+STAGE_FILES = (
+    RECIPE,
+    "plan.json",
+    LOG,
+    SKIPPED,
+    "training_args.bin",
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "fusion.safetensors",
+    "fusion.json",
+    "config.json",
+    "generation_config.json",
+    "*processor_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    f"{ADAPTERS}/*/adapter_config.json",
+    f"{ADAPTERS}/*/adapter_model.safetensors",
+    f"{ADAPTERS}/*/README.md",
+)
 
 
-def check_output(recipe: Recipe, output: Path, *, resume: bool) -> None:
+def check_output(
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    check: bool = False,
+) -> None:
     """Check that a run may write to its output folder.
-
-    The same recipe may run again after it has finished, because it gives the same result.
 
     Args:
         recipe: The recipe that is to run.
         output: Its output folder, which need not exist.
         resume: Whether an unfinished run there is to be continued.
+        overwrite: Whether a run there is to be replaced.
+        check: Whether the run only checks its recipe, and writes nothing.
 
     Raises:
-        UserError: If the folder holds a run of another recipe, or an unfinished run that is not to
-            be continued.
+        UserError: If the folder holds a run of another recipe, a run that is neither to be
+            continued nor replaced, a checkpoint that cannot be continued, or something else under a
+            name that the run needs.
     """
+    if resume and overwrite:
+        raise UserError("a run is either continued or replaced; give one of --resume, --overwrite")
     check_writable_folder(output)
-    recipe_file = output / "config.yaml"
-    if not recipe_file.is_file():
+    previous = read_previous(output)
+    _check_names_are_free(recipe, previous, output)
+    if previous is None or overwrite or not _has_trained(previous, output):
         return
-    changed = _find_differences(load_recipe(recipe_file), recipe)
+    changed = _find_differences(previous, recipe)
     if changed:
         raise UserError(
             f"{output} holds a run of another recipe (it differs in {', '.join(changed)}); choose"
-            " another folder (output=...) or remove this one"
+            " another folder (output=...), or add --overwrite to replace that run"
         )
+    if resume:
+        _check_continues(recipe, output)
+    elif not check:
+        _refuse_previous(recipe, output)
+
+
+def read_previous(output: Path) -> Recipe | None:
+    """The recipe of the run that a folder holds, None where it holds none.
+
+    Raises:
+        UserError: The folder has a file of that name, but it is no recipe.
+    """
+    file = output / RECIPE
+    if not file.is_file():
+        return None
+    try:
+        return load_recipe(file)
+    except UserError as error:
+        raise UserError(
+            f"{output} holds a {RECIPE} that is not the recipe of a run ({error}); choose another"
+            " folder (output=...), or move that file away"
+        ) from error
+
+
+def _check_names_are_free(recipe: Recipe, previous: Recipe | None, output: Path) -> None:
+    """Raise UserError where something that is not ours has a name that the run needs."""
+    ours = set() if previous is None else set(_name_folders(previous))
+    for name in _name_folders(recipe):
+        path = output / name
+        if name in ours or not path.exists():
+            continue
+        if not path.is_dir() or any(path.iterdir()):
+            raise UserError(
+                f"{path} is there already, but no run of this folder has written it; choose another"
+                " folder (output=...), or move it away"
+            )
+
+
+def _name_folders(recipe: Recipe) -> list[str]:
+    return [*(stage.name for stage in recipe.stages), FINAL]
+
+
+def _has_trained(recipe: Recipe, output: Path) -> bool:
+    """Whether a run has taken a step that it logged, or has written weights."""
+    for name in _name_folders(recipe):
+        folder = output / name
+        log = folder / LOG
+        has_log = log.is_file() and log.stat().st_size > 0
+        if has_log or (folder / FINISHED).is_file() or find_checkpoints(folder):
+            return True
+    return False
+
+
+def _check_continues(recipe: Recipe, output: Path) -> None:
+    """Raise UserError where a run's last checkpoint cannot be continued."""
     num_finished = count_finished_stages(recipe, output)
     if num_finished == len(recipe.stages):
         return
-    complete = last_checkpoint(output / recipe.stages[num_finished].name)
-    if resume:
-        if complete is not None:
-            check_intact(complete)
-        return
-    if complete is None and num_finished:
-        complete = recipe.stages[num_finished - 1].name
+    folder = output / recipe.stages[num_finished].name
+    check_known(folder)
+    complete = last_checkpoint(folder)
     if complete is not None:
+        check_intact(complete)
+
+
+def _refuse_previous(recipe: Recipe, output: Path) -> None:
+    """Raise UserError: the folder holds this run, finished or not."""
+    num_finished = count_finished_stages(recipe, output)
+    if num_finished == len(recipe.stages):
         raise UserError(
-            f"{output} holds an unfinished run, complete up to {complete}; add --resume to go on"
-            " from there, choose another folder (output=...), or remove this one to start over"
+            f"{output} holds this run, and it is finished; its model is {output / FINAL}; choose"
+            " another folder (output=...), or add --overwrite to train anew and replace it"
         )
+    complete = last_checkpoint(output / recipe.stages[num_finished].name)
+    if complete is None and num_finished:
+        complete = output / recipe.stages[num_finished - 1].name
+    state = f"complete up to {complete}" if complete else "without a complete checkpoint"
+    raise UserError(
+        f"{output} holds an unfinished run, {state}; add --resume to go on with it, --overwrite to"
+        " start over and replace it, or choose another folder (output=...)"
+    )
 
 
 def _find_differences(previous: Recipe, recipe: Recipe) -> list[str]:
@@ -103,7 +217,10 @@ def _comparable_stages(recipe: Recipe) -> list[Stage]:
     """The stages without the arguments that may differ between a run and its continuation."""
     stages = []
     for stage in recipe.stages:
-        args = {name: v for name, v in stage.args.items() if not name.startswith(HARMLESS)}
+        args = {}
+        for name, value in stage.args.items():
+            if name in HARMFUL or not name.startswith(HARMLESS):
+                args[name] = value
         stages.append(replace(stage, args=args))
     return stages
 
@@ -116,132 +233,59 @@ def count_finished_stages(recipe: Recipe, output: Path) -> int:
     return len(recipe.stages)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last complete checkpoint of a stage, None where there is none."""
-    complete: dict[int, Path] = {}
-    for path in folder.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and (path / WHOLE).is_file():
-            complete[int(match[1])] = path
-    return complete[max(complete)] if complete else None
-
-
-def check_intact(checkpoint: Path) -> None:
-    """Raise UserError where a file of a complete checkpoint was lost or damaged afterwards."""
-    try:
-        facts = read_json_file(checkpoint / WHOLE)
-        if not {"global_batch", "processes"} <= set(facts):
-            raise UserError(f"{checkpoint / WHOLE} lacks the size of its batches")
-        read_json_file(checkpoint / "trainer_state.json")
-        _check_weight_files(checkpoint)
-    except (UserError, OSError, SafetensorError) as error:
-        raise UserError(
-            f"the checkpoint {checkpoint} is damaged: {error}; remove that folder and run again with"
-            " --resume, which continues from what was complete before it"
-        ) from error
-
-
-def _check_weight_files(checkpoint: Path) -> None:
-    """Open every file of weights without reading it; both formats know how long they are."""
-    weights = list(checkpoint.rglob("*.safetensors"))
-    is_sharded = any(path.is_dir() for path in checkpoint.iterdir())
-    if not weights and not is_sharded:
-        raise UserError("it holds no weights")
-    for file in weights:
-        with safe_open(file, "pt"):
-            pass
-    # save_only_model leaves both out; FSDP calls the optimizer's file optimizer.bin.
-    has_optimizer = any((checkpoint / f"optimizer.{ending}").is_file() for ending in ("pt", "bin"))
-    has_scheduler = (checkpoint / "scheduler.pt").is_file()
-    if has_optimizer != has_scheduler and not is_sharded:
-        lost = "scheduler.pt" if has_optimizer else "optimizer.pt"
-        raise UserError(f"{lost} is missing")
-    for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
-        if not zipfile.is_zipfile(file):
-            raise UserError(f"{file.name} is not what torch has saved")
-
-
-def mark_complete(folder: Path, batch_facts: dict) -> None:
-    """Write a checkpoint's marker, once everything else of it is on disk.
+def remove_run(output: Path, previous: Recipe) -> None:
+    """Remove what a run has written, and leave everything else in its folders.
 
     Args:
-        folder: The checkpoint.
-        batch_facts: What a continuation must agree with, see `StageTrainer.batch_facts`.
+        output: The run's folder.
+        previous: The recipe of that run.
     """
-    for path in folder.rglob("*"):
-        if path.is_file():
-            _flush_to_disk(path)
-    (folder / WHOLE).write_text(json.dumps(batch_facts) + "\n", encoding="utf-8")
-    _flush_to_disk(folder / WHOLE)
+    folders = [output / name for name in _name_folders(previous)]
+    for folder in folders:
+        # First, so that what is left by an interruption does not count as complete.
+        (folder / FINISHED).unlink(missing_ok=True)
+    for folder in folders:
+        for checkpoint in find_checkpoints(folder).values():
+            shutil.rmtree(checkpoint)
+        _remove_files(folder, STAGE_FILES)
+    if previous.evaluate is not None:
+        _remove_files(output / "eval", (RESULT, PREDICTIONS, SETTINGS))
+    _remove_files(output, (SKIPPED,))
 
 
-def check_same_batches(checkpoint: Path, batch_facts: dict) -> None:
-    """Raise UserError where a run would continue a checkpoint with batches of another size."""
-    before = read_json_file(checkpoint / WHOLE)
-    if before["global_batch"] != batch_facts["global_batch"]:
-        raise UserError(
-            f"{checkpoint} was written with {before['global_batch']} records a step"
-            f" ({before['processes']} processes), but now a step has"
-            f" {batch_facts['global_batch']} ({batch_facts['processes']} processes), so records"
-            " would be missed or seen twice; keep per_device_train_batch_size x"
-            " gradient_accumulation_steps x processes as it was"
-        )
+def _remove_files(folder: Path, patterns: Iterable[str]) -> None:
+    """Remove files from a folder, and the folders that are empty then."""
+    emptied = {folder}
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            if path.is_file() or path.is_symlink():
+                path.unlink()
+                emptied |= {parent for parent in path.parents if folder in parent.parents}
+    for path in sorted(emptied, reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
-def clear_stage(folder: Path, *, resume: bool, main: bool) -> Path | None:
-    """Remove what is incomplete and, without resuming, every leftover of a finished run.
+def find_start(folder: Path, *, resume: bool, main: bool) -> Path | None:
+    """Find where a stage begins, and remove what was being written when it ended.
 
     Args:
         folder: The stage's folder.
-        resume: Whether to keep complete checkpoints.
+        resume: Whether to go on from a complete checkpoint.
         main: Whether this process writes; the others only look.
 
     Returns:
         The checkpoint to continue from, None to start from the beginning.
     """
-    checkpoint = last_checkpoint(folder) if resume else None
-    if not main:
-        return checkpoint
-    if not resume:
-        for name in (FINISHED, SKIPPED):
-            (folder / name).unlink(missing_ok=True)
-    for path in folder.glob("checkpoint-*"):
-        if not (resume and (path / WHOLE).is_file()):
-            shutil.rmtree(path, ignore_errors=True)
-    return checkpoint
+    if main:
+        remove_incomplete(folder)
+    return last_checkpoint(folder) if resume else None
 
 
-def check_disk_space(folder: Path, num_bytes: int) -> None:
-    """Raise UserError where the disk of a folder lacks room for so many bytes of checkpoints."""
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
-    if num_bytes > free:
-        raise UserError(
-            f"a checkpoint takes about {num_bytes / GIB:.2f} GiB, but {place} has"
-            f" {free / GIB:.2f} GiB free; free some space, choose another disk (output=...), or"
-            " keep fewer checkpoints (args: save_total_limit, save_only_model)"
-        )
-
-
-def discard_checkpoint(checkpoint: Path, error: Exception, stage: str) -> OSError:
-    """Remove a checkpoint that could not be written.
-
-    Args:
-        checkpoint: Its folder.
-        error: What went wrong.
-        stage: The stage's name.
-
-    Returns:
-        An error to raise, which names the last complete checkpoint.
-    """
-    shutil.rmtree(checkpoint, ignore_errors=True)
-    previous = last_checkpoint(checkpoint.parent)
-    left = f"the last complete one is {previous}" if previous else "there is none before it"
-    free = shutil.disk_usage(checkpoint.parent).free
-    return OSError(
-        f"stage {stage}: {checkpoint.name} could not be written ({error}; {free / GIB:.2f} GiB are"
-        f" free on that disk); {left}; make room and go on with --resume"
-    )
+def write_recipe(recipe: Recipe, output: Path) -> None:
+    """Write the recipe of a run, unless its file holds the same one already."""
+    if read_previous(output) != recipe:
+        dump_recipe(recipe, output / RECIPE)
 
 
 def save_stage(trainer, processor, recipe: Recipe, folder: Path) -> None:
@@ -262,11 +306,11 @@ def save_stage(trainer, processor, recipe: Recipe, folder: Path) -> None:
         # A pickle of what config.yaml holds as text.
         (folder / "training_args.bin").unlink(missing_ok=True)
         processor.save_pretrained(folder)
-        dump_recipe(recipe, folder / "config.yaml")
+        dump_recipe(recipe, folder / RECIPE)
         plan = json.dumps(trainer.model.plan.to_dict(), indent=1)
-        (folder / "plan.json").write_text(plan + "\n")
+        write_text_file(folder / "plan.json", plan + "\n")
         versions = json.dumps(_collect_versions(recipe.seed), indent=1)
-        (folder / FINISHED).write_text(versions + "\n")  # last: the marker of the stage
+        write_text_file(folder / FINISHED, versions + "\n")  # last: the marker of the stage
     trainer.accelerator.wait_for_everyone()
 
 
@@ -281,7 +325,7 @@ def _collect_versions(seed: int) -> dict:
 def link_files(source: Path, target: Path) -> None:
     """Give a stage's files a second name, or copy them where the disk has no hard links."""
     for path in [*source.iterdir(), *(source / ADAPTERS).rglob("*")]:
-        if not path.is_file() or path.name == "log.jsonl":
+        if not path.is_file() or path.name == LOG:
             continue
         link = target / path.relative_to(source)
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -290,8 +334,3 @@ def link_files(source: Path, target: Path) -> None:
             os.link(path, link)
         except OSError:
             shutil.copy2(path, link)
-
-
-def _flush_to_disk(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -27,11 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 from ..adapters import add_adapters, merge_adapters
 from ..building import load
-from ..config.recipe import Recipe, Stage, dump_recipe
+from ..config.folder_lock import lock_folder
+from ..config.recipe import Recipe, Stage, load_recipe
 from ..config.yaml_io import expand_path
 from ..data.collator import Collator
 from ..data.dataset import TrainingData
@@ -41,13 +43,22 @@ from ..data.feature_cache import VisionFeatureCache, build_feature_cache, get_ta
 from ..data.packing import pack_dataset
 from ..data.streaming import Stream
 from ..fingerprint import base_hash
-from ..schema import UserError
+from ..schema import UserError, write_text_file
 from .arguments import build_arguments
 from .freezing import apply_liger, freeze, trains_base, unfreeze
 from .preparing import PreparedRun, PreparedStage, build_encoder, prepare_run
 from .progress import StageLog, print_message
 from .reading import read_inputs
-from .run_dir import SKIPPED, clear_stage, link_files, save_stage
+from .run_dir import (
+    FINAL,
+    SKIPPED,
+    find_start,
+    link_files,
+    read_previous,
+    remove_run,
+    save_stage,
+    write_recipe,
+)
 from .trainer import StageTrainer
 
 
@@ -88,6 +99,7 @@ def train(
     *,
     check: bool = False,
     resume: bool = False,
+    overwrite: bool = False,
     model=None,
     processor=None,
     shown: bool = True,
@@ -98,6 +110,7 @@ def train(
         recipe: The recipe, or its file.
         check: Read and encode all records, open every image, and stop there.
         resume: Continue after the last finished stage or checkpoint of the same recipe.
+        overwrite: Replace the run that the output folder holds.
         model: A model to start from instead of building `recipe.model`.
         processor: Its processor.
         shown: Whether to show progress on screen.
@@ -110,11 +123,16 @@ def train(
             beforehand is raised before anything is written.
         TrainingInterrupted: If SIGTERM has ended training, after a checkpoint is written.
     """
-    inputs = read_inputs(recipe, check=check, resume=resume)
-    prepared = prepare_run(inputs, model, processor, shown=shown)
-    if check:
-        return prepared.model, prepared.processor
-    result = run_stages(prepared, shown=shown)
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    # From here on, so that what is read of the folder still holds when it is written.
+    lock = nullcontext() if check else lock_folder(expand_path(recipe.output))
+    with lock:
+        inputs = read_inputs(recipe, check=check, resume=resume, overwrite=overwrite)
+        prepared = prepare_run(inputs, model, processor, shown=shown)
+        if check:
+            return prepared.model, prepared.processor
+        result = run_stages(prepared, shown=shown)
     return result.model, result.processor
 
 
@@ -133,10 +151,34 @@ def run_stages(prepared: PreparedRun, *, shown: bool = True) -> RunResult:
         TrainingInterrupted: If SIGTERM has ended training, after a checkpoint is written.
     """
     inputs = prepared.inputs
+    with lock_folder(inputs.output):
+        PartialState().wait_for_everyone()  # all have looked at the folder before one writes
+        if inputs.arguments[0].should_save:
+            _begin_run(prepared)
+        model, processor, results = _run_unfinished(prepared, shown)
+        if inputs.arguments[-1].should_save:
+            link_files(Path(inputs.arguments[-1].output_dir), inputs.output / FINAL)
+    return RunResult(model, processor, inputs.output, results)
+
+
+def _begin_run(prepared: PreparedRun) -> None:
+    """Remove what the run replaces, and write its recipe and the records that it leaves out."""
+    inputs = prepared.inputs
+    output = inputs.output
+    previous = read_previous(output)
+    if previous is not None and not inputs.resume:
+        remove_run(output, previous)
+    write_recipe(inputs.recipe, output)
+    if prepared.problems:
+        lines = "".join(f"{problem}\n" for problem in prepared.problems)
+        write_text_file(output / SKIPPED, lines)
+
+
+def _run_unfinished(prepared: PreparedRun, shown: bool) -> tuple:
+    """Train the stages that are not complete: (model, processor, results)."""
+    inputs = prepared.inputs
     model = prepared.model
     processor = prepared.processor
-    if inputs.arguments[0].should_save:
-        _write_recipe(prepared)
     examples = [example for stage in prepared.stages for example in stage.examples]
     examples += inputs.evaluation_examples
     cache = open_feature_cache(inputs.recipe, model, processor, examples, inputs.arguments[0])
@@ -145,7 +187,7 @@ def run_stages(prepared: PreparedRun, *, shown: bool = True) -> RunResult:
         # Made anew, because making arguments sets up accelerate for this stage.
         args = build_arguments(stage.stage, inputs.recipe.seed, inputs.output)
         folder = Path(args.output_dir)
-        checkpoint = clear_stage(folder, resume=inputs.resume, main=args.should_save)
+        checkpoint = find_start(folder, resume=inputs.resume, main=args.should_save)
         held_out = prepared.held_out if args.eval_strategy != "no" else []
         trainer = train_stage(
             stage,
@@ -163,9 +205,7 @@ def run_stages(prepared: PreparedRun, *, shown: bool = True) -> RunResult:
             model, processor = load(folder)
             _update_base_hash(model)
         results.append(StageResult(stage.stage.name, folder, trainer.state.global_step))
-    if inputs.arguments[-1].should_save:
-        link_files(Path(inputs.arguments[-1].output_dir), inputs.output / "final")
-    return RunResult(model, processor, inputs.output, results)
+    return model, processor, results
 
 
 def train_stage(
@@ -243,15 +283,6 @@ def open_feature_cache(
     first = args.main_process_first(desc="caching vision features") if args else nullcontext()
     with first:
         return build_feature_cache(folder, model, processor, examples, log=print_message)
-
-
-def _write_recipe(prepared: PreparedRun) -> None:
-    output = prepared.inputs.output
-    output.mkdir(parents=True, exist_ok=True)
-    dump_recipe(prepared.inputs.recipe, output / "config.yaml")
-    if prepared.problems:
-        lines = "".join(f"{problem}\n" for problem in prepared.problems)
-        (output / SKIPPED).write_text(lines)
 
 
 def _make_trainable(model, stage: Stage) -> None:

@@ -13,34 +13,27 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import PrinterCallback, ProgressCallback
 
-from ..adapters import get_adapters, load_checkpoint, save_adapters, strip_adapters
+from ..adapters import get_adapters
 from ..config.recipe import Stage
 from ..data.dataset import get_blank_image_inputs, make_blank_item, raise_errors
 from ..data.labels import IGNORED
 from ..data.packing import LengthGroupedSampler, PackedDataset, check_packing
 from ..data.streaming import Stream
-from ..modeling_upgraded import WEIGHTS
 from ..schema import UserError
-from ..upgrading import load_fusion_weights
+from .checkpointing import CheckpointingTrainer
+from .checkpoints import check_disk_space
 from .freezing import freeze_unused_vision_blocks, get_frozen_modules, get_part_names
 from .progress import StageLog
-from .run_dir import (
-    SKIPPED,
-    check_disk_space,
-    check_same_batches,
-    discard_checkpoint,
-    mark_complete,
-)
+from .run_dir import SKIPPED
 from .shortcut_stats import ShortcutMonitor
 from .sigterm import SigtermCallback, TrainingInterrupted
 
 MIN_BROKEN = 10  # broken records that any stage may have
 
 
-class StageTrainer(Trainer):
+class StageTrainer(CheckpointingTrainer):
     """Trains one stage.
 
     Errors do not name the stage: `stages.train_stage` puts its name in front.
@@ -123,18 +116,6 @@ class StageTrainer(Trainer):
             )
 
     @property
-    def is_sharded(self) -> bool:
-        """Whether weights lie in pieces on several processes (FSDP, DeepSpeed)."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-    @property
-    def batch_facts(self) -> dict[str, int]:
-        """Facts that a run and its continuation must share, for the batches to be the same."""
-        args = self.args
-        records = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        return {"global_batch": records * args.world_size, "processes": args.world_size}
-
-    @property
     def num_records_seen(self) -> int:
         """Records seen up to the present step, over all processes."""
         return (self.state.global_step + 1) * self.batch_facts["global_batch"]
@@ -150,7 +131,7 @@ class StageTrainer(Trainer):
             TrainingInterrupted: If SIGTERM has ended training, after a checkpoint is written.
         """
         if checkpoint is not None:
-            check_same_batches(checkpoint, self.batch_facts)
+            self.check_continues(checkpoint)
             if isinstance(self.train_dataset, Stream):
                 # The stream passes over what was seen without opening it.
                 self.args.ignore_data_skip = True
@@ -258,16 +239,6 @@ class StageTrainer(Trainer):
         return [name for name in names if not name.endswith("fusion.gates")]
 
     # Steps
-
-    def _run_epoch(self, *args, **kwargs):
-        """Run an epoch; nothing is left to do after the checkpoint of the last step.
-
-        The Trainer would take one step more, unless the last step also ends an epoch.
-        """
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """One micro-batch: counts tokens, and measures shortcuts where the step is logged.
@@ -386,42 +357,3 @@ class StageTrainer(Trainer):
     def floating_point_ops(self, inputs) -> int:
         """Nothing: the Trainer's estimate ignores images and walks all parameters at every step."""
         return 0
-
-    # Checkpoints
-
-    def _save_checkpoint(self, model, trial):
-        """Write a checkpoint; old ones are removed only after it is marked as complete."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        limit = self.args.save_total_limit
-        self.args.save_total_limit = None
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                mark_complete(folder, self.batch_facts)
-                rotate_checkpoints(str(folder.parent), limit)
-        except Exception as error:  # safetensors, torch and the file system each have their own
-            raise discard_checkpoint(folder, error, self.stage.name) from error
-        finally:
-            self.args.save_total_limit = limit
-
-    def _save(self, output_dir=None, state_dict=None):
-        """Save the model: shortcuts alone where the base is unchanged, and adapters separately."""
-        folder = Path(output_dir or self.args.output_dir)
-        if not self.model.saves_fusion_only:
-            if get_adapters(self.model):
-                state_dict = strip_adapters(state_dict or self.model.state_dict())
-            super()._save(str(folder), state_dict)
-        elif self.args.should_save:
-            self.model.save_fusion(folder, state_dict)
-        if self.args.should_save:
-            save_adapters(self.model, folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Load what `_save` has written."""
-        if self.is_sharded:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folder = Path(resume_from_checkpoint)
-        if (folder / WEIGHTS).is_file():
-            load_fusion_weights(self.model.fusion, folder)
-        load_checkpoint(self.model, folder)

@@ -16,7 +16,7 @@ from sparsecut.config.recipe import dump_recipe, load_recipe
 from sparsecut.drawing import draw
 from sparsecut.loading import load_pretrained
 from sparsecut.schema import UserError
-from sparsecut.training.run_dir import check_intact
+from sparsecut.training.checkpoints import check_intact
 
 RECIPE = """
 model: {vision: shapes, language: shapes}
@@ -169,9 +169,9 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_changed(refuse, file
     checkpoint.mkdir(parents=True)
     dump_recipe(load_recipe(refuse.place / "recipe.yaml"), refuse.place / "trained" / "config.yaml")
     (checkpoint / "whole.json").write_text('{"global_batch": 2, "processes": 1}')
-    (checkpoint / "trainer_state.json").write_text("{}")
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 1, "max_steps": 2}')
     shutil.copy(refuse.place / "model" / "model.safetensors", checkpoint)
-    for name in ("optimizer.pt", "scheduler.pt"):
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({}, checkpoint / name)
     check_intact(checkpoint)
     damage(checkpoint / file, kind)

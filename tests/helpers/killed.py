@@ -17,7 +17,7 @@ from helpers.runs import recipe, stage
 from helpers.tiny import tiny_model
 
 from sparsecut import train
-from sparsecut.training import run_dir, stages
+from sparsecut.training import checkpoints, run_dir, stages
 from sparsecut.training.trainer import StageTrainer
 
 FUSION = {"method": "sparsecut", "count": 2}
@@ -88,7 +88,7 @@ POINTS = {
     "model being written": (StageTrainer, "_save", lambda self, *a: self.state.global_step == 4),
     "optimizer being written": (torch, "save", write_half),
     "checkpoint not yet marked": (
-        run_dir,
+        checkpoints,
         "_flush_to_disk",
         lambda path: "checkpoint-4" in str(path),
     ),
@@ -97,7 +97,7 @@ POINTS = {
         "dump_recipe",
         lambda recipe, path: path.parent.name == "one",
     ),
-    "between the stages": (stages, "clear_stage", lambda folder, *a: folder.name == "two"),
+    "between the stages": (stages, "find_start", lambda folder, *a: folder.name == "two"),
     "SIGTERM": (StageTrainer, "training_step", is_step("two", 1), terminate),
     "second stage, late": (StageTrainer, "training_step", is_step("two", 3)),
     "final being linked": (os, "link"),

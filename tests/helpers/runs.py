@@ -94,7 +94,7 @@ def recipe(folder, *stages, **changes):
     return parse_recipe({**base, "stages": list(stages) or [stage(folder)], **changes})
 
 
-def run(folder, *stages, plan=SPARSE, resume=False, **changes):
+def run(folder, *stages, plan=SPARSE, resume=False, overwrite=False, **changes):
     """Train the tiny model; returns (model, processor)."""
     model, processor = tiny_model(plan)
     changes = {"fusion": plan, **changes}
@@ -104,6 +104,7 @@ def run(folder, *stages, plan=SPARSE, resume=False, **changes):
         processor=processor,
         shown=False,
         resume=resume,
+        overwrite=overwrite,
     )
 
 

@@ -6,6 +6,7 @@ It never continues from a broken checkpoint.
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 from helpers.killed import POINTS
 from helpers.runs import log, run, stage, write_records
 
-from sparsecut.training import run_dir
+from sparsecut.training import checkpoints, run_dir
 from sparsecut.training.trainer import StageTrainer
 
 TESTS = Path(__file__).parents[1]
@@ -87,7 +88,7 @@ def whole(folder):
 
 @pytest.mark.parametrize(
     "owner, name",
-    [(StageTrainer, "_save"), (StageTrainer, "_save_rng_state"), (run_dir, "_flush_to_disk")],
+    [(StageTrainer, "_save"), (StageTrainer, "_save_rng_state"), (checkpoints, "_flush_to_disk")],
 )
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_can_continue(
     folder, whole, tmp_path, monkeypatch, owner, name
@@ -111,7 +112,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_can_continue(
 
 
 def test_a_disk_that_is_too_small_is_an_error_before_the_first_step(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_dir.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(ValueError, match=r"stage one: .*0\.00 GiB"):
         run(folder, output=str(tmp_path))
 
@@ -121,7 +122,9 @@ def test_continuing_with_other_batches_is_refused(folder, tmp_path):
     (tmp_path / "one" / run_dir.FINISHED).unlink()
     for checkpoint in (tmp_path / "one").glob("checkpoint-*"):
         facts = {"global_batch": 8, "processes": 4}
-        (checkpoint / run_dir.WHOLE).write_text(json.dumps(facts))
+        (checkpoint / checkpoints.WHOLE).write_text(json.dumps(facts))
+        for number in range(4):
+            shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{number}.pth")
     with pytest.raises(ValueError, match=r"8 records .*4 processes.* 2 \(1 processes"):
         run(folder, stage(folder, args=CHECKPOINTS), output=str(tmp_path), resume=True)
 
@@ -129,9 +132,8 @@ def test_continuing_with_other_batches_is_refused(folder, tmp_path):
 def test_an_unfinished_run_is_not_started_over_by_accident(folder, tmp_path):
     output = str(tmp_path)
     run(folder, stage(folder, args=CHECKPOINTS), output=output)
-    run(folder, stage(folder, args=CHECKPOINTS), output=output)  # a finished one may be repeated
     (tmp_path / "one" / run_dir.FINISHED).unlink()
-    with pytest.raises(ValueError, match=r"checkpoint-4.*--resume"):
+    with pytest.raises(ValueError, match=r"checkpoint-4.*--resume.*--overwrite"):
         run(folder, stage(folder, args=CHECKPOINTS), output=output)
     changed = {**CHECKPOINTS, "save_steps": 3, "logging_steps": 2, "dataloader_num_workers": 1}
     run(folder, stage(folder, args=changed), output=output, resume=True)

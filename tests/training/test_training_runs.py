@@ -54,7 +54,7 @@ def test_another_recipe_does_not_overwrite_a_run(folder):
     with pytest.raises(ValueError, match=r"out .*seed"):
         run(folder, seed=1)
     # What is evaluated afterwards changes no weight.
-    run(folder, evaluate={"data": {"path": str(folder / "texts.json")}})
+    run(folder, evaluate={"data": {"path": str(folder / "texts.json")}}, resume=True)
 
 
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(folder):
