@@ -139,7 +139,7 @@ def _add_image_token(tokenizer, image_token: str) -> int:
     Returns:
         The placeholder's id.
     """
-    if image_token not in tokenizer.get_vocab():
+    if image_token not in tokenizer.get_added_vocab():
         tokenizer.add_special_tokens(
             {"extra_special_tokens": [image_token]}, replace_extra_special_tokens=False
         )

@@ -9,14 +9,18 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from transformers import BatchFeature, TextIteratorStreamer
+from transformers import BatchFeature
 
+from .chat_templates.arguments import check_arguments
+from .chat_templates.markers import check_markers
+from .chat_templates.thoughts import Answer, AnswerStreamer
 from .loading import ImageSource, open_image
 from .prompts import (
     check_length,
-    decode_answers,
+    find_closing_marks,
     make_greedy_config,
     prepare_inputs,
+    read_answers,
     render_prompt,
 )
 from .schema import UserError, nearest
@@ -41,20 +45,31 @@ class _Turn:
 class Chat:
     """A conversation that remembers its messages and images.
 
+    Thoughts of a thinking model are neither shown nor part of the next prompt.
+
     Args:
         model: a model of this package.
         processor: its processor.
         max_new_tokens: longest answer, in tokens.
         temperature: 0 takes the most likely token; a larger one draws at random.
+        chat_template_kwargs: arguments of the chat template, such as {"enable_thinking": False}.
         generation: further settings of `generate`.
 
     Attributes:
         messages: the conversation, [{"role", "content"}], with one placeholder per image.
         images: all images of the conversation, in the order of the placeholders.
+        raw_answers: all that the model has written, thoughts included, one text for each answer.
     """
 
     def __init__(
-        self, model, processor, *, max_new_tokens: int = 256, temperature: float = 0.0, **generation
+        self,
+        model,
+        processor,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        chat_template_kwargs: dict | None = None,
+        **generation,
     ):
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}, but must be at least 1")
@@ -75,13 +90,17 @@ class Chat:
                 f"generate has no setting {name!r}{nearest(name, self.config.to_dict())}; see"
                 " GenerationConfig"
             )
+        self.template_arguments = chat_template_kwargs or {}
+        check_arguments(processor, self.template_arguments)
         self.messages: list[dict[str, str]] = []
         self.images: list[Image.Image] = []
+        self.raw_answers: list[str] = []
 
     def reset(self) -> None:
         """Forget all messages and images."""
         self.messages = []
         self.images = []
+        self.raw_answers = []
 
     def ask(self, text: str, *images: ImageSource) -> str:
         """Ask a question and return the answer.
@@ -93,13 +112,14 @@ class Chat:
 
         Raises:
             UserError: The question is empty, an image cannot be read, placeholders and images
-                differ in number, or the conversation is too long.
+                differ in number, the text holds a turn marker of the chat template or half a
+                character, or the conversation is too long.
         """
         turn = self._prepare(text, images)
         ids = self.model.generate(**turn.inputs, generation_config=self.config)
-        answer = decode_answers(self.processor, turn.inputs, ids)[0]
+        answer = read_answers(self.processor, turn.inputs, ids)[0]
         self._remember(turn, answer)
-        return answer
+        return answer.text
 
     def stream(self, text: str, *images: ImageSource) -> Iterator[str]:
         """Ask a question and iterate over the pieces of the answer.
@@ -129,7 +149,8 @@ class Chat:
         all_images = [*self.images, *map(open_image, images)]
         question = text if count else f"{placeholder}\n" * len(images) + text
         messages = [*self.messages, {"role": "user", "content": question}]
-        prompt = render_prompt(self.processor, messages)
+        check_markers(self.processor, messages)
+        prompt = render_prompt(self.processor, messages, self.template_arguments)
         inputs = prepare_inputs(self.model, self.processor, [prompt], [all_images])
         check_length(
             self.model,
@@ -141,9 +162,8 @@ class Chat:
         return _Turn(messages, all_images, inputs)
 
     def _stream_turn(self, turn: _Turn) -> Iterator[str]:
-        streamer = TextIteratorStreamer(
-            self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True
-        )
+        closing = find_closing_marks(self.processor, turn.inputs)[0]
+        streamer = AnswerStreamer(self.processor.tokenizer, closing)
         is_stopped = threading.Event()
         errors: list[BaseException] = []
 
@@ -164,23 +184,22 @@ class Chat:
 
         thread = threading.Thread(target=generate, daemon=True)
         thread.start()
-        answer = ""
         try:
             for piece in streamer:
-                answer += piece
                 if piece:
                     yield piece
         finally:
             is_stopped.set()
             thread.join()
             if not errors:
-                self._remember(turn, answer.strip())
+                self._remember(turn, streamer.read_answer())
         if errors:
             raise errors[0]
 
-    def _remember(self, turn: _Turn, answer: str) -> None:
-        self.messages = [*turn.messages, {"role": "assistant", "content": answer}]
+    def _remember(self, turn: _Turn, answer: Answer) -> None:
+        self.messages = [*turn.messages, {"role": "assistant", "content": answer.text}]
         self.images = turn.images
+        self.raw_answers = [*self.raw_answers, answer.raw]
 
 
 def run_terminal(

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_transforms import to_pil_image
@@ -17,6 +19,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from .encoders import as_pair
 from .schema import UserError
 
+PROBE = "probe"  # text that shows which form of contents a chat template writes
 COARSE_VIEWS = ("squash", "crop")
 # settings of an image processor that change pixel values
 NORMALIZATION = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
@@ -41,6 +44,19 @@ FLATTEN = """\
 {%- endif -%}
 {%- endfor -%}
 {%- set ns.messages = ns.messages + [dict(message, content=ns.text)] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = ns.messages %}"""
+
+# Follows FLATTEN before templates that take lists of parts only: the text becomes one part.
+WRAP = """\
+{%- set ns.messages = [] -%}
+{%- for message in messages -%}
+{%- if message['content'] is string -%}
+{%- set part = dict(type='text', text=message['content']) -%}
+{%- set ns.messages = ns.messages + [dict(message, content=[part])] -%}
+{%- else -%}
+{%- set ns.messages = ns.messages + [message] -%}
 {%- endif -%}
 {%- endfor -%}
 {%- set messages = ns.messages %}"""
@@ -114,13 +130,65 @@ def _get_placeholder_id(tokenizer, placeholder: str) -> int:
             f" tokenizer.add_special_tokens({{'additional_special_tokens': [{placeholder!r}]}})"
             " or name another token"
         )
+    if placeholder not in tokenizer.get_added_vocab():
+        # An ordinary word of the vocabulary: two of them in a row would be read as another word.
+        tokenizer.add_special_tokens(
+            {"extra_special_tokens": [placeholder]}, replace_extra_special_tokens=False
+        )
     return token_id
+
+
+def drop_end_token(tokenizer) -> None:
+    """Let a tokenizer append no end token to texts, as generation would go on after the end.
+
+    What it writes before texts, such as a first token, stays.
+    """
+    if not tokenizer.is_fast:
+        return
+    ids = tokenizer("a")["input_ids"]
+    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
+    num_added = len(ids) - len(inner)
+    starts = [i for i in range(num_added + 1) if ids[i : i + len(inner)] == inner]
+    if not starts or starts[0] == num_added:
+        return
+    before = ids[: starts[0]]
+    tokens = tokenizer.convert_ids_to_tokens(before)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join([*tokens, "$A"]),
+        special_tokens=list(dict(zip(tokens, before, strict=True)).items()),
+    )
 
 
 def _make_chat_template(tokenizer, placeholder: str) -> str:
     """The tokenizer's chat template, or ours if it has none, extended to accept image items."""
     own_template = tokenizer.get_chat_template() if tokenizer.chat_template else DEFAULT_TEMPLATE
-    return FLATTEN.replace("IMAGE_TOKEN", placeholder) + own_template
+    head = FLATTEN.replace("IMAGE_TOKEN", placeholder)
+    if _takes_strings(tokenizer, own_template):
+        return head + own_template
+    return head + WRAP + own_template
+
+
+def _mend_chat_template(tokenizer, placeholder: str, template: str) -> str:
+    """A saved chat template, made fit for its own part where an older version did not see to it."""
+    head = FLATTEN.replace("IMAGE_TOKEN", placeholder)
+    own_template = template.removeprefix(head)
+    if own_template == template or own_template.startswith(WRAP):
+        return template
+    return template if _takes_strings(tokenizer, own_template) else head + WRAP + own_template
+
+
+def _takes_strings(tokenizer, template: str) -> bool:
+    """Whether a template writes contents that are strings; some take lists of parts only."""
+
+    def writes(content) -> bool:
+        messages = [{"role": "user", "content": content}]
+        try:
+            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        except (TemplateError, TypeError):
+            return False
+        return PROBE in text and "'type'" not in text
+
+    return writes(PROBE) or not writes([{"type": "text", "text": PROBE}])
 
 
 class SparseCutProcessor(ProcessorMixin):
@@ -159,7 +227,11 @@ class SparseCutProcessor(ProcessorMixin):
         # Generation continues from the last column. A saved tokenizer forgets this setting.
         tokenizer.padding_side = "left"
         self.image_token_id = _get_placeholder_id(tokenizer, image_token)
-        chat_template = chat_template or _make_chat_template(tokenizer, image_token)
+        drop_end_token(tokenizer)
+        if chat_template:
+            chat_template = _mend_chat_template(tokenizer, image_token, chat_template)
+        else:
+            chat_template = _make_chat_template(tokenizer, image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @property
@@ -308,6 +380,7 @@ class SparseCutAudioProcessor(ProcessorMixin):
         # Generation continues from the last column. A saved tokenizer forgets this setting.
         tokenizer.padding_side = "left"
         self.audio_token_id = _get_placeholder_id(tokenizer, audio_token)
+        drop_end_token(tokenizer)
         if not chat_template:
             chat_template = _make_chat_template(tokenizer, audio_token)
             chat_template = chat_template.replace("'image'", "'audio'")

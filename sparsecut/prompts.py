@@ -10,14 +10,18 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from functools import lru_cache
+from typing import Any
 
-from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, GenerationConfig
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from .chat_templates.arguments import check_arguments
+from .chat_templates.rendering import apply_template, get_chat_template
+from .chat_templates.rendering import get_tokens_per_image as get_tokens_per_image
+from .chat_templates.rendering import split_at_images as split_at_images
+from .chat_templates.thoughts import PROMPT_TAIL, Answer, find_open_thought, read_answer
+from .processing import drop_end_token
 from .schema import UserError
 
 # Names of settings, and tokens between brackets, that are about images, video or audio.
@@ -28,25 +32,6 @@ MEDIA_MARK = re.compile(
     rf"[<\[|](?!loc|seg)(.*({MEDIA}).*|\W*patch\W*|im_\w+|row_\d+_col_\d+)[>\]|]",
     re.IGNORECASE,
 )
-PROBE = "probe"  # text that shows whether a chat template accepts a form of contents
-
-
-def get_tokens_per_image(processor) -> int | None:
-    """Return the image tokens of each image, or None where only a call of the processor shows it.
-
-    The processor of a built model takes the same number for every image. That of an upgraded model
-    is its base's own.
-    """
-    # Some bases' processors have `num_image_tokens` too, for another number, but none has views.
-    if getattr(processor, "num_views", None) is None:
-        return None
-    return processor.num_image_tokens
-
-
-def get_chat_template(processor) -> str | None:
-    """Return the chat template of a processor or of its tokenizer; None where neither has one."""
-    template = processor.chat_template or processor.tokenizer.chat_template
-    return template.get("default") if isinstance(template, dict) else template
 
 
 def takes_suffix(processor) -> bool:
@@ -63,155 +48,38 @@ def takes_suffix(processor) -> bool:
 # --- from messages to text ---
 
 
-def render_prompt(processor, messages: list[dict], *, cached: bool = True) -> str:
+def render_prompt(
+    processor,
+    messages: list[dict],
+    arguments: dict[str, Any] | None = None,
+    *,
+    cached: bool = True,
+) -> str:
     """Render a conversation as the text that asks for the next answer.
 
     Args:
         processor: its template and tokenizer are used.
         messages: the conversation.
+        arguments: arguments of the chat template for this prompt, such as
+            {"enable_thinking": False}.
         cached: keep the text for the next time.
+
 
     Returns:
         The text, with one placeholder per image.
 
     Raises:
-        UserError: The processor has no chat template, or its template refuses the conversation.
+        UserError: The processor has no chat template, or its template refuses the conversation,
+            leaves out a turn, or does not read an argument.
     """
+    if arguments:
+        check_arguments(processor, arguments)
     if takes_suffix(processor):
         return get_prefix(processor, messages)
-    return apply_template(processor, messages, add_generation_prompt=True, cached=cached)[0]
-
-
-def apply_template(
-    processor,
-    messages: list[dict],
-    *,
-    add_generation_prompt: bool = False,
-    marks: bool = False,
-    cached: bool = True,
-) -> tuple[str, list[tuple[int, int]]]:
-    """Render a conversation by the chat template.
-
-    Args:
-        processor: its template and tokenizer are used.
-        messages: the conversation. String contents are split into image and text items for
-            templates that need these.
-        add_generation_prompt: add the beginning of the next answer.
-        marks: return the spans that the template marks as generated.
-        cached: keep the text for the next time.
-
-    Returns:
-        The text, and the spans of characters (first, one after the last); [] without `marks`.
-
-    Raises:
-        UserError: There is no chat template, it refuses the conversation, or it drops images.
-    """
-    template = get_chat_template(processor)
-    if template is None:
-        raise UserError(
-            f"{type(processor).__name__} has no chat template, so the prompt format of the model is"
-            " not known; set processor.chat_template to the format the model was trained on"
-        )
-    special_tokens = _freeze_special_tokens(processor.tokenizer)
-    split_at = None
-    if get_tokens_per_image(processor) is None:  # our own templates accept strings
-        placeholder = processor.image_token
-        if _needs_items(template, placeholder, special_tokens):
-            split_at = placeholder
-    frozen_messages = tuple(tuple(message.items()) for message in messages)
-    render = _render if cached else _render.__wrapped__
-    return render(frozen_messages, template, add_generation_prompt, marks, split_at, special_tokens)
-
-
-def _freeze_special_tokens(tokenizer) -> tuple:
-    """A tokenizer's special tokens in a form that can be hashed."""
-    frozen = []
-    for name, value in tokenizer.special_tokens_map.items():
-        frozen.append((name, tuple(value) if isinstance(value, list) else value))
-    return tuple(frozen)
-
-
-# A record is rendered when it is checked and when it is encoded, in a study once per run.
-@lru_cache(maxsize=32768)
-def _render(
-    frozen_messages: tuple,
-    template: str,
-    add_generation_prompt: bool,
-    marks: bool,
-    split_at: str | None,
-    special_tokens: tuple,
-):
-    messages = [dict(message) for message in frozen_messages]
-    if split_at:
-        for message in messages:
-            message["content"] = split_at_images(message["content"], split_at)
-    try:
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=template,
-            return_assistant_tokens_mask=marks,
-            add_generation_prompt=add_generation_prompt,
-            **dict(special_tokens),
-        )
-    except TemplateError as error:
-        raise UserError(
-            f"the model's chat template refuses the conversation: {error}; change its messages"
-            " (many templates need user and assistant in turn, and no system message), or set"
-            " another processor.chat_template"
-        ) from error
-    return texts[0], spans[0] if spans else []
-
-
-def split_at_images(content: str, image_token: str) -> list[dict]:
-    """Split a string content into the image and text items that many templates take.
-
-    The template writes its own line ends around images. So line ends beside an image are dropped,
-    and so is whitespace between the first images and the text.
-    """
-    pieces = content.split(image_token)
-    items = []
-    has_text = False
-    for number, text in enumerate(pieces):
-        if number > 0:
-            text = text.lstrip("\n") if has_text else text.lstrip()
-            items.append({"type": "image"})
-        if number + 1 < len(pieces):
-            text = text.rstrip("\n")
-        if text.strip():
-            items.append({"type": "text", "text": text})
-            has_text = True
-    return items
-
-
-@lru_cache(maxsize=64)
-def _needs_items(template: str, image_token: str, special_tokens: tuple) -> bool:
-    """Whether a template takes contents as items, found by rendering items and a string.
-
-    Raises:
-        UserError: It writes a placeholder for neither.
-    """
-    items = [{"type": "image"}, {"type": "text", "text": PROBE}]
-    string = f"{image_token}\n{PROBE}"
-    for content in (items, string):
-        text = _try_template(template, content, special_tokens)
-        if text.count(PROBE) == 1 and text.count(image_token) == 1 and "'type'" not in text:
-            return content is items
-    raise UserError(
-        f"the chat template writes no {image_token} for an image, so images would be lost; set a"
-        " processor.chat_template that takes content items such as {'type': 'image'}"
+    text, _ = apply_template(
+        processor, messages, add_generation_prompt=True, arguments=arguments, cached=cached
     )
-
-
-def _try_template(template: str, content, special_tokens: tuple) -> str:
-    """The text of one message; "" where the template cannot render it."""
-    messages = [{"role": "user", "content": content}]
-    try:
-        texts, _ = render_jinja_template(
-            conversations=[messages], chat_template=template, **dict(special_tokens)
-        )
-    except (TemplateError, TypeError):
-        return ""
-    return texts[0]
+    return text
 
 
 def get_prefix(processor, messages: list[dict]) -> str:
@@ -262,6 +130,7 @@ def encode_prompts(
     """
     if images is not None:
         return run_processor(processor, prompts, images, padding_side="left")
+    drop_end_token(processor.tokenizer)
     texts = [processor.expand(prompt) for prompt in prompts]
     return processor.tokenizer(
         texts,
@@ -283,6 +152,7 @@ def run_processor(
         images: the images of each text.
         settings: further arguments of the call.
     """
+    drop_end_token(processor.tokenizer)
     settings = {
         "padding": True,
         "return_tensors": "pt",
@@ -359,16 +229,35 @@ def make_greedy_config(model, max_new_tokens: int) -> GenerationConfig:
 
 
 def decode_answers(processor, inputs: BatchFeature, ids: Tensor) -> list[str]:
-    """Decode the tokens after the prompts, without special tokens and outer whitespace.
+    """Decode the tokens after the prompts, without thoughts, special tokens and outer whitespace.
+
+    Arguments are those of `read_answers`.
+    """
+    return [answer.text for answer in read_answers(processor, inputs, ids)]
+
+
+def read_answers(processor, inputs: BatchFeature, ids: Tensor) -> list[Answer]:
+    """Decode the tokens after the prompts, and tell answers from thoughts.
 
     Args:
         processor: the model's processor.
-        inputs: the encoded prompts.
+        inputs: the encoded prompts, padded on the left.
         ids: what `generate` returned: prompts [B, L], each with its answer.
     """
-    new_ids = ids[:, inputs["input_ids"].shape[1] :]
-    texts = processor.batch_decode(new_ids, skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    length = inputs["input_ids"].shape[1]
+    marks = find_closing_marks(processor, inputs)
+    if len(ids) > len(marks):  # several answers to each prompt
+        marks = [closing for closing in marks for _ in range(len(ids) // len(marks))]
+    answers = []
+    for row, closing in zip(ids, marks, strict=True):
+        answers.append(read_answer(processor.tokenizer, row[length:], closing))
+    return answers
+
+
+def find_closing_marks(processor, inputs: BatchFeature) -> list[str | None]:
+    """Return for each prompt the mark that ends the thought which it has opened, or None."""
+    ends = processor.tokenizer.batch_decode(inputs["input_ids"][:, -PROMPT_TAIL:])
+    return [find_open_thought(end) for end in ends]
 
 
 def get_max_length(model) -> int | None:

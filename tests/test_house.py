@@ -17,6 +17,7 @@ PACKAGE = ROOT / "sparsecut"
 ROOMS = [  # left to right
     "method",
     "model",
+    "chat_templates",
     "assembly",
     "config",
     "data",

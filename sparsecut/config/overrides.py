@@ -8,7 +8,7 @@ from ..schema import UserError, nearest
 from .yaml_io import read_yaml
 
 # Keys that an override may create, because a recipe may leave them out.
-OPTIONAL_KEYS = ("args", "lr", "weight_decay", "lora")
+OPTIONAL_KEYS = ("args", "lr", "weight_decay", "lora", "chat_template_kwargs")
 
 
 def override(plain: Any, change: str) -> Any:

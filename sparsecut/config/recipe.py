@@ -330,6 +330,8 @@ class Recipe:
         seed: Seed of the new weights and of the order of records.
         feature_cache: A folder for the vision features of a frozen encoder. Every image is then
             encoded once, whatever the number of epochs.
+        chat_template_kwargs: Arguments of the chat template, such as `enable_thinking: false`.
+            They are saved with the model as defaults of its template.
     """
 
     model: Model
@@ -339,6 +341,7 @@ class Recipe:
     evaluate: Evaluation | None = None
     seed: int = 0
     feature_cache: str | None = None
+    chat_template_kwargs: dict = field(default_factory=dict)
 
     def __post_init__(self):
         make_tuples(self, "stages")

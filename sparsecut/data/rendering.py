@@ -7,15 +7,21 @@ to each answer. Text is never tokenized in pieces. So a merge across a boundary 
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from typing import NamedTuple
 
-from ..prompts import apply_template, get_chat_template, get_prefix, takes_suffix
+from ..chat_templates.arguments import find_agreeing_arguments
+from ..chat_templates.markers import check_markers
+from ..chat_templates.rendering import apply_template, get_chat_template
+from ..chat_templates.thoughts import MARKS, find_open_thought, has_thought, strip_thoughts
+from ..prompts import get_prefix, takes_suffix
 from ..schema import UserError
 from .examples import Example
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PROBE = "answerprobe"
 logger = logging.getLogger(__name__)
 
 Span = tuple[int, int]
@@ -92,14 +98,16 @@ def _render_suffix(example: Example, processor) -> Rendered:
 
 def _render_chat(example: Example, processor, *, add_end_token: bool) -> Rendered:
     messages = example.get_messages(processor.image_token)
+    check_markers(processor, messages, ends_only=True)
     special = tuple(processor.tokenizer.all_special_tokens)
     has_marks = GENERATION_MARK.search(get_chat_template(processor) or "") is not None
     text, spans = apply_template(processor, messages, marks=has_marks)
-    if has_marks:
+    if has_marks and len(spans) <= len(_list_answers(messages)):
         _check_marks(spans, messages)
         spans = _extend_to_prompts(spans, text, messages, processor)
-    else:
+    else:  # some templates mark the parts of an answer, such as its end, one by one
         spans = _find_answers(text, messages, processor)
+    _check_answers(text, spans, messages)
     if add_end_token:
         spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
         text = _add_end_token(text, spans[-1][1], processor.tokenizer.eos_token, special)
@@ -122,16 +130,25 @@ def _check_marks(spans: list[Span], messages: list[dict]) -> None:
         )
 
 
+def _list_answers(messages: list[dict]) -> list[int]:
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+
+
 def _extend_to_prompts(spans: list[Span], text: str, messages: list[dict], processor) -> list[Span]:
     """Begin marked spans where the prompt ends.
 
-    The model must also write whitespace that a template puts before its mark.
+    The model must also write whitespace that a template puts before its mark. It need not write
+    what the prompt holds already.
     """
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     extended = []
+    answers = _list_answers(messages)
     for i, (start, end) in zip(answers, spans, strict=True):
         prompt, _ = apply_template(processor, messages[:i], add_generation_prompt=True)
-        if text.startswith(prompt) and text[len(prompt) : start].isspace():
+        fits = text.startswith(prompt)
+        if i == answers[-1] and _is_other_thought(prompt, text, fits):
+            raise _build_prompt_error(prompt, text, messages, processor)
+        is_inside = start < len(prompt) < end
+        if fits and (is_inside or text[len(prompt) : start].isspace()):
             start = len(prompt)
         extended.append((start, end))
     return extended
@@ -140,22 +157,110 @@ def _extend_to_prompts(spans: list[Span], text: str, messages: list[dict], proce
 def _find_answers(text: str, messages: list[dict], processor) -> list[Span]:
     """Each answer: what follows its prompt, without whitespace at the end."""
     spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    answers = _list_answers(messages)
+    for i in answers:
         before, _ = apply_template(processor, messages[:i], add_generation_prompt=True)
         after = text
-        if i + 1 < len(messages):
+        if i != answers[-1]:
             after, _ = apply_template(processor, messages[: i + 1])
         fits = text.startswith(before) and text.startswith(after.rstrip())
-        if not fits or len(after) <= len(before):
-            raise UserError(
-                f"the chat template writes turn {i} differently once more turns follow, so the"
-                " answer cannot be found in the text; use a template with {% generation %} marks"
-                " around assistant turns, or split the conversation"
-            )
-        spans.append((len(before), len(after.rstrip())))
+        fits = fits and len(after) > len(before)
+        if i == answers[-1] and (not fits or _is_other_thought(before, text, fits)):
+            raise _build_prompt_error(before, text, messages, processor)
+        if fits:
+            spans.append((len(before), len(after.rstrip())))
+        else:
+            spans.append(_find_earlier_answer(text, messages, i, before, processor))
     return spans
+
+
+def _find_earlier_answer(
+    text: str, messages: list[dict], number: int, prompt: str, processor
+) -> Span:
+    """An answer that the template writes in another way once more turns follow.
+
+    Many templates drop the thought of an earlier answer, or end it by another token. The place of
+    the answer is that of a probe which stands for it.
+    """
+    probed = [dict(message) for message in messages]
+    probed[number]["content"] = PROBE
+    with_probe, _ = apply_template(processor, probed)
+    before, _, after = with_probe.partition(PROBE)
+    start, end = len(before), len(text) - len(after)
+    answer = strip_thoughts(messages[number]["content"])
+    fits = text.startswith(before) and text.endswith(after) and start < end
+    if with_probe.count(PROBE) != 1 or not fits or text[start:end].strip() != answer:
+        raise UserError(
+            f"the chat template writes turn {number} differently once more turns follow, so the"
+            " answer cannot be found in the text; use a template with {% generation %} marks"
+            " around assistant turns, or split the conversation"
+        )
+    if text.startswith(prompt) and len(prompt) < start:
+        between = text[len(prompt) : start]
+        start = len(prompt) if between.isspace() or has_thought(between) else start
+    return start, start + len(text[start:end].rstrip())
+
+
+def _check_answers(text: str, spans: list[Span], messages: list[dict]) -> None:
+    """Raise UserError where the template has changed what an answer says.
+
+    It may change whitespace, and drop thoughts of answers before the last one.
+    """
+    answers = _list_answers(messages)
+    for i, (start, end) in zip(answers, spans, strict=True):
+        content = messages[i]["content"]
+        written = "".join(text[start:end].split())
+        if "".join(content.split()) in written:
+            continue
+        is_kept = "".join(strip_thoughts(content).split()) in written
+        if is_kept and i != answers[-1]:
+            logger.warning_once(
+                "the chat template drops the thoughts of all answers but the last one of a"
+                " conversation: the model does not learn these"
+            )
+            continue
+        what = "the thought of the answer" if is_kept else "the answer"
+        raise UserError(
+            f"the chat template leaves out or changes {what} in turn {i}, so it would not be"
+            " learned as it stands; change the record, or set another processor.chat_template"
+        )
+
+
+def _is_other_thought(prompt: str, text: str, fits: bool) -> bool:
+    """Whether a prompt opens or holds a thought that the text of the conversation has not.
+
+    Args:
+        prompt: The text that asks for the last answer.
+        text: The text of the whole conversation.
+        fits: Whether the text begins with the prompt.
+    """
+    closing = find_open_thought(prompt)
+    if fits:
+        return closing is not None and closing not in text[len(prompt) :]
+    pairs = zip(prompt, text, strict=False)
+    num_common = next((i for i, (one, other) in enumerate(pairs) if one != other), len(text))
+    rest = prompt[num_common:]
+    return closing is not None or any(begin in rest or end in rest for begin, end in MARKS)
+
+
+def _build_prompt_error(prompt: str, text: str, messages: list[dict], processor) -> UserError:
+    """The error for a template whose prompt is not how it writes the answer."""
+    line = prompt.rstrip().rsplit("\n", 1)[-1][-60:]
+    problem = (
+        f"the chat template ends the prompt for the last answer with {line!r}, but does not write"
+        " the answer of a record in that way, so training would not be what inference asks for"
+    )
+    arguments = find_agreeing_arguments(processor, messages)
+    if arguments:
+        name, value = arguments[0]
+        return UserError(
+            f"{problem}; give the template's argument {name}: {json.dumps(value)}"
+            " (chat_template_kwargs), with which both agree"
+        )
+    return UserError(
+        f"{problem}; set a processor.chat_template whose prompt is the beginning of the record's"
+        " text"
+    )
 
 
 def _add_end_token(text: str, end: int, end_token: str | None, special: tuple[str, ...]) -> str:

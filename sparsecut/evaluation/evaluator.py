@@ -21,6 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import BatchFeature
 
 from .. import __version__
+from ..chat_templates.arguments import set_arguments
+from ..chat_templates.markers import check_markers
+from ..chat_templates.thoughts import Answer
 from ..config.folder_lock import lock_folder
 from ..config.recipe import Recipe
 from ..config.yaml_io import expand_path
@@ -30,17 +33,18 @@ from ..data.feature_cache import check_encoder, get_tap_views
 from ..fingerprint import weights_hash, weights_sum
 from ..prompts import (
     check_length,
-    decode_answers,
     encode_prompts,
     get_chat_template,
     get_tokens_per_image,
     make_greedy_config,
     prepare_inputs,
+    read_answers,
     render_prompt,
 )
 from ..schema import UserError, nearest
 from .exact_match import METRICS, compute_scores
-from .output_dir import OutputDir, judge, open_output_dir
+from .judging import judge, warn_of_unfinished
+from .output_dir import OutputDir, open_output_dir
 
 
 class EvaluationResult(dict):
@@ -136,7 +140,11 @@ def evaluate_recipe(
     feature_cache=None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> EvaluationResult:
-    """Evaluate on the data of a recipe's `evaluate`, into eval/ of its output folder."""
+    """Evaluate on the data of a recipe's `evaluate`, into eval/ of its output folder.
+
+    The recipe's arguments of the chat template become the processor's defaults.
+    """
+    set_arguments(processor, recipe.chat_template_kwargs)
     return evaluate(
         model,
         processor,
@@ -247,6 +255,7 @@ def render_question(example: Example, processor) -> str:
     messages = example.get_messages(processor.image_token)
     if messages[-1]["role"] == "assistant":
         messages.pop()
+    check_markers(processor, messages, ends_only=True, place=example.place)
     return render_prompt(processor, messages)
 
 
@@ -349,7 +358,7 @@ class InputDataset(Dataset):
 
 def _generate_answers(
     model, processor, batches: list[PromptBatch], max_new_tokens: int, feature_cache, workers: int
-) -> Iterator[list[str]]:
+) -> Iterator[list[Answer]]:
     """Generate the answers of every batch, in order."""
     config = make_greedy_config(model.eval(), max_new_tokens)
     if feature_cache is None:
@@ -359,13 +368,13 @@ def _generate_answers(
     for batch, inputs in zip(batches, all_inputs, strict=True):
         _check_batch_lengths(model, processor, inputs, batch.examples, max_new_tokens)
         token_ids = model.generate(**inputs, generation_config=config)
-        yield decode_answers(processor, inputs, token_ids)
+        yield read_answers(processor, inputs, token_ids)
 
 
 def _collect_answers(
     records: list[dict],
     batches: list[PromptBatch],
-    answers: Iterator[list[str]],
+    answers: Iterator[list[Answer]],
     metric: str | None,
     output: OutputDir | None,
     progress: Callable[[int, int], None],
@@ -373,14 +382,17 @@ def _collect_answers(
     """Judge the answers, and write them into the records and the output folder as they come."""
     num_done = len(records) - sum(len(batch.indices) for batch in batches)
     progress(num_done, len(records))
+    num_unfinished = 0
     for batch, batch_answers in zip(batches, answers, strict=True):
         batch_records = [records[i] for i in batch.indices]
         for record, answer in zip(batch_records, batch_answers, strict=True):
             record.update(judge(record, answer, metric))
+            num_unfinished += answer.is_thinking
         if output is not None:
             output.append(batch_records, batch.examples)
         num_done += len(batch_records)
         progress(num_done, len(records))
+    warn_of_unfinished(num_unfinished)
 
 
 def _prepare_inputs(model, processor, batches: list[PromptBatch], workers: int) -> Iterator[dict]:

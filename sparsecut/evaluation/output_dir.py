@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..chat_templates.thoughts import Answer
 from ..data.examples import Example
 from ..data.jsonl import append_json_lines, iterate_lines, parse_line, write_json_lines
 from ..schema import UserError, read_json_file, write_text_file
 from .answered_images import AnsweredImages
-from .exact_match import METRICS
+from .judging import get_answer, judge
 
 SETTINGS = "settings.json"
 PREDICTIONS = "predictions.jsonl"
@@ -35,18 +36,6 @@ LINE_KEYS = {  # of a prediction -> what it may be
     "level": str | None,
 }
 logger = logging.getLogger(__name__)
-
-
-def judge(record: dict, answer: str, metric: str | None) -> dict:
-    """The fields that an answer adds to a record: itself, and whether it is correct.
-
-    Args:
-        record: A line of predictions.jsonl, of which `reference` is read.
-        answer: The model's answer.
-        metric: A key of `exact_match.METRICS`. None leaves the answer unjudged.
-    """
-    correct = METRICS[metric](answer, record["reference"]) if metric else None
-    return {"prediction": answer, "correct": correct}
 
 
 @dataclass(frozen=True)
@@ -133,7 +122,9 @@ def _is_ours(file: Path) -> bool:
 
 def _take_over_answers(file: Path, records: list[dict], metric: str | None) -> None:
     """Fill the records with the answers of a file; UserError where it has others."""
-    answers = {_get_key(line): line["prediction"] for line in read_predictions(file)}
+    answers = {}
+    for line in read_predictions(file):
+        answers[_get_key(line)] = Answer(get_answer(line), line["prediction"])
     keys = [_get_key(record) for record in records]
     unknown = set(answers) - set(keys)
     if unknown:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..config.yaml_io import expand_path, read_yaml_values
 from ..data.images import ImageStore
+from ..evaluation.judging import get_answer
 from ..evaluation.output_dir import read_predictions
 from ..evaluation.statistics import (
     Spread,
@@ -327,7 +328,7 @@ def _describe_item(runs: Sequence[ComparedRun], i: int) -> dict:
         by_seed = {}
         for seed, records in run.records.items():
             record = records[i]
-            by_seed[str(seed)] = [record["prediction"], bool(record["correct"])]
+            by_seed[str(seed)] = [get_answer(record), bool(record["correct"])]
         answers[run.name] = by_seed
 
     item = {key: question[key] for key in ITEM_KEYS}

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..data.jsonl import read_json_lines
 from ..drawing import text_table
+from ..evaluation.judging import get_answer
 from ..experiments.demo import DemoVariant
 from ..experiments.results import compute_results
 from ..experiments.study import Run, Study
@@ -133,7 +134,7 @@ def _collect_answers(records: dict[str, list[dict]], question: dict, number: int
     reference = question["reference"]
     answers = []
     for title, rows in records.items():
-        text = rows[number]["prediction"]
+        text = get_answer(rows[number])
         answers.append({"name": title, "text": text, "is_right": text == reference})
 
     text = question["prompt"].rpartition(">")[2]

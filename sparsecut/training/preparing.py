@@ -14,6 +14,7 @@ from transformers import TrainingArguments, set_seed
 
 from ..adapters import import_peft
 from ..building import build, is_saved, load
+from ..chat_templates.arguments import set_arguments
 from ..config.recipe import Recipe, Source, Stage
 from ..config.yaml_io import expand_path
 from ..data.dataset import TrainingData
@@ -101,6 +102,7 @@ def prepare_run(
     """
     recipe = inputs.recipe
     model, processor = _load_start(inputs, model, processor)
+    set_arguments(processor, recipe.chat_template_kwargs)
     _check_model(recipe, model)
     # Features are cached for every good image before training, so bad ones must be known by then.
     skips = any(source.on_error == "skip" for stage in recipe.stages for source in stage.data)

@@ -15,6 +15,7 @@ from ...drawing import text_table
 from ...schema import UserError, nearest, read_json_file
 from ..evaluator import evaluate
 from ..exact_match import Z95, wilson_interval
+from ..judging import get_answer
 from ..output_dir import RESULT, check_ours, write_result
 from .multiple_choice import MULTIPLE_CHOICE_TASKS
 from .open_ended import OPEN_ENDED_TASKS
@@ -321,7 +322,7 @@ def merge_parts(selected: SelectedTask, folder: Path, part_folders: Sequence[Pat
     """
     examples = build_examples(selected.data)
     records = read_parts(folder, part_folders, examples)
-    answers = {record["id"]: record["prediction"] for record in records}
+    answers = {record["id"]: get_answer(record) for record in records}
     task = selected.task
     score = None
     if task.score:

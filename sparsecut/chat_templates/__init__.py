@@ -1,0 +1,1 @@
+"""Chat templates: conversations to text, arguments, turn markers, and thoughts before answers."""
