@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -16,11 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from torch.utils.data import DataLoader, Dataset
 from transformers import BatchFeature
 
-from .. import __version__
 from ..chat_templates.arguments import set_arguments
 from ..chat_templates.markers import check_markers
 from ..chat_templates.thoughts import Answer
@@ -44,7 +41,7 @@ from ..prompts import (
 from ..schema import UserError, nearest
 from .exact_match import METRICS, compute_scores
 from .judging import judge, warn_of_unfinished
-from .output_dir import OutputDir, open_output_dir
+from .output_dir import OutputDir, get_versions, open_output_dir
 
 
 class EvaluationResult(dict):
@@ -287,16 +284,6 @@ def _get_view_settings(processor) -> dict:
         "processor": type(processor).__name__,
         "settings": hashlib.sha256(text.encode()).hexdigest()[:16],
         "tiles": getattr(processor, "sparsecut_tiles", 0),
-    }
-
-
-def get_versions() -> dict[str, str]:
-    """Versions of the software that computed a result."""
-    return {
-        "sparsecut": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
     }
 
 

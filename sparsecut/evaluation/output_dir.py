@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import json
 import logging
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import transformers
+
+from .. import __version__
 from ..chat_templates.thoughts import Answer
 from ..data.examples import Example
 from ..data.jsonl import append_json_lines, iterate_lines, parse_line, write_json_lines
@@ -239,3 +244,13 @@ def write_result(folder: Path, records: list[dict], result: dict) -> None:
 def write_json(file: Path, value, *, indent: int | None = 2) -> Path:
     """Write a JSON file, and return its path."""
     return write_text_file(file, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def get_versions() -> dict[str, str]:
+    """Versions of the software that computed a result."""
+    return {
+        "sparsecut": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

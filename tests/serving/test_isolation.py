@@ -12,7 +12,8 @@ from helpers.engine_checks import randomize_fusion
 from helpers.example_bases import build_example_base
 
 from sparsecut import upgrade
-from sparsecut.prompts import _render, list_media_tokens
+from sparsecut.chat_templates.rendering import _render
+from sparsecut.prompts import list_media_tokens
 from sparsecut.schema import UserError
 from sparsecut.serving.engine import Engine
 
