@@ -24,9 +24,13 @@ def _check_parent(file: Path | None) -> Path | None:
 @app.command()
 def cost(
     plans: Annotated[
-        list[str],
-        argument("Methods' names or files with plans; ratios are to the first.", "PLAN..."),
-    ],
+        list[str] | None,
+        argument(
+            "Methods' names or files with plans; ratios are to the first. With --base the default"
+            " is what upgrade makes: sparsecut, narrow projectors.",
+            "PLAN...",
+        ),
+    ] = None,
     vision: Annotated[
         str, option("Encoder: a known size's name, folder, hub name, or shapes.")
     ] = "clip-l-336",
@@ -54,9 +58,7 @@ def cost(
     ] = None,
 ) -> None:
     """Count what plans cost at a size: parameters, FLOPs, memory. Loads no weights but --base."""
-    from .plan_argument import read_plan
-
-    specs = {plan: read_plan(plan, method_options or []) for plan in plans}
+    specs = _read_plans(plans or [], method_options or [], is_upgrade=base is not None)
     if base is not None:
         if measure:
             raise UserError(
@@ -73,6 +75,20 @@ def cost(
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
         typer.echo(f"wrote {json_file}")
+
+
+def _read_plans(plans: list[str], options: list[str], *, is_upgrade: bool) -> dict:
+    """What `build` or `upgrade` takes for every plan, by the name that was typed."""
+    from .plan_argument import UPGRADE_METHOD, read_plan, read_upgrade_plan
+
+    if is_upgrade:
+        return {plan: read_upgrade_plan(plan, options) for plan in plans or [UPGRADE_METHOD]}
+    if not plans:
+        raise UserError(
+            "no plan was given; name methods or files with plans, for example sparsecut llava, or a"
+            " pretrained VLM with --base"
+        )
+    return {plan: read_plan(plan, options) for plan in plans}
 
 
 def _count_plans(vision: str, language: str, specs: dict, text_tokens: int) -> dict:

@@ -48,9 +48,9 @@ def upgrade(
     ] = False,
 ) -> None:
     """Add untrained shortcuts to a pretrained VLM. Until trained, it answers exactly as before."""
-    from .plan_argument import check_no_model, describe_model, read_plan
+    from .plan_argument import check_no_model, describe_model, read_upgrade_plan
 
-    spec = read_plan(plan or "sparsecut", method_options or []) if plan or method_options else None
+    spec = read_upgrade_plan(plan, method_options or [])
     check_no_model(out)
     from ..building import save
     from ..profiling.upgraded import count_upgrade, format_upgrade_cost

@@ -14,6 +14,7 @@ from ..schema import UserError, nearest
 
 DEFAULT_DEPTHS = (24, 32)  # CLIP-L and a 7B language model
 SHAPES_FOLDER = Path(__file__).parents[1] / "shapes" / "weights"
+UPGRADE_METHOD = "sparsecut"  # of a plan for a pretrained VLM that nobody names
 FILE_TYPES = (".yaml", ".yml", ".json")
 
 
@@ -79,6 +80,23 @@ def read_plan(argument: str, options: list[str]) -> dict:
             raise UserError(f"the option {option!r} is not key=value; write for example count=4")
         spec[key] = read_yaml(value, f"option {key}")
     return spec
+
+
+def read_upgrade_plan(argument: str | None, options: list[str]) -> dict | None:
+    """Read what `upgrade` takes, so that a cost is that of the model which `upgrade` makes.
+
+    Args:
+        argument: As in `read_plan`. Nothing, or `sparsecut` without options, is the default plan
+            of an upgrade, whose projectors are narrow.
+        options: As in `read_plan`.
+
+    Returns:
+        The plan's values, or None for the default.
+    """
+    argument = argument or UPGRADE_METHOD
+    if argument == UPGRADE_METHOD and not options:
+        return None
+    return read_plan(argument, options)
 
 
 def _read_file(file: str) -> str | dict:

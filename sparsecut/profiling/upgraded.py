@@ -83,7 +83,9 @@ def count_upgrade(
     )
 
 
-def count_upgrades(base: str, specs: Mapping[str, str | dict], **options) -> dict[str, UpgradeCost]:
+def count_upgrades(
+    base: str, specs: Mapping[str, str | dict | None], **options
+) -> dict[str, UpgradeCost]:
     """Load a base once and count it under each plan.
 
     Args:

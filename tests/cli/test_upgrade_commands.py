@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sparsecut import load
+from sparsecut import load, upgrade
 from sparsecut.cli import main as cli
 
 TEMPLATE = (
@@ -70,6 +70,34 @@ def test_cost_compares_plans_on_a_base(base, tmp_path):
     )
     with pytest.raises(ValueError, match="leave out --measure or --base"):
         run("cost", "sparsecut", "--base", "base", "--measure")
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        None,
+        "sparsecut",
+        "sparsecut -o count=2",
+        "sparsecut -o rank=null",
+        "sparsecut -o shared=true -o rank=4",
+        "qwen3_vl",
+        "plan.yaml",
+    ],
+)
+def test_what_is_counted_is_what_is_made(base, tmp_path, plan):
+    (tmp_path / "plan.yaml").write_text("{method: sparsecut, rank: 8, tiles: 0}")
+    name, *options = plan.split() if plan else [None]
+    to_count, to_make = ([name], ["--plan", name]) if plan else ([], [])
+    run("cost", *to_count, "--base", "base", "--json", "costs.json", *options)
+    output = run("upgrade", "base", "--out", "new", *to_make, *options)
+    counted = json.loads((tmp_path / "costs.json").read_text())[name or "sparsecut"]["count"]
+    model, _ = load("new")
+    made = sum(p.numel() for p in model.fusion.parameters())
+    assert counted["num_fusion_parameters"] == made
+    assert f"{made:,} parameters" in output
+    if plan == "sparsecut -o rank=null":
+        default, _ = upgrade("base")
+        assert made > sum(p.numel() for p in default.fusion.parameters())
 
 
 def test_mistakes_are_reported_before_anything_is_written(base, tmp_path):
