@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
-from ..schema import UserError
+from ..schema import UserError, read_json_file
 
 
 def check_writable_folder(folder: str | Path) -> None:
@@ -30,3 +31,36 @@ def check_writable_folder(folder: str | Path) -> None:
         raise UserError(
             f"{path} cannot be written in {existing} ({error.strerror}); name another"
         ) from error
+
+
+def check_replaceable(folder: str | Path, names: Collection[str], owner: str) -> None:
+    """Check that files of a folder may be replaced: that they are of an earlier run of the same.
+
+    Args:
+        folder: A folder that results are written to.
+        names: Files and folders that will be written there, as patterns.
+        owner: One of the files, which says whose the others are. Where it is JSON that names keys,
+            as "compare.json: baseline, runs", these must be in it.
+
+    Raises:
+        UserError: There is one of the files, but no owner.
+    """
+    folder = Path(folder)
+    name, _, keys = owner.partition(": ")
+    present = sorted(path.name for pattern in names for path in folder.glob(pattern))
+    if not present or _has_keys(folder / name, [key for key in keys.split(", ") if key]):
+        return
+    raise UserError(
+        f"{folder} holds {', '.join(present[:3])} of something else, which would be replaced; give"
+        " another folder, or move it away"
+    )
+
+
+def _has_keys(file: Path, keys: list[str]) -> bool:
+    """Whether there is a file and, where keys are named, a JSON file with all of them."""
+    if not file.is_file() or not keys:
+        return file.is_file()
+    try:
+        return set(keys) <= set(read_json_file(file))
+    except UserError:
+        return False

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from ..config.recipe import Recipe
 from ..plan import Plan
-from ..schema import UserError, read_json_file
+from ..schema import UserError, read_json_file, write_text_file
+from .inputs import check_inputs, list_sources
 from .study import Study
 
 LARGE_SIZE = ("clip-l-336", "llama-7b")  # the size that costs are also counted at
@@ -25,14 +26,16 @@ def prepare(study: Study, log: Log) -> None:
 
     if study.pictures is not None:
         draw_images(study, log)
-    first_run = study.list_runs()[0]
-    recipe = study.get_recipe(first_run)
+    recipes = _list_recipes(study)
+    recipe = recipes[0]
     vision = expand_path(recipe.model.vision)
     language = expand_path(recipe.model.language)
 
     tiles = _find_tiles(study, vision, language)
     widest = {"method": "hires_channels", "tiles": tiles}
     model, processor = build(vision, language, widest)
+    examples = _read_examples(recipes)
+    check_inputs(Path(study.output), recipes, examples, model, processor, log)
 
     plans = {}
     for name, spec in study.arms.items():
@@ -40,29 +43,46 @@ def prepare(study: Study, log: Log) -> None:
 
     write_costs(study, plans, model.config, log)
     if recipe.feature_cache is not None:
-        _cache_features(recipe, list(plans.values()), model, processor, log)
+        _cache_features(recipe.feature_cache, list(plans.values()), model, processor, examples, log)
 
 
-def _cache_features(recipe: Recipe, plans: Sequence[Plan], model, processor, log: Log) -> None:
-    """Encode every image of training and evaluation once, with the views that any plan reads."""
+def _list_recipes(study: Study) -> list[Recipe]:
+    """The recipe of the first run of every budget: variants and seeds read the same data."""
+    first_runs = {}
+    for run in study.list_runs():
+        first_runs.setdefault(run.budget, run)
+    return [study.get_recipe(run) for run in first_runs.values()]
+
+
+def _read_examples(recipes: Sequence[Recipe]) -> list:
+    """All records of training and evaluation, of streams where features are cached."""
     from ..data.examples import read_source
+
+    sources = {}
+    for recipe in recipes:
+        for source in list_sources(recipe):
+            if recipe.feature_cache or not source.streaming:
+                sources[source] = None
+    examples = []
+    for source in sources:
+        examples += read_source(source, [])
+    return examples
+
+
+def _cache_features(
+    folder: str, plans: Sequence[Plan], model, processor, examples: list, log: Log
+) -> None:
+    """Encode every image of training and evaluation once, with the views that any plan reads."""
     from ..data.feature_cache import build_feature_cache, get_tap_views
-    from ..evaluation.evaluator import evaluation_examples
 
     views: dict[int, int] = {}
     for plan in plans:
         for tap, number in get_tap_views(plan, model.config.vision_depth).items():
             views[tap] = max(number, views.get(tap, 0))
 
-    examples = []
-    for stage in recipe.stages:
-        for source in stage.data:
-            examples += read_source(source, [])
-
-    examples += evaluation_examples(recipe)
     if max(views.values()) == 1:
         processor.tiles = 0
-    build_feature_cache(recipe.feature_cache, model, processor, examples, views, log=log)
+    build_feature_cache(folder, model, processor, examples, views, log=log)
 
 
 def _find_tiles(study: Study, vision, language) -> int:
@@ -104,7 +124,7 @@ def draw_images(study: Study, log: Log) -> None:
     common = {"seed": images.seed, "size": images.size}
     write_split(data, "train", images.train, images.train_questions, **common)
     write_split(data, images.split, images.ask, images.questions, **common)
-    record.write_text(json.dumps(settings), encoding="utf-8")
+    write_text_file(record, json.dumps(settings))
 
 
 def write_costs(study: Study, plans: dict, config, log: Log) -> None:
@@ -130,7 +150,7 @@ def write_costs(study: Study, plans: dict, config, log: Log) -> None:
             "here": count_plan(config.vision_config, config.text_config, plan).to_dict(),
             "large": _count_at_large_size(study.arms[name]),
         }
-        path.write_text(json.dumps(costs, indent=1), encoding="utf-8")
+        write_text_file(path, json.dumps(costs, indent=1))
 
 
 def _count_at_large_size(spec: str | dict) -> dict | None:

@@ -9,9 +9,10 @@ A study's output folder holds:
     runs/BUDGET/VARIANT/SEED/    one run: what training writes, eval/ with its answers, facts.json
     report.html, .md, .json  the comparison, which `sparsecut.reports` writes
 
-A run that is in progress has a file `running`, one that failed has `failed.txt`. Any number of
-processes, also of several machines on one disk, may work on a folder: a run belongs to the process
-that creates `running`. A run whose process is gone is taken over.
+A run that is in progress has a file `running`, one that failed has `failed.txt`. One process at a
+time prepares a study. Then any number of processes, also of several machines on one disk, may work
+on it: a run belongs to the process that has its folder (`config.folder_lock`). The others wait for
+it, and take it over where its process is gone.
 """
 
 from __future__ import annotations
@@ -21,20 +22,28 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ..config.paths import check_writable_folder
+from ..config.folder_lock import LOCK, lock_folder
+from ..config.paths import check_replaceable, check_writable_folder
 from ..data.jsonl import read_json_lines
-from ..schema import UserError, read_json_file
+from ..schema import UserError, read_json_file, write_text_file
 from .preparation import Log, prepare
 from .study import Run, Study, dump_study, load_study, narrow_study
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_LINES = 30  # about runs in progress
-SECONDS_TO_CLAIM = 60  # after this an empty file `running` belongs to a process that is gone
+SECONDS_BETWEEN_CLAIMS = 2  # of a run that another process has
+SECONDS_TO_TRUST = 600  # an old version's file `running` of another host, which it never renews
+WRITTEN = (
+    *("states", "runs", "costs.json", "inputs.json", "report.*", "worker-*.txt"),
+    *("search.json", "plan.yaml"),
+)
 LINES_SHOWN = 12  # of the log of a process that stopped
 
 
@@ -69,12 +78,13 @@ def run_study(
         ChildProcessError: A process of the study stopped.
     """
     out = Path(study.output)
+    part = narrow_study(study, variants, seeds)
     check_writable_folder(out)
     check_folder(study, out)
-    part = narrow_study(study, variants, seeds)
-    out.mkdir(parents=True, exist_ok=True)
-    dump_study(study, out / "study.yaml")
-    prepare(study, log)
+    with lock_folder(out):
+        check_folder(study, out)  # another process may have begun one meanwhile
+        dump_study(study, out / "study.yaml")
+        prepare(study, log)
     runs = part.list_runs()
     pending = [run for run in runs if not run.is_finished(out)]
     log(
@@ -119,8 +129,11 @@ def check_folder(study: Study, out: Path) -> None:
     """Refuse a folder that holds a study with other data, training or meaning of a variant.
 
     Raises:
-        UserError: The message names the keys that differ.
+        UserError: The message names the keys that differ, or files of something else that would be
+            replaced.
     """
+    written = [*WRITTEN, "data"] if study.pictures else WRITTEN
+    check_replaceable(out, written, "study.yaml")
     if not (out / "study.yaml").is_file():
         return
     before = load_study(out / "study.yaml")
@@ -156,13 +169,16 @@ def _supervise(study: Study, out: Path, workers: int, log: Log) -> None:
         for process in processes:
             process.terminate()
 
-    for number, process in enumerate(processes):
-        if process.wait() not in (0, -15):
+    exit_codes = [process.wait() for process in processes]
+    if not any(_is_left(run, out) for run in study.list_runs()):
+        return  # others have done the runs of a process that was killed
+    for number, exit_code in enumerate(exit_codes):
+        if exit_code not in (0, -15):
             lines = _get_log_path(out, number).read_text(encoding="utf-8").splitlines()
             end = "\n".join(lines[-LINES_SHOWN:])
             raise ChildProcessError(
-                f"a process of the study stopped with exit code {process.returncode}; the end of"
-                f" its log:\n{end}"
+                f"a process of the study stopped with exit code {exit_code}; the end of its log:\n"
+                f"{end}"
             )
 
 
@@ -171,6 +187,7 @@ def _start_process(study: Study, out: Path, number: int) -> subprocess.Popen:
     command = [sys.executable, "-m", "sparsecut.experiments.runner", str(out)]
     command += [f"variant={name}" for name in study.arms]
     command += [f"seed={seed}" for seed in study.seeds]
+    command += [f"parent={os.getpid()}"]
     with _get_log_path(out, number).open("w", encoding="utf-8") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
@@ -254,55 +271,87 @@ def work(
     study = load_study(out / "study.yaml")
     runs = narrow_study(study, variants, seeds).list_runs()
 
-    for run in runs:
-        folder = run.get_folder(out)
-        failure = folder / "failed.txt"
-        if run.is_finished(out) or failure.is_file() or not claim(folder):
-            continue
+    said = False
+    while True:
+        for run in runs:
+            if _is_left(run, out):
+                _do_run(study, run, runs, log)
+        left = [run for run in runs if _is_left(run, out)]
+        if not left:
+            return
+        if not said:
+            log(f"waiting for {len(left)} runs that other processes have, such as {left[0]}")
+            said = True
+        time.sleep(SECONDS_BETWEEN_CLAIMS)
+
+
+def _is_left(run: Run, out: Path) -> bool:
+    return not run.is_finished(out) and not (run.get_folder(out) / "failed.txt").is_file()
+
+
+def _do_run(study: Study, run: Run, runs: Sequence[Run], log: Log) -> None:
+    """Train and evaluate a run, unless a living process has it."""
+    out = Path(study.output)
+    folder = run.get_folder(out)
+    with claim(folder) as is_ours:
+        if not is_ours or not _is_left(run, out):  # another process may have done it just now
+            return
         try:
-            if not run.is_finished(out):  # another process may have finished it just now
-                train_and_evaluate(study, run)
+            train_and_evaluate(study, run)
             num_finished = sum(other.is_finished(out) for other in runs)
             log(f"{num_finished}/{len(runs)}  {_describe_scores(run, out)}")
         except Exception:
-            failure.write_text(traceback.format_exc(), encoding="utf-8")
-        finally:
-            (folder / "running").unlink(missing_ok=True)
+            write_text_file(folder / "failed.txt", traceback.format_exc())
 
 
-def claim(folder: Path) -> bool:
-    """Make a run this process's own; False where a living process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / "running"
-
-    for _ in range(2):
+@contextmanager
+def claim(folder: Path) -> Iterator[bool]:
+    """Make a run this process's own inside the block; yields False where a living process has it."""
+    with ExitStack() as stack:
+        is_new = not (folder / LOCK).exists()
         try:
-            with mark.open("x", encoding="utf-8") as file:
-                file.write(f"{socket.gethostname()} {os.getpid()}")
-            return True
-        except FileExistsError:
-            if _is_owner_alive(mark):
-                return False
+            stack.enter_context(lock_folder(folder))
+        except UserError:
+            yield False
+            return
+        mark = folder / "running"
+        if is_new and _is_owner_alive(mark):
+            yield False
+            return
+        mark.write_text(f"{socket.gethostname()} {os.getpid()}", encoding="utf-8")
+        try:
+            yield True
+        finally:
             mark.unlink(missing_ok=True)
-
-    return False
 
 
 def _is_owner_alive(mark: Path) -> bool:
-    """Whether the process that a file `running` names lives; one of another machine counts so."""
+    """Whether a process of an old version, which locks no folder, may still have a run.
+
+    Such a process never renews its file `running`. So one of another host counts as alive for a
+    while only.
+    """
+    import psutil
+
     try:
+        age = time.time() - mark.stat().st_mtime
         host, pid = mark.read_text(encoding="utf-8").split()
-    except (OSError, ValueError):  # gone just now, or not written yet
-        return mark.is_file() and time.time() - mark.stat().st_mtime < SECONDS_TO_CLAIM
-
-    if host != socket.gethostname():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except OSError:
+        if host == socket.gethostname():
+            return psutil.Process(int(pid)).create_time() < mark.stat().st_mtime
+    except (OSError, ValueError, OverflowError, psutil.Error):  # gone, or not written whole
         return False
+    return age < SECONDS_TO_TRUST
 
-    return True
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it has ended, even if that was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def train_and_evaluate(study: Study, run: Run) -> None:
@@ -332,10 +381,8 @@ def train_and_evaluate(study: Study, run: Run) -> None:
         "train_seconds": train_seconds,
         "eval_seconds": result["seconds"],
     }
-    part = folder / "facts.part"
-    part.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    part.replace(folder / "facts.json")
     _remove_stage_models(recipe, folder)
+    write_text_file(folder / "facts.json", json.dumps(facts, indent=1))  # last: the run is finished
 
 
 def _remove_stage_models(recipe, folder: Path) -> None:
@@ -345,21 +392,32 @@ def _remove_stage_models(recipe, folder: Path) -> None:
             weights.unlink()
 
 
-def _parse_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], list[int]]:
-    """The folder, variants and seeds from `FOLDER variant=NAME ... seed=NUMBER ...`."""
+def _parse_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], list[int], int | None]:
+    """The folder, variants, seeds and parent from `FOLDER variant=NAME ... seed=NUMBER ...`."""
     folder, *pairs = arguments
 
     variants = []
     seeds = []
+    parent = None
     for pair in pairs:
         name, value = pair.split("=", 1)
         if name == "variant":
             variants.append(value)
-        else:
+        elif name == "seed":
             seeds.append(int(value))
+        else:
+            parent = int(value)
 
-    return Path(folder), variants, seeds
+    return Path(folder), variants, seeds, parent
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Work on a study, as `run_study` starts it."""
+    out, variants, seeds, parent = _parse_arguments(arguments)
+    if parent is not None and os.name == "posix":
+        _end_with(parent)
+    work(out, variants, seeds)
 
 
 if __name__ == "__main__":
-    work(*_parse_arguments(sys.argv[1:]))
+    main(sys.argv[1:])

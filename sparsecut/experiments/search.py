@@ -17,8 +17,9 @@ from pathlib import Path
 
 import yaml
 
+from ..config.folder_lock import lock_folder
 from ..plan import Plan, Shortcut
-from ..schema import UserError
+from ..schema import UserError, write_text_file
 from .study import Run, Study, parse_study
 
 SUPERNET = "supernet"
@@ -85,21 +86,22 @@ def search_plan(
     plan = make_supernet_plan(*depths, rank=rank)
     out = Path(study.output) / "search"
     supernets = make_supernet_study(study, plan, out, seeds, penalty)
-    run_study(supernets, workers=workers, log=log)
-    pairs = _rank_pairs(plan, [measure_importance(supernets, seed) for seed in seeds])
-    chosen = choose_pairs(pairs, plan, count, _make_cost_check(study, depths, ratio))
-    record = {
-        "count": count,
-        "ratio": ratio,
-        "seeds": list(seeds),
-        "rank": rank,
-        "penalty": penalty,
-        "plan": chosen.to_dict(),
-        "pairs": pairs,
-    }
-    (out / "search.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    text = yaml.safe_dump(chosen.to_dict(), sort_keys=False, default_flow_style=None)
-    (out / "plan.yaml").write_text(text, encoding="utf-8")
+    with lock_folder(out):
+        run_study(supernets, workers=workers, log=log)
+        pairs = _rank_pairs(plan, [measure_importance(supernets, seed) for seed in seeds])
+        chosen = choose_pairs(pairs, plan, count, _make_cost_check(study, depths, ratio))
+        record = {
+            "count": count,
+            "ratio": ratio,
+            "seeds": list(seeds),
+            "rank": rank,
+            "penalty": penalty,
+            "plan": chosen.to_dict(),
+            "pairs": pairs,
+        }
+        write_text_file(out / "search.json", json.dumps(record, indent=1))
+        text = yaml.safe_dump(chosen.to_dict(), sort_keys=False, default_flow_style=None)
+        write_text_file(out / "plan.yaml", text)
     return chosen, pairs
 
 

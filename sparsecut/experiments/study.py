@@ -22,6 +22,7 @@ from ..schema import (
     check_types,
     make_tuples,
     nearest,
+    write_text_file,
 )
 
 SET_ELSEWHERE = {  # keys of a recipe that a study sets -> where
@@ -361,5 +362,6 @@ def _check_part(kind: str, names: Sequence, known: Sequence) -> None:
 
 
 def dump_study(study: Study, path: Path) -> None:
-    """Write the study with everything that was decided."""
-    path.write_text(dump_yaml(study.to_dict()), encoding="utf-8")
+    """Write the study with everything that was decided, unless the file holds it already."""
+    if not (path.is_file() and load_study(path) == study):
+        write_text_file(path, dump_yaml(study.to_dict()))

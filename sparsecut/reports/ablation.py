@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..drawing import text_table
 from ..plan import Plan
+from ..schema import write_text_file
 from .pages import render
 from .plan_drawing import draw_plan
 from .tables import Cell, Rows, format_points, to_markdown
@@ -41,10 +42,10 @@ def write_explanation(explanation: dict, out: Path) -> Path:
     """
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(explanation, indent=1) + "\n"
-    (out / "explain.json").write_text(text, encoding="utf-8")
-    (out / "explain.md").write_text(write_markdown(explanation), encoding="utf-8")
+    write_text_file(out / "explain.json", text)
+    write_text_file(out / "explain.md", write_markdown(explanation))
     path = out / "explain.html"
-    path.write_text(write_page(explanation), encoding="utf-8")
+    write_text_file(path, write_page(explanation))
     return path
 
 

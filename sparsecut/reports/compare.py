@@ -11,6 +11,7 @@ from markupsafe import Markup
 from ..data.images import ImageStore
 from ..experiments.compare import ComparedRun, find_images
 from ..plan import Plan
+from ..schema import write_text_file
 from .figures import draw_bars
 from .pages import embed_image, render
 from .plan_drawing import draw_plan
@@ -50,12 +51,12 @@ def write_comparison(
     folder.mkdir(parents=True, exist_ok=True)
     verdict = judge_comparison(comparison)
     stored = {"verdict": verdict, **comparison}
-    (folder / "compare.json").write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    write_text_file(folder / "compare.json", json.dumps(stored, indent=1) + "\n")
     notes = "\n".join(f"- {note}" for note in write_notes(comparison))
     table = to_markdown(make_main_table(comparison))
-    (folder / "compare.md").write_text(f"**{verdict}**\n\n{table}\n\n{notes}\n", encoding="utf-8")
+    write_text_file(folder / "compare.md", f"**{verdict}**\n\n{table}\n\n{notes}\n")
     path = folder / "compare.html"
-    path.write_text(write_page(comparison, find_images(runs, images)), encoding="utf-8")
+    write_text_file(path, write_page(comparison, find_images(runs, images)))
     return path
 
 

@@ -15,7 +15,7 @@ from ..experiments.demo import DemoVariant
 from ..experiments.results import compute_results
 from ..experiments.study import Run, Study
 from ..plan import Plan
-from ..schema import read_json_file
+from ..schema import read_json_file, write_text_file
 from .figures import draw_bars, draw_curves
 from .pages import embed_image, render
 from .plan_drawing import draw_plan
@@ -69,7 +69,7 @@ def write_page(study: Study, variants: dict[str, DemoVariant], *, is_quick: bool
         items=[_make_item(out, item) for item in choose_items(study, titles, NUM_ITEMS_ON_PAGE)],
     )
     path = out / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_text_file(path, page)
     return path
 
 

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from ..experiments.results import SIZES, compute_results
 from ..plan import Plan
+from ..schema import write_text_file
 from .figures import draw_bars, draw_curves, get_curve_limit
 from .findings import write_findings
 from .pages import render
@@ -57,10 +58,10 @@ def write_study_report(folder: str | Path) -> Path:
     results = compute_results(folder)
     results["verdict"] = judge_study(results)
     results["headline"] = write_findings(results)
-    (folder / "report.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    (folder / "report.md").write_text(write_markdown(results), encoding="utf-8")
+    write_text_file(folder / "report.json", json.dumps(results, indent=1))
+    write_text_file(folder / "report.md", write_markdown(results))
     path = folder / "report.html"
-    path.write_text(write_page(results), encoding="utf-8")
+    write_text_file(path, write_page(results))
     return path
 
 

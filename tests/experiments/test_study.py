@@ -2,13 +2,21 @@
 
 import json
 import os
+import shutil
+import socket
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from helpers.runs import write_records
 from helpers.studies import QUICK, make_costs, rough_counts
+from safetensors.torch import load_file, save_file
 
 from sparsecut.building import read_depths
+from sparsecut.cli.plan_argument import SHAPES_FOLDER
+from sparsecut.config.folder_lock import lock_folder
 from sparsecut.experiments import preparation
 from sparsecut.experiments.runner import StudyRunError, check_folder, claim, run_study
 from sparsecut.experiments.study import Run, load_study, narrow_study, parse_study
@@ -163,16 +171,184 @@ def test_costs_are_counted_once_and_at_the_large_size_where_a_method_scales(tmp_
     assert costs["fixed"]["large"] is None, "this method has 40 decoder layers, a 7B model 32"
 
 
+def is_claimed(folder) -> bool:
+    """Whether a run can be had by another thread, as by another process."""
+    answers = []
+
+    def ask() -> None:
+        with claim(folder) as is_ours:
+            answers.append(is_ours)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    return not answers[0]
+
+
 def test_a_run_belongs_to_one_living_process(tmp_path):
-    assert claim(tmp_path / "a")
-    assert not claim(tmp_path / "a")
-    mark = tmp_path / "a" / "running"
-    host = mark.read_text().split()[0]
-    mark.write_text(f"{host} {2**22 + 1}")  # above the largest process number there can be
-    assert claim(tmp_path / "a")
-    assert mark.read_text() == f"{host} {os.getpid()}"
-    mark.write_text("elsewhere 1")
-    assert not claim(tmp_path / "a")
+    mark = tmp_path / "running"
+    with claim(tmp_path) as is_ours:
+        assert is_ours
+        assert mark.read_text() == f"{socket.gethostname()} {os.getpid()}"
+        assert is_claimed(tmp_path)
+    assert not mark.exists()
+    assert not is_claimed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("host", "pid", "age", "lives"),
+    [
+        ("here", "self", 0, True),
+        ("here", "self", 10**7, False),  # the number went to another process later
+        ("here", 2**22 + 1, 0, False),  # above the largest number that there can be
+        ("here", 10**30, 0, False),
+        ("elsewhere", 1, 0, True),
+        ("elsewhere", 1, 3600, False),
+        ("", "", 0, False),
+    ],
+)
+def test_a_mark_of_an_old_version_counts_while_its_process_can_live(
+    tmp_path, host, pid, age, lives
+):
+    host = socket.gethostname() if host == "here" else host
+    mark = tmp_path / "running"
+    mark.write_text(f"{host} {os.getpid() if pid == 'self' else pid}")
+    os.utime(mark, (time.time() - age,) * 2)
+    assert is_claimed(tmp_path) == lives
+
+
+def test_a_mark_that_a_killed_process_left_does_not_count(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / "running").write_text("elsewhere 1")
+    assert not is_claimed(tmp_path)
+
+
+def begin(study) -> None:
+    """Prepare a study and leave what a run with a finished stage leaves."""
+    prepare_only(study)
+    stage = study.list_runs()[0].get_folder(study.output) / "tune"
+    stage.mkdir(parents=True)
+    (stage / "versions.json").write_text("{}")
+
+
+def prepare_only(study, lines=None) -> None:
+    """Do what is done before the runs."""
+    lines = [] if lines is None else lines
+    with rough_counts(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsecut.experiments.runner.work", lambda *args, **settings: None)
+        run_study(study, workers=0, log=lines.append)
+
+
+def build_own_study(folder, **changes):
+    """A study of records and images that are not drawn."""
+    (folder / "own").mkdir()
+    write_records(folder / "own")
+    source = {"path": str(folder / "own" / "data.json")}
+    stage = {**RECIPE["stages"][0], "data": source}
+    recipe = {**RECIPE, "evaluate": {"data": source}, "stages": [stage]}
+    return build_study(folder, pictures=None, recipe=recipe, **changes)
+
+
+def change_records(folder) -> str:
+    file = folder / "own" / "data.json"
+    file.write_text(file.read_text().replace("a cat", "a dog"))
+    return "data.json"
+
+
+def change_image(folder) -> str:
+    file = folder / "own" / "4.png"
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    file.write_bytes((folder / "own" / "5.png").read_bytes())
+    os.utime(file, ns=times)
+    return "4.png"
+
+
+@pytest.mark.parametrize("change", [change_records, change_image])
+@pytest.mark.parametrize("caches", [True, False])
+def test_a_study_does_not_go_on_with_other_data(tmp_path, change, caches):
+    study = build_own_study(tmp_path, feature_cache=caches, budgets={"short": []})
+    begin(study)
+    name = change(tmp_path)
+    before = {path: path.read_bytes() for path in Path(study.output).rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=name):
+        prepare_only(study)
+    for path, content in before.items():
+        assert path.name == ".lock" or path.read_bytes() == content
+
+
+@pytest.mark.parametrize("change", [change_records, change_image])
+def test_data_may_be_mended_before_anything_was_trained_with_it(tmp_path, change):
+    study = build_own_study(tmp_path, budgets={"short": []})
+    prepare_only(study)
+    change(tmp_path)
+    prepare_only(study)
+
+
+def test_a_study_does_not_go_on_with_another_backbone(tmp_path):
+    shutil.copytree(SHAPES_FOLDER, tmp_path / "shapes")
+    model = {part: str(tmp_path / "shapes" / part) for part in ("vision", "language")}
+    study = build_study(tmp_path, recipe={**RECIPE, "model": model}, budgets={"short": []})
+    begin(study)
+    file = tmp_path / "shapes" / "language" / "model.safetensors"
+    weights = load_file(file)
+    name = max(weights, key=lambda key: weights[key].numel())
+    weights[name].view(-1)[-2] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="language model"):
+        prepare_only(study)
+
+
+def test_a_copied_study_goes_on(tmp_path):
+    study = build_study(tmp_path, budgets={"short": []})
+    begin(study)
+    copied = tmp_path / "copied"
+    shutil.copytree(study.output, copied, copy_function=shutil.copy)  # with new times
+    shutil.rmtree(study.output)
+    before = (copied / "states" / "tap-07.f16").stat().st_mtime_ns
+    prepare_only(replace(study, output=str(copied)))
+    assert (copied / "states" / "tap-07.f16").stat().st_mtime_ns == before
+
+
+def test_a_study_of_an_old_version_goes_on_and_a_line_says_what_is_not_known(tmp_path):
+    study = build_study(tmp_path, budgets={"short": []})
+    begin(study)
+    (Path(study.output) / "inputs.json").unlink()
+    lines = []
+    prepare_only(study, lines)
+    assert any("not known" in line for line in lines)
+    assert (Path(study.output) / "inputs.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["data/train.json", "runs/notes.txt", "costs.json", "report.html"])
+def test_files_of_something_else_are_not_replaced(tmp_path, name):
+    study = build_study(tmp_path)
+    file = Path(study.output) / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(UserError, match=name.partition("/")[0]):
+        run_study(study, log=print)
+    assert [path for path in Path(study.output).rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "mine"
+
+
+def test_one_process_at_a_time_prepares_a_study(tmp_path):
+    study = build_study(tmp_path)
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock_folder(study.output):
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    try:
+        with pytest.raises(UserError, match="in use"):
+            run_study(study, log=print)
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.mark.parametrize(
