@@ -3,20 +3,24 @@
     python benchmarks/serve_load.py runs/demo/runs/main/sparsecut/0/final runs/demo/data/test.json --clients 32
 
 Every answer is compared with what the model's own `generate` answers to that question alone. The
-server is a process of its own, whose memory is read from /proc every second. Exits with 1 for an
-error or a wrong answer.
+server is a process of its own, whose memory is read from /proc every second. With --hostile, other
+clients meanwhile send what should be refused, slowly or without end. Exits with 1 for an error or a
+wrong answer.
 """
 
 import argparse
 import asyncio
 import base64
+import json
 import random
 import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import openai
 import torch
@@ -48,6 +52,7 @@ class Results:
         wrong: Of each wrong answer the question, the model's own answer and the server's.
         seconds: Time of each whole answer.
         memory_mib: Memory of the server, every second.
+        hostile: Statuses that hostile requests got, by kind of request.
         metrics: The lines of /metrics at the end.
     """
 
@@ -57,6 +62,7 @@ class Results:
     wrong: list[tuple[str, str, str]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     memory_mib: list[float] = field(default_factory=list)
+    hostile: Counter = field(default_factory=Counter)
     metrics: list[str] = field(default_factory=list)
 
 
@@ -92,6 +98,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--questions", type=int, default=400, help="drawn from the data")
     parser.add_argument("--length", type=int, default=16, help="tokens of an answer at most")
+    parser.add_argument(
+        "--hostile", type=int, default=0, help="clients that send what should be refused"
+    )
     parser.add_argument("--max-batch", type=int, default=32)
     parser.add_argument(
         "--keep-mib", type=int, default=256, help="of vision features; 0 encodes every time"
@@ -145,6 +154,7 @@ async def run_clients(
     """Ask from all clients for the given time."""
     results = Results()
     deadline = time.monotonic() + arguments.seconds
+    models_url = urlsplit(url)
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
         models = await client.models.list()
         settings = {
@@ -155,6 +165,11 @@ async def run_clients(
         tasks = [
             run_client(client, random.Random(number), questions, settings, deadline, results)
             for number in range(arguments.clients)
+        ]
+        address = (models_url.hostname, models_url.port)
+        tasks += [
+            run_hostile_client(address, random.Random(number), questions, deadline, results)
+            for number in range(arguments.hostile)
         ]
         await asyncio.gather(watch_memory(pid, deadline, results), *tasks)
         metrics = await client.get("../metrics", cast_to=str)
@@ -213,6 +228,95 @@ async def ask(
     return text
 
 
+def make_hostile_request(kind: str, question: Question) -> tuple[str, bytes]:
+    """Headers and body of a request that should be refused, or whose settings are extreme."""
+    body = {"messages": question.messages, "max_tokens": 4}
+    headers = "Host: localhost\r\nContent-Type: application/json\r\n"
+    if kind == "tiny":
+        body |= {"temperature": 1e-40, "top_p": 1e-300}
+    elif kind == "token":
+        body["messages"] = [{"role": "user", "content": "what is <image> this"}]
+    elif kind == "long":
+        body["messages"] = [{"role": "user", "content": "red square " * 80_000}]
+    elif kind == "nested":
+        return headers, b"[" * 1_000_000
+    elif kind == "image":
+        url = "data:image/png;base64," + base64.b64encode(b"\x89PNG" * 9).decode()
+        part = {"type": "image_url", "image_url": {"url": url}}
+        body["messages"] = [{"role": "user", "content": [part]}]
+    elif kind == "host":
+        headers = headers.replace("localhost", "evil.example")
+    elif kind == "origin":
+        headers += "Origin: https://evil.example\r\n"
+    elif kind == "type":
+        headers = headers.replace("application", "text/plain;application")
+    return headers, json.dumps(body).encode()
+
+
+HOSTILE_KINDS = ("tiny", "token", "long", "nested", "image", "host", "origin", "type")
+SILENT_KINDS = ("slow body", "slow head", "endless", "nothing")
+
+
+async def run_hostile_client(
+    address: tuple[str, int],
+    generator: random.Random,
+    questions: list[Question],
+    deadline: float,
+    results: Results,
+) -> None:
+    """Send one hostile request after the other until the deadline; a third never ends."""
+    while time.monotonic() < deadline:
+        is_silent = generator.random() < 0.33
+        kind = generator.choice(SILENT_KINDS if is_silent else HOSTILE_KINDS)
+        send = keep_silent if is_silent else send_hostile
+        try:
+            seconds = min(60.0, deadline - time.monotonic() + 1)
+            async with asyncio.timeout(seconds):
+                status = await send(address, kind, generator.choice(questions))
+        except (OSError, asyncio.IncompleteReadError) as error:
+            status = type(error).__name__
+        results.hostile[f"{kind}: {status}"] += 1
+
+
+async def send_hostile(address: tuple[str, int], kind: str, question: Question) -> str:
+    """The status that a hostile request gets."""
+    headers, body = make_hostile_request(kind, question)
+    reader, writer = await asyncio.open_connection(*address)
+    try:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        await writer.drain()
+        return (await reader.readline()).decode()[9:12] or "closed"
+    finally:
+        writer.close()
+
+
+async def keep_silent(address: tuple[str, int], kind: str, question: Question) -> str:
+    """Send a part of a request, or an endless one, until the server ends it."""
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a.localhost\r\n"
+    head += b"Content-Type: application/json\r\n"
+    starts = {
+        "slow body": head + b"Content-Length: 1000000\r\n\r\n",
+        "slow head": head,
+        "endless": head + b"Transfer-Encoding: chunked\r\n\r\n",
+        "nothing": b"",
+    }
+    reader, writer = await asyncio.open_connection(*address)
+    try:
+        writer.write(starts[kind])
+        answer = asyncio.ensure_future(reader.readline())
+        while not answer.done():
+            await asyncio.wait([answer], timeout=0.5)
+            if kind == "endless":
+                writer.write(b"2710\r\n" + b" " * 10_000 + b"\r\n")
+            elif kind == "slow body":
+                writer.write(b" ")
+            await writer.drain()
+        return answer.result().decode()[9:12] or "closed"
+    finally:
+        writer.close()
+
+
 async def watch_memory(pid: int, deadline: float, results: Results) -> None:
     """Write down the server's memory every second."""
     while time.monotonic() < deadline:
@@ -252,6 +356,8 @@ def print_results(results: Results, arguments: argparse.Namespace) -> None:
         f"memory MiB: {memory[0]:.0f} at first, {after_a_third:.0f} after a third,"
         f" {max(memory):.0f} at most, {memory[-1]:.0f} at the end"
     )
+    for name, number in sorted(results.hostile.items()):
+        print(f"hostile {name}: {number}")
     print("\n".join(results.metrics))
 
 

@@ -8,6 +8,7 @@ are folded into dots.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ ARROW = "\u25b6"
 VISION_NAMES = {0: "0 = patches"}
 LANGUAGE_NAMES = {0: "0 = input"}
 STACK_WIDTH = 13  # columns inside a stack
+DIRECTIONS = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f"  # of text, left or right
+CONTROLS = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029{DIRECTIONS}]")
+CONTROLS_AND_LINES = re.compile(f"[\t\n]|{CONTROLS.pattern}")
 MANY_TRACKS = 12  # up to so many tracks have a free column between them
 
 Item = int | str  # in a stack: a number, dots for folded ones, or nothing
@@ -380,6 +384,22 @@ def _label_layers(arrows: Sequence[Arrow]) -> dict[int, str]:
     return labels
 
 
+def escape_controls(text: str, *, keep_lines: bool = True) -> str:
+    """Make text safe for a terminal: characters that would control it are written as escapes.
+
+    These are the control characters, so all of ANSI's and OSC's sequences, and those that change
+    the direction of text or end lines invisibly. Text in files stays as it is.
+
+    Args:
+        text: The text, which may come from anywhere.
+        keep_lines: Keep line ends and tabs; without it they are escaped too, for cells and labels.
+    """
+    if keep_lines:
+        text = text.replace("\r\n", "\n")
+    pattern = CONTROLS if keep_lines else CONTROLS_AND_LINES
+    return pattern.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def text_table(
     rows: Sequence[Sequence[str]], *, align: str | None = None, separator: str = "  "
 ) -> str:
@@ -394,6 +414,7 @@ def text_table(
     Returns:
         One line for each row, without whitespace at its end.
     """
+    rows = [_escape_cells(row) for row in rows]
     columns = list(zip(*rows, strict=True))
     widths = [len(max(column, key=len)) for column in columns]
     align = align or "<" + ">" * (len(columns) - 1)
@@ -404,3 +425,7 @@ def text_table(
         ]
         lines.append(separator.join(cells).rstrip())
     return "\n".join(lines)
+
+
+def _escape_cells(row: Sequence[str]) -> list[str]:
+    return [escape_controls(cell, keep_lines=False) for cell in row]

@@ -16,6 +16,7 @@ import typer.core
 
 from .. import __version__
 from ..config.paths import check_writable_folder
+from ..drawing import escape_controls
 from ..schema import UserError, nearest
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -43,6 +44,17 @@ def _check_output_folder(folder: Path | None) -> Path | None:
     if folder is not None:
         check_writable_folder(folder)
     return folder
+
+
+def echo(text: str = "", *, nl: bool = True, err: bool = False) -> None:
+    """Print text, safe for a terminal; every command prints with this.
+
+    Args:
+        text: What to print.
+        nl: End the line.
+        err: Print to stderr.
+    """
+    typer.echo(escape_controls(text), nl=nl, err=err)
 
 
 Text = str | None
@@ -91,7 +103,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"sparsecut {__version__}")
+        echo(f"sparsecut {__version__}")
         raise typer.Exit
 
 
@@ -169,7 +181,9 @@ def show_progress(label: str) -> Iterator[Progress]:
     if not console.is_terminal:
         yield _LineProgress(label, console)
         return
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    label = escape_controls(label, keep_lines=False)
+    description = TextColumn("{task.description}", markup=False)
+    columns = (description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with ProgressBar(*columns, console=console, transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -179,7 +193,7 @@ class _LineProgress:
     """Prints a line with the time left, at most every half minute."""
 
     def __init__(self, label: str, console):
-        self.label = label
+        self.label = escape_controls(label, keep_lines=False)
         self.console = console
         self.last_line = time.monotonic()
         self.start: tuple[int, float] | None = None  # (number done, time) of the first call
@@ -196,6 +210,7 @@ class _LineProgress:
         self.console.print(
             f"{self.label}: {done:,} of {total:,}, about {minutes_left:.0f} minutes left",
             highlight=False,
+            markup=False,
         )
         self.last_line = now
 
@@ -204,6 +219,6 @@ def print_scores(result: dict, out: Path | None) -> None:
     """Print an evaluation's scores, and where they were written."""
     from ..evaluation.exact_match import format_scores
 
-    typer.echo(format_scores(result))
+    echo(format_scores(result))
     if out is not None:
-        typer.echo(f"wrote {out}/result.json and {out}/predictions.jsonl")
+        echo(f"wrote {out}/result.json and {out}/predictions.jsonl")

@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from .app import Device, Dtype, SavedModel, Text, app, argument, load_model, option
+from .app import Device, Dtype, SavedModel, Text, app, argument, echo, load_model, option
 
 
 @app.command()
@@ -34,18 +32,18 @@ def chat(
     conversation = Chat(loaded, processor, temperature=temperature, max_new_tokens=max_new_tokens)
     if ask is not None:
         for text in conversation.stream(ask, *opened):
-            typer.echo(text, nl=False)
-        typer.echo()
+            echo(text, nl=False)
+        echo()
         return
     is_terminal = sys.stdin.isatty()
     prompt = "> " if is_terminal else ""
     if is_terminal:
-        typer.echo("/image PATH shows an image, /help lists the commands, /quit leaves")
+        echo("/image PATH shows an image, /help lists the commands, /quit leaves")
     run_terminal(
         conversation,
         opened,
         lambda: input(prompt),
-        lambda text: typer.echo(text, nl=False),
+        lambda text: echo(text, nl=False),
     )
     if is_terminal:
-        typer.echo()
+        echo()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from .app import (
     Device,
     Dtype,
@@ -15,6 +13,7 @@ from .app import (
     Text,
     app,
     argument,
+    echo,
     load_model,
     option,
     output_folder,
@@ -58,9 +57,9 @@ def explain(
 
     if out is not None:
         page = write_explanation(explanation, out)
-    typer.echo(write_text(explanation))
+    echo(write_text(explanation))
     if out is not None:
-        typer.echo(f"\nThe page: {page}, with tables in explain.md and numbers in explain.json")
+        echo(f"\nThe page: {page}, with tables in explain.md and numbers in explain.json")
 
 
 @app.command()
@@ -90,7 +89,7 @@ def compare(
     check_matplotlib()
     chosen = read_runs(runs)
     comparison = compare_runs(chosen, num_items=items)
-    typer.echo(judge_comparison(comparison))
-    typer.echo(f"\n{text_table(make_main_table(comparison))}\n")
-    typer.echo("\n".join(write_notes(comparison)))
-    typer.echo(f"wrote {write_comparison(out, chosen, comparison, images)}")
+    echo(judge_comparison(comparison))
+    echo(f"\n{text_table(make_main_table(comparison))}\n")
+    echo("\n".join(write_notes(comparison)))
+    echo(f"wrote {write_comparison(out, chosen, comparison, images)}")

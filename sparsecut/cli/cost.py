@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ..config.paths import check_writable_folder
 from ..schema import UserError
-from .app import Device, File, MethodOptions, Text, app, argument, find_device, option
+from .app import Device, File, MethodOptions, Text, app, argument, echo, find_device, option
 
 
 def _check_parent(file: Path | None) -> Path | None:
@@ -74,7 +72,7 @@ def cost(
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-        typer.echo(f"wrote {json_file}")
+        echo(f"wrote {json_file}")
 
 
 def _read_plans(plans: list[str], options: list[str], *, is_upgrade: bool) -> dict:
@@ -106,7 +104,7 @@ def _count_plans(vision: str, language: str, specs: dict, text_tokens: int) -> d
         counts[name] = counted
         numbers[name] = {"count": counted.to_dict()}
 
-    typer.echo(format_costs(counts))
+    echo(format_costs(counts))
     return numbers
 
 
@@ -120,7 +118,7 @@ def _measure_plans(
     configs = read_backbone_config(vision, "vision"), read_backbone_config(language, "language")
     models = timing.random_models(*configs, specs, device=device)
     measured = timing.measure_all(models, num_text_tokens=text_tokens)
-    typer.echo(f"\n{timing.format_measurements(measured)}")
+    echo(f"\n{timing.format_measurements(measured)}")
 
     for name, measurement in measured.items():
         numbers[name]["measured"] = measurement.to_dict()
@@ -132,5 +130,5 @@ def _count_upgrades(base: str, specs: dict) -> dict:
 
     counts = count_upgrades(base, specs)
     for name, counted in counts.items():
-        typer.echo(f"{name}\n{format_upgrade_cost(counted)}")
+        echo(f"{name}\n{format_upgrade_cost(counted)}")
     return {name: {"count": counted.to_dict()} for name, counted in counts.items()}

@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ..schema import UserError
 from .app import (
     Device,
@@ -17,6 +15,7 @@ from .app import (
     SavedModel,
     Text,
     app,
+    echo,
     load_model,
     option,
     output_folder,
@@ -139,16 +138,16 @@ def _run_tasks(
                 loaded, processor, task, out, part=(number, count), progress=progress, **settings
             )
         if result is None:
-            typer.echo(
+            echo(
                 f"{task.label}: part {number + 1} of {count} is answered; the scores come with the"
                 " last part"
             )
         else:
             results.append(result)
-            typer.echo(f"{task.label} is answered: {out / task.label}/result.json", err=True)
+            echo(f"{task.label} is answered: {out / task.label}/result.json", err=True)
     if results:
-        typer.echo(format_results(results))
-        typer.echo(f"wrote result.json and predictions.jsonl of each into folders of {out}")
+        echo(format_results(results))
+        echo(f"wrote result.json and predictions.jsonl of each into folders of {out}")
 
 
 def _get_local_device() -> str | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import traceback
+import warnings
 
-import typer
-
+from ..drawing import escape_controls
 from ..schema import UserError
 
 # Importing these modules adds their commands to the app.
 from . import chat, compare, cost, demo, evaluate, models, serve, shapes, show, study, train  # noqa: F401
-from .app import app
+from .app import app, echo
 
 USER_ERROR = 2  # exit code of a mistake that the user can mend
 ENDED_BY_SIGTERM = 143  # exit code that a shell reports for it
@@ -30,10 +32,47 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode still shows the text
+    make_messages_safe()
     try:
         app(args=arguments, prog_name="sparsecut")
     except (UserError, InterruptedError) as error:
         if wants_traceback:
+            sys.excepthook = print_traceback
             raise
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(ENDED_BY_SIGTERM if isinstance(error, InterruptedError) else USER_ERROR)
+    except Exception:
+        sys.excepthook = print_traceback  # the app has set another one
+        raise
+
+
+class SafeLogRecord(logging.LogRecord):
+    """A message of any library, safe for a terminal."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.exc_info and self.exc_info[0] is not None:
+            self.exc_text = escape_controls("".join(traceback.format_exception(*self.exc_info)))
+
+    def getMessage(self) -> str:
+        """The message with its arguments."""
+        return escape_controls(super().getMessage())
+
+
+def make_messages_safe() -> None:
+    """Make warnings and what is logged safe for a terminal; a command logs nowhere else."""
+    logging.setLogRecordFactory(SafeLogRecord)
+    format_warning = warnings.formatwarning
+    if getattr(format_warning, "is_safe", False):
+        return
+
+    def format_safely(*args, **kwargs) -> str:
+        return escape_controls(format_warning(*args, **kwargs))
+
+    format_safely.is_safe = True
+    warnings.formatwarning = format_safely
+
+
+def print_traceback(kind, error, frames) -> None:
+    """Print the traceback of an exception, safe for a terminal."""
+    sys.stderr.write(escape_controls("".join(traceback.format_exception(kind, error, frames))))

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ..config.paths import check_writable_folder
-from .app import MethodOptions, Number, Text, app, argument, option, output_folder
+from .app import MethodOptions, Number, Text, app, argument, echo, option, output_folder
 
 
 @app.command()
@@ -31,7 +29,7 @@ def build(
 
     model, processor = build(vision, language, spec, view_size=view_size)
     save(model, processor, out)
-    typer.echo(f"{describe_model(model)}\n\nwrote {out}; its fusion is untrained")
+    echo(f"{describe_model(model)}\n\nwrote {out}; its fusion is untrained")
 
 
 @app.command()
@@ -62,7 +60,7 @@ def upgrade(
     else:
         model.save_fusion(out)
     cost = format_upgrade_cost(count_upgrade(model, processor))
-    typer.echo(f"{describe_model(model)}\n\n{cost}\n\nwrote {out}; its shortcuts are untrained")
+    echo(f"{describe_model(model)}\n\n{cost}\n\nwrote {out}; its shortcuts are untrained")
 
 
 @app.command()
@@ -90,4 +88,4 @@ def convert(
     from ..conversion.checkpoint import convert
 
     model, _ = convert(checkpoint, out, vision=vision, fusion=fusion, **pairs)
-    typer.echo(f"{describe_model(model)}\n\nwrote {out}")
+    echo(f"{describe_model(model)}\n\nwrote {out}")

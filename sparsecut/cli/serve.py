@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from ..schema import UserError
-from .app import Device, Dtype, Number, SavedModel, Text, app, load_model, option
+from .app import Device, Dtype, Number, SavedModel, Text, app, echo, load_model, option
 
 if TYPE_CHECKING:
     import socket
@@ -87,6 +85,7 @@ def serve(
     token = token or os.environ.get(TOKEN_VARIABLE) or None
     _check_token(token)
     _check_name(name)
+    _check_allowed_hosts(allowed_host or ())
     if threads is not None:
         import torch
 
@@ -104,14 +103,14 @@ def serve(
         max_request_bytes=max_mib * MIB,
         max_per_address=max_per_address or max(1, (queue + max_batch) * 4 // 5),
         token=token,
-        allowed_hosts=(*_check_allowed_hosts(allowed_host or ()), host),
+        allowed_hosts=(*(allowed_host or ()), host),
     )
     engine = Engine(
         loaded, processor, max_batch=max_batch, max_queue=queue, cache_bytes=keep_mib * MIB
     )
     web = _make_web_app(engine, config, ui)
     if token is None and not _is_local(host):
-        typer.echo(
+        echo(
             f"note: anyone who reaches {host} can send requests;"
             f" set {TOKEN_VARIABLE} or --token to require a token",
             err=True,
@@ -142,14 +141,13 @@ def _check_name(name: str | None) -> None:
         raise UserError(f"--name is {name!r}, but must be printable characters without line breaks")
 
 
-def _check_allowed_hosts(names: Sequence[str]) -> Sequence[str]:
+def _check_allowed_hosts(names: Sequence[str]) -> None:
     for name in names:
         if name != "*" and (not name.isascii() or not re.fullmatch(r"[\w.-]+", name)):
             raise UserError(
                 f"--allowed-host is {name!r}, but must be a host's name alone, such as"
                 " model.example.org, without http:// and port"
             )
-    return names
 
 
 def _get_default_name(folder: Path) -> str:
@@ -181,7 +179,7 @@ def _run(web: FastAPI, engine: Engine, listener: socket.socket, host: str, ui: b
     url = f"http://{shown_host}:{listener.getsockname()[1]}"
     config = web.state.context.config
     page = f", its page is {url}/" if ui else ""
-    typer.echo(f"{config.name} answers at {url}/v1{page}")
+    echo(f"{config.name} answers at {url}/v1{page}")
     settings = uvicorn.Config(
         web, http=make_protocol(), ws="none", log_level="warning", timeout_graceful_shutdown=5
     )

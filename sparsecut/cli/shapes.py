@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..config.paths import check_writable_folder
-from .app import SETTINGS, app, argument, find_device, option, output_folder
+from .app import SETTINGS, app, argument, echo, find_device, option, output_folder
 
 shapes_app = typer.Typer(
     help="The built-in drawn images, and the two small backbones made for them.", **SETTINGS
@@ -22,7 +22,7 @@ PASS_ON = {"ignore_unknown_options": True, "help_option_names": []}
 @app.command("world", hidden=True, context_settings=PASS_ON)
 def run_under_its_old_name(arguments: Annotated[list[str] | None, argument("")] = None) -> None:
     """`sparsecut shapes` under its old name, with a line that names the new one."""
-    typer.echo("`sparsecut world` is now called `sparsecut shapes`", err=True)
+    echo("`sparsecut world` is now called `sparsecut shapes`", err=True)
     app(args=["shapes", *(arguments or [])], prog_name="sparsecut")
 
 
@@ -45,7 +45,7 @@ def draw(
     for split, number in {"train": train, "dev": dev, "test": test}.items():
         if number:
             write_split(folder, split, number, questions, seed=seed, size=size)
-            typer.echo(f"{split}: {number} images, {folder}/{split}.json")
+            echo(f"{split}: {number} images, {folder}/{split}.json")
 
 
 @shapes_app.command("pretrain")
@@ -71,5 +71,5 @@ def pretrain(
         quick=quick,
         size=size,
         device=find_device(device),
-        log=typer.echo,
+        log=echo,
     )

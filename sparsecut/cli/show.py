@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
-from .app import MethodOptions, Number, app, argument, option
+from .app import MethodOptions, Number, app, argument, echo, option
 
 
 @app.command()
@@ -30,4 +28,4 @@ def show(
     from .plan_argument import draw_argument, format_json
 
     plan, drawing = draw_argument(what, vision_depth, language_depth, method_options or [])
-    typer.echo(format_json(plan) if json else drawing)
+    echo(format_json(plan) if json else drawing)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from .app import app, argument, option
+from .app import app, argument, echo, option
 
 Overrides = Annotated[
     list[str] | None, argument("Changes, such as seeds=[0,1] output=runs/study/b")
@@ -39,12 +37,10 @@ def study(
     if not report:
         from ..experiments.runner import run_study
 
-        run_study(
-            chosen, workers=workers, variants=variants or (), seeds=seeds or (), log=typer.echo
-        )
+        run_study(chosen, workers=workers, variants=variants or (), seeds=seeds or (), log=echo)
 
     page = write_study_report(chosen.output)
-    typer.echo(
+    echo(
         f"\nThe report: {page}, with tables in {page.with_suffix('.md')} and numbers in"
         f" {page.with_suffix('.json')}"
     )
@@ -84,20 +80,20 @@ def search(
         rank=rank,
         penalty=penalty,
         workers=workers,
-        log=typer.echo,
+        log=echo,
     )
     vision_depth = max(pair["tap"] for pair in pairs)
     language_depth = max(pair["layer"] for pair in pairs) + 1
-    typer.echo(f"\n{draw(plan, vision_depth, language_depth, title='the chosen plan')}")
-    typer.echo("\nthe best pairs:")
+    echo(f"\n{draw(plan, vision_depth, language_depth, title='the chosen plan')}")
+    echo("\nthe best pairs:")
 
     for pair in pairs[:NUM_PAIRS_SHOWN]:
-        typer.echo(
+        echo(
             f"  tap {pair['tap']:2} -> layer {pair['layer']:2}   importance {pair['worth']:.4f}"
             f"   gate {pair['gate']:.2f}"
         )
 
-    typer.echo(
+    echo(
         f"\nwrote {Path(chosen.output) / 'search' / 'plan.yaml'}; use it as a variant of a study,"
         " as a recipe's fusion, or with build --plan"
     )

@@ -6,10 +6,8 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ..schema import UserError
-from .app import app, argument, option, print_scores, show_progress
+from .app import app, argument, echo, option, print_scores, show_progress
 
 
 @app.command()
@@ -48,7 +46,7 @@ def train(
 
     model, processor = train(loaded_recipe, check=check, resume=resume, overwrite=overwrite)
     if check:
-        typer.echo(f"{recipe} can be trained")
+        echo(f"{recipe} can be trained")
         return
     is_first_process = os.environ.get("RANK", "0") == "0"
     if loaded_recipe.evaluate and is_first_process:
@@ -60,7 +58,7 @@ def _print_dry_run(recipe, as_json: bool, **machine) -> None:
 
     plans = dry_run.dry_run(recipe, **machine)
     text = dry_run.to_json(plans) if as_json else dry_run.format_estimates(plans, **machine)
-    typer.echo(text)
+    echo(text)
 
 
 def _evaluate(recipe, model, processor, resume: bool) -> None:

@@ -19,12 +19,14 @@ from rich.progress import (
 from transformers import TrainerCallback
 
 from ..data.jsonl import append_json_lines, read_json_lines, write_json_lines
+from ..drawing import escape_controls
 
 QUIET_SECONDS = 20  # between two lines where the screen is a file
 
 
 def print_message(message: str) -> None:
     """Print to stderr, so that it does not mix with what a command prints."""
+    message = escape_controls(message)
     Console(stderr=True, soft_wrap=True).print(message, highlight=False, markup=False)
 
 
@@ -171,17 +173,20 @@ class StageLog(TrainerCallback):
         if not console.is_terminal:
             return
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
             refresh_per_second=4,
         )
         self._task = self._progress.add_task(
-            self.stage, total=state.max_steps, completed=state.global_step, figures=""
+            escape_controls(self.stage, keep_lines=False),
+            total=state.max_steps,
+            completed=state.global_step,
+            figures="",
         )
         self._progress.start()
 

@@ -1,6 +1,7 @@
 """Images from elsewhere: from public addresses alone, within bytes, pixels and seconds."""
 
 import io
+import ipaddress
 import shutil
 import socket
 import ssl
@@ -10,6 +11,7 @@ import threading
 import time
 import zlib
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -21,9 +23,11 @@ from sparsecut.serving.image_fetching import (
     ImageLimits,
     decode_image,
     fetch,
+    fetch_all,
     find_public_address,
     read_image,
 )
+from sparsecut.serving.public_addresses import is_public
 
 LIMITS = ImageLimits(remote=True, max_bytes=5000, max_pixels=900, seconds=0.3)
 
@@ -139,6 +143,66 @@ def test_private_addresses_are_refused_however_they_are_written(host):
     with pytest.raises(UserError) as error:
         read_image(url, LIMITS)
     assert host in str(error.value)
+
+
+# IANA's registries of special-purpose addresses: the first and last of every range, and neighbours
+# that are public.
+SPECIAL_RANGES = [
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
+    "192.0.0.0/24", "192.0.0.0/29", "192.0.0.8/32", "192.0.0.9/32", "192.0.0.10/32",
+    "192.0.0.170/31", "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24",
+    "192.168.0.0/16", "192.175.48.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24",
+    "224.0.0.0/4", "240.0.0.0/4", "255.255.255.255/32",
+    "::/128", "::1/128", "::/96", "64:ff9b::/96", "64:ff9b:1::/48", "100::/64", "100:0:0:1::/64",
+    "2001::/23", "2001::/32", "2001:1::1/128", "2001:1::2/128", "2001:1::3/128", "2001:2::/48",
+    "2001:3::/32", "2001:4:112::/48", "2001:10::/28", "2001:20::/28", "2001:30::/28",
+    "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20", "5f00::/16", "fc00::/7",
+    "fe80::/10", "fec0::/10", "ff00::/8", "::ffff:10.0.0.0/104", "::ffff:192.0.0.0/120",
+    "::ffff:0:0:0/96",
+]  # fmt: skip
+PUBLIC = [
+    "1.1.1.1", "9.255.255.255", "11.0.0.0", "100.63.255.255", "100.128.0.0", "126.255.255.255",
+    "128.0.0.0", "172.15.255.255", "172.32.0.0", "191.255.255.255", "192.0.1.0", "192.0.3.0",
+    "192.167.255.255", "192.169.0.0", "198.17.255.255", "198.20.0.0", "223.255.255.255",
+    "2001:200::1", "2001:dc0::1", "2003::1", "2400::1", "2606:4700::1111", "2a00::1",
+    "3ffe::1", "::ffff:8.8.8.8",
+]  # fmt: skip
+
+
+def test_every_special_range_is_refused_and_its_neighbours_are_not():
+    for text in SPECIAL_RANGES:
+        network = ipaddress.ip_network(text)
+        for address in (network[0], network[-1], network[network.num_addresses // 2]):
+            assert not is_public(address), (text, address)
+    for text in PUBLIC:
+        assert is_public(ipaddress.ip_address(text)), text
+
+
+def test_an_ipv4_address_inside_an_ipv6_one_is_refused():
+    inner = "7f00:1"
+    for text in (f"2002:{inner}::1", f"64:ff9b::{inner}", f"2001:0:{inner}::", f"::{inner}",
+                 f"::ffff:{inner}", f"::ffff:0:{inner}", f"2a00::5efe:{inner}",
+                 f"2a00::200:5efe:{inner}"):  # fmt: skip
+        assert not is_public(ipaddress.ip_address(text)), text
+
+
+def test_a_slow_look_up_ends_with_the_time_of_its_image(monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(5))
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"slow\.example"):
+        fetch("http://slow.example/a.png", LIMITS)
+    assert time.monotonic() - start < 2
+
+
+def test_all_images_of_a_request_share_its_time_and_bytes(site):
+    assert len(fetch_all([f"{site}/good", f"{site}/good?2"], LIMITS)) == 2
+    size = len(make_png(20, 10))
+    with pytest.raises(UserError, match="bytes"):
+        fetch_all([f"{site}/good", f"{site}/good?2"], replace(LIMITS, max_bytes=2 * size - 1))
+    start = time.monotonic()
+    with pytest.raises(UserError, match="too long"):
+        fetch_all([f"{site}/slow?{i}" for i in range(8)], LIMITS)
+    assert time.monotonic() - start < 2
 
 
 def test_public_addresses_are_taken():
