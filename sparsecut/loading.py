@@ -179,11 +179,13 @@ def describe_names(names: list[str]) -> str:
 def check_finite(module: nn.Module, source: str) -> None:
     """Raise UserError where a parameter holds NaN or infinity, as after a diverged training."""
     for name, parameter in module.named_parameters():
-        # A sum is much quicker than a mask, and finite only if all values are (float32 holds it).
-        is_read = parameter.is_floating_point() and parameter.device.type != "meta"
-        if not is_read or parameter.detach().sum(dtype=torch.float32).isfinite():
+        values = parameter.detach()
+        # Quantized values are of classes of their own, offloaded ones are not here.
+        is_plain = type(values) is Tensor and values.is_floating_point() and not values.is_meta
+        # A sum is much quicker than a mask, and finite only if all values are.
+        if not is_plain or values.sum(dtype=torch.float32).isfinite():
             continue
-        if not parameter.detach().isfinite().all():
+        if not values.isfinite().all():
             raise UserError(
                 f"the weight {name} in {source} holds values that are not numbers (NaN or"
                 " infinity), so every answer would be wrong; use an earlier checkpoint, or save or"

@@ -80,7 +80,16 @@ class SparseCutPreTrainedModel(PreTrainedModel):
         if name is not None or settings.get("state_dict"):
             check_loaded_weights(model, info, str(name or "state_dict"))
             check_finite(model, str(name or "state_dict"))
+        if _is_quantized(model.config):
+            model.fusion.to(find_compute_dtype(model))
         return model
+
+    def post_init(self):
+        """Finish as transformers does; no quantizer is to touch the shortcuts."""
+        super().post_init()
+        if _is_quantized(self.config):
+            # This is the list that all quantizers of transformers leave out.
+            self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), "fusion"}
 
     @property
     def saves_fusion_only(self) -> bool:
@@ -166,6 +175,19 @@ class SparseCutPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+
+
+def _is_quantized(config) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def find_compute_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype that a model computes in, quantized or not: that of its embeddings or norms."""
+    for module in (model.get_input_embeddings(), model):
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
+                return parameter.dtype
+    return torch.float32
 
 
 def _parameters_outside(parameters: Iterable, known: Iterable) -> list[nn.Parameter]:
