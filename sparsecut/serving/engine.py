@@ -24,6 +24,7 @@ from .model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
+MAX_WAITING_BYTES = 2 * 2**30  # of the images of all requests that wait
 SHUTTING_DOWN = "the server is shutting down; send the request to another one"
 
 OnDelta = Callable[[TextDelta | Exception | None], None]
@@ -52,6 +53,11 @@ class GenerationRequest:
     sampling: SamplingParams
     num_answers: int = 1
     shortcuts_off: tuple[int, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its images."""
+        return sum(image.num_bytes for image in self.images)
 
 
 @dataclass
@@ -234,6 +240,12 @@ class Engine:
                 raise QueueFullError(
                     f"{len(self.waiting)} requests wait already, which is the limit;"
                     " try again in a moment"
+                )
+            num_bytes = sum(other.request.num_bytes for other in self.waiting)
+            if self.waiting and num_bytes + request.num_bytes > MAX_WAITING_BYTES:
+                self.counts["refused"] += 1
+                raise QueueFullError(
+                    "the images of the requests that wait fill the memory; try again in a moment"
                 )
             self.waiting.append(handle)
             self.changed.notify()

@@ -69,7 +69,8 @@ class HostNames:
 
 
 def _list_own_names() -> set[str]:
-    return {socket.gethostname().lower()}
+    name = socket.gethostname().lower()
+    return {name, f"{name}.local"}
 
 
 def _get_name(host: str) -> str | None:

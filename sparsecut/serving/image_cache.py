@@ -25,6 +25,14 @@ class PreparedImage:
     image: Image.Image | None = None
     views: Tensor | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its pixels."""
+        num_bytes = 0 if self.views is None else self.views.nbytes
+        if self.image is not None:
+            num_bytes += 3 * self.image.width * self.image.height
+        return num_bytes
+
 
 def hash_image(image: Image.Image) -> str:
     """SHA-256 of an RGB image's size and pixels."""

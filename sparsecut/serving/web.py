@@ -5,8 +5,11 @@ answers without some of them.
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import io
 import math
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 
@@ -26,23 +29,26 @@ from .errors import APIError, build_busy_error
 from .image_fetching import read_image
 from .protocol import parse_conversation
 
-# Nothing is loaded from elsewhere, and what a model writes could not load anything either.
+# Nothing is loaded from elsewhere, and what a model writes could not load or run anything either.
 CONTENT_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
+    "default-src 'none'; script-src '{script}'; style-src 'unsafe-inline';"
     " img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none';"
     " frame-ancestors 'none'"
 )
-HEADERS = {
-    "Content-Security-Policy": CONTENT_POLICY,
-    "Referrer-Policy": "no-referrer",
-    "X-Frame-Options": "DENY",
-}
+SCRIPT = re.compile("<script>(.*?)</script>", re.DOTALL)
 MEASURES = ("gate", "norm", "hidden_norm", "ratio", "cosine")
 
 
 def read_page() -> str:
     """The page as one HTML file; styles and script are inside."""
     return (files(__package__) / "ui.html").read_text(encoding="utf-8")
+
+
+def build_content_policy(page: str) -> str:
+    """The content security policy of a page, under which its own script alone runs."""
+    script = SCRIPT.search(page)
+    digest = hashlib.sha256((script[1] if script else "").encode()).digest()
+    return CONTENT_POLICY.format(script=f"sha256-{base64.b64encode(digest).decode()}")
 
 
 def add_page(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
@@ -57,7 +63,13 @@ def add_page(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
 
     @app.get("/")
     async def page() -> HTMLResponse:
-        return HTMLResponse(read_page(), headers=HEADERS)
+        content = read_page()
+        headers = {
+            "Content-Security-Policy": build_content_policy(content),
+            "Referrer-Policy": "no-referrer",
+            "X-Frame-Options": "DENY",
+        }
+        return HTMLResponse(content, headers=headers)
 
     @app.get("/sparsecut/plan")
     async def plan(request: Request) -> dict:

@@ -1,7 +1,9 @@
 """Pages of other sites, and other names for this server, are kept out; honest clients are not."""
 
+import base64
+import hashlib
 import json
-import urllib.error
+import re
 import urllib.request
 from http.client import HTTPConnection
 
@@ -11,7 +13,7 @@ from helpers.clients import complete, make_messages, openai, start_server
 from sparsecut.cli import main as cli
 from sparsecut.schema import UserError
 from sparsecut.serving.gate import HostNames
-from sparsecut.serving.web import add_page
+from sparsecut.serving.web import add_page, read_page
 
 BODY = json.dumps({"messages": make_messages("red"), "max_tokens": 1}).encode()
 JSON = {"Content-Type": "application/json"}
@@ -182,6 +184,7 @@ def test_this_machines_own_name_is_taken(monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "GPU-box")
     names = HostNames()
     assert names.allows_host("gpu-box:8000")
+    assert names.allows_host("gpu-box.local")
     assert not names.allows_host("gpu-box.evil.example:8000")
 
 
@@ -191,6 +194,9 @@ def test_every_response_forbids_guessing_its_type(client):
         assert headers["x-content-type-options"] == "nosniff"
     _, headers = send(client, "/", None)
     policy = headers["content-security-policy"]
+    script = re.search("<script>(.*)</script>", read_page(), re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy
     for rule in ("default-src 'none'", "frame-ancestors 'none'", "base-uri 'none'", "form-action"):
         assert rule in policy
 

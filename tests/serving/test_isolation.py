@@ -304,3 +304,22 @@ def test_numbers_and_depths_that_python_cannot_write_are_refused(client):
         for value in (deep, long_number, "1e999", f"-{long_number}", '"\\ud83d"'):
             response = post(client, f'{{"messages": [], "{key}": {value}}}')
             assert response.status_code == 400, (key, value[:9])
+
+
+def test_images_that_wait_stay_within_the_memory(engine, client, monkeypatch):
+    size = engine.prepare_image(make_image(0)).num_bytes
+    assert size > 0
+    monkeypatch.setattr("sparsecut.serving.engine.MAX_WAITING_BYTES", 2 * size)
+    requests = [{"messages": make_messages("red", make_image(i))} for i in range(3)]
+    release, is_held = threading.Event(), threading.Event()
+    engine.run(lambda: is_held.set() or release.wait(30))
+    is_held.wait()
+    with ThreadPoolExecutor(3) as pool:
+        first = [pool.submit(complete, client, **settings) for settings in requests[:2]]
+        while len(engine.waiting) < 2:
+            threading.Event().wait(0.01)
+        with pytest.raises(openai.RateLimitError):
+            complete(client, **requests[2])
+        release.set()
+        assert all(future.result().choices for future in first)
+    assert complete(client, make_messages("a", *[make_image(i) for i in range(4)])).choices
