@@ -6,7 +6,8 @@ them, as in `language:lora`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -166,6 +167,33 @@ def freeze_unused_vision_blocks(
     for parameter in parameters:
         parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
     model.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def reach_without_images(model: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Let a batch without images give parameters a gradient of zero, as the model does for fusion.
+
+    This happens inside the model's forward pass. Engines that share a model between processes look
+    there for parameters without gradients, and do not expect one later.
+
+    Args:
+        model: The model.
+        parameters: Trained parameters that only images reach.
+    """
+
+    def add_parameters(module, args, kwargs, output):
+        if kwargs.get("pixel_values") is None and output.loss is not None:
+            output["loss"] = output.loss + 0.0 * sum(p.sum() for p in parameters)
+        return output
+
+    if not parameters:
+        yield
+        return
+    handle = model.register_forward_hook(add_parameters, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def apply_liger(model: nn.Module, settings: dict | None) -> None:

@@ -24,7 +24,12 @@ from ..data.streaming import Stream
 from ..schema import UserError
 from .checkpointing import CheckpointingTrainer
 from .checkpoints import check_disk_space
-from .freezing import freeze_unused_vision_blocks, get_frozen_modules, get_part_names
+from .freezing import (
+    freeze_unused_vision_blocks,
+    get_frozen_modules,
+    get_part_names,
+    reach_without_images,
+)
 from .progress import StageLog
 from .run_dir import SKIPPED
 from .shortcut_stats import ShortcutMonitor
@@ -139,7 +144,8 @@ class StageTrainer(CheckpointingTrainer):
                 self.train_dataset.start = steps * self.args.gradient_accumulation_steps
         check_disk_space(Path(self.args.output_dir), self._estimate_disk_bytes())
         try:
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with reach_without_images(self.model, self.image_parameters):
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             self.sigterm.close()
         if self.sigterm.received:
@@ -324,10 +330,6 @@ class StageTrainer(CheckpointingTrainer):
         inputs = {**inputs, "use_cache": False}
         result = super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss = result[0] if return_outputs else result
-        if "pixel_values" not in inputs and self.image_parameters:
-            # As in the model for fusion: a batch without images must still give every trained part
-            # a gradient.
-            loss = loss + 0.0 * sum(p.sum() for p in self.image_parameters)
         if self.stage.gate_penalty:
             loss = loss + self.stage.gate_penalty * self.model.fusion.gates.abs().sum()
         return (loss, result[1]) if return_outputs else loss

@@ -4,12 +4,12 @@ DeepSpeed takes part where it is installed; it compiles a part of itself.
 """
 
 import pytest
-from helpers.engines import CASES, ENGINES, check_equal, run_engines
+from helpers.engines import CASES, ENGINES, UPGRADES, check_equal, run_engines
 
 
 def list_cases(engine: str) -> list[str]:
     """Cases of an engine. A model that ZeRO-3 makes in pieces starts from other random numbers."""
-    return [*CASES] if engine == "zero3" else [*CASES, "upgrade"]
+    return [*CASES] if engine == "zero3" else [*CASES, *UPGRADES]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

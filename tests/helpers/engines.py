@@ -9,6 +9,7 @@ or "interrupted".
 
 import gc
 import importlib.util
+import json
 import os
 import signal
 import socket
@@ -40,8 +41,15 @@ CASES = {
     "recomputed": (CONTEXT, {"train": BOTH, "args": RECOMPUTED}),
     "context": (CONTEXT, {"train": ["fusion"]}),
     "texts": (SPARSE, {"train": BOTH, "data": "texts.json"}),
+    # Some processes have texts alone in a step in which others have images.
+    "few images": (SPARSE, {"train": ALL, "data": "few_images.json"}),
     "streamed": (SPARSE, {"train": BOTH, "streaming": True}),
     "packed": (SPARSE, {"train": BOTH, "pack": 30, "group": True}),
+}
+# The case whose records they train on, and the parts of their second stage.
+UPGRADES = {
+    "upgrade": ("parts", BOTH),
+    "projector": ("few images", ["vision", "projector", "fusion"]),
 }
 ENGINES = ["ddp", "fsdp"]
 if importlib.util.find_spec("deepspeed"):
@@ -80,8 +88,8 @@ def make_stage(folder: Path, name: str, num_processes: int, **args) -> dict:
 
 def run_case(folder: Path, name: str, output: Path, num_processes: int, **args) -> None:
     """Run a case: its own stage, and one of the language model that continues its result."""
-    if name == "upgrade":
-        run_upgrade(folder, output, num_processes, **args)
+    if name in UPGRADES:
+        run_upgrade(folder, name, output, num_processes, **args)
     elif name == "interrupted":
         run_interrupted(folder, output, num_processes, **args)
     else:
@@ -91,17 +99,18 @@ def run_case(folder: Path, name: str, output: Path, num_processes: int, **args) 
         run(folder, first, second, plan=CASES[name][0], output=str(output / name))
 
 
-def run_upgrade(folder: Path, output: Path, num_processes: int, **args) -> None:
-    """Train shortcuts on the base in folder/base, alone and then with its language model."""
-    first = {**make_stage(folder, "parts", num_processes, **args), "train": ["fusion"]}
-    second = {**first, "name": "two", "train": BOTH}
+def run_upgrade(folder: Path, name: str, output: Path, num_processes: int, **args) -> None:
+    """Train shortcuts on the base in folder/base, and then other parts with them."""
+    case, parts = UPGRADES[name]
+    first = {**make_stage(folder, case, num_processes, **args), "train": ["fusion"]}
+    second = {**first, "name": "two", "train": parts}
     given = recipe(
         folder,
         first,
         second,
         model={"base": str(folder / "base")},
         fusion={"method": "sparsecut", "count": 2, "rank": 8},
-        output=str(output / "upgrade"),
+        output=str(output / name),
     )
     train(given, shown=False)
 
@@ -126,6 +135,9 @@ def run_interrupted(folder: Path, output: Path, num_processes: int, **args) -> N
 def write_inputs(folder: Path) -> None:
     """Write the records and the base that cases need."""
     write_records(folder)
+    records = json.loads((folder / "data.json").read_text())
+    few = [record for record in records if not record["image"]] * 3 + records[:3]
+    (folder / "few_images.json").write_text(json.dumps(few))
     base, processor = build_example_base("llava")
     base.save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")

@@ -11,7 +11,17 @@ from helpers.runs import trainer_for, write_records
 from helpers.tiny import tiny_model
 
 RUNS = {
-    "ddp": ["parts", "recomputed", "texts", "streamed", "packed", "upgrade", "interrupted"],
+    "ddp": [
+        "parts",
+        "recomputed",
+        "texts",
+        "few images",
+        "streamed",
+        "packed",
+        "upgrade",
+        "projector",
+        "interrupted",
+    ],
     "fsdp": ["parts", "upgrade", "interrupted"],
 }
 EQUAL = [(engine, name) for engine in RUNS for name in RUNS[engine] if name != "interrupted"]
