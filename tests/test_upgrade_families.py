@@ -6,6 +6,7 @@ The default suite tries one family per way from patches to tokens. tests/conform
 import pytest
 import torch
 from helpers import bases
+from helpers.base_configs import CLIP
 from helpers.bases import randomize_fusion
 from helpers.upgrade_checks import (
     FAMILY_CHECKS,
@@ -54,7 +55,7 @@ def test_class_and_register_tokens_in_the_prompt_show_no_patch(registers):
             "num_register_tokens": registers,
             "mlp_ratio": 2,
         }
-        config.vision_config = AutoConfig.for_model(**{**bases.CLIP, **kind})
+        config.vision_config = AutoConfig.for_model(**{**CLIP, **kind})
     else:
         config.vision_feature_select_strategy = "full"
     base = AutoModelForImageTextToText.from_config(config).eval()

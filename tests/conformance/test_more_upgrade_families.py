@@ -2,6 +2,7 @@
 
 import pytest
 from helpers import bases
+from helpers.image_processors import IMAGE_PROCESSORS
 from helpers.upgrade_checks import FAMILY_CHECKS, check_fine_views, check_real_images, check_videos
 
 
@@ -16,11 +17,11 @@ def test_videos_go_through_the_base_alone_also_beside_images(name):
     check_videos(name)
 
 
-@pytest.mark.parametrize("name", bases.OTHER_FAMILIES)
+@pytest.mark.parametrize("name", sorted({*IMAGE_PROCESSORS} - {*bases.DEFAULT_FAMILIES}))
 def test_patch_tables_hold_for_images_of_awkward_sizes(name):
     check_real_images(name)
 
 
-@pytest.mark.parametrize("name", ["vipllava", "paligemma", "gemma3"])
+@pytest.mark.parametrize("name", ["vipllava", "paligemma", "gemma3", "deepseek_vl", "janus"])
 def test_a_token_reads_the_fine_view_over_its_place(name):
     check_fine_views(name)

@@ -5,6 +5,7 @@ It serves the tests of the software around the model: saving, quantization, adap
 
 import torch
 from helpers import bases
+from helpers.base_configs import IMAGE
 from helpers.bases import randomize_fusion
 from helpers.example_bases import build_example_base
 from PIL import Image
@@ -25,7 +26,7 @@ def tiny_base(depth: int = 4):
     config = bases.base_config("llava")
     config.vision_config.num_hidden_layers = config.text_config.num_hidden_layers = depth
     base = AutoModelForImageTextToText.from_config(config).eval()
-    base.generation_config.suppress_tokens = [bases.IMAGE]
+    base.generation_config.suppress_tokens = [IMAGE]
     return base, bases.build_inputs("llava", base, bases.build_images("llava")[:1] * 2)
 
 

@@ -8,6 +8,7 @@ import inspect
 
 import torch
 from helpers import bases
+from helpers.base_configs import IMAGE, VIDEO
 from helpers.bases import randomize_fusion
 from helpers.image_processors import IMAGE_PROCESSORS, awkward_images
 
@@ -17,7 +18,9 @@ from sparsecut.hooks import find_layers
 from sparsecut.upgrade_hooks import get_encoder_depth
 
 SHORT = {"max_new_tokens": 4, "min_new_tokens": 4}
-READ_BLOCK = {"llava": -2, "vipllava": -2, "llava_next": -2}  # the block that the base reads
+READ_BLOCK = dict.fromkeys(
+    ["llava", "vipllava", "llava_next", "llava_next_video"], -2
+)  # the block that the base reads
 
 
 def build_upgraded(name: str):
@@ -115,7 +118,7 @@ def check_fine_views(name: str) -> None:
     inputs = bases.build_images(name)[1]  # two images
     fine = bases.build_fine_views(model, inputs)["fine_pixel_values"].requires_grad_()
     with model.shortcuts_active(fine):
-        images = base.get_image_features(**inputs).pooler_output
+        images = base.model.get_image_features(**inputs).pooler_output
     features = torch.stack(list(images))[..., 32:]  # behind the base's own 32 channels
     side = round(features.shape[1] ** 0.5)
     for image in range(2):
@@ -163,7 +166,7 @@ def check_effect(name: str) -> None:
     change = (model(**inputs).logits - logits).abs().amax(-1)
     assert (change[:, -1] > 1e-4).all()
     if name not in ("paligemma", "gemma3"):  # there, text attends to the image that follows it
-        first_image = (inputs["input_ids"] == bases.IMAGE).long().argmax(1)
+        first_image = (inputs["input_ids"] == IMAGE).long().argmax(1)
         for row, first in zip(change, first_image, strict=True):
             assert (row[:first] == 0).all()
     assert torch.equal(base(**base_inputs).logits, logits), "the base alone has no shortcuts"
@@ -263,9 +266,9 @@ def check_videos(name: str) -> None:
 
     image_inputs = bases.build_images(name)[0]
     video = {key: value for key, value in both.items() if key not in image_inputs}
-    video["input_ids"] = both["input_ids"].masked_fill(both["input_ids"] == bases.IMAGE, 5)
+    video["input_ids"] = both["input_ids"].masked_fill(both["input_ids"] == IMAGE, 5)
     if "mm_token_type_ids" in video:
-        video["mm_token_type_ids"] = 2 * (video["input_ids"] == bases.VIDEO).long()
+        video["mm_token_type_ids"] = 2 * (video["input_ids"] == VIDEO).long()
     assert torch.equal(model(**video).logits, base(**video).logits), "no image, no shortcut"
 
 
