@@ -6,6 +6,7 @@ evaluation, chat and server render by them, and so does whoever loads the saved 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from functools import lru_cache
@@ -84,6 +85,15 @@ def set_arguments(processor, arguments: dict[str, Any]) -> None:
     head = "".join(_write_default(name, arguments[name]) for name in sorted(arguments))
     if not template.startswith(head):
         processor.chat_template = head + template
+
+
+def copy_with_arguments(processor, arguments: dict[str, Any] | None):
+    """Return a processor with arguments as defaults; itself where there are none."""
+    if not arguments:
+        return processor
+    processor = copy.copy(processor)
+    set_arguments(processor, arguments)
+    return processor
 
 
 def _write_default(name: str, value: bool | int | float | str) -> str:

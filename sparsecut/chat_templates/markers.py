@@ -31,7 +31,7 @@ def check_markers(
         place: where the conversation stands, for the message.
     """
     begin = f"{place}: " if place else ""
-    markers = _find_markers(processor, ends_only)
+    markers = find_markers(processor, ends_only=ends_only)
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
             continue
@@ -44,7 +44,13 @@ def check_markers(
                 )
 
 
-def _find_markers(processor, ends_only: bool) -> tuple[str, ...]:
+def find_markers(processor, *, ends_only: bool = False) -> tuple[str, ...]:
+    """Return the special tokens that a processor's chat template writes between turns.
+
+    Args:
+        processor: its template and tokenizer are used.
+        ends_only: only those that come first after a turn.
+    """
     template = get_chat_template(processor)
     if template is None:
         return ()

@@ -74,6 +74,14 @@ Dtype = Annotated[
     option("Dtype of the weights: auto (as saved), bfloat16, float16 or float32."),
 ]
 
+TemplateArguments = Annotated[
+    list[str] | None,
+    option(
+        "An argument of the chat template, such as enable_thinking=false; may be repeated.",
+        "--template-arg",
+    ),
+]
+
 COMMANDS = "show build upgrade convert train eval chat serve explain compare cost study search demo"
 
 
@@ -143,6 +151,30 @@ def load_model(name: str, device: str | None, dtype: str = "auto"):
 
     model, processor = load(name, dtype=dtype)
     return model.to(device), processor
+
+
+def set_template_arguments(processor, pairs: list[str] | None) -> None:
+    """Make arguments of the command line the defaults of a processor's chat template.
+
+    Args:
+        processor: The processor, which is changed.
+        pairs: Texts such as "enable_thinking=false"; a value is read as YAML.
+
+    Raises:
+        UserError: One is malformed, or the template does not read it.
+    """
+    from ..chat_templates.arguments import set_arguments
+    from ..config.yaml_io import read_yaml
+
+    arguments = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UserError(
+                f"--template-arg is {pair!r}, but must be name=value, as enable_thinking=false"
+            )
+        arguments[name] = read_yaml(value, f"--template-arg {pair!r}")
+    set_arguments(processor, arguments)
 
 
 def find_device(device: str | None) -> str:

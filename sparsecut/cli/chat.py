@@ -6,7 +6,19 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from .app import Device, Dtype, SavedModel, Text, app, argument, echo, load_model, option
+from .app import (
+    Device,
+    Dtype,
+    SavedModel,
+    TemplateArguments,
+    Text,
+    app,
+    argument,
+    echo,
+    load_model,
+    option,
+    set_template_arguments,
+)
 
 
 @app.command()
@@ -20,6 +32,7 @@ def chat(
         float, option("0 takes the likeliest tokens; more draws at random.", min=0)
     ] = 0.0,
     max_new_tokens: Annotated[int, option("Longest answer, in tokens.", min=1)] = 256,
+    template_arg: TemplateArguments = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -29,6 +42,7 @@ def chat(
 
     opened = [open_image(path) for path in images or []]
     loaded, processor = load_model(model, device, dtype)
+    set_template_arguments(processor, template_arg)
     conversation = Chat(loaded, processor, temperature=temperature, max_new_tokens=max_new_tokens)
     if ask is not None:
         for text in conversation.stream(ask, *opened):

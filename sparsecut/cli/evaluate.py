@@ -13,6 +13,7 @@ from .app import (
     File,
     Number,
     SavedModel,
+    TemplateArguments,
     Text,
     app,
     echo,
@@ -20,6 +21,7 @@ from .app import (
     option,
     output_folder,
     print_scores,
+    set_template_arguments,
     show_progress,
 )
 
@@ -63,6 +65,7 @@ def evaluate(
     workers: Annotated[
         int, option("Processes that prepare images while a GPU answers.", min=0)
     ] = 0,
+    template_arg: TemplateArguments = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -72,7 +75,7 @@ def evaluate(
         _refuse_data_options(data=data, images=images, where=where, group=group)
         _require_task_options(root=root, out=out)
         settings["max_new_tokens"] = max_new_tokens
-        _run_tasks(model, tasks, root, part, limit, device, dtype, **settings)
+        _run_tasks(model, tasks, root, part, limit, device, dtype, template_arg, **settings)
         return
     if data is None:
         raise UserError("nothing to evaluate on; give --data (a file) or --tasks (benchmarks)")
@@ -88,6 +91,7 @@ def evaluate(
     source = Source(str(data), folder, where=where, group=group, keep=limit)
     examples = read_source(source, [])
     loaded, processor = load_model(model, device, dtype)
+    set_template_arguments(processor, template_arg)
     settings["max_new_tokens"] = max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     with show_progress("evaluating") as progress:
         result = evaluate(loaded, processor, examples, **settings, progress=progress)
@@ -121,6 +125,7 @@ def _run_tasks(
     limit: int | None,
     device: str | None,
     dtype: str,
+    template_arguments: list[str] | None,
     *,
     out: Path,
     **settings,
@@ -131,6 +136,7 @@ def _run_tasks(
     number, count = parse_part(part)
     tasks = read_tasks(names, root, limit)
     loaded, processor = load_model(model, device or _get_local_device(), dtype)
+    set_template_arguments(processor, template_arguments)
     results = []
     for task in tasks:
         with show_progress(task.label) as progress:

@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ..schema import UserError
-from .app import Device, Dtype, Number, SavedModel, Text, app, echo, load_model, option
+from .app import (
+    Device,
+    Dtype,
+    Number,
+    SavedModel,
+    TemplateArguments,
+    Text,
+    app,
+    echo,
+    load_model,
+    option,
+    set_template_arguments,
+)
 
 if TYPE_CHECKING:
     import socket
@@ -72,6 +84,7 @@ def serve(
         bool, option("Also fetch images from public http(s) addresses.", "--remote")
     ] = False,
     threads: Annotated[Number, option("Threads that compute; by default torch's.", min=1)] = None,
+    template_arg: TemplateArguments = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -92,6 +105,7 @@ def serve(
         torch.set_num_threads(threads)
     listener = _bind(host, port)  # before the model is loaded, which takes longer
     loaded, processor = load_model(model, device, dtype)
+    set_template_arguments(processor, template_arg)
     config = ServerConfig(
         name=name or _get_default_name(Path(model)),
         request_limits=RequestLimits(

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import BatchFeature
 
-from ..chat_templates.arguments import set_arguments
+from ..chat_templates.arguments import copy_with_arguments, set_arguments
 from ..chat_templates.markers import check_markers
 from ..chat_templates.thoughts import Answer
 from ..config.folder_lock import lock_folder
@@ -69,6 +69,7 @@ def evaluate(
     resume: bool = True,
     feature_cache=None,
     workers: int = 0,
+    chat_template_kwargs: dict | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> EvaluationResult:
     """Ask the model the last question of every example, and compare with the last assistant turn.
@@ -86,6 +87,7 @@ def evaluate(
         resume: Whether to keep the answers that `out` has for the same questions and settings.
         feature_cache: A `VisionFeatureCache` of the images, read in place of running the encoder.
         workers: Processes that prepare images, useful where a GPU would wait for them.
+        chat_template_kwargs: Arguments of the chat template, such as {"enable_thinking": False}.
         progress: Called with the number of answered questions and the number of all.
 
     Returns:
@@ -100,6 +102,7 @@ def evaluate(
     start_time = time.perf_counter()
     _check_arguments(batch_size, max_new_tokens, metric, workers)
     _check_examples(examples)
+    processor = copy_with_arguments(processor, chat_template_kwargs)
     records = [_build_record(example, processor) for example in examples]
     lengths = _measure_prompts(model, processor, examples, records, max_new_tokens)
     settings = get_settings(model, processor, max_new_tokens, metric)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..chat_templates.thoughts import has_thought, may_begin_thought, read_answer
+
 # What a tokenizer writes for the first bytes of a character whose other bytes are still missing.
 INCOMPLETE_CHARACTER = "\ufffd"
 MIN_LOGPROB = -9999.0  # JSON has no minus infinity; OpenAI writes this number
@@ -63,7 +65,7 @@ class TextDelta:
 class GenerationRow:
     """One answer being written: one row of a batch.
 
-    Whitespace around the answer is left out, as evaluation and chat do.
+    Whitespace around the answer and thoughts before it are left out, as evaluation and chat do.
 
     Attributes:
         token_ids: Tokens drawn so far.
@@ -79,6 +81,8 @@ class GenerationRow:
         tokenizer,
         end_ids: set[int],
         on_delta: Callable[[TextDelta], None],
+        *,
+        closing: str | None = None,
     ):
         """
         Args:
@@ -87,7 +91,10 @@ class GenerationRow:
             tokenizer: The model's tokenizer.
             end_ids: Tokens that end an answer.
             on_delta: Receives the text in pieces; the last one has a finish_reason.
+            closing: What ends the thought that the prompt has opened; None where it has not.
         """
+        self.closing = closing
+        self.is_thoughtful = True if closing else None  # None until it is known
         self.index = index
         self.sampling = sampling
         self.tokenizer = tokenizer
@@ -161,12 +168,12 @@ class GenerationRow:
 
     def _append(self, token: int) -> None:
         self.token_ids.append(token)
-        self.text = self.tokenizer.decode(self.token_ids, skip_special_tokens=True).lstrip()
         reason = None
         if token in self.end_ids:
             reason = "stop"
         elif len(self.token_ids) >= self.sampling.max_new_tokens:
             reason = "length"
+        self.text = self._read_text(is_last=reason is not None)
         places = [self.text.find(stop) for stop in self.sampling.stop]
         places = [place for place in places if place >= 0]
         if places:
@@ -176,6 +183,25 @@ class GenerationRow:
             self._send_ready_text()
         else:
             self._finish(reason)
+
+    def _read_text(self, is_last: bool) -> str:
+        """The text so far; "" while it is, or may be, a thought."""
+        if self.is_thoughtful is None:
+            begin = self.tokenizer.decode(self.token_ids)
+            if has_thought(begin):
+                self.is_thoughtful = True
+            elif is_last or not may_begin_thought(begin):
+                self.is_thoughtful = False
+            else:
+                return ""
+        if not self.is_thoughtful:
+            return self.tokenizer.decode(self.token_ids, skip_special_tokens=True).lstrip()
+        text = read_answer(self.tokenizer, self.token_ids, self.closing).text
+        if not is_last and may_begin_thought(text):
+            text = ""
+        if not text:
+            self.unsent_tokens = []  # log-probabilities are of the answer alone
+        return text
 
     def _send_ready_text(self) -> None:
         end = self._find_ready_end()

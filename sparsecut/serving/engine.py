@@ -13,9 +13,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Any
 
 from PIL import Image
 
+from ..chat_templates.thoughts import find_open_thought
 from ..prompts import check_length
 from ..schema import UserError
 from .decoding import GenerationRow, SamplingParams, TextDelta
@@ -168,6 +170,7 @@ class Engine:
         num_answers: int = 1,
         shortcuts_off: Sequence[int] = (),
         may_shorten: bool = False,
+        template_arguments: dict[str, Any] | None = None,
     ) -> GenerationRequest:
         """Check a request against the model and this engine's limits.
 
@@ -179,6 +182,7 @@ class Engine:
             shortcuts_off: Numbers of the shortcuts that add nothing to them.
             may_shorten: Take fewer new tokens where the language model's positions do not allow
                 all of them.
+            template_arguments: Arguments of the chat template.
 
         Raises:
             UserError: For a conversation that the chat template refuses or that is too long, too
@@ -187,7 +191,7 @@ class Engine:
         self._check_num_answers(num_answers)
         shortcuts_off = tuple(sorted(set(shortcuts_off)))
         self._check_shortcuts(shortcuts_off)
-        prompt = self.runner.reader.build_prompt(messages)
+        prompt = self.runner.reader.build_prompt(messages, template_arguments)
         num_tokens = self.runner.reader.count_tokens(prompt, images)
         max_positions = self.runner.max_positions
         if may_shorten and max_positions is not None:
@@ -350,6 +354,7 @@ class Engine:
                 self.processor.tokenizer,
                 self.runner.end_ids,
                 handle.on_delta,
+                closing=find_open_thought(handle.request.prompt),
             )
             rows.append(row)
         return rows

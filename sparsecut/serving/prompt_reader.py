@@ -10,12 +10,15 @@ import copy
 import queue
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+from ..chat_templates.markers import find_markers, get_special_tokens
 from ..prompts import encode_prompts, get_max_length, list_media_tokens, render_prompt
 from ..schema import UserError
 from .image_cache import PreparedImage
 
 NUM_COPIES = 2
+MAX_ARGUMENT = 200  # characters of an argument of the chat template
 PIECE_CHARACTERS = 20_000
 PIECE_SLACK = 100  # tokens that a piece may have more than its part of the whole text
 
@@ -39,7 +42,7 @@ class PromptReader:
         self.model = model
         self.uses_views = uses_views
         self.image_token = processor.image_token
-        self.reserved = list_media_tokens(processor, model.config)
+        self.reserved = list_media_tokens(processor, model.config) | {*find_markers(processor)}
         known = processor.tokenizer.get_added_vocab()
         self.reserved_ids = {known[token] for token in self.reserved if token in known}
         self.copies: queue.SimpleQueue = queue.SimpleQueue()
@@ -55,8 +58,12 @@ class PromptReader:
         finally:
             self.copies.put(processor)
 
-    def build_prompt(self, messages: list[dict]) -> str:
+    def build_prompt(self, messages: list[dict], arguments: dict[str, Any] | None = None) -> str:
         """The text of a conversation by the chat template.
+
+        Args:
+            messages: The conversation.
+            arguments: Arguments of the chat template.
 
         Raises:
             UserError: Where the template refuses the conversation, or a text contains what the
@@ -64,7 +71,9 @@ class PromptReader:
         """
         with self._borrow() as processor:
             # Not cached, because texts of strangers would fill the memory.
-            prompt = render_prompt(processor, messages, cached=False)
+            if arguments:
+                _check_arguments(processor, arguments)
+            prompt = render_prompt(processor, messages, arguments, cached=False)
             self._check_length(processor, prompt)
             for i, message in enumerate(messages):
                 self._check_special_tokens(processor, message["content"], f"messages[{i}]")
@@ -114,6 +123,18 @@ class PromptReader:
                 f"the model's processor refuses the images: {error}; send others"
             ) from None
         return inputs["input_ids"].shape[1]
+
+
+def _check_arguments(processor, arguments: dict[str, Any]) -> None:
+    """Refuse special tokens in arguments of the chat template, which may write them anywhere."""
+    special = get_special_tokens(processor.tokenizer)
+    for name, value in arguments.items():
+        text = str(value)
+        if len(text) > MAX_ARGUMENT or any(token in text for token in special):
+            raise UserError(
+                f"chat_template_kwargs.{name} is {text[:60]!r}, but must be true, false, a number,"
+                f" or up to {MAX_ARGUMENT} characters without special tokens"
+            )
 
 
 def _tokenize(processor, text: str) -> list[int]:

@@ -207,6 +207,7 @@ class ChatCompletionRequest(ConversationRequest):
         top_logprobs: How many other likely tokens to return at each position.
         stream: Whether to send the answer in pieces.
         stream_options: Only beside stream.
+        chat_template_kwargs: Arguments of the chat template, such as {"enable_thinking": false}.
         shortcuts_off: Ours: numbers of the plan's shortcuts that add nothing to this answer.
     """
 
@@ -233,6 +234,10 @@ class ChatCompletionRequest(ConversationRequest):
     stream: bool = Field(False, description="true or false")
     stream_options: StreamOptions = Field(
         StreamOptions(), description='an object such as {"include_usage": true}'
+    )
+    chat_template_kwargs: dict[str, bool | int | float | str] = Field(
+        {},
+        description='an object of true, false, numbers and texts such as {"enable_thinking": false}',
     )
     shortcuts_off: Annotated[list[int], FailFast()] = Field(
         [], description="a list of shortcuts' numbers such as [1, 2]"

@@ -247,6 +247,7 @@ def prepare_generation(
         request.build_sampling(config.request_limits.default_tokens),
         num_answers=request.n,
         shortcuts_off=request.shortcuts_off,
+        template_arguments=request.chat_template_kwargs,
         may_shorten=not request.has_length,
     )
 

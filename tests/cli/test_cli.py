@@ -347,6 +347,9 @@ MISTAKES = {  # a command -> the fact that its error names
     "eval model --data questions.json --images pictures --where zzz": "zzz",
     "eval model --data questions.json --images pictures --device nothing": "--device nothing",
     "chat model nothing.png": "nothing.png",
+    "chat model --ask what --template-arg enable_thinking=false": "'enable_thinking'",
+    "chat model --ask what --template-arg enable_thinking": "name=value",
+    "eval model --data questions.json --images pictures --template-arg a=[1]": "'a'",
     "convert pictures new --vision vision": "config.json",
 }
 
