@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from ..config.paths import check_replaceable
 from .app import (
     Device,
     Dtype,
@@ -38,6 +39,8 @@ def explain(
     dtype: Dtype = "auto",
 ) -> None:
     """Measure what each shortcut of a trained model contributes: the accuracy without it."""
+    if out is not None:
+        check_replaceable(out, ["explain.*"], "explain.json: conditions, shortcuts")
     from ..config.recipe import Source
     from ..data.examples import read_source
 
@@ -87,6 +90,7 @@ def compare(
     from ..reports.verdicts import judge_comparison
 
     check_matplotlib()
+    check_replaceable(out, ["compare.*"], "compare.json: baseline, runs")
     chosen = read_runs(runs)
     comparison = compare_runs(chosen, num_items=items)
     echo(judge_comparison(comparison))

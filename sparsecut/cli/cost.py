@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ..config.paths import check_writable_folder
-from ..schema import UserError
+from ..schema import UserError, read_json_file, write_text_file
 from .app import Device, File, MethodOptions, Text, app, argument, echo, find_device, option
 
 
@@ -16,7 +16,21 @@ def _check_parent(file: Path | None) -> Path | None:
         check_writable_folder(file.parent)
         if file.is_dir():
             raise UserError(f"--json is {file}, but that is a folder; name a file in it")
+        if file.exists() and not _holds_costs(file):
+            raise UserError(
+                f"--json is {file}, which holds something else than costs and would be replaced;"
+                " name a new file"
+            )
     return file
+
+
+def _holds_costs(file: Path) -> bool:
+    """Whether this command wrote a file."""
+    try:
+        plans = read_json_file(file).values()
+    except UserError:
+        return False
+    return all(isinstance(numbers, dict) and "count" in numbers for numbers in plans)
 
 
 @app.command()
@@ -71,7 +85,7 @@ def cost(
 
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        write_text_file(json_file, json.dumps(numbers, indent=2) + "\n")
         echo(f"wrote {json_file}")
 
 

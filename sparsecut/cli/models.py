@@ -81,9 +81,10 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a checkpoint of the released SparseCut code into a model of this library."""
-    from .plan_argument import describe_model, parse_numbers
+    from .plan_argument import check_no_model, describe_model, parse_numbers
 
     check_writable_folder(out)
+    check_no_model(out)
     pairs = {"taps": parse_numbers("--taps", taps), "layers": parse_numbers("--layers", layers)}
     from ..conversion.checkpoint import convert
 

@@ -15,6 +15,10 @@ from ..schema import UserError, nearest
 DEFAULT_DEPTHS = (24, 32)  # CLIP-L and a 7B language model
 SHAPES_FOLDER = Path(__file__).parents[1] / "shapes" / "weights"
 UPGRADE_METHOD = "sparsecut"  # of a plan for a pretrained VLM that nobody names
+MODEL_FILES = (
+    *("model*.safetensors*", "fusion.safetensors", "generation_config.json", "tokenizer*.json"),
+    *("processor_config.json", "preprocessor_config.json", "chat_template.*"),
+)
 FILE_TYPES = (".yaml", ".yml", ".json")
 
 
@@ -229,6 +233,12 @@ def parse_numbers(name: str, text: str | None) -> list[int] | None:
 
 
 def check_no_model(out: Path) -> None:
-    """Raise UserError where a folder holds a model that would be written over."""
+    """Raise UserError where a folder holds a model, or files that one would replace."""
     if (out / "config.json").exists() or (out / "fusion.json").exists():
         raise UserError(f"{out} holds a model already; choose another folder or remove it first")
+    present = sorted(path.name for pattern in MODEL_FILES for path in out.glob(pattern))
+    if present:
+        raise UserError(
+            f"{out} holds {', '.join(present[:3])}, which a model's files would replace; choose"
+            " another folder or move it away"
+        )

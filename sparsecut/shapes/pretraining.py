@@ -11,8 +11,11 @@ from pathlib import Path
 import torch
 import transformers
 
+from ..schema import UserError, read_text_file, write_text_file
 from .sizes import SMALL, Size, find_size
 
+TITLE = "# Backbones for drawn shapes"
+WRITTEN = ("README.md", "vision", "language", "vision.log", "language.log")
 NOTE = """# Backbones for drawn shapes
 
 Made by `sparsecut shapes pretrain --seed {seed} --noise {noise}{more}` with torch {torch} and
@@ -57,6 +60,8 @@ def pretrain(
     """
     size = find_size(size)
     out = Path(out)
+    _check_ours(out)
+    write_text_file(out / "README.md", f"{TITLE}\n\nThey are being made.\n")  # whose the folder is
     settings = {"seed": seed, "quick": quick, "size": size, "device": device}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         vision = pool.submit(_train_vision, out, noise=noise, **settings)
@@ -76,9 +81,23 @@ def pretrain(
         torch=torch.__version__,
         transformers=transformers.__version__,
     )
-    (out / "README.md").write_text(note)
+    write_text_file(out / "README.md", note)
     log(f"wrote {out}")
     return out
+
+
+def _check_ours(out: Path) -> None:
+    """Make the folder; UserError where files of something else would be replaced."""
+    out.mkdir(parents=True, exist_ok=True)
+    note = out / "README.md"
+    if note.is_file() and read_text_file(note).startswith(TITLE):
+        return
+    present = [name for name in WRITTEN if (out / name).exists()]
+    if present:
+        raise UserError(
+            f"{out} holds {' and '.join(present)} of something else, which would be replaced; give"
+            " another folder, or move it away"
+        )
 
 
 def _train_vision(

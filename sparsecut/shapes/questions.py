@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import random
+import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from ..schema import UserError
+from ..schema import UserError, read_text_file, write_text_file
 from .scenes import COLOURS, DIGITS, LINES, SHADES, SHAPES, TEXTURES, Scene, Thing, draw, make_scene
 from .sizes import SMALL, Size, find_size
 
@@ -158,7 +159,11 @@ def write_split(
     folder = Path(folder)
     if workers is None:
         workers = min(os.cpu_count() or 1, 1 + num_images // IMAGES_PER_WORKER)
+    _check_ours(folder, split)
     (folder / split).mkdir(parents=True, exist_ok=True)
+    paths = {"questions": folder / f"{split}.json", "images": folder}
+    if not paths["questions"].exists():
+        write_text_file(paths["questions"], "[]")  # says whose the images are, until all are drawn
     keys = [f"{split}/{seed}/{i}" for i in range(num_images)]
     write_one = partial(_write_image, folder, questions_per_image, size)
     if workers > 1:
@@ -167,13 +172,34 @@ def write_split(
             records = list(pool.map(write_one, keys, chunksize=chunksize))
     else:
         records = [write_one(key) for key in keys]
-    paths = {"questions": folder / f"{split}.json", "images": folder}
     questions = [question for _, questions in records for question in questions]
-    paths["questions"].write_text(json.dumps(questions))
+    write_text_file(paths["questions"], json.dumps(questions))
     if split == "train":
         paths["captions"] = folder / f"{split}_captions.json"
-        paths["captions"].write_text(json.dumps([caption for caption, _ in records]))
+        captions = json.dumps([caption for caption, _ in records])
+        write_text_file(paths["captions"], captions)
     return paths
+
+
+def _check_ours(folder: Path, split: str) -> None:
+    """Raise UserError where images or records of something else would be replaced."""
+    file = folder / f"{split}.json"
+    names = (split, f"{split}.json", f"{split}_captions.json")
+    present = [name for name in names if (folder / name).exists()]
+    if present and not _is_drawn(file, split):
+        raise UserError(
+            f"{folder} holds {' and '.join(present)} of something else than drawn shapes, which"
+            " would be replaced; give another folder, or move it away"
+        )
+
+
+def _is_drawn(file: Path, split: str) -> bool:
+    """Whether a file of records is of drawn images; one of images that are being drawn is empty."""
+    try:
+        records = json.loads(read_text_file(file))
+        return records == [] or re.match(rf"{split}/-?\d+/\d+", records[0]["id"]) is not None
+    except (UserError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _write_image(folder: Path, number: int, size: Size, key: str) -> tuple[dict, list[dict]]:
