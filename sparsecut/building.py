@@ -30,6 +30,7 @@ from .modeling import SparseCutForConditionalGeneration
 from .modeling_upgraded import FACTS
 from .plan import Plan
 from .processing import SparseCutAudioProcessor, SparseCutProcessor, check_extractor
+from .processing_upgraded import wrap_processor
 from .schema import UserError
 from .upgrading import load_fusion, read_processor
 
@@ -238,7 +239,11 @@ def load(
     complaint = f"the weights in {folder} cannot be read; save or fetch the model again"
     model = load_pretrained(AutoModelForImageTextToText, folder, complaint, **from_pretrained)
     load_adapters(model, Path(folder))
-    return model.eval(), read_processor(folder, **hub)
+    processor = read_processor(folder, **hub)
+    if model.is_upgrade:
+        # Earlier versions saved the base's own processor where there were no fine views.
+        processor = wrap_processor(processor, model.plan.tiles)
+    return model.eval(), processor
 
 
 def _read_saved_config(name: str | Path, **hub):

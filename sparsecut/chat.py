@@ -14,7 +14,7 @@ from transformers import BatchFeature
 from .chat_templates.arguments import check_arguments
 from .chat_templates.markers import check_markers
 from .chat_templates.thoughts import Answer, AnswerStreamer
-from .loading import ImageSource, open_image
+from .pixels import ImageSource, open_image
 from .prompts import (
     check_length,
     find_closing_marks,
@@ -108,7 +108,7 @@ class Chat:
         Args:
             text: the question. It may have one placeholder per image; without any, the images come
                 first.
-            images: new images, PIL or paths. Earlier ones stay in the conversation.
+            images: new images: PIL, paths, bytes or URLs. Earlier ones stay in the conversation.
 
         Raises:
             UserError: The question is empty, an image cannot be read, placeholders and images

@@ -1,4 +1,7 @@
-"""Reading images, models and weights from files; what cannot be read is the user's to mend."""
+"""Reading models and weights from files; what cannot be read is the user's to mend.
+
+Images are opened by `pixels`, whose names are also here.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,16 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from .pixels import ImageSource as ImageSource
+from .pixels import open_image as open_image
+from .pixels import open_upright as open_upright
 from .schema import UserError
 
-ImageSource = Image.Image | str | Path
 PACKAGE = str(Path(__file__).parent)
 FILE_ERRORS = (OSError, SafetensorError, StrictDataclassError)  # whoever reads the file
 # Arguments that say how to reach the hub. They go to configurations, tokenizers and image
@@ -199,27 +203,3 @@ def read_tensors(file: Path, remedy: str) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the weights {file} cannot be read ({error}); {remedy}") from error
-
-
-def open_upright(file) -> Image.Image:
-    """Read an image file as RGB, turned as its EXIF orientation says."""
-    return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-
-
-def open_image(source: ImageSource) -> Image.Image:
-    """Return an image as it is, or read it from a path.
-
-    Raises:
-        UserError: There is no such file, or it is no image that can be read.
-    """
-    if isinstance(source, Image.Image):
-        return source
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise UserError(f"there is no image {source}; give the path of an image file")
-    try:
-        return open_upright(path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"the image {source} cannot be read ({error}); give a PNG or JPEG file"
-        ) from error

@@ -5,6 +5,9 @@ Training and inference call the same steps, so the inputs of a model never depen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
 from jinja2 import TemplateError
@@ -12,11 +15,19 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import BatchFeature
-from transformers.image_transforms import to_pil_image
-from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .encoders import as_pair
+from .pixels import (
+    WHITE,
+    array_to_rgb,
+    list_images,
+    open_image,
+    parse_color,
+    put_channels_last,
+    to_rgb,
+)
 from .schema import UserError
 
 PROBE = "probe"  # text that shows which form of contents a chat template writes
@@ -92,7 +103,7 @@ def cut_views(image: Image.Image, tiles: int, size, coarse: str = "squash") -> l
     Returns:
         1 + tiles^2 RGB images, the fine ones row by row.
     """
-    image = image.convert("RGB")
+    image = to_rgb(image)
     height, width = as_pair(size)
     make_coarse = _crop_center if coarse == "crop" else _squash
     coarse_view = make_coarse(image, height, width)
@@ -204,6 +215,7 @@ class SparseCutProcessor(ProcessorMixin):
         coarse: "squash" (aligned with the fine views) or "crop" (see `cut_views`).
         image_token: placeholder in the text, one per image; it becomes `num_image_tokens` tokens.
         image_token_id: id of the placeholder.
+        background: colour that transparent parts of images are laid on.
     """
 
     def __init__(
@@ -216,7 +228,10 @@ class SparseCutProcessor(ProcessorMixin):
         coarse="squash",
         image_token="<image>",
         chat_template=None,
+        background=WHITE,
     ):
+        parse_color(background)
+        self.background = background
         if coarse not in COARSE_VIEWS:
             raise UserError(f"coarse is {coarse!r}, but must be one of {', '.join(COARSE_VIEWS)}")
         self.image_size = image_size
@@ -243,46 +258,49 @@ class SparseCutProcessor(ProcessorMixin):
         """Repeat every placeholder once per image token."""
         return text.replace(self.image_token, self.image_token * self.num_image_tokens)
 
-    def pixels(self, images: list, **settings) -> Tensor:
+    def pixels(self, images: list, *, input_data_format=None, **settings) -> Tensor:
         """Cut images into views and normalize them.
 
         Args:
-            images: PIL images, arrays or tensors.
+            images: PIL images, paths, bytes, arrays or tensors.
+            input_data_format: "channels_first" or "channels_last", for arrays and tensors.
             settings: values of `NORMALIZATION` that replace those of the image processor.
 
         Returns:
             Float32 [images, 1 + tiles^2, 3, height, width], the coarse view first.
+
+        Raises:
+            UserError: An image cannot be read, or its values have no known scale.
         """
-        if not images:
+        if not len(images):
             return torch.empty(0, self.num_views, 3, *as_pair(self.image_size))
-        levels = np.stack([self._read_levels(image) for image in images])
-        table = self._make_level_table(**settings)
-        channels = [table[channel][levels[..., channel]] for channel in range(3)]
-        return torch.from_numpy(np.stack(channels, axis=2))
-
-    def _read_levels(self, image) -> np.ndarray:
-        """The views of an image as levels from 0 to 255: uint8 [views, height, width, 3]."""
-        if not isinstance(image, Image.Image):
-            image = to_pil_image(image)
-        views = cut_views(image, self.tiles, self.image_size, self.coarse)
-        return np.stack([np.asarray(view) for view in views])
-
-    def _make_level_table(self, **settings) -> np.ndarray:
-        """The normalized value of each of the 256 levels of a channel: float32 [3, 256]."""
+        read = [self._read_levels(image, input_data_format) for image in images]
+        levels = np.stack([views for views, _ in read])
         values = {name: getattr(self.image_processor, name) for name in NORMALIZATION} | settings
-        levels = np.arange(256, dtype=np.float64)
-        if values["do_rescale"]:
-            levels = levels * values["rescale_factor"]
-        levels = np.tile(levels.astype(np.float32), (3, 1))
-        if values["do_normalize"]:
-            mean = np.asarray(values["image_mean"], dtype=np.float32).reshape(-1, 1)
-            std = np.asarray(values["image_std"], dtype=np.float32).reshape(-1, 1)
-            levels = (levels - mean) / std
-        return levels
+        pixels = _look_up(_make_level_table(values), levels)
+        if not values["do_rescale"]:
+            # Fractions are scaled already. Levels stay as they are, as in transformers.
+            is_fraction = np.array([fraction for _, fraction in read])
+            scaled = values | {"do_rescale": True, "rescale_factor": 1 / 255}
+            pixels[is_fraction] = _look_up(_make_level_table(scaled), levels[is_fraction])
+        return torch.from_numpy(pixels)
+
+    def _read_levels(self, image, input_data_format) -> tuple[np.ndarray, bool]:
+        """The views of an image as levels from 0 to 255, and whether it had fractions of white.
+
+        The views are uint8 [views, height, width, 3].
+        """
+        is_fraction = False
+        if isinstance(image, Image.Image | str | Path | bytes):
+            image = open_image(image, self.background)
+        else:
+            image, is_fraction = array_to_rgb(image, input_data_format, self.background)
+        views = cut_views(image, self.tiles, self.image_size, self.coarse)
+        return np.stack([np.asarray(view) for view in views]), is_fraction
 
     def _process_images(self, images, **kwargs):
         settings = {name: kwargs[name] for name in NORMALIZATION if kwargs.get(name) is not None}
-        pixels = self.pixels(make_flat_list_of_images(images), **settings)
+        pixels = self.pixels(images, input_data_format="channels_last", **settings)
         inputs = {"pixel_values": pixels}
         return inputs, [self.replace_image_token(inputs, i) for i in range(len(pixels))]
 
@@ -304,7 +322,7 @@ class SparseCutProcessor(ProcessorMixin):
 
         Args:
             images: one image, a list of images in the order of the placeholders, or one list per
-                text.
+                text. Images are PIL, paths, bytes, URLs, arrays or tensors.
             text: one text or several.
             kwargs: those of Hugging Face processors, such as `padding` and `return_tensors`.
 
@@ -313,20 +331,41 @@ class SparseCutProcessor(ProcessorMixin):
             [images, 1 + tiles^2, 3, height, width].
 
         Raises:
-            UserError: A text has more or fewer placeholders than images.
+            UserError: A text has more or fewer placeholders than images, or an image cannot be
+                read.
         """
-        if _has_no_image(images):
-            images = None
-        if text is not None and _is_one_list_per_text(images):
-            texts = [text] if isinstance(text, str) else text
-            if len(images) == len(texts):
-                self._check_placeholders(images, texts)
+        layout = (kwargs.get("images_kwargs") or {}).get("input_data_format")
+        layout = kwargs.pop("input_data_format", layout)
+        images = [] if images is None else list_images(images)
+        if text is not None:
+            self._check_placeholders(images, [text] if isinstance(text, str) else text)
+        if any(isinstance(row, list) for row in images):
             images = [image for row in images for image in row]
-        return super().__call__(images=images, text=text, **kwargs)
+        opened = [self._open(image, layout) for image in images]
+        return super().__call__(images=opened or None, text=text, **kwargs)
 
-    def _check_placeholders(self, images: list[list], texts: list[str]) -> None:
-        for row, (row_images, text) in enumerate(zip(images, texts, strict=True)):
-            count = text.count(self.image_token)
+    def _open(self, image, layout) -> Image.Image | np.ndarray:
+        """An image as transformers takes it: PIL in RGB, or an array with channels last."""
+        if isinstance(image, Image.Image | str | Path | bytes):
+            return open_image(image, self.background)
+        return put_channels_last(image, layout)
+
+    def _check_placeholders(self, images: list, texts: Sequence[str]) -> None:
+        counts = [text.count(self.image_token) for text in texts]
+        is_nested = any(isinstance(row, list) for row in images)
+        if not is_nested:
+            if images and len(images) != sum(counts):
+                raise UserError(
+                    f"the texts have {sum(counts)} placeholders {self.image_token}, but there are"
+                    f" {len(images)} images; write one placeholder per image"
+                )
+            return
+        if len(images) != len(texts):
+            raise UserError(
+                f"there are {len(texts)} texts, but lists of images for {len(images)}; give one"
+                " list per text, [] for a text without images"
+            )
+        for row, (row_images, count) in enumerate(zip(images, counts, strict=True)):
             if count != len(row_images):
                 raise UserError(
                     f"text {row} has {count} placeholders {self.image_token}, but"
@@ -339,17 +378,23 @@ class SparseCutProcessor(ProcessorMixin):
         return [*self.tokenizer.model_input_names, "pixel_values"]
 
 
-def _has_no_image(images) -> bool:
-    """Whether images are empty lists: a batch of texts without any image."""
-    if not isinstance(images, list | tuple):
-        return False
-    return all(isinstance(item, list | tuple) and not item for item in images)
+def _look_up(table: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Values [3, 256] for levels [images, views, height, width, 3]; the channels come third."""
+    channels = [table[channel][levels[..., channel]] for channel in range(3)]
+    return np.stack(channels, axis=2)
 
 
-def _is_one_list_per_text(images) -> bool:
-    if not isinstance(images, list | tuple):
-        return False
-    return any(isinstance(item, list | tuple) for item in images)
+def _make_level_table(values: dict) -> np.ndarray:
+    """The normalized value of each of the 256 levels of a channel: float32 [3, 256]."""
+    levels = np.arange(256, dtype=np.float64)
+    if values["do_rescale"]:
+        levels = levels * values["rescale_factor"]
+    levels = np.tile(levels.astype(np.float32), (3, 1))
+    if values["do_normalize"]:
+        mean = np.asarray(values["image_mean"], dtype=np.float32).reshape(-1, 1)
+        std = np.asarray(values["image_std"], dtype=np.float32).reshape(-1, 1)
+        levels = (levels - mean) / std
+    return levels
 
 
 class SparseCutAudioProcessor(ProcessorMixin):

@@ -1,8 +1,8 @@
-"""Processors of upgraded models with fine views: the base's processor, which also cuts fine views.
+"""Processors of upgraded models: the base's processor, which gets every image as upright RGB.
 
-The base's image processor makes the coarse view by resizing, cropping and normalizing. With `tiles`
-times its size it makes the same view at a finer scale. The tiles of that lie exactly under the
-coarse view, whatever the steps are.
+With `tiles` it also cuts fine views. The base's image processor makes the coarse view by resizing,
+cropping and normalizing. With `tiles` times its size it makes the same view at a finer scale. The
+tiles of that lie exactly under the coarse view, whatever the steps are.
 """
 
 from __future__ import annotations
@@ -12,13 +12,24 @@ import json
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import transformers
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_utils import make_flat_list_of_images
 
+from .pixels import (
+    WHITE,
+    array_to_rgb,
+    list_images,
+    open_image,
+    parse_color,
+    put_channels_last,
+    to_array,
+)
 from .schema import UserError
 
 PROCESSOR_FILE = "processor_config.json"
@@ -51,8 +62,33 @@ def _scale_size(size, factor: int) -> dict[str, int]:
     return {side: length * factor for side, length in dict(size).items() if length is not None}
 
 
+def open_images(images, background, *, keeps_floats: bool, layout=None) -> list:
+    """Return images, in one list or one for each text, as RGB images that every base takes alike.
+
+    Args:
+        images: See `list_images`.
+        background: What transparent parts are laid on.
+        keeps_floats: Arrays of floats are passed on as they are, with channels first.
+        layout: "channels_first" or "channels_last", for arrays.
+    """
+
+    def read(image):
+        if isinstance(image, list):
+            return [read(item) for item in image]
+        if isinstance(image, Image.Image | str | Path | bytes):
+            return open_image(image, background)
+        if keeps_floats and to_array(image).dtype.kind == "f":
+            return np.moveaxis(put_channels_last(image, layout), -1, 0).astype(np.float32)
+        return array_to_rgb(image, layout, background)[0]
+
+    return [read(item) for item in list_images(images)]
+
+
 class SparseCutUpgradeProcessor:
-    """Loads the processor of an upgraded model, which is the base's class with fine views."""
+    """Loads the processor of an upgraded model, a subclass of the base's class.
+
+    It reads images as `pixels` does, and returns fine views where the plan has some.
+    """
 
     # Set where this file was loaded as remote code. The code is then saved with every processor.
     _auto_class = None
@@ -68,29 +104,39 @@ class SparseCutUpgradeProcessor:
         values, _ = transformers.ProcessorMixin.get_processor_dict(folder, **kwargs)
         base_class = getattr(transformers, values["base_processor_class"])
         processor = base_class.from_pretrained(folder, **kwargs)
-        return add_fine_views(processor, values["sparsecut_tiles"])
+        background = values.get("sparsecut_background", WHITE)
+        return wrap_processor(processor, values["sparsecut_tiles"], background)
 
 
-def add_fine_views(processor, tiles: int):
-    """Return a copy of a base's processor that also returns fine views; it shares its parts.
+def wrap_processor(processor, tiles: int = 0, background=None):
+    """Return a copy of a base's processor that reads images as `pixels` does; it shares its parts.
 
-    tiles: fine views per side.
+    Args:
+        processor: The base's processor, or one that was wrapped before.
+        tiles: Fine views per side, which it returns too; 0 for none.
+        background: What transparent parts are laid on; by default white, or as before.
     """
+    background = background or getattr(processor, "background", WHITE)
+    parse_color(background)
     processor = copy.copy(processor)
     base_class = getattr(type(processor), "base_processor_class", type(processor))
-    processor.__class__ = _make_class(base_class)
+    processor.__class__ = _make_class(base_class, tiles > 0)
     processor.sparsecut_tiles = tiles
+    processor.background = background
     return processor
 
 
 @cache
-def _make_class(base_class: type) -> type:
-    """A subclass of a processor class, of the same name, that returns fine views."""
+def _make_class(base_class: type, has_fine_views: bool) -> type:
+    """A subclass of a processor class, of the same name, that reads images and cuts fine views."""
 
     def call(self, images=None, text=None, **kwargs) -> BatchFeature:
-        features = base_class.__call__(self, images=images, text=text, **kwargs)
-        if images is not None and "pixel_values" in features:
-            fine = cut_fine_views(self.image_processor, images, self.sparsecut_tiles)
+        opened = None
+        if images is not None:
+            opened, kwargs = _open_for_call(images, self.background, kwargs)
+        features = base_class.__call__(self, images=opened, text=text, **kwargs)
+        if has_fine_views and opened is not None and "pixel_values" in features:
+            fine = cut_fine_views(self.image_processor, opened, self.sparsecut_tiles)
             _check_views(len(features["pixel_values"]), len(fine))
             features["fine_pixel_values"] = fine.to(features["pixel_values"])
         return features
@@ -107,18 +153,31 @@ def _make_class(base_class: type) -> type:
         # Pickle cannot find this class by name, so a new process makes it again.
         plain = base_class.__new__(base_class)
         plain.__dict__.update(self.__dict__)
-        return add_fine_views, (plain, self.sparsecut_tiles)
+        return wrap_processor, (plain, self.sparsecut_tiles)
 
     members = {
-        "__doc__": f"{base_class.__name__} that also returns fine views as fine_pixel_values.",
+        "__doc__": f"{base_class.__name__} that reads images of every kind, fine views included.",
         "__call__": call,
         "__reduce__": reduce,
         "save_pretrained": save_pretrained,
         "base_processor_class": base_class,
     }
-    if isinstance(getattr(base_class, "model_input_names", None), property):
+    if has_fine_views and isinstance(getattr(base_class, "model_input_names", None), property):
         members["model_input_names"] = property(model_input_names)
     return type(base_class.__name__, (base_class,), members)
+
+
+def _open_for_call(images, background, kwargs: dict) -> tuple[list | None, dict]:
+    """The images of a call, opened, and the call's other arguments; None where there is no image."""
+    kwargs = dict(kwargs)
+    for_images = kwargs.get("images_kwargs") or {}
+    do_rescale = kwargs.get("do_rescale", for_images.get("do_rescale", True))
+    layout = kwargs.pop("input_data_format", for_images.get("input_data_format"))
+    if "input_data_format" in for_images:
+        kwargs["images_kwargs"] = {**for_images, "input_data_format": "channels_first"}
+    opened = open_images(images, background, keeps_floats=do_rescale is False, layout=layout)
+    has_image = any(not isinstance(image, list) or image for image in opened)
+    return opened if has_image else None, kwargs
 
 
 def _check_views(num_views: int, num_images: int) -> None:
@@ -131,7 +190,10 @@ def _check_views(num_views: int, num_images: int) -> None:
 
 def _write_class(processor, path: Path, base_class: type) -> None:
     """Write into a saved processor's file how to load it again."""
+    if getattr(transformers, base_class.__name__, None) is not base_class:
+        return  # it could not be found again, so it is saved as it is
     values = json.loads(path.read_text())
+    values["sparsecut_background"] = processor.background
     values["processor_class"] = "SparseCutUpgradeProcessor"
     values["base_processor_class"] = base_class.__name__
     values["sparsecut_tiles"] = processor.sparsecut_tiles

@@ -26,7 +26,7 @@ from .loading import (
 from .methods import make_plan
 from .modeling_upgraded import FACTS, WEIGHTS, SparseCutUpgrade
 from .plan import Plan
-from .processing_upgraded import PROCESSOR_FILE, add_fine_views
+from .processing_upgraded import PROCESSOR_FILE, wrap_processor
 from .schema import UserError, is_whole_number, read_json_file
 from .upgrade_hooks import get_encoder_depth
 
@@ -89,8 +89,8 @@ def upgrade(
         )
     model = _wrap(base, plan)
     _move_fusion(model)
-    if plan.tiles and processor is not None:
-        processor = add_fine_views(processor, plan.tiles)
+    if processor is not None:
+        processor = wrap_processor(processor, plan.tiles)
     return model.eval(), processor
 
 

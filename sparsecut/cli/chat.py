@@ -38,7 +38,7 @@ def chat(
 ) -> None:
     """Talk with a model about images. In the conversation, /help lists the commands."""
     from ..chat import Chat, run_terminal
-    from ..loading import open_image
+    from ..pixels import open_image
 
     opened = [open_image(path) for path in images or []]
     loaded, processor = load_model(model, device, dtype)

@@ -8,14 +8,13 @@ import tarfile
 import zlib
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from ..loading import open_upright
+from ..pixels import open_upright
 from ..schema import UserError
 
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz")
 MEMORY_LIMIT = 256 * 2**20  # bytes of images that a compressed archive may hold in memory
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # of Pillow
 ARCHIVE_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)
 
 
@@ -72,7 +71,12 @@ class ImageStore:
         """
         if name not in self:
             raise UserError(self.describe_missing(name))
-        return _decode(lambda: self.read_bytes(name), f"the image {name} in {self.path}")
+        what = f"the image {name} in {self.path}"
+        try:
+            data = self.read_bytes(name)
+        except OSError as error:
+            raise UserError(f"{what} cannot be read: {error}") from None
+        return open_upright(io.BytesIO(data), what)
 
     def find_file(self, name: str) -> Path:
         """Return the file that holds an image: its own, or the archive."""
@@ -94,16 +98,7 @@ class ImageStore:
 
 def decode_image(data: bytes) -> Image.Image:
     """Return an image that a file of records holds itself, in RGB; UserError where it is broken."""
-    return _decode(lambda: data, "the image stored in the record")
-
-
-def _decode(read, what: str) -> Image.Image:
-    try:
-        return open_upright(io.BytesIO(read()))
-    except UnidentifiedImageError:  # its message holds an address in memory
-        raise UserError(f"{what} is broken: its format is not known") from None
-    except IMAGE_ERRORS as error:
-        raise UserError(f"{what} is broken: {error}") from None
+    return open_upright(io.BytesIO(data), "the image stored in the record")
 
 
 def _read_places(path: Path) -> dict[str, tuple[int, int]]:

@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from ..building import load
-from ..loading import open_image
+from ..pixels import open_image
 from ..prompts import (
     check_length,
     decode_answers,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from markupsafe import Markup
-from PIL import Image
 
 from ..data.jsonl import read_json_lines
 from ..drawing import text_table
@@ -14,6 +13,7 @@ from ..evaluation.judging import get_answer
 from ..experiments.demo import DemoVariant
 from ..experiments.results import compute_results
 from ..experiments.study import Run, Study
+from ..pixels import open_image
 from ..plan import Plan
 from ..schema import read_json_file, write_text_file
 from .figures import draw_bars, draw_curves
@@ -147,8 +147,8 @@ def _collect_answers(records: dict[str, list[dict]], question: dict, number: int
 
 
 def _make_item(out: Path, item: dict) -> dict:
-    with Image.open(out / "data" / item["image"]) as image:
-        return item | {"url": embed_image(image)}
+    image = open_image(out / "data" / item["image"])
+    return item | {"url": embed_image(image)}
 
 
 def _draw_levels(results: dict, titles: dict[str, str]) -> list[Markup]:

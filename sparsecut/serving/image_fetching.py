@@ -24,13 +24,12 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..loading import open_upright
+from ..pixels import open_upright, read_size
 from ..schema import UserError
 from .public_addresses import is_public
 
 MIB = 2**20
 BLOCK_BYTES = 65536
-FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")  # no other decoder of Pillow is run
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
 SAFE_CHARACTERS = "/?%:@!$&'()*+,;=~[]"  # of a path and a query; others are quoted
@@ -144,24 +143,13 @@ def decode_image(data: bytes, limits: ImageLimits) -> Image.Image:
             f"an image has {len(data)} bytes, but this server takes {limits.max_bytes};"
             " send a smaller one"
         )
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            width, height = opened.size
-        if width * height <= limits.max_pixels:
-            return open_upright(io.BytesIO(data))
-    except Exception as error:  # Pillow raises errors of many kinds for broken files
-        raise UserError(_describe_broken_file(error)) from None
-    raise UserError(
-        f"an image has {width} x {height} pixels, but this server takes {limits.max_pixels};"
-        " send a smaller one"
-    )
-
-
-def _describe_broken_file(error: Exception) -> str:
-    reason = f"it is broken or too large: {error}"
-    if isinstance(error, Image.UnidentifiedImageError):
-        reason = "it has none of these formats"
-    return f"an image cannot be read ({reason}); send {', '.join(FORMATS)}"
+    width, height = read_size(io.BytesIO(data), "an image")
+    if width * height > limits.max_pixels:
+        raise UserError(
+            f"an image has {width} x {height} pixels, but this server takes {limits.max_pixels};"
+            " send a smaller one"
+        )
+    return open_upright(io.BytesIO(data), "an image")
 
 
 def fetch(url: str, limits: ImageLimits, deadline: float | None = None) -> bytes:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from ..modeling_base import SparseCutImageFeatures
+from ..pixels import to_rgb
 from ..prompts import get_max_length, make_greedy_config, prepare_inputs
 from ..schema import UserError
 from .decoding import GenerationRow, PerRowSampler
@@ -80,8 +81,7 @@ class ModelRunner:
         Views are cached in place of the image where they are enough, because photographs would fill
         the memory.
         """
-        if image.mode != "RGB":
-            image = image.convert("RGB")
+        image = to_rgb(image)
         digest = hash_image(image)
         if self.uses_views:
             return PreparedImage(digest, views=self.processor.pixels([image]))
