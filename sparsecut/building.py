@@ -23,13 +23,13 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from .adapters import load_adapters
 from .configuration import SparseCutConfig, SparseCutUpgradeConfig
-from .encoders import get_encoder, is_audio
+from .encoders import check_extractor, get_encoder, is_audio
 from .hooks import check_language_model
 from .loading import HUB_ARGUMENTS, load_pretrained, load_weights
 from .modeling import SparseCutForConditionalGeneration
 from .modeling_upgraded import FACTS
 from .plan import Plan
-from .processing import SparseCutAudioProcessor, SparseCutProcessor, check_extractor
+from .processing import SparseCutAudioProcessor, SparseCutProcessor
 from .processing_upgraded import wrap_processor
 from .schema import UserError
 from .upgrading import load_fusion, read_processor

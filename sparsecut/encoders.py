@@ -387,3 +387,19 @@ def to_raster_order(grid: PatchGrid, states: Tensor, num_views: int) -> Tensor:
     if grid.kind == "qwen":
         return states[:, torch.argsort(get_patch_order(grid)).to(states.device)]
     return states[:, -num_patches:]
+
+
+def check_extractor(feature_extractor, grid) -> None:
+    """Check that a feature extractor makes spectrograms of the shape of the encoder's grid.
+
+    Raises:
+        UserError: Mels or frames differ.
+    """
+    num_mels = feature_extractor.feature_size
+    num_frames = feature_extractor.nb_max_frames
+    if (num_mels, num_frames) != grid.view:
+        raise UserError(
+            f"the feature extractor makes {num_mels} mels and {num_frames} frames per clip, but"
+            f" the encoder takes {grid.view[0]} and {grid.view[1]}; set its feature_size, or its"
+            " chunk_length in seconds"
+        )

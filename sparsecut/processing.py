@@ -277,12 +277,12 @@ class SparseCutProcessor(ProcessorMixin):
         read = [self._read_levels(image, input_data_format) for image in images]
         levels = np.stack([views for views, _ in read])
         values = {name: getattr(self.image_processor, name) for name in NORMALIZATION} | settings
-        pixels = _look_up(_make_level_table(values), levels)
+        pixels = _normalize(levels, values)
         if not values["do_rescale"]:
             # Fractions are scaled already. Levels stay as they are, as in transformers.
             is_fraction = np.array([fraction for _, fraction in read])
             scaled = values | {"do_rescale": True, "rescale_factor": 1 / 255}
-            pixels[is_fraction] = _look_up(_make_level_table(scaled), levels[is_fraction])
+            pixels[is_fraction] = _normalize(levels[is_fraction], scaled)
         return torch.from_numpy(pixels)
 
     def _read_levels(self, image, input_data_format) -> tuple[np.ndarray, bool]:
@@ -378,23 +378,17 @@ class SparseCutProcessor(ProcessorMixin):
         return [*self.tokenizer.model_input_names, "pixel_values"]
 
 
-def _look_up(table: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Values [3, 256] for levels [images, views, height, width, 3]; the channels come third."""
-    channels = [table[channel][levels[..., channel]] for channel in range(3)]
-    return np.stack(channels, axis=2)
-
-
-def _make_level_table(values: dict) -> np.ndarray:
-    """The normalized value of each of the 256 levels of a channel: float32 [3, 256]."""
-    levels = np.arange(256, dtype=np.float64)
+def _normalize(levels: np.ndarray, values: dict) -> np.ndarray:
+    """Normalized levels [images, views, height, width, 3]; the channels come third."""
+    table = np.arange(256, dtype=np.float64)
     if values["do_rescale"]:
-        levels = levels * values["rescale_factor"]
-    levels = np.tile(levels.astype(np.float32), (3, 1))
+        table = table * values["rescale_factor"]
+    table = np.tile(table.astype(np.float32), (3, 1))
     if values["do_normalize"]:
         mean = np.asarray(values["image_mean"], dtype=np.float32).reshape(-1, 1)
         std = np.asarray(values["image_std"], dtype=np.float32).reshape(-1, 1)
-        levels = (levels - mean) / std
-    return levels
+        table = (table - mean) / std
+    return np.stack([table[channel][levels[..., channel]] for channel in range(3)], axis=2)
 
 
 class SparseCutAudioProcessor(ProcessorMixin):
@@ -454,19 +448,3 @@ class SparseCutAudioProcessor(ProcessorMixin):
     def model_input_names(self):
         """Names of what `__call__` returns."""
         return [*self.tokenizer.model_input_names, "pixel_values"]
-
-
-def check_extractor(feature_extractor, grid) -> None:
-    """Check that a feature extractor makes spectrograms of the shape of the encoder's grid.
-
-    Raises:
-        UserError: Mels or frames differ.
-    """
-    num_mels = feature_extractor.feature_size
-    num_frames = feature_extractor.nb_max_frames
-    if (num_mels, num_frames) != grid.view:
-        raise UserError(
-            f"the feature extractor makes {num_mels} mels and {num_frames} frames per clip, but"
-            f" the encoder takes {grid.view[0]} and {grid.view[1]}; set its feature_size, or its"
-            " chunk_length in seconds"
-        )
