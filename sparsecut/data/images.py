@@ -96,9 +96,9 @@ class ImageStore:
             return file.read(size)
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, what: str = "the image stored in the record") -> Image.Image:
     """Return an image that a file of records holds itself, in RGB; UserError where it is broken."""
-    return open_upright(io.BytesIO(data), "the image stored in the record")
+    return open_upright(io.BytesIO(data), what)
 
 
 def _read_places(path: Path) -> dict[str, tuple[int, int]]:

@@ -131,7 +131,7 @@ class TableImages:
         images = cell if isinstance(cell, list) else [cell]
         image = images[number]
         if image.get("bytes"):
-            return decode_image(image["bytes"])
+            return decode_image(image["bytes"], f"the image {name} in {self.path}")
         return ImageStore(self.path.parent).load(image["path"])
 
 
