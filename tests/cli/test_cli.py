@@ -276,6 +276,15 @@ def test_chat_asks_once_and_talks_through_a_pipe(run, model):
     assert run("chat", model, typed="")[:2] == (0, "")
 
 
+@pytest.mark.parametrize(
+    ("value", "named"), [("enable_thinking=false", "'enable_thinking'"), ("x", "name=value")]
+)
+def test_a_mistaken_argument_of_the_chat_template_is_named(run, model, value, named):
+    code, out, err = run("chat", model, "--ask", "what", "--template-arg", value)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and not out and last.startswith("error: ") and named in last
+
+
 def test_convert_reads_a_released_folder(run, home):
     weights, configs, _ = build_released("cross_mlp", depth=6)
     write_released_folder(
@@ -347,9 +356,6 @@ MISTAKES = {  # a command -> the fact that its error names
     "eval model --data questions.json --images pictures --where zzz": "zzz",
     "eval model --data questions.json --images pictures --device nothing": "--device nothing",
     "chat model nothing.png": "nothing.png",
-    "chat model --ask what --template-arg enable_thinking=false": "'enable_thinking'",
-    "chat model --ask what --template-arg enable_thinking": "name=value",
-    "eval model --data questions.json --images pictures --template-arg a=[1]": "'a'",
     "convert pictures new --vision vision": "config.json",
 }
 
