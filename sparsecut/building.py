@@ -22,9 +22,8 @@ from transformers import (
 from transformers.dynamic_module_utils import custom_object_save
 
 from .adapters import load_adapters
-from .configuration import SparseCutConfig, SparseCutUpgradeConfig
+from .configuration import SparseCutConfig, SparseCutUpgradeConfig, check_language_model
 from .encoders import check_extractor, get_encoder, is_audio
-from .hooks import check_language_model
 from .loading import HUB_ARGUMENTS, load_pretrained, load_weights
 from .modeling import SparseCutForConditionalGeneration
 from .modeling_upgraded import FACTS

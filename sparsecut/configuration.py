@@ -6,6 +6,7 @@ import copy
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
@@ -253,3 +254,31 @@ def check_text_config(config) -> None:
 
 
 register_configurations()
+
+
+def _keeps_keys_and_values(module: nn.Module) -> bool:
+    """Whether a language model has a cache of keys and values: state-space models have none."""
+    from .hooks import CACHE_NAMES, get_argument_names
+
+    layer_types = getattr(module.config.get_text_config(), "layer_types", None)
+    if layer_types and set(layer_types) == {"linear_attention"}:
+        return False
+    has_default_cache = getattr(module, "_supports_default_dynamic_cache", lambda: True)
+    if getattr(module, "_is_stateful", False) and not has_default_cache():
+        return False
+    return bool(get_argument_names(module) & set(CACHE_NAMES))
+
+
+def check_language_model(module: nn.Module) -> None:
+    """Raise UserError for a language model that takes no embeddings or no cache."""
+    from .hooks import get_argument_names  # it needs all of transformers
+
+    missing = sorted({"inputs_embeds"} - get_argument_names(module))
+    if not _keeps_keys_and_values(module):
+        missing.append("a cache of keys and values")
+    if missing:
+        raise UserError(
+            f"{type(module).__name__} does not take {' or '.join(missing)}. Image features"
+            " and generation need both; use a decoder-only transformer such as Llama, Qwen or"
+            " Mistral"
+        )

@@ -17,8 +17,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import CompileableContextVar
 
 from .encoders import PatchGrid, encoder_inputs, takes_plain_views, to_raster_order
@@ -83,6 +84,94 @@ def _current_injection() -> Injection | None:
     return None if held is None else held["injection"]
 
 
+# --- names that differ between releases of transformers ---
+
+# The cache of keys and values, in arguments and outputs: 5.24 renamed it.
+CACHE_NAMES = ("cache", "past_key_values")
+_generation = inspect.signature(GenerationMixin.prepare_inputs_for_generation)
+CACHE = next(name for name in CACHE_NAMES if name in _generation.parameters)
+# Recomputing activations, in methods and training arguments: 5.23 renamed it.
+CHECKPOINTING_NAMES = ("activation_checkpointing", "gradient_checkpointing")
+CHECKPOINTING = next(x for x in CHECKPOINTING_NAMES if f"{x}_enable" in dir(PreTrainedModel))
+
+
+def name_cache(module: nn.Module, cache: Cache | None) -> dict[str, Cache | None]:
+    """The cache as a keyword argument, under the name that this module's forward has for it."""
+    names = get_argument_names(module)
+    return {next((name for name in CACHE_NAMES if name in names), CACHE): cache}
+
+
+def get_cache(output: Mapping) -> Cache | None:
+    """The cache in a model's output, under this release's name."""
+    return output.get(CACHE)
+
+
+def name_checkpointing(arguments: Mapping) -> dict:
+    """Training arguments with checkpointing under this release's name, whatever name they use."""
+    renamed = {}
+    for name, value in arguments.items():
+        for other in CHECKPOINTING_NAMES:
+            if name in (other, f"{other}_kwargs"):
+                name = name.replace(other, CHECKPOINTING)
+        renamed[name] = value
+    return renamed
+
+
+def is_processor_argument(processor, name: str) -> bool:
+    """Whether a processor lists an argument: in its call, or before 5.23 in keys for its text."""
+    for cls in type(processor).__mro__:
+        call = vars(cls).get("__call__")
+        if call is not None and name in inspect.signature(call).parameters:
+            return True
+    known = getattr(processor, "valid_processor_kwargs", None)
+    text = getattr(known, "__annotations__", {}).get("text_kwargs")
+    return name in getattr(text, "__annotations__", {})
+
+
+# Since 5.23 a checkpointed layer recomputes its forward; before, it recomputed its hooks too.
+RECOMPUTES_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
+
+
+def _connect_checkpointing(module: nn.Module, layers: nn.ModuleList) -> None:
+    if RECOMPUTES_HOOKS:
+        owner = next(inner for inner in module.modules() if layers in inner._modules.values())
+        _disconnect(owner)
+        owner.register_forward_pre_hook(partial(_keep_hooks_out_of_checkpoints, layers))
+
+
+def _keep_hooks_out_of_checkpoints(layers: nn.ModuleList, *_) -> None:
+    """Before 5.23: let checkpointed layers recompute no more than their forward, as later ones do.
+
+    Hooks find no context when they run again in the backward pass, and what they capture inside a
+    reentrant checkpoint has no gradient.
+    """
+    for layer in layers:
+        checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+        if checkpoint is not None and getattr(checkpoint, "func", None) is not _checkpoint_forward:
+            layer._gradient_checkpointing_func = partial(_checkpoint_forward, layer, checkpoint)
+
+
+def _checkpoint_forward(layer: nn.Module, checkpoint: Callable, call: partial, *args):
+    """Run a layer's hooks and, inside a checkpoint, its own forward; `call` has its keywords."""
+    forward = layer.forward
+    own_forward = {name: value for name, value in vars(layer).items() if name == "forward"}
+    is_ours = getattr(forward, "func", None) is _skip_above_taps
+    number, inner = forward.args if is_ours else (None, forward)
+
+    def checkpointed(*args, **kwargs):
+        return checkpoint(partial(inner, **kwargs), *args)
+
+    layer.forward = partial(_skip_above_taps, number, checkpointed) if is_ours else checkpointed
+    try:
+        return nn.Module.__call__(layer, *args, **call.keywords)
+    finally:
+        del layer.forward
+        vars(layer).update(own_forward)
+
+
+# --- layers and arguments of modules ---
+
+
 def find_layers(module: nn.Module, depth: int, what: str) -> nn.ModuleList:
     """Find the list of a model's layers: the outermost module list of this length.
 
@@ -143,47 +232,6 @@ def check_vision_tower(module: nn.Module, grid: PatchGrid) -> None:
         )
 
 
-# What transformers calls the cache of keys and values, in arguments and outputs: 5.24 renamed it.
-CACHE_NAMES = ("cache", "past_key_values")
-_generation = inspect.signature(GenerationMixin.prepare_inputs_for_generation)
-CACHE = next(name for name in CACHE_NAMES if name in _generation.parameters)
-
-
-def name_cache(module: nn.Module, cache: Cache | None) -> dict[str, Cache | None]:
-    """The cache as a keyword argument, under the name that this module's forward has for it."""
-    names = get_argument_names(module)
-    return {next((name for name in CACHE_NAMES if name in names), CACHE): cache}
-
-
-def get_cache(output: Mapping) -> Cache | None:
-    """The cache in a model's output, under this release's name."""
-    return output.get(CACHE)
-
-
-def _keeps_keys_and_values(module: nn.Module) -> bool:
-    """Whether a language model has a cache of keys and values: state-space models have none."""
-    layer_types = getattr(module.config.get_text_config(), "layer_types", None)
-    if layer_types and set(layer_types) == {"linear_attention"}:
-        return False
-    has_default_cache = getattr(module, "_supports_default_dynamic_cache", lambda: True)
-    if getattr(module, "_is_stateful", False) and not has_default_cache():
-        return False
-    return bool(get_argument_names(module) & set(CACHE_NAMES))
-
-
-def check_language_model(module: nn.Module) -> None:
-    """Raise UserError for a language model that takes no embeddings or no cache."""
-    missing = sorted({"inputs_embeds"} - get_argument_names(module))
-    if not _keeps_keys_and_values(module):
-        missing.append("a cache of keys and values")
-    if missing:
-        raise UserError(
-            f"{type(module).__name__} does not take {' or '.join(missing)}. Image features"
-            " and generation need both; use a decoder-only transformer such as Llama, Qwen or"
-            " Mistral"
-        )
-
-
 def get_unsplit_classes(model: nn.Module) -> set[str]:
     """Classes in `_no_split_modules` that the model really has: FSDP refuses others."""
     present = {type(module).__name__ for module in model.modules()}
@@ -196,7 +244,9 @@ def connect_encoder(encoder: nn.Module, depth: int) -> None:
     The hooks know no plan, so models with other plans may share the encoder. Connecting again
     replaces the hooks.
     """
-    for number, block in enumerate(find_layers(encoder, depth, "the vision encoder")):
+    blocks = find_layers(encoder, depth, "the vision encoder")
+    _connect_checkpointing(encoder, blocks)
+    for number, block in enumerate(blocks):
         _disconnect(block)
         if number == 0:
             block.register_forward_pre_hook(_capture_embeddings, with_kwargs=True)
@@ -209,7 +259,9 @@ def connect_decoder(language_model: nn.Module, depth: int) -> None:
 
     Connecting again replaces the hooks.
     """
-    for number, layer in enumerate(find_layers(language_model, depth, "the language model")):
+    layers = find_layers(language_model, depth, "the language model")
+    _connect_checkpointing(language_model, layers)
+    for number, layer in enumerate(layers):
         _disconnect(layer)
         layer.register_forward_pre_hook(partial(_add_features, number), with_kwargs=True)
 
@@ -221,7 +273,7 @@ def disconnect(module: nn.Module) -> None:
 
 
 def _disconnect(layer: nn.Module) -> None:
-    our_hooks = (_capture_embeddings, _capture_block, _add_features)
+    our_hooks = (_capture_embeddings, _capture_block, _add_features, _keep_hooks_out_of_checkpoints)
     for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
         ours = [key for key, hook in hooks.items() if getattr(hook, "func", hook) in our_hooks]
         for key in ours:

@@ -11,13 +11,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
-from .configuration import SparseCutConfig
+from .configuration import SparseCutConfig, check_language_model
 from .encoders import make_encoder
 from .fusion import Fusion
 from .hooks import (
     CACHE,
     accepts,
-    check_language_model,
     check_vision_tower,
     connect_decoder,
     connect_encoder,

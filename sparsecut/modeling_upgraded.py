@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -15,7 +16,7 @@ from transformers.utils import can_return_tuple
 from .configuration import SparseCutUpgradeConfig
 from .families import get_family
 from .fusion import Fusion
-from .hooks import get_unsplit_classes, name_cache
+from .hooks import RECOMPUTES_HOOKS, get_unsplit_classes, name_cache
 from .modeling_base import (
     IGNORED,
     SparseCutPreTrainedModel,
@@ -269,7 +270,12 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
         return output
 
     def generate(self, *args, fine_pixel_values: Tensor | None = None, **kwargs):
-        """The base's own `generate`, with the shortcuts' features added to the prompt."""
+        """The base's own `generate`, with the shortcuts' features added to the prompt.
+
+        Raises:
+            UserError: A prompt with images is read in chunks, before transformers 5.23.
+        """
+        _check_chunked_prefill(kwargs, self.generation_config)
         with self.shortcuts_active(fine_pixel_values):
             return self.base.generate(*args, **kwargs)
 
@@ -317,6 +323,17 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
                 value = state_dict[f"fusion.{name}"]
             weights[name] = value.contiguous()
         return weights
+
+
+def _check_chunked_prefill(inputs: Mapping, generation_config) -> None:
+    """Before 5.23: refuse chunks of a prompt with images, as every chunk would get all images."""
+    config = inputs.get("generation_config") or generation_config
+    size = inputs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+    if RECOMPUTES_HOOKS and size and inputs.get("pixel_values") is not None:
+        raise UserError(
+            f"prefill_chunk_size is {size}, but before 5.23 transformers gives every chunk all"
+            " images; leave it out, or install transformers>=5.23"
+        )
 
 
 def count_patch_rows(vision_config) -> int:

@@ -354,7 +354,7 @@ class SparseCutProcessor(ProcessorMixin):
         counts = [text.count(self.image_token) for text in texts]
         is_nested = any(isinstance(row, list) for row in images)
         if not is_nested:
-            if images and len(images) != sum(counts):
+            if len(images) != sum(counts):
                 raise UserError(
                     f"the texts have {sum(counts)} placeholders {self.image_token}, but there are"
                     f" {len(images)} images; write one placeholder per image"

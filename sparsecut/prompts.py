@@ -8,7 +8,6 @@ upgraded model is its base's own, and only a call of it shows how many tokens an
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from typing import Any
 
@@ -21,6 +20,7 @@ from .chat_templates.rendering import apply_template, get_chat_template
 from .chat_templates.rendering import get_tokens_per_image as get_tokens_per_image
 from .chat_templates.rendering import split_at_images as split_at_images
 from .chat_templates.thoughts import PROMPT_TAIL, Answer, find_open_thought, read_answer
+from .hooks import is_processor_argument
 from .processing import drop_end_token
 from .schema import UserError
 
@@ -36,13 +36,7 @@ MEDIA_MARK = re.compile(
 
 def takes_suffix(processor) -> bool:
     """Whether a processor takes prefix and suffix instead of a chat template, as PaliGemma's."""
-    if get_chat_template(processor) is not None:
-        return False
-    for cls in type(processor).__mro__:
-        call = vars(cls).get("__call__")
-        if call is not None and "suffix" in inspect.signature(call).parameters:
-            return True
-    return False
+    return get_chat_template(processor) is None and is_processor_argument(processor, "suffix")
 
 
 # --- from messages to text ---

@@ -8,10 +8,15 @@ from helpers import checks
 from helpers.checks import GREEDY, IMAGE, batch, expanded
 from helpers.families import family_language
 
+from sparsecut.hooks import RECOMPUTES_HOOKS
 from sparsecut.schema import UserError
 
 ROWS = [[20, 21, 22], [5, IMAGE, 6, 7], [IMAGE, 8, IMAGE, 9, 10, 11], [23, 24], [12, 13, IMAGE, 14]]
 FULL = GREEDY | {"return_dict_in_generate": True, "output_logits": True}
+
+chunks_cut_images = pytest.mark.skipif(
+    RECOMPUTES_HOOKS, reason="before 5.23 transformers gives every chunk all images"
+)
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +127,13 @@ def test_several_samples_of_a_row_see_its_own_images(model, inputs, greedy):
     torch.testing.assert_close(out.logits[0], expected, atol=1e-4, rtol=1e-4)
 
 
+@chunks_cut_images
 @pytest.mark.parametrize("cut", range(1, 9))
 def test_a_prompt_may_be_read_in_chunks_cut_anywhere(model, inputs, greedy, cut):
     assert torch.equal(model.generate(**inputs, **GREEDY, prefill_chunk_size=cut), greedy.sequences)
 
 
+@chunks_cut_images
 def test_beams_over_a_prompt_read_in_chunks(model, inputs):
     beams = GREEDY | {"num_beams": 2}
     assert torch.equal(

@@ -11,6 +11,7 @@ from helpers.tiny import tiny_model, tiny_vision
 from transformers import CLIPConfig, CLIPModel, LlavaConfig, LlavaForConditionalGeneration
 
 from sparsecut import build
+from sparsecut.hooks import CHECKPOINTING
 from sparsecut.schema import UserError
 
 
@@ -140,7 +141,7 @@ def test_checkpointing_gives_every_part_the_same_gradient(reentrant):
     inputs = batch(model, side="right")
     fusion_gradients(model, inputs)
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": reentrant})
     runs = []
     handle = model.language_model.model.layers[0].mlp.register_forward_pre_hook(
         lambda *_: runs.append(1)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from helpers.tiny import tiny_tokenizer
@@ -42,7 +43,9 @@ def make_processor(size: int = 8, tokenizer=None, **options) -> SparseCutProcess
     return SparseCutProcessor(CLIPImageProcessorPil(), tokenizer or make_tokenizer(), **options)
 
 
+# Pillow 13 rounds some pixels of its bicubic filter in another way than 11 and 12.
 @needs_parity
+@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="recorded with Pillow 13")
 @pytest.mark.parametrize("name", SIZES)
 def test_pixels_equal_the_released_inference(name):
     expected = load_file(PARITY / "outputs.safetensors")
@@ -111,8 +114,10 @@ def test_wrong_numbers_of_images_are_refused():
     image = draw_formula(20, 30)
     with pytest.raises(UserError, match="text 0 has 1 placeholders <image>, but 2 images"):
         processor(images=[[image, image], []], text=["<image>", "<image>"])
-    with pytest.raises(ValueError, match="no images"):  # of transformers
+    with pytest.raises(UserError, match=r"1 placeholders <image>.* 0 images"):
         processor(text=["<image>"])
+    with pytest.raises(UserError, match=r"1 placeholders <image>.* 2 images"):
+        processor(images=[image, image], text=["<image>"])
     with pytest.raises(UserError, match="'stretch'"):
         make_processor(coarse="stretch")
     with pytest.raises(UserError, match="'<picture>'"):

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import sparsecut
 from sparsecut import load, upgrade
 from sparsecut.fingerprint import base_hash
+from sparsecut.hooks import RECOMPUTES_HOOKS
 from sparsecut.processing_upgraded import cut_fine_views
 from sparsecut.schema import UserError
 
@@ -71,8 +72,9 @@ def test_nothing_changes_until_the_shortcuts_are_trained(llava, images):
         {},
         {"num_beams": 3, "num_return_sequences": 2},
         {"do_sample": True},
-        {"prefill_chunk_size": 3},
     ]
+    if not RECOMPUTES_HOOKS:
+        modes.append({"prefill_chunk_size": 3})
     expected = [generate(base, base_inputs, mode) for mode in modes]
 
     model, processor = upgrade(base, processor=base_processor)
@@ -113,6 +115,10 @@ def test_cached_equals_uncached(llava, images, mode):
     model, processor = upgrade(llava[0], processor=llava[1])
     randomize_fusion(model)
     inputs = encode(processor, images)
+    if RECOMPUTES_HOOKS and "prefill_chunk_size" in mode:
+        with pytest.raises(UserError, match=r"transformers>=5\.23"):
+            model.generate(**inputs, **SHORT, **mode)
+        return
     out = model.generate(
         **inputs, **SHORT, **mode, output_logits=True, return_dict_in_generate=True
     )

@@ -12,6 +12,7 @@ from helpers.bases import randomize_fusion
 from helpers.ecosystem import SHORT, get_logits, tiny_base, tiny_upgraded
 
 from sparsecut import upgrade
+from sparsecut.hooks import CHECKPOINTING, RECOMPUTES_HOOKS
 
 
 def test_the_prefill_can_be_exported():
@@ -42,7 +43,7 @@ def test_checkpointing_changes_no_gradient(reentrant):
     model, inputs, _ = tiny_upgraded()
     model.train()
     expected = compute_gradients(model, inputs)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": reentrant})
     gradients = compute_gradients(model, inputs)
     assert set(gradients) == set(expected)
     for name, gradient in expected.items():
@@ -70,6 +71,8 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_every_mode_of_generate_is_that_of_the_base(mode):
+    if RECOMPUTES_HOOKS and "prefill_chunk_size" in mode:
+        pytest.skip("before 5.23 transformers gives every chunk all images")
     base, inputs = tiny_base()
     has_assistant = "assistant_model" in mode
     if has_assistant or "prompt_lookup_num_tokens" in mode:  # these modes take one prompt

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..adapters import get_adapted_part
 from ..config.recipe import Recipe, Stage
 from ..config.yaml_io import expand_path
+from ..hooks import CHECKPOINTING, name_checkpointing
 from ..schema import UserError, read_json_file
 from ..training.arguments import DEFAULT_BATCH_SIZE, compute_accumulation_steps
 from ..training.freezing import check_parts, count_parameters
@@ -258,7 +259,7 @@ def _count_step_flops(model: nn.Module, input_ids: Tensor, pixels: Tensor, stage
             if output.loss.requires_grad:  # a text alone does not reach the fusion
                 output.loss.backward()
     flops = forward.get_total_flops() + backward.get_total_flops()
-    if stage.args.get("activation_checkpointing"):
+    if name_checkpointing(stage.args).get(CHECKPOINTING):
         flops += get_module_flops(forward, model, "language_model")
     return flops
 
@@ -276,7 +277,7 @@ def _count_activations(
     length = input_ids.shape[1]
     mask = torch.ones(batch_size, length, dtype=torch.long)
     saved = count_saved_bytes(model, input_ids, pixels, mask, parts)
-    if not stage.args.get("activation_checkpointing"):
+    if not name_checkpointing(stage.args).get(CHECKPOINTING):
         return float(saved)
     # The logits stay, in the model's dtype and, with their gradient, in single precision. Layers
     # are kept one at a time, with the input of each.

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from ..config.recipe import Stage
+from ..hooks import name_checkpointing
 from ..schema import UserError, nearest
 
 # Arguments that the recipe sets itself, with the recipe's key for each.
@@ -73,7 +74,7 @@ def build_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
         "logging_nan_inf_filter": False,  # the stage's trainer stops at such a loss
         "gradient_accumulation_steps": compute_accumulation_steps(stage, num_processes),
     }
-    values = {**defaults, **stage.args, **fixed}
+    values = name_checkpointing({**defaults, **stage.args, **fixed})
     try:
         args = TrainingArguments(output_dir=str(output / stage.name), seed=seed, **values)
     except ARGUMENT_ERRORS as error:
@@ -159,7 +160,7 @@ def _check_positive(stage: Stage, name: str, value) -> None:
 
 def _check_names_and_types(stage: Stage) -> None:
     known = {field.name: field for field in fields(TrainingArguments) if field.init}
-    for name, value in stage.args.items():
+    for name, value in name_checkpointing(stage.args).items():
         _check_argument(stage, name, value, known)
 
 

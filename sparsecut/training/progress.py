@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from rich.console import Console
 from rich.progress import (
@@ -195,4 +195,8 @@ def _peak_memory_gib() -> float:
     """Peak memory of the accelerator or, where there is none, of this process."""
     if torch.accelerator.is_available():
         return torch.accelerator.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -17,6 +17,8 @@ from helpers.upgrade_checks import check_table_of_images
 from hypothesis import strategies as st
 from PIL import Image
 
+from sparsecut.hooks import RECOMPUTES_HOOKS
+
 SIDES = st.one_of(st.integers(8, 40), st.integers(8, 150))
 SIZES = st.tuples(SIDES, SIDES)
 PLANS = ("sparsecut", "sparsecut_input", "deepstack", "hires_tokens", "dense_connector_sti", "cli")
@@ -104,7 +106,7 @@ def prepare(processor, texts: list[str], images: list[list]):
 def check_chunks(model, inputs, expected: torch.Tensor, chunk: int) -> None:
     """Greedy answers of a prompt read in chunks begin with the token of the whole prompt."""
     settings = {"max_new_tokens": 1, "do_sample": False, "prefill_chunk_size": chunk}
-    if model.plan.gate == "context":
+    if model.plan.gate == "context" or RECOMPUTES_HOOKS:  # before 5.23 chunks get all images
         return  # needs whole images, and says so
     tokens = model.generate(**inputs, **settings)
     best = expected[-1].topk(2).values

@@ -17,7 +17,7 @@ from helpers.families import (
 
 from sparsecut import SparseCutConfig, SparseCutForConditionalGeneration
 from sparsecut.encoders import encoder_inputs, is_audio, to_raster_order
-from sparsecut.hooks import find_layers, read_taps
+from sparsecut.hooks import CHECKPOINTING, find_layers, read_taps
 
 PROMPTS = [[5, IMAGE, 6, 7], [8, 9, 10, IMAGE, 11, 12, 13]]  # one placeholder per image
 GREEDY = {
@@ -175,7 +175,7 @@ def checkpointing(model):
     model = copy.deepcopy(model).train()
     expected = fusion_gradients(model, inputs)
     for reentrant in (False, True):
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": reentrant})
         assert_same(fusion_gradients(model, inputs), expected)
 
 

@@ -14,7 +14,7 @@ from helpers.image_processors import IMAGE_PROCESSORS, awkward_images
 
 from sparsecut import upgrade
 from sparsecut.families import get_family
-from sparsecut.hooks import find_layers
+from sparsecut.hooks import RECOMPUTES_HOOKS, find_layers
 from sparsecut.upgrade_hooks import get_encoder_depth
 
 SHORT = {"max_new_tokens": 4, "min_new_tokens": 4}
@@ -186,7 +186,8 @@ def check_cache(name: str) -> None:
     _, model, inputs = build_upgraded(name)
     randomize_fusion(model)
     out = model.generate(**inputs, **SHORT, output_logits=True, return_dict_in_generate=True)
-    if name != "gemma3":  # attention inside its images has no order, so the base has no chunks
+    # Attention inside gemma3's images has no order, so the base has no chunks.
+    if name != "gemma3" and not RECOMPUTES_HOOKS:
         assert torch.equal(model.generate(**inputs, **SHORT, prefill_chunk_size=5), out.sequences)
     if name == "paligemma":  # it attends to all input in both directions, also to its answer
         return

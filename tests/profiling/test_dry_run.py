@@ -27,6 +27,7 @@ from sparsecut.adapters import add_adapters, get_adapter_parameters
 from sparsecut.building import save
 from sparsecut.cli.main import app
 from sparsecut.config.recipe import Lora, load_recipe, parse_recipe
+from sparsecut.hooks import CHECKPOINTING_NAMES
 from sparsecut.modeling import SparseCutForConditionalGeneration
 from sparsecut.profiling.dry_run import dry_run, format_estimates
 from sparsecut.profiling.dry_run_data import PUBLISHED, read_record_facts
@@ -108,8 +109,9 @@ def test_memory_is_adams_and_is_divided_where_it_is_sharded(backbones):
     for name in ("weights", "gradients", "optimizer"):
         assert halves.memory[name] == whole.memory[name] / 2
     assert whole.memory["optimizer"] == 8 * sum(whole.trained.values())
-    checkpointed = estimate(backbones, train=BOTH, args={"activation_checkpointing": True})
-    assert checkpointed.memory["activations"] < whole.memory["activations"]
+    for name in CHECKPOINTING_NAMES:
+        checkpointed = estimate(backbones, train=BOTH, args={name: True})
+        assert checkpointed.memory["activations"] < whole.memory["activations"]
 
 
 def test_deepspeed_shards_what_its_stage_says(backbones, tmp_path):

@@ -15,6 +15,7 @@ from helpers.tiny import tiny_model, tiny_vision
 from sparsecut import upgrade
 from sparsecut.data.collator import Collator
 from sparsecut.data.encoding import example_encoder
+from sparsecut.hooks import CHECKPOINTING
 from sparsecut.training.freezing import apply_liger, freeze
 
 
@@ -105,7 +106,7 @@ def gradients(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and only in name)
     if checkpointing is not None:
-        model.activation_checkpointing_enable(checkpointing)
+        getattr(model, f"{CHECKPOINTING}_enable")(checkpointing)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
     trainer.compute_loss(model.train(), batch).backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -129,7 +130,7 @@ def count_saved_values(
         model, processor, folder, **({"train": ["fusion", "vision"]} if vision else {})
     )
     if checkpointing:
-        model.train().activation_checkpointing_enable()
+        getattr(model.train(), f"{CHECKPOINTING}_enable")()
     batch, sizes, ran = trainer.data_collator([trainer.train_dataset[i] for i in range(3)]), [], []
 
     def keep(tensor):

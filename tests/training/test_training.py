@@ -10,6 +10,7 @@ from helpers.tiny import tiny_model
 
 from sparsecut.building import load
 from sparsecut.data.collator import Collator
+from sparsecut.hooks import CHECKPOINTING, CHECKPOINTING_NAMES
 
 BOTH = ["fusion", "language"]
 
@@ -188,10 +189,11 @@ def test_half_precision_computes_alike_and_keeps_single_precision_weights(folder
     assert losses[0] != losses[1]
 
 
-def test_checkpointing_changes_no_loss(folder):
+@pytest.mark.parametrize("name", CHECKPOINTING_NAMES)
+def test_checkpointing_changes_no_loss(folder, name):
     losses = []
     for checkpointing in (False, True):
-        plain = stage(folder, args={"activation_checkpointing": checkpointing})
+        plain = stage(folder, args={name: checkpointing})
         run(folder, plain, output=str(folder / str(checkpointing)))
         losses.append(read_losses(folder, output=str(checkpointing)))
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
@@ -204,7 +206,7 @@ def test_checkpointing_recomputes_frozen_layers(folder):
     layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     trainer = trainer_for(model, processor, folder)
     calls.clear()
-    model.activation_checkpointing_enable()
+    getattr(model, f"{CHECKPOINTING}_enable")()
     model.train()
     trainer.compute_loss(model, trainer.data_collator([trainer.train_dataset[0]])).backward()
     assert len(calls) == 2  # once forward, once recomputed
