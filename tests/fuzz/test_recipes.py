@@ -1,10 +1,10 @@
 """A recipe or a study from anything: it equals what it writes, or a sentence says what is wrong."""
 
-import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers.fuzzing import JUNK, LEAVES, TEXTS
+from helpers.fuzzing import TEXTS, draw_changed, list_places
 from hypothesis import strategies as st
 
 from sparsecut.config.overrides import override
@@ -32,44 +32,6 @@ output: studied
 WORDS = st.one_of(TEXTS, st.sampled_from(["base", "lora", "fusion", "streaming", "args", "pack"]))
 
 
-def list_places(values, place=()) -> list[tuple]:
-    """Every place of a tree, as keys from the top."""
-    inner = values.items() if isinstance(values, dict) else enumerate(values)
-    places = [place]
-    for key, value in inner:
-        if isinstance(value, dict | list):
-            places += list_places(value, (*place, key))
-        else:
-            places.append((*place, key))
-    return places
-
-
-@st.composite
-def draw_changed(draw_value, plain: dict) -> dict:
-    """Values with one to three of them changed, removed, renamed or added."""
-    plain = copy.deepcopy(plain)
-    for _ in range(draw_value(st.integers(1, 3))):
-        place = draw_value(st.sampled_from(list_places(plain)))
-        if not place:
-            plain[draw_value(WORDS)] = draw_value(JUNK)
-            continue
-        holder = plain
-        for key in place[:-1]:
-            holder = holder[key]
-        change = draw_value(st.sampled_from(["set", "junk", "remove", "rename"]))
-        if change == "set":
-            holder[place[-1]] = draw_value(LEAVES)
-        elif change == "junk" or isinstance(holder, list):
-            holder[place[-1]] = draw_value(JUNK)
-        else:
-            value = holder.pop(place[-1])
-            if change == "rename":
-                holder[draw_value(WORDS)] = value
-        if not isinstance(plain, dict) or not plain:
-            break
-    return plain
-
-
 def test_recipes(fuzz, tmp_path):
     def check(plain):
         try:
@@ -80,7 +42,7 @@ def test_recipes(fuzz, tmp_path):
         dump_recipe(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "again.yaml")
         assert (tmp_path / "again.yaml").read_bytes() == (tmp_path / "recipe.yaml").read_bytes()
 
-    fuzz(check, st.sampled_from(RECIPES).flatmap(draw_changed))
+    fuzz(check, st.sampled_from(RECIPES).flatmap(partial(draw_changed, words=WORDS)))
 
 
 def test_studies(fuzz, tmp_path):
@@ -93,7 +55,7 @@ def test_studies(fuzz, tmp_path):
         dump_study(load_study(tmp_path / "study.yaml"), tmp_path / "again.yaml")
         assert (tmp_path / "again.yaml").read_bytes() == (tmp_path / "study.yaml").read_bytes()
 
-    fuzz(check, draw_changed(read_yaml(STUDY, "study")))
+    fuzz(check, draw_changed(read_yaml(STUDY, "study"), words=WORDS))
 
 
 def test_overrides(fuzz):

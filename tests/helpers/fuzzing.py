@@ -1,5 +1,6 @@
 """Drawn inputs for tests/fuzz: strategies that are mostly right, and a runner with a time limit."""
 
+import copy
 import os
 import time
 from collections.abc import Callable
@@ -39,6 +40,65 @@ def mostly(*right: st.SearchStrategy, wrong: st.SearchStrategy = JUNK) -> st.Sea
     """Draw from `right`, and once in sixteen times from `wrong`."""
     either = st.one_of(*right)
     return st.integers(0, 15).flatmap(lambda number: either if number else wrong)
+
+
+def list_places(values, place=()) -> list[tuple]:
+    """Every place of a tree, as keys from the top."""
+    inner = values.items() if isinstance(values, dict) else enumerate(values)
+    places = [place]
+    for key, value in inner:
+        if isinstance(value, dict | list):
+            places += list_places(value, (*place, key))
+        else:
+            places.append((*place, key))
+    return places
+
+
+@st.composite
+def draw_changed(draw_value, plain: dict, words: st.SearchStrategy = TEXTS) -> dict:
+    """Values with one to three of them changed, removed, renamed or added; `words` are new keys."""
+    plain = copy.deepcopy(plain)
+    for _ in range(draw_value(st.integers(1, 3))):
+        place = draw_value(st.sampled_from(list_places(plain)))
+        if not place:
+            plain[draw_value(words)] = draw_value(JUNK)
+            continue
+        holder = plain
+        for key in place[:-1]:
+            holder = holder[key]
+        change = draw_value(st.sampled_from(["set", "junk", "remove", "rename"]))
+        if change == "set":
+            holder[place[-1]] = draw_value(LEAVES)
+        elif change == "junk" or isinstance(holder, list):
+            holder[place[-1]] = draw_value(JUNK)
+        else:
+            value = holder.pop(place[-1])
+            if change == "rename":
+                holder[draw_value(words)] = value
+        if not isinstance(plain, dict) or not plain:
+            break
+    return plain
+
+
+@st.composite
+def draw_damaged(draw_value, content: bytes) -> bytes:
+    """Bytes with one to four damages: cut, overwritten, doubled, or with others put in."""
+    damaged = bytearray(content)
+    for _ in range(draw_value(st.integers(1, 4))):
+        place = draw_value(st.integers(0, len(damaged)))
+        kind = draw_value(st.sampled_from(["cut", "write", "insert", "repeat", "flip"]))
+        if kind == "cut":
+            del damaged[place : place + draw_value(st.integers(1, 200))]
+        elif kind == "write":
+            piece = draw_value(st.binary(min_size=1, max_size=8))
+            damaged[place : place + len(piece)] = piece
+        elif kind == "insert":
+            damaged[place:place] = draw_value(st.binary(max_size=20))
+        elif kind == "repeat":
+            damaged[place:place] = damaged[max(0, place - 40) : place]
+        elif place < len(damaged):
+            damaged[place] ^= 1 << draw_value(st.integers(0, 7))
+    return bytes(damaged)
 
 
 def run_fuzz(check: Callable, strategy: st.SearchStrategy, seconds: float) -> int:
