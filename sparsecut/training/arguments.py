@@ -22,6 +22,7 @@ RECIPE_KEYS = {"output_dir": "output", "seed": "seed"}
 DEFAULT_BATCH_SIZE = 8  # transformers' default of per_device_train_batch_size
 # What TrainingArguments, which checks few of its values, raises at wrong ones.
 ARGUMENT_ERRORS = (
+    ArithmeticError,
     ValueError,
     TypeError,
     KeyError,

@@ -1,17 +1,20 @@
 """A recipe or a study from anything: it equals what it writes, or a sentence says what is wrong."""
 
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers.fuzzing import TEXTS, draw_changed, list_places
+from helpers.fuzzing import LEAVES, TEXTS, draw_changed, list_places
 from hypothesis import strategies as st
+from transformers import TrainingArguments
 
 from sparsecut.config.overrides import override
 from sparsecut.config.recipe import dump_recipe, load_recipe, parse_recipe
 from sparsecut.config.yaml_io import read_yaml, read_yaml_file
 from sparsecut.experiments.study import dump_study, load_study, parse_study
 from sparsecut.schema import UserError
+from sparsecut.training.arguments import build_arguments
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = [read_yaml_file(CONFIGS / name) for name in ("tiny.yaml", "upgrade-llava-7b.yaml")]
@@ -43,6 +46,22 @@ def test_recipes(fuzz, tmp_path):
         assert (tmp_path / "again.yaml").read_bytes() == (tmp_path / "recipe.yaml").read_bytes()
 
     fuzz(check, st.sampled_from(RECIPES).flatmap(partial(draw_changed, words=WORDS)))
+
+
+def test_training_arguments(fuzz, tmp_path):
+    plain = read_yaml_file(CONFIGS / "tiny.yaml")
+    usual = plain["stages"][-1]["args"]
+    names = st.sampled_from([field.name for field in fields(TrainingArguments) if field.init])
+
+    def check(changes):
+        stage = {**plain["stages"][-1], "args": {**usual, **changes}}
+        try:
+            recipe = parse_recipe({**plain, "stages": [stage]})
+            build_arguments(recipe.stages[-1], 0, tmp_path)
+        except UserError:
+            return
+
+    fuzz(check, st.dictionaries(names, LEAVES, min_size=1, max_size=2))
 
 
 def test_studies(fuzz, tmp_path):
