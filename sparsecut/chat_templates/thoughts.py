@@ -6,6 +6,7 @@ A model with a thinking template writes its thought first, between marks such as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from transformers import TextIteratorStreamer
@@ -112,22 +113,34 @@ def read_answer(tokenizer, token_ids, closing: str | None = None) -> Answer:
         closing: What `find_open_thought` found in the prompt.
     """
     plain = tokenizer.decode(token_ids, skip_special_tokens=True)
+    full = tokenizer.decode(token_ids, skip_special_tokens=False)
+    return _read(plain, full, tokenizer.all_special_tokens, closing)
+
+
+def read_written(text: str, special: Sequence[str], closing: str | None = None) -> Answer:
+    """Return what `read_answer` would return for the tokens of a text.
+
+    Args:
+        text: What a model would write after a prompt, with special tokens.
+        special: The tokenizer's special tokens.
+        closing: What `find_open_thought` found in the prompt.
+    """
+    return _read(drop_tokens(text, special), text, special, closing)
+
+
+def _read(plain: str, full: str, special: Sequence[str], closing: str | None) -> Answer:
+    """The answer in a text without special tokens, and in the same text with them."""
     place = find_answer(plain, closing)
     if place != 0 and (place is not None or closing is None):
         return _cut_thoughts(plain, place)
     # The marks of some tokenizers are special tokens, which the plain text does not have.
-    full = tokenizer.decode(token_ids, skip_special_tokens=False)
     place = find_answer(full, closing)
     if place == 0:
         return Answer(plain.strip(), plain.strip())
-    special = tokenizer.all_special_tokens
     raw = _drop_trailing(full, special)
     if place is None:
         return Answer("", raw, is_thinking=True)
-    text = full[place:]
-    for token in special:
-        text = text.replace(token, "")
-    return Answer(text.strip(), raw)
+    return Answer(drop_tokens(full[place:], special).strip(), raw)
 
 
 class AnswerStreamer(TextIteratorStreamer):
@@ -202,7 +215,14 @@ def _cut_thoughts(text: str, place: int | None) -> Answer:
     return Answer(text[place:].strip(), text.strip())
 
 
-def _drop_trailing(text: str, special: list[str]) -> str:
+def drop_tokens(text: str, special: Sequence[str]) -> str:
+    """Return a text without special tokens."""
+    for token in sorted(special, key=len, reverse=True):
+        text = text.replace(token, "")
+    return text
+
+
+def _drop_trailing(text: str, special: Sequence[str]) -> str:
     """A text without the special tokens at its end."""
     text = text.strip()
     ends = tuple(special)

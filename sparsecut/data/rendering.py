@@ -15,7 +15,14 @@ from typing import NamedTuple
 from ..chat_templates.arguments import find_agreeing_arguments
 from ..chat_templates.markers import check_markers
 from ..chat_templates.rendering import apply_template, get_chat_template
-from ..chat_templates.thoughts import MARKS, find_open_thought, has_thought, strip_thoughts
+from ..chat_templates.thoughts import (
+    MARKS,
+    drop_tokens,
+    find_open_thought,
+    has_thought,
+    read_written,
+    strip_thoughts,
+)
 from ..prompts import get_prefix, takes_suffix
 from ..schema import UserError
 from .examples import Example
@@ -108,6 +115,7 @@ def _render_chat(example: Example, processor, *, add_end_token: bool) -> Rendere
     else:  # some templates mark the parts of an answer, such as its end, one by one
         spans = _find_answers(text, messages, processor)
     _check_answers(text, spans, messages)
+    _check_last_answer(text, spans[-1], messages, processor)
     if add_end_token:
         spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
         text = _add_end_token(text, spans[-1][1], processor.tokenizer.eos_token, special)
@@ -137,8 +145,8 @@ def _list_answers(messages: list[dict]) -> list[int]:
 def _extend_to_prompts(spans: list[Span], text: str, messages: list[dict], processor) -> list[Span]:
     """Begin marked spans where the prompt ends.
 
-    The model must also write whitespace that a template puts before its mark. It need not write
-    what the prompt holds already.
+    The model must also write what a template puts between the prompt and its mark, such as
+    whitespace or an empty thought. It need not write what the prompt holds already.
     """
     extended = []
     answers = _list_answers(messages)
@@ -147,8 +155,7 @@ def _extend_to_prompts(spans: list[Span], text: str, messages: list[dict], proce
         fits = text.startswith(prompt)
         if i == answers[-1] and _is_other_thought(prompt, text, fits):
             raise _build_prompt_error(prompt, text, messages, processor)
-        is_inside = start < len(prompt) < end
-        if fits and (is_inside or text[len(prompt) : start].isspace()):
+        if fits and len(prompt) < end:
             start = len(prompt)
         extended.append((start, end))
     return extended
@@ -224,6 +231,27 @@ def _check_answers(text: str, spans: list[Span], messages: list[dict]) -> None:
             f"the chat template leaves out or changes {what} in turn {i}, so it would not be"
             " learned as it stands; change the record, or set another processor.chat_template"
         )
+
+
+def _check_last_answer(text: str, span: Span, messages: list[dict], processor) -> None:
+    """Raise UserError where a model that has learned the last answer would not be right with it.
+
+    What the template writes around an answer, and the prompt does not hold, becomes part of it.
+    """
+    prompt, _ = apply_template(processor, messages[:-1], add_generation_prompt=True)
+    start, end = span
+    start = len(prompt) if text.startswith(prompt) else start
+    special = processor.tokenizer.all_special_tokens
+    written = read_written(text[start:end], special, find_open_thought(prompt)).text
+    answer = strip_thoughts(messages[-1]["content"])
+    if "".join(written.split()) == "".join(drop_tokens(answer, special).split()):
+        return
+    raise UserError(
+        f"the chat template writes the last answer as {text[start:end][:80]!r} after a prompt that"
+        f" ends with {prompt[-40:]!r}, so a trained model would answer {written[:80]!r} where"
+        f" {answer[:80]!r} is right; set a processor.chat_template that writes all that stands"
+        " before an answer with add_generation_prompt, and ends answers by a special token"
+    )
 
 
 def _is_other_thought(prompt: str, text: str, fits: bool) -> bool:
