@@ -63,7 +63,11 @@ def read_text_file(path: str | Path, encoding: str = "utf-8") -> str:
 
 def write_text_file(path: str | Path, text: str) -> Path:
     """Replace a file at once: an interruption leaves the old one or the new one. Return its path."""
-    path = Path(path)
+    named, path = Path(path), Path(path).resolve()  # a link stays one
+    is_stream = named.is_absolute() and named.parts[1:2] == ("dev",)  # such as /dev/stdout
+    if is_stream or (path.exists() and not path.is_file()):  # a device or a pipe
+        path.write_text(text, encoding="utf-8")
+        return named
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # two processes do not share it
     for left in path.parent.glob(f"{path.name}.*.part"):
         _remove_left_part(left)
@@ -72,7 +76,7 @@ def write_text_file(path: str | Path, text: str) -> Path:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
-    return path
+    return named
 
 
 def _remove_left_part(part: Path) -> None:

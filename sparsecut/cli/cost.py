@@ -16,7 +16,8 @@ def _check_parent(file: Path | None) -> Path | None:
         check_writable_folder(file.parent)
         if file.is_dir():
             raise UserError(f"--json is {file}, but that is a folder; name a file in it")
-        if file.exists() and not _holds_costs(file):
+        is_written = file.is_file() and file.stat().st_size > 0
+        if is_written and not _holds_costs(file):
             raise UserError(
                 f"--json is {file}, which holds something else than costs and would be replaced;"
                 " name a new file"
