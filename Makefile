@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help install demo test conformance fuzz style check docs grid hf-suite bench study gpu clean
+.PHONY: help install demo test conformance fuzz style check docs grid templates hf-suite bench study gpu clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -46,6 +46,10 @@ grid: install  ## Run every model family and write docs/support.md (slow)
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/grid.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/upgrades.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compiling.py
+
+templates: install  ## Try the chat templates of a folder and write docs/support.md (FOLDER=...)
+	@test -n "$(FOLDER)" || { echo "name a folder of chat templates: make templates FOLDER=..."; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/templates.py "$(FOLDER)" --page
 
 hf-suite: install  ## Run transformers' own tests on our classes and write docs/support.md (REPOSITORY=a checkout of it)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,hf-suite]'
