@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 
 import torch
 from accelerate.utils import align_module_device
@@ -28,15 +29,18 @@ def weights_hash(module: nn.Module) -> str:
     return total.hexdigest()[:NUM_DIGITS]
 
 
-def weights_sum(module: nn.Module) -> str:
-    """A hash that changes with any value of a module's weights.
+def weights_sum(module: nn.Module, without: Collection[Tensor] = ()) -> str:
+    """A hash that changes with any value of a module's weights, but for those left out.
 
     It covers every tensor's name and the sum of its bytes, read as whole numbers. Such sums are
     exact, quick, and the same on every device. They do not see values that change places, which
     `weights_hash` sees.
     """
     total = hashlib.sha256()
+    left_out = {tensor.data_ptr() for tensor in without}
     for name, tensor in sorted(module.state_dict().items()):
+        if tensor.data_ptr() in left_out:
+            continue
         data = tensor.detach().flatten().contiguous().view(torch.uint8)
         end = len(data) // BYTES_AT_ONCE * BYTES_AT_ONCE
         # A part of a larger tensor may begin in the middle of a number.

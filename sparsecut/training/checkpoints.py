@@ -111,7 +111,7 @@ def mark_complete(checkpoint: Path, batch_facts: dict) -> None:
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.name != BEGUN:
             _flush_to_disk(path)
-            files[path.relative_to(checkpoint).as_posix()] = _digest_file(path)
+            files[path.relative_to(checkpoint).as_posix()] = digest_file(path)
     part = checkpoint / f"{WHOLE}.part"
     part.write_text(json.dumps({**batch_facts, "files": files}) + "\n", encoding="utf-8")
     _flush_to_disk(part)
@@ -119,16 +119,21 @@ def mark_complete(checkpoint: Path, batch_facts: dict) -> None:
     (checkpoint / BEGUN).unlink()
 
 
-def _digest_file(path: Path) -> str:
-    """A digest of a file and its size: of all bytes or, where they are many, of samples."""
+def digest_file(path: Path, num_samples: int = NUM_SAMPLES) -> str:
+    """Return a digest of a file: of its size and all bytes or, where they are many, of samples.
+
+    Args:
+        path: The file.
+        num_samples: Places of a large file that are read, 4 KiB each.
+    """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
         if size <= DIGESTED_WHOLE:
             digest.update(file.read())
             return digest.hexdigest()
-        for number in range(NUM_SAMPLES):
-            file.seek((size - SAMPLE_BYTES) * number // (NUM_SAMPLES - 1))
+        for number in range(num_samples):
+            file.seek((size - SAMPLE_BYTES) * number // (num_samples - 1))
             digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
@@ -201,7 +206,7 @@ def _check_files(checkpoint: Path, facts: dict) -> None:
             path = checkpoint / name
             if not path.is_file():
                 raise UserError(f"{name} is missing")
-            if _digest_file(path) != digest:
+            if digest_file(path) != digest:
                 raise UserError(f"{name} is not what was written")
     _check_weight_files(checkpoint)
     for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):

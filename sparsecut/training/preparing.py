@@ -33,6 +33,14 @@ from ..upgrading import upgrade
 from .freezing import check_parts, trains_base
 from .progress import print_message
 from .reading import RunInputs, SourceExamples
+from .run_dir import is_begun
+from .run_inputs import (
+    check_unchanged,
+    describe_examples,
+    describe_model,
+    describe_sources,
+    describe_weights,
+)
 
 HALF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by the argument that selects each
 MAX_HELD_OUT = 256  # examples that a stage is evaluated on while it trains
@@ -73,6 +81,7 @@ class PreparedRun:
         stages: All stages of the recipe, also those that are complete on disk.
         held_out: Examples for stages that are evaluated while they train.
         problems: Records that were left out, those of reading included.
+        facts: What the run is made from (`run_inputs`), on the process that writes.
     """
 
     inputs: RunInputs
@@ -81,6 +90,7 @@ class PreparedRun:
     stages: list[PreparedStage]
     held_out: list[Example]
     problems: list[RecordError]
+    facts: dict
 
 
 def prepare_run(
@@ -104,6 +114,7 @@ def prepare_run(
     model, processor = _load_start(inputs, model, processor)
     set_arguments(processor, recipe.chat_template_kwargs)
     _check_model(recipe, model)
+    facts = _describe_inputs(inputs, model, processor)
     # Features are cached for every good image before training, so bad ones must be known by then.
     skips = any(source.on_error == "skip" for stage in recipe.stages for source in stage.data)
     open_images = inputs.check or (skips and recipe.feature_cache is not None)
@@ -118,7 +129,30 @@ def prepare_run(
         _check_batches(prepared, model, processor)
     held_out = _choose_held_out(inputs.arguments, inputs.evaluation_examples, processor)
     _report(stages, problems, shown=shown and inputs.arguments[0].should_log)
-    return PreparedRun(inputs, model, processor, stages, held_out, problems)
+    return PreparedRun(inputs, model, processor, stages, held_out, problems, facts)
+
+
+def _describe_inputs(inputs: RunInputs, model, processor) -> dict:
+    """What the run is made from; UserError where it is continued with something else.
+
+    Only the process that writes reads all that, and only for a run that writes.
+    """
+    if inputs.check or not inputs.arguments[0].should_save:
+        return {}
+    recipe = inputs.recipe
+    facts = {"sources": {}, "model": {}}
+    for stage, sources in zip(recipe.stages, inputs.sources, strict=True):
+        facts["sources"][f"stage {stage.name}"] = describe_sources(sources)
+    if any(args.eval_strategy != "no" for args in inputs.arguments):
+        facts["sources"]["evaluate"] = [describe_examples(inputs.evaluation_examples)]
+    if not inputs.num_finished:
+        facts["model"] = describe_model(model, processor)
+    elif model.is_upgrade and model.saves_fusion_only:
+        # Its base was loaded again; the rest comes from the stage before.
+        facts["model"] = describe_weights(model)
+    if inputs.resume and is_begun(recipe, inputs.output):
+        check_unchanged(inputs.output, facts)
+    return facts
 
 
 def build_encoder(stage: Stage, model, processor) -> ExampleEncoder:

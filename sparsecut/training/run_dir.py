@@ -32,6 +32,7 @@ from .checkpoints import (
 )
 
 RECIPE = "config.yaml"
+INPUTS = "inputs.json"  # what the run was made from
 FINISHED = "versions.json"  # the marker of a stage
 LOG = "log.jsonl"
 SKIPPED = "skipped.txt"  # one line about each record that was left out
@@ -112,7 +113,7 @@ def check_output(
     _check_names_are_free(recipe, previous, output)
     if previous is None or overwrite or not _has_trained(previous, output):
         return
-    changed = _find_differences(previous, recipe)
+    changed = _find_differences(previous, recipe, has_facts=(output / INPUTS).is_file())
     if changed:
         raise UserError(
             f"{output} holds a run of another recipe (it differs in {', '.join(changed)}); choose"
@@ -201,28 +202,48 @@ def _refuse_previous(recipe: Recipe, output: Path) -> None:
     )
 
 
-def _find_differences(previous: Recipe, recipe: Recipe) -> list[str]:
-    """Keys in which two recipes differ so that one cannot continue the other."""
+def _find_differences(previous: Recipe, recipe: Recipe, *, has_facts: bool) -> list[str]:
+    """Keys in which two recipes differ so that one cannot continue the other.
+
+    Args:
+        previous: The recipe of the run on disk.
+        recipe: The recipe of now.
+        has_facts: Whether the run notes what it read, so that data may lie elsewhere now.
+    """
     changed = [
         name
         for name in ("model", "fusion", "seed")
         if getattr(previous, name) != getattr(recipe, name)
     ]
-    if _comparable_stages(previous) != _comparable_stages(recipe):
+    if _comparable_stages(previous, has_facts) != _comparable_stages(recipe, has_facts):
         changed.append("stages")
+    if (previous.feature_cache is None) != (recipe.feature_cache is None):
+        changed.append("feature_cache")  # cached features are rounded
     return changed
 
 
-def _comparable_stages(recipe: Recipe) -> list[Stage]:
-    """The stages without the arguments that may differ between a run and its continuation."""
+def _comparable_stages(recipe: Recipe, has_facts: bool) -> list[Stage]:
+    """The stages without what may differ between a run and its continuation."""
     stages = []
     for stage in recipe.stages:
         args = {}
         for name, value in stage.args.items():
             if name in HARMFUL or not name.startswith(HARMLESS):
                 args[name] = value
-        stages.append(replace(stage, args=args))
+        data = stage.data
+        if has_facts:
+            data = tuple(replace(source, path="", images=None) for source in data)
+        stages.append(replace(stage, args=args, data=data))
     return stages
+
+
+def is_begun(recipe: Recipe, output: Path) -> bool:
+    """Whether there is something complete, but not all, that a run may be continued from."""
+    num_finished = count_finished_stages(recipe, output)
+    if num_finished == len(recipe.stages):
+        return False
+    folder = output / recipe.stages[num_finished].name
+    return num_finished > 0 or last_checkpoint(folder) is not None
 
 
 def count_finished_stages(recipe: Recipe, output: Path) -> int:
@@ -250,7 +271,7 @@ def remove_run(output: Path, previous: Recipe) -> None:
         _remove_files(folder, STAGE_FILES)
     if previous.evaluate is not None:
         _remove_files(output / "eval", (RESULT, PREDICTIONS, SETTINGS))
-    _remove_files(output, (SKIPPED,))
+    _remove_files(output, (SKIPPED, INPUTS))
 
 
 def _remove_files(folder: Path, patterns: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ Everything is checked in the first two, so that a run does not stop hours later 
 A run writes to the recipe's output folder:
 
     config.yaml            the recipe as it ran; loading it repeats the run
+    inputs.json            what the run was made from, for resuming
     skipped.txt            records that were left out (on_error: skip), if there are any
     STAGE/                 model and processor after the stage, with config.yaml, plan.json,
                            versions.json and log.jsonl
@@ -51,14 +52,17 @@ from .progress import StageLog, print_message
 from .reading import read_inputs
 from .run_dir import (
     FINAL,
+    INPUTS,
     SKIPPED,
     find_start,
+    is_begun,
     link_files,
     read_previous,
     remove_run,
     save_stage,
     write_recipe,
 )
+from .run_inputs import write_inputs
 from .trainer import StageTrainer
 
 
@@ -168,7 +172,10 @@ def _begin_run(prepared: PreparedRun) -> None:
     previous = read_previous(output)
     if previous is not None and not inputs.resume:
         remove_run(output, previous)
+    is_continued = inputs.resume and is_begun(inputs.recipe, output)
     write_recipe(inputs.recipe, output)
+    if not (is_continued and (output / INPUTS).is_file()):
+        write_inputs(output, prepared.facts)
     if prepared.problems:
         lines = "".join(f"{problem}\n" for problem in prepared.problems)
         write_text_file(output / SKIPPED, lines)
