@@ -29,6 +29,9 @@ def explain(
     images: Annotated[
         File, option("Folder or tar archive of the images; by default the data's folder.")
     ] = None,
+    anywhere: Annotated[
+        bool, option("Images may lie outside --images; only for data you trust.", "--anywhere")
+    ] = False,
     out: Annotated[File, output_folder("Folder for explain.html, .md and .json.")] = None,
     limit: Annotated[
         int | None, option("Maximum number of questions, a fixed random choice.", min=1)
@@ -44,7 +47,8 @@ def explain(
     from ..config.recipe import Source
     from ..data.examples import read_source
 
-    examples = read_source(Source(str(data), images and str(images), keep=limit), [])
+    source = Source(str(data), images and str(images), keep=limit, anywhere=anywhere)
+    examples = read_source(source, [])
     from ..evaluation.ablation import explain
     from ..reports.ablation import write_explanation, write_text
 

@@ -58,6 +58,9 @@ def evaluate(
     where: Annotated[
         Text, option("Only questions whose id contains this regular expression.")
     ] = None,
+    anywhere: Annotated[
+        bool, option("Images may lie outside --images; only for data you trust.", "--anywhere")
+    ] = False,
     group: Annotated[
         Text, option("Regular expression whose parentheses catch the group in the id.")
     ] = None,
@@ -72,7 +75,9 @@ def evaluate(
     """Evaluate a model on a data file or on benchmark tasks."""
     settings = {"out": out, "batch_size": batch_size, "resume": not fresh, "workers": workers}
     if tasks is not None:
-        _refuse_data_options(data=data, images=images, where=where, group=group)
+        _refuse_data_options(
+            data=data, images=images, where=where, group=group, anywhere=anywhere or None
+        )
         _require_task_options(root=root, out=out)
         settings["max_new_tokens"] = max_new_tokens
         _run_tasks(model, tasks, root, part, limit, device, dtype, template_arg, **settings)
@@ -88,7 +93,7 @@ def evaluate(
     from ..evaluation.evaluator import evaluate
 
     folder = str(images) if images else None
-    source = Source(str(data), folder, where=where, group=group, keep=limit)
+    source = Source(str(data), folder, where=where, group=group, keep=limit, anywhere=anywhere)
     examples = read_source(source, [])
     loaded, processor = load_model(model, device, dtype)
     set_template_arguments(processor, template_arg)

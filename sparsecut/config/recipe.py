@@ -52,6 +52,8 @@ class Source:
         weight: The source's part in a mixture, relative to the others' weights.
         streaming: Whether records are read from the files while training goes on.
         max_broken: The fraction of records that may be skipped.
+        anywhere: Whether images may lie outside the folder or archive that `images` names.
+        max_mib: MiB that a record's text, or one of its images, may take.
     """
 
     path: str
@@ -64,6 +66,8 @@ class Source:
     weight: float | int | None = None
     streaming: bool = False
     max_broken: float | int = 0.01
+    anywhere: bool = False
+    max_mib: int = 128
 
     def __post_init__(self):
         check_types(self)
@@ -85,6 +89,8 @@ class Source:
             )
         if not 0 <= self.max_broken <= 1:
             raise UserError(f"max_broken is {self.max_broken}, but a fraction lies between 0 and 1")
+        if self.max_mib < 1:
+            raise UserError(f"max_mib is {self.max_mib}, but a record takes at least 1 MiB of it")
         self._check_stream()
 
     def _check_stream(self) -> None:

@@ -143,8 +143,7 @@ class VisionFeatureCache:
 
     def _find_contents(self, store, name: str, row: int | None) -> int | None:
         """The row of an image's contents; `row` is that of its place."""
-        if name not in store:
-            raise UserError(store.describe_missing(name))
+        store.check(name)
         known = None if row is None else self.facts[row]
         facts = describe_image(store, name, known)
         if known is None or not hold_same_contents(facts, known):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
 from ..schema import UserError
 
 
@@ -21,3 +24,12 @@ class RecordError(UserError):
     def __reduce__(self):
         # Unpickling an exception calls its class with `args`, which holds the whole message alone.
         return RecordError, (self.where, self.problem)
+
+
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = 80
+
+
+def show_value(value: Any) -> str:
+    """Return a value of a record for a message: however long or nested it is, this is short."""
+    return _shown.repr(value)

@@ -8,7 +8,9 @@ optional and kept for scoring.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,15 @@ from PIL import Image
 from ..config.recipe import Source
 from ..config.yaml_io import expand_path
 from ..schema import UserError, nearest
-from .errors import RecordError
+from .access import DEFAULT_ACCESS, Access, get_access
+from .errors import RecordError, show_value
 from .images import ImageStore, decode_image
-from .readers import find_files, name_type, open_image_store, read_records
+from .readers import find_files, open_image_store, read_records
+
+logger = logging.getLogger(__name__)
+
+LONGEST_NAME = 4096  # characters of a path
+TYPE_NAMES = {dict: "an object", list: "a list", str: "a text"}
 
 IMAGE = "<image>"  # the placeholder in a record's text
 ROLES = {
@@ -80,10 +88,13 @@ class Example:
         return decode_image(image) if isinstance(image, bytes) else self.store.load(image)
 
     def check_images(self) -> None:
-        """Raise RecordError unless every image is there; none is opened."""
-        for name in self.images:
-            if isinstance(name, str) and name not in self.store:
-                raise RecordError(self.place, self.store.describe_missing(name))
+        """Raise RecordError unless every image is there and may be read; none is opened."""
+        try:
+            for name in self.images:
+                if isinstance(name, str):
+                    self.store.check(name)
+        except UserError as error:
+            raise RecordError(self.place, str(error)) from None
 
 
 def read_source(source: Source, problems: list[RecordError]) -> list[Example]:
@@ -99,19 +110,50 @@ def read_source(source: Source, problems: list[RecordError]) -> list[Example]:
     """
     path = expand_path(source.path)
     images = expand_path(source.images) if source.images else None
-    examples = read_examples(path, images, problems=problems if source.on_error == "skip" else None)
+    examples = read_examples(
+        path,
+        images,
+        problems=problems if source.on_error == "skip" else None,
+        access=get_access(source),
+    )
+    _warn_of_ids(source, examples)
     selected = select_examples(
         examples, where=source.where, hold_out=source.hold_out, keep=source.keep
     )
+    if not examples:
+        last = f"; {len(problems)} were skipped, the last: {problems[-1]}" if problems else ""
+        raise UserError(f"{source.path} holds no good record{last}")
     if not selected:
         raise UserError(
             f"{source.path} gives no record to use: of {len(examples)} good ones, none is left by"
             f" where={source.where!r} and hold_out={source.hold_out!r}; ids look like"
-            f" {[example.id for example in examples[:3]]}"
+            f" {show_value([example.id for example in examples[:3]])}"
         )
     if source.group:
         selected = [_add_group(example, source.group) for example in selected]
     return selected
+
+
+def _warn_of_ids(source: Source, examples: list[Example]) -> None:
+    """Tell where ids do not do what choosing by ids is for."""
+    counts = Counter(example.id for example in examples)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        logger.warning(
+            "%s: %d ids are of several records, such as %s; `where`, `hold_out` and `keep` cannot"
+            " tell these apart",
+            source.path,
+            len(repeated),
+            show_value(repeated[0]),
+        )
+    if source.hold_out and not any(re.search(source.hold_out, name) for name in counts):
+        logger.warning(
+            "%s: hold_out=%r matches none of %d ids, so nothing is held out; ids look like %s",
+            source.path,
+            source.hold_out,
+            len(counts),
+            show_value(list(counts)[:3]),
+        )
 
 
 def _add_group(example: Example, pattern: str) -> Example:
@@ -127,6 +169,7 @@ def read_examples(
     images: str | Path | None = None,
     *,
     problems: list[RecordError] | None = None,
+    access: Access = DEFAULT_ACCESS,
 ) -> list[Example]:
     """Return all records of a file, or of all files that a pattern names, as examples.
 
@@ -135,15 +178,18 @@ def read_examples(
         images: A folder or tar archive of the images. None stands for the file's own folder or,
             where it holds its images itself, the file.
         problems: Errors of bad records are appended. Without it the first one is raised.
+        access: What records may reach.
 
     Raises:
         RecordError: A record is bad.
         UserError: A file is missing or broken.
     """
     examples = []
+    shared_store = None if images is None else ImageStore(images, access)
     for file in find_files(path):
-        store = open_image_store(file) if images is None else ImageStore(images)
-        for place, record in read_records(file, images_by_name=images is None):
+        store = shared_store or open_image_store(file, access)
+        records = read_records(file, images_by_name=images is None, access=access)
+        for place, record in records:
             try:
                 example = parse_record(record, place, store, skip=problems is not None)
                 example.check_images()
@@ -206,14 +252,15 @@ def parse_record(record: Any, place: str, store: ImageStore, *, skip: bool = Fal
         _check_roles([message["role"] for message in messages])
         images = _parse_images(record.get("image"))
         _check_placeholders(messages, images)
+        record_id, group, level = (_get_text(record, key) for key in ("id", "group", "level"))
     except UserError as error:
         raise RecordError(place, str(error)) from None
     return Example(
-        id=str(record.get("id", place)),
+        id=place if record_id is None else record_id,
         images=images,
         messages=messages,
-        group=_get_text(record, "group"),
-        level=_get_text(record, "level"),
+        group=group,
+        level=level,
         source=place,
         store=store,
         skip=skip,
@@ -224,7 +271,7 @@ def _check_keys(record: Any) -> None:
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise UserError(
             f"a record is an object with a list of `conversations`, but this is"
-            f" {name_type(record)} without; see LLaVA's format"
+            f" {TYPE_NAMES.get(type(record)) or show_value(record)} without; see LLaVA's format"
         )
 
 
@@ -232,16 +279,17 @@ def _parse_turn(turn: Any, number: int) -> dict[str, str]:
     role, text = None, None
     if isinstance(turn, dict):
         role, text = turn.get("from"), turn.get("value")
-    if role not in list(ROLES):  # a list also looks for values that have no hash
+    if not isinstance(role, str) or role not in ROLES:
+        hint = nearest(role, ROLES) if isinstance(role, str) else ""
         raise UserError(
-            f"turn {number} is from {role!r}{nearest(role, ROLES)}; allowed are human, gpt and"
-            " system"
+            f"turn {number} is from {show_value(role)}{hint}; allowed are human, gpt and system"
         )
     if not isinstance(text, str) or not text.strip():
         what = "answer" if ROLES[role] == "assistant" else "text"
         raise UserError(
-            f"turn {number} has an empty {what} ({text!r}); write it or remove the record"
+            f"turn {number} has an empty {what} ({show_value(text)}); write it or remove the record"
         )
+    check_text(text, f"turn {number}")
     if ROLES[role] != "user" and IMAGE in text:
         raise UserError(
             f"turn {number} is from {role} and holds {IMAGE}; images belong to human turns"
@@ -277,8 +325,15 @@ def _parse_image(image: Any) -> str | bytes:
         image = image.get("bytes") or image.get("path")
     if not isinstance(image, str | bytes) or not image:
         raise UserError(
-            f"`image` holds {image!r}, but an image's name or a list of names is needed"
+            f"`image` holds {show_value(image)}, but an image's name or a list of names is needed"
         )
+    if isinstance(image, str):
+        check_text(image, "`image`")
+        if len(image) > LONGEST_NAME:
+            raise UserError(
+                f"`image` holds a name of {len(image):,} characters, but no path is longer than"
+                f" {LONGEST_NAME:,}; correct it"
+            )
     return image
 
 
@@ -293,4 +348,26 @@ def _check_placeholders(messages: list[dict[str, str]], images: list[str | bytes
 
 def _get_text(record: dict, key: str) -> str | None:
     value = record.get(key)
+    if isinstance(value, list | dict):
+        raise UserError(f"`{key}` holds {show_value(value)}, but a text or a number is needed")
+    if isinstance(value, str):
+        check_text(value, f"`{key}`")
     return None if value is None else str(value)
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise UserError for a text that tokenizers and files cannot hold.
+
+    Args:
+        text: The text.
+        what: What it is, for the error.
+    """
+    if "\0" in text:
+        raise UserError(f"{what} holds a NUL character; remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} holds half a surrogate pair ({text[error.start]!r}), which is no character;"
+            " remove it"
+        ) from None

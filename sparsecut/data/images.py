@@ -5,17 +5,18 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-import zlib
 from pathlib import Path
 
 from PIL import Image
 
 from ..pixels import open_upright
 from ..schema import UserError
+from .access import DEFAULT_ACCESS, Access, find_image, read_file
+from .archives import check_member, iterate_members, refuse_damaged, show_name
 
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz")
 MEMORY_LIMIT = 256 * 2**20  # bytes of images that a compressed archive may hold in memory
-ARCHIVE_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)
+MAX_LINKS = 10  # that one member of an archive may follow
 
 
 class ImageStore:
@@ -26,14 +27,18 @@ class ImageStore:
 
     Attributes:
         path: The folder or archive.
+        access: What may be read.
         places: Of a plain archive, name -> (first byte, number of bytes).
         contents: Of a compressed archive, name -> bytes.
+        refused: Of an archive, name -> why the image is not read.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, access: Access = DEFAULT_ACCESS):
         self.path = Path(path)
+        self.access = access
         self.places: dict[str, tuple[int, int]] | None = None
         self.contents: dict[str, bytes] | None = None
+        self.refused: dict[str, str] = {}
         if self.path.is_dir():
             return
         if not self.path.is_file():
@@ -41,27 +46,37 @@ class ImageStore:
                 f"there are no images at {self.path}: give an existing folder or tar archive as"
                 " `images`"
             )
-        try:
-            if self.path.suffix in COMPRESSED:
-                self.contents = _read_contents(self.path)
+        with refuse_damaged(self.path):
+            if self.path.suffix.lower() in COMPRESSED:
+                self.contents = self._read_contents()
             else:
-                self.places = _read_places(self.path)
-        except ARCHIVE_ERRORS as error:
-            raise UserError(
-                f"{self.path} cannot be read as a tar archive ({error}); give a folder or an"
-                " intact one"
-            ) from None
+                self.places = self._read_places()
+
+    @property
+    def _members(self) -> dict | None:
+        """Of an archive, what is known of its images by name."""
+        return self.places if self.contents is None else self.contents
 
     def __contains__(self, name: str) -> bool:
-        if self.places is not None:
-            return os.path.normpath(name) in self.places
-        if self.contents is not None:
-            return os.path.normpath(name) in self.contents
-        return (self.path / name).is_file()
+        try:
+            self.check(name)
+        except UserError:
+            return False
+        return True
 
-    def describe_missing(self, name: str) -> str:
-        """Return the message of an error about an image that is not here."""
-        return f"there is no image {name} in {self.path}; add it or correct the record's `image`"
+    def check(self, name: str) -> None:
+        """Raise UserError where there is no such image, or it must not be read."""
+        if self._members is None:
+            is_here = find_image(self.path, name, self.access) is not None
+        else:
+            name = os.path.normpath(name)
+            if name in self.refused:
+                raise UserError(self.refused[name])
+            is_here = name in self._members
+        if not is_here:
+            raise UserError(
+                f"there is no image {name} in {self.path}; add it or correct the record's `image`"
+            )
 
     def load(self, name: str) -> Image.Image:
         """Return an image in RGB, fully read.
@@ -69,8 +84,7 @@ class ImageStore:
         Raises:
             UserError: The image is missing or broken.
         """
-        if name not in self:
-            raise UserError(self.describe_missing(name))
+        self.check(name)
         what = f"the image {name} in {self.path}"
         try:
             data = self.read_bytes(name)
@@ -80,49 +94,80 @@ class ImageStore:
 
     def find_file(self, name: str) -> Path:
         """Return the file that holds an image: its own, or the archive."""
-        is_folder = self.places is None and self.contents is None
-        return self.path / name if is_folder else self.path
+        return self.path / name if self._members is None else self.path
 
     def read_bytes(self, name: str) -> bytes:
-        """Return the encoded bytes of an image."""
+        """Return the encoded bytes of an image; UserError where it must not be read."""
+        self.check(name)
         if self.contents is not None:
             return self.contents[os.path.normpath(name)]
         if self.places is None:
-            return (self.path / name).read_bytes()
+            return read_file(self.path / name, self.access)
         first, size = self.places[os.path.normpath(name)]
         # A file that stays open would share its position between DataLoader workers.
         with self.path.open("rb") as file:
             file.seek(first)
             return file.read(size)
 
+    def _read_places(self) -> dict[str, tuple[int, int]]:
+        places = {}
+        links = {}
+        for _, member in iterate_members(self.path, "r:"):
+            if self._is_image(member, links):
+                places[_get_name(member.name)] = member.offset_data, member.size
+        return _follow_links(places, links)
 
-def decode_image(data: bytes, what: str = "the image stored in the record") -> Image.Image:
-    """Return an image that a file of records holds itself, in RGB; UserError where it is broken."""
-    return open_upright(io.BytesIO(data), what)
-
-
-def _read_places(path: Path) -> dict[str, tuple[int, int]]:
-    places = {}
-    with tarfile.open(path, "r:") as archive:
-        for member in archive:
-            if member.isfile():
-                places[os.path.normpath(member.name)] = member.offset_data, member.size
-    return places
-
-
-def _read_contents(path: Path) -> dict[str, bytes]:
-    contents = {}
-    total = 0
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if not member.isfile():
+    def _read_contents(self) -> dict[str, bytes]:
+        contents = {}
+        links = {}
+        total = 0
+        for archive, member in iterate_members(self.path):
+            if not self._is_image(member, links):
                 continue
             total += member.size
             if total > MEMORY_LIMIT:
                 raise UserError(
-                    f"{path} holds more than {MEMORY_LIMIT // 2**20} MiB of images, and a"
+                    f"{self.path} holds more than {MEMORY_LIMIT // 2**20} MiB of images, and a"
                     " compressed archive cannot be read in the middle; unpack it once (`mkdir"
-                    f" images && tar xf {path} -C images`) and give that folder as `images`"
+                    f" images && tar xf {self.path} -C images`) and give that folder as `images`"
                 )
-            contents[os.path.normpath(member.name)] = archive.extractfile(member).read()
-    return contents
+            contents[_get_name(member.name)] = archive.extractfile(member).read()
+        return _follow_links(contents, links)
+
+    def _is_image(self, member: tarfile.TarInfo, links: dict[str, str]) -> bool:
+        """Whether a member is a file that may be read; links and refused ones are noted."""
+        name = _get_name(member.name)
+        if member.islnk():
+            links[name] = _get_name(member.linkname)
+        elif member.issym():
+            links[name] = _get_name(os.path.join(os.path.dirname(member.name), member.linkname))
+        if not member.isfile():
+            return False
+        try:
+            check_member(member, self.access.max_bytes)
+        except UserError as error:
+            self.refused[name] = str(error)
+            return False
+        return True
+
+
+def _get_name(name: str) -> str:
+    """The name by which a member is found, without a leading "./"."""
+    return os.path.normpath(show_name(name))
+
+
+def _follow_links(members: dict, links: dict[str, str]) -> dict:
+    """The members of an archive, with links to some of them under their own names too."""
+    linked = {}
+    for name in links:
+        target = name
+        for _ in range(MAX_LINKS):
+            target = links.get(target, target)
+        if target in members:
+            linked[name] = members[target]
+    return {**members, **linked}
+
+
+def decode_image(data: bytes, what: str = "the image stored in the record") -> Image.Image:
+    """Return an image that a file of records holds itself, in RGB; UserError where it is broken."""
+    return open_upright(io.BytesIO(data), what)

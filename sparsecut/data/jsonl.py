@@ -8,30 +8,44 @@ from pathlib import Path
 
 from ..schema import UserError, write_text_file
 from .errors import RecordError
+from .json_text import parse_json
 
 
-def iterate_lines(path: Path, *, skip_partial: bool = False) -> Iterator[tuple[int, bytes]]:
+def iterate_lines(
+    path: Path, *, skip_partial: bool = False, max_bytes: int | None = None
+) -> Iterator[tuple[int, bytes]]:
     """Yield the number, from 1, and the bytes of every line that is not blank.
 
     Args:
         path: A JSON Lines file.
         skip_partial: Leave out a last line without a line end, as an interrupted write leaves it.
+        max_bytes: A longer line is not held in memory: it comes cut to one byte more.
     """
+    size = -1 if max_bytes is None else max_bytes + 1
+    number = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        while line := file.readline(size):
+            number += 1
             is_partial = skip_partial and not line.endswith(b"\n")
             if line.strip() and not is_partial:
                 yield number, line
+            while len(line) == size and not line.endswith(b"\n"):
+                line = file.readline(size)  # the rest of a line that is too long
 
 
-def parse_line(line: bytes):
-    """Return the JSON value of a line; UserError says where the line is malformed."""
+def parse_line(line: bytes, *, strict: bool = False):
+    """Return the JSON value of a line; UserError says where the line is malformed.
+
+    Args:
+        line: The line.
+        strict: Refuse what is no JSON although Python reads it (`parse_json`). Our own files hold
+            NaN where a number is not known.
+    """
     try:
-        return json.loads(line.decode("utf-8-sig"))  # some editors begin a file with a mark
+        text = line.decode("utf-8-sig")  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise UserError(f"byte {error.start + 1} of the line is not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"malformed JSON at column {error.colno}, {error.msg}") from None
+    return parse_json(text, strict=strict)
 
 
 def read_json_lines(path: Path, *, skip_partial: bool = False) -> list:
@@ -68,4 +82,6 @@ def append_json_lines(path: Path, values: Iterable) -> None:
 
 
 def _format_lines(values: Iterable) -> str:
-    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    # Half a surrogate pair, which no file can hold, becomes what JSON writes for it.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..config.recipe import Source
 from ..config.yaml_io import expand_path
 from ..schema import UserError
+from .access import get_access
 from .dataset import TrainingData
 from .encoding import ExampleEncoder
 from .errors import RecordError
@@ -173,9 +174,10 @@ def read_stream(source: Source, files: list[Path]) -> Iterator[Example | RecordE
         RecordError: A record is bad, and the source says on_error "stop".
     """
     skip = source.on_error == "skip"
+    access = get_access(source)
     for file in files:
-        store = ImageStore(expand_path(source.images) if source.images else file.parent)
-        for place, record in read_records(file):
+        store = ImageStore(expand_path(source.images) if source.images else file.parent, access)
+        for place, record in read_records(file, access=access):
             try:
                 yield parse_record(record, place, store, skip=skip)
             except RecordError as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config.yaml_io import expand_path, read_yaml_values
+from ..data.access import Access
 from ..data.images import ImageStore
 from ..evaluation.judging import get_answer
 from ..evaluation.output_dir import read_predictions
@@ -16,6 +17,7 @@ from ..evaluation.statistics import (
     estimate_difference,
     pool_seed_spread,
 )
+from ..evaluation.tasks.task import TASK_ACCESS
 from ..evaluation.variant_answers import Answers
 from ..plan import Plan
 from ..schema import UserError, read_json_file
@@ -345,16 +347,17 @@ def find_images(runs: Sequence[ComparedRun], images: str | Path | None = None) -
     """
     if images is not None:
         return [ImageStore(images)]
-    places: dict[str, None] = {}
+    stores: dict[str, ImageStore] = {}
     for run in runs:
-        for place in _name_image_places(run):
+        for place, access in _name_image_places(run):
             if Path(place).exists():
-                places[str(place)] = None
+                stores[str(place)] = ImageStore(place, access)
 
-    return [ImageStore(place) for place in places]
+    return list(stores.values())
 
 
-def _name_image_places(run: ComparedRun) -> list[str]:
+def _name_image_places(run: ComparedRun) -> list[tuple[str, Access]]:
+    """Folders and archives of images, and what names in the predictions may reach from there."""
     first_folder = next(iter(run.folders.values()))
     config = _read_config(first_folder) or {}
     evaluation = config.get("evaluate") or {}
@@ -366,10 +369,10 @@ def _name_image_places(run: ComparedRun) -> list[str]:
     for source in sources:
         beside_the_data = str(Path(source["path"]).parent)
         images = source.get("images") or beside_the_data
-        places.append(expand_path(images))
+        places.append((expand_path(images), Access(anywhere=source.get("anywhere") is True)))
 
     for result in run.results.values():
         if result.get("pictures"):
-            places.append(result["pictures"])
+            places.append((result["pictures"], TASK_ACCESS))
 
     return places

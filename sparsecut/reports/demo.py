@@ -7,13 +7,13 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from ..data.images import ImageStore
 from ..data.jsonl import read_json_lines
 from ..drawing import text_table
 from ..evaluation.judging import get_answer
 from ..experiments.demo import DemoVariant
 from ..experiments.results import compute_results
 from ..experiments.study import Run, Study
-from ..pixels import open_image
 from ..plan import Plan
 from ..schema import read_json_file, write_text_file
 from .figures import draw_bars, draw_curves
@@ -147,7 +147,7 @@ def _collect_answers(records: dict[str, list[dict]], question: dict, number: int
 
 
 def _make_item(out: Path, item: dict) -> dict:
-    image = open_image(out / "data" / item["image"])
+    image = ImageStore(out / "data").load(item["image"])
     return item | {"url": embed_image(image)}
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from ...data.images import ImageStore
 from ...data.jsonl import write_json_lines
 from ...schema import UserError
 from .multiple_choice_metrics import LETTERS, ROTATIONS, is_empty, mmbench, scienceqa, seed
@@ -21,6 +20,7 @@ from .task import (
     Task,
     TaskData,
     find_file,
+    open_images,
     read_json,
     read_llava_questions,
 )
@@ -64,7 +64,7 @@ def read_scienceqa(root: Path, options: Mapping[str, str]) -> TaskData:
             source=source,
         )
         questions.append(question)
-    images = ImageStore(find_file(folder / "images" / "test"))
+    images = open_images(find_file(folder / "images" / "test"))
     return TaskData(questions, images, [question_file, problem_file, split_file])
 
 
@@ -280,7 +280,7 @@ def read_seed(root: Path, options: Mapping[str, str]) -> TaskData:
             " all, as seed:part=all"
         )
     facts = {"question_type": truth["question_type"]}
-    return TaskData(questions, ImageStore(folder), [question_file, truth_file], facts)
+    return TaskData(questions, open_images(folder), [question_file, truth_file], facts)
 
 
 def score_seed(data: TaskData, answers: Mapping[str, str]) -> Score:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ...data.images import ImageStore
 from ...data.jsonl import write_json_lines
 from ...schema import UserError
 from ..output_dir import write_json
@@ -19,6 +18,7 @@ from .task import (
     Task,
     TaskData,
     find_file,
+    open_images,
     read_json,
     read_llava_questions,
     read_records,
@@ -43,7 +43,7 @@ def read_vqav2(root: Path, options: Mapping[str, str]) -> TaskData:
     submitted_ids = [record["question_id"] for record in read_records(test_file, "question_id")]
     return TaskData(
         read_llava_questions(question_file),
-        ImageStore(find_file(folder / "test2015")),
+        open_images(find_file(folder / "test2015")),
         [question_file, test_file],
         {"submitted": submitted_ids},
     )
@@ -70,7 +70,7 @@ def _read_vqav2_val(folder: Path) -> TaskData:
             source=f"{question_file.name} question {number}",
         )
         questions.append(question)
-    images = ImageStore(find_file(folder / "val2014"))
+    images = open_images(find_file(folder / "val2014"))
     return TaskData(questions, images, [question_file, truth_file])
 
 
@@ -114,7 +114,7 @@ def read_vizwiz(root: Path, options: Mapping[str, str]) -> TaskData:
     """The test split; its prompts allow "Unanswerable"."""
     question_file = root / "vizwiz" / "llava_test.jsonl"
     questions = read_llava_questions(question_file)
-    return TaskData(questions, ImageStore(find_file(root / "vizwiz" / "test")), [question_file])
+    return TaskData(questions, open_images(find_file(root / "vizwiz" / "test")), [question_file])
 
 
 def submit_vizwiz(data: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
@@ -159,7 +159,7 @@ def read_textvqa(root: Path, options: Mapping[str, str]) -> TaskData:
             f"{question_file} holds no line that begins with {OCR!r}; ask without these lines, as"
             " textvqa:ocr=off"
         )
-    images = ImageStore(find_file(folder / "train_images"))
+    images = open_images(find_file(folder / "train_images"))
     return TaskData(questions, images, [question_file, truth_file])
 
 
@@ -182,7 +182,7 @@ def read_mmvet(root: Path, options: Mapping[str, str]) -> TaskData:
     folder = find_file(root / "mm-vet", root / "mmvet")
     question_file = folder / "llava-mm-vet.jsonl"
     questions = read_llava_questions(question_file)
-    return TaskData(questions, ImageStore(find_file(folder / "images")), [question_file])
+    return TaskData(questions, open_images(find_file(folder / "images")), [question_file])
 
 
 def submit_mmvet(data: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:
@@ -196,7 +196,7 @@ def read_llava_bench(root: Path, options: Mapping[str, str]) -> TaskData:
     folder = root / "llava-bench-in-the-wild"
     question_file = folder / "questions.jsonl"
     questions = read_llava_questions(question_file, group_key="category")
-    return TaskData(questions, ImageStore(find_file(folder / "images")), [question_file])
+    return TaskData(questions, open_images(find_file(folder / "images")), [question_file])
 
 
 def submit_llava_bench(data: TaskData, answers: Mapping[str, str], folder: Path) -> list[Path]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ...data.images import ImageStore
 from ...schema import UserError, read_text_file
 from .single_word_metrics import gqa, is_no, mme, pope, read_yes_or_no
 from .task import (
@@ -17,6 +16,7 @@ from .task import (
     Task,
     TaskData,
     find_file,
+    open_images,
     read_json,
     read_llava_questions,
     read_records,
@@ -53,7 +53,7 @@ def read_gqa(root: Path, options: Mapping[str, str]) -> TaskData:
     if choices_file.exists():
         files.append(choices_file)
         choices = read_json(choices_file)
-    images = ImageStore(find_file(folder / "data" / "images"))
+    images = open_images(find_file(folder / "data" / "images"))
     return TaskData(questions, images, files, {"choices": choices})
 
 
@@ -100,7 +100,7 @@ def read_pope(root: Path, options: Mapping[str, str]) -> TaskData:
         for question, label in zip(in_split, labels, strict=True):
             questions.append(_add_pope_label(question, label))
         files.append(truth_file)
-    return TaskData(questions, ImageStore(find_file(folder / "val2014")), files)
+    return TaskData(questions, open_images(find_file(folder / "val2014")), files)
 
 
 def _add_pope_label(question: Question, label: Mapping) -> Question:
@@ -161,7 +161,7 @@ def read_mme(root: Path, options: Mapping[str, str]) -> TaskData:
                 " every image; download it again"
             )
         questions += pair
-    return TaskData(questions, ImageStore(release), [question_file])
+    return TaskData(questions, open_images(release), [question_file])
 
 
 def _add_mme_truth(question: Question, task: str, truth: dict, release: Path) -> Question:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...data.access import Access
 from ...data.errors import RecordError
 from ...data.images import ImageStore
 from ...data.jsonl import iterate_lines, parse_line
@@ -18,6 +19,8 @@ from ...schema import UserError, read_text_file
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
+# People link parts of a benchmark's folders to where the images are.
+TASK_ACCESS = Access(follows_links=True)
 EVAL_ZIP = "extract LLaVA's eval.zip (docs/Evaluation.md of LLaVA links it) into the root folder"
 
 
@@ -120,6 +123,11 @@ def find_file(*paths: Path) -> Path:
         if path.exists():
             return path
     raise MissingFileError(paths[0])
+
+
+def open_images(folder: Path) -> ImageStore:
+    """The images in a folder of a benchmark."""
+    return ImageStore(folder, TASK_ACCESS)
 
 
 def read_json(path: Path):

@@ -1,0 +1,309 @@
+"""Tables of records: Parquet, Arrow, and folders of `datasets`; their images stay on disk."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..schema import UserError
+from .access import Access, check_excess
+from .images import ImageStore, decode_image
+
+COLUMNS = ("id", "image", "conversations", "group", "level")  # no other one is read
+BATCH_ROWS = 1000
+BATCH_BYTES = 64 * 2**20  # of rows that are read at once
+SMALL = 64 * 2**10  # bytes of a column that cannot become large, however often a value is repeated
+LARGE_GROUP = 2**30  # bytes of a row group that is not read at once
+MAX_RATIO = 200  # of unpacked to packed bytes; texts reach 10, images 1
+# What pyarrow raises besides its own errors, where values are damaged or do not fit Python's types.
+VALUE_ERRORS = (OSError, ValueError, TypeError, KeyError, OverflowError)
+
+Placed = tuple[str, Any]
+
+
+def read_table(path: Path, access: Access) -> Iterator[Placed]:
+    """Yield where each record of a table stands, and the record or a function that gives it.
+
+    Images in the table come as they are, with their bytes.
+    """
+    if path.suffix.lower() == ".parquet":
+        return _number_records(path, _iterate_parquet(path, access), access)
+    table = _open_arrow(path)
+    return _number_records(path, _iterate_arrow(path, table), access)
+
+
+def open_image_table(path: Path, access: Access):
+    """Return a memory-mapped table of a file that holds images itself, None for any other file."""
+    import datasets
+
+    if path.is_dir() or path.suffix.lower() == ".arrow":
+        table = _open_arrow(path)
+    elif path.suffix.lower() == ".parquet":
+        file = _open_parquet(path, access)
+        if not _has_images(file.schema_arrow):
+            return None
+        table = datasets.Dataset.from_parquet(str(path), **_choose_batches(file.metadata))
+    else:
+        return None
+    return table if _has_images(table.with_format("arrow").data.schema) else None
+
+
+def _choose_batches(metadata) -> dict[str, int]:
+    """The rows that `datasets` copies at once, where a whole row group would be too much."""
+    sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    return (
+        {"batch_size": _count_batch_rows(metadata)} if max(sizes, default=0) > LARGE_GROUP else {}
+    )
+
+
+def read_image_table(path: Path, table, access: Access) -> Iterator[Placed]:
+    """Yield the records of a table with images, which come as names for `TableImages`."""
+    store = ImageStore(path.parent, access)
+    number = 0
+    for batch in _iterate_arrow(path, table):
+        names = [name for name in batch.column_names if name != "image"]
+        records = _number_records(path, [batch.select(names)], access, start=number)
+        for (place, record), cell in zip(records, batch.column("image"), strict=True):
+            yield place, partial(_add_images, record, cell, number, store)
+            number += 1
+
+
+def _add_images(record: Any, cell, number: int, store: ImageStore) -> dict:
+    record = record() if callable(record) else record
+    images = _list_images(cell)
+    for i, image in enumerate(images):
+        _check_image(image, i, store)
+    return {**record, "image": [f"{number}/{i}" for i in range(len(images))] or None}
+
+
+def _list_images(cell) -> list:
+    from pyarrow import ListScalar
+
+    if not cell.is_valid:
+        return []
+    return list(cell.values) if isinstance(cell, ListScalar) else [cell]
+
+
+def _check_image(image, number: int, store: ImageStore) -> None:
+    """Raise UserError unless a cell's image has bytes, or a path that leads to a file."""
+    content = image.get("bytes") if image.is_valid and "bytes" in image else None
+    size = content.as_buffer().size if content is not None and content.is_valid else 0
+    if size:
+        check_excess(f"image {number} of the record", size, store.access.max_bytes)
+        return
+    name = image.get("path") if image.is_valid and "path" in image else None
+    if name is None or not name.is_valid:
+        raise UserError(f"image {number} of the record has neither bytes nor a path; add one")
+    store.check(str(name.as_py()))
+
+
+class TableImages:
+    """Images in the cells of a table, which stays on disk; their names are "row/number"."""
+
+    def __init__(self, path: Path, table, access: Access):
+        self.path = path
+        self.table = table
+        self.access = access
+
+    def __reduce__(self):
+        return reopen_images, (self.path, self.access)  # another process maps the file again
+
+    def __contains__(self, name: str) -> bool:
+        row, _, _ = name.partition("/")
+        return int(row) < len(self.table)
+
+    def check(self, name: str) -> None:
+        """Raise UserError where there is no such image."""
+        if name not in self:
+            raise UserError(f"there is no image {name} in {self.path}")
+
+    def load(self, name: str) -> Image.Image:
+        """Return an image in RGB; UserError where it is broken."""
+        image = self._read_cell(name)
+        if image.get("bytes"):
+            return decode_image(image["bytes"], f"the image {name} in {self.path}")
+        return self._open_folder().load(str(image.get("path")))
+
+    def find_file(self, name: str) -> Path:
+        """Return the file that holds an image: its own, or the table."""
+        image = self._read_cell(name)
+        return self.path if image.get("bytes") else self._open_folder().find_file(image["path"])
+
+    def read_bytes(self, name: str) -> bytes:
+        """Return the encoded bytes of an image."""
+        image = self._read_cell(name)
+        return image.get("bytes") or self._open_folder().read_bytes(str(image.get("path")))
+
+    def _open_folder(self) -> ImageStore:
+        return ImageStore(self.path.parent, self.access)
+
+    def _read_cell(self, name: str) -> dict:
+        row, number = map(int, name.split("/"))
+        cell = self.table.with_format("arrow")[row].column("image")[0]
+        return _list_images(cell)[number].as_py()
+
+
+def reopen_images(path: Path, access: Access) -> TableImages:
+    """Return the images of a table that holds images."""
+    return TableImages(path, open_image_table(path, access), access)
+
+
+def _has_images(schema) -> bool:
+    import pyarrow
+
+    if schema.names.count("image") != 1:
+        return False
+    kind = schema.field("image").type
+    return pyarrow.types.is_struct(getattr(kind, "value_type", kind))
+
+
+def _choose_columns(path: Path, names: list[str]) -> list[str]:
+    for name in COLUMNS:
+        if names.count(name) > 1:
+            raise UserError(f"{path} has {names.count(name)} columns {name}; keep one of them")
+    return [name for name in COLUMNS if name in names]
+
+
+# ---- rows
+
+
+def _number_records(
+    path: Path, batches: Iterable, access: Access, start: int = 0
+) -> Iterator[Placed]:
+    number = start
+    for batch in batches:
+        for record in _convert_rows(batch, access):
+            yield f"{path} record {number}", record
+            number += 1
+
+
+def _convert_rows(batch, access: Access) -> list:
+    """The records of a batch; functions where one of them cannot be converted, or is large."""
+    import pyarrow
+
+    if batch.nbytes <= min(access.max_bytes, BATCH_BYTES):
+        try:
+            return batch.to_pylist()
+        except (pyarrow.ArrowException, *VALUE_ERRORS):
+            pass  # one row may be bad; each is converted by itself
+    return [partial(_convert_row, batch.slice(i, 1), access) for i in range(len(batch))]
+
+
+def _convert_row(row, access: Access) -> dict:
+    import pyarrow
+
+    check_excess("the record", row.nbytes, access.max_bytes)
+    try:
+        (record,) = row.to_pylist()
+    except (pyarrow.ArrowException, *VALUE_ERRORS) as error:
+        raise UserError(f"the row cannot be read ({type(error).__name__}: {error})") from None
+    return record
+
+
+# ---- files
+
+
+def _open_arrow(path: Path):
+    """A memory-mapped table of an Arrow file, or of a folder that `save_to_disk` has written."""
+    import datasets
+    import pyarrow
+
+    _check_stored(path)
+    open_table = datasets.load_from_disk if path.is_dir() else datasets.Dataset.from_file
+    try:
+        table = open_table(str(path))
+    except (pyarrow.ArrowException, *VALUE_ERRORS) as error:
+        raise UserError(
+            f"{path} cannot be read as records of `datasets` ({type(error).__name__}: {error}); save"
+            " it again"
+        ) from error
+    if not isinstance(table, datasets.Dataset):
+        raise UserError(
+            f"{path} holds several splits ({', '.join(table)}); give one of its folders"
+        )
+    return table
+
+
+def _check_stored(path: Path) -> None:
+    """Raise UserError where a folder has a pipe or a device, which would be waited for."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        if stat.S_IFMT(os.stat(file).st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+            raise UserError(f"{file} is not a stored file, but a pipe, a socket or a device")
+
+
+def _iterate_arrow(path: Path, table) -> Iterator:
+    names = _choose_columns(path, table.column_names)
+    chosen = table.with_format("arrow").select_columns(names)
+    # A dictionary repeats its values: their size is not known before they are converted.
+    num_rows = 1 if "dictionary<" in str(chosen.data.schema) else BATCH_ROWS
+    with _refuse_damaged(path, "records of `datasets`"):
+        yield from chosen.iter(batch_size=num_rows)
+
+
+def _open_parquet(path: Path, access: Access):
+    import pyarrow.parquet
+
+    with _refuse_damaged(path, "Parquet"):
+        file = pyarrow.parquet.ParquetFile(path)
+        _check_row_groups(path, file.metadata, access)
+    return file
+
+
+def _iterate_parquet(path: Path, access: Access) -> Iterator:
+    file = _open_parquet(path, access)
+    names = _choose_columns(path, file.schema_arrow.names)
+    with _refuse_damaged(path, "Parquet"):
+        yield from file.iter_batches(_count_batch_rows(file.metadata), columns=names)
+
+
+def _list_chunks(metadata) -> Iterator[tuple[int, Any]]:
+    """The rows and facts of every column's part in every row group that is read."""
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        for j in range(group.num_columns):
+            chunk = group.column(j)
+            if chunk.path_in_schema.partition(".")[0] in COLUMNS:
+                yield group.num_rows, chunk
+
+
+def _check_row_groups(path: Path, metadata, access: Access) -> None:
+    """Raise UserError where little data unpacks to very much."""
+    for _, chunk in _list_chunks(metadata):
+        packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
+        if unpacked > access.max_bytes and unpacked > MAX_RATIO * packed:
+            what = f"{path}: the column {chunk.path_in_schema}, of {packed:,} packed bytes,"
+            check_excess(what, unpacked, access.max_bytes)
+
+
+def _count_batch_rows(metadata) -> int:
+    """Rows that are read at once, so that they take some 64 MiB.
+
+    A dictionary holds each value once. So a column's every row may be as large as all of it.
+    """
+    largest = 1
+    for num_rows, chunk in _list_chunks(metadata):
+        size = chunk.total_uncompressed_size
+        may_repeat = chunk.has_dictionary_page and size > SMALL
+        largest = max(largest, size if may_repeat else size // max(num_rows, 1))
+    return min(max(BATCH_BYTES // largest, 4), BATCH_ROWS)
+
+
+@contextmanager
+def _refuse_damaged(path: Path, kind: str) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (pyarrow.ArrowException, *VALUE_ERRORS) as error:
+        raise UserError(
+            f"{path} cannot be read as {kind} ({type(error).__name__}: {error}); save it again"
+        ) from None

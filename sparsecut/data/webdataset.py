@@ -1,0 +1,183 @@
+"""WebDataset archives: samples of KEY.json and the images whose names begin with the same key."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from ..schema import UserError
+from .access import Access, check_excess
+from .archives import check_member, iterate_members, refuse_damaged, show_name
+from .json_text import parse_json
+
+# Members that are images, in any case; other members are passed over.
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+)
+MAX_MEMBERS = 10_000  # of one sample
+NUMBER = re.compile(r"[0-9]+")
+
+
+@dataclass
+class _Sample:
+    """Members that follow one another and have the same key.
+
+    Attributes:
+        key: What their names begin with.
+        contents: Name -> its bytes, None for an image that is read later.
+        others: Names of members that are passed over.
+        problem: Why the sample cannot be used.
+        num_bytes: Bytes of the contents.
+    """
+
+    key: str
+    contents: dict[str, bytes | None] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    problem: UserError | None = None
+    num_bytes: int = 0
+
+    def add(self, archive: tarfile.TarFile, member: tarfile.TarInfo, by_name: bool, access: Access):
+        """Add a member, and read it unless it is an image that is read by its name later."""
+        if self.problem is not None:
+            return
+        if not (is_json(member.name) or is_image(member.name)):
+            self.others.append(member.name)
+            return
+        try:
+            self._check(member, access)
+            is_read = is_json(member.name) or not by_name
+            if is_read:
+                self.num_bytes += member.size
+                what = "the sample with its images"
+                check_excess(what, self.num_bytes, access.max_bytes)
+            self.contents[member.name] = archive.extractfile(member).read() if is_read else None
+        except UserError as error:
+            self.problem = error
+            self.contents = {}
+
+    def _check(self, member: tarfile.TarInfo, access: Access) -> None:
+        name = show_name(member.name)
+        if not member.isreg():
+            raise UserError(
+                f"{name} is a link or a special file; pack the archive again with --dereference and"
+                " --hard-dereference"
+            )
+        if member.name in self.contents:
+            raise UserError(f"{name} stands in the archive twice; remove one")
+        if len(self.contents) >= MAX_MEMBERS:
+            raise UserError(f"the sample has more than {MAX_MEMBERS:,} files; divide it")
+        check_member(member, access.max_bytes)
+
+    def parse(self) -> dict:
+        """Return the record; UserError where there is none."""
+        if self.problem is not None:
+            raise self.problem
+        texts = [content for name, content in self.contents.items() if is_json(name)]
+        if len(texts) != 1:
+            names = ", ".join(map(show_name, [*self.contents, *self.others][:5]))
+            raise UserError(f"the sample has {len(texts)} .json files among {names}, but needs one")
+        record = _parse_record(texts[0])
+        images = []
+        for name in sort_images(self.key, filter(is_image, self.contents)):
+            content = self.contents[name]
+            images.append(show_name(name) if content is None else content)
+        return {"id": show_name(self.key), **record, "image": images or None}
+
+
+def read_samples(path: Path, by_name: bool, access: Access) -> Iterator[tuple[str, partial]]:
+    """Yield where each sample stands, and a function that returns its record.
+
+    Args:
+        path: The archive.
+        by_name: Images come as names for an `ImageStore` of the archive, not as bytes.
+        access: What records may reach.
+
+    Raises:
+        UserError: The archive is damaged.
+    """
+    with refuse_damaged(path):
+        sample = None
+        for archive, member in iterate_members(path):
+            key = get_key(member.name)
+            if member.isdir() or key is None:
+                continue
+            if sample is not None and key != sample.key:
+                yield _place_sample(path, sample)
+                sample = None
+            sample = sample or _Sample(key)
+            sample.add(archive, member, by_name, access)
+        if sample is not None:
+            yield _place_sample(path, sample)
+
+
+def _place_sample(path: Path, sample: _Sample) -> tuple[str, partial]:
+    return f"{path} sample {show_name(sample.key)}", partial(sample.parse)
+
+
+def get_key(name: str) -> str | None:
+    """Return the key of a member: its folder, and its file's name up to the first dot.
+
+    None for files that no one packed on purpose, such as ._a.png, .DS_Store and all in __MACOSX.
+    """
+    folder, _, file = posixpath.normpath(name).lstrip("/").rpartition("/")
+    stem = file.partition(".")[0]
+    if not stem or "__MACOSX" in folder.split("/"):
+        return None
+    return f"{folder}/{stem}" if folder else stem
+
+
+def is_json(name: str) -> bool:
+    """Whether a member holds a record, by its name."""
+    return name.lower().endswith(".json")
+
+
+def is_image(name: str) -> bool:
+    """Whether a member is an image, by its name."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def sort_images(key: str, names: Iterator[str]) -> list[str]:
+    """Return the images of a sample by their numbers, wherever they stand in the archive.
+
+    Names that differ in more than numbers stay together, in the archive's order: left.0, left.1,
+    right.0. A name without a number comes before those with one.
+    """
+    words: dict[str, int] = {}  # a name without its numbers -> its place
+
+    def get_place(name: str) -> tuple[int, list[tuple[int, str]]]:
+        rest = posixpath.basename(name)[len(posixpath.basename(key)) :].lower()
+        rest = rest[: -len(next(suffix for suffix in IMAGE_SUFFIXES if rest.endswith(suffix)))]
+        word = NUMBER.sub("", rest).strip("._- ")
+        numbers = [digits.lstrip("0") for digits in NUMBER.findall(rest)]
+        return words.setdefault(word, len(words)), [(len(text), text) for text in numbers]
+
+    return sorted(names, key=get_place)
+
+
+def _parse_record(text: bytes) -> dict:
+    try:
+        record = parse_json(text.decode("utf-8-sig"), start=(1, 1))
+    except UnicodeDecodeError as error:
+        line = text.count(b"\n", 0, error.start) + 1
+        raise UserError(f"line {line} of the sample's .json is not UTF-8 text") from None
+    except UserError as error:
+        raise UserError(f"the .json of the sample cannot be read: {error}") from None
+    if isinstance(record, list):
+        record = {"conversations": record}
+    if not isinstance(record, dict):
+        raise UserError("the .json of a sample holds a record, or the list of its turns")
+    return record

@@ -1,0 +1,164 @@
+"""WebDataset archives: images by their numbers, ids by folder and key, and what is no sample."""
+
+import io
+import json
+import tarfile
+
+import pytest
+from helpers.records import make_turns
+from PIL import Image
+
+from sparsecut.config.recipe import Source
+from sparsecut.data.errors import RecordError
+from sparsecut.data.examples import Example, read_examples, read_source
+from sparsecut.data.readers import find_files
+from sparsecut.data.streaming import read_stream
+
+
+def make_image(level: int) -> bytes:
+    """An image file whose pixels all have one level of grey."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (level, level, level)).save(file, "PNG")
+    return file.getvalue()
+
+
+def make_json(num_images: int = 1) -> bytes:
+    turns = make_turns(("human", "<image>" * num_images + " What?"), ("gpt", "grey"))
+    return json.dumps({"conversations": turns}).encode()
+
+
+def write_archive(path, *members: tuple[str, bytes], links: dict[str, str] | None = None):
+    """An archive of (name, content), with hard links at its end."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        for name, target in (links or {}).items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.LNKTYPE, target
+            archive.addfile(info)
+    return path
+
+
+def read_both_ways(path) -> list[list[Example]]:
+    """The examples as an indexed source and as a stream give them."""
+    streamed = read_stream(Source(str(path), streaming=True), find_files(path))
+    return [read_examples(path), list(streamed)]
+
+
+def read_levels(example: Example) -> list[int]:
+    return [image.getpixel((0, 0))[0] for image in example.load_images()]
+
+
+ORDERS = [
+    # archive order -> the levels that are expected
+    (["a.10.png", "a.2.png", "a.11.png", "a.1.png", "a.0.png"], [0, 1, 2, 10, 11]),
+    (["a.010.png", "a.9.PNG", "a.8.jpeg"], [8, 9, 10]),
+    (["a.2.png", "a.png", "a.1.tiff"], [0, 1, 2]),
+    (["a.img10.png", "a.img9.png"], [9, 10]),
+    (["a.left1.png", "a.left0.png", "a.right1.png", "a.right0.png"], [0, 1, 0, 1]),
+]
+
+
+@pytest.mark.parametrize("names, expected", ORDERS)
+def test_images_of_a_sample_come_by_their_numbers(tmp_path, names, expected):
+    members = []
+    for name in names:
+        digits = "".join(character for character in name if character.isdigit())
+        members.append((name, make_image(int(digits or 0))))
+    path = write_archive(tmp_path / "x.tar", ("a.json", make_json(len(names))), *members)
+    for (example,) in read_both_ways(path):
+        assert read_levels(example) == expected
+
+
+def test_names_without_numbers_keep_the_archive_s_order(tmp_path):
+    members = [("a.question.png", make_image(50)), ("a.answer.png", make_image(40))]
+    path = write_archive(tmp_path / "x.tar", *members, ("a.json", make_json(2)))
+    for (example,) in read_both_ways(path):
+        assert read_levels(example) == [50, 40]
+
+
+@pytest.mark.parametrize(
+    "folder, expected",
+    [("./", ""), ("", ""), ("v1.0/", "v1.0/"), ("./v1.0/./b.c/", "v1.0/b.c/"), ("/top/", "top/")],
+)
+def test_ids_are_folder_and_key_so_that_records_can_be_held_out(tmp_path, folder, expected):
+    members = []
+    for name in ("keep", "test"):
+        members += [(f"{folder}{name}.json", make_json()), (f"{folder}{name}.png", make_image(1))]
+    path = write_archive(tmp_path / "x.tar", *members)
+    for examples in read_both_ways(path):
+        assert [example.id for example in examples] == [expected + "keep", expected + "test"]
+        assert [read_levels(example) for example in examples] == [[1], [1]]
+    (kept,) = read_source(Source(str(path), hold_out="test$"), [])
+    assert kept.id == expected + "keep"
+
+
+def test_files_that_no_one_packed_on_purpose_are_passed_over(tmp_path):
+    members = [
+        ("._a.json", b"\0\5\26\7"),
+        ("a.json", make_json()),
+        ("._a.png", b"\0\5\26\7"),
+        ("a.png", make_image(1)),
+        (".DS_Store", b"x"),
+        ("__MACOSX/a.json", b"x"),
+        ("__MACOSX/._a.png", b"x"),
+        ("b/__MACOSX/c.json", b"x"),
+    ]
+    path = write_archive(tmp_path / "x.tar", *members)
+    for (example,) in read_both_ways(path):
+        assert (example.id, read_levels(example)) == ("a", [1])
+
+
+@pytest.mark.parametrize("suffix", ["tiff", "TIF", "JPG", "JpEg", "PNG", "webp", "BMP", "gif"])
+def test_every_kind_of_image_is_found_in_any_case(tmp_path, suffix):
+    path = write_archive(
+        tmp_path / "x.TAR", ("A.JSON", make_json()), (f"A.{suffix}", make_image(3))
+    )
+    for (example,) in read_both_ways(path):
+        assert read_levels(example) == [3]
+
+
+def test_a_sample_that_links_elsewhere_or_holds_a_name_twice_is_one_bad_record(tmp_path):
+    members = [("a.json", make_json()), ("a.png", make_image(1)), ("b.json", make_json())]
+    path = write_archive(tmp_path / "x.tar", *members, links={"b.png": "/etc/hostname"})
+    problems = []
+    assert [e.id for e in read_examples(path, problems=problems)] == ["a"]
+    assert ["link" in str(error) for error in problems] == [True]
+    twice = [("a.json", make_json()), ("a.png", make_image(1)), ("a.png", make_image(2))]
+    with pytest.raises(RecordError, match=r"sample a: a\.png .*twice"):
+        read_examples(write_archive(tmp_path / "y.tar", *twice))
+
+
+def test_a_key_of_bytes_that_are_not_utf8_can_be_written(tmp_path):
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    path = write_archive(
+        tmp_path / "x.tar", (f"{name}.json", make_json()), (f"{name}.png", make_image(4))
+    )
+    for (example,) in read_both_ways(path):
+        assert example.id.encode() == b"caf\\xe9"
+        assert read_levels(example) == [4]
+
+
+def write_ids(folder, *ids: str) -> str:
+    records = []
+    for name in ids:
+        turns = make_turns(("human", "What?"), ("gpt", "grey"))
+        records.append({"id": name, "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(records))
+    return str(folder / "data.json")
+
+
+def test_a_choice_by_ids_that_does_nothing_is_told(tmp_path, caplog):
+    path = write_ids(tmp_path, "train.1", "train.2", "dev.1")
+    assert len(read_source(Source(path, hold_out="^dev"), [])) == 2
+    assert not caplog.records
+    assert len(read_source(Source(path, hold_out="^test"), [])) == 3
+    assert "'^test'" in caplog.text and "train.1" in caplog.text
+
+
+def test_ids_of_several_records_are_told(tmp_path, caplog):
+    path = write_ids(tmp_path, "a", "b", "a")
+    assert len(read_source(Source(path), [])) == 3
+    assert "1 ids" in caplog.text and "'a'" in caplog.text
