@@ -24,7 +24,15 @@ from transformers.dynamic_module_utils import custom_object_save
 from .adapters import load_adapters
 from .configuration import SparseCutConfig, SparseCutUpgradeConfig, check_language_model
 from .encoders import check_extractor, get_encoder, is_audio
-from .loading import HUB_ARGUMENTS, load_pretrained, load_weights
+from .loading import (
+    HUB_ARGUMENTS,
+    adopt_quantization,
+    find_compute_dtype,
+    forget_quantization,
+    holds_quantized_values,
+    load_pretrained,
+    load_weights,
+)
 from .modeling import SparseCutForConditionalGeneration
 from .modeling_upgraded import FACTS
 from .plan import Plan
@@ -157,11 +165,16 @@ def _join(
         module._is_hf_initialized = True  # transformers must not draw these weights anew
     if language.get_input_embeddings().num_embeddings <= config.image_token_id:
         language.resize_token_embeddings(config.image_token_id + 1)
+    for part in (vision, language):
+        if not holds_quantized_values(part):
+            forget_quantization(part.config)
     # The parts' own, with the new size of the vocabulary.
     config.vision_config = vision.config
     config.text_config = language.config
     model = SparseCutForConditionalGeneration(config, vision_tower=vision, language_model=language)
-    model.fusion.to(next(language.parameters()).dtype)
+    adopt_quantization(model, vision)
+    adopt_quantization(model, language)
+    model.fusion.to(find_compute_dtype(language))
     return model
 
 

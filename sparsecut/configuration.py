@@ -73,7 +73,7 @@ class SparseCutConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs):
         """The configuration that a file holds; UserError where it would fetch and run code."""
         check_runs_no_code(config_dict, kwargs.get("name_or_path") or f"a {cls.model_type} model")
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(without_gguf(config_dict), **kwargs)
 
     def get_plan(self) -> Plan:
         """The plan as a `Plan`."""
@@ -145,7 +145,7 @@ class SparseCutUpgradeConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs):
         """The configuration that a file holds; UserError where it would fetch and run code."""
         check_runs_no_code(config_dict, kwargs.get("name_or_path") or f"a {cls.model_type} model")
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(without_gguf(config_dict), **kwargs)
 
     @classmethod
     def from_base(
@@ -202,6 +202,21 @@ class SparseCutUpgradeConfig(PreTrainedConfig):
     def image_token_id(self) -> int:
         """The base's placeholder for one image token."""
         return self.base_config.image_token_id
+
+
+def without_gguf(values):
+    """A configuration without a note that its language model was once read from a GGUF file.
+
+    Earlier versions saved it. Weights in a folder of ours are never in that format.
+    """
+    if not isinstance(values, dict):
+        return values
+    kept = {}
+    for key, value in values.items():
+        is_note = key == "quantization_config" and isinstance(value, dict)
+        if not (is_note and value.get("quant_method") == "gguf"):
+            kept[key] = without_gguf(value)
+    return kept
 
 
 def _read_implementations(*configs) -> list[tuple]:

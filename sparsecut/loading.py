@@ -197,6 +197,47 @@ def check_finite(module: nn.Module, source: str) -> None:
             )
 
 
+def is_quantized(config) -> bool:
+    """Whether a configuration speaks of quantized weights."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def holds_quantized_values(module: nn.Module) -> bool:
+    """Whether any weight is of a class of its own, of small integers or of one byte."""
+    for values in module.state_dict().values():
+        is_own_class = type(values) not in (Tensor, nn.Parameter)
+        is_narrow = values.dtype.itemsize == 1 and values.dtype != torch.bool
+        if is_own_class or is_narrow or values.dtype in (torch.int16, torch.int32):
+            return True
+    return False
+
+
+def forget_quantization(config) -> None:
+    """Take out of a configuration how weights were quantized in a file that is not there any more.
+
+    So it is with language models that were read from a GGUF file.
+    """
+    for one in (config, config.get_text_config()):
+        if is_quantized(one):
+            del one.quantization_config
+
+
+def adopt_quantization(model: nn.Module, part: nn.Module) -> None:
+    """Let a model save and load the quantized weights of a part that was loaded before it."""
+    if getattr(part, "hf_quantizer", None) is not None and holds_quantized_values(part):
+        model.hf_quantizer = part.hf_quantizer
+        model.config.quantization_config = part.hf_quantizer.quantization_config
+
+
+def find_compute_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that a model computes in, quantized or not: that of its embeddings or norms."""
+    for module in (model.get_input_embeddings(), model):
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
+                return parameter.dtype
+    return torch.float32
+
+
 def read_tensors(file: Path, remedy: str) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file; UserError where it is missing or damaged."""
     try:

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import (
 from .encoders import PatchGrid, encoder_inputs
 from .fusion import Fusion
 from .hooks import CACHE_NAMES, remove_gradient_hooks
-from .loading import check_finite, check_loaded_weights
+from .loading import check_finite, check_loaded_weights, find_compute_dtype, is_quantized
 from .plan import Plan
 from .schema import UserError
 
@@ -80,16 +80,20 @@ class SparseCutPreTrainedModel(PreTrainedModel):
         if name is not None or settings.get("state_dict"):
             check_loaded_weights(model, info, str(name or "state_dict"))
             check_finite(model, str(name or "state_dict"))
-        if _is_quantized(model.config):
+        if is_quantized(model.config):
             model.fusion.to(find_compute_dtype(model))
         return model
 
     def post_init(self):
         """Finish as transformers does; no quantizer is to touch the shortcuts."""
         super().post_init()
-        if _is_quantized(self.config):
+        if is_quantized(self.config):
             # This is the list that all quantizers of transformers leave out.
-            self._keep_in_fp32_modules = {*(self._keep_in_fp32_modules or ()), "fusion"}
+            kept = {*(self._keep_in_fp32_modules or ()), "fusion"}
+            parts = self.config.text_config, self.config.vision_config
+            if [is_quantized(part) for part in parts] == [True, False]:
+                kept.add("vision_tower")  # it was joined to a quantized language model
+            self._keep_in_fp32_modules = kept
 
     @property
     def saves_fusion_only(self) -> bool:
@@ -175,19 +179,6 @@ class SparseCutPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-
-
-def _is_quantized(config) -> bool:
-    return getattr(config, "quantization_config", None) is not None
-
-
-def find_compute_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype that a model computes in, quantized or not: that of its embeddings or norms."""
-    for module in (model.get_input_embeddings(), model):
-        for parameter in module.parameters():
-            if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
-                return parameter.dtype
-    return torch.float32
 
 
 def _parameters_outside(parameters: Iterable, known: Iterable) -> list[nn.Parameter]:

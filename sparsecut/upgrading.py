@@ -17,8 +17,11 @@ from .families import VLMFamily, get_family
 from .fingerprint import base_hash
 from .loading import (
     HUB_ARGUMENTS,
+    adopt_quantization,
     check_finite,
     check_loaded_weights,
+    forget_quantization,
+    holds_quantized_values,
     load_pretrained,
     load_weights,
     read_tensors,
@@ -103,9 +106,13 @@ def _unwrap_peft(model: nn.Module) -> nn.Module:
 def _wrap(base: PreTrainedModel, plan: Plan) -> SparseCutUpgrade:
     name = getattr(base.config, "_name_or_path", None) or None
     config = SparseCutUpgradeConfig.from_base(base, plan, name, base_hash(base))
+    if not holds_quantized_values(base):
+        forget_quantization(config.base_config)
     for module in base.modules():
         module._is_hf_initialized = True  # transformers must not draw these weights anew
-    return SparseCutUpgrade(config, base=base)
+    model = SparseCutUpgrade(config, base=base)
+    adopt_quantization(model, base)
+    return model
 
 
 def _move_fusion(model: SparseCutUpgrade) -> None:
