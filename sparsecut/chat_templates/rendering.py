@@ -176,14 +176,19 @@ def _find_form_with_images(template: str, image_token: str, special_tokens: tupl
     """Whether a template takes contents as parts, found by rendering parts and a string.
 
     Raises:
-        UserError: It writes a placeholder for neither.
+        UserError: It writes a placeholder for neither, or cannot render either.
     """
     parts = [{"type": "image"}, {"type": "text", "text": PROBE}]
     string = f"{image_token}\n{PROBE}"
+    texts = []
     for form, content in ((PARTS, parts), (TEXT, string)):
         text = _try_template(template, [{"role": "user", "content": content}], special_tokens)
         if text.count(PROBE) == 1 and text.count(image_token) == 1 and "'type'" not in text:
             return form
+        texts.append(text)
+    if not any(texts):  # images are not the reason: let the template's own error be told
+        message = (("role", "user"), ("content", string))
+        _render((message,), template, False, False, (TEXT, None), special_tokens)
     raise UserError(
         f"the chat template writes no {image_token} for an image, so images would be lost; set a"
         " processor.chat_template that takes content items such as {'type': 'image'}"

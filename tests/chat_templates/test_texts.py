@@ -169,3 +169,14 @@ def test_a_placeholder_that_is_an_ordinary_word_is_read_anywhere():
     assert ids == [words["a"], *[words["<image>"]] * 4, words["cat"]]
     model, built = tiny_model()
     assert len(built.tokenizer) == model.get_input_embeddings().num_embeddings
+
+
+def test_a_template_that_cannot_render_is_blamed_for_that_and_not_for_images():
+    processor = llava()
+    messages = [{"role": "user", "content": "What is <image>?"}]
+    processor.chat_template = "{{ raise_exception('Give me tools') }}"
+    with pytest.raises(UserError, match="Give me tools"):
+        render_prompt(processor, messages)
+    processor.chat_template = "{% for m in messages %}{{ 'no image' }}{% endfor %}"
+    with pytest.raises(UserError, match="<image>"):
+        render_prompt(processor, messages)
