@@ -5,6 +5,7 @@ for two prompts of different lengths, padded on the left. The images differ in s
 allows it.
 """
 
+import pytest
 import torch
 import transformers as hf
 from helpers.base_configs import CONFIGS, END, IMAGE, START, VIDEO
@@ -26,8 +27,13 @@ INPUTS_LIKE = {
 
 
 def base_config(name: str):
-    """Configuration of a tiny model of a family."""
-    return CONFIGS[name]()
+    """Configuration of a tiny model of a family; skips a test of one that this release lacks."""
+    try:
+        return CONFIGS[name]()
+    except AttributeError as error:
+        if error.obj is not hf:
+            raise
+        pytest.skip(f"transformers {hf.__version__} has no {error.name}")
 
 
 def build_base(name: str):
