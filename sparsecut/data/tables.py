@@ -19,7 +19,7 @@ from .images import ImageStore, decode_image
 COLUMNS = ("id", "image", "conversations", "group", "level")  # no other one is read
 BATCH_ROWS = 1000
 BATCH_BYTES = 64 * 2**20  # of rows that are read at once
-SMALL = 64 * 2**10  # bytes of a column that cannot become large, however often a value is repeated
+FEW_ROWS = 16  # that are read at once of a large row group
 LARGE_GROUP = 2**30  # bytes of a row group that is not read at once
 MAX_RATIO = 200  # of unpacked to packed bytes; texts reach 10, images 1
 # What pyarrow raises besides its own errors, where values are damaged or do not fit Python's types.
@@ -57,10 +57,9 @@ def open_image_table(path: Path, access: Access):
 
 def _choose_batches(metadata) -> dict[str, int]:
     """The rows that `datasets` copies at once, where a whole row group would be too much."""
-    sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-    return (
-        {"batch_size": _count_batch_rows(metadata)} if max(sizes, default=0) > LARGE_GROUP else {}
-    )
+    sizes = [size for _, size in _list_group_sizes(metadata)]
+    is_large = max(sizes, default=0) > LARGE_GROUP
+    return {"batch_size": _count_batch_rows(metadata)} if is_large else {}
 
 
 def read_image_table(path: Path, table, access: Access) -> Iterator[Placed]:
@@ -263,36 +262,36 @@ def _iterate_parquet(path: Path, access: Access) -> Iterator:
         yield from file.iter_batches(_count_batch_rows(file.metadata), columns=names)
 
 
-def _list_chunks(metadata) -> Iterator[tuple[int, Any]]:
-    """The rows and facts of every column's part in every row group that is read."""
-    for i in range(metadata.num_row_groups):
-        group = metadata.row_group(i)
-        for j in range(group.num_columns):
-            chunk = group.column(j)
-            if chunk.path_in_schema.partition(".")[0] in COLUMNS:
-                yield group.num_rows, chunk
+def _list_group_sizes(metadata) -> list[tuple[int, int]]:
+    """Rows and unpacked bytes of every row group.
+
+    The facts of single columns are not asked for: pyarrow ends the process where these are damaged.
+    """
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    return [(group.num_rows, group.total_byte_size) for group in groups]
 
 
 def _check_row_groups(path: Path, metadata, access: Access) -> None:
     """Raise UserError where little data unpacks to very much."""
-    for _, chunk in _list_chunks(metadata):
-        packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
+    packed = path.stat().st_size
+    for number, (_, unpacked) in enumerate(_list_group_sizes(metadata)):
         if unpacked > access.max_bytes and unpacked > MAX_RATIO * packed:
-            what = f"{path}: the column {chunk.path_in_schema}, of {packed:,} packed bytes,"
+            what = f"{path}: row group {number}, of a file of {packed:,} packed bytes,"
             check_excess(what, unpacked, access.max_bytes)
 
 
 def _count_batch_rows(metadata) -> int:
     """Rows that are read at once, so that they take some 64 MiB.
 
-    A dictionary holds each value once. So a column's every row may be as large as all of it.
+    A dictionary holds each value once. So every row may be as large as its whole group, and few
+    rows are read at once where a group is large.
     """
-    largest = 1
-    for num_rows, chunk in _list_chunks(metadata):
-        size = chunk.total_uncompressed_size
-        may_repeat = chunk.has_dictionary_page and size > SMALL
-        largest = max(largest, size if may_repeat else size // max(num_rows, 1))
-    return min(max(BATCH_BYTES // largest, 4), BATCH_ROWS)
+    num_rows = BATCH_ROWS
+    for rows_of_group, size in _list_group_sizes(metadata):
+        average = max(size // max(rows_of_group, 1), 1)
+        by_group = max(BATCH_BYTES // max(size, 1), FEW_ROWS)
+        num_rows = min(num_rows, by_group, max(BATCH_BYTES // average, 1))
+    return num_rows
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def test_its_laptop_commands_run_as_printed(workspace):
         assert result.exit_code == 0, (command, result.output)
     entries = (workspace / "runs" / "mine").iterdir()
     written = {path.name for path in entries if not path.name.startswith(".")}  # without the lock
-    assert written == {"config.yaml", "align", "tune", "final", "eval"}
+    assert written == {"config.yaml", "inputs.json", "align", "tune", "final", "eval"}
     assert (workspace / "runs" / "mine" / "tune" / "checkpoint-4").is_dir()
 
 
