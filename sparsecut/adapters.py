@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from .loading import check_finite, check_loaded_weights, read_tensors
@@ -53,6 +54,24 @@ def add_adapters(model: nn.Module, train: tuple[str, ...], settings) -> None:
         part = get_adapted_part(name)
         if part is not None and part not in get_adapters(model):
             get_adapters(model)[part] = _add_adapter(get_part_module(model, part), part, settings)
+
+
+def check_targets(model: nn.Module, train: tuple[str, ...], settings) -> None:
+    """Check that the adapters which a stage names can be added; the model stays as it is.
+
+    Args:
+        model: a model of this package.
+        train: the stage's `train`.
+        settings: the stage's `lora`.
+
+    Raises:
+        UserError: As `add_adapters`.
+    """
+    import_peft()
+    parts = filter(None, map(get_adapted_part, train))
+    for part in set(parts) - set(get_adapters(model)):
+        with torch.random.fork_rng():  # new weights are drawn
+            _add_adapter(get_part_module(model, part), part, settings).unload()
 
 
 def _add_adapter(module: nn.Module, part: str, settings):

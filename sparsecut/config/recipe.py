@@ -159,8 +159,15 @@ class Lora:
         if not isinstance(self.targets, str):
             make_tuples(self, "targets")
         check_types(self)
-        if self.r < 1:
-            raise UserError(f"r is {self.r}, but a rank is at least 1")
+        if isinstance(self.targets, str):
+            check_pattern("targets", self.targets)
+        elif not all(isinstance(target, str) for target in self.targets):
+            raise UserError(f"targets is {self.targets!r}, but names layers, such as q_proj")
+        if not self.targets:
+            raise UserError("targets is empty; name layers such as q_proj, or write all-linear")
+        for name in ("r", "alpha"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, but must be at least 1")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}, but must be from 0 to below 1")
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import math
 import os
-from collections.abc import Mapping
-from dataclasses import Field, fields
+from collections.abc import Collection, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from ..config.recipe import Stage
 from ..hooks import name_checkpointing
 from ..schema import UserError, nearest
+from .argument_values import check_evaluation, check_values, try_optimizer
 
 # Arguments that the recipe sets itself, with the recipe's key for each.
 RECIPE_KEYS = {"output_dir": "output", "seed": "seed"}
@@ -52,13 +53,10 @@ def build_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
         UserError: If an argument is unknown, has a wrong type, or cannot work with a stage, or if
             the number of processes or GPUs does not fit.
     """
-    _check_names_and_types(stage)
+    _check_names(stage)
     _check_unsupported(stage)
-    for name, value in stage.args.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(
-                f"stage {stage.name}: args.{name} is {value}, but must be a finite number"
-            )
+    with _name_stage(stage):
+        stage_values = check_values(name_checkpointing(stage.args))
     defaults = {
         "data_seed": seed,
         "report_to": "none",
@@ -75,33 +73,38 @@ def build_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
         "logging_nan_inf_filter": False,  # the stage's trainer stops at such a loss
         "gradient_accumulation_steps": compute_accumulation_steps(stage, num_processes),
     }
-    values = name_checkpointing({**defaults, **stage.args, **fixed})
+    values = {**defaults, **stage_values, **fixed}
     try:
         args = TrainingArguments(output_dir=str(output / stage.name), seed=seed, **values)
     except ARGUMENT_ERRORS as error:
         raise UserError(
             f"stage {stage.name}: transformers' TrainingArguments refuses args: {error}"
         ) from None
-    _check_packages(stage, args)
+    with _name_stage(stage):
+        check_evaluation(args)
+        _check_reports(args)
+        try_optimizer(args)
     _check_processes(args, num_processes)
     return args
 
 
-def _check_packages(stage: Stage, args: TrainingArguments) -> None:
-    """Refuse an optimizer or a report whose package is not installed here."""
+@contextlib.contextmanager
+def _name_stage(stage: Stage) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"stage {stage.name}: {error}") from error
+
+
+def _check_reports(args: TrainingArguments) -> None:
+    """Refuse a report whose package is not installed here."""
     available = get_available_reporting_integrations()
     for name in args.report_to:
         if name not in available:
             raise UserError(
-                f"stage {stage.name}: args.report_to names {name!r}, which is not known or not"
-                f" installed here; available are {', '.join(['none', *available])}"
+                f"args.report_to names {name!r}, which is not known or not installed here;"
+                f" available are {', '.join(['none', *available])}"
             )
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
-    except ImportError as error:
-        raise UserError(f"stage {stage.name}: args.optim is {args.optim}: {error}") from error
-    except ValueError:
-        return  # some need the model, so the Trainer checks them
 
 
 def compute_accumulation_steps(stage: Stage, num_processes: int) -> int:
@@ -159,13 +162,13 @@ def _check_positive(stage: Stage, name: str, value) -> None:
         )
 
 
-def _check_names_and_types(stage: Stage) -> None:
-    known = {field.name: field for field in fields(TrainingArguments) if field.init}
-    for name, value in name_checkpointing(stage.args).items():
-        _check_argument(stage, name, value, known)
+def _check_names(stage: Stage) -> None:
+    known = [field.name for field in fields(TrainingArguments) if field.init]
+    for name in name_checkpointing(stage.args):
+        _check_name(stage, name, known)
 
 
-def _check_argument(stage: Stage, name: str, value, known: Mapping[str, Field]) -> None:
+def _check_name(stage: Stage, name: str, known: Collection[str]) -> None:
     if name not in known:
         raise UserError(
             f"stage {stage.name}: args.{name} is not an argument of transformers'"
@@ -175,13 +178,6 @@ def _check_argument(stage: Stage, name: str, value, known: Mapping[str, Field]) 
         raise UserError(
             f"stage {stage.name}: args.{name} is set by the recipe's `{RECIPE_KEYS[name]}`; set"
             " that instead"
-        )
-    is_number = isinstance(known[name].default, int | float)
-    takes_text = "str" in str(known[name].type)
-    if is_number and not takes_text and isinstance(value, str):
-        raise UserError(
-            f"stage {stage.name}: args.{name} is the text {value!r}, but must be a number; write"
-            " it without quotes"
         )
 
 

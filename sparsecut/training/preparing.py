@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments, set_seed
 
-from ..adapters import import_peft
+from ..adapters import check_targets
 from ..building import build, is_saved, load
 from ..chat_templates.arguments import set_arguments
 from ..config.recipe import Recipe, Source, Stage
@@ -209,7 +209,14 @@ def _check_model(recipe: Recipe, model) -> None:
     for stage in recipe.stages:
         check_parts(model, stage.train)
         if stage.lora is not None:
-            import_peft()
+            _check_adapters(stage, model)
+
+
+def _check_adapters(stage: Stage, model) -> None:
+    try:
+        check_targets(model, stage.train, stage.lora)
+    except UserError as error:
+        raise UserError(f"stage {stage.name}: {error}") from error
 
 
 def _check_plan(recipe: Recipe, model) -> None:

@@ -11,6 +11,7 @@ from helpers.example_bases import KINDS, build_example_base
 from helpers.records import encode_batch
 from helpers.runs import interrupt, log, stage, write_records
 from PIL import Image
+from safetensors.torch import load_file
 
 from sparsecut import Chat, load, train, upgrade
 from sparsecut.config.recipe import load_recipe, parse_recipe
@@ -164,6 +165,39 @@ def test_shortcuts_are_saved_without_the_base_and_load_with_it(trained):
     state = loaded.state_dict()
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name])
+
+
+def test_the_best_shortcuts_are_kept_also_by_a_run_that_is_continued(folder, tmp_path):
+    """It is evaluated on answers that it unlearns; checkpoints hold the shortcuts alone."""
+    args = {
+        "max_steps": 6,
+        "learning_rate": 0.05,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+    }
+    records = json.loads((folder / "data.json").read_text())
+    for record in records:
+        record["conversations"][1]["value"] = "zebra zebra"
+    (tmp_path / "other.json").write_text(json.dumps(records))
+    evaluated = {"data": {"path": str(tmp_path / "other.json"), "images": str(folder)}}
+    given = make_recipe(folder, tmp_path / "out", stage(folder, args=args), evaluate=evaluated)
+    with interrupt("one", step=5):
+        train(given, shown=False)
+    model, _ = train(given, shown=False, resume=True)
+    losses = {line["step"]: line["eval_loss"] for line in log(tmp_path) if "eval_loss" in line}
+    best = min(losses, key=losses.get)
+    assert best < 6, losses
+    kept = {path.name for path in (tmp_path / "out" / "one").glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{best}", "checkpoint-6"}
+    weights = load_file(tmp_path / "out" / "one" / f"checkpoint-{best}" / "fusion.safetensors")
+    loaded, _ = load(tmp_path / "out" / "final")
+    for name, value in weights.items():
+        assert torch.equal(value, model.fusion.state_dict()[name])
+        assert torch.equal(value, loaded.fusion.state_dict()[name])
 
 
 def test_answers_depend_on_shortcuts_and_not_on_the_batch(trained, tmp_path):
