@@ -217,7 +217,8 @@ def _check_answers(text: str, spans: list[Span], messages: list[dict]) -> None:
     for i, (start, end) in zip(answers, spans, strict=True):
         content = messages[i]["content"]
         written = "".join(text[start:end].split())
-        if "".join(content.split()) in written:
+        unopened = _drop_opened_mark(content, text[:start])
+        if "".join(unopened.split()) in written:
             continue
         is_kept = "".join(strip_thoughts(content).split()) in written
         if is_kept and i != answers[-1]:
@@ -231,6 +232,15 @@ def _check_answers(text: str, spans: list[Span], messages: list[dict]) -> None:
             f"the chat template leaves out or changes {what} in turn {i}, so it would not be"
             " learned as it stands; change the record, or set another processor.chat_template"
         )
+
+
+def _drop_opened_mark(answer: str, prompt: str) -> str:
+    """An answer without the mark that begins its thought where the prompt ends with that mark."""
+    answer = answer.lstrip()
+    for begin, _ in MARKS:
+        if answer.startswith(begin) and prompt.rstrip().endswith(begin):
+            return answer.removeprefix(begin)
+    return answer
 
 
 def _check_last_answer(text: str, span: Span, messages: list[dict], processor) -> None:
@@ -267,8 +277,10 @@ def _is_other_thought(prompt: str, text: str, fits: bool) -> bool:
         return closing is not None and closing not in text[len(prompt) :]
     pairs = zip(prompt, text, strict=False)
     num_common = next((i for i, (one, other) in enumerate(pairs) if one != other), len(text))
-    rest = prompt[num_common:]
-    return closing is not None or any(begin in rest or end in rest for begin, end in MARKS)
+    marks = [mark for pair in MARKS for mark in pair]
+    # A mark may begin before the difference, as </think> does where the text has <think>.
+    is_mark = any(prompt.find(mark, max(0, num_common - len(mark) + 1)) >= 0 for mark in marks)
+    return closing is not None or is_mark
 
 
 def _build_prompt_error(prompt: str, text: str, messages: list[dict], processor) -> UserError:

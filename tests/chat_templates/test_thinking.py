@@ -230,3 +230,22 @@ def test_mistaken_arguments_are_named():
             set_arguments(processor, arguments)
         with pytest.raises(UserError, match=fact if "[" not in fact else "1"):
             render_prompt(processor, [{"role": "user", "content": "x"}], arguments)
+
+
+# Asks with an open thought, and writes the thoughts of records into it.
+KEEPS = OPENS_ALWAYS.replace("m.content.split('</think>')[-1]", "m.content")
+# Asks with a thought that is ended, before it was begun.
+ENDED = KEEPS.replace("<think>\n' }}{% endif %}", "</think>' }}{% endif %}")
+
+
+def test_a_thought_of_the_record_goes_on_where_the_prompt_has_opened_it():
+    thoughtful = "<think>\nIt is round.\n</think>\n\n"
+    texts, prompt, answer = learn(make_processor(KEEPS), make_example(QUESTION, thoughtful + "red"))
+    assert texts == [thoughtful.removeprefix("<think>\n") + "red<|im_end|>"]
+    processor = make_processor(KEEPS)
+    ids = torch.cat([prompt, answer])[None]
+    read = read_answers(processor, {"input_ids": prompt[None]}, ids)[0]
+    assert read.text == "red"
+    for template in (OPENS_ALWAYS, ENDED):
+        with pytest.raises(RecordError):
+            learn(make_processor(template), make_example(QUESTION, thoughtful + "red"))
