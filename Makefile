@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help install demo test conformance fuzz style check docs grid templates hf-suite bench study gpu clean
+.PHONY: help install demo test conformance fuzz style check corners docs grid templates hf-suite bench study gpu clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -35,7 +35,12 @@ fuzz: install  ## Try drawn inputs of every kind (SECONDS=300, SEED=0)
 style: install  ## Check formatting and lint
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
 
-check: style test conformance  ## What CI runs
+check: style test conformance  ## What CI runs first
+
+CORNER ?=
+TORCH ?=
+corners:  ## Test with the oldest, newest and pinned versions, and without extras (CORNER=oldest, TORCH=2.13.0)
+	TORCH="$(TORCH)" PIP_ARGS="$(PIP_ARGS)" $(PYTHON) .ci/corners.py $(CORNER)
 
 docs: install  ## Build the documentation site into runs/site
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,docs]'
@@ -64,5 +69,5 @@ study: install  ## The main comparison: ways of fusion x seeds on drawn images (
 gpu: install  ## Plans at CLIP-L + 7B size on a GPU: prefill, decoding, training
 	$(BIN)/python benchmarks/gpu.py --out runs/gpu/bench
 
-clean:  ## Remove .venv and caches, keep runs/
-	rm -rf .venv .pytest_cache .ruff_cache build *.egg-info
+clean:  ## Remove .venv, .corners and caches, keep runs/
+	rm -rf .venv .corners .pytest_cache .ruff_cache build *.egg-info

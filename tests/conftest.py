@@ -26,8 +26,8 @@ def llava():
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Leave tests/conformance and tests/fuzz out, unless the command line names them."""
-    if collection_path.name not in ("conformance", "fuzz"):
+    """Leave conformance, fuzz and without_extras out, unless the command line names them."""
+    if collection_path.name not in ("conformance", "fuzz", "without_extras"):
         return None
     named = any(collection_path.name in argument for argument in config.args)
     return None if named else True
