@@ -28,6 +28,8 @@ WHAT = {
     "newest": "with dev, the newest versions that pyproject.toml allows",
     "core": "without extras, the versions in constraints.txt, and pytest",
 }
+# They run and draw the tests and are no part of the package, so the oldest corner has new ones.
+TOOLS = {"pytest", "pytest-xdist", "hypothesis", "ruff"}
 # What touches transformers, and what differs between its releases.
 TESTS = [
     "test_packaging.py",
@@ -164,7 +166,8 @@ def pin(corner: str, torch: str | None) -> Iterator[str]:
     elif corner == "oldest":
         for requirement in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
             name, floor = re.match(r"([\w.-]+)(?:\[.*?\])?>=([\w.]+)", requirement).groups()
-            lines.append(f"{name}=={floor}")
+            if name not in TOOLS:
+                lines.append(f"{name}=={floor}")
     for line in lines:
         if not (torch and line.startswith("torch==")):
             yield line

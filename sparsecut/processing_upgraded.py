@@ -173,8 +173,9 @@ def _open_for_call(images, background, kwargs: dict) -> tuple[list | None, dict]
     for_images = kwargs.get("images_kwargs") or {}
     do_rescale = kwargs.get("do_rescale", for_images.get("do_rescale", True))
     layout = kwargs.pop("input_data_format", for_images.get("input_data_format"))
-    if "input_data_format" in for_images:
-        kwargs["images_kwargs"] = {**for_images, "input_data_format": "channels_first"}
+    if "input_data_format" in for_images:  # opened images have a layout of their own
+        rest = {name: value for name, value in for_images.items() if name != "input_data_format"}
+        kwargs["images_kwargs"] = rest
     opened = open_images(images, background, keeps_floats=do_rescale is False, layout=layout)
     has_image = any(not isinstance(image, list) or image for image in opened)
     return opened if has_image else None, kwargs
