@@ -304,7 +304,9 @@ class Stage:
                 f"stage {self.name} reads a stream, whose records are not known in advance; remove"
                 " group and pack"
             )
-        if any(streams) and self.args.get("max_steps", -1) <= 0:
+        max_steps = self.args.get("max_steps", -1)
+        # Another type is refused where all arguments are checked.
+        if any(streams) and isinstance(max_steps, int | float) and max_steps <= 0:
             raise UserError(
                 f"stage {self.name} reads a stream, whose length is not known; set args.max_steps"
             )

@@ -21,7 +21,7 @@ from ..config.recipe import Recipe, Stage
 from ..config.yaml_io import expand_path
 from ..hooks import CHECKPOINTING, name_checkpointing
 from ..schema import UserError, read_json_file
-from ..training.arguments import DEFAULT_BATCH_SIZE, compute_accumulation_steps
+from ..training.arguments import DEFAULT_BATCH_SIZE, check_arguments, compute_accumulation_steps
 from ..training.freezing import check_parts, count_parameters
 from .dry_run_data import RowFacts, RowSize, describe_row, read_record_facts
 from .dry_run_model import EstimatedModel, count_trained, estimate_model
@@ -105,6 +105,8 @@ def dry_run(
             f"devices is {devices}, tflops is {tflops} and mfu is {mfu}; devices must be at least"
             " 1, tflops above 0, and mfu above 0 and at most 1"
         )
+    for stage in recipe.stages:
+        check_arguments(stage)
     mode = FakeTensorMode()
     estimated = estimate_model(recipe, mode)
     models: dict[torch.dtype, nn.Module] = {}

@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -53,10 +54,8 @@ def build_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
         UserError: If an argument is unknown, has a wrong type, or cannot work with a stage, or if
             the number of processes or GPUs does not fit.
     """
-    _check_names(stage)
+    stage_values = check_arguments(stage)
     _check_unsupported(stage)
-    with _name_stage(stage):
-        stage_values = check_values(name_checkpointing(stage.args))
     defaults = {
         "data_seed": seed,
         "report_to": "none",
@@ -86,6 +85,20 @@ def build_arguments(stage: Stage, seed: int, output: Path) -> TrainingArguments:
         try_optimizer(args)
     _check_processes(args, num_processes)
     return args
+
+
+def check_arguments(stage: Stage) -> dict[str, Any]:
+    """Check names and values of a stage's arguments, whatever machine will train.
+
+    Returns:
+        The arguments under the names of this release of transformers.
+
+    Raises:
+        UserError: One is unknown, or has another type or size.
+    """
+    _check_names(stage)
+    with _name_stage(stage):
+        return check_values(name_checkpointing(stage.args))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from helpers.runs import recipe, run, stage, write_records
 from helpers.tiny import tiny_model
 from transformers import TrainingArguments
 
+from sparsecut.profiling.dry_run import dry_run
 from sparsecut.schema import UserError
 from sparsecut.training.arguments import build_arguments
 from sparsecut.training.run_dir import INPUTS
@@ -66,6 +67,16 @@ def make(folder, **args) -> TrainingArguments:
 def test_arguments_that_cannot_be_obeyed_are_refused(folder, args, named):
     with pytest.raises(UserError, match=f"(?s)stage one.*{named}"):
         make(folder, **args)
+
+
+@pytest.mark.parametrize("value", ["5", None, [5]])
+def test_they_are_refused_by_a_dry_run_and_for_a_stream_too(folder, value):
+    given = stage(folder, args={"max_steps": value})
+    with pytest.raises(UserError, match="max_steps is"):
+        dry_run(recipe(folder, given))
+    given["data"]["streaming"] = True
+    with pytest.raises(UserError, match="max_steps is"):
+        build_arguments(recipe(folder, given).stages[0], 0, folder / "out")
 
 
 @pytest.mark.parametrize("name", NAMES)
