@@ -59,10 +59,10 @@ def test_patch_tables(fuzz):
 def takes_images(name: str, base, images: list) -> bool:
     """Whether the base itself can read the images: some families fail at very narrow ones."""
     inputs = IMAGE_PROCESSORS[name]()(images, return_tensors="pt")
-    accepted = inspect.signature(base.get_image_features).parameters
+    accepted = inspect.signature(base.model.get_image_features).parameters
     try:
         with torch.no_grad():
-            base.get_image_features(**{key: inputs[key] for key in inputs if key in accepted})
+            base.model.get_image_features(**{key: inputs[key] for key in inputs if key in accepted})
     except (RuntimeError, ZeroDivisionError):
         return False
     return True
