@@ -21,7 +21,7 @@ install: .venv/installed  ## Put the project and all it needs into .venv
 demo: install  ## Train and compare LLaVA, two controls and SparseCut on drawn images (some minutes)
 	$(BIN)/sparsecut demo --out runs/demo
 
-test: install  ## Run the tests (offline, under five minutes on two cores)
+test: install  ## Run the tests (offline, five and a half minutes on two cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/conformance
 
 conformance: install  ## Run the slow grids: more families, engines, sizes, compiling, some drawn inputs

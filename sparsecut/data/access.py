@@ -16,6 +16,8 @@ from ..config.recipe import Source
 from ..schema import UserError
 
 MAX_MIB = 128
+# A pipe would wait for ever when it is opened. Windows has no such flag, and one for bytes.
+READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 KERNEL_FOLDERS = ("/proc", "/sys")  # their files show this machine, and have no size
 
 
@@ -111,8 +113,7 @@ def read_file(path: Path, access: Access) -> bytes:
         UserError: It is something else than a stored file, such as a pipe, or too large.
         OSError: It cannot be read.
     """
-    # A pipe would wait for ever when it is opened, and a device may do anything.
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    file = os.open(path, READ_FLAGS)
     with open(file, "rb") as opened:
         facts = os.fstat(file)
         if not stat.S_ISREG(facts.st_mode):
