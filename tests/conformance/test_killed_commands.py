@@ -22,7 +22,9 @@ from sparsecut.building import save
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("SPARSECUT_KILLS", "3"))
-TIMES = {
+# What may differ: times, memory, paths, and whether a model was in memory or read from its folder.
+MAY_DIFFER = {
+    "model",
     "seconds",
     "train_seconds",
     "eval_seconds",
@@ -96,7 +98,7 @@ def read_file(path: Path, folder: Path):
 def drop_times(value):
     """Plain values without what depends on the clock."""
     if isinstance(value, dict):
-        return {key: drop_times(inner) for key, inner in value.items() if key not in TIMES}
+        return {key: drop_times(inner) for key, inner in value.items() if key not in MAY_DIFFER}
     if isinstance(value, list):
         return [drop_times(inner) for inner in value]
     return value
