@@ -203,8 +203,7 @@ def check_type(key: str, held: Any, hint: Any) -> None:
     if float in allowed:
         allowed = (*allowed, int)
     is_misplaced_bool = isinstance(held, bool) and bool not in allowed
-    if isinstance(held, float) and not math.isfinite(held):
-        raise UserError(f"{key} is {held}, but must be a finite number")
+    _check_finite(key, held)
     if is_misplaced_bool or not isinstance(held, allowed):
         names = [TYPE_NAMES.get(kind, f"a {kind.__name__.lower()}") for kind in allowed]
         if float in allowed:
@@ -219,6 +218,18 @@ def check_type(key: str, held: Any, hint: Any) -> None:
             for name, item in held.items():
                 check_type(f"a key of {key}", name, arguments[0])
                 check_type(f"{key}.{name}", item, arguments[1])
+
+
+def _check_finite(key: str, held: Any) -> None:
+    """Raise UserError where a value, or one inside it, is NaN or infinite."""
+    if isinstance(held, float) and not math.isfinite(held):
+        raise UserError(f"{key} is {held}, but must be a finite number")
+    if isinstance(held, dict):
+        for name, item in held.items():
+            _check_finite(f"{key}.{name}", item)
+    elif isinstance(held, list | tuple):
+        for number, item in enumerate(held):
+            _check_finite(f"{key}.{number}", item)
 
 
 def check_pattern(key: str, pattern: str | None) -> None:

@@ -195,3 +195,10 @@ def test_a_view_size_is_for_encoders_that_are_joined():
     assert Model(vision="a", language="b", view_size=56).view_size == 56
     with pytest.raises(UserError, match=r"view_size=56 .*base=c"):
         Model(base="c", view_size=56)
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "[1.0, -.inf]"])
+def test_numbers_inside_of_arguments_are_finite(value):
+    plain = read_yaml(TEXT.replace("learning_rate: 1e-3", f"learning_rate: {value}"), "recipe")
+    with pytest.raises(UserError, match=r"args\.learning_rate"):
+        parse_recipe(plain)
