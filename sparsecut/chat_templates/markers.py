@@ -69,9 +69,10 @@ def _split_markers(text: str, special: tuple[str, ...], ends_only: bool) -> tupl
     """The special tokens between the turns of a text: the first after each turn, or all."""
     markers = set()
     for number in range(len(ROLES) - 1):
-        start = text.find(TURN_PROBE.format(number)) + len(TURN_PROBE.format(number))
-        gap = text[start : text.find(TURN_PROBE.format(number + 1))]
-        found = sorted((gap.find(token), -len(token), token) for token in special if token in gap)
-        for _, _, token in found[: 1 if ends_only else None]:
-            markers.add(token)
+        turn = TURN_PROBE.format(number)
+        next_turn = TURN_PROBE.format(number + 1)
+        gap = text[text.find(turn) + len(turn) : text.find(next_turn)]
+        in_gap = [token for token in special if token in gap]
+        in_gap.sort(key=lambda token: (gap.find(token), -len(token), token))
+        markers.update(in_gap[:1] if ends_only else in_gap)
     return tuple(sorted(markers))

@@ -110,7 +110,7 @@ def _read_file(file: str) -> str | dict:
             f"there is no file {file}; give a recipe or plan, or one of the methods"
             f" {', '.join(METHODS)}"
         )
-    values = _read_yaml_file(file)
+    values = read_yaml_file(file)
     if isinstance(values, dict) and "stages" in values:
         recipe = parse_recipe(values, name=file)
         if recipe.fusion is None:
@@ -125,10 +125,6 @@ def _read_file(file: str) -> str | dict:
             " ...)"
         )
     return values
-
-
-def _read_yaml_file(file: str):
-    return read_yaml_file(file)
 
 
 def _draw_saved(folder: Path) -> tuple[Plan, str]:
@@ -176,7 +172,7 @@ def _find_depths(argument: str) -> tuple[int | None, int | None]:
     file = Path(argument)
     if file.suffix not in FILE_TYPES or not file.is_file():
         return None, None
-    values = _read_yaml_file(argument)
+    values = read_yaml_file(argument)
     if not isinstance(values, dict) or "stages" not in values:
         return None, None
     model = parse_recipe(values, name=argument).model
