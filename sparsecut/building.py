@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import json
 import logging
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.dynamic_module_utils import custom_object_save
 
 from .adapters import load_adapters
 from .configuration import SparseCutConfig, SparseCutUpgradeConfig, check_language_model
@@ -38,6 +37,7 @@ from .modeling_upgraded import FACTS
 from .plan import Plan
 from .processing import SparseCutAudioProcessor, SparseCutProcessor
 from .processing_upgraded import wrap_processor
+from .saved_code import without_code
 from .schema import UserError
 from .upgrading import load_fusion, read_processor
 
@@ -46,23 +46,6 @@ logger = logging.getLogger(__name__)
 SHAPES_WEIGHTS = Path(__file__).parent / "shapes" / "weights"
 SHAPES = "shapes"  # names the built-in small backbones
 OLD_SHAPES = "world"  # their former name
-# Where the Auto classes find the code that is saved with a model or a processor. The key is the
-# module of its class, or the class where a module has several kinds.
-AUTO_MAPS = {
-    "modeling": {
-        "AutoConfig": "configuration.SparseCutConfig",
-        "AutoModel": "modeling.SparseCutModel",
-        "AutoModelForImageTextToText": "modeling.SparseCutForConditionalGeneration",
-    },
-    "modeling_upgraded": {
-        "AutoConfig": "configuration.SparseCutUpgradeConfig",
-        "AutoModel": "modeling_upgraded.SparseCutUpgradeModel",
-        "AutoModelForImageTextToText": "modeling_upgraded.SparseCutUpgrade",
-    },
-    "SparseCutAudioProcessor": {"AutoProcessor": "processing.SparseCutAudioProcessor"},
-    "SparseCutProcessor": {"AutoProcessor": "processing.SparseCutProcessor"},
-    "processing_upgraded": {"AutoProcessor": "processing_upgraded.SparseCutUpgradeProcessor"},
-}
 
 
 def build(
@@ -280,7 +263,7 @@ def is_saved(name: str | Path) -> bool:
     return isinstance(_read_saved_config(name), SparseCutConfig | SparseCutUpgradeConfig)
 
 
-def save(model: PreTrainedModel, processor, folder: str | Path, *, code: bool = False) -> None:
+def save(model: PreTrainedModel, processor, folder: str | Path, *, code: bool = True) -> None:
     """Write model, processor and chat template into one folder for `load` and the Auto classes.
 
     Args:
@@ -288,26 +271,11 @@ def save(model: PreTrainedModel, processor, folder: str | Path, *, code: bool = 
         processor: Its processor.
         folder: Where to write.
         code: Also write the source files that they need, for machines without this package
-            (`trust_remote_code=True` there). The base's own processor needs none.
+            (`trust_remote_code=True` there).
     """
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    if code:
-        _save_code(model, Path(folder), "config.json")
-        _save_code(processor, Path(folder), "processor_config.json")
-
-
-def _save_code(part, folder: Path, file: str) -> None:
-    """Write the module of a part's class with all that it imports relatively, and the auto map."""
-    kind = type(part)
-    package, _, module = kind.__module__.rpartition(".")
-    auto_map = AUTO_MAPS.get(kind.__name__) or AUTO_MAPS.get(module)
-    if auto_map is None or package.partition(".")[0] == "transformers":
-        return
-    custom_object_save(part, folder)
-    path = folder / file
-    values = json.loads(path.read_text()) | {"auto_map": auto_map}
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    with contextlib.nullcontext() if code else without_code():
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
 
 
 def read_depths(vision: str | nn.Module, language: str | nn.Module, **hub) -> tuple[int, int]:

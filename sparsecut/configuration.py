@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.utils import CONFIG_NAME
 
 from .encoders import PatchGrid, is_audio, read_grid
 from .loading import check_runs_no_code
 from .methods import make_plan
 from .plan import Plan
-from .registration import register_configurations, register_models
+from .registration import get_model_classes, register_configurations, register_models
+from .saved_code import write_code
 from .schema import UserError
 
 IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
@@ -74,6 +77,11 @@ class SparseCutConfig(PreTrainedConfig):
         """The configuration that a file holds; UserError where it would fetch and run code."""
         check_runs_no_code(config_dict, kwargs.get("name_or_path") or f"a {cls.model_type} model")
         return super().from_dict(without_gguf(config_dict), **kwargs)
+
+    def save_pretrained(self, folder: str | Path, *args, **kwargs):
+        """Write config.json, and beside it the code of the model; see `saved_code`."""
+        super().save_pretrained(folder, *args, **kwargs)
+        _write_model_code(type(self), Path(folder))
 
     def get_plan(self) -> Plan:
         """The plan as a `Plan`."""
@@ -147,6 +155,11 @@ class SparseCutUpgradeConfig(PreTrainedConfig):
         check_runs_no_code(config_dict, kwargs.get("name_or_path") or f"a {cls.model_type} model")
         return super().from_dict(without_gguf(config_dict), **kwargs)
 
+    def save_pretrained(self, folder: str | Path, *args, **kwargs):
+        """Write config.json, and beside it the code of the model; see `saved_code`."""
+        super().save_pretrained(folder, *args, **kwargs)
+        _write_model_code(type(self), Path(folder))
+
     @classmethod
     def from_base(
         cls, base, plan: Plan, name: str | None, digest: str | None
@@ -202,6 +215,17 @@ class SparseCutUpgradeConfig(PreTrainedConfig):
     def image_token_id(self) -> int:
         """The base's placeholder for one image token."""
         return self.base_config.image_token_id
+
+
+def _write_model_code(config_class: type, folder: Path) -> None:
+    """Write the code of a configuration and of its models beside its config.json."""
+    auto_map = {"AutoConfig": f"configuration.{config_class.__name__}"}
+    classes = [config_class]
+    for auto_class, model_class in get_model_classes(config_class).items():
+        classes.append(model_class)
+        module = model_class.__module__.rpartition(".")[2]
+        auto_map[auto_class] = f"{module}.{model_class.__name__}"
+    write_code(folder / CONFIG_NAME, classes, auto_map)
 
 
 def without_gguf(values):

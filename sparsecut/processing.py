@@ -28,6 +28,7 @@ from .pixels import (
     put_channels_last,
     to_rgb,
 )
+from .saved_code import SavesCode
 from .schema import UserError
 
 PROBE = "probe"  # text that shows which form of contents a chat template writes
@@ -202,7 +203,7 @@ def _takes_strings(tokenizer, template: str) -> bool:
     return writes(PROBE) or not writes([{"type": "text", "text": PROBE}])
 
 
-class SparseCutProcessor(ProcessorMixin):
+class SparseCutProcessor(SavesCode, ProcessorMixin):
     r"""Prepares images and text for a SparseCut model.
 
     It joins a tokenizer and the image processor of an encoder. Of the image processor, only the
@@ -391,7 +392,7 @@ def _normalize(levels: np.ndarray, values: dict) -> np.ndarray:
     return np.stack([table[channel][levels[..., channel]] for channel in range(3)], axis=2)
 
 
-class SparseCutAudioProcessor(ProcessorMixin):
+class SparseCutAudioProcessor(SavesCode, ProcessorMixin):
     r"""Prepares audio and text for a SparseCut model with an audio encoder.
 
     It joins a tokenizer and the feature extractor of an encoder such as Whisper's. A spectrogram
@@ -416,8 +417,7 @@ class SparseCutAudioProcessor(ProcessorMixin):
     ):
         self.num_audio_tokens = num_audio_tokens
         self.audio_token = audio_token
-        # Generation continues from the last column. A saved tokenizer forgets this setting.
-        tokenizer.padding_side = "left"
+        tokenizer.padding_side = "left"  # as above
         self.audio_token_id = _get_placeholder_id(tokenizer, audio_token)
         drop_end_token(tokenizer)
         if not chat_template:

@@ -18,7 +18,6 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_utils import make_flat_list_of_images
 
 from .pixels import (
@@ -30,6 +29,7 @@ from .pixels import (
     put_channels_last,
     to_array,
 )
+from .saved_code import write_code
 from .schema import UserError
 
 PROCESSOR_FILE = "processor_config.json"
@@ -90,13 +90,9 @@ class SparseCutUpgradeProcessor:
     It reads images as `pixels` does, and returns fine views where the plan has some.
     """
 
-    # Set where this file was loaded as remote code. The code is then saved with every processor.
-    _auto_class = None
-
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoProcessor") -> None:
-        """Note that an Auto class loaded this file as remote code. AutoProcessor calls this."""
-        cls._auto_class = auto_class
+        """AutoProcessor calls this on remote code. Nothing is to do: code is saved by default."""
 
     @classmethod
     def from_pretrained(cls, folder, **kwargs):
@@ -198,8 +194,6 @@ def _write_class(processor, path: Path, base_class: type) -> None:
     values["processor_class"] = "SparseCutUpgradeProcessor"
     values["base_processor_class"] = base_class.__name__
     values["sparsecut_tiles"] = processor.sparsecut_tiles
-    auto_class = SparseCutUpgradeProcessor._auto_class
-    if auto_class is not None:
-        custom_object_save(processor, path.parent)
-        values["auto_map"] = {auto_class: "processing_upgraded.SparseCutUpgradeProcessor"}
     path.write_text(json.dumps(values, indent=2) + "\n")
+    place = f"processing_upgraded.{SparseCutUpgradeProcessor.__name__}"
+    write_code(path, [SparseCutUpgradeProcessor], {"AutoProcessor": place})

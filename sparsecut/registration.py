@@ -35,12 +35,23 @@ def register_configurations() -> None:
 
 
 def register_models(config_class: type) -> None:
-    """Teach the Auto model classes the models of a configuration class.
+    """Teach the Auto model classes the models of a configuration class."""
+    from transformers.models.auto import modeling_auto
+
+    mappings = {
+        "AutoModel": modeling_auto.MODEL_MAPPING,
+        "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        "AutoModelForMultimodalLM": modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    }
+    for auto_class, model_class in get_model_classes(config_class).items():
+        mappings[auto_class].register(config_class, model_class, exist_ok=True)
+
+
+def get_model_classes(config_class: type) -> dict[str, type]:
+    """Auto class -> the model that it gives for a configuration class.
 
     `AutoModel` leads to the model without a head, the others to the model with one.
     """
-    from transformers.models.auto import modeling_auto
-
     name, headless, whole = MODELS[config_class.__name__]
     # By name, because transformers saves every file that an import statement names beside a model.
     # A model needs neither the other kind of model nor the processors.
@@ -49,14 +60,12 @@ def register_models(config_class: type) -> None:
     except ModuleNotFoundError as error:
         if error.name != f"{__package__}.{name}":
             raise
-        return  # code saved beside a model, of which the configuration alone was fetched so far
-    entries = [
-        (modeling_auto.MODEL_MAPPING, headless),
-        (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, whole),
-        (modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, whole),
-    ]
-    for mapping, class_name in entries:
-        mapping.register(config_class, getattr(module, class_name), exist_ok=True)
+        return {}  # code saved beside a model, of which the configuration alone was fetched so far
+    return {
+        "AutoModel": getattr(module, headless),
+        "AutoModelForImageTextToText": getattr(module, whole),
+        "AutoModelForMultimodalLM": getattr(module, whole),
+    }
 
 
 def register_processors() -> None:

@@ -193,7 +193,7 @@ def test_audio_in_and_text_out_from_building_to_loading(tmp_path):
     clips, _ = example.make_tones(4, seed=0)
     answers = example.answer(model, processor, clips)
     assert answers == [example.answer(model, processor, [clip])[0] for clip in clips]
-    save(model, processor, tmp_path, code=True)
+    save(model, processor, tmp_path)
     assert AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True).audio_token == "<audio>"
     assert (tmp_path / "processing.py").is_file()
     again = load(tmp_path)

@@ -127,7 +127,7 @@ def saved(request, tmp_path):
     else:
         whole = checks.join(language={"joined": "llama", "tied": "gpt2"}[request.param])
         inputs = batch(whole)
-    save(whole, NoProcessor(), tmp_path, code=True)
+    save(whole, NoProcessor(), tmp_path)
     return tmp_path, inputs, compute_states(AutoModel.from_pretrained(tmp_path), inputs)
 
 
@@ -140,7 +140,7 @@ def test_a_headless_model_is_saved_with_its_code_and_copied_like_any_other(saved
     folder, inputs, states = saved
     model = AutoModel.from_pretrained(folder, device_map="cpu")
     assert torch.equal(compute_states(model, inputs), states)
-    save(model, NoProcessor(), tmp_path / "again", code=True)
+    save(model, NoProcessor(), tmp_path / "again")
     again, info = AutoModel.from_pretrained(tmp_path / "again", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     files = {path.name for path in (tmp_path / "again").glob("*.py")}

@@ -2,6 +2,8 @@
 machines without it.
 """
 
+import copy
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from sparsecut.building import load, save
+from sparsecut.config.paths import list_code_files
 
 PROBE = """
 ids = torch.tensor([[5, 6, *[model.config.image_token_id] * 4, 7]])
@@ -103,7 +106,7 @@ def saved(tmp_path_factory):
     """(model, processor, folder): saved with its code, and the results of the probe beside it."""
     folder = tmp_path_factory.mktemp("saved")
     model, processor = tiny_model()
-    save(model, processor, folder, code=True)
+    save(model, processor, folder)
     save_file(run_probe(model), folder / "expected")
     return model, processor, folder
 
@@ -149,14 +152,60 @@ def test_a_pipeline_answers_as_generate_does(saved):
     assert [answer[0]["generated_text"].strip() for answer in answers] == [expected.strip()] * 2
 
 
-def test_code_is_saved_on_request_only_and_is_what_a_model_needs(saved, tmp_path):
-    model, processor, folder = saved
-    save(model, processor, tmp_path)
-    files = {path.name for path in folder.glob("*.py")}
+def test_code_is_saved_by_default_and_is_what_a_model_needs(saved):
+    files = {path.name for path in saved[2].glob("*.py")}
     assert files >= {"modeling.py", "processing.py", "configuration.py", "plan.py", "hooks.py"}
-    assert not files & {"modeling_upgraded.py", "families.py", "building.py"}
+    assert not files & {"modeling_upgraded.py", "families.py", "building.py", "drawing.py"}
+    assert files <= set(list_code_files())
+    assert sum((saved[2] / name).stat().st_size for name in files) < 300_000
+    maps = [read_auto_map(saved[2] / name) for name in ("config.json", "processor_config.json")]
+    auto_classes = {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"}
+    assert auto_classes | {"AutoModelForMultimodalLM"} == {*maps[0], *maps[1]}
+    for place in (*maps[0].values(), *maps[1].values()):
+        assert f"{place.partition('.')[0]}.py" in files
+
+
+def read_auto_map(file):
+    return json.loads(file.read_text()).get("auto_map")
+
+
+def test_each_part_is_saved_with_its_code(saved, tmp_path):
+    model, processor, folder = saved
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    for file in folder.glob("*.py"):
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+    model.config.save_pretrained(tmp_path / "config")
+    assert read_auto_map(tmp_path / "config/config.json") == read_auto_map(folder / "config.json")
+
+
+def test_code_is_left_out_on_request(saved, tmp_path):
+    model, processor, _ = saved
+    save(model, processor, tmp_path, code=False)
     assert not list(tmp_path.glob("*.py"))
-    assert not any("auto_map" in path.read_text() for path in tmp_path.glob("*.json"))
+    assert read_auto_map(tmp_path / "config.json") is None
+    loaded = load(tmp_path)
+    assert type(loaded[1]) is type(processor)
+    save(*loaded, tmp_path)
+    save(*load(tmp_path), tmp_path / "again", code=False)
+    assert read_auto_map(tmp_path / "config.json")
+    assert read_auto_map(tmp_path / "again/config.json") is None
+
+
+def test_an_entry_of_another_repository_is_replaced_and_one_of_the_user_stays(saved, tmp_path):
+    config = copy.deepcopy(saved[0].config)
+    (tmp_path / "mine.py").touch()
+    config.auto_map = {
+        "AutoConfig": "somebody/else--configuration.SparseCutConfig",
+        "AutoModel": "gone.Model",
+        "AutoModelForCausalLM": "mine.Model",
+    }
+    config.save_pretrained(tmp_path)
+    expected = read_auto_map(saved[2] / "config.json")
+    assert read_auto_map(tmp_path / "config.json") == {
+        **expected,
+        "AutoModelForCausalLM": "mine.Model",
+    }
 
 
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])

@@ -127,8 +127,8 @@ read("again")
 
 def test_a_folder_with_its_code_needs_no_package_and_one_without_is_refused(upgraded, tmp_path):
     model, processor = upgraded
-    save(model, processor, tmp_path / "coded", code=True)
-    save(model, processor, tmp_path / "plain")
+    save(model, processor, tmp_path / "coded")
+    save(model, processor, tmp_path / "plain", code=False)
     assert not list((tmp_path / "plain").glob("*.py"))
     logits = get_logits(model, encode_messages(processor))
     save_file({"logits": logits.contiguous()}, tmp_path / "expected")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..config.paths import list_code_files
 from ..config.recipe import parse_recipe
 from ..config.yaml_io import expand_path, read_yaml, read_yaml_file
 from ..drawing import draw
@@ -232,7 +233,8 @@ def check_no_model(out: Path) -> None:
     """Raise UserError where a folder holds a model, or files that one would replace."""
     if (out / "config.json").exists() or (out / "fusion.json").exists():
         raise UserError(f"{out} holds a model already; choose another folder or remove it first")
-    present = sorted(path.name for pattern in MODEL_FILES for path in out.glob(pattern))
+    patterns = [*MODEL_FILES, *list_code_files()]
+    present = sorted(path.name for pattern in patterns for path in out.glob(pattern))
     if present:
         raise UserError(
             f"{out} holds {', '.join(present[:3])}, which a model's files would replace; choose"

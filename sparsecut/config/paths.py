@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
 from ..schema import UserError, read_json_file
+
+PACKAGE = Path(__file__).parents[1]
+# Modules whose classes transformers loads from a folder.
+CODE_ROOTS = ("modeling", "modeling_upgraded", "processing", "processing_upgraded")
 
 
 def check_writable_folder(folder: str | Path) -> None:
@@ -31,6 +36,18 @@ def check_writable_folder(folder: str | Path) -> None:
         raise UserError(
             f"{path} cannot be written in {existing} ({error.strerror}); name another"
         ) from error
+
+
+def list_code_files() -> list[str]:
+    """Names of the source files that are saved beside models and processors, of any kind."""
+    names, waiting = set(), list(CODE_ROOTS)
+    while waiting:
+        name = waiting.pop()
+        if name not in names:
+            names.add(name)
+            text = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+            waiting += re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE)
+    return sorted(f"{name}.py" for name in names)
 
 
 def check_replaceable(folder: str | Path, names: Collection[str], owner: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers.utils import logging as hf_logging
 
 from ..adapters import FOLDER as ADAPTERS
-from ..config.paths import check_writable_folder
+from ..config.paths import check_writable_folder, list_code_files
 from ..config.recipe import Recipe, Stage, dump_recipe, load_recipe
 from ..evaluation.output_dir import PREDICTIONS, RESULT, SETTINGS
 from ..schema import UserError, write_text_file
@@ -268,7 +268,7 @@ def remove_run(output: Path, previous: Recipe) -> None:
     for folder in folders:
         for checkpoint in find_checkpoints(folder).values():
             shutil.rmtree(checkpoint)
-        _remove_files(folder, STAGE_FILES)
+        _remove_files(folder, [*STAGE_FILES, *list_code_files()])
     if previous.evaluate is not None:
         _remove_files(output / "eval", (RESULT, PREDICTIONS, SETTINGS))
     _remove_files(output, (SKIPPED, INPUTS))

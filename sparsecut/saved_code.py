@@ -1,0 +1,82 @@
+"""The source files beside a saved model or processor, which machines without this package run.
+
+transformers runs them for a user who gives `trust_remote_code=True`. It finds them by the `auto_map`
+of a saved file. It copies files of one folder only, and follows imports with a single dot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import PROCESSOR_NAME
+
+from .schema import read_json_file, write_text_file
+
+# A module that is beside no model. Its name is what an error shows where the code was left out.
+ABSENT = "install_sparsecut"
+_leaves_code_out = ContextVar("leaves_code_out", default=False)
+
+
+@contextlib.contextmanager
+def without_code() -> Iterator[None]:
+    """A context in which models and processors are saved without their source files."""
+    token = _leaves_code_out.set(True)
+    try:
+        yield
+    finally:
+        _leaves_code_out.reset(token)
+
+
+def write_code(file: Path, classes: Sequence[type], auto_map: dict[str, str]) -> None:
+    """Write the modules of classes beside a saved file, and in the file how they are found.
+
+    Without code, a processor still has an `auto_map`, which leads to no file. transformers would
+    otherwise hand out the tokenizer alone, without a word, where this package is missing.
+
+    Args:
+        file: The saved config.json or processor_config.json.
+        classes: The classes whose modules are needed, with all that these import.
+        auto_map: Auto class -> "module.Class".
+    """
+    values = read_json_file(file)
+    before = values.pop("auto_map", None) or {}
+    if _leaves_code_out.get():
+        auto_map = {name: _lead_nowhere(place) for name, place in auto_map.items()}
+        auto_map = {name: auto_map[name] for name in ("AutoProcessor",) if name in auto_map}
+    else:
+        for kind in classes:
+            custom_object_save(kind, file.parent)
+        # A class of the user's own stays, but not one in another repository.
+        own = {name: place for name, place in before.items() if _is_beside(place, file)}
+        auto_map = auto_map | own
+    if auto_map:
+        values["auto_map"] = auto_map
+    write_text_file(file, json.dumps(values, indent=2) + "\n")
+
+
+class SavesCode:
+    """Comes before ProcessorMixin among the bases of a processor that is saved with its code."""
+
+    def save_pretrained(self, folder: str | Path, *args, **kwargs):
+        """Write the processor as transformers does, and its code beside it."""
+        saved = super().save_pretrained(folder, *args, **kwargs)
+        kind = type(self)
+        place = f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
+        write_code(Path(folder) / PROCESSOR_NAME, [kind], {"AutoProcessor": place})
+        return saved
+
+
+def _lead_nowhere(place: str) -> str:
+    return f"{ABSENT}.{place.partition('.')[2]}"
+
+
+def _is_beside(place: object, file: Path) -> bool:
+    """Whether a place of an auto map is in a module beside the file."""
+    if not isinstance(place, str) or "--" in place:
+        return False
+    return (file.parent / f"{place.partition('.')[0]}.py").is_file()
