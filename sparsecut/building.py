@@ -73,7 +73,8 @@ def build(
         tokenizer: Needed with a loaded language model.
         image_token: The placeholder. Default: "<image>", or "<audio>".
         coarse: How the coarse view is made of an image; see `SparseCutProcessor`.
-        view_size: Pixels of a view, or (height, width), for encoders of images of any size.
+        view_size: Pixels of a view, or (height, width). Encoders that take images of any size may
+            need it; those that interpolate their positions take it in place of their own size.
         dtype: Of parts that are loaded here.
         **from_pretrained: For both parts' `from_pretrained`.
 

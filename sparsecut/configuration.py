@@ -33,8 +33,9 @@ class SparseCutConfig(PreTrainedConfig):
         text_config: Configuration of the causal language model, or its dict.
         plan: The shortcuts: a method's name, a method with options, or a whole plan. It is
             stored as a whole plan. Default: the method `sparsecut`.
-        view_size: Pixels of a view, or (height, width). Only for encoders that take images of
-            any size; other encoders fix it themselves.
+        view_size: Pixels of a view, or (height, width). None for the encoder's own size.
+            Encoders of images of any size may have none; some others have positions for one
+            size only.
         image_token_id: The placeholder in `input_ids`, once per image token.
         mask_image_token: Give the placeholder's logit the lowest value, so that neither the loss
             nor decoding uses it. Conversions set it, as their vocabulary never had the

@@ -11,14 +11,18 @@ To add an encoder whose inputs or outputs are of another form: add its `model_ty
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from .schema import UserError
+from .view_sizes import as_pair, read_view
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class PatchGrid:
         merge: Patches come in squares of merge x merge.
         window: These squares come in windows of window x window squares; 0 for no windows.
         frames: How often an image is repeated, as if it were a video.
+        interpolates: The encoder is asked to interpolate its positions, for views of another size
+            than its own.
     """
 
     kind: str
@@ -46,6 +52,7 @@ class PatchGrid:
     merge: int = 1
     window: int = 0
     frames: int = 1
+    interpolates: bool = False
 
     @property
     def num_patches(self) -> int:
@@ -65,6 +72,7 @@ ENCODER_KINDS = {
     "sam_hq_vision_model": "map",
     "whisper": "audio",
 }
+INTERPOLATION = "interpolate_pos_encoding"  # argument of an encoder's forward
 FREE_SIZE_KINDS = ("qwen", "pixtral", "naflex")  # they take views of any size
 
 # Encoders with an image size and a patch size whose blocks do not return one state per patch, row
@@ -89,27 +97,17 @@ UNSUPPORTED_ENCODERS = (
     "yolos",
 )
 
-# Their own code lays positions out as a square, whatever their configuration says.
-SQUARE_ENCODERS = (
-    "dinov2",
-    "dinov2_with_registers",
-    "dpt",
-    "internvl_vision",
-    "pixio",
-    "tipsv2_vision_model",
-)
-
-
 def read_grid(config, view_size: int | list | tuple | None = None) -> PatchGrid:
     """The grid of an encoder, read from its configuration.
 
     Args:
         config: The encoder's configuration.
-        view_size: Pixels of a view, or (height, width), for encoders of images of any size.
+        view_size: Pixels of a view, or (height, width). Encoders of images of any size may need
+            it. Those that interpolate their positions take it in place of their own.
 
     Raises:
         UserError: The blocks do not return one fixed grid of patches, or a view is not a whole
-            number of patches. Or `view_size` is missing, or the encoder fixes it already.
+            number of patches. Or `view_size` is missing, or the encoder cannot take it.
     """
     kind = get_kind(config)
     if kind == "audio":
@@ -118,7 +116,10 @@ def read_grid(config, view_size: int | list | tuple | None = None) -> PatchGrid:
     _check_one_grid(config, kind, patch)
     merge = getattr(config, "spatial_merge_size", 1) if kind == "qwen" else 1
     unit = (patch[0] * merge, patch[1] * merge)
-    height, width = _read_view(config, view_size, unit, is_free=kind in FREE_SIZE_KINDS)
+    is_free = kind in FREE_SIZE_KINDS
+    fixed = get_fixed_view_size(config)
+    asks = not is_free and view_size is not None and asks_for_interpolation(config)
+    height, width = read_view(config, view_size, fixed, unit, is_free=is_free, asks=asks)
     channels = getattr(config, "num_channels", getattr(config, "in_channels", 3))
     window = 0
     if config.model_type == "qwen2_5_vl_vision":
@@ -135,6 +136,7 @@ def read_grid(config, view_size: int | list | tuple | None = None) -> PatchGrid:
         merge=merge,
         window=window,
         frames=getattr(config, "temporal_patch_size", 1) if kind == "qwen" else 1,
+        interpolates=asks and (height, width) != fixed,
     )
 
 
@@ -151,11 +153,6 @@ def is_audio(config) -> bool:
 def takes_plain_views(grid: PatchGrid) -> bool:
     """Whether the encoder takes [views, 3, height, width] and nothing else."""
     return INPUTS[grid.kind] is make_plain_inputs
-
-
-def as_pair(value) -> tuple:
-    """One number, or two, as (height, width)."""
-    return tuple(value) if isinstance(value, list | tuple) else (value, value)
 
 
 def _check_one_grid(config, kind: str, patch: tuple) -> None:
@@ -187,65 +184,6 @@ def get_fixed_view_size(config) -> tuple:
     return as_pair(getattr(config, "image_size", None))
 
 
-def _read_view(config, view_size, unit: tuple[int, int], *, is_free: bool) -> tuple[int, int]:
-    """Height and width of a view, checked against the encoder.
-
-    Args:
-        config: The encoder's configuration.
-        view_size: What the user gave, or None.
-        unit: Height and width that a view must be a multiple of.
-        is_free: The encoder takes views of any size.
-    """
-    name = config.model_type
-    fixed = get_fixed_view_size(config)
-    _check_view_size(name, view_size, fixed, unit)
-    view = fixed if view_size is None else as_pair(view_size)
-    if not is_free and view != fixed:
-        raise UserError(
-            f"view_size is {view_size!r}, but the views of {name} are {fixed[0]} x {fixed[1]}"
-            " pixels; leave view_size out"
-        )
-    if name in SQUARE_ENCODERS and view[0] * unit[1] != view[1] * unit[0]:
-        raise UserError(
-            f"{name} has views of {view[0]} x {view[1]} pixels and patches of {unit[0]} x"
-            f" {unit[1]}, but its positions form a square; use as many rows of patches as columns,"
-            " or an encoder like ViT or DINOv3"
-        )
-    key = "image_size" if view_size is None else "view_size"
-    for side, step in zip(view, unit, strict=True):
-        if side % step:
-            nearest = max(1, side // step) * step
-            raise UserError(
-                f"{name} has {key} {side}, which is not a multiple of its patch_size {step};"
-                f" set {key} to {nearest} or use another encoder"
-            )
-    if name == "pixtral" and (view[0] > fixed[0] or view[1] > fixed[1]):
-        raise UserError(
-            f"view_size is {view_size!r}, but the positions of {name} end at {fixed[0]} pixels;"
-            f" give at most {fixed[0]}"
-        )
-    return view
-
-
-def _check_view_size(name: str, view_size, fixed: tuple, unit: tuple[int, int]) -> None:
-    """Refuse a view size that is no size, and a missing one where it is needed."""
-    if view_size is None:
-        if fixed == (None, None):
-            raise UserError(
-                f"the vision encoder {name} takes images of any size, and its configuration names"
-                f" none; give view_size, a multiple of {unit[0]} pixels, for example"
-                f" view_size={16 * unit[0]}"
-            )
-        return
-    sides = as_pair(view_size)
-    is_whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    if len(sides) != 2 or not is_whole or min(sides) <= 0:
-        raise UserError(
-            f"view_size is {view_size!r}, but must be pixels, like 448, or (height, width), like"
-            " (336, 448)"
-        )
-
-
 def _read_audio_grid(config, view_size) -> PatchGrid:
     num_frames = config.max_source_positions
     if view_size is not None:
@@ -269,21 +207,49 @@ def get_encoder(model: nn.Module) -> nn.Module:
     return model.get_encoder() if is_audio(model.config) else model
 
 
-def make_encoder(config) -> nn.Module:
-    """A new encoder of a configuration, its weights random."""
+def find_encoder_class(config) -> type:
+    """The class of a configuration's encoder: AutoModel's, or that of the configuration's folder.
+
+    Raises:
+        UserError: transformers has no such class.
+    """
     # Not above: configurations are registered while transformers imports its Auto classes.
-    from transformers import AutoModel
+    from transformers import MODEL_MAPPING
 
-    if config.model_type == "qwen2_vl_vision":  # AutoModel does not list it
-        from transformers.models.qwen2_vl import modeling_qwen2_vl
+    kind = type(config)
+    if kind in MODEL_MAPPING:
+        return MODEL_MAPPING[kind]
+    # AutoModel does not list encoders that are always a part of a larger model.
+    name = kind.__module__.replace(".configuration_", ".modeling_")
+    has_file = name != kind.__module__ and find_spec(name) is not None
+    candidates = list(vars(import_module(name)).values()) if has_file else []
+    found = {}
+    for candidate in candidates:
+        runs = isinstance(candidate, type) and vars(candidate).get("forward") is not None
+        if runs and getattr(candidate, "config_class", None) is kind:
+            found[candidate.__name__.endswith("Model"), -len(candidate.__name__)] = candidate
+    if not found:
+        raise UserError(
+            f"transformers has no model for the configuration {kind.__name__}; give an encoder that"
+            " has one, such as CLIP, SigLIP, ViT or DINOv2"
+        )
+    return found[max(found)]
 
-        return modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel._from_config(config)
-    return get_encoder(AutoModel.from_config(config))
+
+def asks_for_interpolation(config) -> bool:
+    """Whether an encoder's forward must be asked to interpolate its positions."""
+    return INTERPOLATION in inspect.signature(find_encoder_class(config).forward).parameters
+
+
+def make_encoder(config, dtype: torch.dtype | None = None) -> nn.Module:
+    """A new encoder of a configuration, its weights random."""
+    return get_encoder(find_encoder_class(config)._from_config(config, dtype=dtype))
 
 
 def make_plain_inputs(grid: PatchGrid, views: Tensor) -> dict:
     """[views, 3, height, width] as they are."""
-    return {"pixel_values": views}
+    inputs = {"pixel_values": views}
+    return inputs | {INTERPOLATION: True} if grid.interpolates else inputs
 
 
 def make_qwen_inputs(grid: PatchGrid, views: Tensor) -> dict:

@@ -132,10 +132,10 @@ def test_a_configuration_without_a_view_size_needs_one():
 
 REFUSED = [
     (
-        "clip_vision_model",
+        "aimv2_vision_model",
         {},
         32,
-        "views of clip_vision_model are 16 x 16 pixels; leave view_size out",
+        "aimv2_vision_model has learned positions for views of 16 x 16 .*such as DINOv2",
     ),
     ("qwen2_5_vl_vision", {}, 24, "view_size 24, which is not a multiple of its patch_size 16"),
     ("qwen2_5_vl_vision", {}, "large", "view_size is 'large'"),
@@ -153,6 +153,12 @@ REFUSED = [
         None,
         "16 x 24 pixels .* square",
     ),
+    ("dinov2", {}, 36, "view_size 36, which is not a multiple of its patch_size 8.*view_size=32"),
+    ("clip_vision_model", {}, (16, 20), "20.* multiple of its patch_size 8"),
+    ("clip_vision_model", {}, True, "view_size is True"),
+    ("siglip_vision_model", {"image_size": 20}, None, "image_size 20.* patch_size 8.*view_size=16"),
+    ("vit", {"image_size": [16, 24]}, 32, "16 x 24 pixels .* square where it interpolates"),
+    ("sam_vision_model", {}, 32, "sam_vision_model .* does not interpolate"),
     ("whisper", {}, 16, "view_size is 16, .*whisper .* 6 frames"),
     ("whisper", {"encoder_layerdrop": 0.1}, None, "encoder_layerdrop=0.1"),
 ]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from ..config.paths import check_writable_folder
 from ..schema import UserError, read_json_file, write_text_file
-from .app import Device, File, MethodOptions, Text, app, argument, echo, find_device, option
+from .app import Device, File, MethodOptions, Number, Text, app, argument, echo, find_device, option
 
 
 def _check_parent(file: Path | None) -> Path | None:
@@ -53,6 +53,9 @@ def cost(
     text_tokens: Annotated[
         int, option("Text tokens of the prompt, beside its one image.", min=1)
     ] = 64,
+    view_size: Annotated[
+        Number, option("Pixels of a view, where the encoder takes other sizes than its own.")
+    ] = None,
     base: Annotated[
         Text, option("Count upgrades of this pretrained VLM instead. Loads it.")
     ] = None,
@@ -73,6 +76,11 @@ def cost(
     """Count what plans cost at a size: parameters, FLOPs, memory. Loads no weights but --base."""
     specs = _read_plans(plans or [], method_options or [], is_upgrade=base is not None)
     if base is not None:
+        if view_size is not None:
+            raise UserError(
+                f"--view-size is {view_size}, but a pretrained VLM has views of its own; leave out"
+                " --view-size or --base"
+            )
         if measure:
             raise UserError(
                 "--measure times models of random weights, not a pretrained VLM; leave out"
@@ -80,9 +88,11 @@ def cost(
             )
         numbers = _count_upgrades(base, specs)
     else:
-        numbers = _count_plans(vision, language, specs, text_tokens)
+        configs = _read_configs(vision, language)
+        numbers = _count_plans(*configs, specs, text_tokens, view_size)
         if measure:
-            _measure_plans(numbers, vision, language, specs, text_tokens, find_device(device))
+            settings = {"view_size": view_size, "device": find_device(device)}
+            _measure_plans(numbers, *configs, specs, text_tokens, **settings)
 
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -104,18 +114,24 @@ def _read_plans(plans: list[str], options: list[str], *, is_upgrade: bool) -> di
     return {plan: read_plan(plan, options) for plan in plans}
 
 
-def _count_plans(vision: str, language: str, specs: dict, text_tokens: int) -> dict:
-    """Print the counted cost of plans, and return it as plain values by plan."""
-    from ..profiling.counting import count_plan, format_costs
+def _read_configs(vision: str, language: str) -> tuple:
+    """The configurations of both parts."""
     from ..profiling.sizes import read_backbone_config
 
-    vision_config = read_backbone_config(vision, "vision")
-    language_config = read_backbone_config(language, "language")
+    return read_backbone_config(vision, "vision"), read_backbone_config(language, "language")
+
+
+def _count_plans(
+    vision_config, language_config, specs: dict, text_tokens: int, view_size: int | None
+) -> dict:
+    """Print the counted cost of plans, and return it as plain values by plan."""
+    from ..profiling.counting import count_plan, format_costs
 
     counts = {}
     numbers = {}
     for name, spec in specs.items():
-        counted = count_plan(vision_config, language_config, spec, num_text_tokens=text_tokens)
+        settings = {"num_text_tokens": text_tokens, "view_size": view_size}
+        counted = count_plan(vision_config, language_config, spec, **settings)
         counts[name] = counted
         numbers[name] = {"count": counted.to_dict()}
 
@@ -124,14 +140,12 @@ def _count_plans(vision: str, language: str, specs: dict, text_tokens: int) -> d
 
 
 def _measure_plans(
-    numbers: dict, vision: str, language: str, specs: dict, text_tokens: int, device: str
+    numbers: dict, vision_config, language_config, specs: dict, text_tokens: int, **settings
 ) -> None:
     """Print measured times of plans, and add them to the plans' numbers."""
     from ..profiling import timing
-    from ..profiling.sizes import read_backbone_config
 
-    configs = read_backbone_config(vision, "vision"), read_backbone_config(language, "language")
-    models = timing.random_models(*configs, specs, device=device)
+    models = timing.random_models(vision_config, language_config, specs, **settings)
     measured = timing.measure_all(models, num_text_tokens=text_tokens)
     echo(f"\n{timing.format_measurements(measured)}")
 

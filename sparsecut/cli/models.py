@@ -16,7 +16,7 @@ def build(
     out: Annotated[Path, output_folder("Folder to write the model to.")],
     plan: Annotated[str, option("A method's name, or a file with a plan.")] = "sparsecut",
     view_size: Annotated[
-        Number, option("Pixels of a view, for encoders that take images of any size.")
+        Number, option("Pixels of a view, where the encoder takes other sizes than its own.")
     ] = None,
     method_options: MethodOptions = None,
 ) -> None:

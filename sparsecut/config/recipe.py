@@ -41,7 +41,7 @@ class Model:
         vision: The encoder's hub name or folder.
         language: The language model's hub name or folder.
         base: A pretrained VLM, which is upgraded, or a model or shortcuts saved by this package.
-        view_size: Pixels of a view's side, for encoders that take images of any size.
+        view_size: Pixels of a view's side, where the encoder takes other sizes than its own.
     """
 
     vision: str | None = None

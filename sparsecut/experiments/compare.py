@@ -188,7 +188,8 @@ def _add_model_facts(run: ComparedRun, folder: Path, model: str | None) -> None:
     run.plan = config.get_plan()
     run.depths = config.vision_depth, config.language_depth
     if isinstance(config, SparseCutConfig):  # the base of an upgraded model may be anything
-        run.cost = count_plan(config.vision_config, config.text_config, run.plan).to_dict()
+        parts = config.vision_config, config.text_config
+        run.cost = count_plan(*parts, run.plan, view_size=config.view_size).to_dict()
 
 
 def _check_same_questions(runs: Sequence[ComparedRun]) -> None:

@@ -141,13 +141,14 @@ def write_costs(study: Study, plans: dict, config, log: Log) -> None:
     path = Path(study.output) / "costs.json"
     costs = read_json_file(path) if path.is_file() else {}
     log(f"counting what {len(plans)} plans cost ...")
+    parts = config.vision_config, config.text_config
 
     for name, plan in plans.items():
         if name in costs and costs[name]["plan"] == plan.to_dict():
             continue
         costs[name] = {
             "plan": plan.to_dict(),
-            "here": count_plan(config.vision_config, config.text_config, plan).to_dict(),
+            "here": count_plan(*parts, plan, view_size=config.view_size).to_dict(),
             "large": _count_at_large_size(study.arms[name]),
         }
         write_text_file(path, json.dumps(costs, indent=1))

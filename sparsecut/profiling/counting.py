@@ -112,6 +112,7 @@ def count_plan(
     num_images: int = 1,
     batch_size: int = 1,
     dtype: torch.dtype = torch.bfloat16,
+    view_size: int | tuple[int, int] | None = None,
 ) -> PlanCost:
     """Count what a prompt and a training step cost under a plan.
 
@@ -123,6 +124,7 @@ def count_plan(
         num_images: Images of the prompt; there may be none.
         batch_size: Prompts of the training step, at least 1.
         dtype: The dtype of weights and activations.
+        view_size: Pixels of a view, or (height, width); None for the encoder's own.
 
     Raises:
         UserError: If plan and models do not fit, or a number is too small.
@@ -130,7 +132,7 @@ def count_plan(
     check_minimum("num_text_tokens", num_text_tokens, 1)
     check_minimum("num_images", num_images, 0)
     check_minimum("batch_size", batch_size, 1)
-    config = build_config(vision_config, text_config, plan)
+    config = build_config(vision_config, text_config, plan, view_size)
     num_image_tokens = num_images * config.num_image_tokens
     num_tokens = num_image_tokens + num_text_tokens
     with FakeTensorMode():

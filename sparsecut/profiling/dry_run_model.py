@@ -63,7 +63,8 @@ def estimate_model(recipe: Recipe, mode: FakeTensorMode) -> EstimatedModel:
     notes: list[str] = []
     vision = _read_config(recipe.model.vision, "vision", notes)
     language = _read_config(recipe.model.language, "language", notes)
-    return EstimatedModel(build_config(vision, language, recipe.fusion), notes=notes)
+    config = build_config(vision, language, recipe.fusion, recipe.model.view_size)
+    return EstimatedModel(config, notes=notes)
 
 
 def count_trained(model: nn.Module, name: str, stage: Stage) -> int:

@@ -73,13 +73,16 @@ def get_module_flops(counter: FlopCounterMode, model: nn.Module, name: str) -> i
     return sum(counts.get(f"{type(model).__name__}.{name}", {}).values())
 
 
-def build_config(vision_config, text_config, plan: str | dict | Plan) -> SparseCutConfig:
+def build_config(
+    vision_config, text_config, plan: str | dict | Plan, view_size=None
+) -> SparseCutConfig:
     """Build the configuration of a model of these sizes with this plan.
 
     Args:
         vision_config: The encoder's configuration, or that of a model which holds one.
         text_config: The language model's configuration. Neither is changed.
         plan: A method's name, a method with options, or a plan.
+        view_size: Pixels of a view, or (height, width); None for the encoder's own.
 
     Returns:
         The configuration. Its image token is the vocabulary's last one, so that none is added.
@@ -90,6 +93,7 @@ def build_config(vision_config, text_config, plan: str | dict | Plan) -> SparseC
         vision_config=vision,
         text_config=text,
         plan=plan.to_dict() if isinstance(plan, Plan) else plan,
+        view_size=view_size,
         image_token_id=text.get_text_config().vocab_size - 1,
     )
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from ..configuration import SparseCutConfig
+from ..encoders import make_encoder
 from ..hooks import CACHE, get_cache
 from ..modeling import SparseCutForConditionalGeneration
 from ..plan import Plan
@@ -180,6 +181,7 @@ def random_models(
     *,
     device="cpu",
     dtype: torch.dtype | None = None,
+    view_size: int | tuple[int, int] | None = None,
 ) -> dict[str, tuple]:
     """Build models with random weights that share their two backbones.
 
@@ -189,6 +191,7 @@ def random_models(
         plans: Plans by name.
         device: The device.
         dtype: The dtype of all weights; by default float32 on a CPU and bfloat16 elsewhere.
+        view_size: Pixels of a view, or (height, width); None for the encoder's own.
 
     Returns:
         (model, None) by name, as `measure_all` takes them.
@@ -199,7 +202,9 @@ def random_models(
     device = torch.device(device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    configs = {name: build_config(vision_config, text_config, plan) for name, plan in plans.items()}
+    configs = {}
+    for name, plan in plans.items():
+        configs[name] = build_config(vision_config, text_config, plan, view_size)
     _check_memory(list(configs.values()), device, dtype)
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -212,7 +217,7 @@ def random_models(
 
 def _build_models(configs: Mapping[str, SparseCutConfig], dtype: torch.dtype) -> dict[str, tuple]:
     first = next(iter(configs.values()))
-    vision = AutoModel.from_config(first.vision_config, dtype=dtype)
+    vision = make_encoder(first.vision_config, dtype)
     language = AutoModelForCausalLM.from_config(first.text_config, dtype=dtype)
     for module in (*vision.modules(), *language.modules()):
         module._is_hf_initialized = True  # or each model would initialize them again

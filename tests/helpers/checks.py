@@ -16,8 +16,9 @@ from helpers.families import (
 )
 
 from sparsecut import SparseCutConfig, SparseCutForConditionalGeneration
-from sparsecut.encoders import encoder_inputs, is_audio, to_raster_order
+from sparsecut.encoders import encoder_inputs, is_audio, read_grid, to_raster_order
 from sparsecut.hooks import CHECKPOINTING, find_layers, read_taps
+from sparsecut.schema import UserError
 
 PROMPTS = [[5, IMAGE, 6, 7], [8, 9, 10, IMAGE, 11, 12, 13]]  # one placeholder per image
 GREEDY = {
@@ -31,13 +32,14 @@ GREEDY = {
 SPARSE = {"method": "sparsecut", "pattern": "sparse"}
 
 
-def join(vision="clip_vision_model", language="llama", plan=None):
+def join(vision="clip_vision_model", language="llama", plan=None, view_size=None):
     """A model of two tiny families; UserError where their configurations do not fit.
 
     Args:
         vision: Name of an encoder family, or a module.
         language: Name of a language model family, or a module.
         plan: Default: `sparsecut` in the pattern `sparse`, without fine views for audio.
+        view_size: Default: that of `VIEW_SIZES`, where the encoder has none of its own.
     """
     encoder_config = vision_config(vision) if isinstance(vision, str) else vision.config
     text_config = language_config(language) if isinstance(language, str) else language.config
@@ -45,7 +47,7 @@ def join(vision="clip_vision_model", language="llama", plan=None):
         plan = SPARSE | {"tiles": 0} if is_audio(encoder_config) else SPARSE
     settings = {
         "image_token_id": IMAGE,
-        "view_size": VIEW_SIZES.get(encoder_config.model_type),
+        "view_size": view_size or VIEW_SIZES.get(encoder_config.model_type),
         "plan": plan,
     }
     SparseCutConfig(vision_config=encoder_config, text_config=text_config, **settings)
@@ -250,6 +252,48 @@ def stops(model):
     assert ran == set(range(depth))
     for handle in handles:
         handle.remove()
+
+
+def resizes(model):
+    """Views of another size give what the encoder gives when it interpolates its own positions.
+
+    Returns:
+        "fixed" for an encoder that is refused at other sizes, else None.
+    """
+    config = model.config
+    if is_audio(config.vision_config):
+        return "fixed"
+    grid = config.grid
+    smaller, larger = [
+        tuple(side * times for side, times in zip(grid.view[1:], factors, strict=True))
+        for factors in ((1, 2), (2, 2))
+    ]
+    try:
+        read_grid(config.vision_config, larger)
+    except UserError as error:
+        assert config.vision_config.model_type in str(error)
+        return "fixed"
+    for size in (smaller, larger):
+        resized = join(model.vision_tower, model.language_model, config.plan, size)
+        with torch.no_grad():
+            taps(resized)
+        padded(resized)
+        assert resized.config.grid.view[1:] == size
+        again = SparseCutConfig.from_dict(resized.config.to_dict())
+        assert again.grid == resized.config.grid
+    assert_positions_learn(resized)
+    taps(model)  # the encoder is as it was
+
+
+def assert_positions_learn(model):
+    """Interpolated positions get the gradient of a training step, where the encoder has any."""
+    tower = model.vision_tower.requires_grad_(True)
+    inputs = batch(model, side="right")
+    model(**inputs, labels=text_labels(inputs["input_ids"])).loss.backward()
+    for name, parameter in tower.named_parameters():
+        if "position_embedding" in name or "pos_embed" in name:
+            assert parameter.grad.abs().sum() > 0, name
+    model.zero_grad(set_to_none=True)
 
 
 DECODER_CHECKS = (gradients, cached, padded, beams, checkpointing)

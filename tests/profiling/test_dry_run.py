@@ -15,6 +15,7 @@ from helpers.dry_runs import (
     estimate,
     estimate_base,
     make_recipe,
+    make_recipe,
     write_backbones,
 )
 from helpers.example_bases import build_example_base
@@ -66,6 +67,14 @@ def test_parameters_are_those_of_the_model(backbones):
     estimated = estimate(backbones, train=BOTH)
     assert estimated.parameters == parts
     assert estimated.trained == {name: parts[name] for name in BOTH}
+
+
+def test_a_view_size_is_counted(backbones):
+    recipe = make_recipe(backbones)
+    recipe["model"]["view_size"] = 48
+    larger = dry_run(parse_recipe(recipe))[0]
+    flops = estimate(backbones).flops_per_step
+    assert larger.flops_per_step > 1.5 * flops
 
 
 def test_adapters_have_the_parameters_that_peft_gives_them(backbones):
