@@ -97,6 +97,7 @@ UNSUPPORTED_ENCODERS = (
     "yolos",
 )
 
+
 def read_grid(config, view_size: int | list | tuple | None = None) -> PatchGrid:
     """The grid of an encoder, read from its configuration.
 

@@ -15,7 +15,6 @@ from helpers.dry_runs import (
     estimate,
     estimate_base,
     make_recipe,
-    make_recipe,
     write_backbones,
 )
 from helpers.example_bases import build_example_base
