@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..schema import UserError, check_choice, check_pattern, check_types
 
 ON_ERROR = ("stop", "skip")
 CHOICES = ("where", "hold_out", "keep")  # keys that choose among a source's records
+# The keys of records that are read, in all their forms; `columns` gives them other names.
+RECORD_KEYS = (
+    "id",
+    "image",
+    "images",
+    "conversations",
+    "messages",
+    "texts",
+    "prompt",
+    "completion",
+    "question",
+    "answer",
+    "answers",
+    "multiple_choice_answer",
+    "query",
+    "response",
+    "instruction",
+    "input",
+    "output",
+    "caption",
+    "captions",
+    "text",
+    "system",
+    "history",
+    "group",
+    "level",
+)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Records in LLaVA's format and their images.
+    """Records, in any form that docs/data.md shows, and their images.
 
     Attributes:
         path: A file or a pattern of files (.json, .jsonl, .csv, .tsv, .parquet, .arrow, .tar), a
@@ -35,6 +62,8 @@ class Source:
         split: The split, of a dataset that has several, such as "train".
         revision: Of a dataset of the hub: a branch, a tag or a commit.
         question: What is asked about every image of class folders, or of a `label` column.
+        columns: A key of records -> the name that these records have for it, as in
+            `{question: frage, answer: antwort, image: bild}`.
     """
 
     path: str
@@ -53,6 +82,7 @@ class Source:
     split: str | None = None
     revision: str | None = None
     question: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         check_types(self)
@@ -76,7 +106,19 @@ class Source:
             raise UserError(f"max_broken is {self.max_broken}, but a fraction lies between 0 and 1")
         if self.max_mib < 1:
             raise UserError(f"max_mib is {self.max_mib}, but a record takes at least 1 MiB of it")
+        self._check_columns()
         self._check_stream()
+
+    def _check_columns(self) -> None:
+        for key in self.columns:
+            check_choice("columns has a key that", key, RECORD_KEYS)
+        names = list(self.columns.values())
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise UserError(
+                f"columns gives {repeated[0]!r} to several keys, but a column has one meaning; remove"
+                " one of them"
+            )
 
     def _check_stream(self) -> None:
         if not self.streaming:

@@ -1,8 +1,7 @@
-"""Records in LLaVA's conversation format, read from files and checked as far as text goes.
+"""Examples: records of every form, read from files and checked as far as text goes.
 
-A record is `{"id", "image": name or list of names, "conversations": [{"from": "human" | "gpt" |
-"system", "value"}]}`, with one `<image>` in a human turn for every image. `group` and `level` are
-optional and kept for scoring.
+`record_forms` has the forms. `id`, `group` and `level` are optional in all of them; `group` and `level`
+are kept for scoring.
 """
 
 from __future__ import annotations
@@ -19,25 +18,17 @@ from PIL import Image
 
 from ..config.recipe import Source
 from ..config.yaml_io import expand_path
-from ..schema import UserError, nearest
+from ..schema import UserError
 from .access import DEFAULT_ACCESS, Access, get_access
 from .errors import RecordError, show_value
+from .form_choice import Columns, choose_form
 from .images import ImageStore, decode_image
 from .readers import find_files, open_image_store, read_records
+from .record_forms import convert_record
+from .texts import check_text
+from .turns import IMAGE as IMAGE
 
 logger = logging.getLogger(__name__)
-
-LONGEST_NAME = 4096  # characters of a path
-TYPE_NAMES = {dict: "an object", list: "a list", str: "a text"}
-
-IMAGE = "<image>"  # the placeholder in a record's text
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 
 
 @dataclass(frozen=True)
@@ -115,6 +106,7 @@ def read_source(source: Source, problems: list[RecordError]) -> list[Example]:
         images,
         problems=problems if source.on_error == "skip" else None,
         access=get_access(source),
+        columns=Columns(source.columns) if source.columns else None,
     )
     _warn_of_ids(source, examples)
     selected = select_examples(
@@ -170,6 +162,7 @@ def read_examples(
     *,
     problems: list[RecordError] | None = None,
     access: Access = DEFAULT_ACCESS,
+    columns: Columns | None = None,
 ) -> list[Example]:
     """Return all records of a file, or of all files that a pattern names, as examples.
 
@@ -179,10 +172,11 @@ def read_examples(
             where it holds its images itself, the file.
         problems: Errors of bad records are appended. Without it the first one is raised.
         access: What records may reach.
+        columns: Other names of the records' keys.
 
     Raises:
         RecordError: A record is bad.
-        UserError: A file is missing or broken.
+        UserError: A file is missing or broken, or no record has one of the columns.
     """
     examples = []
     shared_store = None if images is None else ImageStore(images, access)
@@ -191,13 +185,17 @@ def read_examples(
         records = read_records(file, images_by_name=images is None, access=access)
         for place, record in records:
             try:
-                example = parse_record(record, place, store, skip=problems is not None)
+                example = parse_record(
+                    record, place, store, skip=problems is not None, columns=columns
+                )
                 example.check_images()
                 examples.append(example)
             except RecordError as error:
                 if problems is None:
                     raise
                 problems.append(error)
+    if columns is not None:
+        columns.check_seen(f"the records of {path}")
     return examples
 
 
@@ -233,7 +231,14 @@ def _matches(example: Example, where: str | None, hold_out: str | None) -> bool:
     return not (hold_out and re.search(hold_out, example.id))
 
 
-def parse_record(record: Any, place: str, store: ImageStore, *, skip: bool = False) -> Example:
+def parse_record(
+    record: Any,
+    place: str,
+    store: ImageStore,
+    *,
+    skip: bool = False,
+    columns: Columns | None = None,
+) -> Example:
     """Check a record and return it as an example.
 
     Args:
@@ -241,17 +246,17 @@ def parse_record(record: Any, place: str, store: ImageStore, *, skip: bool = Fal
         place: Where it stands.
         store: Opens its images.
         skip: Whether it may be left out later, where an image is broken.
+        columns: Other names of its keys.
 
     Raises:
-        RecordError: The record cannot be read or has not LLaVA's format.
+        RecordError: The record cannot be read, is of no known form, or is wrong.
     """
     try:
         record = record() if callable(record) else record
-        _check_keys(record)
-        messages = [_parse_turn(turn, i) for i, turn in enumerate(record["conversations"])]
-        _check_roles([message["role"] for message in messages])
-        images = _parse_images(record.get("image"))
-        _check_placeholders(messages, images)
+        if columns is not None and isinstance(record, dict):
+            record = columns.rename(record)
+        form = choose_form(record, columns)
+        messages, images = convert_record(record, form, store.access.max_bytes)
         record_id, group, level = (_get_text(record, key) for key in ("id", "group", "level"))
     except UserError as error:
         raise RecordError(place, str(error)) from None
@@ -267,85 +272,6 @@ def parse_record(record: Any, place: str, store: ImageStore, *, skip: bool = Fal
     )
 
 
-def _check_keys(record: Any) -> None:
-    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
-        raise UserError(
-            f"a record is an object with a list of `conversations`, but this is"
-            f" {TYPE_NAMES.get(type(record)) or show_value(record)} without; see LLaVA's format"
-        )
-
-
-def _parse_turn(turn: Any, number: int) -> dict[str, str]:
-    role, text = None, None
-    if isinstance(turn, dict):
-        role, text = turn.get("from"), turn.get("value")
-    if not isinstance(role, str) or role not in ROLES:
-        hint = nearest(role, ROLES) if isinstance(role, str) else ""
-        raise UserError(
-            f"turn {number} is from {show_value(role)}{hint}; allowed are human, gpt and system"
-        )
-    if not isinstance(text, str) or not text.strip():
-        what = "answer" if ROLES[role] == "assistant" else "text"
-        raise UserError(
-            f"turn {number} has an empty {what} ({show_value(text)}); write it or remove the record"
-        )
-    check_text(text, f"turn {number}")
-    if ROLES[role] != "user" and IMAGE in text:
-        raise UserError(
-            f"turn {number} is from {role} and holds {IMAGE}; images belong to human turns"
-        )
-    return {"role": ROLES[role], "content": text}
-
-
-def _check_roles(roles: list[str]) -> None:
-    if "system" in roles[1:]:
-        raise UserError("a system turn stands after the first turn; put it first or remove it")
-    turns = [role for role in roles if role != "system"]
-    if "assistant" not in turns:
-        raise UserError(
-            "there is no gpt turn, so there is no answer to train on or compare with; add one"
-        )
-    expected = ["user", "assistant"] * (len(turns) // 2)
-    if turns != expected:
-        raise UserError(
-            f"turns are {', '.join(turns)}, but human and gpt must alternate, human first and gpt"
-            " last"
-        )
-
-
-def _parse_images(value: Any) -> list[str | bytes]:
-    if value is None:
-        return []
-    images = value if isinstance(value, list) else [value]
-    return [_parse_image(image) for image in images]
-
-
-def _parse_image(image: Any) -> str | bytes:
-    if isinstance(image, dict):  # an Image column of `datasets`
-        image = image.get("bytes") or image.get("path")
-    if not isinstance(image, str | bytes) or not image:
-        raise UserError(
-            f"`image` holds {show_value(image)}, but an image's name or a list of names is needed"
-        )
-    if isinstance(image, str):
-        check_text(image, "`image`")
-        if len(image) > LONGEST_NAME:
-            raise UserError(
-                f"`image` holds a name of {len(image):,} characters, but no path is longer than"
-                f" {LONGEST_NAME:,}; correct it"
-            )
-    return image
-
-
-def _check_placeholders(messages: list[dict[str, str]], images: list[str | bytes]) -> None:
-    number = sum(message["content"].count(IMAGE) for message in messages)
-    if number != len(images):
-        raise UserError(
-            f"the text has {number} {IMAGE} but the record names {len(images)} images; write one"
-            f" {IMAGE} for each image"
-        )
-
-
 def _get_text(record: dict, key: str) -> str | None:
     value = record.get(key)
     if isinstance(value, list | dict):
@@ -353,21 +279,3 @@ def _get_text(record: dict, key: str) -> str | None:
     if isinstance(value, str):
         check_text(value, f"`{key}`")
     return None if value is None else str(value)
-
-
-def check_text(text: str, what: str) -> None:
-    """Raise UserError for a text that tokenizers and files cannot hold.
-
-    Args:
-        text: The text.
-        what: What it is, for the error.
-    """
-    if "\0" in text:
-        raise UserError(f"{what} holds a NUL character; remove it")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{what} holds half a surrogate pair ({text[error.start]!r}), which is no character;"
-            " remove it"
-        ) from None

@@ -23,6 +23,7 @@ from .dataset import TrainingData
 from .encoding import ExampleEncoder
 from .errors import RecordError
 from .examples import Example, parse_record
+from .form_choice import Columns
 from .images import ImageStore
 from .readers import find_files, read_records
 
@@ -175,11 +176,12 @@ def read_stream(source: Source, files: list[Path]) -> Iterator[Example | RecordE
     """
     skip = source.on_error == "skip"
     access = get_access(source)
+    columns = Columns(source.columns) if source.columns else None
     for file in files:
         store = ImageStore(expand_path(source.images) if source.images else file.parent, access)
         for place, record in read_records(file, access=access):
             try:
-                yield parse_record(record, place, store, skip=skip)
+                yield parse_record(record, place, store, skip=skip, columns=columns)
             except RecordError as error:
                 if not skip:
                     raise
