@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from .hub import check_model_place
 from .pixels import ImageSource as ImageSource
 from .pixels import open_image as open_image
 from .pixels import open_upright as open_upright
@@ -55,6 +56,11 @@ def load_pretrained(kind, name, complaint: str, **settings):
     Raises:
         UserError: There is no such folder or hub name, or it is damaged, or it asks for code.
     """
+    hub = {key: settings[key] for key in HUB_ARGUMENTS if key in settings}
+    try:
+        settings = settings | check_model_place(name, **hub)
+    except UserError as error:
+        raise UserError(f"{complaint}: {error}") from None
     if kind.__name__.startswith("Auto"):
         settings = {"trust_remote_code": False, **settings}
     try:

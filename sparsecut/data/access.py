@@ -16,6 +16,7 @@ from ..config.recipe import Source
 from ..schema import UserError
 
 MAX_MIB = 128
+POINTER = b"version https://git-lfs.github.com/spec/"
 # A pipe would wait for ever when it is opened. Windows has no such flag, and one for bytes.
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 KERNEL_FOLDERS = ("/proc", "/sys")  # their files show this machine, and have no size
@@ -119,7 +120,18 @@ def read_file(path: Path, access: Access) -> bytes:
         if not stat.S_ISREG(facts.st_mode):
             raise UserError(f"{path} is not a stored file, but a pipe, a socket or a device")
         check_excess(str(path), facts.st_size, access.max_bytes)
-        return opened.read(access.max_bytes)
+        data = opened.read(access.max_bytes)
+    check_no_pointer(str(path), data)
+    return data
+
+
+def check_no_pointer(what: str, beginning: bytes) -> None:
+    """Raise UserError where a file holds a pointer of Git LFS in place of its contents."""
+    if beginning.startswith(POINTER):
+        raise UserError(
+            f"{what} holds only a pointer to its contents, as `git clone` leaves it without Git LFS;"
+            " run `git lfs install` once and `git lfs pull` in the clone"
+        )
 
 
 def check_excess(what: str, num_bytes: int, max_bytes: int) -> None:

@@ -23,7 +23,8 @@ from .access import DEFAULT_ACCESS, Access, get_access
 from .errors import RecordError, show_value
 from .form_choice import Columns, choose_form
 from .images import ImageStore, decode_image
-from .readers import find_files, open_image_store, read_records
+from .locating import find_record_files
+from .record_files import RecordFile
 from .record_forms import convert_record
 from .texts import check_text
 from .turns import IMAGE as IMAGE
@@ -99,10 +100,9 @@ def read_source(source: Source, problems: list[RecordError]) -> list[Example]:
         RecordError: A record is bad, and the source says on_error "stop".
         UserError: A file is missing or broken, or no record is left.
     """
-    path = expand_path(source.path)
     images = expand_path(source.images) if source.images else None
     examples = read_examples(
-        path,
+        find_record_files(source),
         images,
         problems=problems if source.on_error == "skip" else None,
         access=get_access(source),
@@ -157,7 +157,7 @@ def _add_group(example: Example, pattern: str) -> Example:
 
 
 def read_examples(
-    path: str | Path,
+    path: str | Path | list[RecordFile],
     images: str | Path | None = None,
     *,
     problems: list[RecordError] | None = None,
@@ -167,7 +167,7 @@ def read_examples(
     """Return all records of a file, or of all files that a pattern names, as examples.
 
     Args:
-        path: A file or a pattern.
+        path: A file, a pattern, a folder, or the files of a source.
         images: A folder or tar archive of the images. None stands for the file's own folder or,
             where it holds its images itself, the file.
         problems: Errors of bad records are appended. Without it the first one is raised.
@@ -180,10 +180,10 @@ def read_examples(
     """
     examples = []
     shared_store = None if images is None else ImageStore(images, access)
-    for file in find_files(path):
-        store = shared_store or open_image_store(file, access)
-        records = read_records(file, images_by_name=images is None, access=access)
-        for place, record in records:
+    files = path if isinstance(path, list) else find_record_files(Source(str(path)))
+    for file in files:
+        store = shared_store or file.open_images(access)
+        for place, record in file.read(access, images_by_name=images is None):
             try:
                 example = parse_record(
                     record, place, store, skip=problems is not None, columns=columns
@@ -195,7 +195,7 @@ def read_examples(
                     raise
                 problems.append(error)
     if columns is not None:
-        columns.check_seen(f"the records of {path}")
+        columns.check_seen(f"the records of {files[0].path}")
     return examples
 
 

@@ -1,6 +1,6 @@
 """Files of records, of every kind that is read.
 
-These are JSON, JSON Lines, Parquet, Arrow, folders of `datasets`, and WebDataset archives.
+These are JSON, JSON Lines, CSV, Parquet, Arrow, folders of `datasets`, and WebDataset archives.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from ..schema import UserError
-from .access import DEFAULT_ACCESS, Access, check_excess
+from . import delimited
+from .access import DEFAULT_ACCESS, Access, check_excess, check_no_pointer
 from .images import ImageStore
 from .json_text import iterate_elements
 from .jsonl import iterate_lines, parse_line
 from .tables import TableImages, open_image_table, read_image_table, read_table
 from .webdataset import read_samples
 
-SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".tar")  # in any case
+SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".tar", ".csv", ".tsv")  # in any case
 RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 MOST_FILES = 1_000_000  # that one pattern may name
 
@@ -101,11 +102,18 @@ def read_records(
         UserError: The file is broken, so that its records cannot be told apart.
     """
     try:
+        _check_contents(path)
         yield from _choose_reader(path, images_by_name, access)
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); give a file that may be read"
         ) from None
+
+
+def _check_contents(path: Path) -> None:
+    if path.is_file():
+        with path.open("rb") as file:
+            check_no_pointer(str(path), file.read(100))
 
 
 def _choose_reader(path: Path, images_by_name: bool, access: Access) -> Iterator[Placed]:
@@ -116,12 +124,15 @@ def _choose_reader(path: Path, images_by_name: bool, access: Access) -> Iterator
         return _read_json(path, access)
     if suffix == ".jsonl":
         return _read_json_lines(path, access)
+    if suffix in delimited.SUFFIXES:
+        return delimited.read_delimited(path, access)
     table = open_image_table(path, access) if images_by_name else None
     return read_table(path, access) if table is None else read_image_table(path, table, access)
 
 
 def open_image_store(path: Path, access: Access = DEFAULT_ACCESS) -> ImageStore | TableImages:
     """Return where the images lie whose names `read_records` gave: in the file, or its folder."""
+    _check_contents(path)
     if path.suffix.lower() == ".tar":
         return ImageStore(path, access)
     table = open_image_table(path, access)

@@ -11,7 +11,6 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -25,7 +24,8 @@ from .errors import RecordError
 from .examples import Example, parse_record
 from .form_choice import Columns
 from .images import ImageStore
-from .readers import find_files, read_records
+from .locating import find_record_files
+from .record_files import RecordFile
 
 NUM_RECENT = 100  # records that went by, which may take a broken one's place
 BUFFER = 1000  # records among which the next one is drawn
@@ -130,7 +130,7 @@ class Stream(IterableDataset):
     def _iterate_source(self, source: Source, number: int) -> Iterator[Example | RecordError]:
         for turn in itertools.count():
             generator = random.Random(f"{self.seed} {number} {turn}")
-            files = find_files(expand_path(source.path))
+            files = find_record_files(source)
             generator.shuffle(files)
             is_empty = True
             for example in _shuffle(read_stream(source, files), generator):
@@ -161,7 +161,9 @@ def _shuffle(
     yield from buffer
 
 
-def read_stream(source: Source, files: list[Path]) -> Iterator[Example | RecordError]:
+def read_stream(
+    source: Source, files: list[RecordFile] | None = None
+) -> Iterator[Example | RecordError]:
     """Yield a source's examples in the order of its files, and errors of records it may skip.
 
     Only the form of a record is checked, because every worker of every process passes over all
@@ -169,7 +171,7 @@ def read_stream(source: Source, files: list[Path]) -> Iterator[Example | RecordE
 
     Args:
         source: The source.
-        files: Its files.
+        files: Its files, where their order is another one.
 
     Raises:
         RecordError: A record is bad, and the source says on_error "stop".
@@ -177,9 +179,10 @@ def read_stream(source: Source, files: list[Path]) -> Iterator[Example | RecordE
     skip = source.on_error == "skip"
     access = get_access(source)
     columns = Columns(source.columns) if source.columns else None
-    for file in files:
-        store = ImageStore(expand_path(source.images) if source.images else file.parent, access)
-        for place, record in read_records(file, access=access):
+    images = ImageStore(expand_path(source.images), access) if source.images else None
+    for file in find_record_files(source) if files is None else files:
+        store = images or file.open_images(access, by_name=False)
+        for place, record in file.read(access, images_by_name=False):
             try:
                 yield parse_record(record, place, store, skip=skip, columns=columns)
             except RecordError as error:
@@ -196,9 +199,8 @@ def read_first_examples(source: Source, encoder: ExampleEncoder, number: int = 3
     Raises:
         RecordError: A record is bad, and the source says on_error "stop".
     """
-    files = find_files(expand_path(source.path))
     good = []
-    for example in itertools.islice(read_stream(source, files), number):
+    for example in itertools.islice(read_stream(source), number):
         if isinstance(example, RecordError):
             continue
         try:

@@ -16,7 +16,6 @@ from ..schema import UserError
 from .access import Access, check_excess
 from .images import ImageStore, decode_image
 
-COLUMNS = ("id", "image", "conversations", "group", "level")  # no other one is read
 BATCH_ROWS = 1000
 BATCH_BYTES = 64 * 2**20  # of rows that are read at once
 FEW_ROWS = 16  # that are read at once of a large row group
@@ -163,11 +162,24 @@ def _has_images(schema) -> bool:
     return pyarrow.types.is_struct(getattr(kind, "value_type", kind))
 
 
-def _choose_columns(path: Path, names: list[str]) -> list[str]:
-    for name in COLUMNS:
-        if names.count(name) > 1:
-            raise UserError(f"{path} has {names.count(name)} columns {name}; keep one of them")
-    return [name for name in COLUMNS if name in names]
+def _choose_columns(path: Path, schema) -> list[str]:
+    """The columns that may be part of a record: no vectors, times and kinds of other libraries."""
+    repeated = [name for name in schema.names if schema.names.count(name) > 1]
+    if repeated:
+        raise UserError(f"{path} has {len(repeated)} columns {repeated[0]}; keep one of them")
+    return [field.name for field in schema if _is_readable(field.type)]
+
+
+def _is_readable(kind) -> bool:
+    from pyarrow import BaseExtensionType, types
+
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    while is_list:
+        kind = kind.value_type
+        is_list = types.is_list(kind) or types.is_large_list(kind)
+        if types.is_floating(kind):
+            return False
+    return not (types.is_temporal(kind) or isinstance(kind, BaseExtensionType))
 
 
 # ---- rows
@@ -238,8 +250,8 @@ def _check_stored(path: Path) -> None:
 
 
 def _iterate_arrow(path: Path, table) -> Iterator:
-    names = _choose_columns(path, table.column_names)
-    chosen = table.with_format("arrow").select_columns(names)
+    arrow = table.with_format("arrow")
+    chosen = arrow.select_columns(_choose_columns(path, arrow.data.schema))
     # A dictionary repeats its values: their size is not known before they are converted.
     num_rows = 1 if "dictionary<" in str(chosen.data.schema) else BATCH_ROWS
     with _refuse_damaged(path, "records of `datasets`"):
@@ -257,7 +269,7 @@ def _open_parquet(path: Path, access: Access):
 
 def _iterate_parquet(path: Path, access: Access) -> Iterator:
     file = _open_parquet(path, access)
-    names = _choose_columns(path, file.schema_arrow.names)
+    names = _choose_columns(path, file.schema_arrow)
     with _refuse_damaged(path, "Parquet"):
         yield from file.iter_batches(_count_batch_rows(file.metadata), columns=names)
 

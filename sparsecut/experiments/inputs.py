@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..config.recipe import Recipe, Source
-from ..config.yaml_io import expand_path
 from ..data.examples import Example
 from ..data.file_facts import Facts, describe_file, describe_image, hold_same_contents
-from ..data.readers import find_files
+from ..data.locating import find_record_files
 from ..fingerprint import weights_hash, weights_sum
 from ..prompts import get_chat_template
 from ..schema import UserError, read_json_file, write_text_file
@@ -122,18 +121,11 @@ def _describe_files(out: Path, recipes: Sequence[Recipe], known: dict) -> dict[s
     facts = {}
     for recipe in recipes:
         for source in list_sources(recipe):
-            for file in _list_files(source):
-                name = _get_name(out, file)
-                facts[name] = describe_file(file, known.get(name))
+            for part in find_record_files(source):
+                for file in part.list_stored():
+                    name = _get_name(out, file)
+                    facts[name] = describe_file(file, known.get(name))
     return facts
-
-
-def _list_files(source: Source) -> Iterator[Path]:
-    for file in find_files(expand_path(source.path)):
-        if file.is_dir():  # a dataset that `datasets` has saved
-            yield from sorted(path for path in file.rglob("*") if path.is_file())
-        else:
-            yield file
 
 
 def _describe_images(out: Path, examples: Sequence[Example], known: dict) -> dict[str, Facts]:

@@ -17,7 +17,6 @@ from typing import NamedTuple
 from ..config.recipe import Source, Stage
 from ..config.yaml_io import expand_path
 from ..data.examples import Example, read_source
-from ..data.readers import find_files
 from ..data.streaming import read_stream
 from ..schema import UserError
 
@@ -294,6 +293,6 @@ def _read_examples(source: Source, notes: list[str]) -> list[Example] | None:
         return None
     if not source.streaming:
         return read_source(source, [])
-    records = read_stream(source, find_files(path))
+    records = read_stream(source)
     examples = (record for record in records if isinstance(record, Example))
     return list(itertools.islice(examples, SAMPLE_SIZE))

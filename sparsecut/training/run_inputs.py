@@ -16,11 +16,10 @@ from pathlib import Path
 
 from ..adapters import get_adapters
 from ..config.recipe import Source
-from ..config.yaml_io import expand_path
 from ..data.examples import Example
 from ..data.file_facts import read_stamp
 from ..data.images import ImageStore
-from ..data.readers import find_files
+from ..data.locating import find_record_files
 from ..fingerprint import weights_sum
 from ..prompts import get_chat_template
 from ..schema import UserError, read_json_file, write_text_file
@@ -118,19 +117,11 @@ def _digest_images(places: dict[tuple[Path, str], ImageStore]) -> dict[str, str]
 def _describe_stream(source: Source) -> dict:
     """Facts of the files of a stream: their names and sizes, and some of their bytes."""
     facts = {}
-    for path in find_files(expand_path(source.path)):
-        for file in _list_files(path):
-            name = file.relative_to(path.parent).as_posix()
+    for part in find_record_files(source):
+        for file in part.list_stored():
+            name = file.relative_to(part.folder).as_posix()
             facts[name] = digest_file(file, NUM_STREAM_SAMPLES)
     return {"files": facts}
-
-
-def _list_files(path: Path) -> Iterator[Path]:
-    """The file, or all files of a dataset that `datasets` has saved."""
-    if path.is_dir():
-        yield from sorted(file for file in path.rglob("*") if file.is_file())
-    else:
-        yield path
 
 
 def describe_model(model, processor) -> dict:

@@ -212,8 +212,8 @@ class Ours:
         return draw(name, 1, 1)
 
 
-def test_an_error_in_our_own_code_stays_one():
+def test_an_error_in_our_own_code_stays_one(tmp_path):
     with pytest.raises(UserError, match=r"cannot be read.*KeyError: 'a damaged file'"):
-        load_pretrained(Damaged, "x", "cannot be read")
+        load_pretrained(Damaged, tmp_path, "cannot be read")
     with pytest.raises((AttributeError, TypeError)):
-        load_pretrained(Ours, 3, "cannot be read")
+        load_pretrained(Ours, tmp_path, "cannot be read")

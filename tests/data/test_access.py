@@ -12,7 +12,6 @@ from sparsecut.data.access import Access
 from sparsecut.data.errors import RecordError
 from sparsecut.data.examples import Example, read_examples, read_source
 from sparsecut.data.images import ImageStore
-from sparsecut.data.readers import find_files
 from sparsecut.data.streaming import read_stream
 from sparsecut.evaluation.tasks.task import open_images
 from sparsecut.reports.compare import _embed
@@ -51,7 +50,7 @@ def test_images_outside_are_refused_unless_they_may_lie_anywhere(places, kind):
     problems = []
     (example,) = read_source(Source(path, on_error="skip"), problems)
     assert (example.id, len(problems)) == ("good", 1)
-    streamed = [e for e in read_stream(Source(path), find_files(path)) if isinstance(e, Example)]
+    streamed = [e for e in read_stream(Source(path)) if isinstance(e, Example)]
     with pytest.raises(RecordError, match="outside"):
         streamed[1].load_images()
     _, trusted = read_source(Source(path, anywhere=True), [])

@@ -11,7 +11,6 @@ from sparsecut.data import json_text
 from sparsecut.data.errors import RecordError
 from sparsecut.data.examples import read_examples, read_source
 from sparsecut.data.json_text import iterate_elements
-from sparsecut.data.readers import find_files
 from sparsecut.data.streaming import read_stream
 from sparsecut.schema import UserError
 
@@ -77,7 +76,7 @@ def test_one_bad_record_is_named_and_the_others_survive(image_folder, name, layo
     with pytest.raises(RecordError) as caught:
         read_examples(path)
     assert caught.value.where == place
-    streamed = list(read_stream(Source(str(path), on_error="skip"), find_files(path)))
+    streamed = list(read_stream(Source(str(path), on_error="skip")))
     ids = [example.id for example in streamed if not isinstance(example, RecordError)]
     assert (ids[0], ids[-1]) == ("first", "last")
 

@@ -11,7 +11,6 @@ from PIL import Image
 from sparsecut.config.recipe import Source
 from sparsecut.data.errors import RecordError
 from sparsecut.data.examples import Example, read_examples, read_source
-from sparsecut.data.readers import find_files
 from sparsecut.data.streaming import read_stream
 
 
@@ -43,7 +42,7 @@ def write_archive(path, *members: tuple[str, bytes], links: dict[str, str] | Non
 
 def read_both_ways(path) -> list[list[Example]]:
     """The examples as an indexed source and as a stream give them."""
-    streamed = read_stream(Source(str(path), streaming=True), find_files(path))
+    streamed = read_stream(Source(str(path), streaming=True))
     return [read_examples(path), list(streamed)]
 
 

@@ -1,0 +1,202 @@
+"""From a source of a recipe to its files: patterns, saved data sets, folders, cloned repositories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..config.source import Source
+from ..config.yaml_io import expand_path
+from ..schema import UserError, nearest
+from .readers import SUFFIXES, find_files
+from .record_files import LabelledImage, MetadataFile, RecordFile
+
+SAVED = "dataset_info.json"  # of a folder that `Dataset.save_to_disk` has written
+SAVED_SPLITS = "dataset_dict.json"  # of one that `DatasetDict.save_to_disk` has written
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+# Kinds of data sets, as `datasets` tells them by their files, whose files hold records.
+RECORD_KINDS = ("json", "csv", "parquet", "arrow", "webdataset")
+IMAGE_KIND = "imagefolder"
+KEYS = ("name", "split", "revision")  # of a source, which choose inside of a data set
+
+
+class Layout(NamedTuple):
+    """The files of a folder or repository, as `datasets` tells them.
+
+    Attributes:
+        kind: What they hold, one of `RECORD_KINDS` or `IMAGE_KIND`, or something else.
+        splits: Name of a split -> its files.
+    """
+
+    kind: str
+    splits: dict[str, list[str]]
+
+
+def find_record_files(source: Source) -> list[RecordFile]:
+    """Return the files that a source names, in order.
+
+    Raises:
+        UserError: Something is missing, holds no records, or has several splits of which none is
+            chosen.
+    """
+    path = Path(expand_path(source.path))
+    if not _is_folder(path):
+        _refuse_keys(source, KEYS, "it names files")
+        return [RecordFile(file, source.question) for file in find_files(path)]
+    _refuse_keys(source, ("revision",), "it is a folder on this machine")
+    if (path / SAVED).is_file():
+        _refuse_keys(source, ("name",), "it is a saved data set without configurations")
+        _check_saved_split(path, source)
+        return [RecordFile(path, source.question)]
+    if (path / SAVED_SPLITS).is_file():
+        _refuse_keys(source, ("name",), "it is a saved data set without configurations")
+        return [RecordFile(path / _choose_saved_split(path, source), source.question)]
+    layout = read_layout(str(path), source)
+    chosen = layout.splits[choose_split(list(layout.splits), source)]
+    if layout.kind == IMAGE_KIND:
+        return list(_list_image_folder(path, [Path(file) for file in chosen], source))
+    return [RecordFile(Path(file), source.question) for file in chosen]
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # no file can have such a name
+        return False
+
+
+def _refuse_keys(source: Source, keys: Sequence[str], reason: str) -> None:
+    for key in keys:
+        value = getattr(source, key)
+        if value is not None:
+            raise UserError(
+                f"{key} is {value!r}, but has no effect on {source.path}, because {reason}; remove"
+                " it"
+            )
+
+
+def _check_saved_split(path: Path, source: Source) -> None:
+    """Raise UserError where a saved data set is another split than the one that is asked for."""
+    if source.split is None:
+        return
+    held = _read_json(path / "state.json").get("_split")
+    if held != source.split:
+        raise UserError(
+            f"split is {source.split!r}, but {source.path} is a saved data set of one split"
+            f" ({held}); remove it"
+        )
+
+
+def _choose_saved_split(path: Path, source: Source) -> str:
+    splits = _read_json(path / SAVED_SPLITS).get("splits")
+    if not isinstance(splits, list) or not splits:
+        raise UserError(f"{path / SAVED_SPLITS} names no splits; save the data set again")
+    return choose_split([str(split) for split in splits], source)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); save the data set again") from None
+    return values if isinstance(values, dict) else {}
+
+
+def choose_split(splits: list[str], source: Source) -> str:
+    """Return the split that a source names, or the only one there is.
+
+    Raises:
+        UserError: There is no such split, or there are several and none is named.
+    """
+    if source.split in splits:
+        return source.split
+    if source.split is None and len(splits) == 1:
+        return splits[0]
+    given = "no split is given" if source.split is None else f"not {source.split!r}"
+    hint = "" if source.split is None else nearest(source.split, splits)
+    raise UserError(
+        f"{source.path} has the splits {', '.join(splits)}, but {given}{hint}; set `split` of the"
+        " source to one of them"
+    )
+
+
+def read_layout(path: str, source: Source, **hub) -> Layout:
+    """Return the files of a data set, found by `datasets`. No code of the data set is run.
+
+    Args:
+        path: A folder, or the name of a data set of the hub.
+        source: The source; `name` chooses a configuration.
+        **hub: Further arguments of `load_dataset_builder`, such as `revision`.
+
+    Raises:
+        UserError: There are no files of a known kind, or no such configuration.
+    """
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(path, name=source.name, **hub)
+    except (ValueError, OSError, RuntimeError, TypeError, AttributeError) as error:
+        _explain_name(path, source, hub)
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{source.path} is a folder without records that can be told ({type(error).__name__}:"
+            f" {reason}); give a file in it, or a folder with {', '.join(METADATA)}, class folders,"
+            " a README.md with configs, or saved by datasets' save_to_disk"
+        ) from None
+    kind = type(builder).__module__.rpartition(".")[2]
+    files = builder.config.data_files or {}
+    splits = {str(split): list(map(str, names)) for split, names in files.items() if names}
+    if kind not in (*RECORD_KINDS, IMAGE_KIND) or not splits:
+        shown = next((names[0] for names in splits.values()), "no files")
+        raise UserError(
+            f"{source.path} holds {kind} data ({shown}), but files of records"
+            f" ({', '.join(SUFFIXES)}) or folders of images are read; convert it"
+        )
+    return Layout(kind, splits)
+
+
+def _explain_name(path: str, source: Source, hub: dict) -> None:
+    """Raise UserError where the configuration is the mistake."""
+    import datasets
+
+    try:
+        names = datasets.get_dataset_config_names(path, **hub)
+    except Exception:  # whatever it is, it was raised before for the data set itself
+        return
+    if (len(names) > 1 and source.name is None) or (
+        source.name is not None and source.name not in names
+    ):
+        given = "no name is given" if source.name is None else f"not {source.name!r}"
+        hint = "" if source.name is None else nearest(source.name, names)
+        raise UserError(
+            f"{source.path} has the configurations {', '.join(names[:20])}, but {given}{hint}; set"
+            " `name` of the source to one of them"
+        )
+
+
+def _list_image_folder(root: Path, files: list[Path], source: Source) -> Iterator[RecordFile]:
+    """The metadata files of a folder of images, or its images where it has none."""
+    root = root.resolve()
+    metadata = [file for file in files if file.name in METADATA]
+    if metadata:
+        for file in metadata:
+            yield MetadataFile(file, source.question)
+        return
+    if source.question is None:
+        records = sorted(file.name for file in root.iterdir() if file.suffix.lower() in SUFFIXES)
+        other = f"give {records[0]} in it as path, or " if records else ""
+        raise UserError(
+            f"{source.path} holds images without {', '.join(METADATA)}; {other}set `question`, which"
+            " is asked about every image and answered with its folder's name, or write the metadata"
+        )
+    for file in files:
+        if file.suffix.lower() == ".zip":
+            raise UserError(f"{file} is an archive; unpack it, and remove it from the folder")
+        if file.parent == root:
+            raise UserError(
+                f"the image {file} lies in no class folder; move it into one, whose name is the"
+                " answer, or write metadata.jsonl"
+            )
+        yield LabelledImage(file, source.question, root)

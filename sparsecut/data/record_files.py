@@ -1,0 +1,169 @@
+"""What a source consists of: files of records, metadata of image folders, labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+from ..schema import UserError
+from .access import Access
+from .errors import show_value
+from .images import ImageStore
+from .readers import Placed, open_image_store, read_records
+
+FILE_NAME = "file_name"  # the column of an image folder's metadata; others end in _file_name
+LABEL = "label"
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """A file of records, or a folder of one data set that `datasets` has saved.
+
+    Attributes:
+        path: The file.
+        question: What is asked about the image of a record that has a label and no text.
+    """
+
+    path: Path
+    question: str | None = None
+
+    def read(self, access: Access, *, images_by_name: bool) -> Iterator[Placed]:
+        """Yield where each record stands, and the record or a function that gives it."""
+        records = read_records(self.path, images_by_name=images_by_name, access=access)
+        return self._ask(records)
+
+    def _ask(self, records: Iterator[Placed]) -> Iterator[Placed]:
+        if self.question is None:
+            return records
+        return _change(records, partial(ask_for_label, question=self.question))
+
+    def open_images(self, access: Access, *, by_name: bool = True):
+        """Return what opens the images that records name.
+
+        Args:
+            access: What may be read.
+            by_name: As `images_by_name` of `read`: images in the file have names too.
+        """
+        return open_image_store(self.path, access) if by_name else _open_folder(self.folder, access)
+
+    @property
+    def folder(self) -> Path:
+        """The folder in which the images lie that records name."""
+        return self.path.parent
+
+    def list_stored(self) -> Iterator[Path]:
+        """Yield the files on disk that it consists of."""
+        if self.path.is_dir():
+            yield from sorted(path for path in self.path.rglob("*") if path.is_file())
+        else:
+            yield self.path
+
+
+@dataclass(frozen=True)
+class MetadataFile(RecordFile):
+    """metadata.jsonl, .csv or .parquet of a folder of images, which it names."""
+
+    def read(self, access: Access, *, images_by_name: bool) -> Iterator[Placed]:
+        """Yield the records with their images' names, which are relative to the file."""
+        return self._ask(_change(read_records(self.path, access=access), name_images))
+
+    def open_images(self, access: Access, *, by_name: bool = True) -> ImageStore:
+        """Return what opens the images beside the file."""
+        return _open_folder(self.folder, access)
+
+
+@dataclass(frozen=True)
+class LabelledImage(RecordFile):
+    """An image in a folder of its class.
+
+    Attributes:
+        root: The folder of all classes.
+    """
+
+    root: Path = Path()
+
+    def read(self, access: Access, *, images_by_name: bool) -> Iterator[Placed]:
+        """Yield the one record: the question, with the folder's name as its answer."""
+        name = self.path.relative_to(self.root).as_posix()
+        record = {"id": name, "image": name, LABEL: self.path.parent.name}
+        yield str(self.path), ask_for_label(record, question=self.question)
+
+    def open_images(self, access: Access, *, by_name: bool = True) -> ImageStore:
+        """Return what opens the images of all classes."""
+        return _open_folder(self.root, access)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of all classes."""
+        return self.root
+
+
+@lru_cache(maxsize=64)  # every image of a folder asks
+def _open_folder(folder: Path, access: Access) -> ImageStore:
+    return ImageStore(folder, access)
+
+
+def _change(records: Iterator[Placed], change: Callable[[Any], Any]) -> Iterator[Placed]:
+    """The records, each changed when it is read."""
+    for place, record in records:
+        yield place, partial(_read_changed, record, change)
+
+
+def _read_changed(record: Any, change: Callable[[Any], Any]) -> Any:
+    record = record() if callable(record) else record
+    return change(record) if isinstance(record, dict) else record
+
+
+def name_images(record: dict) -> dict:
+    """Return a record of metadata with `image` in place of its columns of file names.
+
+    Of several columns, such as `left_file_name` and `right_file_name`, `image` holds a list of the
+    names in the columns' order.
+
+    Raises:
+        UserError: There is no such column.
+    """
+    columns = [key for key in record if key.removesuffix("s") == FILE_NAME or _is_file_column(key)]
+    if not columns:
+        raise UserError(
+            f"the record has the keys {show_value(', '.join(map(str, record)))}, but a folder's"
+            f" metadata names each image in {FILE_NAME}; add it"
+        )
+    names: list = []
+    for column in columns:
+        value = record[column]
+        names += value if isinstance(value, list) else [value]
+    rest = {key: value for key, value in record.items() if key not in columns}
+    names = [name for name in names if name is not None]
+    if not names:
+        return rest
+    return {**rest, "image": names[0] if len(names) == 1 else names}
+
+
+def _is_file_column(key: Any) -> bool:
+    return isinstance(key, str) and key.removesuffix("s").endswith(f"_{FILE_NAME}")
+
+
+def ask_for_label(record: dict, question: str | None) -> dict:
+    """Return a record of an image and its label as a question and its answer.
+
+    Raises:
+        UserError: It has no label, or text of its own, or no question is given.
+    """
+    label = record.get(LABEL)
+    if not isinstance(label, str) or not label.strip():
+        raise UserError(
+            f"`question` of the source asks for a label, but the record has the keys"
+            f" {show_value(', '.join(map(str, record)))} with label={show_value(label)}; name its"
+            " class in `label`, or remove `question`"
+        )
+    if question is None:
+        raise UserError("the image has a label, but no question; set `question` of its source")
+    if "conversations" in record:
+        raise UserError("the record has turns of its own; remove `question` from its source")
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": label}]
+    rest = {key: value for key, value in record.items() if key != LABEL}
+    return {**rest, "conversations": turns}

@@ -1,0 +1,195 @@
+"""Names of models and data sets on the Hugging Face Hub, told from folders, and answered quickly.
+
+The hub's own client repeats a request that has no answer for minutes. So one short request asks
+whether the hub is there and has the name, before that client is used.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from .schema import UserError
+
+SECONDS_TO_CONNECT = 5.0  # and as many to answer
+SECONDS_IN_ALL = 8.0  # looking up the address of a server knows no limit of its own
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+SIGN_IN = "sign in with `hf auth login` (or set HF_TOKEN)"
+KINDS = {"model": "models", "dataset": "datasets"}
+
+
+@dataclass(frozen=True)
+class HubEntry:
+    """What the hub says of a repository.
+
+    Attributes:
+        name: Its name, owner/name.
+        revision: The commit that a branch or tag stands for. None where the hub cannot be reached,
+            and files that were fetched before must do.
+        files: Names of its files.
+    """
+
+    name: str
+    revision: str | None
+    files: tuple[str, ...] = ()
+
+
+def looks_like_hub_name(name: str) -> bool:
+    """Whether a text may name a repository, `owner/name` or `name`, and is no path."""
+    return HUB_NAME.fullmatch(name) is not None and ".." not in name
+
+
+def check_model_place(name: str | Path, what: str = "model", **hub) -> dict:
+    """Check that a model's folder is there, or that the hub has the name.
+
+    No model library is imported.
+
+    Args:
+        name: A folder or hub name.
+        what: What it is, for the error, such as "vision model".
+        **hub: `revision`, `token`, `cache_dir`, `local_files_only`, as `from_pretrained` takes them.
+
+    Returns:
+        Further arguments of `from_pretrained`: {"local_files_only": True} where the hub cannot be
+        reached, but the model was fetched before.
+
+    Raises:
+        UserError: There is no such folder and no such name, or the hub cannot be reached.
+    """
+    text = str(name)
+    if _exists(text):
+        return {}
+    if not looks_like_hub_name(text):
+        raise UserError(
+            f"there is no folder {text}, which is to hold the {what}; correct the path, or give a"
+            " hub name (owner/name)"
+        )
+    if is_offline() or hub.get("local_files_only"):
+        if _is_cached(text, "model", hub):
+            return {}
+        raise UserError(
+            f"the {what} {text} is no folder here, has not been fetched from the hub before, and the"
+            " hub is switched off (HF_HUB_OFFLINE, local_files_only); correct the path, or fetch the"
+            " model first"
+        )
+    try:
+        find_on_hub(text, "model", hub.get("revision"), hub.get("token"))
+    except HubUnreachable:
+        if _is_cached(text, "model", hub):
+            return {"local_files_only": True}
+        raise
+    return {}
+
+
+def _exists(text: str) -> bool:
+    try:
+        return os.path.exists(text)
+    except ValueError:  # no path has a NUL character
+        return False
+
+
+def is_offline() -> bool:
+    """Whether the user has switched the hub off."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def _is_cached(name: str, kind: str, hub: dict) -> bool:
+    """Whether a repository's configuration lies in the cache of the hub's client."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for file in ("config.json", "processor_config.json", "tokenizer_config.json"):
+        path = try_to_load_from_cache(
+            name,
+            file,
+            cache_dir=hub.get("cache_dir"),
+            revision=hub.get("revision"),
+            repo_type=kind,
+        )
+        if isinstance(path, str):
+            return True
+    return False
+
+
+class HubUnreachable(UserError):
+    """The hub gives no answer."""
+
+
+@lru_cache(maxsize=256)  # every part of a model asks again
+def find_on_hub(
+    name: str, kind: str, revision: str | None = None, token: str | bool | None = None
+) -> HubEntry:
+    """Ask the hub for a repository.
+
+    Args:
+        name: Its name.
+        kind: "model" or "dataset".
+        revision: A branch, a tag or a commit; None for the main branch.
+        token: As `from_pretrained` takes it.
+
+    Returns:
+        What the hub says.
+
+    Raises:
+        HubUnreachable: There is no answer within some seconds.
+        UserError: The hub has no such repository or revision, or does not let this user read it.
+    """
+    result: list = []
+
+    def ask() -> None:
+        try:
+            result.append(_request(name, kind, revision, token))
+        except Exception as error:
+            result.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(SECONDS_IN_ALL)
+    answer = result[0] if result else TimeoutError("no answer")
+    if isinstance(answer, Exception):
+        raise _explain(answer, name, kind, revision) from None
+    return answer
+
+
+def _request(name: str, kind: str, revision: str | None, token) -> HubEntry:
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    read_info = api.model_info if kind == "model" else api.dataset_info
+    info = read_info(name, revision=revision, timeout=SECONDS_TO_CONNECT)
+    files = tuple(file.rfilename for file in info.siblings or ())
+    return HubEntry(name, info.sha, files)
+
+
+def _explain(error: Exception, name: str, kind: str, revision: str | None) -> Exception:
+    """The error of a request in words; an error of ours stays as it is."""
+    from huggingface_hub import constants, errors
+
+    place = f"{kind} {name}"
+    if isinstance(error, errors.GatedRepoError):
+        return UserError(
+            f"the {place} is gated: ask for access on {constants.ENDPOINT}/{name}, then {SIGN_IN}"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return UserError(
+            f"the {place} has no revision {revision!r} on the hub; give a branch, a tag or a commit"
+            " of it, or leave revision out"
+        )
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403, 404):
+        return UserError(
+            f"there is no folder {name} here, and the hub has no {place} that you may read; correct"
+            f" the path or the name, or, where it is private, {SIGN_IN}"
+        )
+    if isinstance(error, errors.HTTPError | OSError | errors.HFValidationError):
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return HubUnreachable(
+            f"there is no folder {name} here, and the hub {constants.ENDPOINT} cannot be asked for"
+            f" the {place} ({reason}); correct the path, or the connection (HF_ENDPOINT, HTTPS_PROXY)"
+        )
+    return error
