@@ -23,6 +23,7 @@ from transformers import (
 from .adapters import load_adapters
 from .configuration import SparseCutConfig, SparseCutUpgradeConfig, check_language_model
 from .encoders import check_extractor, get_encoder, is_audio
+from .fitting import Fitting
 from .loading import (
     HUB_ARGUMENTS,
     adopt_quantization,
@@ -57,6 +58,8 @@ def build(
     tokenizer=None,
     image_token: str | None = None,
     coarse: str = "squash",
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
     view_size: int | tuple[int, int] | None = None,
     dtype: torch.dtype | str = torch.float32,
     **from_pretrained,
@@ -72,7 +75,11 @@ def build(
         image_processor: Needed with a loaded encoder (of audio: its feature extractor).
         tokenizer: Needed with a loaded language model.
         image_token: The placeholder. Default: "<image>", or "<audio>".
-        coarse: How the coarse view is made of an image; see `SparseCutProcessor`.
+        coarse: How an image is fitted to the encoder: "squash", "crop", or "native", which keeps
+            its aspect ratio; see `SparseCutProcessor`.
+        min_pixels: With coarse="native", the fewest pixels of an image after it was resized.
+            Default: a quarter of `max_pixels`.
+        max_pixels: With coarse="native", the most. Default: as many as a view has.
         view_size: Pixels of a view, or (height, width). Encoders that take images of any size may
             need it; those that interpolate their positions take it in place of their own size.
         dtype: Of parts that are loaded here.
@@ -93,12 +100,14 @@ def build(
         vision_config = vision_config.vision_config
         if not isinstance(vision, str):
             vision = _find_encoder(vision, vision_config)
+    fitting = Fitting(coarse, min_pixels, max_pixels)
     config = SparseCutConfig(
         vision_config=vision_config,
         text_config=text_config,
         plan=plan.to_dict() if isinstance(plan, Plan) else plan,
-        view_size=view_size,
+        view_size=fitting.choose_view_size(vision_config, view_size),
     )
+    fitting = fitting.complete(config)
     tokenizer = tokenizer or _read_tool(AutoTokenizer, language, "tokenizer", hub)
     image_processor = image_processor or _read_image_processor(vision, config, hub)
     if is_audio(vision_config):
@@ -117,7 +126,7 @@ def build(
         )
     model = _join(config, get_encoder(vision), language)
     model.generation_config = _make_generation_config(language, tokenizer, config.image_token_id)
-    return model.eval(), _make_processor(config, image_processor, tokenizer, image_token, coarse)
+    return model.eval(), _make_processor(config, image_processor, tokenizer, image_token, fitting)
 
 
 def _read_image_processor(vision, config: SparseCutConfig, hub: dict):
@@ -172,7 +181,7 @@ def _make_generation_config(language: nn.Module, tokenizer, image_token_id: int)
 
 
 def _make_processor(
-    config: SparseCutConfig, image_processor, tokenizer, image_token: str, coarse: str
+    config: SparseCutConfig, image_processor, tokenizer, image_token: str, fitting: Fitting
 ):
     if is_audio(config.vision_config):
         return SparseCutAudioProcessor(
@@ -187,8 +196,8 @@ def _make_processor(
         image_size=config.image_size,
         tiles=config.get_plan().tiles,
         num_image_tokens=config.num_image_tokens,
-        coarse=coarse,
         image_token=image_token,
+        **fitting.get_settings(config),
     )
 
 

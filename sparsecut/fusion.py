@@ -7,7 +7,7 @@ Shapes use the letters of mixers.py, and H for the width of the language model:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -258,7 +258,8 @@ class Fusion(nn.Module):
         features: Mapping[int, Tensor] | None = None,
         *,
         grains: Mapping[int, Tensor] | None = None,
-    ) -> tuple[Tensor, ...]:
+        grids: Sequence[tuple[int, int]] | None = None,
+    ) -> tuple[Tensor | list[Tensor], ...]:
         """Compute what is added before each layer.
 
         Args:
@@ -266,18 +267,39 @@ class Fusion(nn.Module):
                 coarse view only.
             grains: Given instead where states are normed and arranged already: by tap,
                 [B, G, N, D]. G is 1 for the coarse view only.
+            grids: Rows and columns of every image, where these differ. `features` are then those
+                of all patches, one image after another, [patches, G, D].
 
         Returns:
-            Features [B, N', H] of each layer of `plan.fused_layers`, in that order. Features of the
-            shortcuts into one layer are added up. Where the layer has a gate module, they stand
-            side by side instead, [B, N', S * H].
+            Features [B, N', H] of each layer of `plan.fused_layers`, in that order; with `grids`
+            a list of [N', H]. Features of the shortcuts into one layer are added up. Where the
+            layer has a gate module, they stand side by side instead, [B, N', S * H].
         """
         # All work is done in this one call: weights that are sharded between devices are whole
         # inside it only.
+        if grids is not None:
+            return self._fuse_grids(features, grids)
         if grains is None:
             grains = {tap: self._arrange(states) for tap, states in features.items()}
         outputs = self._compute_shortcuts(grains)
         return tuple(self._combine(layer, outputs) for layer in self.plan.fused_layers)
+
+    def _fuse_grids(self, features: Mapping[int, Tensor], grids: Sequence) -> tuple:
+        """The features of images of several grids; those of one grid together."""
+        sizes = [rows * columns for rows, columns in grids]
+        images = {tap: self.normalize(states).split(sizes) for tap, states in features.items()}
+        fused: list[list] = [[None] * len(grids) for _ in self.plan.fused_layers]
+        for grid in dict.fromkeys(grids):
+            members = [number for number, other in enumerate(grids) if other == grid]
+            grains = {}
+            for tap, states in images.items():
+                stacked = torch.stack([states[number] for number in members])
+                grains[tap] = rearrange(stacked, "b n g d -> b g n d").contiguous()
+            outputs = self._compute_shortcuts(grains, rows=grid[0])
+            for layer, by_image in zip(self.plan.fused_layers, fused, strict=True):
+                for number, values in zip(members, self._combine(layer, outputs), strict=True):
+                    by_image[number] = values
+        return tuple(fused)
 
     def _arrange(self, states: Tensor) -> Tensor:
         tiles = self.plan.tiles if states.shape[1] > 1 else 0
@@ -288,12 +310,18 @@ class Fusion(nn.Module):
         states = states.to(self.paths[0].linear_1.weight.dtype)
         return F.layer_norm(states, (self.vision_dim,)) if self.plan.norm else states
 
-    def _compute_shortcuts(self, grains: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Features [B, N', H] of each shortcut by its number, gates applied."""
+    def _compute_shortcuts(
+        self, grains: Mapping[int, Tensor], rows: int | None = None
+    ) -> dict[int, Tensor]:
+        """Features [B, N', H] of each shortcut by its number, gates applied.
+
+        `rows` are the patch rows of the images where these differ from the views'.
+        """
         outputs: dict[int, Tensor] = {}
         for path, members in zip(self.paths, self.groups, strict=True):
             inputs = torch.cat([self._gather(grains, i) for i in members])
-            mixed = path.mixer(inputs)
+            is_laid_out = rows is not None and getattr(path.mixer, "takes_rows", False)
+            mixed = path.mixer(inputs, rows) if is_laid_out else path.mixer(inputs)
             projected = path.project(mixed)
             mixed = mixed.unflatten(0, (len(members), -1)).unbind(0)
             projected = projected.unflatten(0, (len(members), -1)).unbind(0)

@@ -6,7 +6,8 @@ tokens and D' = `out_dim` channels. The docstring of its class names the shapes 
 where the mixer's entry in `plan.MIXERS` reads one grain; that entry holds everything else about it.
 
 A mixer is made as `Mixer(shortcut, plan, dim, rows)`: `dim` is D and `rows` the number of patch
-rows of a view.
+rows of a view. Images of any size have rows of their own. A mixer that lays patches out takes them
+as a second argument of `forward` and says so by `takes_rows = True`.
 
 Linear layers of a mixer start as PyTorch's do. A mixer with parameters of its own may give their
 start values in `initial_values()`, as pairs of a parameter and a number.
@@ -79,19 +80,21 @@ class Tokens(nn.Module):
     Fine patches follow row by row over the whole image, as in LLaVA-NeXT's AnyRes.
     """
 
+    takes_rows = True
+
     def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int):
         super().__init__()
         self.tiles = plan.tiles
         self.rows = rows
         self.out_dim = len(shortcut.taps) * dim
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
         x = rearrange(x, "b t g n d -> b g n (t d)")
         coarse = x[:, 0]
         if not self.tiles:
             return coarse
         pattern = "b (wy wx) (y x) d -> b (y wy x wx) d"
-        fine = rearrange(x[:, 1:], pattern, wy=self.tiles, y=self.rows)
+        fine = rearrange(x[:, 1:], pattern, wy=self.tiles, y=rows or self.rows)
         return torch.cat([coarse, fine], dim=1)
 
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
+from .any_size import check_patches, list_grids, read_patches, read_plan
 from .configuration import SparseCutConfig, check_language_model
 from .encoders import make_encoder
 from .fusion import Fusion
@@ -109,17 +110,20 @@ class SparseCutModel(SparseCutPreTrainedModel):
     def get_decoder(self):
         return self.language_model.get_decoder()
 
-    def encode(self, pixel_values: Tensor) -> dict[int, Tensor]:
+    def encode(self, pixel_values: Tensor, image_grids: Tensor | None = None) -> dict[int, Tensor]:
         """Run the encoder and return the vision features that the plan reads.
 
         Fine views run no further than the deepest tap that is read from them.
 
         Args:
             pixel_values: Images [P, 1 + tiles^2, 3, h, w], coarse view first. Without fine views
-                also [P, 3, h, w]. Audio: spectrograms [P, 1, mels, frames].
+                also [P, 3, h, w]. Audio: spectrograms [P, 1, mels, frames]. Images of any size:
+                their patches [S, 1 + tiles^2, 3, patch height, patch width].
+            image_grids: Of images of any size, the rows and columns of patches, [P, 2].
 
         Returns:
-            Tap -> [P, V, N, D]. V is 1 for taps that are read from the coarse view alone.
+            Tap -> [P, V, N, D], of images of any size [S, V, D]. V is 1 for taps that are read from
+            the coarse view alone.
 
         Raises:
             UserError: The pixels have another shape.
@@ -127,20 +131,15 @@ class SparseCutModel(SparseCutPreTrainedModel):
         num_views = self.plan.num_views
         if tuple(pixel_values.shape[1:]) == self.grid.view and num_views == 1:
             pixel_values = pixel_values.unsqueeze(1)
-        check_pixels(pixel_values, self.grid, self.plan)
+        if image_grids is None:
+            check_pixels(pixel_values, self.grid, self.plan)
+            read = self._read
+        else:
+            grids = list_grids(image_grids)
+            check_patches(pixel_values, grids, self.grid, self.plan)
+            read = partial(read_patches, self.vision_tower, self.grid, grids)
         pixels = pixel_values.to(self.vision_tower.dtype)
-        taps = self.plan.resolved_taps(self.config.vision_depth)
-        fine_taps = self.plan.fine_taps(self.config.vision_depth)
-        if not fine_taps:
-            return self._read(pixels[:, :1], taps)
-        if max(fine_taps) == max(taps):
-            features = self._read(pixels, taps)
-            return {tap: x if tap in fine_taps else x[:, :1] for tap, x in features.items()}
-        features = self._read(pixels[:, :1], taps)
-        fine_features = self._read(pixels[:, 1:], fine_taps)
-        for tap, fine in fine_features.items():
-            features[tap] = torch.cat([features[tap], fine], dim=1)
-        return features
+        return read_plan(read, pixels, self.plan, self.config.vision_depth)
 
     def _read(self, pixels: Tensor, taps: tuple[int, ...]) -> dict[int, Tensor]:
         """Run the encoder on [P, V, *view] and return tap -> [P, V, N, D]."""
@@ -152,6 +151,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
         self,
         pixel_values: Tensor | None = None,
         vision_states: dict[int, Tensor] | None = None,
+        image_grids: Tensor | None = None,
         **kwargs,
     ) -> SparseCutImageFeatures:
         """Encode images and fuse their taps for every layer of the plan.
@@ -159,8 +159,10 @@ class SparseCutModel(SparseCutPreTrainedModel):
         Args:
             pixel_values: Images, as `encode` takes them.
             vision_states: What `encode` returned for them, instead of pixels.
+            image_grids: As `encode` takes them, beside either.
             **kwargs: output_hidden_states and output_attentions add the encoder's own, for coarse
-                views of pixels, by another pass. The configuration can set them too.
+                views of pixels, by another pass. The configuration can set them too. There are
+                none of images of any size.
 
         Raises:
             UserError: The pixels have another shape, or both arguments or none were given.
@@ -170,11 +172,12 @@ class SparseCutModel(SparseCutPreTrainedModel):
         images = next(iter(vision_states.values())) if pixel_values is None else pixel_values
         if not len(images):
             return SparseCutImageFeatures(pooler_output=[])
-        states = self.encode(pixel_values) if vision_states is None else vision_states
-        input_features, *layer_features = self.fusion(states)
+        states = self.encode(pixel_values, image_grids) if vision_states is None else vision_states
+        grids = None if image_grids is None else list_grids(image_grids)
+        input_features, *layer_features = self.fusion(states, grids=grids)
         records = {}
         names = get_requested_records(self.config, kwargs)
-        if names and pixel_values is not None:
+        if names and pixel_values is not None and grids is None:
             records = record_encoder(self.vision_tower, self.grid, pixel_values, names)
         return SparseCutImageFeatures(
             last_hidden_state=states[max(states)][:, 0],
@@ -182,6 +185,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
             pooler_output=list(input_features),
             deepstack_features=[list(features) for features in layer_features] or None,
             pixel_values=pixel_values,
+            image_grids=image_grids,
         )
 
     def image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
@@ -230,6 +234,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         vision_states: dict[int, Tensor] | None = None,
+        image_grids: Tensor | None = None,
         mm_encoder_outputs: dict[str, SparseCutImageFeatures] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -258,7 +263,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
                 "give one of pixel_values, vision_states and mm_encoder_outputs: they stand for the"
                 " same images"
             )
-        images = self._collect_images(pixel_values, vision_states, precomputed)
+        images = self._collect_images(precomputed, pixel_values, vision_states, image_grids)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         mask = self.image_mask(input_ids, inputs_embeds)
@@ -292,15 +297,12 @@ class SparseCutModel(SparseCutPreTrainedModel):
         return inject(run, mask, features, gates), image_hidden_states
 
     def _collect_images(
-        self,
-        pixel_values: Tensor | None,
-        vision_states: dict[int, Tensor] | None,
-        precomputed: SparseCutImageFeatures | None,
+        self, precomputed: SparseCutImageFeatures | None, *sources: Tensor | dict | None
     ) -> SparseCutImageFeatures | None:
-        """Image features from whichever source was given; None for no images."""
+        """Image features from what `get_image_features` takes, or as given; None for no images."""
         images = precomputed
-        if pixel_values is not None or vision_states is not None:
-            images = self.get_image_features(pixel_values, vision_states, **NO_RECORDS)
+        if images is None and any(source is not None for source in sources[:2]):
+            images = self.get_image_features(*sources, **NO_RECORDS)
         if images is not None and not len(images.pooler_output):
             return None  # a batch without images
         return images
@@ -368,7 +370,8 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
         # In assisted decoding transformers calls the assistant's prompt a continuation and leaves
         # the images out.
         if images is not None and "mm_encoder_outputs" not in inputs and not inputs["continued"]:
-            inputs["mm_encoder_outputs"] = {"image": self.get_image_features(images.pixel_values)}
+            features = self.get_image_features(images.pixel_values, image_grids=images.image_grids)
+            inputs["mm_encoder_outputs"] = {"image": features}
         return inputs
 
     @can_return_tuple
@@ -388,6 +391,7 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
         mm_encoder_outputs: dict[str, SparseCutImageFeatures] | None = None,
         continued: bool | None = None,
         cache: Cache | None = None,
+        image_grids: Tensor | None = None,
         **kwargs,
     ) -> SparseCutCausalLMOutputWithPast:
         """One pass over a prompt, its continuation, or a training batch.
@@ -399,6 +403,7 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
             mm_encoder_outputs: {"image": get_image_features(...)}, instead of pixels.
             continued: `generate` sets it: placeholders in input_ids were written by the model.
             cache: What transformers 5.24 calls `past_key_values`; every release takes both names.
+            image_grids: Of images of any size, the rows and columns of patches, [P, 2].
 
         Raises:
             UserError: Image tokens and features do not match. Without labels, cache and images
@@ -413,6 +418,7 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
             input_ids=input_ids,
             pixel_values=pixel_values,
             vision_states=vision_states,
+            image_grids=image_grids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,

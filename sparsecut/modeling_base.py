@@ -193,14 +193,17 @@ class SparseCutImageFeatures(BaseModelOutputWithPooling):
     `generate` repeats these lists for beams and cuts them for chunked prefill.
 
     Attributes:
-        last_hidden_state: The deepest vision features read from the coarse views, [P, N, D].
+        last_hidden_state: The deepest vision features read from the coarse views, [P, N, D]; of
+            images of any size [S, D].
         pooler_output: Features for the input, [N', H] for each image.
         deepstack_features: The same for each layer of `plan.layers`; None where there is none.
         pixel_values: The pixels they were made from, for an assistant model in decoding.
+        image_grids: The grids of images of any size.
     """
 
     deepstack_features: list[list[Tensor]] | None = None
     pixel_values: Tensor | None = None
+    image_grids: Tensor | None = None
 
 
 @dataclass

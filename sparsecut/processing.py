@@ -10,15 +10,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from PIL import Image
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .encoders import as_pair
+from .chat_markup import (
+    drop_end_token,
+    get_placeholder_id,
+    make_chat_template,
+    mend_chat_template,
+)
+from .cutting import (
+    COARSE_VIEWS,
+    NATIVE,
+    check_pixel_limits,
+    choose_grid,
+    cut_patches,
+    cut_views,
+    normalize,
+)
 from .pixels import (
     WHITE,
     array_to_rgb,
@@ -26,181 +38,14 @@ from .pixels import (
     open_image,
     parse_color,
     put_channels_last,
-    to_rgb,
 )
+from .plan import MIXERS
 from .saved_code import SavesCode
 from .schema import UserError
+from .view_sizes import as_pair
 
-PROBE = "probe"  # text that shows which form of contents a chat template writes
-COARSE_VIEWS = ("squash", "crop")
 # settings of an image processor that change pixel values
 NORMALIZATION = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-
-# Precedes the tokenizer's chat template, which often accepts string contents only. It turns a list
-# of {"type": "image"} and {"type": "text"} items into one string, with one placeholder per image on
-# a line of its own.
-FLATTEN = """\
-{%- set ns = namespace(messages=[], text='') -%}
-{%- for message in messages -%}
-{%- if message['content'] is string or message['content'] is not iterable -%}
-{%- set ns.messages = ns.messages + [message] -%}
-{%- else -%}
-{%- set ns.text = '' -%}
-{%- for item in message['content'] -%}
-{%- if item['type'] == 'image' -%}
-{%- set ns.text = ns.text + 'IMAGE_TOKEN' + ('' if loop.last else '\\n') -%}
-{%- elif item['type'] == 'text' -%}
-{%- set ns.text = ns.text + item['text'] -%}
-{%- else -%}
-{{- raise_exception('content items are images or texts, but one has type ' + item['type']) -}}
-{%- endif -%}
-{%- endfor -%}
-{%- set ns.messages = ns.messages + [dict(message, content=ns.text)] -%}
-{%- endif -%}
-{%- endfor -%}
-{%- set messages = ns.messages %}"""
-
-# Follows FLATTEN before templates that take lists of parts only: the text becomes one part.
-WRAP = """\
-{%- set ns.messages = [] -%}
-{%- for message in messages -%}
-{%- if message['content'] is string -%}
-{%- set part = dict(type='text', text=message['content']) -%}
-{%- set ns.messages = ns.messages + [dict(message, content=[part])] -%}
-{%- else -%}
-{%- set ns.messages = ns.messages + [message] -%}
-{%- endif -%}
-{%- endfor -%}
-{%- set messages = ns.messages %}"""
-
-# For tokenizers without a template. Its words are plain, so that any vocabulary has them.
-DEFAULT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message['role'] == 'assistant' -%}
-ASSISTANT:{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}
-{%- elif message['role'] == 'system' -%}
-{{ message['content'] + ' ' }}
-{%- else -%}
-{{ ('' if loop.first else ' ') + 'USER: ' + message['content'] + ' ' }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}ASSISTANT:{%- endif -%}"""
-
-
-def cut_views(image: Image.Image, tiles: int, size, coarse: str = "squash") -> list[Image.Image]:
-    """Cut an image into encoder-sized views: one coarse view, then tiles x tiles fine views.
-
-    All views are resized from the original with Pillow's bicubic filter. "squash" ignores the
-    aspect ratio, so that fine patches lie under coarse ones.
-
-    Args:
-        image: an image of any size and mode.
-        tiles: fine views per side; 0 for none.
-        size: pixels of a view, one number or (height, width).
-        coarse: "squash", or "crop" as in the released training loader (arXiv 2602.00505): the
-            smallest image that covers the view, then its center. With "crop", fine views of a
-            non-square image do not lie under the coarse view.
-
-    Returns:
-        1 + tiles^2 RGB images, the fine ones row by row.
-    """
-    image = to_rgb(image)
-    height, width = as_pair(size)
-    make_coarse = _crop_center if coarse == "crop" else _squash
-    coarse_view = make_coarse(image, height, width)
-    if not tiles:
-        return [coarse_view]
-    large = _squash(image, tiles * height, tiles * width)
-    fine_views = []
-    for top in range(0, tiles * height, height):
-        for left in range(0, tiles * width, width):
-            fine_views.append(large.crop((left, top, left + width, top + height)))
-    return [coarse_view, *fine_views]
-
-
-def _squash(image: Image.Image, height: int, width: int) -> Image.Image:
-    return image.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def _crop_center(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Resize an image until it covers (height, width), then cut out its center."""
-    is_wide = width * image.height <= height * image.width
-    scaled_width = int(height * image.width / image.height)
-    scaled_height = int(width * image.height / image.width)
-    scaled_size = (scaled_width, height) if is_wide else (width, scaled_height)
-    scaled = image.resize(scaled_size, Image.Resampling.BICUBIC)
-    left = (scaled.width - width) // 2
-    top = (scaled.height - height) // 2
-    return scaled.crop((left, top, left + width, top + height))
-
-
-def _get_placeholder_id(tokenizer, placeholder: str) -> int:
-    token_id = tokenizer.convert_tokens_to_ids(placeholder)
-    if token_id is None or token_id == tokenizer.unk_token_id:
-        raise UserError(
-            f"the tokenizer has no token {placeholder!r}; add it with"
-            f" tokenizer.add_special_tokens({{'additional_special_tokens': [{placeholder!r}]}})"
-            " or name another token"
-        )
-    if placeholder not in tokenizer.get_added_vocab():
-        # An ordinary word of the vocabulary: two of them in a row would be read as another word.
-        tokenizer.add_special_tokens(
-            {"extra_special_tokens": [placeholder]}, replace_extra_special_tokens=False
-        )
-    return token_id
-
-
-def drop_end_token(tokenizer) -> None:
-    """Let a tokenizer append no end token to texts, as generation would go on after the end.
-
-    What it writes before texts, such as a first token, stays.
-    """
-    if not tokenizer.is_fast:
-        return
-    ids = tokenizer("a")["input_ids"]
-    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-    num_added = len(ids) - len(inner)
-    starts = [i for i in range(num_added + 1) if ids[i : i + len(inner)] == inner]
-    if not starts or starts[0] == num_added:
-        return
-    before = ids[: starts[0]]
-    tokens = tokenizer.convert_ids_to_tokens(before)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=" ".join([*tokens, "$A"]),
-        special_tokens=list(dict(zip(tokens, before, strict=True)).items()),
-    )
-
-
-def _make_chat_template(tokenizer, placeholder: str) -> str:
-    """The tokenizer's chat template, or ours if it has none, extended to accept image items."""
-    own_template = tokenizer.get_chat_template() if tokenizer.chat_template else DEFAULT_TEMPLATE
-    head = FLATTEN.replace("IMAGE_TOKEN", placeholder)
-    if _takes_strings(tokenizer, own_template):
-        return head + own_template
-    return head + WRAP + own_template
-
-
-def _mend_chat_template(tokenizer, placeholder: str, template: str) -> str:
-    """A saved chat template, made fit for its own part where an older version did not see to it."""
-    head = FLATTEN.replace("IMAGE_TOKEN", placeholder)
-    own_template = template.removeprefix(head)
-    if own_template == template or own_template.startswith(WRAP):
-        return template
-    return template if _takes_strings(tokenizer, own_template) else head + WRAP + own_template
-
-
-def _takes_strings(tokenizer, template: str) -> bool:
-    """Whether a template writes contents that are strings; some take lists of parts only."""
-
-    def writes(content) -> bool:
-        messages = [{"role": "user", "content": content}]
-        try:
-            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-        except (TemplateError, TypeError):
-            return False
-        return PROBE in text and "'type'" not in text
-
-    return writes(PROBE) or not writes([{"type": "text", "text": PROBE}])
 
 
 class SparseCutProcessor(SavesCode, ProcessorMixin):
@@ -212,11 +57,18 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
     Attributes:
         image_size: side of a view in pixels, or [height, width].
         tiles: fine views per side; 0 for none.
-        num_image_tokens: positions per image in the prompt.
-        coarse: "squash" (aligned with the fine views) or "crop" (see `cut_views`).
-        image_token: placeholder in the text, one per image; it becomes `num_image_tokens` tokens.
+        num_image_tokens: positions per image in the prompt; with "native" the most.
+        coarse: "squash" (aligned with the fine views) or "crop" (see `cut_views`). Or "native":
+            every image keeps its aspect ratio and takes as many tokens as its size needs.
+        image_token: placeholder in the text, one per image; it becomes its image tokens.
         image_token_id: id of the placeholder.
         background: colour that transparent parts of images are laid on.
+        min_pixels: with "native", the fewest pixels of an image after it was resized.
+        max_pixels: with "native", the most.
+        patch_size: with "native", height and width of a patch in pixels.
+        merge_size: with "native", rows and columns of patches are multiples of it.
+        mix: with "native", the mixer of the shortcuts, which decides how many tokens there are.
+        num_taps: with "native", the taps of such a shortcut.
     """
 
     def __init__(
@@ -230,6 +82,12 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
         image_token="<image>",
         chat_template=None,
         background=WHITE,
+        min_pixels=None,
+        max_pixels=None,
+        patch_size=None,
+        merge_size=1,
+        mix="pick",
+        num_taps=1,
     ):
         parse_color(background)
         self.background = background
@@ -239,15 +97,20 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
         self.tiles = tiles
         self.coarse = coarse
         self.num_image_tokens = num_image_tokens
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.patch_size, self.merge_size = patch_size, merge_size
+        self.mix, self.num_taps = mix, num_taps
+        if self.is_any_size:
+            self._set_limits()
         self.image_token = image_token
         # Generation continues from the last column. A saved tokenizer forgets this setting.
         tokenizer.padding_side = "left"
-        self.image_token_id = _get_placeholder_id(tokenizer, image_token)
+        self.image_token_id = get_placeholder_id(tokenizer, image_token)
         drop_end_token(tokenizer)
         if chat_template:
-            chat_template = _mend_chat_template(tokenizer, image_token, chat_template)
+            chat_template = mend_chat_template(tokenizer, image_token, chat_template)
         else:
-            chat_template = _make_chat_template(tokenizer, image_token)
+            chat_template = make_chat_template(tokenizer, image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @property
@@ -255,9 +118,98 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
         """Views per image: one coarse view and all fine views."""
         return 1 + self.tiles**2
 
-    def expand(self, text: str) -> str:
-        """Repeat every placeholder once per image token."""
-        return text.replace(self.image_token, self.image_token * self.num_image_tokens)
+    @property
+    def is_any_size(self) -> bool:
+        """Whether images keep their aspect ratio and take different numbers of image tokens."""
+        return self.coarse == NATIVE
+
+    @property
+    def _unit(self) -> tuple[int, int]:
+        """Height and width that resized images are a multiple of."""
+        height, width = as_pair(self.patch_size)
+        return height * self.merge_size, width * self.merge_size
+
+    def _set_limits(self) -> None:
+        """Check the limits, and count the tokens of the largest image."""
+        if self.patch_size is None:
+            raise UserError("coarse='native' needs patch_size, the pixels of a patch; give it")
+        check_pixel_limits(self.min_pixels, self.max_pixels, self._unit)
+        height, width = self._unit
+        most = self.max_pixels // (height * width) * self.merge_size**2
+        self.num_image_tokens = self.count_tokens((1, most))
+
+    def choose_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Choose how many rows and columns of patches an image of any size becomes.
+
+        Args:
+            height: Of the image, upright, in pixels.
+            width: The same.
+        """
+        rows, columns = choose_grid((height, width), self._unit, self.min_pixels, self.max_pixels)
+        return rows * self.merge_size, columns * self.merge_size
+
+    def count_tokens(self, grid: Sequence[int]) -> int:
+        """Count the image tokens of an image of this many rows and columns of patches."""
+        rows, columns = grid
+        mixer = MIXERS[self.mix]
+        return mixer.count_tokens(self.num_taps, self.num_views, int(rows) * int(columns))
+
+    def expand(self, text: str, grids: Sequence | None = None) -> str:
+        """Repeat every placeholder once per image token.
+
+        Args:
+            text: The text.
+            grids: With "native", rows and columns of every image of the text, in order.
+        """
+        if not self.is_any_size:
+            return text.replace(self.image_token, self.image_token * self.num_image_tokens)
+        first, *others = text.split(self.image_token)
+        grids = [] if grids is None else list(grids)
+        if len(others) != len(grids):
+            raise UserError(
+                f"the text has {len(others)} placeholders {self.image_token}, but the grids of"
+                f" {len(grids)} images; images of any size need one for each"
+            )
+        for grid, other in zip(grids, others, strict=True):
+            first += self.image_token * self.count_tokens(grid) + other
+        return first
+
+    def prepare_images(
+        self, images: list, *, input_data_format=None, **settings
+    ) -> dict[str, Tensor]:
+        """Make what the model reads of images.
+
+        Args:
+            images: As `pixels` takes them.
+            input_data_format: The same.
+            settings: The same.
+
+        Returns:
+            `pixel_values`, and with "native" `image_grids`, int64 [images, 2]: the rows and columns
+            of patches of every image.
+        """
+        if not self.is_any_size:
+            pixels = self.pixels(images, input_data_format=input_data_format, **settings)
+            return {"pixel_values": pixels}
+        patch = as_pair(self.patch_size)
+        pixels = [torch.empty(0, self.num_views, 3, *patch)]
+        grids = []
+        for image in images:
+            opened, is_fraction = self._open_rgb(image, input_data_format)
+            grids.append(self.choose_grid(opened.height, opened.width))
+            patches = cut_patches(opened, self.tiles, grids[-1], patch)
+            pixels.append(self._normalize(patches, is_fraction, settings))
+        return {
+            "pixel_values": torch.cat(pixels),
+            "image_grids": torch.tensor(grids, dtype=torch.long).reshape(-1, 2),
+        }
+
+    def _normalize(self, levels: np.ndarray, is_fraction: bool, settings: dict) -> Tensor:
+        """The pixels of one image's levels; fractions of white are scaled already."""
+        values = {name: getattr(self.image_processor, name) for name in NORMALIZATION} | settings
+        if is_fraction and not values["do_rescale"]:
+            values |= {"do_rescale": True, "rescale_factor": 1 / 255}
+        return torch.from_numpy(normalize(levels, values))
 
     def pixels(self, images: list, *, input_data_format=None, **settings) -> Tensor:
         """Cut images into views and normalize them.
@@ -268,52 +220,51 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
             settings: values of `NORMALIZATION` that replace those of the image processor.
 
         Returns:
-            Float32 [images, 1 + tiles^2, 3, height, width], the coarse view first.
+            Float32 [images, 1 + tiles^2, 3, height, width], the coarse view first. With "native"
+            [patches, 1 + tiles^2, 3, height, width] of all images; see `prepare_images`.
 
         Raises:
             UserError: An image cannot be read, or its values have no known scale.
         """
-        if not len(images):
-            return torch.empty(0, self.num_views, 3, *as_pair(self.image_size))
-        read = [self._read_levels(image, input_data_format) for image in images]
-        levels = np.stack([views for views, _ in read])
-        values = {name: getattr(self.image_processor, name) for name in NORMALIZATION} | settings
-        pixels = _normalize(levels, values)
-        if not values["do_rescale"]:
-            # Fractions are scaled already. Levels stay as they are, as in transformers.
-            is_fraction = np.array([fraction for _, fraction in read])
-            scaled = values | {"do_rescale": True, "rescale_factor": 1 / 255}
-            pixels[is_fraction] = _normalize(levels[is_fraction], scaled)
-        return torch.from_numpy(pixels)
+        if self.is_any_size:
+            inputs = self.prepare_images(images, input_data_format=input_data_format, **settings)
+            return inputs["pixel_values"]
+        pixels = torch.empty(len(images), self.num_views, 3, *as_pair(self.image_size))
+        for number, image in enumerate(images):
+            opened, is_fraction = self._open_rgb(image, input_data_format)
+            views = cut_views(opened, self.tiles, self.image_size, self.coarse)
+            levels = np.stack([np.asarray(view) for view in views])
+            pixels[number] = self._normalize(levels[None], is_fraction, settings)[0]
+        return pixels
 
-    def _read_levels(self, image, input_data_format) -> tuple[np.ndarray, bool]:
-        """The views of an image as levels from 0 to 255, and whether it had fractions of white.
-
-        The views are uint8 [views, height, width, 3].
-        """
-        is_fraction = False
+    def _open_rgb(self, image, input_data_format) -> tuple[Image.Image, bool]:
+        """An image in RGB, and whether it had fractions of white."""
         if isinstance(image, Image.Image | str | Path | bytes):
-            image = open_image(image, self.background)
-        else:
-            image, is_fraction = array_to_rgb(image, input_data_format, self.background)
-        views = cut_views(image, self.tiles, self.image_size, self.coarse)
-        return np.stack([np.asarray(view) for view in views]), is_fraction
+            return open_image(image, self.background), False
+        return array_to_rgb(image, input_data_format, self.background)
 
     def _process_images(self, images, **kwargs):
         settings = {name: kwargs[name] for name in NORMALIZATION if kwargs.get(name) is not None}
-        pixels = self.pixels(images, input_data_format="channels_last", **settings)
-        inputs = {"pixel_values": pixels}
-        return inputs, [self.replace_image_token(inputs, i) for i in range(len(pixels))]
+        inputs = self.prepare_images(images, input_data_format="channels_last", **settings)
+        return inputs, [self.replace_image_token(inputs, i) for i in range(len(images))]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The text that replaces one placeholder: the same number of image tokens for any image."""
-        return self.expand(self.image_token)
+        """The text that replaces one placeholder: its image's tokens."""
+        if not self.is_any_size:
+            return self.expand(self.image_token)
+        return self.expand(self.image_token, [image_inputs["image_grids"][image_idx].tolist()])
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
-        num_images = len(image_sizes or [])
+        """Tokens of images (height, width), and the rows of `pixel_values` that belong to each."""
+        sizes = image_sizes or []
+        if not self.is_any_size:
+            num_tokens = [self.num_image_tokens] * len(sizes)
+            num_rows = [self.num_views] * len(sizes)
+            return MultiModalData(num_image_tokens=num_tokens, num_image_patches=num_rows)
+        grids = [self.choose_grid(*size) for size in sizes]
         return MultiModalData(
-            num_image_tokens=[self.num_image_tokens] * num_images,
-            num_image_patches=[self.num_views] * num_images,
+            num_image_tokens=[self.count_tokens(grid) for grid in grids],
+            num_image_patches=[rows * columns for rows, columns in grids],
         )
 
     def __call__(
@@ -328,8 +279,7 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
             kwargs: those of Hugging Face processors, such as `padding` and `return_tensors`.
 
         Returns:
-            input_ids and attention_mask [B, L]. With images also pixel_values
-            [images, 1 + tiles^2, 3, height, width].
+            input_ids and attention_mask [B, L]. With images also what `prepare_images` returns.
 
         Raises:
             UserError: A text has more or fewer placeholders than images, or an image cannot be
@@ -376,20 +326,8 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
     @property
     def model_input_names(self):
         """Names of what `__call__` returns."""
-        return [*self.tokenizer.model_input_names, "pixel_values"]
-
-
-def _normalize(levels: np.ndarray, values: dict) -> np.ndarray:
-    """Normalized levels [images, views, height, width, 3]; the channels come third."""
-    table = np.arange(256, dtype=np.float64)
-    if values["do_rescale"]:
-        table = table * values["rescale_factor"]
-    table = np.tile(table.astype(np.float32), (3, 1))
-    if values["do_normalize"]:
-        mean = np.asarray(values["image_mean"], dtype=np.float32).reshape(-1, 1)
-        std = np.asarray(values["image_std"], dtype=np.float32).reshape(-1, 1)
-        table = (table - mean) / std
-    return np.stack([table[channel][levels[..., channel]] for channel in range(3)], axis=2)
+        names = ["pixel_values", "image_grids"] if self.is_any_size else ["pixel_values"]
+        return [*self.tokenizer.model_input_names, *names]
 
 
 class SparseCutAudioProcessor(SavesCode, ProcessorMixin):
@@ -418,10 +356,10 @@ class SparseCutAudioProcessor(SavesCode, ProcessorMixin):
         self.num_audio_tokens = num_audio_tokens
         self.audio_token = audio_token
         tokenizer.padding_side = "left"  # as above
-        self.audio_token_id = _get_placeholder_id(tokenizer, audio_token)
+        self.audio_token_id = get_placeholder_id(tokenizer, audio_token)
         drop_end_token(tokenizer)
         if not chat_template:
-            chat_template = _make_chat_template(tokenizer, audio_token)
+            chat_template = make_chat_template(tokenizer, audio_token)
             chat_template = chat_template.replace("'image'", "'audio'")
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 

@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, GenerationConfig
 
+from .chat_markup import drop_end_token
 from .chat_templates.arguments import check_arguments
 from .chat_templates.rendering import apply_template, get_chat_template
 from .chat_templates.rendering import get_tokens_per_image as get_tokens_per_image
 from .chat_templates.rendering import split_at_images as split_at_images
 from .chat_templates.thoughts import PROMPT_TAIL, Answer, find_open_thought, read_answer
 from .hooks import is_processor_argument
-from .processing import drop_end_token
 from .schema import UserError
 
 # Names of settings, and tokens between brackets, that are about images, video or audio.

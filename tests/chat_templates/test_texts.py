@@ -10,12 +10,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from sparsecut import Chat, build
+from sparsecut.chat_markup import FLATTEN
 from sparsecut.chat_templates.markers import check_markers, find_markers
 from sparsecut.data.encoding import example_encoder
 from sparsecut.data.errors import RecordError
 from sparsecut.data.examples import Example
 from sparsecut.evaluation.evaluator import evaluate
-from sparsecut.processing import FLATTEN, SparseCutProcessor
+from sparsecut.processing import SparseCutProcessor
 from sparsecut.prompts import encode_prompts, render_prompt
 from sparsecut.schema import UserError
 

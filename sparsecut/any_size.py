@@ -1,0 +1,226 @@
+"""Images of any size through an encoder: patches in, the states of these patches out.
+
+Images arrive as patches [S, V, C, h, w], all images' one after another, row by row: S coarse ones,
+each with the fine ones under it (V is 1 + tiles^2). `image_grids` has the rows and columns of every
+image. Encoders that take images of any size read the coarse image whole, and the fine image as
+tiles x tiles views of the same size. Others read both in views of their own size, side by side.
+These are filled up at the right and lower edge with zeros, the mean colour, and what the encoder
+makes of the filling is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .encoders import FREE_SIZE_KINDS, PatchGrid, get_fixed_view_size
+from .hooks import read_taps
+from .plan import GATES, Plan
+from .schema import UserError
+
+Grids = list[tuple[int, int]]  # rows and columns of coarse patches, for every image
+
+
+def get_patch(grid: PatchGrid) -> tuple[int, int]:
+    """Height and width in pixels of what one state of the encoder stands for."""
+    height, width = grid.view[-2:]
+    return height // grid.rows, width // grid.columns
+
+
+def list_grids(image_grids: Tensor | Sequence) -> Grids:
+    """Rows and columns of every image as numbers."""
+    values = image_grids.tolist() if isinstance(image_grids, Tensor) else image_grids
+    return [(rows, columns) for rows, columns in values]
+
+
+def check_patches(pixel_values: Tensor, grids: Grids, grid: PatchGrid, plan: Plan) -> None:
+    """Check that patches are of the grids that are given, and of this model.
+
+    Args:
+        pixel_values: Patches, which should be [S, 1 + tiles^2, C, h, w].
+        grids: Rows and columns of every image.
+        grid: The views of the encoder.
+        plan: The model's plan.
+
+    Raises:
+        UserError: They are not, or the plan's gates need equally many tokens of every image.
+    """
+    if GATES[plan.gate].module is not None:
+        raise UserError(
+            f"gate={plan.gate!r} pools as many tokens of every image, but images of any size"
+            " (coarse='native') differ; use another gate, or coarse='squash'"
+        )
+    num_patches = sum(rows * columns for rows, columns in grids)
+    shape = (num_patches, plan.num_views, grid.view[0], *get_patch(grid))
+    if tuple(pixel_values.shape) != shape:
+        raise UserError(
+            f"pixel_values has shape {tuple(pixel_values.shape)}, but with image_grids={grids} this"
+            f" model's plan (tiles={plan.tiles}) and encoder need {shape}; prepare images with the"
+            " model's own processor"
+        )
+    for rows, columns in grids:
+        if rows % grid.merge or columns % grid.merge:
+            raise UserError(
+                f"image_grids has {rows} x {columns} patches, but the encoder takes them in squares"
+                f" of {grid.merge} x {grid.merge}; prepare images with the model's own processor"
+            )
+
+
+@dataclass(frozen=True)
+class _Map:
+    """One image, coarse or fine, cut into views.
+
+    Attributes:
+        shape: Rows and columns of coarse patches.
+        side: Patches of this image per side of a coarse patch.
+        view: Rows and columns of a view.
+        views: [views, C, height, width].
+    """
+
+    shape: tuple[int, int]
+    side: int
+    view: tuple[int, int]
+    views: Tensor
+
+
+def read_plan(read: Callable, pixels: Tensor, plan: Plan, depth: int) -> dict[int, Tensor]:
+    """Read all taps of a plan; fine views run no further than the deepest of their taps.
+
+    Args:
+        read: (pixels of some views, taps) -> tap -> states, the views second.
+        pixels: All views, the coarse one first.
+        plan: The plan.
+        depth: Number of encoder blocks.
+
+    Returns:
+        Tap -> states, of the coarse view alone where the plan reads no more.
+    """
+    taps = plan.resolved_taps(depth)
+    fine_taps = plan.fine_taps(depth)
+    if not fine_taps:
+        return read(pixels[:, :1], taps)
+    if max(fine_taps) == max(taps):
+        features = read(pixels, taps)
+        return {tap: x if tap in fine_taps else x[:, :1] for tap, x in features.items()}
+    features = read(pixels[:, :1], taps)
+    fine_features = read(pixels[:, 1:], fine_taps)
+    for tap, fine in fine_features.items():
+        features[tap] = torch.cat([features[tap], fine], dim=1)
+    return features
+
+
+def read_patches(
+    encoder: nn.Module, grid: PatchGrid, grids: Grids, pixels: Tensor, wanted: Sequence[int]
+) -> dict[int, Tensor]:
+    """Run a connected encoder on images of any size, as far as the deepest wanted tap.
+
+    Views of one size run together. So an encoder of a fixed size runs once.
+
+    Args:
+        encoder: The encoder.
+        grid: Its grid.
+        grids: Rows and columns of every image.
+        pixels: Patches [S, V, C, h, w]: the coarse ones, the tiles^2 fine ones, or both.
+        wanted: Taps to read.
+
+    Returns:
+        Tap -> [S, V, D].
+    """
+    maps = _cut_maps(pixels, grids, grid, _find_longest(encoder.config))
+    states: dict[int, list[Tensor]] = {}
+    for view in dict.fromkeys(one.view for one in maps):
+        members = [number for number, one in enumerate(maps) if one.view == view]
+        views = torch.cat([maps[number].views for number in members])
+        read = read_taps(encoder, views, _resize_grid(grid, view), wanted)
+        for tap, values in read.items():
+            by_map = states.setdefault(tap, [None] * len(maps))
+            parts = values.split([len(maps[number].views) for number in members])
+            for number, part in zip(members, parts, strict=True):
+                by_map[number] = _join_views(part, maps[number])
+    return {tap: _stack_images(by_map, len(grids)) for tap, by_map in states.items()}
+
+
+def _stack_images(by_map: list[Tensor], num_images: int) -> Tensor:
+    """States of the maps of every image, image by image, as [S, V, D]."""
+    per_image = len(by_map) // num_images
+    images = []
+    for start in range(0, len(by_map), per_image):
+        images.append(torch.cat(by_map[start : start + per_image], dim=1))
+    return torch.cat(images)
+
+
+def _cut_maps(
+    pixels: Tensor, grids: Grids, grid: PatchGrid, longest: tuple[int, int] | None
+) -> list[_Map]:
+    """The coarse and the fine image of every image, in this order, as views."""
+    num_parts = pixels.shape[1]
+    side = math.isqrt(num_parts)
+    # The coarse patch alone, the side^2 fine ones alone, or both.
+    parts = [(slice(None), side)]
+    if side * side != num_parts:
+        parts = [(slice(1), 1), (slice(1, None), side)]
+    maps = []
+    images = pixels.split([rows * columns for rows, columns in grids])
+    for image, shape in zip(images, grids, strict=True):
+        view = _choose_view(shape, grid, longest)
+        for chosen, part_side in parts:
+            views = _cut_views(image[:, chosen], shape, part_side, view)
+            maps.append(_Map(shape, part_side, view, views))
+    return maps
+
+
+def _find_longest(config) -> tuple[int, int] | None:
+    """Most rows and columns of a view that positions of an encoder of any size reach, if any."""
+    if config.model_type != "pixtral":
+        return None
+    height, width = get_fixed_view_size(config)
+    return height // config.patch_size, width // config.patch_size
+
+
+def _choose_view(
+    shape: tuple[int, int], grid: PatchGrid, longest: tuple[int, int] | None
+) -> tuple[int, int]:
+    """Rows and columns of the views that an image is cut into."""
+    if grid.kind not in FREE_SIZE_KINDS:
+        return grid.rows, grid.columns
+    if longest is None:
+        return shape
+    view = []
+    for number, most in zip(shape, longest, strict=True):
+        num_views = -(-number // most)
+        view.append(-(-number // num_views))
+    return tuple(view)
+
+
+def _resize_grid(grid: PatchGrid, view: tuple[int, int]) -> PatchGrid:
+    if view == (grid.rows, grid.columns):
+        return grid
+    rows, columns = view
+    pixels = (grid.view[0], rows * grid.patch[0], columns * grid.patch[1])
+    return replace(grid, rows=rows, columns=columns, view=pixels)
+
+
+def _cut_views(image: Tensor, shape: tuple, side: int, view: tuple[int, int]) -> Tensor:
+    """An image's patches [rows * columns, side^2, C, h, w] as views [views, C, height, width]."""
+    pattern = "(y x) (ty tx) c h w -> c (y ty h) (x tx w)"
+    pixels = rearrange(image, pattern, y=shape[0], ty=side)
+    height, width = view[0] * image.shape[-2], view[1] * image.shape[-1]
+    below, right = -pixels.shape[-2] % height, -pixels.shape[-1] % width
+    if below or right:
+        pixels = F.pad(pixels, (0, right, 0, below))
+    return rearrange(pixels, "c (v h) (u w) -> (v u) c h w", h=height, w=width)
+
+
+def _join_views(states: Tensor, image: _Map) -> Tensor:
+    """States of an image's views [views, N, D] as [rows * columns, side^2, D], without filling."""
+    rows, columns = (number * image.side for number in image.shape)
+    num_down = -(-rows // image.view[0])
+    pattern = "(v u) (y x) d -> (v y) (u x) d"
+    whole = rearrange(states, pattern, v=num_down, y=image.view[0])[:rows, :columns]
+    return rearrange(whole, "(y ty) (x tx) d -> (y x) (ty tx) d", ty=image.side, tx=image.side)
