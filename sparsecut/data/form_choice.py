@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from PIL import Image
@@ -32,27 +32,26 @@ class Columns:
 
     Attributes:
         names: Key -> the name that records have for it.
+        all_names: All these names.
         unseen: Names that no record has had so far.
         found: Keys of the records so far.
     """
 
     def __init__(self, names: Mapping[str, str]):
         self.names = dict(names)
-        self.unseen = set(self.names.values())
+        self.all_names = frozenset(self.names.values())
+        self.unseen = set(self.all_names)
         self.found: dict[str, None] = {}
 
     def rename(self, record: dict) -> dict:
         """Return the record with its values under the keys of forms."""
-        renamed = dict(record)
-        values = {}
-        for key, name in self.names.items():
-            if name in record:
-                values[key] = renamed.pop(name)
+        values = {key: record[name] for key, name in self.names.items() if name in record}
+        others = {key: record[key] for key in record if key not in self.all_names}
         if self.unseen:
             self.unseen.difference_update(record)
             if len(self.found) < MOST_KEYS:
                 self.found.update(dict.fromkeys(record))
-        return {**renamed, **values}
+        return {**others, **values}
 
     def check_seen(self, what: str) -> None:
         """Raise UserError where no record had one of the names.
@@ -95,7 +94,7 @@ def choose_form(record: Any, columns: Columns | None = None) -> Form:
 def _describe_unknown(record: dict, columns: Columns | None) -> str:
     keys = [key for key in record if record[key] is not None]
     shown = ", ".join(f"{key} ({_name_kind(record[key])})" for key in keys[:MOST_KEYS])
-    form = _find_nearest_form(record)
+    form = _find_nearest_form(record, columns.names if columns else ())
     missing = [key for key in form.keys if not has_key(record, key)]
     parts = [
         f"the record is of no known form: its keys are {shown or 'none'}",
@@ -124,14 +123,15 @@ def _is_needed(name: str) -> bool:
     return name in IMAGE_NAMES or any(name in form.keys for form in FORMS)
 
 
-def _find_nearest_form(record: dict) -> Form:
+def _find_nearest_form(record: dict, named: Collection[str]) -> Form:
     """The form of whose keys the record has the most; keys that look like them count a little less."""
     names = [name for name in record if isinstance(name, str)]
     best, best_score = FORMS[0], 0.0
     if not _has_turns(record):  # so it is rather a question and an answer
         best = next(form for form in FORMS if form.name == "question and answer")
     for form in FORMS:
-        score = sum(_score_key(record, names, key) for key in form.keys) / len(form.keys)
+        scores = [1.0 if key in named else _score_key(record, names, key) for key in form.keys]
+        score = sum(scores) / len(scores)
         if score > best_score and form.example:
             best, best_score = form, score
     return best
@@ -151,7 +151,8 @@ def _has_turns(record: dict) -> bool:
 
 def _name_kind(value: Any) -> str:
     if isinstance(value, list) and value:
-        return f"a list of {_name_kind(value[0]).removeprefix('a ').removeprefix('an ')}s"
+        inner = KINDS.get(type(value[0]), "a value").split()[-1]
+        return f"a list of {inner}s" if inner in ("text", "number", "object", "list") else "a list"
     if isinstance(value, dict) and value:
         return f"an object with {show_value(list(value))}"
     if isinstance(value, Image.Image):

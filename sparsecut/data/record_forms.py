@@ -120,9 +120,8 @@ def _refuse_hidden_image(record: dict) -> None:
     for key, value in record.items():
         if key in IMAGE_NAMES:
             continue
-        is_image = isinstance(value, bytes) or (
-            isinstance(value, dict) and isinstance(find_image_value(value), bytes)
-        )
+        is_object = isinstance(value, dict) and ("bytes" in value or "path" in value)
+        is_image = isinstance(value, bytes) or (is_object and find_image_value(value) is not None)
         is_file = isinstance(value, str) and value.lower().endswith(FILE_ENDS)
         if is_image or (is_file and " " not in value):
             raise UserError(
@@ -344,8 +343,8 @@ FORMS = (  # a record has the first one that fits
         {**EXAMPLE_IMAGE, "prompt": ASKED, "completion": ANSWERED},
     ),
     Form("preferences", ("chosen", "rejected"), _refuse_preference, {}),
-    _pair_form("question", "multiple_choice_answer"),
     _pair_form("question", "answer"),
+    _pair_form("question", "multiple_choice_answer"),
     _pair_form("question", "answers", [ANSWERED, ANSWERED, "a dog"]),
     _pair_form("query", "response"),
     *_list_instruction_forms(),

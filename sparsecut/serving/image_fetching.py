@@ -7,7 +7,6 @@ redirect is checked like the first URL.
 
 from __future__ import annotations
 
-import base64
 import http.client
 import io
 import ipaddress
@@ -24,6 +23,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from ..data.image_values import decode_data_url
 from ..pixels import open_upright, read_size
 from ..schema import UserError
 from .public_addresses import is_public
@@ -109,26 +109,6 @@ def read_image(
     if not fetched or url not in fetched:
         fetched = fetch_all([url], limits)
     return decode_image(fetched[url], limits)
-
-
-def decode_data_url(url: str) -> bytes:
-    """The bytes of a base64 data URL.
-
-    Raises:
-        UserError: Where it is not one.
-    """
-    head, comma, body = url.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise UserError(
-            f"the image {_shorten(url)} is not a base64 data URL;"
-            " send data:image/png;base64,... with the file's bytes"
-        )
-    try:
-        return base64.b64decode(urllib.parse.unquote(body), validate=True)
-    except ValueError as error:
-        raise UserError(
-            f"the image {_shorten(url)} has broken base64 ({error}); encode the file's bytes again"
-        ) from None
 
 
 def decode_image(data: bytes, limits: ImageLimits) -> Image.Image:

@@ -1,5 +1,8 @@
 """Forms of records: each is the example, the tokens, the labels and the pixels of LLaVA's."""
 
+import io
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +11,12 @@ from helpers.records import encode_batch, write_data
 from helpers.tiny import tiny_model
 from PIL import Image
 
-from sparsecut.data.examples import Example, parse_record, read_examples
+from sparsecut.config.source import RECORD_KEYS, Source
+from sparsecut.data import record_forms
+from sparsecut.data.errors import RecordError
+from sparsecut.data.examples import Example, parse_record, read_examples, read_source
 from sparsecut.data.images import ImageStore
+from sparsecut.schema import UserError
 
 NAMES = ("a.png", "sub/b.png")
 
@@ -60,8 +67,6 @@ INLINE = {
 
 
 def read_pil(data: bytes) -> Image.Image:
-    import io
-
     return Image.open(io.BytesIO(data))
 
 
@@ -73,3 +78,247 @@ def test_images_may_stand_in_the_record(image_folder, processor, name, kind):
     example = parse_record(record, "here", ImageStore(image_folder))
     assert all(isinstance(image, bytes) for image in example.images)
     assert_same(processor, example, read_expected(image_folder, name))
+
+
+# ---- what is refused
+
+
+def write_messages(content, answer="a cat", **more) -> dict:
+    turns = [{"role": "user", "content": content, **more}, {"role": "assistant", "content": answer}]
+    return {"messages": turns}
+
+
+SLOT = {"type": "image"}
+TEXT = {"type": "text", "text": "what"}
+NAMED = {"type": "image", "image": "a.png"}
+QA = {"question": "what", "answer": "a cat"}
+# A bad record, and what the error names.
+BAD = {
+    "fewer images than parts": (write_messages([SLOT, TEXT]), ["1 parts", "0"]),
+    "more images than parts": (
+        {**write_messages([SLOT, TEXT]), "images": ["a.png", "a.png"]},
+        ["1 parts", "2"],
+    ),
+    "images twice": ({**write_messages([NAMED, TEXT]), "image": "a.png"}, ["1 images", "remove"]),
+    "indexes": (
+        {**write_messages([{**SLOT, "index": 1}, TEXT]), "image": "a.png"},
+        ["index", "1"],
+    ),
+    "placeholder beside a part": (
+        write_messages([NAMED, {"type": "text", "text": "<image> what"}]),
+        ["turn 0", "<image>", "part"],
+    ),
+    "placeholder and parts in other turns": (
+        {
+            "messages": [
+                *write_messages([NAMED, TEXT])["messages"],
+                *write_messages("<image> and")["messages"],
+            ]
+        },
+        ["<image>", "parts"],
+    ),
+    "too few placeholders": (
+        {**write_messages("<image> what"), "images": ["a.png", "a.png"]},
+        ["1 <image>", "2 images"],
+    ),
+    "LLaVA without placeholder": (
+        {"image": "a.png", "conversations": write_messages("what")["messages"]},
+        ["0 <image>", "1 images"],
+    ),
+    "an unknown part": (
+        write_messages([{"type": "imgae", "image": "a.png"}]),
+        ["turn 0", "part 0", "imgae", "'image'"],
+    ),
+    "a video": (write_messages([{"type": "video", "video": "a.mp4"}, TEXT]), ["part 0", "video"]),
+    "a part of a number": (write_messages([3]), ["part 0", "3"]),
+    "a part without text": (write_messages([{"type": "text", "text": None}]), ["part 0", "None"]),
+    "an image of the assistant": (
+        write_messages("what", answer=[NAMED]),
+        ["turn 1", "assistant", "<image>"],
+    ),
+    "no parts": (write_messages([]), ["turn 0", "[]"]),
+    "a tool": ({"messages": [{"role": "tool", "content": "x"}]}, ["turn 0", "tool"]),
+    "a call": (
+        {"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}], "content": None}]},
+        ["turn 0", "tool_calls"],
+    ),
+    "tools": ({**write_messages("what"), "tools": [{"name": "x"}]}, ["`tools`"]),
+    "a thought": (
+        {
+            "messages": [
+                {"role": "user", "content": "what"},
+                {"role": "assistant", "content": "a", "reasoning_content": "b"},
+            ]
+        },
+        ["turn 1", "reasoning_content"],
+    ),
+    "a turn that is not learned": (write_messages("what", weight=0), ["turn 0", "weight"]),
+    "two systems": (
+        {
+            "system": "one",
+            "messages": [{"role": "system", "content": "x"}, *write_messages("what")["messages"]],
+        },
+        ["`system`", "system turn"],
+    ),
+    "a remote image": ({**QA, "image": "https://x.org/a.png"}, ["https", "download"]),
+    "a remote part": (
+        write_messages([{"type": "image_url", "image_url": {"url": "http://x.org/a.png"}}]),
+        ["turn 0", "http", "download"],
+    ),
+    "a bucket": ({**QA, "image": "s3://x/a.png"}, ["s3", "download"]),
+    "a data URL without base64": ({**QA, "image": "data:image/png,abc"}, ["base64"]),
+    "broken base64": ({**QA, "image": "data:image/png;base64,abc"}, ["base64"]),
+    "an object without an image": ({**QA, "image": {"width": 3}}, ["width", "bytes"]),
+    "an image outside": ({**QA, "image": "file:///etc/passwd"}, ["/etc/passwd", "outside"]),
+    "two images": ({**QA, "image": "a.png", "images": ["sub/b.png"]}, ["`image`", "`images`"]),
+    "an image under another key": ({**QA, "picture": "a.png"}, ["picture", "image: picture"]),
+    "bytes under another key": (
+        {**QA, "picture": {"bytes": "data:image/png;base64,AAAA"}},
+        ["picture", "image: picture"],
+    ),
+    "audio": ({**QA, "audio": "a.wav"}, ["`audio`"]),
+    "an answer of yes": ({**QA, "answer": True}, ["`answer`", "True"]),
+    "no answer": ({"question": "what", "answers": [None, ""]}, ["`answers`"]),
+    "an answer with an image": ({**QA, "answer": "<image>"}, ["`answer`", "<image>"]),
+    "an empty question": ({**QA, "question": " "}, ["`question`", "empty"]),
+    "texts of texts": ({"texts": ["what"]}, ["`texts`", "user"]),
+    "texts without an answer": ({"texts": [{"user": "what"}]}, ["assistant", "0", "None"]),
+    "history": (
+        {"query": "what", "response": "a", "history": [["b"]]},
+        ["history", "question, answer"],
+    ),
+    "preferences": (
+        {"prompt": "what", "chosen": "a", "rejected": "b"},
+        ["DPOTrainer", "completion: chosen"],
+    ),
+    "preferences without a prompt": (
+        {"chosen": write_messages("a")["messages"], "rejected": write_messages("a")["messages"]},
+        ["DPOTrainer", "messages: chosen"],
+    ),
+    "unpaired preferences": (
+        {"prompt": "what", "completion": "a", "label": False},
+        ["KTOTrainer", "label"],
+    ),
+    # of no known form: the keys, the nearest form, what is missing, an example
+    "a question alone": (
+        {"question": "what", "id": 3},
+        ["question (a text)", "id (a number)", "lacks", '"answer": '],
+    ),
+    "a misspelt answer": ({"question": "what", "anwser": "a"}, ["answer: anwser"]),
+    "other names": ({"frage": "was", "antwort": "a"}, ["frage", "antwort", "question: ..."]),
+    "an answer": ({"image": "a.png", "label": 3}, ["image (a text)", "label (a number)", "lacks"]),
+    "turns under another key": (
+        {"message": write_messages("what")["messages"]},
+        ["message (a list of objects", "messages: message", '"role": "user"'],
+    ),
+    "nothing": ({}, ["none", "question"]),
+    "a list": ([], ["a list", "conversations"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_records_are_named_with_what_to_do(image_folder, name):
+    record, facts = BAD[name]
+    path = write_data(image_folder, record, name="data.jsonl")
+    with pytest.raises(RecordError) as caught:
+        read_examples(path)
+    assert caught.value.where == f"{path} line 1"
+    for fact in facts:
+        assert fact in caught.value.problem
+
+
+GOOD = {
+    "empty columns beside": (
+        {**QA, "system": "", "history": [], "tools": None, "images": [], "audio": None},
+        "what",
+        "a cat",
+    ),
+    "a number": ({"question": "how many", "answer": 3}, "how many", "3"),
+    "answers as an object": (
+        {"question": "what", "answers": {"text": ["b", "a", "a"], "answer_start": [1, 2, 2]}},
+        "what",
+        "a",
+    ),
+    "as common": ({"question": "what", "answers": ["b", "a"]}, "what", "b"),
+    "the first form": (
+        {**write_messages("one"), "text": "two", **QA, "chosen": "x", "rejected": "y"},
+        "one",
+        "a cat",
+    ),
+    "a key without value": ({"conversations": None, "messages": None, **QA}, "what", "a cat"),
+    "an object of lists": (
+        {"messages": {"role": ["user", "assistant"], "content": ["what", "a"]}},
+        "what",
+        "a",
+    ),
+    "a text of JSON": (
+        {"messages": json.dumps(write_messages("what")["messages"]), "images": "[]"},
+        "what",
+        "a cat",
+    ),
+    "weights of 1": (write_messages("what", weight=1), "what", "a cat"),
+    "a developer": ({**write_messages("what"), "system": None}, "what", "a cat"),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_records_that_need_no_change(image_folder, name):
+    record, asked, answered = GOOD[name]
+    (example,) = read_examples(write_data(image_folder, record))
+    assert [message["content"] for message in example.messages] == [asked, answered]
+    assert example.images == []
+
+
+def test_the_most_common_answer_and_facts_of_a_record(image_folder):
+    record = {**QA, "id": 7, "group": "g", "level": 2, "image": f"file://{image_folder / 'a.png'}"}
+    (example,) = read_examples(write_data(image_folder, record))
+    assert (example.id, example.group, example.level) == ("7", "g", "2")
+    assert np.array_equal(example.load_images()[0], ImageStore(image_folder).load("a.png"))
+
+
+def test_an_image_in_a_record_has_the_limit_of_its_source(image_folder):
+    url = make_data_url(bytes(2**20 + 1))
+    path = write_data(image_folder, {**QA, "image": url})
+    assert len(read_source(Source(str(path), max_mib=2), [])) == 1
+    with pytest.raises(RecordError, match="1 MiB"):
+        read_source(Source(str(path), max_mib=1), [])
+
+
+# ---- other names
+
+GERMAN = {"frage": "what", "antwort": "a cat", "bild": "a.png", "art": "g"}
+COLUMNS = {"question": "frage", "answer": "antwort", "image": "bild", "group": "art"}
+
+
+def test_columns_name_the_keys_of_records(image_folder, processor):
+    path = write_data(image_folder, GERMAN, {"frage": "is it", "antwort": "no", "art": None})
+    one, two = read_source(Source(str(path), columns=COLUMNS), [])
+    plain = write_data(image_folder, {"image": "a.png", **QA}, name="plain.json")
+    assert_same(processor, one, read_examples(plain)[0])
+    assert one.group == "g" and two.images == [] and two.group is None
+
+
+@pytest.mark.parametrize(
+    "columns, facts",
+    [
+        ({**COLUMNS, "image": "bidl"}, ["'bild'", "image: bild"]),
+        ({**COLUMNS, "level": "stufe"}, ["`level`", "'stufe'", "frage, antwort, bild, art"]),
+        ({**COLUMNS, "answer": "antwrot"}, ["`answer`", "'antwrot'", "'antwort'"]),
+        ({"questoin": "frage"}, ["'questoin'", "'question'"]),
+        ({"question": "frage", "answer": "frage"}, ["'frage'", "several"]),
+        ({"question": 3}, ["columns.question", "3"]),
+    ],
+)
+def test_wrong_columns_are_refused(image_folder, columns, facts):
+    path = str(write_data(image_folder, GERMAN))
+    with pytest.raises(UserError) as caught:
+        read_source(Source(path, columns=columns), [])
+    for fact in facts:
+        assert fact in str(caught.value)
+
+
+def test_every_key_of_a_form_may_have_another_name():
+    keys = {"id", "image", "images", "group", "level", "system", "history", "input"}
+    for form in record_forms.FORMS:
+        keys.update(form.keys)
+    assert keys - {"chosen", "rejected"} == set(RECORD_KEYS)
