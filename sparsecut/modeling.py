@@ -218,8 +218,11 @@ class SparseCutModel(SparseCutPreTrainedModel):
             attention_mask=attention_mask,
             **inputs,
         )
+        last_hidden_state = outputs.last_hidden_state
+        if image_hidden_states is None and self.training:
+            last_hidden_state = self.add_zero_from_fusion(last_hidden_state)
         return SparseCutModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=last_hidden_state,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=image_hidden_states,
@@ -438,7 +441,7 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
             targets = ignore_placeholder(self.config, labels=labels, **kwargs)
             loss = self.loss_function(logits=logits, vocab_size=logits.shape[-1], **targets)
             if image_hidden_states is None and self.training:
-                loss = loss + self.zero_from_fusion()
+                loss = self.add_zero_from_fusion(loss)
         return SparseCutCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

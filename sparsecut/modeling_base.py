@@ -152,13 +152,17 @@ class SparseCutPreTrainedModel(PreTrainedModel):
         if not any(p.requires_grad for p in vision):
             remove_gradient_hooks(self, vision)
 
-    def zero_from_fusion(self) -> Tensor:
-        """A zero that depends on every trained parameter of the fusion, to add to a loss.
+    def add_zero_from_fusion(self, values: Tensor) -> Tensor:
+        """Add a zero that depends on every trained parameter of the fusion.
 
         A text-only batch leaves the fusion unused on this rank, but DDP needs a gradient of every
-        parameter from every rank.
+        parameter from every rank, and backward needs one parameter at least.
+
+        Args:
+            values: A loss, or hidden states of a trainer that makes its loss of them.
         """
-        return 0.0 * sum(p.sum() for p in self.fusion.parameters() if p.requires_grad)
+        zero = 0.0 * sum(p.sum() for p in self.fusion.parameters() if p.requires_grad)
+        return values + (zero.to(values) if isinstance(zero, Tensor) else zero)
 
     @classmethod
     def is_custom_code(cls) -> bool:

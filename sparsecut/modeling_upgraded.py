@@ -124,30 +124,45 @@ class SparseCutUpgradeModel(SparseCutPreTrainedModel):
         parts = self.family.parts(self.base)
         return shortcuts_active(UpgradeCall(self.family, parts, self.fusion, fine_pixel_values))
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        *args,
-        fine_pixel_values: Tensor | None = None,
-        **kwargs,
-    ):
+    def split_views(self, inputs: dict) -> tuple[dict, Tensor | None]:
+        """Split a call's inputs into the base's own and the fine views.
+
+        Args:
+            inputs: Arguments with `pixel_values` of the coarse views [images, 3, S, S] and
+                `fine_pixel_values`, or with `pixel_values` of all views together
+                [images, 1 + tiles^2, 3, S, S], coarse view first.
+        """
+        rest = {name: value for name, value in inputs.items() if name != "fine_pixel_values"}
+        fine = inputs.get("fine_pixel_values")
+        pixels = inputs.get("pixel_values")
+        if fine is None and self.plan.tiles and pixels is not None and pixels.dim() == 5:
+            return {**rest, "pixel_values": pixels[:, 0]}, pixels[:, 1:]
+        return rest, fine
+
+    def forward(self, input_ids: Tensor | None = None, *args, **kwargs):
         """Hidden states: the base model's own forward, with the shortcuts' features added.
 
         Args:
             input_ids: [B, L].
-            fine_pixel_values: See `SparseCutUpgrade.forward`.
             *args: As the base model takes them.
-            **kwargs: As the base model takes them.
+            **kwargs: As the base model takes them, and `fine_pixel_values`; see
+                `SparseCutUpgrade.forward`.
         """
-        with self.shortcuts_active(fine_pixel_values):
-            return self.base.base_model(input_ids, *args, **kwargs)
+        kwargs, fine_pixel_values = self.split_views(kwargs)
+        with self.shortcuts_active(fine_pixel_values) as call:
+            output = self.base.base_model(input_ids, *args, **kwargs)
+        if self.training and not call.is_fusion_used and isinstance(output, dict):
+            states = output["last_hidden_state"]
+            output["last_hidden_state"] = self.add_zero_from_fusion(states)
+        return output
 
     @can_return_tuple
-    def get_image_features(self, *args, fine_pixel_values: Tensor | None = None, **kwargs):
+    def get_image_features(self, *args, **kwargs):
         """The base's own image features, with the shortcuts' beside them in `pooler_output`.
 
         They can be given to `forward` and `generate` as `mm_encoder_outputs`.
         """
+        kwargs, fine_pixel_values = self.split_views(kwargs)
         with self.shortcuts_active(fine_pixel_values):
             return self.base.get_image_features(*args, **kwargs)
 
@@ -230,6 +245,8 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
         Arguments and result are the base's, besides these.
 
         Args:
+            pixel_values: As the base takes them. Where the plan reads fine views, also all views
+                together, [images, 1 + tiles^2, 3, S, S].
             fine_pixel_values: Fine views of the images, [images, tiles^2, 3, S, S], from the
                 processor, where the plan reads them.
             num_items_in_batch: Number of tokens with a label in the whole step. The loss is then
@@ -240,8 +257,10 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
             UserError: Fine views are missing.
             RuntimeError: A shortcut did not fire exactly once.
         """
+        images = {"pixel_values": pixel_values, "fine_pixel_values": fine_pixel_values}
+        images, fine_pixel_values = self.split_views(images)
         named = {
-            "pixel_values": pixel_values,
+            **images,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             **name_cache(self.base, past_key_values if cache is None else cache),
@@ -266,16 +285,17 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
             num_labels = (labels[:, 1:] != IGNORED).sum()
             loss = output["loss"] = loss * (num_labels / num_items_in_batch)
         if self.training and not call.is_fusion_used:
-            output["loss"] = loss + self.zero_from_fusion()
+            output["loss"] = self.add_zero_from_fusion(loss)
         return output
 
-    def generate(self, *args, fine_pixel_values: Tensor | None = None, **kwargs):
+    def generate(self, *args, **kwargs):
         """The base's own `generate`, with the shortcuts' features added to the prompt.
 
         Raises:
             UserError: A prompt with images is read in chunks, before transformers 5.23.
         """
         _check_chunked_prefill(kwargs, self.generation_config)
+        kwargs, fine_pixel_values = self.split_views(kwargs)
         with self.shortcuts_active(fine_pixel_values):
             return self.base.generate(*args, **kwargs)
 

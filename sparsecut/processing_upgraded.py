@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 import transformers
 from einops import rearrange
 from PIL import Image
@@ -87,7 +88,9 @@ def open_images(images, background, *, keeps_floats: bool, layout=None) -> list:
 class SparseCutUpgradeProcessor:
     """Loads the processor of an upgraded model, a subclass of the base's class.
 
-    It reads images as `pixels` does, and returns fine views where the plan has some.
+    It reads images as `pixels` does, and returns fine views where the plan has some. They stand in
+    `fine_pixel_values`. Trainers that know no such input, such as TRL's GRPOTrainer, need
+    `processor.join_views = True`: `pixel_values` then holds all views of each image.
     """
 
     @classmethod
@@ -101,7 +104,9 @@ class SparseCutUpgradeProcessor:
         base_class = getattr(transformers, values["base_processor_class"])
         processor = base_class.from_pretrained(folder, **kwargs)
         background = values.get("sparsecut_background", WHITE)
-        return wrap_processor(processor, values["sparsecut_tiles"], background)
+        processor = wrap_processor(processor, values["sparsecut_tiles"], background)
+        processor.join_views = values.get("sparsecut_join_views", False)
+        return processor
 
 
 def wrap_processor(processor, tiles: int = 0, background=None):
@@ -134,7 +139,11 @@ def _make_class(base_class: type, has_fine_views: bool) -> type:
         if has_fine_views and opened is not None and "pixel_values" in features:
             fine = cut_fine_views(self.image_processor, opened, self.sparsecut_tiles)
             _check_views(len(features["pixel_values"]), len(fine))
-            features["fine_pixel_values"] = fine.to(features["pixel_values"])
+            fine = _convert_like(fine, features["pixel_values"])
+            if self.join_views:
+                features["pixel_values"] = _join_views(features["pixel_values"], fine)
+            else:
+                features["fine_pixel_values"] = fine
         return features
 
     def save_pretrained(self, folder, **kwargs):
@@ -143,6 +152,8 @@ def _make_class(base_class: type, has_fine_views: bool) -> type:
         return saved
 
     def model_input_names(self):
+        if self.join_views:
+            return base_class.model_input_names.fget(self)
         return [*base_class.model_input_names.fget(self), "fine_pixel_values"]
 
     def reduce(self):
@@ -155,6 +166,7 @@ def _make_class(base_class: type, has_fine_views: bool) -> type:
         "__doc__": f"{base_class.__name__} that reads images of every kind, fine views included.",
         "__call__": call,
         "__reduce__": reduce,
+        "join_views": False,
         "save_pretrained": save_pretrained,
         "base_processor_class": base_class,
     }
@@ -177,6 +189,22 @@ def _open_for_call(images, background, kwargs: dict) -> tuple[list | None, dict]
     return opened if has_image else None, kwargs
 
 
+def _convert_like(fine: Tensor, coarse):
+    """Fine views in the form of the coarse ones: a tensor, an array, or a list of arrays."""
+    if isinstance(coarse, Tensor):
+        return fine.to(coarse)
+    array = fine.numpy()
+    return array if isinstance(coarse, np.ndarray) else list(array)
+
+
+def _join_views(coarse, fine):
+    """All views of each image [1 + tiles^2, 3, S, S], coarse view first, in the form of `coarse`."""
+    if isinstance(coarse, Tensor):
+        return torch.cat([coarse[:, None], fine], dim=1)
+    joined = [np.concatenate([one[None], more]) for one, more in zip(coarse, fine, strict=True)]
+    return np.stack(joined) if isinstance(coarse, np.ndarray) else joined
+
+
 def _check_views(num_views: int, num_images: int) -> None:
     if num_images != num_views:
         raise UserError(
@@ -194,6 +222,7 @@ def _write_class(processor, path: Path, base_class: type) -> None:
     values["processor_class"] = "SparseCutUpgradeProcessor"
     values["base_processor_class"] = base_class.__name__
     values["sparsecut_tiles"] = processor.sparsecut_tiles
+    values["sparsecut_join_views"] = processor.join_views
     path.write_text(json.dumps(values, indent=2) + "\n")
     place = f"processing_upgraded.{SparseCutUpgradeProcessor.__name__}"
     write_code(path, [SparseCutUpgradeProcessor], {"AutoProcessor": place})
