@@ -14,9 +14,7 @@ trl = pytest.importorskip("trl")
 
 def make_trainer(model, processor, records, folder, **settings):
     args = trl.SFTConfig(output_dir=str(folder), **QUICK | settings)
-    return trl.SFTTrainer(
-        model=model, args=args, train_dataset=records, processing_class=processor
-    )
+    return trl.SFTTrainer(model=model, args=args, train_dataset=records, processing_class=processor)
 
 
 def get_batch(trainer) -> dict:
