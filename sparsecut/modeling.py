@@ -218,11 +218,9 @@ class SparseCutModel(SparseCutPreTrainedModel):
             attention_mask=attention_mask,
             **inputs,
         )
-        last_hidden_state = outputs.last_hidden_state
-        if image_hidden_states is None and self.training:
-            last_hidden_state = self.add_zero_from_fusion(last_hidden_state)
+        has_images = image_hidden_states is not None
         return SparseCutModelOutputWithPast(
-            last_hidden_state=last_hidden_state,
+            last_hidden_state=self.include_fusion(outputs.last_hidden_state, has_images),
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_hidden_states=image_hidden_states,
@@ -440,8 +438,7 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
         if labels is not None:
             targets = ignore_placeholder(self.config, labels=labels, **kwargs)
             loss = self.loss_function(logits=logits, vocab_size=logits.shape[-1], **targets)
-            if image_hidden_states is None and self.training:
-                loss = self.add_zero_from_fusion(loss)
+            loss = self.include_fusion(loss, image_hidden_states is not None)
         return SparseCutCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -152,15 +152,18 @@ class SparseCutPreTrainedModel(PreTrainedModel):
         if not any(p.requires_grad for p in vision):
             remove_gradient_hooks(self, vision)
 
-    def add_zero_from_fusion(self, values: Tensor) -> Tensor:
-        """Add a zero that depends on every trained parameter of the fusion.
+    def include_fusion(self, values: Tensor, is_used: bool) -> Tensor:
+        """Add a zero that depends on every trained parameter of an unused fusion, in training.
 
         A text-only batch leaves the fusion unused on this rank, but DDP needs a gradient of every
         parameter from every rank, and backward needs one parameter at least.
 
         Args:
             values: A loss, or hidden states of a trainer that makes its loss of them.
+            is_used: Whether they depend on the fusion.
         """
+        if is_used or not self.training:
+            return values
         zero = 0.0 * sum(p.sum() for p in self.fusion.parameters() if p.requires_grad)
         return values + (zero.to(values) if isinstance(zero, Tensor) else zero)
 

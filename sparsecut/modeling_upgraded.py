@@ -151,9 +151,9 @@ class SparseCutUpgradeModel(SparseCutPreTrainedModel):
         kwargs, fine_pixel_values = self.split_views(kwargs)
         with self.shortcuts_active(fine_pixel_values) as call:
             output = self.base.base_model(input_ids, *args, **kwargs)
-        if self.training and not call.is_fusion_used and isinstance(output, dict):
+        if isinstance(output, dict):
             states = output["last_hidden_state"]
-            output["last_hidden_state"] = self.add_zero_from_fusion(states)
+            output["last_hidden_state"] = self.include_fusion(states, call.is_fusion_used)
         return output
 
     @can_return_tuple
@@ -284,8 +284,7 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
             # This base takes the mean over the tokens of this batch.
             num_labels = (labels[:, 1:] != IGNORED).sum()
             loss = output["loss"] = loss * (num_labels / num_items_in_batch)
-        if self.training and not call.is_fusion_used:
-            output["loss"] = self.add_zero_from_fusion(loss)
+        output["loss"] = self.include_fusion(loss, call.is_fusion_used)
         return output
 
     def generate(self, *args, **kwargs):
