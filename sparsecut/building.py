@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoFeatureExtractor,
     AutoImageProcessor,
@@ -22,7 +23,13 @@ from transformers import (
 
 from .adapters import load_adapters
 from .configuration import SparseCutConfig, SparseCutUpgradeConfig, check_language_model
-from .encoders import check_extractor, get_encoder, is_audio
+from .encoders import (
+    check_extractor,
+    find_encoder_class,
+    get_encoder,
+    is_audio,
+    show_all_patches,
+)
 from .fitting import Fitting
 from .loading import (
     HUB_ARGUMENTS,
@@ -96,10 +103,13 @@ def build(
     hub = {name: value for name, value in from_pretrained.items() if name in HUB_ARGUMENTS}
     vision_config = _read_config(vision, "vision", hub)
     text_config = _read_config(language, "language", hub)
+    whole_config = vision_config
     if hasattr(vision_config, "vision_config"):  # a two-tower checkpoint such as CLIP's
         vision_config = vision_config.vision_config
         if not isinstance(vision, str):
             vision = _find_encoder(vision, vision_config)
+    if isinstance(vision, str):
+        show_all_patches(vision_config)
     fitting = Fitting(coarse, min_pixels, max_pixels)
     config = SparseCutConfig(
         vision_config=vision_config,
@@ -116,7 +126,7 @@ def build(
     config.image_token_id = _add_image_token(tokenizer, image_token)
     settings = {"dtype": dtype, **from_pretrained}
     if isinstance(vision, str):
-        vision = _load_encoder(vision, vision_config, settings)
+        vision = _load_encoder(vision, vision_config, whole_config, settings)
     if isinstance(language, str):
         complaint = (
             f"the weights of the language model {language} cannot be read; fetch the model again"
@@ -344,12 +354,27 @@ def _find_encoder(model: nn.Module, config) -> nn.Module:
     )
 
 
-def _load_encoder(name: str, config, settings: dict) -> nn.Module:
-    """The encoder of a checkpoint; UserError where weights are missing, which would be random."""
+def _load_encoder(name: str, config, whole_config, settings: dict) -> nn.Module:
+    """The encoder of a checkpoint; UserError where weights are missing, which would be random.
+
+    Args:
+        name: A folder or hub name.
+        config: The encoder's configuration.
+        whole_config: That of the whole checkpoint, which may hold other parts too.
+        settings: Further arguments of `from_pretrained`.
+    """
     complaint = f"the weights of the encoder {name} cannot be read; fetch the model again"
     # Shortcuts read blocks. Checkpoints of classifiers have no pooler.
-    optional = r"(^|\.)pooler\."
-    return load_weights(AutoModel, name, complaint, optional=optional, config=config, **settings)
+    settings = {"optional": r"(^|\.)pooler\.", **settings}
+    kind = AutoModel if type(config) in MODEL_MAPPING else find_encoder_class(config)
+    try:
+        return load_weights(kind, name, complaint, config=config, **settings)
+    except UserError:
+        if whole_config is config:
+            raise
+    # In this checkpoint the encoder's weights have names that only the whole model knows.
+    whole = load_weights(AutoModel, name, complaint, config=whole_config, **settings)
+    return _find_encoder(whole, whole.config.vision_config)
 
 
 def _read_tool(auto_class, source, argument: str, hub: dict):

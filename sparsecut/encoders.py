@@ -70,14 +70,21 @@ ENCODER_KINDS = {
     "siglip2_vision_model": "naflex",
     "sam_vision_model": "map",
     "sam_hq_vision_model": "map",
+    "sam3_vit_model": "map",
+    "got_ocr2_vision": "map",
+    "deepseek_ocr2_sam_vision_model": "map",
+    "slanext_vision": "map",
+    "vitdet": "channels",
+    "llama4_vision_model": "class_last",
+    "yolos": "detection",
+    "vit_mae": "masked",
     "whisper": "audio",
 }
 INTERPOLATION = "interpolate_pos_encoding"  # argument of an encoder's forward
 FREE_SIZE_KINDS = ("qwen", "pixtral", "naflex")  # they take views of any size
 
 # Encoders with an image size and a patch size whose blocks do not return one state per patch, row
-# by row. Their widths or grids differ from block to block, patches are masked, feature maps have
-# other layouts, detection tokens come last, or they take videos.
+# by row. Their widths or grids differ from block to block, or they take videos.
 UNSUPPORTED_ENCODERS = (
     "convnext",
     "convnextv2",
@@ -85,16 +92,12 @@ UNSUPPORTED_ENCODERS = (
     "hiera",
     "maskformer-swin",
     "mgp-str",
-    "sam3_vit_model",
     "swin",
     "swin2sr",
     "swinv2",
     "timesformer",
     "videomae",
-    "vit_mae",
-    "vitdet",
     "vivit",
-    "yolos",
 )
 
 
@@ -115,6 +118,7 @@ def read_grid(config, view_size: int | list | tuple | None = None) -> PatchGrid:
         return _read_audio_grid(config, view_size)
     patch = as_pair(getattr(config, "patch_size", None))
     _check_one_grid(config, kind, patch)
+    _check_nothing_is_random(config)
     merge = getattr(config, "spatial_merge_size", 1) if kind == "qwen" else 1
     unit = (patch[0] * merge, patch[1] * merge)
     is_free = kind in FREE_SIZE_KINDS
@@ -153,7 +157,7 @@ def is_audio(config) -> bool:
 
 def takes_plain_views(grid: PatchGrid) -> bool:
     """Whether the encoder takes [views, 3, height, width] and nothing else."""
-    return INPUTS[grid.kind] is make_plain_inputs
+    return INPUTS[grid.kind] in (make_plain_inputs, make_masked_inputs)
 
 
 def _check_one_grid(config, kind: str, patch: tuple) -> None:
@@ -174,6 +178,23 @@ def _check_one_grid(config, kind: str, patch: tuple) -> None:
     )
 
 
+def _check_nothing_is_random(config) -> None:
+    """Refuse encoders that leave out patches or blocks at random, so that states may be missing."""
+    for name, what in (("mask_ratio", "hides patches"), ("encoder_layerdrop", "skips blocks")):
+        share = getattr(config, name, 0)
+        if share and config.model_type in ("vit_mae", "whisper"):
+            raise UserError(
+                f"{config.model_type} {what} at random ({name}={share}), so their states may be"
+                f" missing; set {name} to 0 in its configuration"
+            )
+
+
+def show_all_patches(config) -> None:
+    """Let a masked autoencoder that is being loaded hide none of its patches."""
+    if config.model_type == "vit_mae":
+        config.mask_ratio = 0.0
+
+
 def get_fixed_view_size(config) -> tuple:
     """Height and width of a view as a configuration fixes them; (None, None) where it does not."""
     kind = get_kind(config)
@@ -192,12 +213,7 @@ def _read_audio_grid(config, view_size) -> PatchGrid:
             f"view_size is {view_size!r}, but {config.model_type} takes audio of {num_frames}"
             " frames; leave view_size out"
         )
-    if getattr(config, "encoder_layerdrop", 0):
-        raise UserError(
-            f"{config.model_type} skips blocks at random"
-            f" (encoder_layerdrop={config.encoder_layerdrop}), so their states may be missing; set"
-            " encoder_layerdrop to 0 in its configuration"
-        )
+    _check_nothing_is_random(config)
     view = (config.num_mel_bins, 2 * num_frames)  # the second convolution halves the frames
     patch = (config.num_mel_bins, 2)
     return PatchGrid("audio", view, 1, num_frames, config.d_model, patch)
@@ -280,6 +296,12 @@ def make_naflex_inputs(grid: PatchGrid, views: Tensor) -> dict:
     }
 
 
+def make_masked_inputs(grid: PatchGrid, views: Tensor) -> dict:
+    """[views, 3, height, width], and numbers by which all patches stay in their order."""
+    numbers = torch.arange(grid.num_patches, device=views.device)
+    return make_plain_inputs(grid, views) | {"noise": numbers.expand(len(views), -1)}
+
+
 def make_audio_inputs(grid: PatchGrid, views: Tensor) -> dict:
     """Spectrograms [views, mels, frames] under the name that speech encoders use."""
     return {"input_features": views}
@@ -291,6 +313,10 @@ INPUTS = {
     "pixtral": make_pixtral_inputs,
     "naflex": make_naflex_inputs,
     "map": make_plain_inputs,
+    "channels": make_plain_inputs,
+    "class_last": make_plain_inputs,
+    "detection": make_plain_inputs,
+    "masked": make_masked_inputs,
     "audio": make_audio_inputs,
 }
 
@@ -321,6 +347,11 @@ def get_patch_order(grid: PatchGrid) -> Tensor:
     return torch.cat(windows)
 
 
+# Tokens of a view besides its patches: which come before them, and whether others may follow.
+PREFIXED_KINDS = ("plain", "masked")
+MIXED_KINDS = {"class_last": 0, "detection": 1}
+
+
 def to_raster_order(grid: PatchGrid, states: Tensor, num_views: int) -> Tensor:
     """Bring states as a block returns them into raster order, without prefix tokens.
 
@@ -342,10 +373,12 @@ def to_raster_order(grid: PatchGrid, states: Tensor, num_views: int) -> Tensor:
         states = states.reshape(num_views, num_patches, -1)
     if grid.kind == "map" and states.dim() == 4:
         states = states.flatten(1, 2)
-    may_have_prefix = grid.kind == "plain"
+    if grid.kind == "channels" and states.dim() == 4:
+        states = states.flatten(2).transpose(1, 2)
+    may_have_others = grid.kind in (*PREFIXED_KINDS, *MIXED_KINDS)
     fits = states.dim() == 3 and len(states) == num_views and states.shape[1] >= num_patches
-    if not fits or (not may_have_prefix and states.shape[1] != num_patches):
-        tokens = f"{num_patches}{' or more' if may_have_prefix else ''} tokens"
+    if not fits or (not may_have_others and states.shape[1] != num_patches):
+        tokens = f"{num_patches}{' or more' if may_have_others else ''} tokens"
         raise UserError(
             f"the encoder returned states of shape {shape} for {num_views} views, but [{num_views}"
             f" views, {tokens}, width] is needed: its blocks change the grid, so use another"
@@ -353,6 +386,8 @@ def to_raster_order(grid: PatchGrid, states: Tensor, num_views: int) -> Tensor:
         )
     if grid.kind == "qwen":
         return states[:, torch.argsort(get_patch_order(grid)).to(states.device)]
+    if grid.kind in MIXED_KINDS:
+        return states[:, MIXED_KINDS[grid.kind] :][:, :num_patches]
     return states[:, -num_patches:]
 
 

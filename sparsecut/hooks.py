@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import CompileableContextVar
 
 from .encoders import PatchGrid, encoder_inputs, takes_plain_views, to_raster_order
+from .layers import find_layers
 from .schema import UserError
 
 
@@ -169,33 +170,7 @@ def _checkpoint_forward(layer: nn.Module, checkpoint: Callable, call: partial, *
         vars(layer).update(own_forward)
 
 
-# --- layers and arguments of modules ---
-
-
-def find_layers(module: nn.Module, depth: int, what: str) -> nn.ModuleList:
-    """Find the list of a model's layers: the outermost module list of this length.
-
-    Args:
-        module: An encoder or a language model.
-        depth: Number of its layers.
-        what: Its name in the error, such as "the language model".
-
-    Raises:
-        UserError: There is no such list.
-    """
-    layers = None
-    least_nesting = math.inf
-    for name, inner in module.named_modules():
-        if not isinstance(inner, nn.ModuleList) or len(inner) != depth:
-            continue
-        if name.count(".") < least_nesting:
-            layers, least_nesting = inner, name.count(".")
-    if layers is None:
-        raise UserError(
-            f"{what} {type(module).__name__} has no list of {depth} layers. SparseCut needs a stack"
-            " of transformer blocks, as many as `num_hidden_layers`; choose another model"
-        )
-    return layers
+# --- arguments of modules ---
 
 
 def get_argument_names(module: nn.Module) -> set[str]:
@@ -389,10 +364,17 @@ def observe_injections(observer: Callable) -> Iterator[None]:
         _observers.remove(observer)
 
 
+def _get_hidden(args: tuple, kwargs: Mapping) -> Tensor:
+    """What enters a block: its first argument, whatever the name."""
+    if args:
+        return args[0]
+    return kwargs["hidden_states" if "hidden_states" in kwargs else "hidden_state"]
+
+
 def _capture_embeddings(module, args, kwargs):
     capture = _current_capture()
     if capture is not None and 0 in capture.wanted:
-        capture.taps[0] = args[0] if args else kwargs["hidden_states"]
+        capture.taps[0] = _get_hidden(args, kwargs)
 
 
 def _capture_block(tap: int, module, args, output):
@@ -408,7 +390,7 @@ def _skip_above_taps(number: int, forward: Callable, *args, **kwargs):
     capture = _current_capture()
     if capture is None or number < capture.num_blocks:
         return forward(*args, **kwargs)
-    hidden = args[0] if args else kwargs["hidden_states"]
+    hidden = _get_hidden(args, kwargs)
     return (hidden,) if capture.returns_tuple else hidden
 
 

@@ -19,6 +19,8 @@ INTERPOLATING_ENCODERS = (
     "beit",
     "data2vec-vision",
     "radio",
+    "vitdet",
+    "yolos",
 )
 # They compute positions from rows and columns.
 ROTARY_ENCODERS = ("dinov3_vit", "mlcd_vision_model", "sapiens2")

@@ -280,3 +280,45 @@ def test_an_encoder_without_weights_of_its_own_in_a_folder_is_refused(tmp_path):
     parts = {"image_processor": CLIPImageProcessorPil(), "tokenizer": tiny_tokenizer()}
     with pytest.raises(UserError, match=r"ViTModel.*embeddings\.cls_token"):
         build(str(tmp_path), language, {"method": "sparsecut", "pattern": "sparse"}, **parts)
+
+
+def save_blip(folder):
+    """A BLIP of two towers whose encoder's weights have other names than the encoder's own."""
+    from transformers import BlipConfig, BlipModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4}
+    vision = sizes | {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    text = sizes | {"num_attention_heads": 2, "vocab_size": 32, "num_hidden_layers": 1}
+    model = BlipModel(BlipConfig(vision_config=vision, text_config=text)).eval()
+    model.save_pretrained(folder)
+    return model.vision_model
+
+
+def test_an_encoder_inside_of_a_larger_checkpoint_is_found_by_its_configuration(tmp_path):
+    own = save_blip(tmp_path)
+    parts = {"image_processor": CLIPImageProcessorPil(), "tokenizer": tiny_tokenizer()}
+    plan = {"method": "sparsecut", "pattern": "sparse"}
+    model, _ = build(str(tmp_path), tiny_language(), plan, **parts)
+    assert type(model.vision_tower) is type(own)
+    for name, value in own.state_dict().items():
+        assert torch.equal(model.vision_tower.state_dict()[name], value)
+    save(model, parts["tokenizer"], tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved")
+    pixels = torch.randn(1, 5, 3, 16, 16)
+    for tap, states in again.eval().encode(pixels).items():
+        assert torch.equal(states, model.encode(pixels)[tap])
+
+
+def test_a_masked_autoencoder_shows_all_its_patches(tmp_path):
+    encoder = family_vision("vit_mae", mask_ratio=0.75)
+    parts = {"image_processor": CLIPImageProcessorPil(), "tokenizer": tiny_tokenizer()}
+    plan = {"method": "sparsecut", "pattern": "sparse"}
+    with pytest.raises(UserError, match=r"mask_ratio=0\.75"):
+        build(encoder, tiny_language(), plan, **parts)
+    encoder.save_pretrained(tmp_path)
+    model, _ = build(str(tmp_path), tiny_language(), plan, **parts)
+    views = torch.randn(2, 3, 16, 16)
+    states = read_taps(model.vision_tower, views, model.grid, [0, 2])
+    assert torch.equal(read_taps(model.vision_tower, views, model.grid, [0, 2])[2], states[2])
+    checks.assert_patches_in_raster_order(model, views)

@@ -216,7 +216,7 @@ VISION = {
     "internvl_vision": {"image_size": [16, 16], "patch_size": [8, 8]},
     "chinese_clip_vision_model": {},
     "pixio": {},
-    "vit_mae": {},
+    "vit_mae": {"mask_ratio": 0.0},
     "radio": {},
     "sapiens2": {},
     "tipsv2_vision_model": {},
@@ -255,6 +255,35 @@ VISION = {
     "sam_hq_vision_model": SAM,
     "sam3_vit_model": {},
     "vitdet": {},
+    "altclip_vision_model": {},
+    "blip_vision_model": {},
+    "blip_2_vision_model": {},
+    "instructblip_vision_model": {},
+    "clipseg_vision_model": {},
+    "metaclip_2_vision_model": {},
+    "owlvit_vision_model": {},
+    "owlv2_vision_model": {},
+    "git_vision_model": {},
+    "kosmos_2_vision_model": {},
+    "flava_image_model": {},
+    "janus_vision_model": {},
+    "ovis2_vision": {},
+    "qianfan_ocr_vision": {"image_size": [16, 16], "patch_size": [8, 8]},
+    "phi4_multimodal_vision": {},
+    "idefics2_vision": {},
+    "idefics3_vision": {},
+    "smolvlm_vision": {},
+    "step3p5_vision": {},
+    "llama4_vision_model": {
+        "pixel_shuffle_ratio": 0.5,
+        "vision_output_dim": 16,
+        "projector_input_dim": 16,
+        "projector_output_dim": 16,
+        "intermediate_size": 64,
+    },
+    "yolos": {"image_size": [16, 16], "num_detection_tokens": 3},
+    "got_ocr2_vision": SAM,
+    "deepseek_ocr2_sam_vision_model": SAM,
     "whisper": {
         "d_model": 16,
         "encoder_layers": 4,
@@ -286,6 +315,9 @@ VIEW_SIZES = {  # with more columns than rows, for the families that take images
     "qwen3_vl_moe_vision": [32, 48],
 }
 
+# These are never built, only refused.
+REFUSED_VISION = {"vivit": {}, "videomae": {}}
+
 # fmt: off
 # The default suite tries families that differ in their mechanism: norms, positions, embeddings of
 # another width; class and register tokens or none. tests/conformance tries the other ones.
@@ -293,11 +325,14 @@ DEFAULT_LANGUAGE = ["llama", "gemma3_text", "gpt_neox", "gpt2", "opt"]
 DEFAULT_VISION = ["clip_vision_model", "siglip_vision_model", "dinov2_with_registers", "dinov3_vit"]
 DEFAULT_KINDS = [  # one for each way to take or return patches, besides those above
     "pixtral", "siglip2_vision_model", "qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision", "sam_vision_model", "whisper",
+    "vit_mae", "yolos", "vitdet", "llama4_vision_model",
 ]
 OTHER_LANGUAGE = [
     "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi", "phi3", "olmo2", "cohere", "granite", "stablelm", "falcon",
 ]
-OTHER_VISION = ["vit", "dinov2", "aimv2_vision_model", "ijepa", "beit"]
+OTHER_VISION = [
+    "vit", "dinov2", "aimv2_vision_model", "ijepa", "beit", "blip_vision_model", "kosmos_2_vision_model", "idefics3_vision",
+]
 # fmt: on
 
 
@@ -314,7 +349,7 @@ def vision_config(name: str, **settings):
     """A tiny configuration of an encoder family: views of 16 x 16 pixels, 2 x 2 patches, width 16,
     4 blocks.
     """
-    return AutoConfig.for_model(name, **VISION_BASE | VISION[name] | settings)
+    return AutoConfig.for_model(name, **VISION_BASE | (VISION | REFUSED_VISION)[name] | settings)
 
 
 def family_language(name: str, **settings):
