@@ -64,7 +64,7 @@ bench: install  ## Memory and time of prefill, plan by plan
 	$(BIN)/python benchmarks/prompt.py --plan llava --plan hires_channels --plan official_13b --plan sparsecut
 
 study: install  ## The main comparison: ways of fusion x seeds on drawn images (hours)
-	$(BIN)/sparsecut study configs/study/shapes.yaml
+	$(BIN)/sparsecut study shapes
 
 gpu: install  ## Plans at CLIP-L + 7B size on a GPU: prefill, decoding, training
 	$(BIN)/python benchmarks/gpu.py --out runs/gpu/bench

@@ -3,7 +3,7 @@
     python examples/small_backbones.py OUT IMAGES RECORDS...
 
 It writes OUT/vision and OUT/language, for recipes that train everything from scratch on a CPU, such
-as configs/emoji.yaml and configs/nlvr.yaml.
+as the recipes emoji and nlvr.
 """
 
 import sys

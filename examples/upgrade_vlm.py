@@ -222,7 +222,7 @@ def make_qwen_text_config(width: int, tokenizer) -> dict:
 
 BASES = {"llava": build_llava, "qwen": build_qwen}
 
-# The questions. For every person or hand one skin tone is held out, as in configs/emoji.yaml.
+# The questions. For every person or hand one skin tone is held out, as in the recipe emoji.
 KINDS = r"^train\.(skin_tone|skin_tone_pair|gender|facing_right|hair)\."
 TONES = r"\.[0-9a-f]*([0-2]-1f3fb|[3-5]-1f3fc|[6-8]-1f3fd|[9ab]-1f3fe|[c-f]-1f3ff)"
 GROUP = r"^train\.(\w+)\."

@@ -154,7 +154,7 @@ def test_every_public_thing_has_a_docstring():
 def test_every_recipe_loads():
     from sparsecut.config.recipe import load_recipe
 
-    found = sorted((ROOT / "configs").glob("*.yaml"))
+    found = sorted((ROOT / "sparsecut" / "recipes").glob("*.yaml"))
     assert len(found) >= 4
     for path in found:
         assert load_recipe(path).stages, path
@@ -164,10 +164,12 @@ def test_every_method_has_a_file_with_its_defaults():
     from sparsecut.cli.plan_argument import read_plan
     from sparsecut.methods import METHODS, make_plan
 
-    assert {path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml")} == set(METHODS)
+    assert {
+        path.stem for path in (ROOT / "sparsecut" / "recipes" / "methods").glob("*.yaml")
+    } == set(METHODS)
     for name in METHODS:
         depths = 24, 32 if name == "official_7b_as_run" else 40
-        spec = read_plan(str(ROOT / "configs" / "methods" / f"{name}.yaml"), [])
+        spec = read_plan(str(ROOT / "sparsecut" / "recipes" / "methods" / f"{name}.yaml"), [])
         assert make_plan(spec, *depths) == make_plan(name, *depths), name
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import typer.core
@@ -25,17 +25,21 @@ SECONDS_BETWEEN_LINES = 30  # of progress, where the screen is a file
 Progress = Callable[[int, int], None]  # called with (number done, total)
 
 
-def argument(help: str, metavar: str | None = None):
-    """A positional argument of a command."""
-    return typer.Argument(help=help, metavar=metavar)
+def argument(
+    help: str,
+    metavar: str | None = None,
+    complete: Callable[[str], list[str]] | None = None,
+) -> Any:
+    """A positional argument of a command; `complete` gives a shell what may stand there."""
+    return typer.Argument(help=help, metavar=metavar, autocompletion=complete)
 
 
-def option(help: str, *names: str, **settings):
+def option(help: str, *names: str, **settings: Any) -> Any:
     """A named option of a command."""
     return typer.Option(*names, help=help, **settings)
 
 
-def output_folder(help: str):
+def output_folder(help: str) -> Any:
     """The option --out: a folder that is checked before the command runs."""
     return typer.Option(help=help, callback=_check_output_folder)
 
@@ -82,7 +86,7 @@ TemplateArguments = Annotated[
     ),
 ]
 
-COMMANDS = "show build upgrade convert train eval chat serve explain compare cost study search demo"
+COMMANDS = "show recipes build upgrade convert train eval chat serve explain compare cost study search demo"
 
 
 class OrderedCommands(typer.core.TyperGroup):
@@ -105,7 +109,7 @@ app = typer.Typer(
         " build, train, compare, use."
     ),
     cls=OrderedCommands,
-    **SETTINGS,
+    **{**SETTINGS, "add_completion": True},
 )
 
 

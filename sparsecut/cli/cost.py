@@ -9,6 +9,7 @@ from typing import Annotated
 from ..config.paths import check_writable_folder
 from ..schema import UserError, read_json_file, write_text_file
 from .app import Device, File, MethodOptions, Number, Text, app, argument, echo, find_device, option
+from .completion import complete_plan
 
 
 def _check_parent(file: Path | None) -> Path | None:
@@ -39,9 +40,10 @@ def cost(
     plans: Annotated[
         list[str] | None,
         argument(
-            "Methods' names or files with plans; ratios are to the first. With --base the default"
+            "Methods' names, files with plans or names of `sparsecut recipes`; ratios are to the first. With --base the default"
             " is what upgrade makes: sparsecut, narrow projectors.",
             "PLAN...",
+            complete_plan,
         ),
     ] = None,
     vision: Annotated[

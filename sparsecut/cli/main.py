@@ -12,7 +12,20 @@ from ..drawing import escape_controls
 from ..schema import UserError
 
 # Importing these modules adds their commands to the app.
-from . import chat, compare, cost, demo, evaluate, models, serve, shapes, show, study, train  # noqa: F401
+from . import (  # noqa: F401
+    chat,
+    compare,
+    cost,
+    demo,
+    evaluate,
+    models,
+    recipes,
+    serve,
+    shapes,
+    show,
+    study,
+    train,
+)
 from .app import app, echo
 
 USER_ERROR = 2  # exit code of a mistake that the user can mend

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from ..config.paths import check_writable_folder
 from .app import MethodOptions, Number, Text, app, argument, echo, option, output_folder
+from .completion import complete_plan
 
 
 @app.command()
@@ -14,7 +15,9 @@ def build(
     vision: Annotated[str, option("Vision encoder: hub name, folder, or shapes.")],
     language: Annotated[str, option("Causal language model: hub name, folder, or shapes.")],
     out: Annotated[Path, output_folder("Folder to write the model to.")],
-    plan: Annotated[str, option("A method's name, or a file with a plan.")] = "sparsecut",
+    plan: Annotated[
+        str, option("A method's name, or a file with a plan.", autocompletion=complete_plan)
+    ] = "sparsecut",
     view_size: Annotated[
         Number, option("Pixels of a view, where the encoder takes other sizes than its own.")
     ] = None,
@@ -38,7 +41,10 @@ def upgrade(
     out: Annotated[Path, output_folder("Folder to write the shortcuts to.")],
     plan: Annotated[
         Text,
-        option("A method's name, or a file with a plan. Default: sparsecut, narrow projectors."),
+        option(
+            "A method's name, or a file with a plan. Default: sparsecut, narrow projectors.",
+            autocompletion=complete_plan,
+        ),
     ] = None,
     method_options: MethodOptions = None,
     whole: Annotated[

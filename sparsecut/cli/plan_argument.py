@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..config.paths import list_code_files
 from ..config.recipe import parse_recipe
+from ..config.shipped import FILE_TYPES, find_shipped, list_shipped
 from ..config.yaml_io import expand_path, read_yaml, read_yaml_file
 from ..drawing import draw
 from ..methods import METHODS, make_plan
@@ -20,7 +21,7 @@ MODEL_FILES = (
     *("model*.safetensors*", "fusion.safetensors", "generation_config.json", "tokenizer*.json"),
     *("processor_config.json", "preprocessor_config.json", "chat_template.*"),
 )
-FILE_TYPES = (".yaml", ".yml", ".json")
+PLAN_KINDS = ("recipe", "plan")  # what holds a plan
 
 
 def draw_argument(
@@ -29,7 +30,8 @@ def draw_argument(
     """Draw the plan of a method, a file or a saved model.
 
     Args:
-        argument: A method's name, the path of a recipe or plan, or a saved model's folder.
+        argument: A method's name, the path of a recipe or plan, the name of a recipe that ships with
+            the package, or a saved model's folder.
         vision_depth: Number of encoder blocks. None takes the recipe's model's, if it is on this
             machine, else 24.
         language_depth: Number of decoder layers. None takes the model's in the same way, else 32.
@@ -63,20 +65,24 @@ def read_plan(argument: str, options: list[str]) -> dict:
     """Read what `make_plan` takes from a method's name or a file.
 
     Args:
-        argument: A method's name, or the path of a plan or of a recipe, whose `fusion` is taken.
+        argument: A method's name, or a plan or a recipe, whose `fusion` is taken: a path, or the name
+            of one that ships with the package.
         options: Options as "key=value", which replace those of the file.
 
     Raises:
         UserError: There is no such method or file, or an option is not "key=value".
     """
     if argument.endswith(FILE_TYPES):
-        spec = _read_file(argument)
+        spec = _read_file(str(_find_path(argument)))
     elif argument in METHODS:
         spec = argument
+    elif (shipped := find_shipped(argument, PLAN_KINDS)) is not None:
+        spec = _read_file(str(shipped.path))
     else:
+        names = [*METHODS, *(one.name for one in list_shipped("recipe"))]
         raise UserError(
-            f"{argument!r} is no method{nearest(argument, METHODS)}, no file and no saved model's"
-            f" folder; methods are {', '.join(METHODS)}"
+            f"{argument!r} is no method{nearest(argument, names)}, no file, no recipe that ships"
+            f" with the package and no saved model's folder; methods are {', '.join(METHODS)}"
         )
     spec = {"method": spec} if isinstance(spec, str) else dict(spec)
     for option in options:
@@ -85,6 +91,13 @@ def read_plan(argument: str, options: list[str]) -> dict:
             raise UserError(f"the option {option!r} is not key=value; write for example count=4")
         spec[key] = read_yaml(value, f"option {key}")
     return spec
+
+
+def _find_path(argument: str) -> Path:
+    """The file that is named, or one of that name which ships with the package."""
+    path = Path(argument)
+    shipped = None if path.is_file() else find_shipped(argument, PLAN_KINDS)
+    return path if shipped is None else shipped.path
 
 
 def read_upgrade_plan(argument: str | None, options: list[str]) -> dict | None:
@@ -170,10 +183,10 @@ def _draw_config(plan: Plan, config, title: str | None = None) -> str:
 
 def _find_depths(argument: str) -> tuple[int | None, int | None]:
     """Depths of a recipe's two models, None for each that is not on this machine."""
-    file = Path(argument)
-    if file.suffix not in FILE_TYPES or not file.is_file():
+    file = _find_path(argument)
+    if argument in METHODS or file.suffix not in FILE_TYPES or not file.is_file():
         return None, None
-    values = read_yaml_file(argument)
+    values = read_yaml_file(file)
     if not isinstance(values, dict) or "stages" not in values:
         return None, None
     model = parse_recipe(values, name=argument).model

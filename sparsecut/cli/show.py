@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import Annotated
 
 from .app import MethodOptions, Number, app, argument, echo, option
+from .completion import complete_plan
 
 
 @app.command()
 def show(
     what: Annotated[
         str,
-        argument("A method's name, a recipe or plan file (YAML, JSON), or a saved model's folder."),
+        argument(
+            "A method's name, a recipe or plan (a YAML or JSON file, or a name of `sparsecut"
+            " recipes`), or a saved model's folder.",
+            complete=complete_plan,
+        ),
     ],
     vision_depth: Annotated[
         Number, option("Number of encoder blocks. Default: the model's, else 24.")

@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Annotated
 
 from .app import app, argument, echo, option
+from .completion import complete_shipped
 
 Overrides = Annotated[
     list[str] | None, argument("Changes, such as seeds=[0,1] output=runs/study/b")
 ]
 Workers = Annotated[int, option("Processes on this machine, one thread each.", min=1)]
 NUM_PAIRS_SHOWN = 12
+COMPLETE = complete_shipped("study")
 
 
 @app.command()
 def study(
-    file: Annotated[Path, argument("A study file (YAML).")],
+    file: Annotated[
+        Path, argument("A study file (YAML), or a name of `sparsecut recipes`.", complete=COMPLETE)
+    ],
     overrides: Overrides = None,
     workers: Workers = 2,
     variants: Annotated[
@@ -50,7 +54,11 @@ def study(
 def search(
     file: Annotated[
         Path,
-        argument("A study file; its recipe, images and main budget are used, not its variants."),
+        argument(
+            "A study file or a name of `sparsecut recipes`; its recipe, images and main budget are"
+            " used, not its variants.",
+            complete=COMPLETE,
+        ),
     ],
     overrides: Overrides = None,
     count: Annotated[int | None, option("Maximum number of shortcuts.")] = None,

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from ..config.shipped import find_shipped
 from ..schema import UserError
 from .app import app, argument, echo, option, print_scores, show_progress
+from .completion import complete_shipped
+
+if TYPE_CHECKING:
+    from ..config.recipe import Recipe
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path, argument("A recipe file (YAML).")],
+    recipe: Annotated[
+        Path,
+        argument(
+            "A recipe file (YAML), or a name of `sparsecut recipes`.",
+            complete=complete_shipped("recipe"),
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         argument("Changed values, such as stages.0.args.max_steps=10 output=runs/b"),
@@ -37,6 +51,8 @@ def train(
     from ..config.recipe import load_recipe
 
     loaded_recipe = load_recipe(recipe, overrides or [])
+    if not recipe.is_file():
+        _draw_missing_images(recipe, loaded_recipe)
     if dry_run:
         _print_dry_run(loaded_recipe, json, devices=devices, tflops=tflops, mfu=mfu)
         return
@@ -51,6 +67,21 @@ def train(
     is_first_process = os.environ.get("RANK", "0") == "0"
     if loaded_recipe.evaluate and is_first_process:
         _evaluate(loaded_recipe, model, processor, resume)
+
+
+def _draw_missing_images(name: Path, recipe: Recipe) -> None:
+    """Draw the images of a recipe that ships with the package, by the commands at its head."""
+    shipped = find_shipped(name.as_posix(), ["recipe"])
+    if shipped is None or "RANK" in os.environ:  # processes would draw over one another
+        return
+    sources = [source for stage in recipe.stages for source in stage.data]
+    for command in shipped.list_commands():
+        words = shlex.split(command)
+        if words[1:3] != ["shapes", "draw"] or Path(words[3]).exists():
+            continue
+        if any(Path(source.path).is_relative_to(words[3]) for source in sources):
+            echo(f"drawing the images first: {command}")
+            typer.main.get_command(app).main(words[1:], "sparsecut", standalone_mode=False)
 
 
 def _print_dry_run(recipe, as_json: bool, **machine) -> None:

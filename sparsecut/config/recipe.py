@@ -24,6 +24,7 @@ from ..schema import (
     write_text_file,
 )
 from .overrides import override
+from .shipped import find_file
 from .source import Source as Source
 from .yaml_io import dump_yaml, read_yaml_file, rename_key, to_lists
 
@@ -327,16 +328,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file.
 
     Args:
-        path: The file.
+        path: The file, or the name of a recipe that ships with the package, such as "tiny".
         overrides: Dotted changes such as "stages.0.args.max_steps=10".
 
     Raises:
-        UserError: There is no such file, or the recipe is wrong.
+        UserError: There is no such recipe, or it is wrong.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no recipe {path}; give a YAML file such as configs/tiny.yaml")
-    plain = read_yaml_file(path)
+    plain = read_yaml_file(find_file(path, "recipe"))
     return parse_recipe(plain, overrides, name=str(path))
 
 

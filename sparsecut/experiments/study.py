@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..config.overrides import override
 from ..config.recipe import Recipe, parse_recipe
+from ..config.shipped import find_file
 from ..config.yaml_io import dump_yaml, read_yaml_file, rename_key
 from ..schema import (
     UserError,
@@ -296,19 +297,13 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     """Read a study file.
 
     Args:
-        path: A YAML file.
+        path: A YAML file, or the name of a study that ships with the package, such as "shapes".
         overrides: Dotted changes, such as "seeds=[0,1]".
 
     Raises:
-        UserError: There is no such file, or the study is wrong.
+        UserError: There is no such study, or it is wrong.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f"there is no study {path}; give a YAML file such as configs/study/shapes.yaml"
-        )
-
-    values = read_yaml_file(path)
+    values = read_yaml_file(find_file(path, "study"))
     for change in overrides:
         values = override(values, change)
 

@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..adapters import get_adapted_part
 from ..config.recipe import Recipe, Stage
-from ..config.yaml_io import expand_path
+from ..config.shipped import find_deepspeed
 from ..hooks import CHECKPOINTING, name_checkpointing
 from ..schema import UserError, read_json_file
 from ..training.arguments import DEFAULT_BATCH_SIZE, check_arguments, compute_accumulation_steps
@@ -341,20 +340,15 @@ def _get_sharding_level(stage: Stage) -> int:
         return 2 if "shard_grad_op" in str(fsdp) else 3
     config = stage.args.get("deepspeed") or {}
     if isinstance(config, str):
-        config = _read_deepspeed_config(stage, Path(expand_path(config)))
+        config = _read_deepspeed_config(stage, config)
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def _read_deepspeed_config(stage: Stage, path: Path) -> dict:
-    if not path.is_file():
-        raise UserError(
-            f"stage {stage.name}: args.deepspeed names {path}, but there is no such file; correct"
-            " the path"
-        )
+def _read_deepspeed_config(stage: Stage, text: str) -> dict:
     try:
-        return read_json_file(path)
+        return read_json_file(find_deepspeed(text))
     except UserError as error:
-        raise UserError(f"stage {stage.name}: args.deepspeed: {error}") from None
+        raise UserError(f"stage {stage.name}: {error}") from None
 
 
 def format_estimates(

@@ -1,6 +1,6 @@
 """The model of a recipe without weights, and a model that stands in for it where FLOPs are counted.
 
-Models that the recipes in configs/ name are known by their published sizes, so that no hub is
+Models that the recipes that ship with the package name are known by their published sizes, so that no hub is
 asked.
 """
 

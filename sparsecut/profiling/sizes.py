@@ -47,7 +47,7 @@ REFERENCE = {
         ),
     },
 }
-# Models that the recipes in configs/ name, by hub name.
+# Models that the recipes that ship with the package name, by hub name.
 PUBLISHED_CONFIGS = {
     "openai/clip-vit-large-patch14-336": REFERENCE["vision"]["clip-l-336"],
     "lmsys/vicuna-7b-v1.5": REFERENCE["language"]["llama-7b"],

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from ..config.recipe import Stage
+from ..config.shipped import find_deepspeed
 from ..hooks import name_checkpointing
 from ..schema import UserError, nearest
 from .argument_values import check_evaluation, check_values, try_optimizer
@@ -98,7 +99,10 @@ def check_arguments(stage: Stage) -> dict[str, Any]:
     """
     _check_names(stage)
     with _name_stage(stage):
-        return check_values(name_checkpointing(stage.args))
+        values = check_values(name_checkpointing(stage.args))
+        if isinstance(values.get("deepspeed"), str):
+            values["deepspeed"] = str(find_deepspeed(values["deepspeed"]))
+        return values
 
 
 @contextlib.contextmanager

@@ -146,7 +146,7 @@ def test_show_draws_methods_files_recipes_and_models(run, home, model):
 
 
 def test_studies_and_searches_are_refused_before_anything_runs(run, home):
-    study = str(ROOT / "configs" / "study" / "shapes.yaml")
+    study = str(ROOT / "sparsecut" / "recipes" / "study" / "shapes.yaml")
     out = f"output={home / 'none'}"
     cases = [
         (["study", "nothing.yaml"], ["nothing.yaml"]),

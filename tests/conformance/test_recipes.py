@@ -1,4 +1,4 @@
-"""Every recipe of configs/ with published sizes passes a dry run and fits its devices."""
+"""Every recipe that ships with published sizes passes a dry run and fits its devices."""
 
 import pytest
 from helpers.dry_runs import RECIPES, check_recipe

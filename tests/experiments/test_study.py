@@ -50,7 +50,7 @@ def finished(tmp_path_factory):
 
 
 def test_every_study_file_loads_and_its_variants_are_plans_of_its_models():
-    paths = sorted((ROOT / "configs" / "study").glob("*.yaml"))
+    paths = sorted((ROOT / "sparsecut" / "recipes" / "study").glob("*.yaml"))
     assert len(paths) >= 3
     for path in paths:
         study = load_study(path)

@@ -16,7 +16,7 @@ from sparsecut.experiments.study import dump_study, load_study, parse_study
 from sparsecut.schema import UserError
 from sparsecut.training.arguments import build_arguments
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[2] / "sparsecut" / "recipes"
 RECIPES = [read_yaml_file(CONFIGS / name) for name in ("tiny.yaml", "upgrade-llava-7b.yaml")]
 STUDY = """
 title: small

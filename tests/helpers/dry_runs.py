@@ -8,7 +8,7 @@ from sparsecut.config.recipe import load_recipe, parse_recipe
 from sparsecut.profiling.dry_run import GIB, dry_run, format_estimates
 from sparsecut.profiling.dry_run_data import PUBLISHED
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[2] / "sparsecut" / "recipes"
 FUSION = {"method": "sparsecut", "count": 2}
 IMAGE_TOKENS = 16
 # Recipe, devices, and GiB that each of them must suffice.
@@ -67,7 +67,7 @@ def estimate_base(folder: Path, **changes):
 
 
 def check_recipe(name: str, monkeypatch) -> None:
-    """Assert that a recipe of configs/ fits its devices, by published sizes alone."""
+    """Assert that a recipe that ships fits its devices, by published sizes alone."""
     devices, max_gib = RECIPES[name]
     monkeypatch.setenv("LLAVA_DATA", "/nowhere")
     estimates = dry_run(load_recipe(CONFIGS / f"{name}.yaml"), devices=devices)

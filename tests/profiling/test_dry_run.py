@@ -1,6 +1,6 @@
 """A dry run counts what the model really has, does and keeps, and names what it assumes.
 
-More recipes of configs/ are tried in tests/conformance/test_recipes.py.
+More recipes that ship are tried in tests/conformance/test_recipes.py.
 """
 
 import json

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from sparsecut.cli.main import app
 from sparsecut.config.recipe import load_recipe
+from sparsecut.config.shipped import find_deepspeed
 from sparsecut.config.yaml_io import read_yaml
 from sparsecut.shapes.questions import split_scene
 from sparsecut.shapes.scenes import draw
@@ -53,7 +54,7 @@ def test_engines_it_names_are_arguments_of_a_stage(workspace):
     for line in find_blocks("yaml")[-1].splitlines():
         args = yaml.safe_load(line)["args"]
         if "deepspeed" in args:
-            config = json.loads((ROOT / args["deepspeed"]).read_text())
+            config = json.loads(find_deepspeed(args["deepspeed"]).read_text())
             assert config["zero_optimization"]["stage"] == 3
         changes = [f"stages.1.args.{key}={json.dumps(value)}" for key, value in args.items()]
         assert load_recipe("mine.yaml", changes).stages[1].args["bf16"] is True
@@ -69,12 +70,12 @@ def test_its_adapters_are_a_stage(workspace):
 
 def test_files_it_points_to_exist():
     links = re.findall(r"\]\(\.\./([^)]+)\)", GUIDE)
-    recipes = re.findall(r"(?:torchrun|accelerate)[^\n]* (configs/\S+)", GUIDE)
+    recipes = re.findall(r"(?:torchrun|accelerate)[^\n]* sparsecut train (\S+)", GUIDE)
     tests = re.findall(r"`pytest (\S+)`", GUIDE)
     assert links
     assert recipes
     assert tests
-    for name in [*links, *recipes, *tests]:
+    for name in [*links, *tests]:
         assert (ROOT / name).is_file(), name
-    for stage in (2, 3):
-        assert (ROOT / "configs" / "deepspeed" / f"zero{stage}.json").is_file()
+    for name in recipes:
+        assert load_recipe(name).stages

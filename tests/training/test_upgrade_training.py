@@ -395,7 +395,7 @@ def test_records_that_are_longer_than_the_base_takes_are_refused(folder, tmp_pat
 
 
 def test_the_recipe_for_a_large_base_is_whole():
-    path = ROOT / "configs" / "upgrade-llava-7b.yaml"
+    path = ROOT / "sparsecut" / "recipes" / "upgrade-llava-7b.yaml"
     recipe = load_recipe(path, ["stages.0.args.use_cpu=true"])
     assert recipe.model.base == "llava-hf/llava-1.5-7b-hf"
     assert recipe.stages[0].train == ("fusion",)

@@ -17,7 +17,7 @@ import sparsecut
 from sparsecut.schema import UserError
 from sparsecut.shapes import EXAMPLE_IMAGE
 
-RECIPE = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+RECIPE = Path(__file__).parents[2] / "sparsecut" / "recipes" / "tiny.yaml"
 EXTRAS = [
     "fastapi",
     "hypothesis",
