@@ -152,7 +152,7 @@ def find_on_hub(
     thread.join(SECONDS_IN_ALL)
     answer = result[0] if result else TimeoutError("no answer")
     if isinstance(answer, Exception):
-        raise _explain(answer, name, kind, revision) from None
+        raise explain_hub_error(answer, name, kind, revision) from None
     return answer
 
 
@@ -166,15 +166,24 @@ def _request(name: str, kind: str, revision: str | None, token) -> HubEntry:
     return HubEntry(name, info.sha, files)
 
 
-def _explain(error: Exception, name: str, kind: str, revision: str | None) -> Exception:
-    """The error of a request in words; an error of ours stays as it is."""
+def describe_gated(name: str, kind: str) -> UserError:
+    """Return the error of a repository that only those may read who have asked for it."""
+    from huggingface_hub import constants
+
+    folder = "datasets/" if kind == "dataset" else ""
+    return UserError(
+        f"the {kind} {name} is gated: ask for access on {constants.ENDPOINT}/{folder}{name}, then"
+        f" {SIGN_IN}"
+    )
+
+
+def explain_hub_error(error: Exception, name: str, kind: str, revision: str | None) -> Exception:
+    """Return the error of a request in words; an error that is not the hub's stays as it is."""
     from huggingface_hub import constants, errors
 
     place = f"{kind} {name}"
     if isinstance(error, errors.GatedRepoError):
-        return UserError(
-            f"the {place} is gated: ask for access on {constants.ENDPOINT}/{name}, then {SIGN_IN}"
-        )
+        return describe_gated(name, kind)
     if isinstance(error, errors.RevisionNotFoundError):
         return UserError(
             f"the {place} has no revision {revision!r} on the hub; give a branch, a tag or a commit"

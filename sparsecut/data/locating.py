@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from ..config.source import Source
 from ..config.yaml_io import expand_path
-from ..schema import UserError, nearest
+from ..hub import HubUnreachable, describe_gated, find_on_hub, is_offline, looks_like_hub_name
+from ..schema import UserError, nearest, write_text_file
+from .hub_files import Remote
 from .readers import SUFFIXES, find_files
 from .record_files import LabelledImage, MetadataFile, RecordFile
 
@@ -42,6 +48,8 @@ def find_record_files(source: Source) -> list[RecordFile]:
             chosen.
     """
     path = Path(expand_path(source.path))
+    if is_dataset_name(str(path)):
+        return _find_hub_files(source)
     if not _is_folder(path):
         _refuse_keys(source, KEYS, "it names files")
         return [RecordFile(file, source.question) for file in find_files(path)]
@@ -53,11 +61,44 @@ def find_record_files(source: Source) -> list[RecordFile]:
     if (path / SAVED_SPLITS).is_file():
         _refuse_keys(source, ("name",), "it is a saved data set without configurations")
         return [RecordFile(path / _choose_saved_split(path, source), source.question)]
-    layout = read_layout(str(path), source)
+    return _list_files(read_layout(str(path), source), path.resolve(), source)
+
+
+def is_dataset_name(path: str) -> bool:
+    """Whether a path is no file or folder here, but has the form of a hub data set, owner/name."""
+    if path.count("/") != 1 or not looks_like_hub_name(path) or path.lower().endswith(SUFFIXES):
+        return False
+    return not os.path.lexists(path) and not glob.glob(path)
+
+
+def find_revision(source: Source) -> str | None:
+    """Return the commit of a source that is a data set of the hub, None for any other."""
+    path = expand_path(source.path)
+    if not is_dataset_name(path):
+        return None
+    return find_hub_layout(path, source.name, source.revision)[1].revision
+
+
+def _find_hub_files(source: Source) -> list[RecordFile]:
+    layout, remote = find_hub_layout(expand_path(source.path), source.name, source.revision)
+    return _list_files(layout, remote.folder, source, remote)
+
+
+def _list_files(
+    layout: Layout, root: Path, source: Source, remote: Remote | None = None
+) -> list[RecordFile]:
+    """The files of the split that a source chooses."""
     chosen = layout.splits[choose_split(list(layout.splits), source)]
+    files = [Path(root, file) for file in chosen]
     if layout.kind == IMAGE_KIND:
-        return list(_list_image_folder(path, [Path(file) for file in chosen], source))
-    return [RecordFile(Path(file), source.question) for file in chosen]
+        return list(_list_image_folder(root, files, source, remote))
+    for file in files:
+        if file.suffix.lower() not in SUFFIXES:
+            raise UserError(
+                f"{source.path} has the file {file.name}, which is not of a kind that is read"
+                f" ({', '.join(SUFFIXES)}); unpack or convert it"
+            )
+    return [RecordFile(file, source.question, remote) for file in files]
 
 
 def _is_folder(path: Path) -> bool:
@@ -138,10 +179,12 @@ def read_layout(path: str, source: Source, **hub) -> Layout:
     try:
         builder = datasets.load_dataset_builder(path, name=source.name, **hub)
     except (ValueError, OSError, RuntimeError, TypeError, AttributeError) as error:
+        if "is a gated dataset" in str(error):  # `datasets` has taken the hub's own error off
+            raise describe_gated(path, "dataset") from None
         _explain_name(path, source, hub)
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{source.path} is a folder without records that can be told ({type(error).__name__}:"
+            f"{source.path} is a data set or folder without records that can be told ({type(error).__name__}:"
             f" {reason}); give a file in it, or a folder with {', '.join(METADATA)}, class folders,"
             " a README.md with configs, or saved by datasets' save_to_disk"
         ) from None
@@ -155,6 +198,50 @@ def read_layout(path: str, source: Source, **hub) -> Layout:
             f" ({', '.join(SUFFIXES)}) or folders of images are read; convert it"
         )
     return Layout(kind, splits)
+
+
+@lru_cache(maxsize=64)  # every pass through a stream asks
+def find_hub_layout(
+    name: str, configuration: str | None, revision: str | None
+) -> tuple[Layout, Remote]:
+    """Return the files of a data set on the hub, and where they lie once they are fetched.
+
+    Where the hub cannot be reached, or is switched off, what it said the last time is used.
+
+    Raises:
+        UserError: There is no such data set, or nothing is known of it here.
+    """
+    notes = _find_notes(name, configuration, revision)
+    try:
+        if is_offline():
+            raise HubUnreachable(
+                f"there is no {name} here, and the hub is switched off (HF_HUB_OFFLINE)"
+            )
+        entry = find_on_hub(name, "dataset", revision)
+    except HubUnreachable:
+        if not notes.is_file():
+            raise
+        known = json.loads(notes.read_text(encoding="utf-8"))
+        remote = Remote(name, known["revision"], frozenset(known["files"]))
+        return Layout(known["kind"], known["splits"]), remote
+    source = Source(name, name=configuration, revision=revision)
+    found = read_layout(name, source, revision=entry.revision)
+    prefix = f"hf://datasets/{name}@{entry.revision}/"
+    splits = {}
+    for split, files in found.splits.items():
+        splits[split] = [file.removeprefix(prefix) for file in files]
+    facts = {"revision": entry.revision, "kind": found.kind, "splits": splits, "files": entry.files}
+    notes.parent.mkdir(parents=True, exist_ok=True)
+    write_text_file(notes, json.dumps(facts))
+    return Layout(found.kind, splits), Remote(name, entry.revision, frozenset(entry.files))
+
+
+def _find_notes(name: str, configuration: str | None, revision: str | None) -> Path:
+    """The file that keeps what the hub said of a data set."""
+    from huggingface_hub import constants
+
+    key = hashlib.sha256(json.dumps([name, configuration, revision]).encode()).hexdigest()
+    return Path(constants.HF_HOME, "sparsecut", f"{name.replace('/', '--')}-{key[:16]}.json")
 
 
 def _explain_name(path: str, source: Source, hub: dict) -> None:
@@ -176,16 +263,18 @@ def _explain_name(path: str, source: Source, hub: dict) -> None:
         )
 
 
-def _list_image_folder(root: Path, files: list[Path], source: Source) -> Iterator[RecordFile]:
+def _list_image_folder(
+    root: Path, files: list[Path], source: Source, remote: Remote | None
+) -> Iterator[RecordFile]:
     """The metadata files of a folder of images, or its images where it has none."""
-    root = root.resolve()
     metadata = [file for file in files if file.name in METADATA]
     if metadata:
         for file in metadata:
-            yield MetadataFile(file, source.question)
+            yield MetadataFile(file, source.question, remote)
         return
     if source.question is None:
-        records = sorted(file.name for file in root.iterdir() if file.suffix.lower() in SUFFIXES)
+        names = root.iterdir() if remote is None else ()
+        records = sorted(file.name for file in names if file.suffix.lower() in SUFFIXES)
         other = f"give {records[0]} in it as path, or " if records else ""
         raise UserError(
             f"{source.path} holds images without {', '.join(METADATA)}; {other}set `question`, which"
@@ -199,4 +288,4 @@ def _list_image_folder(root: Path, files: list[Path], source: Source) -> Iterato
                 f"the image {file} lies in no class folder; move it into one, whose name is the"
                 " answer, or write metadata.jsonl"
             )
-        yield LabelledImage(file, source.question, root)
+        yield LabelledImage(file, source.question, remote, root)

@@ -11,6 +11,7 @@ from typing import Any
 from ..schema import UserError
 from .access import Access
 from .errors import show_value
+from .hub_files import HubImages, Remote
 from .images import ImageStore
 from .readers import Placed, open_image_store, read_records
 
@@ -23,22 +24,37 @@ class RecordFile:
     """A file of records, or a folder of one data set that `datasets` has saved.
 
     Attributes:
-        path: The file.
+        path: The file; of the hub, where it lies once it is fetched.
         question: What is asked about the image of a record that has a label and no text.
+        remote: The data set of the hub that it is of.
     """
 
     path: Path
     question: str | None = None
+    remote: Remote | None = None
 
     def read(self, access: Access, *, images_by_name: bool) -> Iterator[Placed]:
         """Yield where each record stands, and the record or a function that gives it."""
-        records = read_records(self.path, images_by_name=images_by_name, access=access)
-        return self._ask(records)
+        self.fetch()
+        records = self._read(access, images_by_name)
+        if self.question is not None:
+            records = _change(records, partial(ask_for_label, question=self.question))
+        for place, record in records:
+            yield self._show(place), record
 
-    def _ask(self, records: Iterator[Placed]) -> Iterator[Placed]:
-        if self.question is None:
-            return records
-        return _change(records, partial(ask_for_label, question=self.question))
+    def _read(self, access: Access, images_by_name: bool) -> Iterator[Placed]:
+        return read_records(self.path, images_by_name=images_by_name, access=access)
+
+    def _show(self, place: str) -> str:
+        """A record's place, where the file is of the hub without the folder of the cache."""
+        if self.remote is None:
+            return place
+        return place.replace(str(self.path), self.remote.show(self.path), 1)
+
+    def fetch(self) -> None:
+        """Fetch the file where it is of the hub and not here."""
+        if self.remote is not None:
+            self.remote.fetch(self.path)
 
     def open_images(self, access: Access, *, by_name: bool = True):
         """Return what opens the images that records name.
@@ -47,7 +63,14 @@ class RecordFile:
             access: What may be read.
             by_name: As `images_by_name` of `read`: images in the file have names too.
         """
-        return open_image_store(self.path, access) if by_name else _open_folder(self.folder, access)
+        self.fetch()
+        if by_name:
+            store = open_image_store(self.path, access)
+            if store.path == self.path:  # they lie in the file itself
+                return store
+        if self.remote is not None:
+            return HubImages(self.remote, self.folder, access)
+        return _open_folder(self.folder, access)
 
     @property
     def folder(self) -> Path:
@@ -56,6 +79,7 @@ class RecordFile:
 
     def list_stored(self) -> Iterator[Path]:
         """Yield the files on disk that it consists of."""
+        self.fetch()
         if self.path.is_dir():
             yield from sorted(path for path in self.path.rglob("*") if path.is_file())
         else:
@@ -66,18 +90,17 @@ class RecordFile:
 class MetadataFile(RecordFile):
     """metadata.jsonl, .csv or .parquet of a folder of images, which it names."""
 
-    def read(self, access: Access, *, images_by_name: bool) -> Iterator[Placed]:
-        """Yield the records with their images' names, which are relative to the file."""
-        return self._ask(_change(read_records(self.path, access=access), name_images))
+    def _read(self, access: Access, images_by_name: bool) -> Iterator[Placed]:
+        return _change(read_records(self.path, access=access), name_images)
 
-    def open_images(self, access: Access, *, by_name: bool = True) -> ImageStore:
-        """Return what opens the images beside the file."""
-        return _open_folder(self.folder, access)
+    def open_images(self, access: Access, *, by_name: bool = True):
+        """Return what opens images by the names that records give."""
+        return super().open_images(access, by_name=False)
 
 
 @dataclass(frozen=True)
 class LabelledImage(RecordFile):
-    """An image in a folder of its class.
+    """An image in a folder of its class, which is the answer to the question.
 
     Attributes:
         root: The folder of all classes.
@@ -85,15 +108,16 @@ class LabelledImage(RecordFile):
 
     root: Path = Path()
 
-    def read(self, access: Access, *, images_by_name: bool) -> Iterator[Placed]:
-        """Yield the one record: the question, with the folder's name as its answer."""
+    def _read(self, access: Access, images_by_name: bool) -> Iterator[Placed]:
         name = self.path.relative_to(self.root).as_posix()
-        record = {"id": name, "image": name, LABEL: self.path.parent.name}
-        yield str(self.path), ask_for_label(record, question=self.question)
+        yield str(self.path), {"id": name, "image": name, LABEL: self.path.parent.name}
 
-    def open_images(self, access: Access, *, by_name: bool = True) -> ImageStore:
-        """Return what opens the images of all classes."""
-        return _open_folder(self.root, access)
+    def fetch(self) -> None:
+        """Do nothing: the image is fetched when it is opened."""
+
+    def open_images(self, access: Access, *, by_name: bool = True):
+        """Return what opens images by the names that records give."""
+        return super().open_images(access, by_name=False)
 
     @property
     def folder(self) -> Path:

@@ -19,7 +19,7 @@ from ..config.recipe import Source
 from ..data.examples import Example
 from ..data.file_facts import read_stamp
 from ..data.images import ImageStore
-from ..data.locating import find_record_files
+from ..data.locating import find_record_files, find_revision
 from ..fingerprint import weights_sum
 from ..prompts import get_chat_template
 from ..schema import UserError, read_json_file, write_text_file
@@ -52,10 +52,12 @@ def describe_sources(sources: Iterable[SourceExamples]) -> list[dict]:
     """Return the facts of a stage's sources, in order."""
     facts = []
     for entry in sources:
-        if entry.source.streaming:
-            facts.append(_describe_stream(entry.source))
-        else:
-            facts.append(describe_examples(entry.examples))
+        is_stream = entry.source.streaming
+        described = (
+            _describe_stream(entry.source) if is_stream else describe_examples(entry.examples)
+        )
+        revision = find_revision(entry.source)
+        facts.append(described if revision is None else {**described, "revision": revision})
     return facts
 
 
@@ -117,6 +119,8 @@ def _digest_images(places: dict[tuple[Path, str], ImageStore]) -> dict[str, str]
 def _describe_stream(source: Source) -> dict:
     """Facts of the files of a stream: their names and sizes, and some of their bytes."""
     facts = {}
+    if find_revision(source) is not None:
+        return {"files": {}}  # the commit tells all of them
     for part in find_record_files(source):
         for file in part.list_stored():
             name = file.relative_to(part.folder).as_posix()
@@ -198,6 +202,12 @@ def _compare_sources(before: dict, facts: dict) -> Iterator[str]:
 
 def _compare_facts(old: dict, new: dict, place: str) -> Iterator[str]:
     """What has changed in a source, most telling first."""
+    revisions = old.get("revision"), new.get("revision")
+    if None not in revisions and revisions[0] != revisions[1]:
+        yield (
+            f"the data set's commit was {revisions[0]} (`revision` of the source would name it), is"
+            f" {revisions[1]}, and has"
+        )
     if old.get("number", new.get("number")) != new.get("number"):
         yield f"there were {old['number']} records and are {new['number']}; they have"
     elif old.get("records") != new.get("records"):
