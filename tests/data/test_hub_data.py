@@ -182,7 +182,7 @@ def test_without_a_hub_what_was_fetched_is_read(home, reader, monkeypatch):
     source = Source("me/tables", **keys)
     assert [example.id for example in read_source(source, [])] == before["ids"]
     assert find_revision(source) == COMMIT
-    with pytest.raises(UserError, match="me/other.*switched off"):
+    with pytest.raises(UserError, match=r"me/other.*switched off"):
         read_source(Source("me/other"), [])
 
 
