@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ from PIL import Image
 from ..schema import UserError
 from .access import Access, check_excess
 from .images import ImageStore, decode_image
+from .record_forms import IMAGE_NAMES, MEDIA_KEYS
 
+CELL = re.compile(r"(\d{1,18})/(\d{1,18})(?:/(.+))?", re.DOTALL)  # the name of an image in a table
 BATCH_ROWS = 1000
 BATCH_BYTES = 64 * 2**20  # of rows that are read at once
 FEW_ROWS = 16  # that are read at once of a large row group
@@ -46,12 +49,12 @@ def open_image_table(path: Path, access: Access):
         table = _open_arrow(path)
     elif path.suffix.lower() == ".parquet":
         file = _open_parquet(path, access)
-        if not _has_images(file.schema_arrow):
+        if not _list_image_columns(file.schema_arrow):
             return None
         table = datasets.Dataset.from_parquet(str(path), **_choose_batches(file.metadata))
     else:
         return None
-    return table if _has_images(table.with_format("arrow").data.schema) else None
+    return table if _list_image_columns(table.with_format("arrow").data.schema) else None
 
 
 def _choose_batches(metadata) -> dict[str, int]:
@@ -66,19 +69,27 @@ def read_image_table(path: Path, table, access: Access) -> Iterator[Placed]:
     store = ImageStore(path.parent, access)
     number = 0
     for batch in _iterate_arrow(path, table):
-        names = [name for name in batch.column_names if name != "image"]
+        columns = _list_image_columns(batch.schema)
+        names = [name for name in batch.schema.names if name not in columns]
         records = _number_records(path, [batch.select(names)], access, start=number)
-        for (place, record), cell in zip(records, batch.column("image"), strict=True):
-            yield place, partial(_add_images, record, cell, number, store)
+        cells = zip(*(batch.column(name) for name in columns), strict=True)
+        for (place, record), row in zip(records, cells, strict=True):
+            images = dict(zip(columns, row, strict=True))
+            yield place, partial(_add_images, record, images, number, store)
             number += 1
 
 
-def _add_images(record: Any, cell, number: int, store: ImageStore) -> dict:
+def _add_images(record: Any, cells: dict[str, Any], number: int, store: ImageStore) -> dict:
     record = record() if callable(record) else record
-    images = _list_images(cell)
-    for i, image in enumerate(images):
-        _check_image(image, i, store)
-    return {**record, "image": [f"{number}/{i}" for i in range(len(images))] or None}
+    named = {}
+    for column, cell in cells.items():
+        images = _list_images(cell)
+        if column in IMAGE_NAMES:  # another one is perhaps not used
+            for i, image in enumerate(images):
+                _check_image(image, i, store)
+        ending = "" if column == "image" else f"/{column}"
+        named[column] = [f"{number}/{i}{ending}" for i in range(len(images))] or None
+    return {**record, **named}
 
 
 def _list_images(cell) -> list:
@@ -103,7 +114,11 @@ def _check_image(image, number: int, store: ImageStore) -> None:
 
 
 class TableImages:
-    """Images in the cells of a table, which stays on disk; their names are "row/number"."""
+    """Images in the cells of a table, which stays on disk.
+
+    Their names are "row/number" in the column `image`, and "row/number/column" in others. Other names
+    are those of files beside the table.
+    """
 
     def __init__(self, path: Path, table, access: Access):
         self.path = path
@@ -114,20 +129,28 @@ class TableImages:
         return reopen_images, (self.path, self.access)  # another process maps the file again
 
     def __contains__(self, name: str) -> bool:
-        row, _, _ = name.partition("/")
-        return int(row) < len(self.table)
+        try:
+            self.check(name)
+        except UserError:
+            return False
+        return True
 
     def check(self, name: str) -> None:
         """Raise UserError where there is no such image."""
-        if name not in self:
+        cell = CELL.fullmatch(name)
+        if cell is None:
+            self._open_folder().check(name)
+        elif int(cell[1]) >= len(self.table):
             raise UserError(f"there is no image {name} in {self.path}")
+        elif cell[3] not in (None, *IMAGE_NAMES):  # those were checked when they were read
+            _check_image(self._find_image(name), int(cell[2]), self._open_folder())
 
     def load(self, name: str) -> Image.Image:
         """Return an image in RGB; UserError where it is broken."""
         image = self._read_cell(name)
         if image.get("bytes"):
             return decode_image(image["bytes"], f"the image {name} in {self.path}")
-        return self._open_folder().load(str(image.get("path")))
+        return self._open_folder().load(str(image["path"]))
 
     def find_file(self, name: str) -> Path:
         """Return the file that holds an image: its own, or the table."""
@@ -137,15 +160,19 @@ class TableImages:
     def read_bytes(self, name: str) -> bytes:
         """Return the encoded bytes of an image."""
         image = self._read_cell(name)
-        return image.get("bytes") or self._open_folder().read_bytes(str(image.get("path")))
+        return image.get("bytes") or self._open_folder().read_bytes(str(image["path"]))
 
     def _open_folder(self) -> ImageStore:
         return ImageStore(self.path.parent, self.access)
 
     def _read_cell(self, name: str) -> dict:
-        row, number = map(int, name.split("/"))
-        cell = self.table.with_format("arrow")[row].column("image")[0]
-        return _list_images(cell)[number].as_py()
+        """Bytes and path of an image."""
+        return self._find_image(name).as_py() if CELL.fullmatch(name) else {"path": name}
+
+    def _find_image(self, name: str):
+        row, number, column = CELL.fullmatch(name).groups()
+        cells = self.table.with_format("arrow")[int(row)].column(column or "image")
+        return _list_images(cells[0])[int(number)]
 
 
 def reopen_images(path: Path, access: Access) -> TableImages:
@@ -153,13 +180,20 @@ def reopen_images(path: Path, access: Access) -> TableImages:
     return TableImages(path, open_image_table(path, access), access)
 
 
-def _has_images(schema) -> bool:
-    import pyarrow
+def _list_image_columns(schema) -> list[str]:
+    """The columns that hold images as `datasets` stores them: objects, or lists of objects."""
+    from pyarrow import types
 
-    if schema.names.count("image") != 1:
-        return False
-    kind = schema.field("image").type
-    return pyarrow.types.is_struct(getattr(kind, "value_type", kind))
+    found = []
+    for field in schema:
+        kind = getattr(field.type, "value_type", field.type)
+        if not types.is_struct(kind) or schema.names.count(field.name) > 1:
+            continue
+        keys = {inner.name for inner in kind}
+        is_file = keys == {"bytes", "path"} and field.name not in MEDIA_KEYS
+        if is_file or field.name == "image":
+            found.append(field.name)
+    return found
 
 
 def _choose_columns(path: Path, schema) -> list[str]:

@@ -5,46 +5,22 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from helpers.forms import FORMS, make_data_url, make_pair
-from helpers.records import encode_batch, write_data
+from helpers.forms import FORMS, NAMES, assert_same, make_data_url, make_pair, read_expected
+from helpers.records import write_data
 from helpers.tiny import tiny_model
 from PIL import Image
 
 from sparsecut.config.source import RECORD_KEYS, Source
 from sparsecut.data import record_forms
 from sparsecut.data.errors import RecordError
-from sparsecut.data.examples import Example, parse_record, read_examples, read_source
+from sparsecut.data.examples import parse_record, read_examples, read_source
 from sparsecut.data.images import ImageStore
 from sparsecut.schema import UserError
-
-NAMES = ("a.png", "sub/b.png")
 
 
 @pytest.fixture(scope="module")
 def processor():
     return tiny_model()[1]
-
-
-def encode(processor, example: Example) -> dict[str, torch.Tensor]:
-    return encode_batch(processor, [example], [example.load_images()])
-
-
-def assert_same(processor, example: Example, expected: Example) -> None:
-    """The same messages and, for a model, the same tokens, labels and pixels."""
-    assert example.messages == expected.messages
-    batch, wanted = encode(processor, example), encode(processor, expected)
-    assert batch.keys() == wanted.keys()
-    for key, value in wanted.items():
-        assert torch.equal(batch[key], value), key
-    assert (batch["labels"] >= 0).any()
-
-
-def read_expected(folder, name: str) -> Example:
-    """The record of a form as LLaVA has it."""
-    _, llava = make_pair(name, *NAMES)
-    (expected,) = read_examples(write_data(folder, llava, name="llava.json"))
-    return expected
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -2,6 +2,12 @@
 
 import base64
 
+import torch
+from helpers.records import encode_batch, write_data
+
+from sparsecut.data.examples import Example, read_examples
+
+NAMES = ("a.png", "sub/b.png")  # of the fixture `image_folder`
 ASKED, ANSWERED = "what is it", "a cat"
 PAIR = (("human", f"<image>\n{ASKED}"), ("gpt", ANSWERED))
 TWO_TURNS = (*PAIR, ("human", "are you sure"), ("gpt", "yes"))
@@ -193,3 +199,24 @@ def make_data_url(data: bytes) -> str:
 
 def _turns(turns) -> list[dict]:
     return [{"from": who, "value": text} for who, text in turns]
+
+
+def _encode(processor, example: Example) -> dict[str, torch.Tensor]:
+    return encode_batch(processor, [example], [example.load_images()])
+
+
+def assert_same(processor, example: Example, expected: Example) -> None:
+    """The same messages and, for a model, the same tokens, labels and pixels."""
+    assert example.messages == expected.messages
+    batch, wanted = _encode(processor, example), _encode(processor, expected)
+    assert batch.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert torch.equal(batch[key], value), key
+    assert (batch["labels"] >= 0).any()
+
+
+def read_expected(folder, name: str) -> Example:
+    """The record of a form as LLaVA has it."""
+    _, llava = make_pair(name, *NAMES)
+    (expected,) = read_examples(write_data(folder, llava, name="llava.json"))
+    return expected
