@@ -86,6 +86,11 @@ TemplateArguments = Annotated[
     ),
 ]
 
+ColumnNames = Annotated[
+    list[str] | None,
+    option("Another name of a record's key, such as question=frage; may be repeated.", "--column"),
+]
+
 COMMANDS = "show recipes build upgrade convert train eval chat serve explain compare cost study search demo"
 
 
@@ -155,6 +160,27 @@ def load_model(name: str, device: str | None, dtype: str = "auto"):
 
     model, processor = load(name, dtype=dtype)
     return model.to(device), processor
+
+
+def parse_columns(pairs: list[str] | None) -> dict[str, str]:
+    """Return the names of records' keys that the command line gives.
+
+    Args:
+        pairs: Texts such as "question=frage".
+
+    Raises:
+        UserError: One is malformed, or names a key twice.
+    """
+    columns: dict[str, str] = {}
+    for pair in pairs or ():
+        key, separator, name = pair.partition("=")
+        if not separator or not key or not name or key in columns:
+            raise UserError(
+                f"--column is {pair!r}, but is written once for each key, as in --column"
+                " question=frage"
+            )
+        columns[key] = name
+    return columns
 
 
 def set_template_arguments(processor, pairs: list[str] | None) -> None:

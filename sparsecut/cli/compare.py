@@ -7,6 +7,7 @@ from typing import Annotated
 
 from ..config.paths import check_replaceable
 from .app import (
+    ColumnNames,
     Device,
     Dtype,
     File,
@@ -18,6 +19,7 @@ from .app import (
     load_model,
     option,
     output_folder,
+    parse_columns,
     show_progress,
 )
 
@@ -25,7 +27,7 @@ from .app import (
 @app.command()
 def explain(
     model: SavedModel,
-    data: Annotated[Path, option("Questions in LLaVA's format (.json, .jsonl, .parquet).")],
+    data: Annotated[Path, option("Questions and answers in any form of docs/data.md.")],
     images: Annotated[
         File, option("Folder or tar archive of the images; by default the data's folder.")
     ] = None,
@@ -38,6 +40,7 @@ def explain(
     ] = None,
     batch_size: Annotated[int, option("Questions answered at once.", min=1)] = 64,
     max_new_tokens: Annotated[int, option("Longest answer, in tokens.", min=1)] = 16,
+    column: ColumnNames = None,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -47,7 +50,8 @@ def explain(
     from ..config.recipe import Source
     from ..data.examples import read_source
 
-    source = Source(str(data), images and str(images), keep=limit, anywhere=anywhere)
+    choice = {"keep": limit, "columns": parse_columns(column)}
+    source = Source(str(data), images and str(images), anywhere=anywhere, **choice)
     examples = read_source(source, [])
     from ..evaluation.ablation import explain
     from ..reports.ablation import write_explanation, write_text

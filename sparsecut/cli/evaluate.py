@@ -8,6 +8,7 @@ from typing import Annotated
 
 from ..schema import UserError
 from .app import (
+    ColumnNames,
     Device,
     Dtype,
     File,
@@ -20,6 +21,7 @@ from .app import (
     load_model,
     option,
     output_folder,
+    parse_columns,
     print_scores,
     set_template_arguments,
     show_progress,
@@ -31,7 +33,7 @@ DEFAULT_MAX_NEW_TOKENS = 16
 @app.command("eval")
 def evaluate(
     model: SavedModel,
-    data: Annotated[File, option("Questions in LLaVA's format (.json, .jsonl, .parquet).")] = None,
+    data: Annotated[File, option("Questions and answers in any form of docs/data.md.")] = None,
     images: Annotated[
         File, option("Folder or tar archive of the images. Default: the data's folder.")
     ] = None,
@@ -68,6 +70,7 @@ def evaluate(
     workers: Annotated[
         int, option("Processes that prepare images while a GPU answers.", min=0)
     ] = 0,
+    column: ColumnNames = None,
     template_arg: TemplateArguments = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -76,7 +79,12 @@ def evaluate(
     settings = {"out": out, "batch_size": batch_size, "resume": not fresh, "workers": workers}
     if tasks is not None:
         _refuse_data_options(
-            data=data, images=images, where=where, group=group, anywhere=anywhere or None
+            data=data,
+            images=images,
+            where=where,
+            group=group,
+            anywhere=anywhere or None,
+            column=column,
         )
         _require_task_options(root=root, out=out)
         settings["max_new_tokens"] = max_new_tokens
@@ -93,7 +101,8 @@ def evaluate(
     from ..evaluation.evaluator import evaluate
 
     folder = str(images) if images else None
-    source = Source(str(data), folder, where=where, group=group, keep=limit, anywhere=anywhere)
+    choice = {"where": where, "group": group, "keep": limit, "columns": parse_columns(column)}
+    source = Source(str(data), folder, anywhere=anywhere, **choice)
     examples = read_source(source, [])
     loaded, processor = load_model(model, device, dtype)
     set_template_arguments(processor, template_arg)

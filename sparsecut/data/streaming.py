@@ -28,6 +28,7 @@ from .locating import find_record_files
 from .record_files import RecordFile
 
 NUM_RECENT = 100  # records that went by, which may take a broken one's place
+NUM_NAMED = 1000  # records of which one must have each of the source's columns
 BUFFER = 1000  # records among which the next one is drawn
 
 
@@ -162,7 +163,7 @@ def _shuffle(
 
 
 def read_stream(
-    source: Source, files: list[RecordFile] | None = None
+    source: Source, files: list[RecordFile] | None = None, columns: Columns | None = None
 ) -> Iterator[Example | RecordError]:
     """Yield a source's examples in the order of its files, and errors of records it may skip.
 
@@ -172,13 +173,15 @@ def read_stream(
     Args:
         source: The source.
         files: Its files, where their order is another one.
+        columns: Its columns, by default new ones that have seen nothing.
 
     Raises:
         RecordError: A record is bad, and the source says on_error "stop".
     """
     skip = source.on_error == "skip"
     access = get_access(source)
-    columns = Columns(source.columns) if source.columns else None
+    if source.columns and columns is None:
+        columns = Columns(source.columns)
     images = ImageStore(expand_path(source.images), access) if source.images else None
     for file in find_record_files(source) if files is None else files:
         store = images or file.open_images(access, by_name=False)
@@ -198,7 +201,9 @@ def read_first_examples(source: Source, encoder: ExampleEncoder, number: int = 3
 
     Raises:
         RecordError: A record is bad, and the source says on_error "stop".
+        UserError: None of the first 1,000 records has one of the source's columns.
     """
+    _check_columns(source)
     good = []
     for example in itertools.islice(read_stream(source), number):
         if isinstance(example, RecordError):
@@ -210,3 +215,14 @@ def read_first_examples(source: Source, encoder: ExampleEncoder, number: int = 3
             if source.on_error != "skip":
                 raise
     return good
+
+
+def _check_columns(source: Source) -> None:
+    """Raise UserError where a column is misspelt, which may leave out all images."""
+    if not source.columns:
+        return
+    columns = Columns(source.columns)
+    for _ in itertools.islice(read_stream(source, columns=columns), NUM_NAMED):
+        if not columns.unseen:
+            return
+    columns.check_seen(f"the first {NUM_NAMED:,} records of {source.path}")

@@ -1,4 +1,4 @@
-"""WebDataset archives: samples of KEY.json and the images whose names begin with the same key."""
+"""WebDataset archives: samples of KEY.json or KEY.txt, and images whose names begin with the key."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class _Sample:
         """Add a member, and read it unless it is an image that is read by its name later."""
         if self.problem is not None:
             return
-        if not (is_json(member.name) or is_image(member.name)):
+        if not (is_json(member.name) or is_caption(member.name) or is_image(member.name)):
             self.others.append(member.name)
             return
         try:
             self._check(member, access)
-            is_read = is_json(member.name) or not by_name
+            is_read = not is_image(member.name) or not by_name
             if is_read:
                 self.num_bytes += member.size
                 what = "the sample with its images"
@@ -87,15 +87,23 @@ class _Sample:
         if self.problem is not None:
             raise self.problem
         texts = [content for name, content in self.contents.items() if is_json(name)]
-        if len(texts) != 1:
+        captions = [content for name, content in self.contents.items() if is_caption(name)]
+        if len(texts or captions) != 1:
             names = ", ".join(map(show_name, [*self.contents, *self.others][:5]))
-            raise UserError(f"the sample has {len(texts)} .json files among {names}, but needs one")
-        record = _parse_record(texts[0])
+            raise UserError(
+                f"the sample has {len(texts)} .json files among {names}, but needs one, or one .txt"
+                " that holds the image's caption"
+            )
+        record = _parse_record(texts[0]) if texts else {}
+        if len(captions) == 1 and record.get("caption") is None:
+            record = {**record, "caption": _decode(captions[0], ".txt")}
         images = []
         for name in sort_images(self.key, filter(is_image, self.contents)):
             content = self.contents[name]
             images.append(show_name(name) if content is None else content)
-        return {"id": show_name(self.key), **record, "image": images or None}
+        named = {"id": show_name(self.key), **record}
+        # Names in the text would name the same images again.
+        return {**named, "image": images, "images": None} if images else named
 
 
 def read_samples(path: Path, by_name: bool, access: Access) -> Iterator[tuple[str, partial]]:
@@ -145,6 +153,11 @@ def is_json(name: str) -> bool:
     return name.lower().endswith(".json")
 
 
+def is_caption(name: str) -> bool:
+    """Whether a member holds a caption, by its name."""
+    return name.lower().endswith(".txt")
+
+
 def is_image(name: str) -> bool:
     """Whether a member is an image, by its name."""
     return name.lower().endswith(IMAGE_SUFFIXES)
@@ -168,12 +181,18 @@ def sort_images(key: str, names: Iterator[str]) -> list[str]:
     return sorted(names, key=get_place)
 
 
-def _parse_record(text: bytes) -> dict:
+def _decode(text: bytes, what: str) -> str:
     try:
-        record = parse_json(text.decode("utf-8-sig"), start=(1, 1))
+        return text.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         line = text.count(b"\n", 0, error.start) + 1
-        raise UserError(f"line {line} of the sample's .json is not UTF-8 text") from None
+        raise UserError(f"line {line} of the sample's {what} is not UTF-8 text") from None
+
+
+def _parse_record(text: bytes) -> dict:
+    decoded = _decode(text, ".json")
+    try:
+        record = parse_json(decoded, start=(1, 1))
     except UserError as error:
         raise UserError(f"the .json of the sample cannot be read: {error}") from None
     if isinstance(record, list):

@@ -210,6 +210,23 @@ def test_eval_scores_writes_and_continues(run, home, model):
     assert "wrote" not in out
 
 
+def test_eval_and_explain_take_other_names_of_keys(run, home, model):
+    german = {"frage": "what is it", "antwort": "red", "image": "pictures/red.png"}
+    (home / "german.jsonl").write_text(json.dumps(german))
+    for command in ("eval", "explain"):
+        asked = [command, model, "--data", "german.jsonl", "--column", "question=frage"]
+        code, out, _ = run(*asked, "--column", "answer=antwort", "--max-new-tokens", "2")
+        assert code == 0 and out
+        for wrong, facts in (
+            ("answer=antwrot", ["'antwrot'", "'antwort'"]),
+            ("anwser=antwort", ["'anwser'", "'answer'"]),
+            ("antwort", ["--column", "'antwort'"]),
+            ("question=antwort", ["--column", "question=antwort"]),
+        ):
+            code, _, err = run(*asked, "--column", wrong)
+            assert code == 2 and all(fact in err for fact in facts), err
+
+
 def test_options_of_eval_that_do_not_go_together_are_refused(run, model):
     cases = [
         (["eval", model], ["--data", "--tasks"]),

@@ -1,5 +1,6 @@
-"""docs/data.md: every block of it is a stage's part that trains."""
+"""docs/data.md: every block of it is a stage's part that trains, or a record."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,8 +9,12 @@ import yaml
 from helpers.runs import log, run, stage
 from helpers.shards import write_shards
 
+from sparsecut.data import form_choice
+from sparsecut.data.record_forms import FORMS
+
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+RECORDS = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", PAGE, flags=re.DOTALL)]
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +23,8 @@ def mine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     (folder / "mine").mkdir()
     write_shards(folder / "mine")
+    german = {"frage": "what is it", "antwort": "a cat", "bild": "0.png"}
+    (folder / "mine" / "german.jsonl").write_text(json.dumps(german))
     return folder
 
 
@@ -28,3 +35,20 @@ def test_every_block_of_the_page_trains(mine, number, monkeypatch):
     args = {"max_steps": 2, **changes.pop("args", {})}
     run(mine, {**stage(mine, args=args), **changes}, output=str(mine / f"out-{number}"))
     assert len(log(mine, output=f"out-{number}")) == 2
+
+
+@pytest.mark.parametrize("number", range(len(RECORDS)))
+def test_every_record_of_the_page_trains(mine, number):
+    file = mine / "mine" / f"form-{number}.jsonl"
+    file.write_text(json.dumps(RECORDS[number]))
+    output = f"form-{number}"
+    one = stage(mine, data=f"mine/{file.name}", args={"max_steps": 1})
+    run(mine, one, output=str(mine / output))
+    assert len(log(mine, output=output)) == 1
+
+
+def test_forms_of_the_page_are_those_that_are_read():
+    shown = [form_choice.choose_form(record) for record in RECORDS]
+    alike = {"instruction and response", "prompt and response", "image and captions"}
+    others = {form.name for form in FORMS if form.example} - {form.name for form in shown}
+    assert others <= alike | {"image and text"}

@@ -12,9 +12,11 @@ from PIL import Image
 
 from sparsecut.config.source import RECORD_KEYS, Source
 from sparsecut.data import record_forms
+from sparsecut.data.encoding import example_encoder
 from sparsecut.data.errors import RecordError
 from sparsecut.data.examples import parse_record, read_examples, read_source
 from sparsecut.data.images import ImageStore
+from sparsecut.data.streaming import read_first_examples
 from sparsecut.schema import UserError
 
 
@@ -298,3 +300,20 @@ def test_every_key_of_a_form_may_have_another_name():
     for form in record_forms.FORMS:
         keys.update(form.keys)
     assert keys - {"chosen", "rejected"} == set(RECORD_KEYS)
+
+
+@pytest.mark.parametrize("form", [form for form in record_forms.FORMS if form.example])
+def test_the_example_in_an_error_is_a_record_of_its_form(image_folder, form):
+    (image_folder / "0.png").write_bytes((image_folder / "a.png").read_bytes())
+    (example,) = read_examples(write_data(image_folder, form.example))
+    assert form.fits(form.example) and len(example.load_images()) == 1
+
+
+def test_a_stream_with_a_misspelt_column_is_refused_before_it_begins(image_folder, processor):
+    path = write_data(image_folder, *[GERMAN] * 3, name="data.jsonl")
+    encoder = example_encoder(processor)
+    source = Source(str(path), columns=COLUMNS, streaming=True)
+    assert len(read_first_examples(source, encoder)) == 3
+    source = Source(str(path), columns={**COLUMNS, "level": "stufe"}, streaming=True)
+    with pytest.raises(UserError, match=r"'stufe'.*bild"):
+        read_first_examples(source, encoder)

@@ -161,3 +161,49 @@ def test_ids_of_several_records_are_told(tmp_path, caplog):
     path = write_ids(tmp_path, "a", "b", "a")
     assert len(read_source(Source(path), [])) == 3
     assert "1 ids" in caplog.text and "'a'" in caplog.text
+
+
+def test_a_text_beside_an_image_is_its_caption(tmp_path):
+    facts = json.dumps({"status": "success", "width": 8}).encode()
+    members = [
+        ("a.jpg", make_image(7)),
+        ("a.txt", b" grey \n"),
+        ("b.json", facts),
+        ("b.png", make_image(9)),
+        ("b.txt", b"dark"),
+        ("c.json", make_json()),
+        ("c.png", make_image(3)),
+        ("c.txt", b"unused"),
+    ]
+    path = write_archive(tmp_path / "x.tar", *members)
+    for one, two, three in read_both_ways(path):
+        assert [message["content"] for message in one.messages] == ["<image>", "grey"]
+        assert [message["content"] for message in two.messages] == ["<image>", "dark"]
+        assert three.messages[1]["content"] == "grey"
+        assert [read_levels(example) for example in (one, two, three)] == [[7], [9], [3]]
+        assert one.id == "a"
+    bad = write_archive(tmp_path / "bad.tar", ("a.txt", b"\xff"), ("a.png", make_image(1)))
+    with pytest.raises(RecordError, match=r"sample a: .*\.txt is not UTF-8"):
+        read_examples(bad)
+    none = write_archive(tmp_path / "none.tar", ("a.png", make_image(1)))
+    with pytest.raises(RecordError, match=r"0 \.json .*\.txt"):
+        read_examples(none)
+
+
+def test_samples_of_other_forms_have_the_images_of_the_archive(tmp_path):
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "same"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "no"}]
+    record = {"messages": turns, "images": ["a.0.png", "a.1.png"]}
+    asked = {"question": "what", "answer": "grey"}
+    members = [
+        ("a.json", json.dumps(record).encode()),
+        ("a.1.png", make_image(20)),
+        ("a.0.png", make_image(10)),
+        ("b.json", json.dumps(asked).encode()),
+        ("b.png", make_image(30)),
+    ]
+    path = write_archive(tmp_path / "x.tar", *members)
+    for one, two in read_both_ways(path):
+        assert one.messages[0]["content"] == "<image>\n<image>\nsame"
+        assert two.messages[0]["content"] == "<image>\nwhat"
+        assert (read_levels(one), read_levels(two)) == ([10, 20], [30])
