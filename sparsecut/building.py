@@ -43,7 +43,8 @@ from .loading import (
 from .modeling import SparseCutForConditionalGeneration
 from .modeling_upgraded import FACTS
 from .plan import Plan
-from .processing import SparseCutAudioProcessor, SparseCutProcessor
+from .processing import SparseCutProcessor
+from .processing_audio import SparseCutAudioProcessor
 from .processing_upgraded import wrap_processor
 from .saved_code import without_code
 from .schema import UserError

@@ -11,14 +11,18 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 
+from .audio import AudioSource, Clip
 from .chat_templates.arguments import check_arguments
 from .chat_templates.markers import check_markers
 from .chat_templates.thoughts import Answer, AnswerStreamer
-from .pixels import ImageSource, open_image
+from .pixels import ImageSource
 from .prompts import (
     check_length,
+    check_medium,
     find_closing_marks,
+    get_medium,
     make_greedy_config,
+    open_medium,
     prepare_inputs,
     read_answers,
     render_prompt,
@@ -27,6 +31,7 @@ from .schema import UserError, nearest
 
 HELP = """\
 /image PATH   show an image with the next question (repeat for several)
+/audio PATH   the same for a model that takes audio: WAV, FLAC, MP3 or OGG
 /history      print the conversation
 /reset        forget the conversation and its images
 /help         print these lines
@@ -38,7 +43,7 @@ class _Turn:
     """A question on its way to the model: the conversation with it, all images, and the inputs."""
 
     messages: list[dict[str, str]]
-    images: list[Image.Image]
+    images: list[Image.Image | Clip]
     inputs: BatchFeature
 
 
@@ -57,7 +62,7 @@ class Chat:
 
     Attributes:
         messages: the conversation, [{"role", "content"}], with one placeholder per image.
-        images: all images of the conversation, in the order of the placeholders.
+        images: all images (or clips of sound) of the conversation, in the order of the placeholders.
         raw_answers: all that the model has written, thoughts included, one text for each answer.
     """
 
@@ -93,7 +98,7 @@ class Chat:
         self.template_arguments = chat_template_kwargs or {}
         check_arguments(processor, self.template_arguments)
         self.messages: list[dict[str, str]] = []
-        self.images: list[Image.Image] = []
+        self.images: list[Image.Image | Clip] = []
         self.raw_answers: list[str] = []
 
     def reset(self) -> None:
@@ -102,13 +107,14 @@ class Chat:
         self.images = []
         self.raw_answers = []
 
-    def ask(self, text: str, *images: ImageSource) -> str:
+    def ask(self, text: str, *images: ImageSource | AudioSource) -> str:
         """Ask a question and return the answer.
 
         Args:
             text: the question. It may have one placeholder per image; without any, the images come
                 first.
-            images: new images: PIL, paths, bytes or URLs. Earlier ones stay in the conversation.
+            images: new images: PIL, paths, bytes or URLs; or clips of sound, for a model that takes
+                audio. Earlier ones stay in the conversation.
 
         Raises:
             UserError: The question is empty, an image cannot be read, placeholders and images
@@ -121,7 +127,7 @@ class Chat:
         self._remember(turn, answer)
         return answer.text
 
-    def stream(self, text: str, *images: ImageSource) -> Iterator[str]:
+    def stream(self, text: str, *images: ImageSource | AudioSource) -> Iterator[str]:
         """Ask a question and iterate over the pieces of the answer.
 
         Closing the iterator stops the answer. The conversation keeps what was generated until then.
@@ -135,18 +141,20 @@ class Chat:
             )
         return self._stream_turn(self._prepare(text, images))
 
-    def _prepare(self, text: str, images: Sequence[ImageSource]) -> _Turn:
+    def _prepare(self, text: str, images: Sequence[ImageSource | AudioSource]) -> _Turn:
         """Check a question and encode it with the conversation before it. Nothing is remembered."""
         placeholder = self.processor.image_token
+        noun = "clips" if get_medium(self.processor) == "audio" else "images"
         count = text.count(placeholder)
         if not text.replace(placeholder, "").strip():
             raise UserError("the question is empty; write some text")
         if count not in (0, len(images)):
             raise UserError(
-                f"the question has {count} {placeholder} but {len(images)} images; write one"
-                f" {placeholder} where each image belongs, or none to put all images first"
+                f"the question has {count} {placeholder} but {len(images)} {noun}; write one"
+                f" {placeholder} where each belongs, or none to put all {noun} first"
             )
-        all_images = [*self.images, *map(open_image, images)]
+        opened = [open_medium(self.processor, image) for image in images]
+        all_images = [*self.images, *opened]
         question = text if count else f"{placeholder}\n" * len(images) + text
         messages = [*self.messages, {"role": "user", "content": question}]
         check_markers(self.processor, messages)
@@ -204,7 +212,7 @@ class Chat:
 
 def run_terminal(
     chat: Chat,
-    images: Sequence[ImageSource],
+    images: Sequence[ImageSource | AudioSource],
     read: Callable[[], str],
     write: Callable[[str], None],
 ) -> None:
@@ -212,12 +220,12 @@ def run_terminal(
 
     Args:
         chat: the conversation.
-        images: images for the first question.
+        images: images (or clips of sound) for the first question.
         read: returns the next line; EOFError or KeyboardInterrupt ends the conversation. A line is
             a question, or a command with a slash.
         write: prints text.
     """
-    waiting: list[ImageSource] = [open_image(image) for image in images]
+    waiting = [open_medium(chat.processor, image) for image in images]
     while True:
         try:
             line = read().strip()
@@ -244,22 +252,24 @@ def _write_answer(chat: Chat, question: str, waiting: list, write: Callable[[str
     write("\n")
 
 
-def run_command(chat: Chat, line: str, waiting: list[ImageSource]) -> str:
+def run_command(chat: Chat, line: str, waiting: list) -> str:
     """Run a line with a slash and return its message.
 
     Args:
         chat: the conversation.
         line: the command and its argument.
-        waiting: images for the next question; the command may change them.
+        waiting: images or clips for the next question; the command may change them.
 
     Raises:
-        UserError: There is no such command, or its image cannot be read.
+        UserError: There is no such command, its file cannot be read, or the model takes none.
     """
     name, _, argument = line.partition(" ")
-    if name == "/image":
-        waiting.append(open_image(argument.strip()))
-        plural = "s" if len(waiting) > 1 else ""
-        return f"{len(waiting)} image{plural} for the next question"
+    if name in ("/image", "/audio"):
+        medium = name.removeprefix("/")
+        check_medium(chat.processor, medium, f"the command {name}")
+        waiting.append(open_medium(chat.processor, argument.strip()))
+        noun = "clip" if medium == "audio" else medium
+        return f"{len(waiting)} {noun}{'s' * (len(waiting) > 1)} for the next question"
     if name == "/reset":
         chat.reset()
         waiting.clear()
@@ -279,6 +289,6 @@ def _format_history(chat: Chat) -> str:
     placeholder = chat.processor.image_token
     lines = []
     for message in chat.messages:
-        content = message["content"].replace(placeholder, "[image]")
+        content = message["content"].replace(placeholder, f"[{get_medium(chat.processor)}]")
         lines.append(f"{message['role']}: {content}")
     return "\n".join(lines)

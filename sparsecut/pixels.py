@@ -65,7 +65,7 @@ def open_image(source: ImageSource, background=WHITE) -> Image.Image:
     if isinstance(source, bytes):
         return open_upright(io.BytesIO(source), "the image", background)
     if isinstance(source, str) and source[:8].lower().startswith(URL_STARTS):
-        return open_upright(io.BytesIO(_read_url(source)), f"the image {source[:60]}", background)
+        return open_upright(io.BytesIO(read_url(source)), f"the image {source[:60]}", background)
     try:
         path = Path(source).expanduser()
         is_file = path.is_file()
@@ -129,8 +129,8 @@ def _explained(what: str):
         ) from error
 
 
-def _read_url(url: str) -> bytes:
-    """The bytes of a data URL, or of what an http(s) URL names."""
+def read_url(url: str, medium: str = "image") -> bytes:
+    """Return the bytes of a data URL, or of what an http(s) URL names; UserError if it cannot."""
     if url[:5].lower() == "data:":
         head, _, body = url.partition(",")
         try:
@@ -139,7 +139,7 @@ def _read_url(url: str) -> bytes:
             return base64.b64decode(data, validate=True) if is_base64 else data
         except ValueError as error:
             raise UserError(
-                f"the image {url[:60]} has broken base64 ({error}); encode the file's bytes again"
+                f"the {medium} {url[:60]} has broken base64 ({error}); encode the file's bytes again"
             ) from None
     import httpx
 
@@ -148,7 +148,7 @@ def _read_url(url: str) -> bytes:
         response.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise UserError(
-            f"the image {url} cannot be fetched ({error}); correct the URL, or give a file"
+            f"the {medium} {url} cannot be fetched ({error}); correct the URL, or give a file"
         ) from None
     return response.content
 

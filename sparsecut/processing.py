@@ -1,4 +1,4 @@
-"""Processors: images to views, audio to spectrograms, and text to token ids.
+"""The processor of images: images to views, and text to token ids.
 
 Training and inference call the same steps, so the inputs of a model never depend on the caller.
 """
@@ -328,61 +328,3 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
         """Names of what `__call__` returns."""
         names = ["pixel_values", "image_grids"] if self.is_any_size else ["pixel_values"]
         return [*self.tokenizer.model_input_names, *names]
-
-
-class SparseCutAudioProcessor(SavesCode, ProcessorMixin):
-    r"""Prepares audio and text for a SparseCut model with an audio encoder.
-
-    It joins a tokenizer and the feature extractor of an encoder such as Whisper's. A spectrogram
-    takes the place of an image's views: `pixel_values` are [clips, 1, mels, frames].
-
-    Recipes, evaluation and chat read images only. Train a model with an audio encoder by a Trainer
-    or a loop of your own (examples/audio.py).
-
-    Attributes:
-        num_audio_tokens: positions per audio clip in the prompt.
-        audio_token: placeholder in the text, one per clip; it becomes `num_audio_tokens` tokens.
-        audio_token_id: id of the placeholder.
-    """
-
-    def __init__(
-        self,
-        feature_extractor=None,
-        tokenizer=None,
-        num_audio_tokens=None,
-        audio_token="<audio>",
-        chat_template=None,
-    ):
-        self.num_audio_tokens = num_audio_tokens
-        self.audio_token = audio_token
-        tokenizer.padding_side = "left"  # as above
-        self.audio_token_id = get_placeholder_id(tokenizer, audio_token)
-        drop_end_token(tokenizer)
-        if not chat_template:
-            chat_template = make_chat_template(tokenizer, audio_token)
-            chat_template = chat_template.replace("'image'", "'audio'")
-        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
-
-    def _process_audio(self, audio, **kwargs):
-        """Spectrograms, and the text that replaces each placeholder."""
-        extractor = self.feature_extractor
-        num_samples = max(len(clip) for clip in audio)
-        if num_samples > extractor.n_samples:
-            raise UserError(
-                f"an audio clip has {num_samples} samples, but the encoder takes at most"
-                f" {extractor.n_samples} ({extractor.chunk_length} s at {extractor.sampling_rate}"
-                " Hz); cut the clip into parts"
-            )
-        # The other keywords (padding, truncation) are for text: all spectrograms have one length.
-        rate = kwargs.get("sampling_rate") or extractor.sampling_rate
-        features = extractor(audio, sampling_rate=rate, return_tensors="pt")["input_features"]
-        replacements = [self.audio_token * self.num_audio_tokens] * len(audio)
-        return {"pixel_values": features.unsqueeze(1)}, replacements
-
-    def _get_num_multimodal_tokens(self, audio_lengths=None, **kwargs):
-        return MultiModalData(num_audio_tokens=[self.num_audio_tokens] * len(audio_lengths or []))
-
-    @property
-    def model_input_names(self):
-        """Names of what `__call__` returns."""
-        return [*self.tokenizer.model_input_names, "pixel_values"]

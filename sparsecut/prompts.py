@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, GenerationConfig
 
+from .audio import Clip, open_audio
 from .chat_markup import drop_end_token
 from .chat_templates.arguments import check_arguments
 from .chat_templates.rendering import apply_template, get_chat_template
@@ -22,6 +23,7 @@ from .chat_templates.rendering import get_tokens_per_image as get_tokens_per_ima
 from .chat_templates.rendering import split_at_images as split_at_images
 from .chat_templates.thoughts import PROMPT_TAIL, Answer, find_open_thought, read_answer
 from .hooks import is_processor_argument
+from .pixels import ImageSource, open_image
 from .schema import UserError
 
 # Names of settings, and tokens between brackets, that are about images, video or audio.
@@ -37,6 +39,48 @@ MEDIA_MARK = re.compile(
 def takes_suffix(processor) -> bool:
     """Whether a processor takes prefix and suffix instead of a chat template, as PaliGemma's."""
     return get_chat_template(processor) is None and is_processor_argument(processor, "suffix")
+
+
+# --- what a model takes beside text ---
+
+
+def get_medium(processor) -> str:
+    """Return what a model takes beside text, "image" or "audio"."""
+    return getattr(processor, "medium", "image")
+
+
+def open_medium(processor, source: ImageSource | Clip) -> Image.Image | Clip:
+    """Open an image, or a clip of sound where the model takes audio.
+
+    Args:
+        processor: the model's processor.
+        source: see `open_image` and `open_audio`.
+
+    Raises:
+        UserError: It cannot be read, or the model takes something else.
+    """
+    medium = get_medium(processor)
+    if isinstance(source, Image.Image | Clip):
+        given = "image" if isinstance(source, Image.Image) else "audio"
+        check_medium(processor, given)
+    return open_audio(source) if medium == "audio" else open_image(source)
+
+
+def check_medium(processor, given: str, what: str = "this") -> None:
+    """Raise UserError where a model does not take what is given.
+
+    Args:
+        processor: the model's processor.
+        given: "image", "audio" or "video".
+        what: what holds it, for the message.
+    """
+    medium = get_medium(processor)
+    if given == medium:
+        return
+    remedy = "give a model with an encoder of that kind"
+    if given == "video":
+        remedy = "give some of its frames as images"
+    raise UserError(f"{what} has {given}, but the model takes text and {medium} only; {remedy}")
 
 
 # --- from messages to text ---
@@ -153,7 +197,8 @@ def run_processor(
         "add_special_tokens": adds_special_tokens(processor, texts[0]),
         **settings,
     }
-    features = processor(images=images if any(images) else None, text=texts, **settings)
+    name = "audio" if get_medium(processor) == "audio" else "images"
+    features = processor(text=texts, **{name: images if any(images) else None}, **settings)
     if "suffix" not in settings:
         features.pop("labels", None)  # PaliGemma's processor always makes labels
     return features

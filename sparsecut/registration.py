@@ -75,12 +75,13 @@ def register_processors() -> None:
     from .configuration import SparseCutConfig, SparseCutUpgradeConfig
 
     processing = importlib.import_module(".processing", __package__)
+    audio = importlib.import_module(".processing_audio", __package__)
     upgraded = importlib.import_module(".processing_upgraded", __package__)
     entries = {
         SparseCutConfig: processing.SparseCutProcessor,
         SparseCutUpgradeConfig: upgraded.SparseCutUpgradeProcessor,
         # SparseCutConfig has two processors. They are found by name, so any key does.
-        processing.SparseCutAudioProcessor: processing.SparseCutAudioProcessor,
+        audio.SparseCutAudioProcessor: audio.SparseCutAudioProcessor,
     }
     for key, processor_class in entries.items():
         PROCESSOR_MAPPING.register(key, processor_class, exist_ok=True)

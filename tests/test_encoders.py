@@ -15,7 +15,7 @@ from transformers import AutoProcessor, CLIPImageProcessorPil
 from sparsecut import SparseCutConfig
 from sparsecut.building import build, load, save
 from sparsecut.encoders import encoder_inputs, get_patch_order, read_grid, to_raster_order
-from sparsecut.hooks import RECOMPUTES_HOOKS, read_taps
+from sparsecut.hooks import read_taps
 from sparsecut.mixers import arrange_grains
 from sparsecut.processing import cut_views
 from sparsecut.schema import UserError
@@ -227,7 +227,7 @@ def test_audio_that_does_not_fit_the_encoder_is_refused():
     _, processor = build(encoder, language, plan, **parts)
     with pytest.raises(UserError, match=r"16001 samples.* 16000"):
         processor(audio=[[0.0] * 16001], text="<audio>")
-    problem = StopIteration if RECOMPUTES_HOOKS else ValueError  # before and since 5.23
+    problem = UserError
     with pytest.raises(problem):
         processor(audio=[[0.0] * 100], text="<audio> <audio>")
 

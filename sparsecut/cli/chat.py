@@ -1,4 +1,4 @@
-"""`sparsecut chat`: talk with a model about images."""
+"""`sparsecut chat`: talk with a model about images or sound."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ def chat(
     images: Annotated[
         list[Path] | None, argument("Images that go with the first question.")
     ] = None,
+    audio: Annotated[
+        list[Path] | None,
+        option("A sound file that goes with the first question: WAV, FLAC, MP3 or OGG."),
+    ] = None,
     ask: Annotated[Text, option("Ask this one question, print the answer, and leave.")] = None,
     temperature: Annotated[
         float, option("0 takes the likeliest tokens; more draws at random.", min=0)
@@ -36,12 +40,19 @@ def chat(
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Talk with a model about images. In the conversation, /help lists the commands."""
+    """Talk with a model about images or sound. In the conversation, /help lists the commands."""
+    from ..audio import open_audio
     from ..chat import Chat, run_terminal
     from ..pixels import open_image
+    from ..prompts import check_medium, get_medium
 
-    opened = [open_image(path) for path in images or []]
+    opened = [open_image(path) for path in images or []] + [
+        open_audio(path) for path in audio or []
+    ]
     loaded, processor = load_model(model, device, dtype)
+    for medium, files in (("image", images), ("audio", audio)):
+        if files:
+            check_medium(processor, medium, f"the file {files[0]}")
     set_template_arguments(processor, template_arg)
     conversation = Chat(loaded, processor, temperature=temperature, max_new_tokens=max_new_tokens)
     if ask is not None:
@@ -52,7 +63,7 @@ def chat(
     is_terminal = sys.stdin.isatty()
     prompt = "> " if is_terminal else ""
     if is_terminal:
-        echo("/image PATH shows an image, /help lists the commands, /quit leaves")
+        echo(f"/{get_medium(processor)} PATH adds one, /help lists the commands, /quit leaves")
     run_terminal(
         conversation,
         opened,

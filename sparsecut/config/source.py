@@ -13,6 +13,8 @@ CHOICES = ("where", "hold_out", "keep")  # keys that choose among a source's rec
 RECORD_KEYS = (
     "id",
     "image",
+    "audio",
+    "audios",
     "images",
     "conversations",
     "messages",

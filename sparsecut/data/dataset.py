@@ -7,11 +7,14 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..audio import Clip
+from ..prompts import get_medium
 from ..schema import UserError
 from .encoding import ExampleEncoder
 from .errors import RecordError
@@ -130,7 +133,10 @@ class TrainingData(Dataset):
 
     def _add_images(self, encoded: dict, example: Example) -> dict:
         if self.feature_cache is None:
-            return {**encoded, **self.encoder.encode_images(example.load_images())}
+            return {
+                **encoded,
+                **self.encoder.encode_images(example.load_images(self.encoder.processor)),
+            }
         if not example.images:
             return dict(encoded)
         return {**encoded, "vision_states": self.feature_cache.read(example, self.tap_views)}
@@ -177,13 +183,15 @@ def make_blank_item(
     needs an image that shows nothing. Arguments are those of `TrainingData`.
     """
     turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "."}]
-    example = Example("blank", ["grey"], turns, source="the blank image")
+    medium = get_medium(encoder.processor)
+    example = Example("blank", ["grey"], turns, source="the blank image", medium=medium)
     unlimited = dataclasses.replace(encoder, limits=NO_LIMITS)
     item = unlimited.encode(example)
     if "labels" in item:
         item["labels"] = torch.full_like(item["labels"], IGNORED)
     if feature_cache is None:
-        image = Image.new("RGB", (64, 64), "grey")
+        silence = Clip(np.zeros(1000, np.float32), 16_000)
+        image = silence if medium == "audio" else Image.new("RGB", (64, 64), "grey")
         return {**item, **encoder.encode_images([image])}
     return {**item, "vision_states": feature_cache.make_blank(tap_views)}
 

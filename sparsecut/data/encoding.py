@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..audio import Clip
 from ..prompts import adds_special_tokens, get_tokens_per_image
 from ..schema import UserError
 from .errors import RecordError
@@ -107,7 +108,7 @@ class FixedExampleEncoder:
         """Raise RecordError where a model cannot be trained on the example."""
         self.encode(example)
         if open_images:
-            example.load_images()
+            example.load_images(self.processor)
 
     def encode(self, example: Example) -> dict[str, Tensor]:
         """Return input_ids and labels, int32 [L], with all image tokens.
@@ -120,6 +121,7 @@ class FixedExampleEncoder:
         try:
             rendered = render_example(example, self.processor, self.template, add_end_token=False)
             ids, labels = self._tokenize(rendered)
+            self._check_number(example, ids)
             self.limits.check(ids, labels, [self.processor.image_token_id])
         except UserError as error:
             raise RecordError(example.place, str(error)) from None
@@ -145,7 +147,17 @@ class FixedExampleEncoder:
             labels += [token if is_target else IGNORED] * copies
         return ids, labels
 
-    def encode_images(self, images: list[Image.Image]) -> dict[str, Tensor]:
+    def _check_number(self, example: Example, ids: list[int]) -> None:
+        """Raise UserError where the text has the model's placeholder without an image, or less."""
+        token = self.processor.image_token
+        number = ids.count(self.processor.image_token_id) // self.tokens_per_image
+        if number != len(example.images):
+            raise UserError(
+                f"the text of the record has {number} {token}, the model's placeholder, for"
+                f" {len(example.images)} files; write one for each, and none in other texts"
+            )
+
+    def encode_images(self, images: list[Image.Image | Clip]) -> dict[str, Tensor]:
         """Return pixel_values, or nothing where there are no images."""
         return {"pixel_values": self.processor.pixels(images)} if images else {}
 

@@ -16,10 +16,12 @@ from typing import Any
 
 from PIL import Image
 
+from ..audio import Clip, decode_audio
 from ..config.recipe import Source
 from ..config.yaml_io import expand_path
 from ..schema import UserError
 from .access import DEFAULT_ACCESS, Access, get_access
+from .audio_records import explain_audio, find_medium, put_for_images
 from .errors import RecordError, show_value
 from .form_choice import Columns, choose_form
 from .images import ImageStore, decode_image
@@ -38,13 +40,14 @@ class Example:
 
     Attributes:
         id: The record's id.
-        images: Names of the images in `store`, or their encoded bytes.
-        messages: {"role", "content"} of every turn, with `<image>` in user contents.
+        images: Names of the images (or sound files) in `store`, or their encoded bytes.
+        messages: {"role", "content"} of every turn, with `<image>` in user contents, for audio too.
         group: A category; scores are given for each.
         level: A level of difficulty; scores are given for each.
         source: Where the record stands, such as "train.jsonl line 7".
         store: Opens the images that have names.
         skip: Whether the record is left out, in place of an error, where an image is broken.
+        medium: What `images` are, "image" or "audio".
     """
 
     id: str
@@ -55,6 +58,7 @@ class Example:
     source: str = ""
     store: ImageStore | None = field(default=None, repr=False, compare=False)
     skip: bool = field(default=False, repr=False, compare=False)
+    medium: str = "image"
 
     @property
     def place(self) -> str:
@@ -69,15 +73,37 @@ class Example:
             messages.append({**message, "content": content})
         return messages
 
-    def load_images(self) -> list[Image.Image]:
-        """Return the images in RGB, in order; RecordError where one is missing or broken."""
+    def load_images(self, processor=None) -> list[Image.Image | Clip]:
+        """Return the images in RGB, or the clips, in order.
+
+        Args:
+            processor: The model's; clips that are longer than it takes are refused then.
+
+        Raises:
+            RecordError: One is missing, broken, or too long.
+        """
         try:
+            if self.medium == "audio":
+                return [self._load_clip(name, processor) for name in self.images]
             return [self._load_image(image) for image in self.images]
         except UserError as error:
             raise RecordError(self.place, str(error)) from None
 
     def _load_image(self, image: str | bytes) -> Image.Image:
         return decode_image(image) if isinstance(image, bytes) else self.store.load(image)
+
+    def _load_clip(self, name: str | bytes, processor) -> Clip:
+        if isinstance(name, bytes):
+            clip = decode_audio(name, "the audio stored in the record")
+        else:
+            what = f"the audio {name} in {self.store.path}"
+            try:
+                clip = decode_audio(self.store.read_bytes(name), what)
+            except OSError as error:
+                raise UserError(f"{what} cannot be read: {error}") from None
+        if processor is not None:
+            processor.check_length(clip)
+        return clip
 
     def check_images(self) -> None:
         """Raise RecordError unless every image is there and may be read; none is opened."""
@@ -255,8 +281,11 @@ def parse_record(
         record = record() if callable(record) else record
         if columns is not None and isinstance(record, dict):
             record = columns.rename(record)
-        form = choose_form(record, columns)
-        messages, images = convert_record(record, form, store.access.max_bytes)
+        medium = find_medium(record)
+        with explain_audio(medium):
+            record = put_for_images(record, medium)
+            form = choose_form(record, columns)
+            messages, images = convert_record(record, form, store.access.max_bytes)
         record_id, group, level = (_get_text(record, key) for key in ("id", "group", "level"))
     except UserError as error:
         raise RecordError(place, str(error)) from None
@@ -269,6 +298,7 @@ def parse_record(
         source=place,
         store=store,
         skip=skip,
+        medium=medium,
     )
 
 

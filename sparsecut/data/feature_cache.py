@@ -26,6 +26,7 @@ from torch import Tensor
 from ..config.folder_lock import lock_folder
 from ..config.paths import check_writable_folder
 from ..fingerprint import weights_hash, weights_sum
+from ..prompts import get_medium
 from ..schema import UserError, write_text_file
 from .cached_features import (
     INDEX,
@@ -242,7 +243,8 @@ def _write_features(
     checksums: dict[int, list[int]] = {tap: [] for tap in views}
     for start in range(0, len(images), batch_size):
         batch = [
-            example.load_images()[number] for example, number in images[start : start + batch_size]
+            example.load_images(processor)[number]
+            for example, number in images[start : start + batch_size]
         ]
         for tap, features in _encode_images(model, processor, batch, views).items():
             if not features.isfinite().all():
@@ -295,8 +297,17 @@ def hash_encoder(model, processor) -> tuple[str, str]:
     The first covers samples of its weights, and all that happens to its images before it. The
     second changes with any of its weights.
     """
+    settings = _list_settings(processor)
+    text = f"{weights_hash(model.vision_tower)} {json.dumps(settings)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16], weights_sum(model.vision_tower)
+
+
+def _list_settings(processor) -> list:
+    """What is done to an image, or a clip, before the encoder reads it."""
+    if get_medium(processor) == "audio":
+        return [processor.feature_extractor.to_dict()]
     image_processor = processor.image_processor
-    settings = [
+    return [
         image_processor.do_rescale,
         image_processor.rescale_factor,
         image_processor.do_normalize,
@@ -305,8 +316,6 @@ def hash_encoder(model, processor) -> tuple[str, str]:
         processor.image_size,
         processor.coarse,
     ]
-    text = f"{weights_hash(model.vision_tower)} {json.dumps(settings)}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16], weights_sum(model.vision_tower)
 
 
 def check_encoder(cache, model, processor) -> None:

@@ -23,7 +23,7 @@ from ..chat_templates.thoughts import (
     read_written,
     strip_thoughts,
 )
-from ..prompts import get_prefix, takes_suffix
+from ..prompts import check_medium, get_prefix, takes_suffix
 from ..schema import UserError
 from .examples import Example
 
@@ -59,6 +59,8 @@ def render_example(example: Example, processor, template: str, *, add_end_token:
         UserError: The conversation cannot be rendered.
     """
     check_fast_tokenizer(processor.tokenizer)
+    if example.images:
+        check_medium(processor, example.medium, "the record")
     if template == "plain":
         return _render_plain(example, processor)
     if takes_suffix(processor):

@@ -6,6 +6,8 @@ files. Images that records hold themselves are named by a hash of their contents
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from ..data.errors import RecordError
 from ..data.examples import Example
 from ..data.file_facts import Facts, describe_image, hold_same_contents
 from ..data.jsonl import append_json_lines, read_json_lines, write_json_lines
+from ..prompts import get_medium, get_tokens_per_image
 from ..schema import UserError
 
 IMAGES = "images.jsonl"
@@ -129,3 +132,21 @@ def _list_files(example: Example) -> list[str]:
 
 def _are_same(facts: list[Facts], other: list[Facts]) -> bool:
     return len(facts) == len(other) and all(map(hold_same_contents, facts, other))
+
+
+def get_view_settings(processor) -> dict:
+    """Return what is done to images, or audio: our settings, or the name and a hash of a base's own processor."""
+    if get_medium(processor) == "audio":
+        settings = json.dumps(processor.feature_extractor.to_dict(), sort_keys=True)
+        return {"settings": hashlib.sha256(settings.encode()).hexdigest()[:16]}
+    if get_tokens_per_image(processor) is not None:
+        names = ("image_size", "tiles", "coarse", "num_image_tokens")
+        return {name: getattr(processor, name) for name in names}
+    settings = processor.image_processor.to_dict()
+    settings["tokens"] = getattr(processor, "image_seq_length", None)
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return {
+        "processor": type(processor).__name__,
+        "settings": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "tiles": getattr(processor, "sparsecut_tiles", 0),
+    }

@@ -6,7 +6,6 @@ An interrupted evaluation resumes where it stopped (`output_dir`).
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from ..data.feature_cache import check_encoder, get_tap_views
 from ..fingerprint import weights_hash, weights_sum
 from ..prompts import (
     check_length,
+    check_medium,
     encode_prompts,
     get_chat_template,
     get_tokens_per_image,
@@ -39,6 +39,7 @@ from ..prompts import (
     render_prompt,
 )
 from ..schema import UserError, nearest
+from .answered_images import get_view_settings
 from .exact_match import METRICS, compute_scores
 from .judging import judge, warn_of_unfinished
 from .output_dir import OutputDir, get_versions, open_output_dir
@@ -252,6 +253,8 @@ def _build_record(example: Example, processor) -> dict:
 
 def render_question(example: Example, processor) -> str:
     """The prompt that asks for the last answer of an example, whether or not it is there."""
+    if example.images:
+        check_medium(processor, example.medium, f"{example.place} is a record that")
     messages = example.get_messages(processor.image_token)
     if messages[-1]["role"] == "assistant":
         messages.pop()
@@ -268,25 +271,10 @@ def get_settings(model, processor, max_new_tokens: int, metric: str | None) -> d
         "metric": metric,
         "decoding": decoding,
         "prompt_template": get_chat_template(processor),
-        "views": _get_view_settings(processor),
+        "views": get_view_settings(processor),
         "weights": weights_hash(model),
         "weights_sum": weights_sum(model),
         "plan": model.plan.to_dict(),
-    }
-
-
-def _get_view_settings(processor) -> dict:
-    """What is done to images: our settings, or the name and a hash of a base's own processor."""
-    if get_tokens_per_image(processor) is not None:
-        names = ("image_size", "tiles", "coarse", "num_image_tokens")
-        return {name: getattr(processor, name) for name in names}
-    settings = processor.image_processor.to_dict()
-    settings["tokens"] = getattr(processor, "image_seq_length", None)
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return {
-        "processor": type(processor).__name__,
-        "settings": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "tiles": getattr(processor, "sparsecut_tiles", 0),
     }
 
 
@@ -340,7 +328,7 @@ class InputDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         batch = self.batches[index]
         try:
-            images = [example.load_images() for example in batch.examples]
+            images = [example.load_images(self.processor) for example in batch.examples]
             return dict(encode_prompts(self.processor, batch.prompts, images))
         except UserError as error:
             return {"error": error}

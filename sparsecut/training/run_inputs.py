@@ -21,7 +21,7 @@ from ..data.file_facts import read_stamp
 from ..data.images import ImageStore
 from ..data.locating import find_record_files, find_revision
 from ..fingerprint import weights_sum
-from ..prompts import get_chat_template
+from ..prompts import get_chat_template, get_medium
 from ..schema import UserError, read_json_file, write_text_file
 from .checkpoints import digest_file
 from .reading import SourceExamples
@@ -131,8 +131,11 @@ def _describe_stream(source: Source) -> dict:
 def describe_model(model, processor) -> dict:
     """Return hashes of a model before training, without its new weights, and of its processor."""
     tokenizer = processor.tokenizer
-    image_processor = processor.image_processor
-    settings = {name: getattr(image_processor, name, None) for name in IMAGE_SETTINGS}
+    if get_medium(processor) == "audio":
+        settings = processor.feature_extractor.to_dict()
+    else:
+        image_processor = processor.image_processor
+        settings = {name: getattr(image_processor, name, None) for name in IMAGE_SETTINGS}
     return {
         **describe_weights(model),
         "tokenizer": _hash_value(sorted(tokenizer.get_vocab().items())),
