@@ -75,7 +75,9 @@ def test_checkpointing_gives_the_same_gradients(kind, reentrant):
     model, batch, _ = start(kind)
     adapted = adapt(model, init_lora_weights=False)
     adapted.train()(**batch).loss.backward()
-    expected = {name: p.grad.clone() for name, p in adapted.named_parameters() if p.grad is not None}
+    expected = {
+        name: p.grad.clone() for name, p in adapted.named_parameters() if p.grad is not None
+    }
     adapted.zero_grad()
     adapted.enable_input_require_grads()
     adapted.gradient_checkpointing_enable({"use_reentrant": reentrant})
