@@ -86,10 +86,16 @@ def find_image_value(holder: dict) -> Any:
     """Return what an object holds under one of the keys for images, None where it holds nothing."""
     for key in IMAGE_KEYS:
         value = holder.get(key)
-        is_empty = value is None or (isinstance(value, str | bytes) and not value)
-        if not is_empty:
+        if not _is_missing(value):
             return _mark_base64(value) if key in BASE64_KEYS else value
     return None
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether nothing is there; a table fills the keys that other parts have with None."""
+    if isinstance(value, dict):
+        return all(map(_is_missing, value.values()))
+    return value is None or (isinstance(value, str | bytes) and not value)
 
 
 def _mark_base64(value: Any) -> Any:

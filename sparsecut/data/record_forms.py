@@ -6,6 +6,7 @@ is no known form is answered with the nearest one.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from .turns import Turn, join_turns, make_turn, parse_turns
 
 IMAGE_NAMES = ("image", "images")
 MEDIA_KEYS = ("audio", "audios", "video", "videos")
+TOOL_LISTS = ("tools", "functions")
+CHOICE_KEYS = ("choices", "options")
 FILE_ENDS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 Convert = Callable[[dict, int], list[Turn]]  # a record, and bytes that an image may take
@@ -84,11 +87,12 @@ def _refuse_others(record: dict) -> None:
                 f"the record has `{key}`, which records are not trained on with; remove the record"
                 " or, where its texts and images are enough, the key"
             )
-    if not _is_empty(record.get("tools")):
-        raise UserError(
-            "the record has `tools`, and calls of tools are not trained on; remove the record, or"
-            " write the tools as text"
-        )
+    for key in TOOL_LISTS:
+        if not _is_empty(record.get(key)):
+            raise UserError(
+                f"the record has `{key}`, and calls of tools are not trained on; remove the record, or"
+                " write the tools as text"
+            )
 
 
 def _is_empty(value: Any) -> bool:
@@ -163,6 +167,7 @@ def _make_pair(question: str, answer: str) -> Convert:
     def convert(record: dict, max_bytes: int) -> list[Turn]:
         asked = _read_plain(record[question], question)
         given = read_answer(record[answer], answer)
+        _refuse_choice(record, given, answer)
         turns = [
             make_turn("user", asked, f"`{question}`", max_bytes),
             make_turn("assistant", given, f"`{answer}`", max_bytes),
@@ -170,6 +175,20 @@ def _make_pair(question: str, answer: str) -> Convert:
         return [*_read_history(record, max_bytes), *turns]
 
     return convert
+
+
+def _refuse_choice(record: dict, given: str, answer: str) -> None:
+    """Raise UserError where an answer is a number or letter of choices that the question lacks."""
+    is_sign = given.isdecimal() or (len(given) == 1 and given.isupper())
+    for key in CHOICE_KEYS:
+        choices = record.get(key)
+        is_listed = isinstance(choices, list) and given in choices
+        if is_sign and not _is_empty(choices) and not is_listed:
+            raise UserError(
+                f"`{answer}` is {given!r}, which stands for one of `{key}`, but these are not asked"
+                f" about; write them into the question and remove `{key}`, or write the chosen one as"
+                " the answer"
+            )
 
 
 def _convert_instruction(record: dict, max_bytes: int) -> list[Turn]:
@@ -199,9 +218,9 @@ def _read_history(record: dict, max_bytes: int) -> list[Turn]:
 
 
 def _read_plain(value: Any, key: str) -> Any:
-    """A text, or a number as text; other values come back and are refused with their turn."""
+    """A text, or a number as text."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not isinstance(value, str) and not is_number:
+    if not isinstance(value, str) and not (is_number and math.isfinite(value)):
         raise UserError(f"`{key}` holds {show_value(value)}, but a text is needed")
     return str(value)
 
@@ -217,20 +236,23 @@ def read_answer(value: Any, key: str) -> str:
     Raises:
         UserError: There is no answer.
     """
-    value = list_rows(value)
-    if isinstance(value, dict):
-        value = value.get("answer", value.get("text"))
+    value = _take_answer(list_rows(value))
     if not isinstance(value, list):
         return _read_plain(value, key)
     answers = []
-    for item in value:
-        if isinstance(item, dict):
-            item = item.get("answer", item.get("text"))
+    for item in map(_take_answer, value):
         if not _is_empty(item):
             answers.append(_read_plain(item, key))
     if not answers:
         raise UserError(f"`{key}` holds no answer ({show_value(value)}); add one")
     return Counter(answers).most_common(1)[0][0]  # the first one where several are as common
+
+
+def _take_answer(value: Any) -> Any:
+    """What an object has under `answer` or `text`; any other value as it is."""
+    if isinstance(value, dict):
+        return value.get("answer", value.get("text", value))
+    return value
 
 
 def _convert_prompt(record: dict, max_bytes: int) -> list[Turn]:

@@ -24,6 +24,7 @@ ROLES = {
     "system": "system",
     "developer": "system",
 }
+ROLE_NAMES = tuple(ROLES)  # a list from a file has no hash, and may be compared
 TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython", "tool_response")
 TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -64,7 +65,8 @@ def _parse_turn(turn: Any, place: str, max_bytes: int) -> Turn:
     if isinstance(turn, dict):
         speaker = turn.get("role") if turn.get("from") is None else turn["from"]
         content = turn.get("content") if turn.get("value") is None else turn["value"]
-        _check_rest(turn, speaker, place)
+        if len(turn) > 2 or speaker not in ROLE_NAMES:
+            _check_rest(turn, speaker, place)
     if not isinstance(speaker, str) or speaker not in ROLES:
         hint = nearest(speaker, ROLES) if isinstance(speaker, str) else ""
         raise UserError(

@@ -154,6 +154,20 @@ BAD = {
         {**QA, "picture": {"bytes": "data:image/png;base64,AAAA"}},
         ["picture", "image: picture"],
     ),
+    "a URL that is empty": (
+        write_messages([{"type": "image_url", "image_url": {"url": None}}, TEXT]),
+        ["1 parts", "0"],
+    ),
+    "a number of choices": (
+        {**QA, "choices": ["a cat", "a dog"], "answer": 1},
+        ["`answer`", "'1'", "`choices`"],
+    ),
+    "a letter of choices": (
+        {**QA, "options": "['a cat', 'a dog']", "answer": "B"},
+        ["`answer`", "'B'", "`options`"],
+    ),
+    "an object as an answer": ({**QA, "answer": {"x": 1}}, ["`answer`", "x"]),
+    "functions": ({**write_messages("what"), "functions": [{"name": "x"}]}, ["`functions`"]),
     "audio": ({**QA, "audio": "a.wav"}, ["`audio`"]),
     "an answer of yes": ({**QA, "answer": True}, ["`answer`", "True"]),
     "no answer": ({"question": "what", "answers": [None, ""]}, ["`answers`"]),
@@ -208,6 +222,16 @@ def test_bad_records_are_named_with_what_to_do(image_folder, name):
 GOOD = {
     "empty columns beside": (
         {**QA, "system": "", "history": [], "tools": None, "images": [], "audio": None},
+        "what",
+        "a cat",
+    ),
+    "a choice by its text": (
+        {"question": "how many", "choices": ["2", "3"], "answer": "3"},
+        "how many",
+        "3",
+    ),
+    "parts that a table has filled": (
+        write_messages([{"type": "text", "text": "what", "image_url": {"url": None}}]),
         "what",
         "a cat",
     ),
