@@ -31,6 +31,7 @@ from .patch_tables import (
     index_video_llama3,
     index_vipllava,
 )
+from .refused_families import explain_refusal
 from .schema import UserError
 
 
@@ -186,9 +187,9 @@ def get_family(model: nn.Module) -> VLMFamily:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in FAMILIES:
         raise UserError(
-            f"{type(model).__name__} ({model_type}) is not a pretrained VLM that can be upgraded;"
-            f" known types are {', '.join(sorted(FAMILIES))}. To join an encoder and a language"
-            " model, use sparsecut.build"
+            f"{type(model).__name__} ({model_type}) is not a pretrained VLM that can be upgraded:"
+            f" {explain_refusal(model_type)}. Known types are {', '.join(sorted(FAMILIES))}. Or join"
+            " its encoder, or another one, and a language model by sparsecut.build"
         )
     family = FAMILIES[model_type]
     try:

@@ -254,9 +254,10 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
             cache: What transformers 5.24 calls `past_key_values`; every release takes both names.
 
         Raises:
-            UserError: Fine views are missing.
+            UserError: Fine views are missing, or a video is given.
             RuntimeError: A shortcut did not fire exactly once.
         """
+        _refuse_videos(kwargs)
         images = {"pixel_values": pixel_values, "fine_pixel_values": fine_pixel_values}
         images, fine_pixel_values = self.split_views(images)
         named = {
@@ -293,6 +294,7 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
         Raises:
             UserError: A prompt with images is read in chunks, before transformers 5.23.
         """
+        _refuse_videos(kwargs)
         _check_chunked_prefill(kwargs, self.generation_config)
         kwargs, fine_pixel_values = self.split_views(kwargs)
         with self.shortcuts_active(fine_pixel_values):
@@ -363,3 +365,12 @@ def count_patch_rows(vision_config) -> int:
     if not isinstance(patch, int):
         patch = patch[0]
     return size // patch
+
+
+def _refuse_videos(arguments: dict) -> None:
+    """Raise UserError for a video: the shortcuts would add nothing to it, without a word."""
+    if arguments.get("pixel_values_videos") is not None:
+        raise UserError(
+            "a video was given (pixel_values_videos), but shortcuts read images only and would add"
+            " nothing to its frames; give some frames as images"
+        )

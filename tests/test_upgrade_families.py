@@ -42,7 +42,7 @@ def test_a_token_reads_the_fine_view_over_its_place():
     check_fine_views("llava")
 
 
-def test_videos_go_through_the_base_alone_also_beside_images():
+def test_videos_are_refused_before_the_base_runs():
     check_videos("qwen2_5_vl")
 
 

@@ -13,7 +13,7 @@ def test_a_family_keeps_every_claim(check, name):
 
 
 @pytest.mark.parametrize("name", bases.VIDEO_FAMILIES)
-def test_videos_go_through_the_base_alone_also_beside_images(name):
+def test_videos_are_refused_before_the_base_runs(name):
     check_videos(name)
 
 
