@@ -6,10 +6,10 @@ Nothing heavy is imported before a command runs, so that help is quick.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import typer.core
@@ -18,6 +18,9 @@ from .. import __version__
 from ..config.paths import check_writable_folder
 from ..drawing import escape_controls
 from ..schema import UserError, nearest
+
+if TYPE_CHECKING:
+    from ..config.source import Source
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 SECONDS_BETWEEN_LINES = 30  # of progress, where the screen is a file
@@ -41,10 +44,11 @@ def option(help: str, *names: str, **settings: Any) -> Any:
 
 def output_folder(help: str) -> Any:
     """The option --out: a folder that is checked before the command runs."""
-    return typer.Option(help=help, callback=_check_output_folder)
+    return typer.Option(help=help, callback=check_output_folder)
 
 
-def _check_output_folder(folder: Path | None) -> Path | None:
+def check_output_folder(folder: Path | None) -> Path | None:
+    """Check a folder that an option names for results."""
     if folder is not None:
         check_writable_folder(folder)
     return folder
@@ -61,10 +65,36 @@ def echo(text: str = "", *, nl: bool = True, err: bool = False) -> None:
     typer.echo(escape_controls(text), nl=nl, err=err)
 
 
+def print_marked(pieces: Sequence[tuple[str, bool]]) -> None:
+    """Print text of which some pieces are marked: green on a terminal, [[so]] elsewhere.
+
+    Args:
+        pieces: Text, and whether it is marked.
+    """
+    from rich.console import Console
+    from rich.text import Text as RichText
+
+    console = Console()
+    has_colour = console.is_terminal and not console.no_color
+    shown = RichText()
+    for text, is_marked in pieces:
+        text = escape_controls(text)
+        if is_marked and not has_colour:
+            text = f"[[{text}]]"
+        shown.append(text, style="bold green" if is_marked else None)
+    if has_colour:
+        console.print(shown)
+    else:
+        echo(shown.plain)  # whole lines: a file has no width
+
+
 Text = str | None
 Number = int | None
 File = Path | None
-SavedModel = Annotated[str, argument("A saved model's folder, or its hub name.", "MODEL")]
+SavedModel = Annotated[
+    str,
+    argument("A saved model's folder, or its hub name.", "MODEL"),
+]
 MethodOptions = Annotated[
     list[str] | None,
     option("An option of the method, key=value; may be repeated.", "--option", "-o"),
@@ -89,6 +119,15 @@ TemplateArguments = Annotated[
 ColumnNames = Annotated[
     list[str] | None,
     option("Another name of a record's key, such as question=frage; may be repeated.", "--column"),
+]
+
+DataKeys = Annotated[
+    list[str] | None,
+    option(
+        "A further key of the data, as recipes have it, such as split=test or name=vqav2; may be"
+        " repeated.",
+        "--source",
+    ),
 ]
 
 COMMANDS = "show recipes build upgrade convert train eval chat serve explain compare cost study search demo"
@@ -181,6 +220,33 @@ def parse_columns(pairs: list[str] | None) -> dict[str, str]:
             )
         columns[key] = name
     return columns
+
+
+def make_source(data: Path, keys: list[str] | None, **settings: Any) -> Source:
+    """Return the source of records that a command's options describe.
+
+    Args:
+        data: A file, a folder, or a data set of the hub.
+        keys: Texts such as "split=test"; a value is read as YAML.
+        **settings: Keys that the command has options of their own for.
+
+    Raises:
+        UserError: A key is malformed, unknown, given twice, or has no effect here.
+    """
+    from ..config.source import Source
+    from ..config.yaml_io import read_yaml
+    from ..schema import build_dataclass
+
+    values = {"path": str(data), **settings}
+    for pair in keys or []:
+        key, equals, value = pair.partition("=")
+        if not equals or key in values or key in ("streaming", "weight", "max_broken", "on_error"):
+            raise UserError(
+                f"--source is {pair!r}, but must be key=value of a key without an option of its"
+                " own, such as split=test, name=vqav2, revision=main or question='What is it?'"
+            )
+        values[key] = read_yaml(value, f"--source {pair!r}")
+    return build_dataclass(Source, values, "--source")
 
 
 def set_template_arguments(processor, pairs: list[str] | None) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+from ..hub import check_model_place
 from .app import (
     Device,
     Dtype,
@@ -41,6 +42,7 @@ def chat(
     dtype: Dtype = "auto",
 ) -> None:
     """Talk with a model about images or sound. In the conversation, /help lists the commands."""
+    check_model_place(model)
     from ..audio import open_audio
     from ..chat import Chat, run_terminal
     from ..pixels import open_image

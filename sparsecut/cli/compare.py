@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 from ..config.paths import check_replaceable
+from ..config.places import check_source_place
+from ..hub import check_model_place
 from .app import (
     ColumnNames,
+    DataKeys,
     Device,
     Dtype,
     File,
@@ -17,6 +20,7 @@ from .app import (
     argument,
     echo,
     load_model,
+    make_source,
     option,
     output_folder,
     parse_columns,
@@ -27,13 +31,14 @@ from .app import (
 @app.command()
 def explain(
     model: SavedModel,
-    data: Annotated[Path, option("Questions and answers in any form of docs/data.md.")],
+    data: Annotated[Path, option("Questions: a file, a folder, or a hub data set (docs/data.md).")],
     images: Annotated[
         File, option("Folder or tar archive of the images; by default the data's folder.")
     ] = None,
     anywhere: Annotated[
         bool, option("Images may lie outside --images; only for data you trust.", "--anywhere")
     ] = False,
+    source_keys: DataKeys = None,
     out: Annotated[File, output_folder("Folder for explain.html, .md and .json.")] = None,
     limit: Annotated[
         int | None, option("Maximum number of questions, a fixed random choice.", min=1)
@@ -47,11 +52,18 @@ def explain(
     """Measure what each shortcut of a trained model contributes: the accuracy without it."""
     if out is not None:
         check_replaceable(out, ["explain.*"], "explain.json: conditions, shortcuts")
-    from ..config.recipe import Source
+    source = make_source(
+        data,
+        source_keys,
+        images=images and str(images),
+        keep=limit,
+        anywhere=anywhere,
+        columns=parse_columns(column),
+    )
+    check_source_place(source)
+    check_model_place(model)
     from ..data.examples import read_source
 
-    choice = {"keep": limit, "columns": parse_columns(column)}
-    source = Source(str(data), images and str(images), anywhere=anywhere, **choice)
     examples = read_source(source, [])
     from ..evaluation.ablation import explain
     from ..reports.ablation import write_explanation, write_text

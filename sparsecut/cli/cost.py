@@ -7,8 +7,21 @@ from pathlib import Path
 from typing import Annotated
 
 from ..config.paths import check_writable_folder
+from ..config.places import check_backbone_place
+from ..hub import check_model_place
 from ..schema import UserError, read_json_file, write_text_file
-from .app import Device, File, MethodOptions, Number, Text, app, argument, echo, find_device, option
+from .app import (
+    Device,
+    File,
+    MethodOptions,
+    Number,
+    Text,
+    app,
+    argument,
+    echo,
+    find_device,
+    option,
+)
 from .completion import complete_plan
 
 
@@ -59,7 +72,8 @@ def cost(
         Number, option("Pixels of a view, where the encoder takes other sizes than its own.")
     ] = None,
     base: Annotated[
-        Text, option("Count upgrades of this pretrained VLM instead. Loads it.")
+        Text,
+        option("Count upgrades of this pretrained VLM instead. Loads it."),
     ] = None,
     method_options: MethodOptions = None,
     measure: Annotated[
@@ -118,6 +132,9 @@ def _read_plans(plans: list[str], options: list[str], *, is_upgrade: bool) -> di
 
 def _read_configs(vision: str, language: str) -> tuple:
     """The configurations of both parts."""
+    for name, part in ((vision, "vision"), (language, "language")):
+        if "/" in name:  # any other name may be that of a known size
+            check_backbone_place(name, part)
     from ..profiling.sizes import read_backbone_config
 
     return read_backbone_config(vision, "vision"), read_backbone_config(language, "language")
@@ -157,6 +174,7 @@ def _measure_plans(
 
 def _count_upgrades(base: str, specs: dict) -> dict:
     """Print what upgrading a pretrained VLM costs, and return it as plain values by plan."""
+    check_model_place(base, "base")
     from ..profiling.upgraded import count_upgrades, format_upgrade_cost
 
     counts = count_upgrades(base, specs)

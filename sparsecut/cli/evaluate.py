@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 from typing import Annotated
 
+from ..config.places import check_source_place
+from ..hub import check_model_place
 from ..schema import UserError
 from .app import (
     ColumnNames,
+    DataKeys,
     Device,
     Dtype,
     File,
@@ -19,6 +22,7 @@ from .app import (
     app,
     echo,
     load_model,
+    make_source,
     option,
     output_folder,
     parse_columns,
@@ -33,7 +37,9 @@ DEFAULT_MAX_NEW_TOKENS = 16
 @app.command("eval")
 def evaluate(
     model: SavedModel,
-    data: Annotated[File, option("Questions and answers in any form of docs/data.md.")] = None,
+    data: Annotated[
+        File, option("Questions: a file, a folder, or a hub data set (docs/data.md).")
+    ] = None,
     images: Annotated[
         File, option("Folder or tar archive of the images. Default: the data's folder.")
     ] = None,
@@ -63,6 +69,7 @@ def evaluate(
     anywhere: Annotated[
         bool, option("Images may lie outside --images; only for data you trust.", "--anywhere")
     ] = False,
+    source_keys: DataKeys = None,
     group: Annotated[
         Text, option("Regular expression whose parentheses catch the group in the id.")
     ] = None,
@@ -85,6 +92,7 @@ def evaluate(
             group=group,
             anywhere=anywhere or None,
             column=column,
+            source=source_keys,
         )
         _require_task_options(root=root, out=out)
         settings["max_new_tokens"] = max_new_tokens
@@ -96,13 +104,21 @@ def evaluate(
         raise UserError(
             "--root and --part belong to --tasks; leave them out, or replace --data by --tasks"
         )
-    from ..config.recipe import Source
+    source = make_source(
+        data,
+        source_keys,
+        images=images and str(images),
+        where=where,
+        group=group,
+        keep=limit,
+        anywhere=anywhere,
+        columns=parse_columns(column),
+    )
+    check_source_place(source)
+    check_model_place(model)
     from ..data.examples import read_source
     from ..evaluation.evaluator import evaluate
 
-    folder = str(images) if images else None
-    choice = {"where": where, "group": group, "keep": limit, "columns": parse_columns(column)}
-    source = Source(str(data), folder, anywhere=anywhere, **choice)
     examples = read_source(source, [])
     loaded, processor = load_model(model, device, dtype)
     set_template_arguments(processor, template_arg)

@@ -6,14 +6,31 @@ from pathlib import Path
 from typing import Annotated
 
 from ..config.paths import check_writable_folder
-from .app import MethodOptions, Number, Text, app, argument, echo, option, output_folder
+from ..config.places import check_backbone_place
+from ..hub import check_model_place
+from .app import (
+    MethodOptions,
+    Number,
+    Text,
+    app,
+    argument,
+    echo,
+    option,
+    output_folder,
+)
 from .completion import complete_plan
 
 
 @app.command()
 def build(
-    vision: Annotated[str, option("Vision encoder: hub name, folder, or shapes.")],
-    language: Annotated[str, option("Causal language model: hub name, folder, or shapes.")],
+    vision: Annotated[
+        str,
+        option("Vision encoder: hub name, folder, or shapes."),
+    ],
+    language: Annotated[
+        str,
+        option("Causal language model: hub name, folder, or shapes."),
+    ],
     out: Annotated[Path, output_folder("Folder to write the model to.")],
     plan: Annotated[
         str, option("A method's name, or a file with a plan.", autocompletion=complete_plan)
@@ -28,6 +45,8 @@ def build(
 
     spec = read_plan(plan, method_options or [])
     check_no_model(out)
+    check_backbone_place(vision, "vision")
+    check_backbone_place(language, "language")
     from ..building import build, save
 
     model, processor = build(vision, language, spec, view_size=view_size)
@@ -56,6 +75,7 @@ def upgrade(
 
     spec = read_upgrade_plan(plan, method_options or [])
     check_no_model(out)
+    check_model_place(base, "base")
     from ..building import save
     from ..profiling.upgraded import count_upgrade, format_upgrade_cost
     from ..upgrading import upgrade
@@ -73,7 +93,10 @@ def upgrade(
 def convert(
     checkpoint: Annotated[Path, argument("Folder that the released code saved.")],
     out: Annotated[Path, argument("Folder to write our model to.")],
-    vision: Annotated[str, option("The vision tower it was trained with: hub name or folder.")],
+    vision: Annotated[
+        str,
+        option("The vision tower it was trained with: hub name or folder."),
+    ],
     fusion: Annotated[
         Text,
         option("cross_mlp, cross_attention or mlp2x_gelu. Default: from config.json."),
@@ -92,6 +115,7 @@ def convert(
     check_writable_folder(out)
     check_no_model(out)
     pairs = {"taps": parse_numbers("--taps", taps), "layers": parse_numbers("--layers", layers)}
+    check_model_place(vision, "vision tower")
     from ..conversion.checkpoint import convert
 
     model, _ = convert(checkpoint, out, vision=vision, fusion=fusion, **pairs)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from ..hub import check_model_place
 from ..schema import UserError
 from .app import (
     Device,
@@ -90,15 +91,16 @@ def serve(
 ) -> None:
     """Serve OpenAI-compatible chat completions about texts and images over HTTP."""
     _check_serving_is_installed()
+    token = token or os.environ.get(TOKEN_VARIABLE) or None
+    _check_token(token)
+    _check_name(name)
+    _check_allowed_hosts(allowed_host or ())
+    check_model_place(model)
     from ..serving.admission import ServerConfig
     from ..serving.engine import Engine
     from ..serving.image_fetching import MIB, ImageLimits
     from ..serving.protocol import RequestLimits
 
-    token = token or os.environ.get(TOKEN_VARIABLE) or None
-    _check_token(token)
-    _check_name(name)
-    _check_allowed_hosts(allowed_host or ())
     if threads is not None:
         import torch
 

@@ -11,7 +11,17 @@ import typer
 
 from ..config.shipped import find_shipped
 from ..schema import UserError
-from .app import app, argument, echo, option, print_scores, show_progress
+from .app import (
+    File,
+    app,
+    argument,
+    check_output_folder,
+    echo,
+    option,
+    print_marked,
+    print_scores,
+    show_progress,
+)
 from .completion import complete_shipped
 
 if TYPE_CHECKING:
@@ -31,7 +41,17 @@ def train(
         list[str] | None,
         argument("Changed values, such as stages.0.args.max_steps=10 output=runs/b"),
     ] = None,
-    check: Annotated[bool, option("Read all records and images, then stop.", "--check")] = False,
+    check: Annotated[
+        bool,
+        option("Read all records and images, show one of each stage, then stop.", "--check"),
+    ] = False,
+    save_images: Annotated[
+        File,
+        option(
+            "With --check: folder to write the shown images to, with their views.",
+            callback=check_output_folder,
+        ),
+    ] = None,
     resume: Annotated[
         bool, option("Continue after the last finished stage or checkpoint.", "--resume")
     ] = False,
@@ -58,15 +78,39 @@ def train(
         return
     if json:
         raise UserError("--json prints a dry run, so it needs --dry-run; add it")
-    from ..training.stages import train
+    from ..config.places import check_places
 
-    model, processor = train(loaded_recipe, check=check, resume=resume, overwrite=overwrite)
+    check_places(loaded_recipe)
     if check:
+        _check(loaded_recipe, save_images, resume=resume, overwrite=overwrite)
         echo(f"{recipe} can be trained")
         return
+    if save_images:
+        raise UserError("--save-images writes what --check shows; add --check, or leave it out")
+    from ..training.stages import train
+
+    model, processor = train(loaded_recipe, resume=resume, overwrite=overwrite)
     is_first_process = os.environ.get("RANK", "0") == "0"
     if loaded_recipe.evaluate and is_first_process:
         _evaluate(loaded_recipe, model, processor, resume)
+
+
+def _check(recipe: Recipe, folder: Path | None, **settings: bool) -> None:
+    """Check a recipe, and show one record of each stage as the model sees it."""
+    from ..training.preview import describe_counts, preview_run, save_sheets
+    from ..training.stages import check_recipe
+
+    previews = preview_run(check_recipe(recipe, **settings))
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for preview in previews:
+        echo(f"\nstage {preview.stage}, {preview.place} (what is learned is green, or [[so]]):\n")
+        print_marked([(piece.text, piece.is_learned) for piece in preview.pieces])
+        echo("\n" + "\n".join(describe_counts(preview)))
+    if folder is not None:
+        for file in save_sheets(previews, folder):
+            echo(f"wrote {file}")
+    echo()
 
 
 def _draw_missing_images(name: Path, recipe: Recipe) -> None:

@@ -140,6 +140,25 @@ def train(
     return result.model, result.processor
 
 
+def check_recipe(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, model=None, processor=None
+) -> PreparedRun:
+    """Read and encode all records of a recipe and open every image; nothing is written.
+
+    Args:
+        recipe: The recipe.
+        resume: As for `train`, which may be called next.
+        overwrite: As for `train`.
+        model: A model to start from instead of building `recipe.model`.
+        processor: Its processor.
+
+    Raises:
+        UserError: If something of the recipe or its data cannot be used.
+    """
+    inputs = read_inputs(recipe, check=True, resume=resume, overwrite=overwrite)
+    return prepare_run(inputs, model, processor)
+
+
 def run_stages(prepared: PreparedRun, *, shown: bool = True) -> RunResult:
     """Train the stages that are not complete yet, and write what each gives.
 

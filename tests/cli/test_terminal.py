@@ -72,10 +72,10 @@ class FakeChat:
 
 
 @pytest.mark.parametrize("lines", [None, ["hello", f"/{HOSTILE}", f"/image {HOSTILE}.png"]])
-def test_answers_and_mistakes_in_a_chat_are_printed_safely(monkeypatch, capsys, lines):
+def test_answers_and_mistakes_in_a_chat_are_printed_safely(monkeypatch, capsys, tmp_path, lines):
     monkeypatch.setattr("sparsecut.cli.chat.load_model", lambda *args: (None, None))
     monkeypatch.setattr("sparsecut.chat.Chat", FakeChat)
-    arguments = ["chat", "model"]
+    arguments = ["chat", str(tmp_path)]
     if lines is None:
         arguments += ["--ask", "a"]
     else:
@@ -122,12 +122,12 @@ def test_errors_are_printed_safely(run, tmp_path):
         assert not controls_terminal(output)
 
 
-def test_tracebacks_are_printed_safely(run, monkeypatch):
+def test_tracebacks_are_printed_safely(run, monkeypatch, tmp_path):
     def fail(*args, **kwargs):
         raise ValueError(HOSTILE)
 
     monkeypatch.setattr("sparsecut.cli.chat.load_model", fail)
-    output = run("chat", "model", "--ask", "a")
+    output = run("chat", str(tmp_path), "--ask", "a")
     assert "Traceback" in output
     assert "evil" in output
     assert not controls_terminal(output)

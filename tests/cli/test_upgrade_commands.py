@@ -105,6 +105,6 @@ def test_mistakes_are_reported_before_anything_is_written(base, tmp_path):
         run("upgrade", "base", "--out", "new", "--plan", "llava")
     with pytest.raises(ValueError, match="holds a model already"):
         run("upgrade", "base", "--out", "base")
-    with pytest.raises(ValueError, match="the base nothing"):
+    with pytest.raises(ValueError, match="base nothing"):
         run("upgrade", "nothing", "--out", "new")
     assert not (tmp_path / "new").exists()
