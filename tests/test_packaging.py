@@ -2,9 +2,14 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import yaml
+
+import sparsecut
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -75,3 +80,68 @@ def test_a_floor_is_never_above_what_is_pinned():
         version = pinned[spell(name)].split("+")[0]
         as_numbers = [[int(part) for part in text.split(".")] for text in (version, floor)]
         assert as_numbers[0] >= as_numbers[1], requirement
+
+
+def test_every_file_of_the_package_is_in_the_wheel():
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = pyproject["tool"]["setuptools"]["package-data"]["sparsecut"]
+    package = ROOT / "sparsecut"
+    packed = {path for pattern in patterns for path in package.glob(pattern)}
+    for path in package.rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            assert path in packed, path
+
+
+def test_nothing_in_the_package_reads_files_of_the_repository():
+    outside = {"docs", "benchmarks", "examples", "tests", "configs", "README.md"}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            is_join = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
+            if is_join and isinstance(node.right, ast.Constant):
+                assert node.right.value not in outside, f"{path}:{node.lineno}"
+
+
+def test_system_files_of_linux_are_read_with_a_way_out():
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tries = [node for node in ast.walk(tree) if isinstance(node, ast.Try | ast.If | ast.With)]
+        safe = {id(child) for node in tries for child in ast.walk(node)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and str(node.value).startswith(("/proc/", "/sys/")):
+                assert id(node) in safe, (
+                    f"{path}:{node.lineno} reads {node.value} without a fallback"
+                )
+
+
+def test_every_python_that_is_allowed_can_compile_the_package():
+    lowest = tuple(map(int, re.search(r"(\d+)\.(\d+)", PROJECT["requires-python"]).groups()))
+    for path in FILES:
+        ast.parse(path.read_text(encoding="utf-8"), feature_version=lowest)
+
+
+def test_its_facts_agree():
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cff["version"] == PROJECT["version"] == sparsecut.__version__
+    assert cff["license"] == PROJECT["license"]
+    assert cff["preferred-citation"]["url"] == PROJECT["urls"]["Paper"]
+    assert "2602.00505" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_files_are_checked_before_a_commit(tmp_path):
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    entries = [hook["entry"] for repo in hooks["repos"] for hook in repo["hooks"]]
+    assert {entry.split("/")[2].split()[0] for entry in entries} == {"ruff", "python"}
+    script = ROOT / ".ci" / "check_files.py"
+    assert any(script.name in entry for entry in entries)
+    bad = {"a.yaml": "a: [", "b.json": "{", "c.toml": "=", "d.txt": "x" * 2_100_000}
+    for name, text in bad.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    own = [path for path in ROOT.glob("*.*") if path.is_file()]
+    own += [*ROOT.glob("sparsecut/recipes/**/*.*"), *ROOT.glob("sparsecut/shapes/weights/*/*")]
+    command = [sys.executable, script]
+    assert subprocess.run([*command, *own]).returncode == 0
+    done = subprocess.run(
+        [*command, *(tmp_path / name for name in bad)], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert all(name in done.stdout for name in bad)
