@@ -78,6 +78,7 @@ def test_its_health_is_the_servers():
     from fastapi.testclient import TestClient
     from helpers.tiny import tiny_model
 
+    from sparsecut.serving.admission import ServerConfig
     from sparsecut.serving.engine import Engine
     from sparsecut.serving.server import make_app
 
@@ -86,7 +87,10 @@ def test_its_health_is_the_servers():
     assert get_all("EXPOSE") == [route[1]]
     compile(command[-1], "HEALTHCHECK", "exec")
     engine = Engine(*tiny_model())
-    client = TestClient(make_app(engine, token="SECRET"), base_url="http://127.0.0.1:8000")
+    client = TestClient(
+        make_app(engine, ServerConfig(name="tiny", token="SECRET")),
+        base_url="http://127.0.0.1:8000",
+    )
     assert client.get(route[2]).status_code == 200
     engine.close()
 

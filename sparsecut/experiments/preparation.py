@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..config.recipe import Recipe
+from ..config.recipe import Recipe, Source
 from ..plan import Plan
 from ..schema import UserError, read_json_file, write_text_file
 from .inputs import check_inputs, list_sources
@@ -58,11 +58,12 @@ def _read_examples(recipes: Sequence[Recipe]) -> list:
     """All records of training and evaluation, of streams where features are cached."""
     from ..data.examples import read_source
 
-    sources = {}
+    sources: list[Source] = []
     for recipe in recipes:
         for source in list_sources(recipe):
-            if recipe.feature_cache or not source.streaming:
-                sources[source] = None
+            is_read = recipe.feature_cache or not source.streaming
+            if is_read and source not in sources:
+                sources.append(source)
     examples = []
     for source in sources:
         examples += read_source(source, [])

@@ -96,7 +96,7 @@ def test_the_installed_package_is_the_one_that_runs(program, run):
 def test_recipes_are_listed_and_tiny_is_trained(program, run):
     assert "  tiny " in run(program, "recipes")
     steps = ("stages.0.args.max_steps=2", "stages.1.args.max_steps=2")
-    assert "average" in run(program, "train", "tiny", *steps)
+    assert "mean over levels" in run(program, "train", "tiny", *steps)
     assert (run.folder / "runs" / "tiny" / "final" / "config.json").is_file()
     estimate = run(program, "train", "sparsecut-7b", "--dry-run", "--devices", "8")
     assert "stage align" in estimate
