@@ -1,6 +1,6 @@
 """From an image to the views or patches that an encoder reads: how large, and cut where.
 
-There are three ways, the processor's `coarse`. "squash" and "crop" make one view of a fixed size.
+There are three ways, `COARSE_VIEWS`. "squash" and "crop" make one view of a fixed size.
 "native" keeps the aspect ratio: an image becomes a grid of patches, as many as fit its size.
 """
 
@@ -15,9 +15,6 @@ from PIL import Image
 from .pixels import to_rgb
 from .schema import UserError, is_whole_number
 from .view_sizes import as_pair
-
-NATIVE = "native"
-COARSE_VIEWS = ("squash", "crop", NATIVE)
 
 
 def cut_views(image: Image.Image, tiles: int, size, coarse: str = "squash") -> list[Image.Image]:

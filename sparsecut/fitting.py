@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from .any_size import get_patch
 from .configuration import SparseCutConfig
-from .cutting import COARSE_VIEWS, NATIVE, check_pixel_limits
+from .cutting import check_pixel_limits
 from .encoders import FREE_SIZE_KINDS, get_fixed_view_size, get_kind, is_audio
 from .plan import GATES
 from .schema import UserError, nearest
-from .view_sizes import as_pair
+from .view_sizes import COARSE_VIEWS, NATIVE, as_pair
 
 DEFAULT_UNITS = 16  # units per side of a view, where neither the encoder nor the user names a size
 

@@ -172,12 +172,12 @@ class SparseCutModel(SparseCutPreTrainedModel):
         images = next(iter(vision_states.values())) if pixel_values is None else pixel_values
         if not len(images):
             return SparseCutImageFeatures(pooler_output=[])
-        states = self.encode(pixel_values, image_grids) if vision_states is None else vision_states
-        grids = None if image_grids is None else list_grids(image_grids)
-        input_features, *layer_features = self.fusion(states, grids=grids)
+        grids = () if image_grids is None else (list_grids(image_grids),)
+        states = self.encode(pixel_values, *grids) if vision_states is None else vision_states
+        input_features, *layer_features = self.fusion(states, grids=grids[0] if grids else None)
         records = {}
         names = get_requested_records(self.config, kwargs)
-        if names and pixel_values is not None and grids is None:
+        if names and pixel_values is not None and not grids:
             records = record_encoder(self.vision_tower, self.grid, pixel_values, names)
         return SparseCutImageFeatures(
             last_hidden_state=states[max(states)][:, 0],

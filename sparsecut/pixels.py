@@ -96,10 +96,11 @@ def open_upright(file: BinaryIO, what: str = "the image", background=WHITE) -> I
         return rgb
 
 
-def read_size(file: BinaryIO, what: str) -> tuple[int, int]:
-    """Return width and height of an image file without reading its pixels; errors as above."""
+def read_size(file: BinaryIO, what: str, *, upright: bool = False) -> tuple[int, int]:
+    """Return width and height of an image file, as stored or upright; errors as above."""
     with _explained(what), Image.open(file, formats=find_formats()) as image:
-        return image.size
+        is_turned = upright and _read_orientation(image) in range(5, 9)
+        return image.size[::-1] if is_turned else image.size
 
 
 @cache

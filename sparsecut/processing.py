@@ -23,8 +23,6 @@ from .chat_markup import (
     mend_chat_template,
 )
 from .cutting import (
-    COARSE_VIEWS,
-    NATIVE,
     check_pixel_limits,
     choose_grid,
     cut_patches,
@@ -42,7 +40,7 @@ from .pixels import (
 from .plan import MIXERS
 from .saved_code import SavesCode
 from .schema import UserError
-from .view_sizes import as_pair
+from .view_sizes import COARSE_VIEWS, NATIVE, as_pair
 
 # settings of an image processor that change pixel values
 NORMALIZATION = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")

@@ -38,6 +38,8 @@ class SparseCutAudioProcessor(SavesCode, ProcessorMixin):
     num_views = 1
     tiles = 0
 
+    is_any_size = False  # every clip takes as many tokens
+
     def __init__(
         self,
         feature_extractor=None,
@@ -78,6 +80,10 @@ class SparseCutAudioProcessor(SavesCode, ProcessorMixin):
     def expand(self, text: str) -> str:
         """Repeat every placeholder once per audio token."""
         return text.replace(self.audio_token, self.audio_token * self.num_audio_tokens)
+
+    def prepare_images(self, clips: Sequence) -> dict[str, Tensor]:
+        """Make what the model reads of clips: `pixel_values`."""
+        return {"pixel_values": self.pixels(clips)}
 
     def pixels(self, clips: Sequence) -> Tensor:
         """Return the spectrograms of clips, float32 [clips, 1, mels, frames].

@@ -1,7 +1,7 @@
 """From a conversation to the answer, the same way in training, evaluation, chat and serving.
 
 Message contents are strings with the processor's placeholder (`image_token`) for every image. There
-are two kinds of processors. In ours every image takes the same number of image tokens. That of an
+are two kinds of processors. Ours knows the image tokens of an image by its size. That of an
 upgraded model is its base's own, and only a call of it shows how many tokens an image takes.
 """
 
@@ -142,7 +142,11 @@ def get_prefix(processor, messages: list[dict]) -> str:
 
 
 def prepare_inputs(
-    model, processor, prompts: list[str], images: list[list[Image.Image]] | None
+    model,
+    processor,
+    prompts: list[str],
+    images: list[list[Image.Image]] | None,
+    grids: list[list] | None = None,
 ) -> BatchFeature:
     """Encode prompts by `encode_prompts` and move them to the model's device.
 
@@ -151,12 +155,16 @@ def prepare_inputs(
         processor: its processor.
         prompts: texts of `render_prompt`.
         images: the images of each prompt, or None, see `encode_prompts`.
+        grids: see there, too.
     """
-    return encode_prompts(processor, prompts, images).to(model.device)
+    return encode_prompts(processor, prompts, images, grids).to(model.device)
 
 
 def encode_prompts(
-    processor, prompts: list[str], images: list[list[Image.Image]] | None
+    processor,
+    prompts: list[str],
+    images: list[list[Image.Image]] | None,
+    grids: list[list] | None = None,
 ) -> BatchFeature:
     """Encode prompts as model inputs, padded on the left.
 
@@ -165,11 +173,16 @@ def encode_prompts(
         prompts: texts of `render_prompt`.
         images: the images of each prompt. None encodes the texts alone, their placeholders
             expanded, with our own processors only.
+        grids: rows and columns of the images of each prompt. They are needed without images,
+            where images are of any size.
     """
     if images is not None:
         return run_processor(processor, prompts, images, padding_side="left")
     drop_end_token(processor.tokenizer)
-    texts = [processor.expand(prompt) for prompt in prompts]
+    if grids is None:
+        texts = [processor.expand(prompt) for prompt in prompts]
+    else:
+        texts = [processor.expand(*pair) for pair in zip(prompts, grids, strict=True)]
     return processor.tokenizer(
         texts,
         return_tensors="pt",

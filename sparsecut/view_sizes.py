@@ -26,6 +26,10 @@ INTERPOLATING_ENCODERS = (
 ROTARY_ENCODERS = ("dinov3_vit", "mlcd_vision_model", "sapiens2")
 
 
+NATIVE = "native"
+COARSE_VIEWS = ("squash", "crop", NATIVE)  # how an image is fitted to an encoder
+
+
 def as_pair(value) -> tuple:
     """One number, or two, as (height, width)."""
     return tuple(value) if isinstance(value, list | tuple) else (value, value)

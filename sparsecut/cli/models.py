@@ -38,6 +38,11 @@ def build(
     view_size: Annotated[
         Number, option("Pixels of a view, where the encoder takes other sizes than its own.")
     ] = None,
+    coarse: Annotated[
+        str, option("How images are fitted: squash, crop, or native (aspect ratio kept).")
+    ] = "squash",
+    min_pixels: Annotated[Number, option("With native: fewest pixels of a resized image.")] = None,
+    max_pixels: Annotated[Number, option("With native: most pixels of a resized image.")] = None,
     method_options: MethodOptions = None,
 ) -> None:
     """Join a vision encoder and a language model by an untrained fusion."""
@@ -49,7 +54,15 @@ def build(
     check_backbone_place(language, "language")
     from ..building import build, save
 
-    model, processor = build(vision, language, spec, view_size=view_size)
+    model, processor = build(
+        vision,
+        language,
+        spec,
+        view_size=view_size,
+        coarse=coarse,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+    )
     save(model, processor, out)
     echo(f"{describe_model(model)}\n\nwrote {out}; its fusion is untrained")
 

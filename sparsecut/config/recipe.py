@@ -23,6 +23,7 @@ from ..schema import (
     make_tuples,
     write_text_file,
 )
+from ..view_sizes import COARSE_VIEWS, NATIVE
 from .overrides import override
 from .shipped import find_file
 from .source import Source as Source
@@ -34,6 +35,9 @@ TEMPLATES = ("chat", "plain")
 LOSSES = ("tokens", "batches")
 
 
+BUILD_SETTINGS = ("view_size", "coarse", "min_pixels", "max_pixels")
+
+
 @dataclass(frozen=True)
 class Model:
     """Where training starts: a vision encoder and a language model to join, or a base model.
@@ -43,12 +47,18 @@ class Model:
         language: The language model's hub name or folder.
         base: A pretrained VLM, which is upgraded, or a model or shortcuts saved by this package.
         view_size: Pixels of a view's side, where the encoder takes other sizes than its own.
+        coarse: How images are fitted to the encoder, one of `COARSE_VIEWS`; None for "squash".
+        min_pixels: With coarse "native", the fewest pixels of an image after it was resized.
+        max_pixels: With coarse "native", the most.
     """
 
     vision: str | None = None
     language: str | None = None
     base: str | None = None
     view_size: int | None = None
+    coarse: str | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
 
     def __post_init__(self):
         check_types(self)
@@ -60,11 +70,30 @@ class Model:
                 " language model to join, or a pretrained VLM to upgrade or a saved model to"
                 " continue with"
             )
-        if self.base is not None and self.view_size is not None:
-            raise UserError(
-                f"view_size={self.view_size} is for an encoder that is joined, but base={self.base}"
-                " has its own; remove it"
-            )
+        if self.coarse is not None:
+            check_choice("coarse", self.coarse, COARSE_VIEWS)
+        self._check_fitting()
+
+    def _check_fitting(self) -> None:
+        """Refuse settings of images that have no effect."""
+        for name in BUILD_SETTINGS:
+            value = getattr(self, name)
+            if self.base is not None and value is not None:
+                raise UserError(
+                    f"{name}={value} is for an encoder that is joined, but base={self.base} has its"
+                    " own; remove it"
+                )
+            is_limit = name.endswith("_pixels") and value is not None
+            if is_limit and (self.coarse != NATIVE or value < 1):
+                raise UserError(
+                    f"{name} is {value} and coarse is {self.coarse or 'squash'}, but limits are"
+                    " above 0 and need coarse: native; remove it, or set coarse: native"
+                )
+
+    def get_build_settings(self) -> dict:
+        """Return the arguments of `build` that say how images are fitted to the encoder."""
+        settings = {name: getattr(self, name) for name in BUILD_SETTINGS}
+        return settings | {"coarse": self.coarse or "squash"}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -149,7 +150,14 @@ class TrainingData(Dataset):
     @property
     def num_image_tokens(self) -> list[int]:
         """Image tokens of every item; images where only a batch shows their tokens."""
-        return [len(example.images) * self.encoder.tokens_per_image for example in self.examples]
+        if not self._has_own_counts:
+            return [len(x.images) * self.encoder.tokens_per_image for x in self.examples]
+        return [self.encoder.count_image_tokens(self._encode(i)) for i in range(len(self))]
+
+    @property
+    def _has_own_counts(self) -> bool:
+        """Whether images of different sizes have different numbers of tokens, all known."""
+        return getattr(self.encoder.processor, "is_any_size", False)
 
     def _get_length(self, index: int) -> int:
         return self.encoder.get_length(self._encode(index))
@@ -184,14 +192,17 @@ def make_blank_item(
     """
     turns = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "."}]
     medium = get_medium(encoder.processor)
-    example = Example("blank", ["grey"], turns, source="the blank image", medium=medium)
+    image = Image.new("RGB", (64, 64), "grey")
+    file = io.BytesIO()
+    image.save(file, "png")
+    example = Example("blank", [file.getvalue()], turns, source="the blank image", medium=medium)
     unlimited = dataclasses.replace(encoder, limits=NO_LIMITS)
     item = unlimited.encode(example)
     if "labels" in item:
         item["labels"] = torch.full_like(item["labels"], IGNORED)
     if feature_cache is None:
-        silence = Clip(np.zeros(1000, np.float32), 16_000)
-        image = silence if medium == "audio" else Image.new("RGB", (64, 64), "grey")
+        if medium == "audio":
+            image = Clip(np.zeros(1000, np.float32), 16_000)
         return {**item, **encoder.encode_images([image])}
     return {**item, "vision_states": feature_cache.make_blank(tap_views)}
 

@@ -24,6 +24,8 @@ from .length_limits import NO_LIMITS, Limits
 from .native_encoding import NativeExampleEncoder
 from .rendering import Rendered, render_example
 
+GRIDS = "image_grids"
+
 
 class ExampleEncoder(Protocol):
     """What both encoders have in common.
@@ -87,10 +89,10 @@ def example_encoder(
 
 @dataclass(frozen=True)
 class FixedExampleEncoder:
-    """Encodes examples for a built model, where every image takes the same number of tokens.
+    """Encodes examples for a built model, whose processor counts an image's tokens by its size.
 
     Attributes are those of `ExampleEncoder`. An item holds `input_ids` and `labels`, int32 [L], and
-    where there are images `pixel_values` [images, 1 + tiles^2, 3, height, width].
+    where there are images what the processor's `prepare_images` returns.
     """
 
     processor: object
@@ -101,7 +103,7 @@ class FixedExampleEncoder:
 
     @property
     def tokens_per_image(self) -> int:
-        """Image tokens of every image."""
+        """Image tokens of every image; of images of any size, the most."""
         return self.processor.num_image_tokens
 
     def check(self, example: Example, *, open_images: bool = False, is_first: bool = False) -> None:
@@ -120,9 +122,10 @@ class FixedExampleEncoder:
         """
         try:
             rendered = render_example(example, self.processor, self.template, add_end_token=False)
-            ids, labels = self._tokenize(rendered)
-            self._check_number(example, ids)
+            ids, labels = self._tokenize(rendered, example)
             self.limits.check(ids, labels, [self.processor.image_token_id])
+        except RecordError:  # of an image, whose place is told already
+            raise
         except UserError as error:
             raise RecordError(example.place, str(error)) from None
         length = self.limits.max_length
@@ -131,7 +134,7 @@ class FixedExampleEncoder:
             "labels": torch.tensor(labels[:length], dtype=torch.int32),
         }
 
-    def _tokenize(self, rendered: Rendered) -> tuple[list[int], list[int]]:
+    def _tokenize(self, rendered: Rendered, example: Example) -> tuple[list[int], list[int]]:
         """Token ids with all image tokens, and their labels."""
         encoded = self.processor.tokenizer(
             rendered.text,
@@ -140,17 +143,18 @@ class FixedExampleEncoder:
         )
         are_targets = find_target_tokens(encoded["offset_mapping"], rendered.spans)
         ids, labels = [], []
+        self._check_number(example, encoded["input_ids"].count(self.processor.image_token_id))
+        remaining = iter(count_image_tokens(self.processor, example))
         for token, is_target in zip(encoded["input_ids"], are_targets, strict=True):
             is_image = token == self.processor.image_token_id
-            copies = self.processor.num_image_tokens if is_image else 1
+            copies = next(remaining) if is_image else 1
             ids += [token] * copies
             labels += [token if is_target else IGNORED] * copies
         return ids, labels
 
-    def _check_number(self, example: Example, ids: list[int]) -> None:
+    def _check_number(self, example: Example, number: int) -> None:
         """Raise UserError where the text has the model's placeholder without an image, or less."""
         token = self.processor.image_token
-        number = ids.count(self.processor.image_token_id) // self.tokens_per_image
         if number != len(example.images):
             raise UserError(
                 f"the text of the record has {number} {token}, the model's placeholder, for"
@@ -158,8 +162,12 @@ class FixedExampleEncoder:
             )
 
     def encode_images(self, images: list[Image.Image | Clip]) -> dict[str, Tensor]:
-        """Return pixel_values, or nothing where there are no images."""
-        return {"pixel_values": self.processor.pixels(images)} if images else {}
+        """Return what the model reads of images, or nothing where there are none."""
+        return self.processor.prepare_images(images) if images else {}
+
+    def count_image_tokens(self, encoded: dict) -> int:
+        """Return the number of image tokens of what `encode` returned."""
+        return int((encoded["input_ids"] == self.processor.image_token_id).sum())
 
     def get_length(self, encoded: dict) -> int:
         """Return the number of tokens."""
@@ -205,8 +213,19 @@ class FixedExampleEncoder:
         return batch
 
     def get_image_inputs(self, item: dict) -> dict[str, Tensor]:
-        """Return the item's pixel_values."""
-        return {"pixel_values": item["pixel_values"]}
+        """Return the item's pixel_values, and the grids of images of any size."""
+        return {name: item[name] for name in ("pixel_values", GRIDS) if name in item}
+
+
+def count_image_tokens(processor, example: Example) -> list[int]:
+    """Return the image tokens of every image; 1 where only the processor's call shows them.
+
+    Of files of images of any size, no more than the size is read; RecordError for a bad one.
+    """
+    if not getattr(processor, "is_any_size", False):
+        return [get_tokens_per_image(processor) or 1] * len(example.images)
+    grids = [processor.choose_grid(*size) for size in example.read_sizes()]
+    return [processor.count_tokens(grid) for grid in grids]
 
 
 def get_pad_token_id(tokenizer) -> int:
@@ -220,12 +239,14 @@ def join_image_inputs(items: Sequence[dict]) -> dict[str, Tensor | dict[int, Ten
 
     Returns:
         pixel_values [images, V, 3, H, W], or vision_states with tap -> [images, V, N, D], or
-        nothing where no item has an image.
+        nothing where no item has an image. Of images of any size, those of all patches, and
+        image_grids [images, 2].
     """
     inputs = {}
-    pixels = [item["pixel_values"] for item in items if "pixel_values" in item]
-    if pixels:
-        inputs["pixel_values"] = torch.cat(pixels)
+    for name in ("pixel_values", GRIDS):
+        values = [item[name] for item in items if name in item]
+        if values:
+            inputs[name] = torch.cat(values)
     features = [item["vision_states"] for item in items if "vision_states" in item]
     if features:
         inputs["vision_states"] = join_features(features)

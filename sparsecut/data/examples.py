@@ -7,6 +7,7 @@ are kept for scoring.
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import re
 from collections import Counter
@@ -19,6 +20,7 @@ from PIL import Image
 from ..audio import Clip, decode_audio
 from ..config.recipe import Source
 from ..config.yaml_io import expand_path
+from ..pixels import read_size
 from ..schema import UserError
 from .access import DEFAULT_ACCESS, Access, get_access
 from .audio_records import explain_audio, find_medium, put_for_images
@@ -88,6 +90,21 @@ class Example:
             return [self._load_image(image) for image in self.images]
         except UserError as error:
             raise RecordError(self.place, str(error)) from None
+
+    def read_sizes(self) -> list[tuple[int, int]]:
+        """Return height and width of the upright images; RecordError as for `load_images`."""
+        sizes = []
+        for image in self.images:
+            try:
+                if isinstance(image, bytes):
+                    what = "the image stored in the record"
+                    width, height = read_size(io.BytesIO(image), what, upright=True)
+                else:
+                    width, height = self.store.read_size(image)
+            except UserError as error:
+                raise RecordError(self.place, str(error)) from None
+            sizes.append((height, width))
+        return sizes
 
     def _load_image(self, image: str | bytes) -> Image.Image:
         return decode_image(image) if isinstance(image, bytes) else self.store.load(image)

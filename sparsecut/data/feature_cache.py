@@ -77,6 +77,11 @@ def build_feature_cache(
             makes too few views; the disk is too small; or a feature does not fit half precision.
     """
     folder = Path(folder)
+    if processor.is_any_size:
+        raise UserError(
+            "feature_cache holds as many features of every image, but with coarse='native' images"
+            " differ; train without feature_cache, or use coarse='squash'"
+        )
     views = views or get_tap_views(model.plan, model.config.vision_depth)
     if max(views.values()) > processor.num_views:
         raise UserError(

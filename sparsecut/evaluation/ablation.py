@@ -251,7 +251,7 @@ def _explain(model, processor, examples: Sequence[Example], progress, settings: 
 
 def _compute_features(model, processor, examples: Sequence[Example]) -> FeaturesInMemory | None:
     """Vision features of all images, or None where they cannot be cached in memory."""
-    if not model.supports_feature_cache:
+    if not model.supports_feature_cache or getattr(processor, "is_any_size", False):
         return None
     keys = set()
     for example in examples:

@@ -140,7 +140,9 @@ def get_view_settings(processor) -> dict:
         settings = json.dumps(processor.feature_extractor.to_dict(), sort_keys=True)
         return {"settings": hashlib.sha256(settings.encode()).hexdigest()[:16]}
     if get_tokens_per_image(processor) is not None:
-        names = ("image_size", "tiles", "coarse", "num_image_tokens")
+        names = ["image_size", "tiles", "coarse", "num_image_tokens"]
+        if processor.is_any_size:
+            names += ["min_pixels", "max_pixels", "patch_size", "merge_size"]
         return {name: getattr(processor, name) for name in names}
     settings = processor.image_processor.to_dict()
     settings["tokens"] = getattr(processor, "image_seq_length", None)

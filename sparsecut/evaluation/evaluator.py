@@ -24,6 +24,7 @@ from ..config.folder_lock import lock_folder
 from ..config.recipe import Recipe
 from ..config.yaml_io import expand_path
 from ..data.dataset import raise_errors
+from ..data.encoding import count_image_tokens
 from ..data.examples import Example, read_source
 from ..data.feature_cache import check_encoder, get_tap_views
 from ..fingerprint import weights_hash, weights_sum
@@ -208,10 +209,9 @@ def _measure_prompts(model, processor, examples, records, max_new_tokens: int) -
     """
     prompts = [record["prompt"] for record in records]
     token_ids = processor.tokenizer(prompts)["input_ids"]
-    num_extra = (get_tokens_per_image(processor) or 1) - 1
     lengths = []
     for ids, example in zip(token_ids, examples, strict=True):
-        length = len(ids) + len(example.images) * num_extra
+        length = len(ids) + sum(count_image_tokens(processor, example)) - len(example.images)
         _check_prompt_length(model, length, example, max_new_tokens)
         lengths.append(length)
     return lengths

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..any_size import list_grids
 from ..data.examples import Example
 from ..data.feature_cache import get_image_keys, get_tap_views
 from ..prompts import prepare_inputs
@@ -60,18 +61,27 @@ def _trace_joined(model, processor, batch: Sequence[Example], features) -> tuple
 
     Returns:
         Two lists by shortcut: features [P, N', H], before context gates, and hidden states
-        [P * N', H].
+        [P * N', H]. Of images of any size, [tokens, 1, H] and [tokens, H].
     """
     fusion = model.fusion
     shortcuts = model.plan.shortcuts
-    encoded = _encode_images(model, processor, batch, features)
+    prompts = [render_question(example, processor) for example in batch]
+    grids = None
+    if processor.is_any_size:
+        images = [example.load_images() for example in batch]
+        inputs = prepare_inputs(model, processor, prompts, images)
+        grids = list_grids(inputs["image_grids"])
+        encoded = model.encode(inputs.pop("pixel_values"), grids)
+    else:
+        encoded = _encode_images(model, processor, batch, features)
+        inputs = prepare_inputs(model, processor, prompts, None)
     added = []
     for i in range(len(shortcuts)):
         with only(fusion, i):
-            outputs = fusion(encoded)
-        added.append(outputs[fusion.get_position(i)])
-    prompts = [render_question(example, processor) for example in batch]
-    inputs = prepare_inputs(model, processor, prompts, None)
+            outputs = fusion(encoded, grids=grids)[fusion.get_position(i)]
+        if grids is not None:  # images of several sizes
+            outputs = torch.cat(outputs).unsqueeze(1)
+        added.append(outputs)
     inputs["vision_states"] = encoded
     hidden_states = _get_hidden_states(model, inputs)
     hidden_states[0] = added[fusion.main].flatten(0, 1)

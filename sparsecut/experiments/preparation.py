@@ -33,7 +33,7 @@ def prepare(study: Study, log: Log) -> None:
 
     tiles = _find_tiles(study, vision, language)
     widest = {"method": "hires_channels", "tiles": tiles}
-    model, processor = build(vision, language, widest)
+    model, processor = build(vision, language, widest, **recipe.model.get_build_settings())
     examples = _read_examples(recipes)
     check_inputs(Path(study.output), recipes, examples, model, processor, log)
 

@@ -150,6 +150,9 @@ def _estimate_stage(
         dtype: The dtype that the stage computes in.
     """
     facts = read_record_facts(stage)
+    facts.images *= estimated.views_per_image
+    if facts.max_images is not None:
+        facts.max_images *= estimated.views_per_image
     row = describe_row(stage, facts, model.config.num_image_tokens if model is not None else 0)
     whole_model = model if estimated.upgraded is None else estimated.upgraded
     parameters, trained = _count_parameters(stage, estimated, whole_model)

@@ -6,6 +6,7 @@ asked.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ..adapters import get_adapted_part, get_part_module
 from ..config.recipe import Recipe, Stage
 from ..config.yaml_io import expand_path
 from ..configuration import SparseCutConfig, SparseCutUpgradeConfig
+from ..fitting import Fitting
 from ..loading import load_pretrained
 from ..modeling_upgraded import FACTS, SparseCutUpgrade
 from ..plan import Plan, Shortcut
@@ -40,12 +42,14 @@ class EstimatedModel:
         upgraded: The upgraded model itself, of fake tensors. None where the model is built.
         is_saved: Whether this package has saved the base, so that it is loaded as it is.
         notes: What was assumed.
+        views_per_image: Views that the largest image takes, where images are of any size.
     """
 
     config: SparseCutConfig | None
     upgraded: SparseCutUpgrade | None = None
     is_saved: bool = False
     notes: list[str] = field(default_factory=list)
+    views_per_image: int = 1
 
 
 def estimate_model(recipe: Recipe, mode: FakeTensorMode) -> EstimatedModel:
@@ -63,8 +67,20 @@ def estimate_model(recipe: Recipe, mode: FakeTensorMode) -> EstimatedModel:
     notes: list[str] = []
     vision = _read_config(recipe.model.vision, "vision", notes)
     language = _read_config(recipe.model.language, "language", notes)
-    config = build_config(vision, language, recipe.fusion, recipe.model.view_size)
-    return EstimatedModel(config, notes=notes)
+    model = recipe.model
+    fitting = Fitting(model.coarse or "squash", model.min_pixels, model.max_pixels)
+    encoder = getattr(vision, "vision_config", vision)
+    view_size = fitting.choose_view_size(encoder, model.view_size)
+    config = build_config(vision, language, recipe.fusion, view_size)
+    most = fitting.complete(config).max_pixels
+    num_views = 1
+    if most is not None:
+        num_views = math.ceil(most / math.prod(config.grid.view[-2:]))
+        notes.append(
+            f"images of any size are counted as the largest, of {most:,} pixels or {num_views}"
+            " views; most take less"
+        )
+    return EstimatedModel(config, views_per_image=num_views, notes=notes)
 
 
 def count_trained(model: nn.Module, name: str, stage: Stage) -> int:

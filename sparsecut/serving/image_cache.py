@@ -19,11 +19,13 @@ class PreparedImage:
         digest: SHA-256 of its size and pixels.
         image: The image in RGB; None where the views are known.
         views: What the encoder reads of it, [1, V, 3, h, w]; None where the image is cached.
+        grid: Of an image of any size, rows and columns of patches, int64 [1, 2].
     """
 
     digest: str
     image: Image.Image | None = None
     views: Tensor | None = None
+    grid: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:

@@ -20,7 +20,7 @@ from ..prompts import get_max_length, make_greedy_config, prepare_inputs
 from ..schema import UserError
 from .decoding import GenerationRow, PerRowSampler
 from .image_cache import ImageFeatureCache, PreparedImage, hash_image
-from .prompt_reader import PromptReader
+from .prompt_reader import PromptReader, list_grids
 
 # Base models of which an image's features are known to be the same alone as in a batch.
 CACHEABLE_BASES = ("llava", "qwen2_5_vl")
@@ -84,7 +84,8 @@ class ModelRunner:
         image = to_rgb(image)
         digest = hash_image(image)
         if self.uses_views:
-            return PreparedImage(digest, views=self.processor.pixels([image]))
+            inputs = self.processor.prepare_images([image])
+            return PreparedImage(digest, None, inputs["pixel_values"], inputs.get("image_grids"))
         return PreparedImage(digest, image=image)
 
     @torch.inference_mode()
@@ -122,7 +123,8 @@ class ModelRunner:
             whole_images = []
             for row in images:
                 whole_images.append([image.image for image in row])
-        return dict(prepare_inputs(self.model, self.processor, prompts, whole_images))
+        grids = list_grids(images)
+        return dict(prepare_inputs(self.model, self.processor, prompts, whole_images, grids))
 
     def _build_inputs(
         self,
@@ -165,7 +167,7 @@ class ModelRunner:
 
     def _encode_views(self, image: PreparedImage) -> list[Tensor]:
         views = image.views.to(self.model.device)
-        output = self.model.get_image_features(views)
+        output = self.model.get_image_features(views, image_grids=image.grid)
         by_layer = [output.pooler_output]
         if output.deepstack_features:
             by_layer += output.deepstack_features

@@ -115,7 +115,7 @@ class PromptReader:
         whole_images = None if self.uses_views else [[image.image for image in images]]
         try:
             with self._borrow() as processor:
-                inputs = encode_prompts(processor, [prompt], whole_images)
+                inputs = encode_prompts(processor, [prompt], whole_images, list_grids([images]))
         except UserError:
             raise
         except ValueError as error:  # such as an image that is too long for its height
@@ -123,6 +123,18 @@ class PromptReader:
                 f"the model's processor refuses the images: {error}; send others"
             ) from None
         return inputs["input_ids"].shape[1]
+
+
+def list_grids(images: Sequence[Sequence[PreparedImage]]) -> list[list] | None:
+    """Rows and columns of the images of each prompt; None where every image takes as many tokens.
+
+    Args:
+        images: The images of each prompt.
+    """
+    grids = []
+    for row in images:
+        grids.append([image.grid[0].tolist() for image in row if image.grid is not None])
+    return grids if any(grids) else None
 
 
 def _check_arguments(processor, arguments: dict[str, Any]) -> None:

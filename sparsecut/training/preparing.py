@@ -178,7 +178,7 @@ def _load_start(inputs: RunInputs, model, processor) -> tuple:
     if recipe.model.base is None:
         vision = expand_path(recipe.model.vision)
         language = expand_path(recipe.model.language)
-        return build(vision, language, recipe.fusion, view_size=recipe.model.view_size)
+        return build(vision, language, recipe.fusion, **recipe.model.get_build_settings())
     base = expand_path(recipe.model.base)
     if is_saved(base):
         return load(base)
