@@ -1,5 +1,6 @@
 """Training, evaluation, chat, serving and ablation on images of any size."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -73,6 +74,22 @@ def test_a_recipe_keeps_the_limits_in_the_saved_model(trained):
     _, processor, _ = trained
     assert (processor.coarse, processor.max_pixels) == ("native", 4 * 48 * 48)
     assert processor.min_pixels == 48 * 48
+
+
+def test_images_in_tables_and_in_records_are_counted_too(trained, records, tmp_path):
+    _, _, examples = trained
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    files = [(records / example.images[0]).read_bytes() for example in examples]
+    turns = [{"from": "human", "value": "<image>\nwhat"}, {"from": "gpt", "value": "red"}]
+    table = {"image": [{"bytes": file, "path": None} for file in files]}
+    table["conversations"] = [turns] * len(files)
+    parquet.write_table(pyarrow.table(table), tmp_path / "data.parquet")
+    stored = read_examples(tmp_path / "data.parquet")
+    inline = [dataclasses.replace(x, images=[f]) for x, f in zip(stored, files, strict=True)]
+    for example, in_table, in_record in zip(examples, stored, inline, strict=True):
+        sizes = [(image.height, image.width) for image in example.load_images()[:1]]
+        assert in_table.read_sizes() == in_record.read_sizes() == sizes
 
 
 def test_an_example_has_as_many_tokens_as_the_processor_writes(trained):

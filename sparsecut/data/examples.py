@@ -95,13 +95,11 @@ class Example:
         """Return height and width of the upright images; RecordError as for `load_images`."""
         sizes = []
         for image in self.images:
+            what = "the image stored in the record" if isinstance(image, bytes) else image
             try:
-                if isinstance(image, bytes):
-                    what = "the image stored in the record"
-                    width, height = read_size(io.BytesIO(image), what, upright=True)
-                else:
-                    width, height = self.store.read_size(image)
-            except UserError as error:
+                data = image if isinstance(image, bytes) else self.store.read_bytes(image)
+                width, height = read_size(io.BytesIO(data), what, upright=True)
+            except (UserError, OSError) as error:
                 raise RecordError(self.place, str(error)) from None
             sizes.append((height, width))
         return sizes

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..pixels import open_upright, read_size
+from ..pixels import open_upright
 from ..schema import UserError
 from .access import DEFAULT_ACCESS, Access, find_image, read_file
 from .archives import check_member, iterate_members, refuse_damaged, show_name
@@ -84,21 +84,13 @@ class ImageStore:
         Raises:
             UserError: The image is missing or broken.
         """
-        return open_upright(*self._open(name))
-
-    def read_size(self, name: str) -> tuple[int, int]:
-        """Return width and height of the upright image; errors as above."""
-        return read_size(*self._open(name), upright=True)
-
-    def _open(self, name: str) -> tuple[io.BytesIO, str]:
-        """The file of an image, and what it is, for the message of an error."""
         self.check(name)
         what = f"the image {name} in {self.path}"
         try:
             data = self.read_bytes(name)
         except OSError as error:
             raise UserError(f"{what} cannot be read: {error}") from None
-        return io.BytesIO(data), what
+        return open_upright(io.BytesIO(data), what)
 
     def find_file(self, name: str) -> Path:
         """Return the file that holds an image: its own, or the archive."""
