@@ -6,6 +6,7 @@ Shapes use the letters of mixers.py, and H for the width of the language model:
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from .mixers import arrange_grains, build_mixer
 from .plan import GATES, Plan
 from .schema import UserError
+
+logger = logging.getLogger(__name__)
 
 Start = float | tuple[float, float]  # a constant, or bounds of a uniform distribution
 
@@ -375,6 +378,32 @@ class Fusion(nn.Module):
             elif module is not self and hasattr(module, "initial_values"):
                 yield from module.initial_values()
         yield self.gates, GATES[self.plan.gate].start
+
+
+def check_adapted_fusion(fusion: Fusion) -> None:
+    """Check that shortcuts can learn, or have learned, where PEFT decides what is trained.
+
+    Args:
+        fusion: The shortcuts, also inside PEFT's wrapper for modules that are trained in full.
+
+    Raises:
+        UserError: Adapters were put inside, behind gates that are zero and stay so.
+    """
+    is_closed = isinstance(fusion.gates, nn.Parameter) and fusion.gates.numel() > 0
+    is_closed = is_closed and not (fusion.gates.requires_grad or fusion.gates.any())
+    is_trained = any(parameter.requires_grad for parameter in fusion.parameters())
+    remedy = "give modules_to_save=['fusion'] to PEFT, which trains it in full"
+    if is_closed and is_trained:
+        raise UserError(
+            "adapters were put inside the fusion, but its gates are zero and frozen, so its"
+            f" shortcuts would never learn; {remedy}"
+        )
+    ends = [fusion.get_path(number).linear_2.weight for number in fusion.gated]
+    is_zero = GATES[fusion.plan.gate].zero_projector and not any(end.any() for end in ends)
+    if not is_trained and (is_closed or is_zero):
+        logger.warning(
+            f"the shortcuts have learned nothing yet and are frozen, so they do nothing; {remedy}"
+        )
 
 
 def _group_by_weights(plan: Plan) -> list[list[int]]:

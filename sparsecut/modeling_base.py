@@ -19,7 +19,7 @@ from transformers.modeling_outputs import (
 )
 
 from .encoders import PatchGrid, encoder_inputs
-from .fusion import Fusion
+from .fusion import Fusion, check_adapted_fusion
 from .hooks import CACHE_NAMES, remove_gradient_hooks
 from .loading import check_finite, check_loaded_weights, find_compute_dtype, is_quantized
 from .plan import Plan
@@ -47,6 +47,7 @@ class SparseCutPreTrainedModel(PreTrainedModel):
     supports_feature_cache: ClassVar[bool] = True
     supports_packing: ClassVar[bool] = True
     has_head: ClassVar[bool] = False
+    _has_checked_adapters = False
     plan: Plan
     fusion: Fusion
 
@@ -151,6 +152,13 @@ class SparseCutPreTrainedModel(PreTrainedModel):
         vision = self.parameter_groups()["vision"]
         if not any(p.requires_grad for p in vision):
             remove_gradient_hooks(self, vision)
+
+    def train(self, mode: bool = True):
+        """Set the mode; see `check_adapted_fusion` for what is refused inside PEFT's wrapper."""
+        if mode and getattr(self, "peft_config", None) and not self._has_checked_adapters:
+            check_adapted_fusion(self.fusion)
+            self._has_checked_adapters = True
+        return super().train(mode)
 
     def include_fusion(self, values: Tensor, is_used: bool) -> Tensor:
         """Add a zero that depends on every trained parameter of an unused fusion, in training.

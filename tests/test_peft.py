@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from helpers.tiny import tiny_model
 from helpers.trl_runs import KINDS, build_for_trl, encode_as_we_do
 
 from sparsecut.building import load, save
 from sparsecut.modeling_base import is_sparsecut_model
+from sparsecut.schema import UserError
 
 peft = pytest.importorskip("peft")
 WHOLE = {"target_modules": "all-linear", "modules_to_save": ["fusion"]}
@@ -104,3 +106,21 @@ def test_targets_that_match_the_fusion_leave_its_layers_whole(kind):
     inside = [name for name, _ in adapted.named_modules() if "lora_A" in name]
     assert inside
     assert not any("fusion" in name for name in inside)
+
+
+def test_shortcuts_that_could_never_learn_are_refused_and_frozen_new_ones_told(caplog):
+    zero = {"method": "sparsecut", "pattern": "sparse", "gate": "zero"}
+    inside = peft.get_peft_model(tiny_model(zero)[0], peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(UserError, match="modules_to_save"):
+        inside.train()
+    assert not inside.eval().training
+    settings = peft.LoraConfig(target_modules=r".*language_model.*q_proj")
+    peft.get_peft_model(tiny_model(zero)[0], settings).train()
+    assert "modules_to_save" in caplog.text
+    caplog.clear()
+    for plan in (zero, {**zero, "gate": "one"}):
+        peft.get_peft_model(tiny_model(plan)[0], peft.LoraConfig(**WHOLE)).train()
+    learned = tiny_model(zero)[0]
+    torch.nn.init.ones_(learned.fusion.gates)
+    peft.get_peft_model(learned, peft.LoraConfig(target_modules="all-linear")).train()
+    assert "modules_to_save" not in caplog.text
