@@ -168,7 +168,7 @@ BAD = {
     ),
     "an object as an answer": ({**QA, "answer": {"x": 1}}, ["`answer`", "x"]),
     "functions": ({**write_messages("what"), "functions": [{"name": "x"}]}, ["`functions`"]),
-    "audio": ({**QA, "audio": "a.wav"}, ["`audio`"]),
+    "video": ({**QA, "videos": ["a.mp4"]}, ["`videos`"]),
     "an answer of yes": ({**QA, "answer": True}, ["`answer`", "True"]),
     "no answer": ({"question": "what", "answers": [None, ""]}, ["`answers`"]),
     "an answer with an image": ({**QA, "answer": "<image>"}, ["`answer`", "<image>"]),
@@ -320,10 +320,10 @@ def test_wrong_columns_are_refused(image_folder, columns, facts):
 
 
 def test_every_key_of_a_form_may_have_another_name():
-    keys = {"id", "image", "images", "group", "level", "system", "history", "input"}
+    keys = {"id", "image", "images", "audio", "audios", "group", "level", "system", "history"}
     for form in record_forms.FORMS:
         keys.update(form.keys)
-    assert keys - {"chosen", "rejected"} == set(RECORD_KEYS)
+    assert (keys | {"input"}) - {"chosen", "rejected"} == set(RECORD_KEYS)
 
 
 @pytest.mark.parametrize("form", [form for form in record_forms.FORMS if form.example])
