@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.runs import log, run, stage
-from helpers.shards import write_shards
+from helpers.shards import write_folders, write_shards
 
+from sparsecut.config.source import Source
 from sparsecut.data import form_choice
 from sparsecut.data.record_forms import FORMS
 
@@ -17,12 +18,22 @@ BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
 RECORDS = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", PAGE, flags=re.DOTALL)]
 
 
+HUB = {
+    "path": "HuggingFaceM4/the_cauldron",
+    "name": "vqav2",
+    "split": "train",
+    "revision": "main",
+    "streaming": True,
+}
+
+
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory):
     """A folder in which `mine` holds the page's files."""
     folder = tmp_path_factory.mktemp("page")
     (folder / "mine").mkdir()
     write_shards(folder / "mine")
+    write_folders(folder / "mine")
     german = {"frage": "what is it", "antwort": "a cat", "bild": "0.png"}
     (folder / "mine" / "german.jsonl").write_text(json.dumps(german))
     return folder
@@ -32,6 +43,9 @@ def mine(tmp_path_factory):
 def test_every_block_of_the_page_trains(mine, number, monkeypatch):
     monkeypatch.chdir(mine)
     changes = yaml.safe_load(BLOCKS[number])
+    if changes["data"] == HUB:  # `test_hub_data` reads such a source
+        Source(**changes["data"])
+        return
     args = {"max_steps": 2, **changes.pop("args", {})}
     run(mine, {**stage(mine, args=args), **changes}, output=str(mine / f"out-{number}"))
     assert len(log(mine, output=f"out-{number}")) == 2

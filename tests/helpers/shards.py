@@ -1,5 +1,6 @@
 """The twelve records of the tests' runs as files of every kind that is read."""
 
+import csv
 import io
 import json
 import tarfile
@@ -26,6 +27,34 @@ def write_shards(folder: Path) -> None:
     table = datasets.Dataset.from_list([_embed_images(folder, record) for record in records])
     table.save_to_disk(folder / "saved")
     table.to_parquet(folder / "table.parquet")
+
+
+def write_folders(folder: Path) -> None:
+    """Write table.csv, splits/, album/, pets/ and clone/ beside what `write_shards` has written."""
+    records = json.loads((folder / "data.json").read_text())
+    saved = datasets.load_from_disk(str(folder / "saved"))
+    datasets.DatasetDict(train=saved, test=saved.select(range(3))).save_to_disk(folder / "splits")
+    with (folder / "table.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "image", "question", "answer"])
+        for record in records:
+            question, answer = (turn["value"] for turn in record["conversations"])
+            names = record["image"] or []
+            cell = json.dumps(names) if len(names) > 1 else "".join(names)
+            writer.writerow([record["id"], cell, question, answer])
+    for place in ("album", "pets/train/cat", "pets/train/dog", "clone/data"):
+        (folder / place).mkdir(parents=True)
+    lines = []
+    for number, kind in ((0, "cat"), (1, "dog"), (2, "cat")):
+        data = (folder / f"{number}.png").read_bytes()
+        (folder / "album" / f"{number}.png").write_bytes(data)
+        (folder / "pets" / "train" / kind / f"{number}.png").write_bytes(data)
+        turns = records[number]["conversations"]
+        lines.append(json.dumps({"file_name": f"{number}.png", "conversations": turns}) + "\n")
+    (folder / "album" / "metadata.jsonl").write_text("".join(lines))
+    saved.to_parquet(folder / "clone" / "data" / "train-00000-of-00001.parquet")
+    configs = "---\nconfigs:\n- config_name: pictures\n  data_files: data/train-*\n---\n"
+    (folder / "clone" / "README.md").write_text(configs)
 
 
 def _write_archive(path: Path, records: list[dict]) -> None:
