@@ -23,9 +23,10 @@ from transformers import (
 
 from .adapters import load_adapters
 from .configuration import SparseCutConfig, SparseCutUpgradeConfig, check_language_model
+from .encoder_classes import find_encoder_class
 from .encoders import (
     check_extractor,
-    find_encoder_class,
+    count_blocks,
     get_encoder,
     is_audio,
     show_all_patches,
@@ -304,7 +305,7 @@ def read_depths(vision: str | nn.Module, language: str | nn.Module, **hub) -> tu
     vision_config = _read_config(resolve(vision, "vision"), "vision", hub)
     text_config = _read_config(resolve(language, "language"), "language", hub)
     vision_config = getattr(vision_config, "vision_config", vision_config)
-    return vision_config.num_hidden_layers, text_config.get_text_config().num_hidden_layers
+    return count_blocks(vision_config), text_config.get_text_config().num_hidden_layers
 
 
 def resolve(source, part: str):

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.utils import CONFIG_NAME
 
-from .encoders import PatchGrid, is_audio, read_grid
+from .encoders import PatchGrid, count_blocks, is_audio, is_staged, read_grid
 from .loading import check_runs_no_code
 from .methods import make_plan
 from .plan import Plan
@@ -91,7 +91,7 @@ class SparseCutConfig(PreTrainedConfig):
     @property
     def vision_depth(self) -> int:
         """Number of encoder blocks."""
-        return self.vision_config.num_hidden_layers
+        return count_blocks(self.vision_config)
 
     @property
     def language_depth(self) -> int:
@@ -101,7 +101,10 @@ class SparseCutConfig(PreTrainedConfig):
     @property
     def grid(self) -> PatchGrid:
         """Shape of a view and layout of its patches, read from the encoder's configuration."""
-        return read_grid(self.vision_config, self.view_size)
+        taps = None
+        if is_staged(self.vision_config):
+            taps = self.get_plan().resolved_taps(self.vision_depth)
+        return read_grid(self.vision_config, self.view_size, taps)
 
     @property
     def num_patches(self) -> int:

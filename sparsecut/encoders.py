@@ -11,17 +11,24 @@ To add an encoder whose inputs or outputs are of another form: add its `model_ty
 
 from __future__ import annotations
 
-import inspect
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from .encoder_classes import INTERPOLATION, asks_for_interpolation, find_encoder_class
 from .schema import UserError
+from .staged_encoders import (
+    TapShape,
+    choose_common,
+    is_staged,
+    list_shapes,
+    read_stages,
+    to_common,
+)
 from .view_sizes import as_pair, read_view
 
 
@@ -41,6 +48,9 @@ class PatchGrid:
         frames: How often an image is repeated, as if it were a video.
         interpolates: The encoder is asked to interpolate its positions, for views of another size
             than its own.
+        shapes: Of encoders in stages: what each tap has by itself, from tap 0 on.
+        layout: Of encoders in stages: how their states lie, see `staged_encoders.Stages`.
+        blocks: Of encoders in stages: the names of their lists of blocks.
     """
 
     kind: str
@@ -53,11 +63,19 @@ class PatchGrid:
     window: int = 0
     frames: int = 1
     interpolates: bool = False
+    shapes: tuple[TapShape, ...] = ()
+    layout: str = ""
+    blocks: tuple[str, ...] = ()
 
     @property
     def num_patches(self) -> int:
         """Patches of one view."""
         return self.rows * self.columns
+
+    @property
+    def tap_widths(self) -> tuple[int, ...]:
+        """Width of each tap from 0 on, where they differ; else none."""
+        return tuple(shape.width for shape in self.shapes)
 
 
 # Encoders that do not simply take [views, 3, height, width] and put prefix tokens first.
@@ -80,34 +98,31 @@ ENCODER_KINDS = {
     "vit_mae": "masked",
     "whisper": "audio",
 }
-INTERPOLATION = "interpolate_pos_encoding"  # argument of an encoder's forward
 FREE_SIZE_KINDS = ("qwen", "pixtral", "naflex")  # they take views of any size
 
 # Encoders with an image size and a patch size whose blocks do not return one state per patch, row
 # by row. Their widths or grids differ from block to block, or they take videos.
 UNSUPPORTED_ENCODERS = (
-    "convnext",
-    "convnextv2",
-    "donut-swin",
-    "hiera",
-    "maskformer-swin",
     "mgp-str",
-    "swin",
     "swin2sr",
-    "swinv2",
     "timesformer",
     "videomae",
     "vivit",
 )
 
 
-def read_grid(config, view_size: int | list | tuple | None = None) -> PatchGrid:
+def read_grid(
+    config,
+    view_size: int | list | tuple | None = None,
+    taps: Iterable[int] | None = None,
+) -> PatchGrid:
     """The grid of an encoder, read from its configuration.
 
     Args:
         config: The encoder's configuration.
         view_size: Pixels of a view, or (height, width). Encoders of images of any size may need
             it. Those that interpolate their positions take it in place of their own.
+        taps: The taps that are read; None for all. They decide the grid of encoders in stages.
 
     Raises:
         UserError: The blocks do not return one fixed grid of patches, or a view is not a whole
@@ -116,6 +131,8 @@ def read_grid(config, view_size: int | list | tuple | None = None) -> PatchGrid:
     kind = get_kind(config)
     if kind == "audio":
         return _read_audio_grid(config, view_size)
+    if kind == "staged":
+        return _read_staged_grid(config, view_size, taps)
     patch = as_pair(getattr(config, "patch_size", None))
     _check_one_grid(config, kind, patch)
     _check_nothing_is_random(config)
@@ -147,7 +164,14 @@ def read_grid(config, view_size: int | list | tuple | None = None) -> PatchGrid:
 
 def get_kind(config) -> str:
     """How an encoder takes its views: a key of `INPUTS`."""
+    if is_staged(config):
+        return "staged"
     return ENCODER_KINDS.get(config.model_type, "plain")
+
+
+def count_blocks(config) -> int:
+    """Blocks of an encoder, over all its stages."""
+    return sum(read_stages(config).depths) if is_staged(config) else config.num_hidden_layers
 
 
 def is_audio(config) -> bool:
@@ -174,7 +198,7 @@ def _check_one_grid(config, kind: str, patch: tuple) -> None:
     raise UserError(
         f"the vision encoder {config.model_type} has {values}, but SparseCut needs a stack of"
         " blocks over one fixed grid of patches; use an encoder like CLIP, SigLIP, ViT, DINOv2,"
-        " Pixtral or Qwen2-VL's (hierarchical and masked ones are not supported)"
+        " Swin, ConvNeXt, Pixtral or Qwen2-VL's"
     )
 
 
@@ -206,6 +230,29 @@ def get_fixed_view_size(config) -> tuple:
     return as_pair(getattr(config, "image_size", None))
 
 
+def _read_staged_grid(config, view_size, taps: Iterable[int] | None) -> PatchGrid:
+    stages = read_stages(config)
+    unit = (stages.unit, stages.unit)
+    fixed = as_pair(getattr(config, "image_size", None))
+    asks = view_size is not None and asks_for_interpolation(config)
+    is_free = stages.is_any_size
+    height, width = read_view(config, view_size, fixed, unit, is_free=is_free, asks=asks)
+    shapes = list_shapes(stages, height, width)
+    common = choose_common(shapes, taps)
+    return PatchGrid(
+        kind="staged",
+        view=(getattr(config, "num_channels", 3), height, width),
+        rows=common.rows,
+        columns=common.columns,
+        width=common.width,
+        patch=(height // common.rows, width // common.columns),
+        interpolates=asks and (height, width) != fixed,
+        shapes=shapes,
+        layout=stages.layout,
+        blocks=stages.blocks,
+    )
+
+
 def _read_audio_grid(config, view_size) -> PatchGrid:
     num_frames = config.max_source_positions
     if view_size is not None:
@@ -222,40 +269,6 @@ def _read_audio_grid(config, view_size) -> PatchGrid:
 def get_encoder(model: nn.Module) -> nn.Module:
     """The encoder itself; of an encoder-decoder pair such as Whisper, its encoder."""
     return model.get_encoder() if is_audio(model.config) else model
-
-
-def find_encoder_class(config) -> type:
-    """The class of a configuration's encoder: AutoModel's, or that of the configuration's folder.
-
-    Raises:
-        UserError: transformers has no such class.
-    """
-    # Not above: configurations are registered while transformers imports its Auto classes.
-    from transformers import MODEL_MAPPING
-
-    kind = type(config)
-    if kind in MODEL_MAPPING:
-        return MODEL_MAPPING[kind]
-    # AutoModel does not list encoders that are always a part of a larger model.
-    name = kind.__module__.replace(".configuration_", ".modeling_")
-    has_file = name != kind.__module__ and find_spec(name) is not None
-    candidates = list(vars(import_module(name)).values()) if has_file else []
-    found = {}
-    for candidate in candidates:
-        runs = isinstance(candidate, type) and vars(candidate).get("forward") is not None
-        if runs and getattr(candidate, "config_class", None) is kind:
-            found[candidate.__name__.endswith("Model"), -len(candidate.__name__)] = candidate
-    if not found:
-        raise UserError(
-            f"transformers has no model for the configuration {kind.__name__}; give an encoder that"
-            " has one, such as CLIP, SigLIP, ViT or DINOv2"
-        )
-    return found[max(found)]
-
-
-def asks_for_interpolation(config) -> bool:
-    """Whether an encoder's forward must be asked to interpolate its positions."""
-    return INTERPOLATION in inspect.signature(find_encoder_class(config).forward).parameters
 
 
 def make_encoder(config, dtype: torch.dtype | None = None) -> nn.Module:
@@ -317,6 +330,7 @@ INPUTS = {
     "class_last": make_plain_inputs,
     "detection": make_plain_inputs,
     "masked": make_masked_inputs,
+    "staged": make_plain_inputs,
     "audio": make_audio_inputs,
 }
 
@@ -352,13 +366,16 @@ PREFIXED_KINDS = ("plain", "masked")
 MIXED_KINDS = {"class_last": 0, "detection": 1}
 
 
-def to_raster_order(grid: PatchGrid, states: Tensor, num_views: int) -> Tensor:
+def to_raster_order(
+    grid: PatchGrid, states: Tensor, num_views: int, tap: int | None = None
+) -> Tensor:
     """Bring states as a block returns them into raster order, without prefix tokens.
 
     Args:
         grid: The encoder's grid.
         states: What a block returned for all views, in the encoder's own layout.
         num_views: Number of views.
+        tap: Which tap it is, needed for encoders in stages.
 
     Returns:
         [views, N, D].
@@ -366,6 +383,9 @@ def to_raster_order(grid: PatchGrid, states: Tensor, num_views: int) -> Tensor:
     Raises:
         UserError: The states are not of this grid.
     """
+    if grid.shapes:
+        common = TapShape(grid.rows, grid.columns, grid.width)
+        return to_common(states, grid.shapes[tap], common, grid.layout)
     num_patches = grid.num_patches
     shape = tuple(states.shape)
     is_packed = grid.kind in ("qwen", "pixtral")

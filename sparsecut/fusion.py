@@ -142,6 +142,7 @@ class Fusion(nn.Module):
         language_dim: Width of the language model, H.
         rows: Patch rows of a view.
         num_under: Patches under one image token, side by side, for models that merge patches.
+        tap_widths: Channels of each tap from 0 on, where zeros follow them up to `vision_dim`.
 
     Attributes:
         main: The number of the first shortcut into the input, which has no gate.
@@ -166,11 +167,13 @@ class Fusion(nn.Module):
         language_dim: int,
         rows: int,
         num_under: int = 1,
+        tap_widths: Sequence[int] = (),
     ):
         super().__init__()
         self.plan = plan
         self.rows = rows
         self.vision_dim = vision_dim
+        self.tap_widths = tuple(tap_widths)
         self.main = plan.input_number
         self.gated = [i for i in range(len(plan.shortcuts)) if i != self.main]
         self.groups = _group_by_weights(plan)
@@ -283,14 +286,14 @@ class Fusion(nn.Module):
         if grids is not None:
             return self._fuse_grids(features, grids)
         if grains is None:
-            grains = {tap: self._arrange(states) for tap, states in features.items()}
+            grains = {tap: self._arrange(states, tap) for tap, states in features.items()}
         outputs = self._compute_shortcuts(grains)
         return tuple(self._combine(layer, outputs) for layer in self.plan.fused_layers)
 
     def _fuse_grids(self, features: Mapping[int, Tensor], grids: Sequence) -> tuple:
         """The features of images of several grids; those of one grid together."""
         sizes = [rows * columns for rows, columns in grids]
-        images = {tap: self.normalize(states).split(sizes) for tap, states in features.items()}
+        images = {tap: self.normalize(x, tap).split(sizes) for tap, x in features.items()}
         fused: list[list] = [[None] * len(grids) for _ in self.plan.fused_layers]
         for grid in dict.fromkeys(grids):
             members = [number for number, other in enumerate(grids) if other == grid]
@@ -304,14 +307,23 @@ class Fusion(nn.Module):
                     by_image[number] = values
         return tuple(fused)
 
-    def _arrange(self, states: Tensor) -> Tensor:
+    def _arrange(self, states: Tensor, tap: int) -> Tensor:
         tiles = self.plan.tiles if states.shape[1] > 1 else 0
-        return arrange_grains(self.normalize(states), tiles, self.rows)
+        return arrange_grains(self.normalize(states, tap), tiles, self.rows)
 
-    def normalize(self, states: Tensor) -> Tensor:
-        """Return encoder states [..., D] in the fusion's dtype, normalized if the plan has `norm`."""
+    def normalize(self, states: Tensor, tap: int | None = None) -> Tensor:
+        """Return encoder states [..., D] in the fusion's dtype, normalized if the plan has `norm`.
+
+        Args:
+            states: The states.
+            tap: Their tap. Where taps have widths of their own, zeros behind them stay zeros.
+        """
         states = states.to(self.paths[0].linear_1.weight.dtype)
-        return F.layer_norm(states, (self.vision_dim,)) if self.plan.norm else states
+        if not self.plan.norm:
+            return states
+        width = self.tap_widths[tap] if self.tap_widths else self.vision_dim
+        normed = F.layer_norm(states[..., :width], (width,))
+        return F.pad(normed, (0, self.vision_dim - width)) if width < self.vision_dim else normed
 
     def _compute_shortcuts(
         self, grains: Mapping[int, Tensor], rows: int | None = None

@@ -23,8 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import CompileableContextVar
 
 from .encoders import PatchGrid, encoder_inputs, takes_plain_views, to_raster_order
-from .layers import find_layers
+from .layers import find_blocks, find_layers
 from .schema import UserError
+from .staged_encoders import make_skipped_states
 
 
 @dataclass
@@ -34,14 +35,17 @@ class TapCapture:
     Attributes:
         wanted: The taps to capture.
         taps: Those captured so far: tap -> states as the block returns them.
-        returns_tuple: Whether this encoder's blocks return tuples. Skipped blocks return the same.
+        num_outputs: Length of the tuples that this encoder's blocks return, 0 for a state alone.
+            Skipped blocks return the same.
         runs_all_blocks: All blocks run, because the encoder's own output is needed too.
+        grid: The encoder's grid, where it decides what skipped blocks return.
     """
 
     wanted: frozenset[int]
     taps: dict[int, Tensor] = field(default_factory=dict)
-    returns_tuple: bool = False
+    num_outputs: int = 0
     runs_all_blocks: bool = False
+    grid: PatchGrid | None = None
 
     @property
     def num_blocks(self) -> float:
@@ -133,14 +137,15 @@ def is_processor_argument(processor, name: str) -> bool:
 RECOMPUTES_HOOKS = "__call__" in vars(GradientCheckpointingLayer)
 
 
-def _connect_checkpointing(module: nn.Module, layers: nn.ModuleList) -> None:
+def _connect_checkpointing(module: nn.Module, layers: nn.ModuleList | list[nn.Module]) -> None:
     if RECOMPUTES_HOOKS:
-        owner = next(inner for inner in module.modules() if layers in inner._modules.values())
+        owners = (inner for inner in module.modules() if layers in inner._modules.values())
+        owner = module if isinstance(layers, list) else next(owners)
         _disconnect(owner)
         owner.register_forward_pre_hook(partial(_keep_hooks_out_of_checkpoints, layers))
 
 
-def _keep_hooks_out_of_checkpoints(layers: nn.ModuleList, *_) -> None:
+def _keep_hooks_out_of_checkpoints(layers: nn.ModuleList | list[nn.Module], *_) -> None:
     """Before 5.23: let checkpointed layers recompute no more than their forward, as later ones do.
 
     Hooks find no context when they run again in the backward pass, and what they capture inside a
@@ -213,13 +218,18 @@ def get_unsplit_classes(model: nn.Module) -> set[str]:
     return set(model._no_split_modules or ()) & present
 
 
-def connect_encoder(encoder: nn.Module, depth: int) -> None:
+def connect_encoder(encoder: nn.Module, depth: int, lists: tuple[str, ...] = ()) -> None:
     """Hook every block, so that `read_taps` can capture any tap and stop after the deepest one.
 
     The hooks know no plan, so models with other plans may share the encoder. Connecting again
     replaces the hooks.
+
+    Args:
+        encoder: The encoder.
+        depth: Number of its blocks.
+        lists: Of encoders in stages: the names of their lists of blocks.
     """
-    blocks = find_layers(encoder, depth, "the vision encoder")
+    blocks = find_blocks(encoder, depth, lists)
     _connect_checkpointing(encoder, blocks)
     for number, block in enumerate(blocks):
         _disconnect(block)
@@ -283,7 +293,7 @@ def read_taps(
     """
     if isinstance(grid, int):
         grid = PatchGrid("plain", (), 1, grid, 0, (1, 1))
-    capture = TapCapture(frozenset(wanted))
+    capture = TapCapture(frozenset(wanted), grid=grid)
     token = _capture.set({"capture": capture})
     try:
         encoder(**encoder_inputs(grid, views))
@@ -296,7 +306,8 @@ def read_taps(
             " ones that were connected. Connect the encoder again after replacing modules in it"
         )
     num_views = len(views)
-    return {tap: to_raster_order(grid, states, num_views) for tap, states in capture.taps.items()}
+    taps = capture.taps.items()
+    return {tap: to_raster_order(grid, states, num_views, tap) for tap, states in taps}
 
 
 def capture_taps(run: Callable, wanted: Iterable[int]) -> tuple[object, dict[int, Tensor]]:
@@ -381,9 +392,9 @@ def _capture_block(tap: int, module, args, output):
     capture = _current_capture()
     if capture is None or tap > capture.num_blocks:
         return
-    capture.returns_tuple = isinstance(output, tuple)
+    capture.num_outputs = len(output) if isinstance(output, tuple) else 0
     if tap in capture.wanted:
-        capture.taps[tap] = output[0] if capture.returns_tuple else output
+        capture.taps[tap] = output[0] if capture.num_outputs else output
 
 
 def _skip_above_taps(number: int, forward: Callable, *args, **kwargs):
@@ -391,7 +402,10 @@ def _skip_above_taps(number: int, forward: Callable, *args, **kwargs):
     if capture is None or number < capture.num_blocks:
         return forward(*args, **kwargs)
     hidden = _get_hidden(args, kwargs)
-    return (hidden,) if capture.returns_tuple else hidden
+    if capture.grid is not None and capture.grid.shapes:
+        shape = capture.grid.shapes[number + 1]
+        hidden = make_skipped_states(hidden, shape, capture.grid.layout)
+    return (hidden, *[None] * (capture.num_outputs - 1)) if capture.num_outputs else hidden
 
 
 def _add_features(layer: int, module, args, kwargs):
@@ -415,16 +429,3 @@ def _add_features(layer: int, module, args, kwargs):
     if args:
         return (hidden, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": hidden}
-
-
-def remove_gradient_hooks(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Undo `enable_input_require_grads` on modules that hold nothing but these parameters."""
-    frozen = {id(p) for p in parameters}
-    hook_tables = set()
-    for module in model.modules():
-        held = [id(p) for p in module.parameters()]
-        if held and frozen.issuperset(held):
-            hook_tables.add(id(module._forward_hooks))
-    for hook in model._require_grads_hooks:
-        if id(hook.hooks_dict_ref()) in hook_tables:
-            hook.remove()

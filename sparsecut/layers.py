@@ -33,3 +33,32 @@ def find_layers(module: nn.Module, depth: int, what: str) -> nn.ModuleList:
             " of transformer blocks, as many as `num_hidden_layers`; choose another model"
         )
     return layers
+
+
+def find_blocks(
+    encoder: nn.Module, depth: int, lists: tuple[str, ...] = ()
+) -> nn.ModuleList | list[nn.Module]:
+    """Find the blocks of an encoder, over all its stages.
+
+    Args:
+        encoder: The encoder.
+        depth: Number of its blocks.
+        lists: The names of its lists of blocks, where there are several, from any place inside.
+
+    Raises:
+        UserError: There are none, or another number.
+    """
+    if not lists:
+        return find_layers(encoder, depth, "the vision encoder")
+    modules = {f".{name}": module for name, module in encoder.named_modules()}
+    blocks = []
+    for name in lists:
+        found = (module for full, module in modules.items() if full.endswith(f".{name}"))
+        blocks += next(found, ())
+    if len(blocks) != depth:
+        raise UserError(
+            f"the vision encoder {type(encoder).__name__} has {len(blocks)} blocks in"
+            f" {', '.join(lists)}, but its configuration describes {depth}; use another encoder, or"
+            " another release of transformers"
+        )
+    return blocks

@@ -95,8 +95,9 @@ class SparseCutModel(SparseCutPreTrainedModel):
             vision_dim=self.grid.width,
             language_dim=config.text_config.get_text_config().hidden_size,
             rows=self.grid.rows,
+            tap_widths=self.grid.tap_widths,
         )
-        connect_encoder(self.vision_tower, config.vision_depth)
+        connect_encoder(self.vision_tower, config.vision_depth, self.grid.blocks)
         connect_decoder(self.language_model, config.language_depth)
         self.post_init()
         self._no_split_modules = get_unsplit_classes(self)

@@ -20,7 +20,8 @@ from transformers.modeling_outputs import (
 
 from .encoders import PatchGrid, encoder_inputs
 from .fusion import Fusion, check_adapted_fusion
-from .hooks import CACHE_NAMES, remove_gradient_hooks
+from .gradient_hooks import remove_gradient_hooks, take_tuples
+from .hooks import CACHE_NAMES
 from .loading import check_finite, check_loaded_weights, find_compute_dtype, is_quantized
 from .plan import Plan
 from .schema import UserError
@@ -96,6 +97,17 @@ class SparseCutPreTrainedModel(PreTrainedModel):
                 kept.add("vision_tower")  # it was joined to a quantized language model
             self._keep_in_fp32_modules = kept
 
+    def train(self, mode: bool = True):
+        """Set the mode as torch does; an encoder's batch statistics stay those it was trained with.
+
+        Otherwise a frozen encoder would change while the fusion is trained.
+        """
+        super().train(mode)
+        for module in self.vision_backbone().modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
     @property
     def saves_fusion_only(self) -> bool:
         """Whether `save_fusion` is enough to load the model again, as its base has a known name."""
@@ -149,6 +161,7 @@ class SparseCutPreTrainedModel(PreTrainedModel):
         """
         self.disable_input_require_grads()
         super().enable_input_require_grads()
+        take_tuples(self)
         vision = self.parameter_groups()["vision"]
         if not any(p.requires_grad for p in vision):
             remove_gradient_hooks(self, vision)

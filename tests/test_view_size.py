@@ -10,7 +10,7 @@ from transformers import CLIPImageProcessorPil
 
 from sparsecut import SparseCutConfig
 from sparsecut.building import build, load, save
-from sparsecut.encoders import find_encoder_class
+from sparsecut.encoder_classes import find_encoder_class
 from sparsecut.experiments.compare import ComparedRun, _add_model_facts
 from sparsecut.hooks import read_taps
 from sparsecut.profiling.counting import count_plan

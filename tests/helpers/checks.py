@@ -4,6 +4,7 @@ Each raises AssertionError, or whatever the model raises, where the claim does n
 """
 
 import copy
+from functools import partial
 
 import torch
 from helpers.families import (
@@ -17,7 +18,8 @@ from helpers.families import (
 
 from sparsecut import SparseCutConfig, SparseCutForConditionalGeneration
 from sparsecut.encoders import encoder_inputs, is_audio, read_grid, to_raster_order
-from sparsecut.hooks import CHECKPOINTING, find_layers, read_taps
+from sparsecut.hooks import CHECKPOINTING, read_taps
+from sparsecut.layers import find_blocks
 from sparsecut.schema import UserError
 
 PROMPTS = [[5, IMAGE, 6, 7], [8, 9, 10, IMAGE, 11, 12, 13]]  # one placeholder per image
@@ -202,6 +204,9 @@ def taps(model):
     grid = model.config.grid
     views = torch.randn(2, *grid.view)
     inputs = encoder_inputs(grid, views)
+    if grid.shapes:
+        staged_taps(model, views)
+        return
     states = model.vision_tower(**inputs, output_hidden_states=True).hidden_states
     # The deepest state is normalised in some families.
     for deepest in (0, 1, model.config.vision_depth - 1):
@@ -211,6 +216,94 @@ def taps(model):
             alone = read_taps(model.vision_tower, views[1:], grid, [tap])[tap]
             assert_close(alone, read[tap][1:], tolerance=1e-5)
     assert_patches_in_raster_order(model, views)
+
+
+def staged_taps(model, views: torch.Tensor):
+    """Taps of an encoder in stages: every patch has the state of the cell that covers it, which is
+    that of the encoder's own block, with zeros behind it.
+    """
+    tower = model.vision_tower
+    depth = model.config.vision_depth
+    shapes = model.config.grid.shapes
+    for wanted in (range(depth + 1), [depth], [0, 1], [depth - 1]):
+        grid = read_grid(model.config.vision_config, model.config.view_size, wanted)
+        assert (grid.rows, grid.width) == (
+            max(shapes[tap].rows for tap in wanted),
+            max(shapes[tap].width for tap in wanted),
+        )
+        read = read_taps(tower, views, grid, wanted)
+        for tap, own in record_blocks(tower, grid, depth, views).items():
+            if tap not in wanted:
+                continue
+            cells = to_cells(tower, grid, tap, own)
+            assert cells.shape[1] == shapes[tap].width
+            spread = torch.nn.functional.interpolate(cells, (grid.rows, grid.columns))
+            states = spread.flatten(2).transpose(1, 2)
+            assert torch.equal(read[tap][..., : cells.shape[1]], states), f"tap {tap}"
+            assert not read[tap][..., cells.shape[1] :].any()
+            alone = read_taps(tower, views[1:], grid, [tap])[tap]
+            assert_close(alone, read[tap][1:], tolerance=1e-5)
+    for tap in range(depth + 1):
+        assert_cells_in_raster_order(model, views, tap)
+
+
+def record_blocks(tower, grid, depth: int, views: torch.Tensor) -> dict:
+    """What enters the first block and what every block returns, by hooks of this test's own."""
+    seen = {}
+
+    def keep_input(module, args, kwargs):
+        seen[0] = args[0] if args else kwargs["hidden_states"]
+
+    def keep_output(tap, module, args, output):
+        seen[tap] = output[0] if isinstance(output, tuple) else output
+
+    blocks = find_blocks(tower, depth, grid.blocks)
+    handles = [blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True)]
+    for number, block in enumerate(blocks):
+        handles.append(block.register_forward_hook(partial(keep_output, number + 1)))
+    tower(**encoder_inputs(grid, views))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def to_cells(tower, grid, tap: int, states: torch.Tensor) -> torch.Tensor:
+    """A block's own states as [views, channels, rows, columns], by other code than the package's."""
+    shape = grid.shapes[tap]
+    if grid.layout == "channels":
+        return states
+    if grid.layout == "map":
+        return states.movedim(-1, 1)
+    if tower.config.model_type == "hiera":
+        owners = [stage for stage, n in enumerate(tower.config.depths) for _ in range(n)]
+        config = copy.deepcopy(tower.config)
+        config.image_size = list(grid.view[1:])
+        encoder = type(tower.encoder)(config)  # its order of cells depends on the image size
+        return encoder.reroll(states, owners[max(tap, 1) - 1]).movedim(-1, 1)
+    own = states[:, -shape.rows * shape.columns :]  # a class token comes first
+    return own.transpose(1, 2).unflatten(2, (shape.rows, shape.columns))
+
+
+def assert_cells_in_raster_order(model, views: torch.Tensor, tap: int):
+    """A change of a corner's pixels moves the states at that corner most, as far as there are
+    enough cells for a corner to be far from the others.
+    """
+    grid = read_grid(model.config.vision_config, model.config.view_size, [tap])
+    if grid.rows < 4:
+        return
+    height, width = grid.view[1:]
+    before = read_taps(model.vision_tower, views, grid, [tap])[tap]
+    for bottom in (False, True):
+        for right in (False, True):
+            touched = views.clone()
+            rows = slice(height // 2, None) if bottom else slice(height // 2)
+            columns = slice(width // 2, None) if right else slice(width // 2)
+            touched[:, :, rows, columns] += 1
+            moved = read_taps(model.vision_tower, touched, grid, [tap])[tap] - before
+            sums = moved.abs().sum(-1)[1].view(grid.rows, grid.columns)
+            halves = [half.chunk(2, dim=1) for half in sums.chunk(2, dim=0)]
+            means = torch.tensor([[part.mean() for part in half] for half in halves])
+            assert means.argmax() == 2 * bottom + right, f"tap {tap}"
 
 
 def assert_patches_in_raster_order(model, views: torch.Tensor):
@@ -243,7 +336,7 @@ def stops(model):
     before = model.vision_tower(**inputs).last_hidden_state
     ran = set()
     handles = []
-    for number, block in enumerate(find_layers(model.vision_tower, depth, "")):
+    for number, block in enumerate(find_blocks(model.vision_tower, depth, grid.blocks)):
         leaf = next(module for module in block.modules() if not list(module.children()))
         handles.append(leaf.register_forward_hook(lambda *_, number=number: ran.add(number)))
     read_taps(model.vision_tower, views, grid, [1, 2])

@@ -198,6 +198,18 @@ SAM = {
     "num_pos_feats": 4,
     "initializer_range": 0.02,
 }
+STAGES = {  # 4 blocks in 3 stages
+    "image_size": 32,
+    "depths": [1, 2, 1],
+    "hidden_sizes": [8, 16, 24],
+}
+WINDOWS = STAGES | {"embed_dim": 8, "num_heads": [1, 2, 2], "window_size": 2, "patch_size": 4}
+PYRAMID = STAGES | {
+    "num_encoder_blocks": 3,
+    "strides": [4, 2, 2],
+    "num_attention_heads": [1, 2, 2],
+    "mlp_ratios": [2, 2, 2],
+}
 DEEPSTACK = {"deepstack_visual_indexes": [1]}
 VISION = {
     "clip_vision_model": {},
@@ -301,10 +313,34 @@ VISION = {
         "eos_token_id": 2,
         "decoder_start_token_id": 1,
     },
-    "swin": {},
-    "swinv2": {},
-    "hiera": {"image_size": [16, 16], "patch_size": [8, 8]},
-    "convnext": {},
+    "swin": WINDOWS,
+    "swinv2": WINDOWS,
+    "donut-swin": WINDOWS,
+    "focalnet": STAGES
+    | {"embed_dim": 8, "hidden_sizes": [8, 16, 32], "focal_levels": [1] * 3}
+    | {"focal_windows": [3] * 3},
+    "convnext": STAGES | {"num_stages": 3},
+    "convnextv2": STAGES | {"num_stages": 3},
+    "dinov3_convnext": STAGES,
+    "hiera": STAGES
+    | {
+        "image_size": [32, 32],
+        "patch_size": [3, 3],
+        "patch_stride": [2, 2],
+        "patch_padding": [1, 1],
+        "embed_dim": 8,
+        "num_heads": [1, 2, 2],
+        "num_query_pool": 2,
+        "masked_unit_size": [4, 4],
+        "masked_unit_attention": [True, False, False],
+        "mlp_ratio": 2.0,
+    },
+    "resnet": STAGES | {"image_size": None, "embedding_size": 8},
+    "segformer": PYRAMID | {"patch_sizes": [7, 3, 3], "sr_ratios": [4, 2, 1]},
+    "glpn": PYRAMID | {"patch_sizes": [7, 3, 3], "sr_ratios": [4, 2, 1]},
+    "pvt": PYRAMID | {"patch_sizes": [4, 2, 2]} | {"sequence_reduction_ratios": [2, 1, 1]},
+    "pvt_v2": PYRAMID | {"patch_sizes": [7, 3, 3], "sr_ratios": [2, 1, 1]},
+    "poolformer": PYRAMID | {"patch_sizes": [7, 3, 3], "padding": [2, 1, 1]},
 }
 VIEW_SIZES = {  # with more columns than rows, for the families that take images of any size
     "pixtral": [16, 32],
@@ -313,6 +349,10 @@ VIEW_SIZES = {  # with more columns than rows, for the families that take images
     "qwen2_5_vl_vision": [48, 80],
     "qwen3_vl_vision": [32, 48],
     "qwen3_vl_moe_vision": [32, 48],
+    "resnet": [32, 64],
+    "segformer": [32, 64],
+    "glpn": [32, 64],
+    "poolformer": [32, 64],
 }
 
 # These are never built, only refused.
@@ -325,13 +365,14 @@ DEFAULT_LANGUAGE = ["llama", "gemma3_text", "gpt_neox", "gpt2", "opt"]
 DEFAULT_VISION = ["clip_vision_model", "siglip_vision_model", "dinov2_with_registers", "dinov3_vit"]
 DEFAULT_KINDS = [  # one for each way to take or return patches, besides those above
     "pixtral", "siglip2_vision_model", "qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision", "sam_vision_model", "whisper",
-    "vit_mae", "yolos", "vitdet", "llama4_vision_model",
+    "vit_mae", "yolos", "vitdet", "llama4_vision_model", "swin", "convnext", "hiera",
 ]
 OTHER_LANGUAGE = [
     "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi", "phi3", "olmo2", "cohere", "granite", "stablelm", "falcon",
 ]
 OTHER_VISION = [
     "vit", "dinov2", "aimv2_vision_model", "ijepa", "beit", "blip_vision_model", "kosmos_2_vision_model", "idefics3_vision",
+    "swinv2", "focalnet", "dinov3_convnext", "resnet", "segformer", "glpn", "pvt", "pvt_v2", "poolformer",
 ]
 # fmt: on
 
@@ -349,7 +390,9 @@ def vision_config(name: str, **settings):
     """A tiny configuration of an encoder family: views of 16 x 16 pixels, 2 x 2 patches, width 16,
     4 blocks.
     """
-    return AutoConfig.for_model(name, **VISION_BASE | (VISION | REFUSED_VISION)[name] | settings)
+    own = (VISION | REFUSED_VISION)[name]
+    base = {} if "depths" in own else VISION_BASE
+    return AutoConfig.for_model(name, **base | own | settings)
 
 
 def family_language(name: str, **settings):
