@@ -26,10 +26,11 @@ from ..plan import Plan
 class FakeScalarMode(TorchDispatchMode):
     """Answers what a forward asks about the values of fake tensors.
 
-    The model asks only for the number of image tokens, and selects their rows by a mask.
+    The model asks for the number of image tokens, and selects their rows by a mask. While it is
+    made, encoders ask how often blocks are skipped in training: never.
 
     Args:
-        num_image_tokens: The answer.
+        num_image_tokens: The answer to questions for whole numbers.
     """
 
     def __init__(self, num_image_tokens: int):
@@ -37,9 +38,8 @@ class FakeScalarMode(TorchDispatchMode):
         self.num_image_tokens = num_image_tokens
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        asks_number = func is torch.ops.aten._local_scalar_dense.default
-        if asks_number and args[0].dtype == torch.long:
-            return self.num_image_tokens
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return self.num_image_tokens if args[0].dtype == torch.long else 0.0
         if func is torch.ops.aten.index.Tensor:
             values = args[0]
             mask = args[1][0]
@@ -113,7 +113,7 @@ def build_fake_model(
     for part in (config.vision_config, config.text_config, config.text_config.get_text_config()):
         part.dtype = dtype
     # Nothing is initialized: some ways of initializing look at values.
-    with local_torch_dtype(dtype), no_init_weights():
+    with local_torch_dtype(dtype), no_init_weights(), FakeScalarMode(0):
         model = SparseCutForConditionalGeneration(config).eval()
     model.language_model.tie_weights()  # transformers does so after it has initialized them
     return model
