@@ -39,12 +39,11 @@ from .modeling_base import (
     get_requested_records,
     has_begun,
     has_part_below_head,
-    ignore_placeholder,
-    mask_placeholder,
     record_encoder,
     share_modules,
     without_head,
 )
+from .placeholders import ignore_placeholder, mask_placeholder
 from .schema import UserError
 
 

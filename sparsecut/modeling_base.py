@@ -23,10 +23,9 @@ from .fusion import Fusion, check_adapted_fusion
 from .gradient_hooks import remove_gradient_hooks, take_tuples
 from .hooks import CACHE_NAMES
 from .loading import check_finite, check_loaded_weights, find_compute_dtype, is_quantized
+from .placeholders import IGNORED as IGNORED
 from .plan import Plan
 from .schema import UserError
-
-IGNORED = -100  # a label that does not count in the loss
 
 
 class SparseCutPreTrainedModel(PreTrainedModel):
@@ -391,30 +390,6 @@ def check_image_tokens(
     if not warn_only:
         raise UserError(message)
     warnings.warn(f"{message}. Here image tokens are read as text", stacklevel=3)
-
-
-def mask_placeholder(config, logits: Tensor) -> Tensor:
-    """Give the placeholder's logit the lowest value where `config.mask_image_token` is set."""
-    if not config.mask_image_token:
-        return logits
-    placeholder = torch.tensor([config.image_token_id], device=logits.device)
-    return logits.index_fill(-1, placeholder, torch.finfo(logits.dtype).min)
-
-
-def ignore_placeholder(config, **arguments) -> dict:
-    """Arguments of a loss whose labels leave out what `mask_placeholder` makes impossible.
-
-    Args:
-        config: The model's configuration.
-        **arguments: With `labels` [B, L], and `shift_labels` where the caller has shifted them.
-    """
-    if not config.mask_image_token:
-        return arguments
-    for name in ("labels", "shift_labels"):
-        labels = arguments.get(name)
-        if labels is not None:
-            arguments[name] = labels.masked_fill(labels == config.image_token_id, IGNORED)
-    return arguments
 
 
 def check_pixels(pixel_values: Tensor, grid: PatchGrid, plan: Plan) -> None:
