@@ -96,17 +96,6 @@ class SparseCutPreTrainedModel(PreTrainedModel):
                 kept.add("vision_tower")  # it was joined to a quantized language model
             self._keep_in_fp32_modules = kept
 
-    def train(self, mode: bool = True):
-        """Set the mode as torch does; an encoder's batch statistics stay those it was trained with.
-
-        Otherwise a frozen encoder would change while the fusion is trained.
-        """
-        super().train(mode)
-        for module in self.vision_backbone().modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return self
-
     @property
     def saves_fusion_only(self) -> bool:
         """Whether `save_fusion` is enough to load the model again, as its base has a known name."""
@@ -166,11 +155,19 @@ class SparseCutPreTrainedModel(PreTrainedModel):
             remove_gradient_hooks(self, vision)
 
     def train(self, mode: bool = True):
-        """Set the mode; see `check_adapted_fusion` for what is refused inside PEFT's wrapper."""
+        """Set the mode; see `check_adapted_fusion` for what is refused inside PEFT's wrapper.
+
+        An encoder's batch statistics stay those it was trained with. Otherwise a frozen encoder
+        would change while the fusion is trained.
+        """
         if mode and getattr(self, "peft_config", None) and not self._has_checked_adapters:
             check_adapted_fusion(self.fusion)
             self._has_checked_adapters = True
-        return super().train(mode)
+        super().train(mode)
+        for module in self.vision_backbone().modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def include_fusion(self, values: Tensor, is_used: bool) -> Tensor:
         """Add a zero that depends on every trained parameter of an unused fusion, in training.
