@@ -1,17 +1,23 @@
 """No quantizer touches the shortcuts, and what is quantized is saved and loaded as it is."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from helpers.tiny import tiny_language, tiny_llava, tiny_model
+from helpers.tiny import tiny_language, tiny_llava, tiny_model, tiny_tokenizer, tiny_vision
 from torch import nn
-from transformers import BitsAndBytesConfig, GgufConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    CLIPImageProcessorPil,
+    GgufConfig,
+)
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparsecut import upgrade
+from sparsecut import build, upgrade
 from sparsecut.building import load, save
 from sparsecut.loading import find_compute_dtype
 
@@ -114,6 +120,49 @@ def test_shortcuts_keep_their_values_whatever_the_quantizer(folders, which, quan
         assert "MarkedLinear" in get_kinds(model.language_backbone())
         head = type(model.get_output_embeddings()).__name__
         assert head == "Linear"
+
+
+def load_in_trl(folder, config):
+    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
+    from datasets import Dataset
+
+    adapter = peft.LoraConfig(target_modules="all-linear", modules_to_save=["fusion"])
+    args = trl.SFTConfig(output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to=[])
+    trainer = trl.SFTTrainer(
+        str(folder),
+        args,
+        train_dataset=Dataset.from_list([{"text": "what is it"}]),
+        quantization_config=config,
+        peft_config=adapter,
+    )
+    assert any(p.requires_grad for p in trainer.model.fusion.parameters())
+    return trainer.model.get_base_model()
+
+
+def load_as_auto(folder, config):
+    return AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config)
+
+
+@pytest.mark.parametrize("read", [load_as_auto, load_in_trl])
+@pytest.mark.parametrize("which", ["built", "whole"])
+def test_no_way_to_load_quantizes_shortcuts(folders, tmp_path, which, read):
+    folder = shutil.copytree(folders / which, tmp_path / "model")
+    model = read(folder, make_by_hand())
+    assert get_kinds(model.fusion) == {"Linear"}
+    assert "MarkedLinear" in get_kinds(model.language_backbone())
+    assert "MarkedLinear" in get_kinds(model.vision_backbone())
+
+
+def test_parts_that_build_quantizes_leave_new_shortcuts_alone(tmp_path):
+    tiny_vision().save_pretrained(tmp_path / "vision")
+    tiny_language().save_pretrained(tmp_path / "language")
+    tiny_tokenizer().save_pretrained(tmp_path / "language")
+    CLIPImageProcessorPil().save_pretrained(tmp_path / "vision")
+    parts = str(tmp_path / "vision"), str(tmp_path / "language")
+    model, _ = build(*parts, quantization_config=make_by_hand())
+    assert get_kinds(model.fusion) == {"Linear"}
+    assert "MarkedLinear" in get_kinds(model.language_backbone())
+    assert all(value.requires_grad for value in model.fusion.parameters())
 
 
 @pytest.mark.parametrize("which", ["built", "whole"])
