@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from .adapters import load_adapters
+from .card import describe_config, write_card
 from .configuration import SparseCutConfig, SparseCutUpgradeConfig, check_language_model
 from .encoder_classes import find_encoder_class
 from .encoders import (
@@ -42,13 +43,13 @@ from .loading import (
     load_weights,
 )
 from .modeling import SparseCutForConditionalGeneration
-from .modeling_upgraded import FACTS
 from .plan import Plan
 from .processing import SparseCutProcessor
 from .processing_audio import SparseCutAudioProcessor
 from .processing_upgraded import wrap_processor
 from .saved_code import without_code
 from .schema import UserError
+from .sharing import find_adapters, find_shortcuts
 from .upgrading import load_fusion, read_processor
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ logger = logging.getLogger(__name__)
 SHAPES_WEIGHTS = Path(__file__).parent / "shapes" / "weights"
 SHAPES = "shapes"  # names the built-in small backbones
 OLD_SHAPES = "world"  # their former name
+# Arguments about the repository of shortcuts, which their base does not share.
+OF_ONE_REPOSITORY = ("revision", "subfolder")
 
 
 def build(
@@ -231,9 +234,12 @@ def load(
     Raises:
         UserError: There is no saved model, or the shortcuts belong to another base.
     """
-    if (Path(folder) / FACTS).is_file():
-        model, processor = load_fusion(folder, base, processor=processor, **from_pretrained)
-        load_adapters(model, Path(folder))
+    hub = {name: value for name, value in from_pretrained.items() if name in HUB_ARGUMENTS}
+    shortcuts = find_shortcuts(folder, **hub)
+    if shortcuts is not None:
+        settings = {name: x for name, x in from_pretrained.items() if name not in OF_ONE_REPOSITORY}
+        model, processor = load_fusion(shortcuts, base, processor=processor, **settings)
+        load_adapters(model, shortcuts)
         return model, processor
     if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
         raise UserError(
@@ -245,7 +251,6 @@ def load(
             f"{folder} is a whole model with its own base and processor; leave out base and"
             " processor"
         )
-    hub = {name: value for name, value in from_pretrained.items() if name in HUB_ARGUMENTS}
     config = _read_saved_config(folder, **hub)
     if not isinstance(config, SparseCutConfig | SparseCutUpgradeConfig):
         raise UserError(
@@ -255,7 +260,7 @@ def load(
         )
     complaint = f"the weights in {folder} cannot be read; save or fetch the model again"
     model = load_pretrained(AutoModelForImageTextToText, folder, complaint, **from_pretrained)
-    load_adapters(model, Path(folder))
+    load_adapters(model, find_adapters(folder, **hub))
     processor = read_processor(folder, **hub)
     if model.is_upgrade:
         # Earlier versions saved the base's own processor where there were no fine views.
@@ -280,13 +285,15 @@ def is_saved(name: str | Path) -> bool:
     Raises:
         UserError: It holds no model.
     """
-    if (Path(name) / FACTS).is_file():
+    if find_shortcuts(name) is not None:
         return True
     return isinstance(_read_saved_config(name), SparseCutConfig | SparseCutUpgradeConfig)
 
 
 def save(model: PreTrainedModel, processor, folder: str | Path, *, code: bool = True) -> None:
     """Write model, processor and chat template into one folder for `load` and the Auto classes.
+
+    A model card is written too, unless there is one that a user has written or edited.
 
     Args:
         model: A model of either kind.
@@ -298,6 +305,7 @@ def save(model: PreTrainedModel, processor, folder: str | Path, *, code: bool = 
     with contextlib.nullcontext() if code else without_code():
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+    write_card(folder, describe_config(model.config))
 
 
 def read_depths(vision: str | nn.Module, language: str | nn.Module, **hub) -> tuple[int, int]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -84,6 +87,14 @@ class SparseCutPreTrainedModel(PreTrainedModel):
         if is_quantized(model.config):
             model.fusion.to(find_compute_dtype(model))
         return model
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        """As transformers does; the card that it made for want of one becomes ours."""
+        # By name: code saved beside a model has no such module, and transformers' card is pushed.
+        if find_spec(f"{__package__}.sharing") is not None:
+            sharing = import_module(f"{__package__}.sharing")
+            sharing.mend_pushed_card(Path(working_dir), self.config, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def post_init(self):
         """Finish as transformers does; no quantizer is to touch the shortcuts."""

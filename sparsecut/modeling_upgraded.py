@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -300,12 +302,23 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
         with self.shortcuts_active(fine_pixel_values):
             return self.base.generate(*args, **kwargs)
 
-    def save_fusion(self, folder: str | Path, state_dict: dict | None = None) -> None:
+    def save_fusion(
+        self,
+        folder: str | Path,
+        state_dict: dict | None = None,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **settings,
+    ) -> None:
         """Write the shortcuts alone: their weights, the plan, and which base they belong to.
 
         Args:
             folder: Where fusion.safetensors and fusion.json go.
             state_dict: The whole model's weights, where they are sharded between processes.
+            push_to_hub: Push them too; see `push_fusion`.
+            repo_id: The repository's name on the hub. Default: the folder's.
+            **settings: For `push_fusion`.
 
         Raises:
             UserError: An adapter is inside the shortcuts.
@@ -332,6 +345,31 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
             "version": getattr(sys.modules[__package__], "__version__", None),
         }
         (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+        if push_to_hub:
+            self.push_fusion(repo_id or folder.resolve().name, **settings)
+
+    def push_fusion(self, repo_id: str, processor=None, **settings) -> str:
+        """Push the shortcuts alone to the hub, to a small repository that names its base.
+
+        `sparsecut.load` takes its name. Adapters are pushed with them.
+
+        Args:
+            repo_id: The repository's name, "owner/shortcuts".
+            processor: The processor, if it is another one than the base's.
+            **settings: See `sharing.push_folder`: private, token, dry_run.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            UserError: The hub refuses it, or the package is missing, as in code saved with a model.
+        """
+        if find_spec(f"{__package__}.sharing") is None:
+            raise UserError("shortcuts alone are pushed by the package; run pip install sparsecut")
+        sharing = import_module(
+            f"{__package__}.sharing"
+        )  # by name, as it is not saved with a model
+        return sharing.push_fusion(self, repo_id, processor=processor, **settings)
 
     def _read_fusion_weights(self, state_dict: dict | None) -> dict[str, Tensor]:
         fusion = self.fusion

@@ -30,7 +30,7 @@ from .pixels import (
     put_channels_last,
     to_array,
 )
-from .saved_code import write_code
+from .saved_code import drop_automatic_card, mark_as_missing, write_code
 from .schema import UserError
 
 PROCESSOR_FILE = "processor_config.json"
@@ -151,6 +151,10 @@ def _make_class(base_class: type, has_fine_views: bool) -> type:
         _write_class(self, Path(folder) / PROCESSOR_FILE, base_class)
         return saved
 
+    def upload(self, working_dir, *args, **kwargs):
+        drop_automatic_card(working_dir)
+        return base_class._upload_modified_files(self, working_dir, *args, **kwargs)
+
     def model_input_names(self):
         if self.join_views:
             return base_class.model_input_names.fget(self)
@@ -168,6 +172,7 @@ def _make_class(base_class: type, has_fine_views: bool) -> type:
         "__reduce__": reduce,
         "join_views": False,
         "save_pretrained": save_pretrained,
+        "_upload_modified_files": upload,
         "base_processor_class": base_class,
     }
     if has_fine_views and isinstance(getattr(base_class, "model_input_names", None), property):
@@ -216,7 +221,9 @@ def _check_views(num_views: int, num_images: int) -> None:
 def _write_class(processor, path: Path, base_class: type) -> None:
     """Write into a saved processor's file how to load it again."""
     if getattr(transformers, base_class.__name__, None) is not base_class:
-        return  # it could not be found again, so it is saved as it is
+        # It could not be found again, so it is saved as it is. It must not be taken for its parts.
+        mark_as_missing(path, base_class)
+        return
     values = json.loads(path.read_text())
     values["sparsecut_background"] = processor.background
     values["processor_class"] = "SparseCutUpgradeProcessor"

@@ -17,8 +17,12 @@ from transformers.utils import PROCESSOR_NAME
 
 from .schema import read_json_file, write_text_file
 
-# A module that is beside no model. Its name is what an error shows where the code was left out.
+# Modules that are beside no model. Their names are what an error shows: where the code was left
+# out, and where the base's processor is of a class that transformers does not have.
 ABSENT = "install_sparsecut"
+UNKNOWN = "class_of_the_base_processor"
+# A sentence of the card that transformers writes where a repository has none.
+AUTOMATIC = "This model card has been automatically generated."
 _leaves_code_out = ContextVar("leaves_code_out", default=False)
 
 
@@ -59,8 +63,19 @@ def write_code(file: Path, classes: Sequence[type], auto_map: dict[str, str]) ->
     write_text_file(file, json.dumps(values, indent=2) + "\n")
 
 
+def drop_automatic_card(folder: str | Path) -> None:
+    """Remove the card that transformers made for a push of a processor: the model's tells more."""
+    card = Path(folder) / "README.md"
+    if card.is_file() and AUTOMATIC in card.read_text(encoding="utf-8"):
+        card.unlink()
+
+
 class SavesCode:
     """Comes before ProcessorMixin among the bases of a processor that is saved with its code."""
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        drop_automatic_card(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def save_pretrained(self, folder: str | Path, *args, **kwargs):
         """Write the processor as transformers does, and its code beside it."""
@@ -69,6 +84,17 @@ class SavesCode:
         place = f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
         write_code(Path(folder) / PROCESSOR_NAME, [kind], {"AutoProcessor": place})
         return saved
+
+
+def mark_as_missing(file: Path, kind: type) -> None:
+    """Note in a saved file that transformers does not have the processor's class.
+
+    It would otherwise hand out the tokenizer alone, without a word.
+    """
+    values = read_json_file(file)
+    if "AutoProcessor" not in (values.get("auto_map") or {}):
+        values["auto_map"] = {"AutoProcessor": f"{UNKNOWN}.{kind.__name__}"}
+        write_text_file(file, json.dumps(values, indent=2) + "\n")
 
 
 def _lead_nowhere(place: str) -> str:

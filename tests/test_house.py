@@ -39,7 +39,9 @@ ASSEMBLY = [
     "fingerprint",
     "prompts",
     "chat",
+    "card",
     "drawing",
+    "sharing",
 ]
 # The lazy registration of the Auto classes: a configuration's end registers its model class.
 AGAINST_THE_GRAIN = {"registration"}

@@ -130,7 +130,7 @@ DataKeys = Annotated[
     ),
 ]
 
-COMMANDS = "show recipes build upgrade convert train eval chat serve explain compare cost study search demo"
+COMMANDS = "show recipes build upgrade convert train eval chat serve card push explain compare cost study search demo"
 
 
 class OrderedCommands(typer.core.TyperGroup):

@@ -22,6 +22,7 @@ from . import (  # noqa: F401
     recipes,
     serve,
     shapes,
+    share,
     show,
     study,
     train,

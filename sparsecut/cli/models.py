@@ -90,7 +90,9 @@ def upgrade(
     check_no_model(out)
     check_model_place(base, "base")
     from ..building import save
+    from ..card import write_card
     from ..profiling.upgraded import count_upgrade, format_upgrade_cost
+    from ..sharing import describe_folder
     from ..upgrading import upgrade
 
     model, processor = upgrade(base, spec)
@@ -98,6 +100,7 @@ def upgrade(
         save(model, processor, out)
     else:
         model.save_fusion(out)
+        write_card(out, describe_folder(out))
     cost = format_upgrade_cost(count_upgrade(model, processor))
     echo(f"{describe_model(model)}\n\n{cost}\n\nwrote {out}; its shortcuts are untrained")
 

@@ -43,7 +43,7 @@ from ..schema import UserError, nearest
 from .answered_images import get_view_settings
 from .exact_match import METRICS, compute_scores
 from .judging import judge, warn_of_unfinished
-from .output_dir import OutputDir, get_versions, open_output_dir
+from .output_dir import OutputDir, get_command, get_versions, open_output_dir
 
 
 class EvaluationResult(dict):
@@ -126,6 +126,7 @@ def evaluate(
             "num_kept": num_resumed,
             "seconds": round(time.perf_counter() - start_time, 3),
             "versions": get_versions(),
+            "command": get_command(),
         }
         result = {**scores, **settings, **facts}
         if output is not None:

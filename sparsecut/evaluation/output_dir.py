@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,3 +256,11 @@ def get_versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def get_command() -> str | None:
+    """The command of sparsecut that this process runs; None where a script uses the library."""
+    program = Path(sys.argv[0])
+    if program.stem == "sparsecut" or program.parts[-2:] == ("sparsecut", "__main__.py"):
+        return shlex.join(["sparsecut", *sys.argv[1:]])
+    return None

@@ -19,10 +19,11 @@ from pathlib import Path
 from transformers.utils import logging as hf_logging
 
 from ..adapters import FOLDER as ADAPTERS
+from ..card import CARD, is_unedited
 from ..config.paths import check_writable_folder, list_code_files
 from ..config.recipe import Recipe, Stage, dump_recipe, load_recipe
 from ..evaluation.output_dir import PREDICTIONS, RESULT, SETTINGS
-from ..schema import UserError, write_text_file
+from ..schema import UserError, read_text_file, write_text_file
 from .checkpoints import (
     check_intact,
     check_known,
@@ -268,7 +269,9 @@ def remove_run(output: Path, previous: Recipe) -> None:
     for folder in folders:
         for checkpoint in find_checkpoints(folder).values():
             shutil.rmtree(checkpoint)
-        _remove_files(folder, [*STAGE_FILES, *list_code_files()])
+        card = folder / CARD
+        cards = [CARD] if card.is_file() and is_unedited(read_text_file(card)) else []
+        _remove_files(folder, [*STAGE_FILES, *list_code_files(), *cards])
     if previous.evaluate is not None:
         _remove_files(output / "eval", (RESULT, PREDICTIONS, SETTINGS))
     _remove_files(output, (SKIPPED, INPUTS))

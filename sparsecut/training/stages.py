@@ -50,6 +50,7 @@ from .freezing import apply_liger, freeze, trains_base, unfreeze
 from .preparing import PreparedRun, PreparedStage, build_encoder, prepare_run
 from .progress import StageLog, print_message
 from .reading import read_inputs
+from .run_card import write_run_card
 from .run_dir import (
     FINAL,
     INPUTS,
@@ -181,6 +182,7 @@ def run_stages(prepared: PreparedRun, *, shown: bool = True) -> RunResult:
         model, processor, results = _run_unfinished(prepared, shown)
         if inputs.arguments[-1].should_save:
             link_files(Path(inputs.arguments[-1].output_dir), inputs.output / FINAL)
+            write_run_card(inputs.output / FINAL, inputs.recipe)
     return RunResult(model, processor, inputs.output, results)
 
 
