@@ -84,7 +84,7 @@ class Source:
     split: str | None = None
     revision: str | None = None
     question: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         check_types(self)
