@@ -233,3 +233,96 @@ def test_models_refuse_records_of_another_medium(model_and_processor, tmp_path):
     with pytest.raises(UserError):
         evaluate(model, images_only, [audio])
     assert torch.isfinite(processor.pixels(audio.load_images())).all()
+
+
+@pytest.fixture(scope="module")
+def audio_client(model_and_processor):
+    from helpers.clients import start_server
+
+    from sparsecut.serving.engine import Engine
+    from sparsecut.serving.web import add_page
+
+    engine = Engine(*model_and_processor, max_batch=4, max_queue=10)
+    with start_server(engine, add_page) as client:
+        yield client
+    engine.close()
+
+
+def make_request(part: dict) -> dict:
+    content = [part, {"type": "text", "text": "what shade"}]
+    return {"model": "", "messages": [{"role": "user", "content": content}]}
+
+
+def test_the_server_answers_as_generate_does(
+    audio_client, model_and_processor, trained, test_examples
+):
+    import base64
+
+    from helpers.clients import request
+
+    for example in test_examples[:9:3]:  # a file of each format
+        data = (trained / example.images[0]).read_bytes()
+        text = base64.b64encode(data).decode()
+        kind = example.images[0].rpartition(".")[2]
+        parts = [
+            {"type": "input_audio", "input_audio": {"data": text, "format": kind}},
+            {"type": "audio_url", "audio_url": {"url": f"data:audio/{kind};base64,{text}"}},
+        ]
+        expected = generate_answer(*model_and_processor, example).strip()
+        for part in parts:
+            messages = make_request(part)["messages"]
+            reply = audio_client.chat.completions.create(
+                model=audio_client.models.list().data[0].id,
+                messages=messages,
+                max_tokens=3,
+                temperature=0,
+            )
+            assert reply.choices[0].message.content == expected
+    strengths = request(audio_client, "sparsecut/strengths", json={"messages": messages})
+    assert strengths.status_code == 200 and strengths.json()["shortcuts"]
+    assert request(audio_client, "sparsecut/plan").json()["medium"] == "audio"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
+        {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
+        {"type": "input_audio", "input_audio": {"data": "!!", "format": "wav"}},
+        {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "aiff"}},
+        {"type": "audio_url", "audio_url": {"url": "http://localhost/a.wav"}},
+        {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}},
+    ],
+)
+def test_the_server_refuses_what_is_no_sound(audio_client, part):
+    import openai
+
+    with pytest.raises(openai.BadRequestError):
+        audio_client.chat.completions.create(
+            model=audio_client.models.list().data[0].id, messages=make_request(part)["messages"]
+        )
+
+
+def test_cached_features_answer_as_computed_ones(model_and_processor, test_examples, tmp_path):
+    from sparsecut.data.feature_cache import build_feature_cache
+
+    model, processor = model_and_processor
+    examples = test_examples[:6]
+    cache = build_feature_cache(tmp_path / "cache", model, processor, examples)
+    cached = evaluate(model, processor, examples, max_new_tokens=3, feature_cache=cache)
+    direct = evaluate(model, processor, examples, max_new_tokens=3)
+    assert cached.records == direct.records
+
+
+def test_the_command_line_chats_about_a_file(trained):
+    from typer.testing import CliRunner
+
+    from sparsecut.cli.main import app
+
+    runner = CliRunner()
+    folder, file = str(trained / "out" / "final"), str(trained / "test0.wav")
+    result = runner.invoke(app, ["chat", folder, "--audio", file, "--ask", "what shade"])
+    assert result.exit_code == 0 and result.stdout.strip()
+    lines = f"/audio {file}\nwhat shade\n/image {file}\n/history\n"
+    result = runner.invoke(app, ["chat", folder], input=lines)
+    assert "1 clip" in result.stdout and "error" in result.stdout and "[audio]" in result.stdout

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..schema import UserError
-from .protocol import ImagePart, Message, RequestLimits, TextPart
+from .protocol import Message, RequestLimits
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Conversation:
     Attributes:
         messages: Role and content of each message; a content is text with one placeholder for
             every image.
-        image_urls: URLs of the images, in the order of the placeholders.
+        image_urls: URLs of the images, or of clips of sound, in the order of the placeholders.
     """
 
     messages: list[dict]
@@ -28,6 +28,7 @@ def build_conversation(
     image_token: str,
     limits: RequestLimits,
     reserved: Collection[str] = (),
+    medium: str = "image",
 ) -> Conversation:
     """Join the parts of each message to one text.
 
@@ -36,6 +37,7 @@ def build_conversation(
         image_token: The model's placeholder for an image.
         limits: Limits of this server.
         reserved: Other special tokens that no text may contain.
+        medium: What the model takes beside text, "image" or "audio".
 
     Raises:
         UserError: There are too many images or too much text. Or a text contains a special token
@@ -46,11 +48,11 @@ def build_conversation(
     image_urls: list[str] = []
     for i, message in enumerate(messages):
         place = f"messages[{i}]"
-        urls = _get_image_urls(message)
+        urls = _get_urls(message, place, medium)
         if urls and message.role != "user":
             raise UserError(
-                f"{place} holds an image and has the role {message.role!r};"
-                " send images in messages of the role 'user'"
+                f"{place} holds {medium} and has the role {message.role!r};"
+                f" send {medium} in messages of the role 'user'"
             )
         image_urls += urls
         contents.append(_join_parts(message.content, image_token))
@@ -64,11 +66,30 @@ def build_conversation(
     return Conversation(joined, image_urls)
 
 
-def _get_image_urls(message: Message) -> list[str]:
-    return [part["image_url"]["url"] for part in message.content if part["type"] == "image_url"]
+def _get_urls(message: Message, place: str, medium: str) -> list[str]:
+    """The URLs of a message's images or clips; UserError where the model takes the other."""
+    urls = []
+    for number, part in enumerate(message.content):
+        if part["type"] == "text":
+            continue
+        given = "image" if part["type"] == "image_url" else "audio"
+        if given != medium:
+            raise UserError(
+                f"{place}.content[{number}] has the type {part['type']!r}, but the model takes text"
+                f" and {medium} only; leave it out, or ask another model"
+            )
+        urls.append(_get_url(part))
+    return urls
 
 
-def _join_parts(parts: Sequence[TextPart | ImagePart], image_token: str) -> str:
+def _get_url(part: dict) -> str:
+    if part["type"] == "input_audio":
+        audio = part["input_audio"]
+        return f"data:audio/{audio.get('format', 'wav')};base64,{audio['data']}"
+    return part[part["type"]]["url"]
+
+
+def _join_parts(parts: Sequence[dict], image_token: str) -> str:
     """One text; an image is the placeholder on a line of its own, as in training."""
     texts = []
     for i, part in enumerate(parts):
@@ -82,20 +103,20 @@ def _join_parts(parts: Sequence[TextPart | ImagePart], image_token: str) -> str:
 
 def _check_text(
     place: str,
-    parts: Sequence[TextPart | ImagePart],
+    parts: Sequence[dict],
     content: str,
     image_token: str,
     reserved: Collection[str],
 ) -> None:
     """Refuse special tokens in a message's text, also those that its parts make together."""
-    num_images = sum(part["type"] == "image_url" for part in parts)
+    num_images = sum(part["type"] != "text" for part in parts)
     found = [image_token] if content.count(image_token) != num_images else []
     text = content.replace(image_token, "\n") if num_images else content
     found += [token for token in reserved if token in text]
     if found:
         raise UserError(
             f"{place}.content contains {found[0]}, a special token by which the model reads images"
-            " and the like; leave it out, and send an image as a part of type image_url"
+            " and the like; leave it out, and send an image or sound as a part of its own"
         )
     try:
         text.encode()

@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..audio import Clip
 from ..chat_templates.thoughts import find_open_thought
 from ..prompts import check_length
 from ..schema import UserError
@@ -153,11 +154,16 @@ class Engine:
         return self.runner.image_token
 
     @property
+    def medium(self) -> str:
+        """What the model takes beside text, "image" or "audio"."""
+        return self.runner.medium
+
+    @property
     def reserved_tokens(self) -> frozenset[str]:
         """Special tokens that no text of a request may contain."""
         return self.runner.reader.reserved
 
-    def prepare_image(self, image: Image.Image) -> PreparedImage:
+    def prepare_image(self, image: Image.Image | Clip) -> PreparedImage:
         """An image as requests hold it."""
         return self.runner.prepare_image(image)
 

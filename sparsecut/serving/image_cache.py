@@ -10,6 +10,8 @@ from hashlib import sha256
 from PIL import Image
 from torch import Tensor
 
+from ..audio import Clip
+
 
 @dataclass(frozen=True)
 class PreparedImage:
@@ -40,6 +42,13 @@ def hash_image(image: Image.Image) -> str:
     """SHA-256 of an RGB image's size and pixels."""
     digest = sha256(repr(image.size).encode())
     digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def hash_clip(clip: Clip) -> str:
+    """SHA-256 of a clip's rate and samples."""
+    digest = sha256(repr((clip.rate, len(clip.samples))).encode())
+    digest.update(clip.samples.tobytes())
     return digest.hexdigest()
 
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from ..audio import Clip, decode_audio
 from ..data.image_values import decode_data_url
 from ..pixels import open_upright, read_size
 from ..schema import UserError
@@ -86,6 +87,31 @@ def fetch_all(urls: Sequence[str], limits: ImageLimits) -> dict[str, bytes]:
     return fetched
 
 
+def read_medium(
+    medium: str, url: str, limits: ImageLimits, fetched: Mapping[str, bytes] | None = None
+) -> Image.Image | Clip:
+    """The image, or the clip of sound, of a URL; see `read_image`.
+
+    Args:
+        medium: "image" or "audio".
+        url: The URL.
+        limits: What it may be.
+        fetched: Bytes of remote ones.
+
+    Raises:
+        UserError: As `read_image`.
+    """
+    if medium == "image":
+        return read_image(url, limits, fetched)
+    data = _read_bytes(url, limits, fetched)
+    if len(data) > limits.max_bytes:
+        raise UserError(
+            f"an audio has {len(data)} bytes, but this server takes {limits.max_bytes};"
+            " send a shorter one"
+        )
+    return decode_audio(data)
+
+
 def read_image(
     url: str, limits: ImageLimits, fetched: Mapping[str, bytes] | None = None
 ) -> Image.Image:
@@ -99,8 +125,12 @@ def read_image(
     Raises:
         UserError: For other URLs, files that are no images, and images beyond a limit.
     """
+    return decode_image(_read_bytes(url, limits, fetched), limits)
+
+
+def _read_bytes(url: str, limits: ImageLimits, fetched: Mapping[str, bytes] | None) -> bytes:
     if _get_scheme(url) == "data":
-        return decode_image(decode_data_url(url), limits)
+        return decode_data_url(url)
     if not is_remote(url):
         raise UserError(
             f"the image {_shorten(url)} is neither a data URL nor http(s);"
@@ -108,7 +138,7 @@ def read_image(
         )
     if not fetched or url not in fetched:
         fetched = fetch_all([url], limits)
-    return decode_image(fetched[url], limits)
+    return fetched[url]
 
 
 def decode_image(data: bytes, limits: ImageLimits) -> Image.Image:

@@ -14,12 +14,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from ..audio import Clip
 from ..modeling_base import SparseCutImageFeatures
 from ..pixels import to_rgb
-from ..prompts import get_max_length, make_greedy_config, prepare_inputs
+from ..prompts import get_max_length, get_medium, make_greedy_config, prepare_inputs
 from ..schema import UserError
 from .decoding import GenerationRow, PerRowSampler
-from .image_cache import ImageFeatureCache, PreparedImage, hash_image
+from .image_cache import ImageFeatureCache, PreparedImage, hash_clip, hash_image
 from .prompt_reader import PromptReader, list_grids
 
 # Base models of which an image's features are known to be the same alone as in a batch.
@@ -38,6 +39,7 @@ class ModelRunner:
         model: The model.
         processor: Its processor.
         image_token: Its placeholder for an image in a prompt.
+        medium: What it takes beside text, "image" or "audio".
         feature_cache: Features of images by (digest, shortcuts that are off).
         counts: Counts "images" and, of them, "cached_images".
         reader: Reads the prompts of requests.
@@ -51,14 +53,15 @@ class ModelRunner:
             cache_bytes: Bytes of vision features to keep; 0 keeps none.
 
         Raises:
-            UserError: For a processor without a placeholder for images, as audio models have.
+            UserError: For a processor without a placeholder for images or audio.
         """
         self.image_token = getattr(processor, "image_token", None)
         if self.image_token is None:
             raise UserError(
-                f"{type(processor).__name__} has no placeholder for images; the server answers"
-                " about images and texts, so give a model with a vision encoder"
+                f"{type(processor).__name__} has no placeholder for images or audio; the server"
+                " answers about these, so give a model with an encoder of them"
             )
+        self.medium = get_medium(processor)
         self.model = model.eval()
         self.processor = processor
         # A joined model reads equally many views of every image; a base decides for itself.
@@ -75,12 +78,14 @@ class ModelRunner:
         """How many tokens the language model takes; None where its configuration has no limit."""
         return get_max_length(self.model)
 
-    def prepare_image(self, image: Image.Image) -> PreparedImage:
-        """An image as it waits for the model.
+    def prepare_image(self, image: Image.Image | Clip) -> PreparedImage:
+        """An image, or a clip of sound, as it waits for the model.
 
         Views are cached in place of the image where they are enough, because photographs would fill
         the memory.
         """
+        if isinstance(image, Clip):
+            return PreparedImage(hash_clip(image), views=self.processor.pixels([image]))
         image = to_rgb(image)
         digest = hash_image(image)
         if self.uses_views:

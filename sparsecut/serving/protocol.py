@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import (
     AfterValidator,
@@ -79,12 +79,18 @@ class RequestPart(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, frozen=True)
 
 
+AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg")  # what a file is says itself
+
 # Content parts are plain dicts after the check, because a hostile request may hold a million of
 # them, and objects would take seconds. What their keys allow therefore stands here:
 ALLOWED_IN_PARTS = {
     "text": "text",
     "image_url": 'an object such as {"url": "data:image/png;base64,..."}',
     "url": "the text of a data URL, or of an http(s) URL",
+    "audio_url": 'an object such as {"url": "data:audio/wav;base64,..."}',
+    "input_audio": 'an object such as {"data": "<base64>", "format": "wav"}',
+    "data": "the base64 text of a sound file",
+    "format": f"one of {', '.join(AUDIO_FORMATS)}",
 }
 
 
@@ -113,12 +119,36 @@ class ImagePart(TypedDict):
     image_url: Annotated[ImageURL, BeforeValidator(_wrap_url)]
 
 
+class InputAudio(TypedDict):
+    """A sound file's bytes."""
+
+    data: str
+    format: NotRequired[Literal["wav", "mp3", "flac", "ogg"]]
+
+
+class InputAudioPart(TypedDict):
+    """A clip of sound inside a message, as OpenAI's clients send it."""
+
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+
+class AudioURLPart(TypedDict):
+    """A clip of sound inside a message, by its URL."""
+
+    type: Literal["audio_url"]
+    audio_url: Annotated[ImageURL, BeforeValidator(_wrap_url)]
+
+
 def _wrap_text(value: Any) -> Any:
     """A content of text alone is short for a list of one text part."""
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+ContentPart = Annotated[
+    TextPart | ImagePart | InputAudioPart | AudioURLPart, Field(discriminator="type")
+]
+PART_TYPES = "text, image_url, input_audio and audio_url"
 
 
 class Message(RequestPart):
@@ -128,7 +158,7 @@ class Message(RequestPart):
         description="system, developer, user or assistant"
     )
     content: Annotated[list[ContentPart], FailFast(), BeforeValidator(_wrap_text)] = Field(
-        min_length=1, description="a text, or a list of parts of type text and image_url"
+        min_length=1, description=f"a text, or a list of parts of type {PART_TYPES}"
     )
 
 
@@ -356,9 +386,9 @@ def _describe_error(error: dict) -> str:
     if kind == "value_error":  # raised by one of our checks
         return f"{path} {error['ctx']['error']}".lstrip()
     if kind == "union_tag_not_found":
-        return f"{path} has no type; allowed are text and image_url"
+        return f"{path} has no type; allowed are {PART_TYPES}"
     if kind == "union_tag_invalid":
-        return f"{path} has the type {_format(value['type'])}; allowed are text and image_url"
+        return f"{path} has the type {_format(value['type'])}; allowed are {PART_TYPES}"
     key = [part for part in error["loc"] if part in ALLOWED][-1]
     subject = "" if error["loc"][-1] == key else f"{key} "
     if kind == "missing":

@@ -21,7 +21,7 @@ from .decoding import TextDelta, join_deltas
 from .engine import Engine, GenerationRequest, QueueFullError, RequestHandle
 from .errors import APIError, build_busy_error
 from .gate import Gate, HostNames, describe_failure, log_failure
-from .image_fetching import read_image
+from .image_fetching import read_medium
 from .metrics import format_metrics
 from .protocol import ChatCompletionRequest, parse_chat_request
 from .uploads import Upload, get_address
@@ -213,7 +213,7 @@ def check_request(
     if request.model is not None:
         _check_model(request.model, config)
     conversation = build_conversation(
-        request.messages, engine.image_token, limits, engine.reserved_tokens
+        request.messages, engine.image_token, limits, engine.reserved_tokens, engine.medium
     )
     return request, conversation
 
@@ -238,7 +238,7 @@ def prepare_generation(
         UserError: For a request that cannot be answered.
     """
     images = [
-        engine.prepare_image(read_image(url, config.image_limits, fetched))
+        engine.prepare_image(read_medium(engine.medium, url, config.image_limits, fetched))
         for url in conversation.image_urls
     ]
     return engine.prepare(

@@ -17,6 +17,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse
 from PIL import Image
 
+from ..audio import Clip
+from ..data.audio_records import encode_wav
 from ..data.examples import Example
 from ..drawing import list_arrows, summarize
 from ..evaluation.shortcut_norms import measure_additions
@@ -26,13 +28,13 @@ from .conversation import Conversation, build_conversation
 from .decoding import SamplingParams
 from .engine import Engine, QueueFullError
 from .errors import APIError, build_busy_error
-from .image_fetching import read_image
+from .image_fetching import read_medium
 from .protocol import parse_conversation
 
 # Nothing is loaded from elsewhere, and what a model writes could not load or run anything either.
 CONTENT_POLICY = (
     "default-src 'none'; script-src '{script}'; style-src 'unsafe-inline';"
-    " img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none';"
+    " img-src data: blob:; media-src data:; connect-src 'self'; base-uri 'none'; form-action 'none';"
     " frame-ancestors 'none'"
 )
 SCRIPT = re.compile("<script>(.*?)</script>", re.DOTALL)
@@ -74,7 +76,7 @@ def add_page(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
     @app.get("/sparsecut/plan")
     async def plan(request: Request) -> dict:
         context.check_token(request)
-        return build_plan_facts(engine.model, config)
+        return {**build_plan_facts(engine.model, config), "medium": engine.medium}
 
     @app.post("/sparsecut/strengths")
     async def strengths(request: Request) -> dict:
@@ -130,10 +132,12 @@ def read_conversation(
     """
     limits = config.request_limits
     messages = parse_conversation(read_json(data), limits)
-    conversation = build_conversation(messages, engine.image_token, limits, engine.reserved_tokens)
+    conversation = build_conversation(
+        messages, engine.image_token, limits, engine.reserved_tokens, engine.medium
+    )
     if not conversation.image_urls:
         raise UserError(
-            "the messages hold no image, and shortcuts add nothing without one; send an image"
+            f"the messages hold no {engine.medium}, and shortcuts add nothing without it; send it"
         )
     return conversation
 
@@ -146,15 +150,18 @@ def build_example(
     Raises:
         UserError: Where an image cannot be read, or all is too long.
     """
-    images = [read_image(url, config.image_limits, fetched) for url in conversation.image_urls]
+    limits = config.image_limits
+    images = [read_medium(engine.medium, url, limits, fetched) for url in conversation.image_urls]
     prepared = [engine.prepare_image(image) for image in images]
     # Refuses what is too long before the model sees it.
     engine.prepare(conversation.messages, prepared, SamplingParams(max_new_tokens=1))
-    contents = [_encode_png(image) for image in images]
-    return Example("page", contents, conversation.messages)
+    contents = [_encode(image) for image in images]
+    return Example("page", contents, conversation.messages, medium=engine.medium)
 
 
-def _encode_png(image: Image.Image) -> bytes:
+def _encode(image: Image.Image | Clip) -> bytes:
+    if isinstance(image, Clip):
+        return encode_wav(*image)
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
