@@ -31,7 +31,7 @@ class SparseCutAudioProcessor(SavesCode, ProcessorMixin):
         audio_token: placeholder in the text, one per clip; it becomes `num_audio_tokens` tokens.
         audio_token_id: id of the placeholder.
         medium: what the model takes beside text.
-        num_views, tiles: those of a clip, which has one view and no fine ones.
+        num_views, tiles, is_any_size: those of a clip: one view, no fine ones, one length.
     """
 
     medium = "audio"
