@@ -21,7 +21,7 @@ from sparsecut import build
 from sparsecut.any_size import read_patches
 from sparsecut.cutting import choose_grid, cut_patches
 from sparsecut.encoders import encoder_inputs, make_encoder, read_grid
-from sparsecut.hooks import connect_encoder, read_taps
+from sparsecut.hooks import RECOMPUTES_HOOKS, connect_encoder, read_taps
 from sparsecut.schema import UserError
 
 FINE = {"method": "sparsecut", "tiles": 2}
@@ -40,7 +40,14 @@ def build_tiny(vision=None, plan=FINE, **settings):
     return build(vision, tiny_language(), plan, **parts, **settings)
 
 
+chunks_cut_images = pytest.mark.skipif(
+    RECOMPUTES_HOOKS, reason="before 5.23 transformers gives every chunk all images"
+)
+
+
 def make_native(config):
+    if not hasattr(config, "num_hidden_layers"):
+        pytest.skip("this release of transformers does not say how many blocks the encoder has")
     torch.manual_seed(1)
     return make_encoder(config).eval()
 
@@ -305,7 +312,7 @@ def test_gradients_reach_every_shortcut():
         {"num_return_sequences": 2, "num_beams": 2},
         {"cache_implementation": "static"},
         {"prompt_lookup_num_tokens": 2},
-        {"prefill_chunk_size": 5},
+        pytest.param({"prefill_chunk_size": 5}, marks=chunks_cut_images),
     ],
     ids=lambda value: "-".join(value) or "greedy",
 )
