@@ -52,10 +52,12 @@ random model of each family to a tiny {partner}, by `sparsecut` with the pattern
 ENCODERS = """\
 Some encoders take images of any size: Pixtral, SigLIP2-NaFlex, Qwen2-VL and its successors. They
 run here on views of one size, with more columns than rows. Whisper takes audio, without fine views.
-Two kinds of encoders are refused by name. Hierarchical ones (Swin, Hiera, ConvNeXt) change width
-and grid from stage to stage, so a patch has no single state per layer. Masked or detecting ones
-(MAE, YOLOS) do not have a state for every patch. Qwen's encoders compute the sizes of their grids
-while they run, so they cannot be one full graph.
+Encoders in stages (Swin, ConvNeXt, Hiera) change width and grid from stage to stage. Their blocks
+are numbered through. Taps are brought to the finest grid that the plan reads: each patch has the
+state of the cell that covers it. Zeros follow its channels up to the widest of these taps. So taps
+of an early stage make many image tokens; a smaller `view_size` or later taps make fewer. ViT-MAE
+shows all patches. Qwen's encoders compute the sizes of their grids while they run, so they cannot be
+one full graph.
 
 - *taps*: They equal the encoder's own hidden states, without class and register tokens. A change of
   a patch moves the state at its place.

@@ -201,7 +201,7 @@ def test_audio_in_and_text_out_from_building_to_loading(tmp_path):
     assert answers == [example.answer(model, processor, [clip])[0] for clip in clips]
     save(model, processor, tmp_path)
     assert AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True).audio_token == "<audio>"
-    assert (tmp_path / "processing.py").is_file()
+    assert (tmp_path / "processing_audio.py").is_file()
     again = load(tmp_path)
     assert type(again[1]) is type(processor) and type(again[0].vision_tower) is type(encoder)
     assert example.answer(*again, clips) == answers
