@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help install demo test conformance fuzz style check corners docs grid templates hf-suite bench study gpu clean
+.PHONY: help install demo test conformance fuzz style types check corners docs grid templates hf-suite bench study gpu clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -35,7 +35,10 @@ fuzz: install  ## Try drawn inputs of every kind (SECONDS=300, SEED=0)
 style: install  ## Check formatting and lint
 	$(BIN)/ruff format --check . && $(BIN)/ruff check .
 
-check: style test conformance  ## What CI runs first
+types: install  ## Check types with mypy (a minute at first, then seconds)
+	$(BIN)/python -m mypy
+
+check: style types test conformance  ## What CI runs first
 
 CORNER ?=
 TORCH ?=

@@ -29,7 +29,8 @@ WHAT = {
     "core": "without extras, the versions in constraints.txt, and pytest",
 }
 # They run and draw the tests and are no part of the package, so the oldest corner has new ones.
-TOOLS = {"pytest", "pytest-xdist", "hypothesis", "ruff"}
+TOOLS = {"pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-pyyaml", "setuptools"}
+TOOLS |= {"nbformat", "nbclient", "ipykernel"}
 # What touches transformers, and what differs between its releases.
 TESTS = [
     "test_packaging.py",

@@ -4,8 +4,27 @@ Importing this loads no model library; the names below arrive when they are firs
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 from .registration import register_when_needed
+
+if TYPE_CHECKING:  # what type checkers and editors see
+    from .building import build as build
+    from .building import load as load
+    from .chat import Chat as Chat
+    from .configuration import SparseCutConfig as SparseCutConfig
+    from .configuration import SparseCutUpgradeConfig as SparseCutUpgradeConfig
+    from .drawing import draw as draw
+    from .evaluation.evaluator import evaluate as evaluate
+    from .methods import METHODS as METHODS
+    from .methods import make_plan as make_plan
+    from .modeling import SparseCutForConditionalGeneration as SparseCutForConditionalGeneration
+    from .modeling_upgraded import SparseCutUpgrade as SparseCutUpgrade
+    from .plan import Plan as Plan
+    from .plan import Shortcut as Shortcut
+    from .processing import SparseCutProcessor as SparseCutProcessor
+    from .training.stages import train as train
+    from .upgrading import upgrade as upgrade
 
 __version__ = "0.1.0"
 
@@ -30,7 +49,7 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(
             f"module 'sparsecut' has no attribute {name!r}; its public names are"
@@ -39,7 +58,7 @@ def __getattr__(name: str):
     return getattr(importlib.import_module(f"sparsecut.{_HOMES[name]}"), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__
 
 

@@ -7,6 +7,7 @@ module keeps its place in our model. Adapters are saved in PEFT's own format.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def get_adapter_parameters(model: nn.Module, part: str) -> list[nn.Parameter]:
     return [parameter for name, parameter in adapter.named_parameters() if "lora_" in name]
 
 
-def add_adapters(model: nn.Module, train: tuple[str, ...], settings) -> None:
+def add_adapters(model: nn.Module, train: tuple[str, ...], settings: Any) -> None:
     """Add an adapter to every part that `train` names with `:lora`.
 
     A part that has an adapter already keeps it.
@@ -56,7 +57,7 @@ def add_adapters(model: nn.Module, train: tuple[str, ...], settings) -> None:
             get_adapters(model)[part] = _add_adapter(get_part_module(model, part), part, settings)
 
 
-def check_targets(model: nn.Module, train: tuple[str, ...], settings) -> None:
+def check_targets(model: nn.Module, train: tuple[str, ...], settings: Any) -> None:
     """Check that the adapters which a stage names can be added; the model stays as it is.
 
     Args:
@@ -74,7 +75,7 @@ def check_targets(model: nn.Module, train: tuple[str, ...], settings) -> None:
             _add_adapter(get_part_module(model, part), part, settings).unload()
 
 
-def _add_adapter(module: nn.Module, part: str, settings):
+def _add_adapter(module: nn.Module, part: str, settings: Any) -> Any:
     peft = import_peft()
     targets = settings.targets
     config = peft.LoraConfig(
@@ -134,7 +135,7 @@ def load_adapters(model: nn.Module, folder: Path) -> None:
         get_adapters(model)[source.name] = adapter.eval()
 
 
-def _load_adapter(module: nn.Module, source: Path):
+def _load_adapter(module: nn.Module, source: Path) -> Any:
     settings = read_json_file(source / "adapter_config.json")
     if settings.get("megatron_config"):
         raise UserError(
@@ -153,7 +154,7 @@ def _load_adapter(module: nn.Module, source: Path):
         ) from error
 
 
-def _check_adapter(adapter, source: Path) -> None:
+def _check_adapter(adapter: Any, source: Path) -> None:
     """Raise UserError where weights of an adapter were not in its file, or have no place in it."""
     peft = import_peft()
     found = set(peft.load_peft_weights(str(source), device="cpu"))
@@ -221,7 +222,7 @@ def get_part_module(model: nn.Module, part: str) -> nn.Module:
     return modules[part]()
 
 
-def import_peft():
+def import_peft() -> Any:
     """Import the package peft.
 
     Raises:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +176,7 @@ def _cut_maps(
     return maps
 
 
-def _find_longest(config) -> tuple[int, int] | None:
+def _find_longest(config: Any) -> tuple[int, int] | None:
     """Most rows and columns of a view that positions of an encoder of any size reach, if any."""
     if config.model_type != "pixtral":
         return None

@@ -10,7 +10,7 @@ import importlib
 import io
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -122,7 +122,7 @@ def decode_audio(data: bytes, what: str = "the audio") -> Clip:
     return Clip(samples, rate)
 
 
-def _check_header(file, what: str) -> None:
+def _check_header(file: Any, what: str) -> None:
     """Raise UserError for what must not be decoded, before it is."""
     if file.format not in FORMATS:
         raise UserError(f"{what} has the format {file.format}; convert it to {FORMAT_NAMES}")
@@ -158,7 +158,7 @@ def is_cut_wav(data: bytes) -> bool:
     return False
 
 
-def to_samples(values) -> np.ndarray:
+def to_samples(values: Any) -> np.ndarray:
     """Return an array, tensor or list of numbers as float32 [samples].
 
     Raises:
@@ -195,7 +195,7 @@ def resample(clip: Clip, rate: int) -> np.ndarray:
     return soxr.resample(clip.samples, clip.rate, rate, quality="HQ").astype(np.float32)
 
 
-def import_reader(package: str, what: str):
+def import_reader(package: str, what: str) -> Any:
     """Return a package of the extra `audio`; UserError where it is missing, for `what`."""
     try:
         return importlib.import_module(package)

@@ -7,6 +7,8 @@ the source has none. Comparisons set it alike for all methods.
 
 from __future__ import annotations
 
+from typing import Any
+
 from .plan import Plan, Shortcut
 
 
@@ -254,7 +256,7 @@ def spread_evenly(
     return taps, layers
 
 
-def _make_plan(input_tap: int, taps, layers, **settings) -> Plan:
+def _make_plan(input_tap: int, taps: Any, layers: Any, **settings: Any) -> Plan:
     """One coarse tap into the input, and further ones into layers."""
     shortcuts = [Shortcut((input_tap,), 0)]
     for tap, layer in zip(taps, layers, strict=True):

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedModel,
+    ProcessorMixin,
 )
 
 from .adapters import load_adapters
@@ -66,15 +68,15 @@ def build(
     language: str | nn.Module,
     plan: str | dict | Plan = "sparsecut",
     *,
-    image_processor=None,
-    tokenizer=None,
+    image_processor: Any = None,
+    tokenizer: Any = None,
     image_token: str | None = None,
     coarse: str = "squash",
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     view_size: int | tuple[int, int] | None = None,
     dtype: torch.dtype | str = torch.float32,
-    **from_pretrained,
+    **from_pretrained: Any,
 ) -> tuple[SparseCutForConditionalGeneration, SparseCutProcessor | SparseCutAudioProcessor]:
     """Join a vision encoder and a causal language model by a plan.
 
@@ -144,12 +146,12 @@ def build(
     return model.eval(), _make_processor(config, image_processor, tokenizer, image_token, fitting)
 
 
-def _read_image_processor(vision, config: SparseCutConfig, hub: dict):
+def _read_image_processor(vision: Any, config: SparseCutConfig, hub: dict) -> Any:
     auto_class = AutoFeatureExtractor if is_audio(config.vision_config) else AutoImageProcessor
     return _read_tool(auto_class, vision, "image_processor", hub)
 
 
-def _add_image_token(tokenizer, image_token: str) -> int:
+def _add_image_token(tokenizer: Any, image_token: str) -> int:
     """Give a tokenizer the placeholder and a token to pad with, where it lacks them.
 
     Returns:
@@ -186,7 +188,7 @@ def _join(
     return model
 
 
-def _make_generation_config(language: nn.Module, tokenizer, image_token_id: int):
+def _make_generation_config(language: nn.Module, tokenizer: Any, image_token_id: int) -> Any:
     """The language model's own, without the placeholder in answers and with a token to pad with."""
     config = copy.deepcopy(language.generation_config)
     config.suppress_tokens = [*(config.suppress_tokens or []), image_token_id]
@@ -196,8 +198,12 @@ def _make_generation_config(language: nn.Module, tokenizer, image_token_id: int)
 
 
 def _make_processor(
-    config: SparseCutConfig, image_processor, tokenizer, image_token: str, fitting: Fitting
-):
+    config: SparseCutConfig,
+    image_processor: Any,
+    tokenizer: Any,
+    image_token: str,
+    fitting: Fitting,
+) -> Any:
     if is_audio(config.vision_config):
         return SparseCutAudioProcessor(
             image_processor,
@@ -217,8 +223,8 @@ def _make_processor(
 
 
 def load(
-    folder: str | Path, base=None, *, processor=None, **from_pretrained
-) -> tuple[PreTrainedModel, object]:
+    folder: str | Path, base: Any = None, *, processor: Any = None, **from_pretrained: Any
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a saved model and its processor; adapters that were saved beside it are put back on.
 
     Args:
@@ -268,7 +274,7 @@ def load(
     return model.eval(), processor
 
 
-def _read_saved_config(name: str | Path, **hub):
+def _read_saved_config(name: str | Path, **hub: Any) -> Any:
     """The configuration of a folder or hub name; UserError where there is none."""
     return load_pretrained(
         AutoConfig,
@@ -290,7 +296,7 @@ def is_saved(name: str | Path) -> bool:
     return isinstance(_read_saved_config(name), SparseCutConfig | SparseCutUpgradeConfig)
 
 
-def save(model: PreTrainedModel, processor, folder: str | Path, *, code: bool = True) -> None:
+def save(model: PreTrainedModel, processor: Any, folder: str | Path, *, code: bool = True) -> None:
     """Write model, processor and chat template into one folder for `load` and the Auto classes.
 
     A model card is written too, unless there is one that a user has written or edited.
@@ -308,7 +314,7 @@ def save(model: PreTrainedModel, processor, folder: str | Path, *, code: bool = 
     write_card(folder, describe_config(model.config))
 
 
-def read_depths(vision: str | nn.Module, language: str | nn.Module, **hub) -> tuple[int, int]:
+def read_depths(vision: str | nn.Module, language: str | nn.Module, **hub: Any) -> tuple[int, int]:
     """Numbers of encoder blocks and decoder layers, read from configurations alone."""
     vision_config = _read_config(resolve(vision, "vision"), "vision", hub)
     text_config = _read_config(resolve(language, "language"), "language", hub)
@@ -316,7 +322,7 @@ def read_depths(vision: str | nn.Module, language: str | nn.Module, **hub) -> tu
     return count_blocks(vision_config), text_config.get_text_config().num_hidden_layers
 
 
-def resolve(source, part: str):
+def resolve(source: Any, part: str) -> Any:
     """The source itself, or for "shapes" the shipped folder of a built-in backbone.
 
     Args:
@@ -342,7 +348,7 @@ def resolve(source, part: str):
     return source
 
 
-def _read_config(source, part: str, hub: dict):
+def _read_config(source: Any, part: str, hub: dict) -> Any:
     if isinstance(source, nn.Module):
         return source.config
     return load_pretrained(
@@ -353,7 +359,7 @@ def _read_config(source, part: str, hub: dict):
     )
 
 
-def _find_encoder(model: nn.Module, config) -> nn.Module:
+def _find_encoder(model: nn.Module, config: Any) -> nn.Module:
     """The encoder of a model of several parts: the outermost module with this configuration."""
     for module in model.modules():
         if getattr(module, "config", None) is config:
@@ -364,7 +370,7 @@ def _find_encoder(model: nn.Module, config) -> nn.Module:
     )
 
 
-def _load_encoder(name: str, config, whole_config, settings: dict) -> nn.Module:
+def _load_encoder(name: str, config: Any, whole_config: Any, settings: dict) -> nn.Module:
     """The encoder of a checkpoint; UserError where weights are missing, which would be random.
 
     Args:
@@ -387,7 +393,7 @@ def _load_encoder(name: str, config, whole_config, settings: dict) -> nn.Module:
     return _find_encoder(whole, whole.config.vision_config)
 
 
-def _read_tool(auto_class, source, argument: str, hub: dict):
+def _read_tool(auto_class: Any, source: Any, argument: str, hub: dict) -> Any:
     """A tokenizer, image processor or feature extractor of a hub name or folder."""
     if not isinstance(source, str):
         raise UserError(

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, model_info, try_to_load_from_cache
 
@@ -134,7 +135,7 @@ def describe_shortcuts(facts: dict) -> ModelFacts:
     return ModelFacts(plan, depths, (Part("base", facts["base"]),), are_shortcuts_alone=True)
 
 
-def _get_name(config) -> str | None:
+def _get_name(config: Any) -> str | None:
     return getattr(config, "_name_or_path", None) or None
 
 
@@ -261,7 +262,7 @@ def _read_license(card: Path) -> str | None:
         return None
 
 
-def _get_text(value) -> str | None:
+def _get_text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -68,14 +69,14 @@ class Chat:
 
     def __init__(
         self,
-        model,
-        processor,
+        model: Any,
+        processor: Any,
         *,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         chat_template_kwargs: dict | None = None,
-        **generation,
-    ):
+        **generation: Any,
+    ) -> None:
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}, but must be at least 1")
         if temperature < 0:
@@ -175,10 +176,10 @@ class Chat:
         is_stopped = threading.Event()
         errors: list[BaseException] = []
 
-        def should_stop(ids, _, **kwargs):
+        def should_stop(ids: Any, _: Any, **kwargs: Any) -> Any:
             return torch.full((len(ids),), is_stopped.is_set(), device=ids.device)
 
-        def generate():
+        def generate() -> None:
             try:
                 self.model.generate(
                     **turn.inputs,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jinja2 import TemplateError
 from tokenizers.processors import TemplateProcessing
 
@@ -60,7 +62,7 @@ ASSISTANT:{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgenera
 {%- if add_generation_prompt -%}ASSISTANT:{%- endif -%}"""
 
 
-def get_placeholder_id(tokenizer, placeholder: str) -> int:
+def get_placeholder_id(tokenizer: Any, placeholder: str) -> int:
     """The id of the placeholder; UserError where the tokenizer has no such token."""
     token_id = tokenizer.convert_tokens_to_ids(placeholder)
     if token_id is None or token_id == tokenizer.unk_token_id:
@@ -77,7 +79,7 @@ def get_placeholder_id(tokenizer, placeholder: str) -> int:
     return token_id
 
 
-def drop_end_token(tokenizer) -> None:
+def drop_end_token(tokenizer: Any) -> None:
     """Let a tokenizer append no end token to texts, as generation would go on after the end.
 
     What it writes before texts, such as a first token, stays.
@@ -98,7 +100,7 @@ def drop_end_token(tokenizer) -> None:
     )
 
 
-def make_chat_template(tokenizer, placeholder: str) -> str:
+def make_chat_template(tokenizer: Any, placeholder: str) -> str:
     """The tokenizer's chat template, or ours if it has none, extended to accept image items."""
     own_template = tokenizer.get_chat_template() if tokenizer.chat_template else DEFAULT_TEMPLATE
     head = FLATTEN.replace("IMAGE_TOKEN", placeholder)
@@ -107,7 +109,7 @@ def make_chat_template(tokenizer, placeholder: str) -> str:
     return head + WRAP + own_template
 
 
-def mend_chat_template(tokenizer, placeholder: str, template: str) -> str:
+def mend_chat_template(tokenizer: Any, placeholder: str, template: str) -> str:
     """A saved chat template, made fit for its own part where an older version did not see to it."""
     head = FLATTEN.replace("IMAGE_TOKEN", placeholder)
     own_template = template.removeprefix(head)
@@ -116,10 +118,10 @@ def mend_chat_template(tokenizer, placeholder: str, template: str) -> str:
     return template if _takes_strings(tokenizer, own_template) else head + WRAP + own_template
 
 
-def _takes_strings(tokenizer, template: str) -> bool:
+def _takes_strings(tokenizer: Any, template: str) -> bool:
     """Whether a template writes contents that are strings; some take lists of parts only."""
 
-    def writes(content) -> bool:
+    def writes(content: Any) -> bool:
         messages = [{"role": "user", "content": content}]
         try:
             text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
@@ -61,7 +61,7 @@ class SparseCutConfig(PreTrainedConfig):
     mask_image_token: bool = False
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         implementations = _read_implementations(self.vision_config, self.text_config)
         super().__post_init__(**kwargs)
         _restore_implementations(implementations)
@@ -74,12 +74,12 @@ class SparseCutConfig(PreTrainedConfig):
         register_models(SparseCutConfig)
 
     @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs):
+    def from_dict(cls, config_dict: dict, **kwargs: Any) -> Any:
         """The configuration that a file holds; UserError where it would fetch and run code."""
         check_runs_no_code(config_dict, kwargs.get("name_or_path") or f"a {cls.model_type} model")
         return super().from_dict(without_gguf(config_dict), **kwargs)
 
-    def save_pretrained(self, folder: str | Path, *args, **kwargs):
+    def save_pretrained(self, folder: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write config.json, and beside it the code of the model; see `saved_code`."""
         super().save_pretrained(folder, *args, **kwargs)
         _write_model_code(type(self), Path(folder))
@@ -149,24 +149,24 @@ class SparseCutUpgradeConfig(PreTrainedConfig):
     base_digest: str | None = None
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         register_models(SparseCutUpgradeConfig)
 
     @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs):
+    def from_dict(cls, config_dict: dict, **kwargs: Any) -> Any:
         """The configuration that a file holds; UserError where it would fetch and run code."""
         check_runs_no_code(config_dict, kwargs.get("name_or_path") or f"a {cls.model_type} model")
         return super().from_dict(without_gguf(config_dict), **kwargs)
 
-    def save_pretrained(self, folder: str | Path, *args, **kwargs):
+    def save_pretrained(self, folder: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write config.json, and beside it the code of the model; see `saved_code`."""
         super().save_pretrained(folder, *args, **kwargs)
         _write_model_code(type(self), Path(folder))
 
     @classmethod
     def from_base(
-        cls, base, plan: Plan, name: str | None, digest: str | None
+        cls, base: Any, plan: Plan, name: str | None, digest: str | None
     ) -> SparseCutUpgradeConfig:
         """Make the configuration of a loaded base under a plan.
 
@@ -188,7 +188,7 @@ class SparseCutUpgradeConfig(PreTrainedConfig):
         """The plan as a `Plan`."""
         return Plan.from_dict(self.plan)
 
-    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+    def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PreTrainedConfig:
         """The configuration of the base's language model."""
         return self.base_config.get_text_config(decoder=decoder, encoder=encoder)
 
@@ -232,7 +232,7 @@ def _write_model_code(config_class: type, folder: Path) -> None:
     write_code(folder / CONFIG_NAME, classes, auto_map)
 
 
-def without_gguf(values):
+def without_gguf(values: Any) -> Any:
     """A configuration without a note that its language model was once read from a GGUF file.
 
     Earlier versions saved it. Weights in a folder of ours are never in that format.
@@ -247,7 +247,7 @@ def without_gguf(values):
     return kept
 
 
-def _read_implementations(*configs) -> list[tuple]:
+def _read_implementations(*configs: Any) -> list[tuple]:
     """How sub-configurations compute attention and experts: (config, name, value).
 
     PreTrainedConfig resets this on sub-configurations, also of models that already run with it.
@@ -262,7 +262,7 @@ def _restore_implementations(implementations: list[tuple]) -> None:
             setattr(config, name, value)
 
 
-def check_plan(vision_config, plan: Plan) -> None:
+def check_plan(vision_config: Any, plan: Plan) -> None:
     """Raise UserError for plans of upgraded models, and for fine views of audio, which has none."""
     if plan.has_base_input:
         raise UserError(
@@ -277,7 +277,7 @@ def check_plan(vision_config, plan: Plan) -> None:
         )
 
 
-def check_text_config(config) -> None:
+def check_text_config(config: Any) -> None:
     """Raise UserError for language models that cannot read embeddings from left to right."""
     text = config.get_text_config()
     encoder_fields = ("encoder_layers", "num_encoder_layers", "decoder_layers")

@@ -7,6 +7,7 @@ There are three ways, `COARSE_VIEWS`. "squash" and "crop" make one view of a fix
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from einops import rearrange
@@ -17,7 +18,9 @@ from .schema import UserError, is_whole_number
 from .view_sizes import as_pair
 
 
-def cut_views(image: Image.Image, tiles: int, size, coarse: str = "squash") -> list[Image.Image]:
+def cut_views(
+    image: Image.Image, tiles: int, size: Any, coarse: str = "squash"
+) -> list[Image.Image]:
     """Cut an image into encoder-sized views: one coarse view, then tiles x tiles fine views.
 
     All views are resized from the original with Pillow's bicubic filter. "squash" ignores the
@@ -48,7 +51,7 @@ def cut_views(image: Image.Image, tiles: int, size, coarse: str = "squash") -> l
     return [coarse_view, *fine_views]
 
 
-def cut_patches(image: Image.Image, tiles: int, grid: tuple[int, int], patch) -> np.ndarray:
+def cut_patches(image: Image.Image, tiles: int, grid: tuple[int, int], patch: Any) -> np.ndarray:
     """Cut an image into patches, every one with the tiles x tiles fine patches under it.
 
     The coarse and the fine image are resized from the original with Pillow's bicubic filter.
@@ -96,7 +99,7 @@ def _crop_center(image: Image.Image, height: int, width: int) -> Image.Image:
     return scaled.crop((left, top, left + width, top + height))
 
 
-def check_pixel_limits(min_pixels, max_pixels, unit: tuple[int, int]) -> None:
+def check_pixel_limits(min_pixels: Any, max_pixels: Any, unit: tuple[int, int]) -> None:
     """Check how many pixels an image may have after it was resized.
 
     Args:

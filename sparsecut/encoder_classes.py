@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from .schema import UserError
 
 INTERPOLATION = "interpolate_pos_encoding"  # argument of an encoder's forward
 
 
-def find_encoder_class(config) -> type:
+def find_encoder_class(config: Any) -> type:
     """The class of a configuration's encoder: AutoModel's, or that of the configuration's folder.
 
     Raises:
@@ -40,6 +41,6 @@ def find_encoder_class(config) -> type:
     return found[max(found)]
 
 
-def asks_for_interpolation(config) -> bool:
+def asks_for_interpolation(config: Any) -> bool:
     """Whether an encoder's forward must be asked to interpolate its positions."""
     return INTERPOLATION in inspect.signature(find_encoder_class(config).forward).parameters

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
@@ -112,7 +113,7 @@ UNSUPPORTED_ENCODERS = (
 
 
 def read_grid(
-    config,
+    config: Any,
     view_size: int | list | tuple | None = None,
     taps: Iterable[int] | None = None,
 ) -> PatchGrid:
@@ -162,19 +163,19 @@ def read_grid(
     )
 
 
-def get_kind(config) -> str:
+def get_kind(config: Any) -> str:
     """How an encoder takes its views: a key of `INPUTS`."""
     if is_staged(config):
         return "staged"
     return ENCODER_KINDS.get(config.model_type, "plain")
 
 
-def count_blocks(config) -> int:
+def count_blocks(config: Any) -> int:
     """Blocks of an encoder, over all its stages."""
     return sum(read_stages(config).depths) if is_staged(config) else config.num_hidden_layers
 
 
-def is_audio(config) -> bool:
+def is_audio(config: Any) -> bool:
     """Whether a configuration is that of an audio encoder."""
     return get_kind(config) == "audio"
 
@@ -184,7 +185,7 @@ def takes_plain_views(grid: PatchGrid) -> bool:
     return INPUTS[grid.kind] in (make_plain_inputs, make_masked_inputs)
 
 
-def _check_one_grid(config, kind: str, patch: tuple) -> None:
+def _check_one_grid(config: Any, kind: str, patch: tuple) -> None:
     """Refuse encoders whose configuration does not describe blocks over one fixed grid."""
     names = ("image_size", "patch_size", "num_hidden_layers", "hidden_size")
     sizes = {name: getattr(config, name, None) for name in names}
@@ -202,7 +203,7 @@ def _check_one_grid(config, kind: str, patch: tuple) -> None:
     )
 
 
-def _check_nothing_is_random(config) -> None:
+def _check_nothing_is_random(config: Any) -> None:
     """Refuse encoders that leave out patches or blocks at random, so that states may be missing."""
     for name, what in (("mask_ratio", "hides patches"), ("encoder_layerdrop", "skips blocks")):
         share = getattr(config, name, 0)
@@ -213,13 +214,13 @@ def _check_nothing_is_random(config) -> None:
             )
 
 
-def show_all_patches(config) -> None:
+def show_all_patches(config: Any) -> None:
     """Let a masked autoencoder that is being loaded hide none of its patches."""
     if config.model_type == "vit_mae":
         config.mask_ratio = 0.0
 
 
-def get_fixed_view_size(config) -> tuple:
+def get_fixed_view_size(config: Any) -> tuple:
     """Height and width of a view as a configuration fixes them; (None, None) where it does not."""
     kind = get_kind(config)
     if kind == "naflex":
@@ -230,7 +231,7 @@ def get_fixed_view_size(config) -> tuple:
     return as_pair(getattr(config, "image_size", None))
 
 
-def _read_staged_grid(config, view_size, taps: Iterable[int] | None) -> PatchGrid:
+def _read_staged_grid(config: Any, view_size: Any, taps: Iterable[int] | None) -> PatchGrid:
     stages = read_stages(config)
     unit = (stages.unit, stages.unit)
     fixed = as_pair(getattr(config, "image_size", None))
@@ -253,7 +254,7 @@ def _read_staged_grid(config, view_size, taps: Iterable[int] | None) -> PatchGri
     )
 
 
-def _read_audio_grid(config, view_size) -> PatchGrid:
+def _read_audio_grid(config: Any, view_size: Any) -> PatchGrid:
     num_frames = config.max_source_positions
     if view_size is not None:
         raise UserError(
@@ -271,7 +272,7 @@ def get_encoder(model: nn.Module) -> nn.Module:
     return model.get_encoder() if is_audio(model.config) else model
 
 
-def make_encoder(config, dtype: torch.dtype | None = None) -> nn.Module:
+def make_encoder(config: Any, dtype: torch.dtype | None = None) -> nn.Module:
     """A new encoder of a configuration, its weights random."""
     return get_encoder(find_encoder_class(config)._from_config(config, dtype=dtype))
 
@@ -411,7 +412,7 @@ def to_raster_order(
     return states[:, -num_patches:]
 
 
-def check_extractor(feature_extractor, grid) -> None:
+def check_extractor(feature_extractor: Any, grid: Any) -> None:
     """Check that a feature extractor makes spectrograms of the shape of the encoder's grid.
 
     Raises:

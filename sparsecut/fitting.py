@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .any_size import get_patch
 from .configuration import SparseCutConfig
@@ -33,7 +34,7 @@ class Fitting:
     min_pixels: int | None = None
     max_pixels: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.coarse not in COARSE_VIEWS:
             raise UserError(
                 f"coarse is {self.coarse!r}, but must be one of {', '.join(COARSE_VIEWS)}"
@@ -49,7 +50,7 @@ class Fitting:
                     " of a view; remove it, or use coarse='native'"
                 )
 
-    def choose_view_size(self, vision_config, view_size):
+    def choose_view_size(self, vision_config: Any, view_size: Any) -> Any:
         """Choose the size of a view where an encoder takes any size and none is given.
 
         It is the largest square that `max_pixels` allows. Costs are counted of it.
@@ -124,7 +125,7 @@ class Fitting:
         }
 
 
-def _get_unit(vision_config) -> tuple[int, int]:
+def _get_unit(vision_config: Any) -> tuple[int, int]:
     """Height and width in pixels that views are a multiple of."""
     height, width = as_pair(vision_config.patch_size)
     merge = getattr(vision_config, "spatial_merge_size", 1)

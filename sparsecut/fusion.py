@@ -34,7 +34,7 @@ class ShortcutProjector(nn.Module):
         language_dim: H.
     """
 
-    def __init__(self, mixer: nn.Module, inner_dim: int, language_dim: int):
+    def __init__(self, mixer: nn.Module, inner_dim: int, language_dim: int) -> None:
         super().__init__()
         self.mixer = mixer
         self.linear_1 = nn.Linear(mixer.out_dim, inner_dim)
@@ -58,7 +58,7 @@ class LowRankCorrection(nn.Module):
         language_dim: H.
     """
 
-    def __init__(self, mixed_dim: int, rank: int, language_dim: int):
+    def __init__(self, mixed_dim: int, rank: int, language_dim: int) -> None:
         super().__init__()
         self.down = nn.Linear(mixed_dim, rank, bias=False)
         self.up = nn.Linear(rank, language_dim, bias=False)
@@ -80,7 +80,7 @@ class ContextGate(nn.Module):
     retrieved.
     """
 
-    def __init__(self, num_shortcuts: int, language_dim: int):
+    def __init__(self, num_shortcuts: int, language_dim: int) -> None:
         super().__init__()
         self.query_features = nn.Parameter(torch.zeros(language_dim))
         self.query_hidden = nn.Parameter(torch.zeros(language_dim))
@@ -168,7 +168,7 @@ class Fusion(nn.Module):
         rows: int,
         num_under: int = 1,
         tap_widths: Sequence[int] = (),
-    ):
+    ) -> None:
         super().__init__()
         self.plan = plan
         self.rows = rows

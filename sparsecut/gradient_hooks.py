@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +17,7 @@ def take_tuples(model: nn.Module) -> None:
         hook.hooks_dict_ref()[hook.id] = _require_gradient
 
 
-def _require_gradient(module, args, output):
+def _require_gradient(module: Any, args: Any, output: Any) -> None:
     first = output[0] if isinstance(output, tuple) else output
     first.requires_grad_(True)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,7 @@ def name_checkpointing(arguments: Mapping) -> dict:
     return renamed
 
 
-def is_processor_argument(processor, name: str) -> bool:
+def is_processor_argument(processor: Any, name: str) -> bool:
     """Whether a processor lists an argument: in its call, or before 5.23 in keys for its text."""
     for cls in type(processor).__mro__:
         call = vars(cls).get("__call__")
@@ -145,7 +146,7 @@ def _connect_checkpointing(module: nn.Module, layers: nn.ModuleList | list[nn.Mo
         owner.register_forward_pre_hook(partial(_keep_hooks_out_of_checkpoints, layers))
 
 
-def _keep_hooks_out_of_checkpoints(layers: nn.ModuleList | list[nn.Module], *_) -> None:
+def _keep_hooks_out_of_checkpoints(layers: nn.ModuleList | list[nn.Module], *_: Any) -> None:
     """Before 5.23: let checkpointed layers recompute no more than their forward, as later ones do.
 
     Hooks find no context when they run again in the backward pass, and what they capture inside a
@@ -157,14 +158,14 @@ def _keep_hooks_out_of_checkpoints(layers: nn.ModuleList | list[nn.Module], *_) 
             layer._gradient_checkpointing_func = partial(_checkpoint_forward, layer, checkpoint)
 
 
-def _checkpoint_forward(layer: nn.Module, checkpoint: Callable, call: partial, *args):
+def _checkpoint_forward(layer: nn.Module, checkpoint: Callable, call: partial, *args: Any) -> Any:
     """Run a layer's hooks and, inside a checkpoint, its own forward; `call` has its keywords."""
     forward = layer.forward
     own_forward = {name: value for name, value in vars(layer).items() if name == "forward"}
     is_ours = getattr(forward, "func", None) is _skip_above_taps
     number, inner = forward.args if is_ours else (None, forward)
 
-    def checkpointed(*args, **kwargs):
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(partial(inner, **kwargs), *args)
 
     layer.forward = partial(_skip_above_taps, number, checkpointed) if is_ours else checkpointed
@@ -331,7 +332,7 @@ def inject(
     gates: Mapping[int, Callable] | None = None,
     *,
     later: bool = False,
-):
+) -> Any:
     """Add features before decoder layers while `run()` passes once through the decoder.
 
     Args:
@@ -382,13 +383,13 @@ def _get_hidden(args: tuple, kwargs: Mapping) -> Tensor:
     return kwargs["hidden_states" if "hidden_states" in kwargs else "hidden_state"]
 
 
-def _capture_embeddings(module, args, kwargs):
+def _capture_embeddings(module: Any, args: Any, kwargs: Any) -> None:
     capture = _current_capture()
     if capture is not None and 0 in capture.wanted:
         capture.taps[0] = _get_hidden(args, kwargs)
 
 
-def _capture_block(tap: int, module, args, output):
+def _capture_block(tap: int, module: Any, args: Any, output: Any) -> None:
     capture = _current_capture()
     if capture is None or tap > capture.num_blocks:
         return
@@ -397,7 +398,7 @@ def _capture_block(tap: int, module, args, output):
         capture.taps[tap] = output[0] if capture.num_outputs else output
 
 
-def _skip_above_taps(number: int, forward: Callable, *args, **kwargs):
+def _skip_above_taps(number: int, forward: Callable, *args: Any, **kwargs: Any) -> Any:
     capture = _current_capture()
     if capture is None or number < capture.num_blocks:
         return forward(*args, **kwargs)
@@ -408,7 +409,7 @@ def _skip_above_taps(number: int, forward: Callable, *args, **kwargs):
     return (hidden, *[None] * (capture.num_outputs - 1)) if capture.num_outputs else hidden
 
 
-def _add_features(layer: int, module, args, kwargs):
+def _add_features(layer: int, module: Any, args: Any, kwargs: Any) -> Any:
     injection = _current_injection()
     if injection is None or layer not in injection.features:
         return None

@@ -12,6 +12,7 @@ import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from .schema import UserError
 
@@ -43,7 +44,7 @@ def looks_like_hub_name(name: str) -> bool:
     return HUB_NAME.fullmatch(name) is not None and ".." not in name
 
 
-def check_model_place(name: str | Path, what: str = "model", **hub) -> dict:
+def check_model_place(name: str | Path, what: str = "model", **hub: Any) -> dict:
     """Check that a model's folder is there, or that the hub has the name.
 
     No model library is imported.
@@ -156,7 +157,7 @@ def find_on_hub(
     return answer
 
 
-def _request(name: str, kind: str, revision: str | None, token) -> HubEntry:
+def _request(name: str, kind: str, revision: str | None, token: Any) -> HubEntry:
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -40,7 +41,7 @@ HUB_ARGUMENTS = (
 FLASH_PACKAGES = ("flash_attn", "flash_attn_3", "flash_attn_interface")
 
 
-def load_pretrained(kind, name, complaint: str, **settings):
+def load_pretrained(kind: Any, name: Any, complaint: str, **settings: Any) -> Any:
     """Call `kind.from_pretrained`.
 
     A damaged file makes transformers and tokenizers raise almost any error. Each means that the
@@ -83,7 +84,9 @@ def _arose_in_our_code(error: Exception) -> bool:
     return frame.f_code.co_filename.startswith(PACKAGE)
 
 
-def load_weights(kind, name, complaint: str, *, optional: str = r"(?!)", **settings) -> nn.Module:
+def load_weights(
+    kind: Any, name: Any, complaint: str, *, optional: str = r"(?!)", **settings: Any
+) -> nn.Module:
     """Call `kind.from_pretrained` for a model that others have saved.
 
     Args:
@@ -101,7 +104,7 @@ def load_weights(kind, name, complaint: str, *, optional: str = r"(?!)", **setti
     return model
 
 
-def _check_configuration_file(name, settings: dict) -> None:
+def _check_configuration_file(name: Any, settings: dict) -> None:
     """`check_runs_no_code` for the config.json of a folder or hub name, before it is used."""
     if settings.get("trust_remote_code") or settings.get("gguf_file"):
         return
@@ -126,7 +129,7 @@ def check_runs_no_code(values: dict, source: str) -> None:
             )
 
 
-def _find_implementations(values, inside: bool = False) -> Iterator[tuple[str, str]]:
+def _find_implementations(values: Any, inside: bool = False) -> Iterator[tuple[str, str]]:
     """Yield (key, name) wherever a configuration names how attention or experts are computed."""
     pairs = values.items() if isinstance(values, dict) else enumerate(values)
     for key, value in pairs:
@@ -203,7 +206,7 @@ def check_finite(module: nn.Module, source: str) -> None:
             )
 
 
-def is_quantized(config) -> bool:
+def is_quantized(config: Any) -> bool:
     """Whether a configuration speaks of quantized weights."""
     return getattr(config, "quantization_config", None) is not None
 
@@ -218,7 +221,7 @@ def holds_quantized_values(module: nn.Module) -> bool:
     return False
 
 
-def forget_quantization(config) -> None:
+def forget_quantization(config: Any) -> None:
     """Take out of a configuration how weights were quantized in a file that is not there any more.
 
     So it is with language models that were read from a GGUF file.

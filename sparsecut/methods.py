@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 from .baselines import (
     cli,
@@ -127,7 +128,7 @@ def sparsecut(
     return Plan(tuple(shortcuts), tiles, shared, norm, gate, rank)
 
 
-def sparsecut_input(vision_depth: int, language_depth: int, **options) -> Plan:
+def sparsecut_input(vision_depth: int, language_depth: int, **options: Any) -> Plan:
     """The control for depth: the taps and parameters of `sparsecut`, all added to the input."""
     plan = sparsecut(vision_depth, language_depth, **options)
     return replace(plan, shortcuts=tuple(replace(s, layer=0) for s in plan.shortcuts))

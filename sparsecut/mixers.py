@@ -52,7 +52,7 @@ def arrange_grains(views: Tensor, tiles: int, rows: int) -> Tensor:
 class Pick(nn.Module):
     """The last tap: [B, T, 1, N, D] -> [B, N, D]."""
 
-    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int):
+    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int) -> None:
         super().__init__()
         self.out_dim = dim
 
@@ -66,7 +66,7 @@ class Channels(nn.Module):
     This is the concatenation of SparseCut's released `cross_mlp` (arXiv 2602.00505).
     """
 
-    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int):
+    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int) -> None:
         super().__init__()
         self.out_dim = len(shortcut.taps) * plan.num_grains * dim
 
@@ -82,7 +82,7 @@ class Tokens(nn.Module):
 
     takes_rows = True
 
-    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int):
+    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int) -> None:
         super().__init__()
         self.tiles = plan.tiles
         self.rows = rows
@@ -105,7 +105,7 @@ class Append(nn.Module):
     token: Dense Connector's sparse token integration (arXiv 2405.13800).
     """
 
-    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int):
+    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int) -> None:
         super().__init__()
         self.out_dim = dim
 
@@ -160,7 +160,7 @@ class Attend(nn.Module):
     SparseCut's released `cross_attention` (arXiv 2602.00505), whose keys are the fine patches.
     """
 
-    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int):
+    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int) -> None:
         super().__init__()
         self.num_heads = get_num_heads(dim)
         self.out_dim = dim
@@ -187,7 +187,7 @@ class Enrich(nn.Module):
     dense attention in place of the authors' deformable kernel.
     """
 
-    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int):
+    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int) -> None:
         super().__init__()
         self.num_heads = get_num_heads(dim)
         self.out_dim = dim

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
         config: SparseCutConfig,
         vision_tower: nn.Module | None = None,
         language_model: nn.Module | None = None,
-    ):
+    ) -> None:
         super().__init__(config)
         self.plan = config.get_plan()
         self.grid = config.grid
@@ -101,13 +102,13 @@ class SparseCutModel(SparseCutPreTrainedModel):
         self.post_init()
         self._no_split_modules = get_unsplit_classes(self)
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> Any:
         return self.language_model.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: Any) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def get_decoder(self):
+    def get_decoder(self) -> Any:
         return self.language_model.get_decoder()
 
     def encode(self, pixel_values: Tensor, image_grids: Tensor | None = None) -> dict[int, Tensor]:
@@ -152,7 +153,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
         pixel_values: Tensor | None = None,
         vision_states: dict[int, Tensor] | None = None,
         image_grids: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> SparseCutImageFeatures:
         """Encode images and fuse their taps for every layer of the plan.
 
@@ -201,7 +202,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        **inputs,
+        **inputs: Any,
     ) -> SparseCutModelOutputWithPast:
         """Hidden states of a prompt.
 
@@ -243,7 +244,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
         cache: Cache | None = None,
         continued: bool | None = None,
         has_labels: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[ModelOutput, Tensor | None]:
         """Run a decoder, with or without its head, on a prompt and its images.
 
@@ -287,7 +288,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
         optional = {**kwargs, "position_ids": position_ids, **name_cache(decoder, cache)}
         taken = {k: v for k, v in optional.items() if v is not None and accepts(decoder, k)}
 
-        def run():
+        def run() -> Any:
             return decoder(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
@@ -347,21 +348,21 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
         }
         return share_modules(self, SparseCutModel, modules)
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> Any:
         return self.language_model.get_output_embeddings()
 
-    def set_output_embeddings(self, new_embeddings):
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
 
     def prepare_inputs_for_generation(
         self,
-        input_ids,
-        past_key_values=None,
-        inputs_embeds=None,
-        is_first_iteration=False,
-        cache=None,
-        **kwargs,
-    ):
+        input_ids: Any,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        is_first_iteration: Any = False,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """Prepare one step of `generate`: images go with the prompt only. See transformers."""
         kwargs |= {"inputs_embeds": inputs_embeds, "is_first_iteration": is_first_iteration}
         cache = past_key_values if cache is None else cache
@@ -393,7 +394,7 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
         continued: bool | None = None,
         cache: Cache | None = None,
         image_grids: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> SparseCutCausalLMOutputWithPast:
         """One pass over a prompt, its continuation, or a training batch.
 

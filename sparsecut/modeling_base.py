@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,9 @@ class SparseCutPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list] = ["Fusion", "ContextGate"]
 
     @classmethod
-    def from_pretrained(cls, name, *args, output_loading_info: bool = False, **settings):
+    def from_pretrained(
+        cls, name: Any, *args: Any, output_loading_info: bool = False, **settings: Any
+    ) -> Any:
         """Load a model as transformers does, and refuse one whose weights are not all its own.
 
         Args:
@@ -88,7 +90,9 @@ class SparseCutPreTrainedModel(PreTrainedModel):
             model.fusion.to(find_compute_dtype(model))
         return model
 
-    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+    def _upload_modified_files(
+        self, working_dir: Any, repo_id: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """As transformers does; the card that it made for want of one becomes ours."""
         # By name: code saved beside a model has no such module, and transformers' card is pushed.
         if find_spec(f"{__package__}.sharing") is not None:
@@ -96,7 +100,7 @@ class SparseCutPreTrainedModel(PreTrainedModel):
             sharing.mend_pushed_card(Path(working_dir), self.config, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
-    def post_init(self):
+    def post_init(self) -> None:
         """Finish as transformers does; no quantizer is to touch the shortcuts."""
         super().post_init()
         if is_quantized(self.config):
@@ -151,7 +155,7 @@ class SparseCutPreTrainedModel(PreTrainedModel):
             "head": head,
         }
 
-    def enable_input_require_grads(self):
+    def enable_input_require_grads(self) -> None:
         """Let embeddings require a gradient, so that checkpointed layers pass one on.
 
         A frozen vision encoder is left out: it would store its activations and run backward for
@@ -165,7 +169,7 @@ class SparseCutPreTrainedModel(PreTrainedModel):
         if not any(p.requires_grad for p in vision):
             remove_gradient_hooks(self, vision)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Any:
         """Set the mode; see `check_adapted_fusion` for what is refused inside PEFT's wrapper.
 
         An encoder's batch statistics stay those it was trained with. Otherwise a frozen encoder
@@ -204,7 +208,7 @@ class SparseCutPreTrainedModel(PreTrainedModel):
         return False
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: Any) -> None:
         if isinstance(module, Fusion):
             for values, start in module.initial_values():
                 if isinstance(start, tuple):
@@ -279,7 +283,7 @@ def is_sparsecut_model(model: nn.Module) -> bool:
 BOUND_TO_MODEL = ("forward", "_old_forward", "_hf_hook", "_compiled_call", "_compiled_call_impl")
 
 
-def share_modules(model: PreTrainedModel, model_class: type, modules: dict[str, nn.Module]):
+def share_modules(model: PreTrainedModel, model_class: type, modules: dict[str, nn.Module]) -> Any:
     """Make a model of another class that shares attributes and modules with a model.
 
     Hooks on the model itself are not shared, those inside its modules are.
@@ -332,7 +336,7 @@ RECORDS = ("hidden_states", "attentions")  # what an encoder returns of its bloc
 NO_RECORDS = {f"output_{name}": False for name in RECORDS}
 
 
-def get_requested_records(config, settings: dict) -> list[str]:
+def get_requested_records(config: Any, settings: dict) -> list[str]:
     """Which of RECORDS the settings or else the configuration request."""
     keys = {name: f"output_{name}" for name in RECORDS}
     defaults = {name: getattr(config, key, False) for name, key in keys.items()}

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class SparseCutUpgradeModel(SparseCutPreTrainedModel):
     supports_feature_cache = False  # the base runs its encoder in its own way
     supports_packing = False  # the base counts positions in its own way
 
-    def __init__(self, config: SparseCutUpgradeConfig, base: PreTrainedModel | None = None):
+    def __init__(self, config: SparseCutUpgradeConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.plan = config.get_plan()
         if base is None:
@@ -98,23 +99,23 @@ class SparseCutUpgradeModel(SparseCutPreTrainedModel):
         """The base's language model, without its head."""
         return self.family.parts(self.base).language
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> Any:
         """Return the token embedding of the language model."""
         return self.base.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: Any) -> None:
         """Replace the token embedding of the language model."""
         self.base.set_input_embeddings(value)
 
-    def get_encoder(self, modality: str | None = None):
+    def get_encoder(self, modality: str | None = None) -> Any:
         """Return the base's encoder of "image", "video" or "audio"; the base where it has none."""
         return self.base.get_encoder(modality)
 
-    def get_decoder(self):
+    def get_decoder(self) -> Any:
         """Return the decoder of the language model."""
         return self.base.get_decoder()
 
-    def shortcuts_active(self, fine_pixel_values: Tensor | None = None):
+    def shortcuts_active(self, fine_pixel_values: Tensor | None = None) -> Any:
         """A context in which the base's own calls have the shortcuts, in this thread.
 
         Args:
@@ -141,7 +142,7 @@ class SparseCutUpgradeModel(SparseCutPreTrainedModel):
             return {**rest, "pixel_values": pixels[:, 0]}, pixels[:, 1:]
         return rest, fine
 
-    def forward(self, input_ids: Tensor | None = None, *args, **kwargs):
+    def forward(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Hidden states: the base model's own forward, with the shortcuts' features added.
 
         Args:
@@ -159,7 +160,7 @@ class SparseCutUpgradeModel(SparseCutPreTrainedModel):
         return output
 
     @can_return_tuple
-    def get_image_features(self, *args, **kwargs):
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """The base's own image features, with the shortcuts' beside them in `pooler_output`.
 
         They can be given to `forward` and `generate` as `mm_encoder_outputs`.
@@ -169,8 +170,8 @@ class SparseCutUpgradeModel(SparseCutPreTrainedModel):
             return self.base.get_image_features(*args, **kwargs)
 
     def save_pretrained(
-        self, folder: str | Path, *args, save_original_format: bool = False, **kwargs
-    ):
+        self, folder: str | Path, *args: Any, save_original_format: bool = False, **kwargs: Any
+    ) -> Any:
         """Write the whole model, weights named as here and not as in old files of the base.
 
         A Trainer reads them under these names.
@@ -199,12 +200,12 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
     has_head = True
 
     @property
-    def generation_config(self):
+    def generation_config(self) -> Any:
         """The base's own generation settings."""
         return self.base.generation_config
 
     @generation_config.setter
-    def generation_config(self, value):
+    def generation_config(self, value: Any) -> None:
         if "base" in self._modules:  # not yet while PreTrainedModel.__init__ runs
             self.base.generation_config = value
 
@@ -216,18 +217,18 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
         modules = {"base": without_head(self.base), "fusion": self.fusion}
         return share_modules(self, SparseCutUpgradeModel, modules)
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> Any:
         """Return the head of the language model."""
         return self.base.get_output_embeddings()
 
-    def set_output_embeddings(self, new_embeddings):
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
         """Replace the head of the language model."""
         self.base.set_output_embeddings(new_embeddings)
 
     def forward(
         self,
         input_ids: Tensor | None = None,
-        *args,
+        *args: Any,
         pixel_values: Tensor | None = None,
         fine_pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -240,8 +241,8 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
         logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         cache: Cache | None = None,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> Any:
         """The base's own forward, with the shortcuts' features added.
 
         Arguments and result are the base's, besides these.
@@ -290,7 +291,7 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
         output["loss"] = self.include_fusion(loss, call.is_fusion_used)
         return output
 
-    def generate(self, *args, **kwargs):
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base's own `generate`, with the shortcuts' features added to the prompt.
 
         Raises:
@@ -309,7 +310,7 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
         *,
         push_to_hub: bool = False,
         repo_id: str | None = None,
-        **settings,
+        **settings: Any,
     ) -> None:
         """Write the shortcuts alone: their weights, the plan, and which base they belong to.
 
@@ -348,7 +349,7 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
         if push_to_hub:
             self.push_fusion(repo_id or folder.resolve().name, **settings)
 
-    def push_fusion(self, repo_id: str, processor=None, **settings) -> str:
+    def push_fusion(self, repo_id: str, processor: Any = None, **settings: Any) -> str:
         """Push the shortcuts alone to the hub, to a small repository that names its base.
 
         `sparsecut.load` takes its name. Adapters are pushed with them.
@@ -384,7 +385,7 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
         return weights
 
 
-def _check_chunked_prefill(inputs: Mapping, generation_config) -> None:
+def _check_chunked_prefill(inputs: Mapping, generation_config: Any) -> None:
     """Before 5.23: refuse chunks of a prompt with images, as every chunk would get all images."""
     config = inputs.get("generation_config") or generation_config
     size = inputs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
@@ -395,7 +396,7 @@ def _check_chunked_prefill(inputs: Mapping, generation_config) -> None:
         )
 
 
-def count_patch_rows(vision_config) -> int:
+def count_patch_rows(vision_config: Any) -> int:
     """Rows of patches in one view of a fixed-size encoder."""
     size, patch = vision_config.image_size, vision_config.patch_size
     if not isinstance(size, int):

@@ -8,6 +8,7 @@ no rule is written twice.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ def index_llava(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
     return numbers.reshape(-1, 1)
 
 
-def _count_patches_of_view(vision_config, call: dict) -> int:
+def _count_patches_of_view(vision_config: Any, call: dict) -> int:
     patch = vision_config.patch_size
     patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
     height, width = call["pixel_values"].shape[-2:]
@@ -131,7 +132,9 @@ def index_llava_onevision(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
     return torch.cat(table).unsqueeze(-1)
 
 
-def _get_onevision_grids(config, image_sizes, num_images) -> list[tuple[int, int] | None]:
+def _get_onevision_grids(
+    config: Any, image_sizes: Any, num_images: Any
+) -> list[tuple[int, int] | None]:
     """Rows and columns of tiles of each image; None for an image that is one view.
 
     num_images: images per prompt. Images of a prompt with several are not cut into tiles.

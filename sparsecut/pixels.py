@@ -13,7 +13,7 @@ import urllib.parse
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from .schema import UserError
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
 WHITE = "white"
 ImageSource = Image.Image | str | Path | bytes
+_Opened = tuple[Image.Image, bool]
 # What is done to an image with each value of the orientation tag.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -50,7 +51,7 @@ URL_SECONDS = 30
 # --- from files ---
 
 
-def open_image(source: ImageSource, background=WHITE) -> Image.Image:
+def open_image(source: ImageSource, background: Any = WHITE) -> Image.Image:
     """Return an image in RGB, upright and opaque.
 
     Args:
@@ -77,7 +78,7 @@ def open_image(source: ImageSource, background=WHITE) -> Image.Image:
         return open_upright(file, f"the image {source}", background)
 
 
-def open_upright(file: BinaryIO, what: str = "the image", background=WHITE) -> Image.Image:
+def open_upright(file: BinaryIO, what: str = "the image", background: Any = WHITE) -> Image.Image:
     """Read an image file as upright RGB.
 
     Args:
@@ -111,7 +112,7 @@ def find_formats() -> tuple[str, ...]:
 
 
 @contextmanager
-def _explained(what: str):
+def _explained(what: str) -> Any:
     """Turn whatever Pillow raises for a broken file, which may be anything, into one sentence."""
     try:
         yield
@@ -157,7 +158,7 @@ def read_url(url: str, medium: str = "image") -> bytes:
 # --- from PIL images ---
 
 
-def to_rgb(image: Image.Image, background=WHITE, what: str | None = None) -> Image.Image:
+def to_rgb(image: Image.Image, background: Any = WHITE, what: str | None = None) -> Image.Image:
     """Return a PIL image in RGB, upright and opaque; the image itself where it is so already.
 
     The orientation tag decides: an image that has one is turned, also where it is a copy. Whoever
@@ -188,7 +189,7 @@ def to_rgb(image: Image.Image, background=WHITE, what: str | None = None) -> Ima
         return rgb
 
 
-def _convert(image: Image.Image, transparency, background) -> Image.Image:
+def _convert(image: Image.Image, transparency: Any, background: Any) -> Image.Image:
     if image.mode in DEEP_MODES:
         values = np.asarray(image)
         rgb = Image.fromarray(_scale_deep(image, values)).convert("RGB")
@@ -208,13 +209,13 @@ def _convert(image: Image.Image, transparency, background) -> Image.Image:
     return _lay(rgba.convert("RGB"), rgba.getchannel("A"), background)
 
 
-def _lay(rgb: Image.Image, mask: Image.Image, background) -> Image.Image:
+def _lay(rgb: Image.Image, mask: Image.Image, background: Any) -> Image.Image:
     canvas = Image.new("RGB", rgb.size, parse_color(background))
     canvas.paste(rgb, mask=mask)
     return canvas
 
 
-def parse_color(color) -> tuple[int, int, int]:
+def parse_color(color: Any) -> tuple[int, int, int]:
     """Return a colour as RGB; UserError where Pillow does not know it.
 
     Args:
@@ -232,7 +233,7 @@ def parse_color(color) -> tuple[int, int, int]:
     return levels[:3]
 
 
-def _find_transparency(image: Image.Image):
+def _find_transparency(image: Image.Image) -> Any:
     """The transparent value of an image without alpha, in the scale of its pixels; or None.
 
     Must be called before a file's pixels are read, as the file's samples are known until then.
@@ -266,7 +267,7 @@ def _scale_deep(image: Image.Image, values: np.ndarray) -> np.ndarray:
     return BITS_8 - levels if is_inverted else levels
 
 
-def _find_white(image: Image.Image, tags) -> int | None:
+def _find_white(image: Image.Image, tags: Any) -> int | None:
     """The value of white, where the file says it."""
     if image.format == "PPM":
         return BITS_16  # Pillow has scaled the values
@@ -280,7 +281,7 @@ def _find_white(image: Image.Image, tags) -> int | None:
 # --- from lists ---
 
 
-def list_images(images) -> list:
+def list_images(images: Any) -> list:
     """Return images as a flat list, or as one list for each text where they were given so.
 
     Args:
@@ -304,7 +305,7 @@ def list_images(images) -> list:
     return rows
 
 
-def _unstack(images) -> list:
+def _unstack(images: Any) -> list:
     """A flat list of images, of which some are arrays of several."""
     flat = []
     for image in images:
@@ -316,7 +317,7 @@ def _unstack(images) -> list:
 # --- from arrays and tensors ---
 
 
-def to_array(values) -> np.ndarray:
+def to_array(values: Any) -> np.ndarray:
     """Return an array or tensor as numpy; UserError where it holds no numbers."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
@@ -331,7 +332,7 @@ def to_array(values) -> np.ndarray:
     return values
 
 
-def put_channels_last(values, layout: str | None = None) -> np.ndarray:
+def put_channels_last(values: Any, layout: str | None = None) -> np.ndarray:
     """Return one image's array as [height, width, channels].
 
     Args:
@@ -358,7 +359,7 @@ def put_channels_last(values, layout: str | None = None) -> np.ndarray:
     return array
 
 
-def _has_channels_first(shape: tuple, layout, is_tensor: bool) -> bool:
+def _has_channels_first(shape: tuple, layout: Any, is_tensor: bool) -> bool:
     layout = getattr(layout, "value", layout)  # of transformers' ChannelDimension
     if layout is not None:
         if layout not in ("channels_first", "channels_last"):
@@ -373,7 +374,7 @@ def _has_channels_first(shape: tuple, layout, is_tensor: bool) -> bool:
     return False
 
 
-def array_to_rgb(values, layout: str | None = None, background=WHITE) -> tuple[Image.Image, bool]:
+def array_to_rgb(values: Any, layout: str | None = None, background: Any = WHITE) -> _Opened:
     """Return one image's array or tensor as RGB, and whether its values were fractions.
 
     Args:

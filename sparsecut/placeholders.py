@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 IGNORED = -100  # a label that does not count in the loss
 
 
-def mask_placeholder(config, logits: Tensor) -> Tensor:
+def mask_placeholder(config: Any, logits: Tensor) -> Tensor:
     """Give the placeholder's logit the lowest value where `config.mask_image_token` is set."""
     if not config.mask_image_token:
         return logits
@@ -16,7 +18,7 @@ def mask_placeholder(config, logits: Tensor) -> Tensor:
     return logits.index_fill(-1, placeholder, torch.finfo(logits.dtype).min)
 
 
-def ignore_placeholder(config, **arguments) -> dict:
+def ignore_placeholder(config: Any, **arguments: Any) -> dict:
     """Arguments of a loss whose labels leave out what `mask_placeholder` makes impossible.
 
     Args:

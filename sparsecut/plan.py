@@ -135,7 +135,7 @@ class Shortcut:
     mix: str = "pick"
     grain: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         make_tuples(self, "taps")
         taps = tuple(tuple(tap) if isinstance(tap, list) else tap for tap in self.taps)
         object.__setattr__(self, "taps", taps)
@@ -211,7 +211,7 @@ class Plan:
     gate: str | None = None
     rank: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         make_tuples(self, "shortcuts")
         for shortcut in self.shortcuts:
             if not isinstance(shortcut, Shortcut):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,22 +72,22 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
-        image_size=None,
-        tiles=0,
-        num_image_tokens=None,
-        coarse="squash",
-        image_token="<image>",
-        chat_template=None,
-        background=WHITE,
-        min_pixels=None,
-        max_pixels=None,
-        patch_size=None,
-        merge_size=1,
-        mix="pick",
-        num_taps=1,
-    ):
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        image_size: Any = None,
+        tiles: Any = 0,
+        num_image_tokens: Any = None,
+        coarse: Any = "squash",
+        image_token: Any = "<image>",
+        chat_template: Any = None,
+        background: Any = WHITE,
+        min_pixels: Any = None,
+        max_pixels: Any = None,
+        patch_size: Any = None,
+        merge_size: Any = 1,
+        mix: Any = "pick",
+        num_taps: Any = 1,
+    ) -> None:
         parse_color(background)
         self.background = background
         if coarse not in COARSE_VIEWS:
@@ -173,7 +174,7 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
         return first
 
     def prepare_images(
-        self, images: list, *, input_data_format=None, **settings
+        self, images: list, *, input_data_format: Any = None, **settings: Any
     ) -> dict[str, Tensor]:
         """Make what the model reads of images.
 
@@ -209,7 +210,7 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
             values |= {"do_rescale": True, "rescale_factor": 1 / 255}
         return torch.from_numpy(normalize(levels, values))
 
-    def pixels(self, images: list, *, input_data_format=None, **settings) -> Tensor:
+    def pixels(self, images: list, *, input_data_format: Any = None, **settings: Any) -> Tensor:
         """Cut images into views and normalize them.
 
         Args:
@@ -235,24 +236,24 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
             pixels[number] = self._normalize(levels[None], is_fraction, settings)[0]
         return pixels
 
-    def _open_rgb(self, image, input_data_format) -> tuple[Image.Image, bool]:
+    def _open_rgb(self, image: Any, input_data_format: Any) -> tuple[Image.Image, bool]:
         """An image in RGB, and whether it had fractions of white."""
         if isinstance(image, Image.Image | str | Path | bytes):
             return open_image(image, self.background), False
         return array_to_rgb(image, input_data_format, self.background)
 
-    def _process_images(self, images, **kwargs):
+    def _process_images(self, images: Any, **kwargs: Any) -> Any:
         settings = {name: kwargs[name] for name in NORMALIZATION if kwargs.get(name) is not None}
         inputs = self.prepare_images(images, input_data_format="channels_last", **settings)
         return inputs, [self.replace_image_token(inputs, i) for i in range(len(images))]
 
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The text that replaces one placeholder: its image's tokens."""
         if not self.is_any_size:
             return self.expand(self.image_token)
         return self.expand(self.image_token, [image_inputs["image_grids"][image_idx].tolist()])
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> Any:
         """Tokens of images (height, width), and the rows of `pixel_values` that belong to each."""
         sizes = image_sizes or []
         if not self.is_any_size:
@@ -266,7 +267,7 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
         )
 
     def __call__(
-        self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs
+        self, images: ImageInput | None = None, text: str | list[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
         """Convert texts to token ids and their images to pixel values.
 
@@ -293,7 +294,7 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
         opened = [self._open(image, layout) for image in images]
         return super().__call__(images=opened or None, text=text, **kwargs)
 
-    def _open(self, image, layout) -> Image.Image | np.ndarray:
+    def _open(self, image: Any, layout: Any) -> Image.Image | np.ndarray:
         """An image as transformers takes it: PIL in RGB, or an array with channels last."""
         if isinstance(image, Image.Image | str | Path | bytes):
             return open_image(image, self.background)
@@ -322,7 +323,7 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
                 )
 
     @property
-    def model_input_names(self):
+    def model_input_names(self) -> Any:
         """Names of what `__call__` returns."""
         names = ["pixel_values", "image_grids"] if self.is_any_size else ["pixel_values"]
         return [*self.tokenizer.model_input_names, *names]

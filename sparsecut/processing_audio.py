@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from numbers import Number
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,12 +43,12 @@ class SparseCutAudioProcessor(SavesCode, ProcessorMixin):
 
     def __init__(
         self,
-        feature_extractor=None,
-        tokenizer=None,
-        num_audio_tokens=None,
-        audio_token="<audio>",
-        chat_template=None,
-    ):
+        feature_extractor: Any = None,
+        tokenizer: Any = None,
+        num_audio_tokens: Any = None,
+        audio_token: Any = "<audio>",
+        chat_template: Any = None,
+    ) -> None:
         self.num_audio_tokens = num_audio_tokens
         self.audio_token = audio_token
         # Generation continues from the last column. A saved tokenizer forgets this setting.
@@ -103,7 +104,7 @@ class SparseCutAudioProcessor(SavesCode, ProcessorMixin):
         features = extractor(samples, sampling_rate=rate, return_tensors="pt")["input_features"]
         return features.unsqueeze(1)
 
-    def read(self, clip) -> np.ndarray:
+    def read(self, clip: Any) -> np.ndarray:
         """Return a clip's samples at the extractor's rate, float32; arguments as above."""
         rate = self.feature_extractor.sampling_rate
         is_file = isinstance(clip, AudioSource)
@@ -125,7 +126,9 @@ class SparseCutAudioProcessor(SavesCode, ProcessorMixin):
             f" each its own {self.audio_token}"
         )
 
-    def __call__(self, audio=None, text: str | list[str] | None = None, **kwargs) -> BatchFeature:
+    def __call__(
+        self, audio: Any = None, text: str | list[str] | None = None, **kwargs: Any
+    ) -> BatchFeature:
         """Convert texts to token ids and their clips to spectrograms.
 
         Args:
@@ -160,7 +163,7 @@ class SparseCutAudioProcessor(SavesCode, ProcessorMixin):
             )
         return super().__call__(audio=samples or None, text=text, **kwargs)
 
-    def validate_inputs(self, text=None, audio=None, **others) -> None:
+    def validate_inputs(self, text: Any = None, audio: Any = None, **others: Any) -> None:
         """Check that there is something; `__call__` has checked the placeholders."""
         if text is None and audio is None:
             raise UserError("neither text nor audio was given; give one of them")
@@ -177,22 +180,22 @@ class SparseCutAudioProcessor(SavesCode, ProcessorMixin):
                 " audio clips; write one placeholder per clip"
             )
 
-    def _process_audio(self, audio, **kwargs):
+    def _process_audio(self, audio: Any, **kwargs: Any) -> Any:
         """Spectrograms, and the text that replaces each placeholder."""
         # The other keywords (padding, truncation) are for text: all spectrograms have one length.
         replacements = [self.audio_token * self.num_audio_tokens] * len(audio)
         return {"pixel_values": self.pixels(audio)}, replacements
 
-    def _get_num_multimodal_tokens(self, audio_lengths=None, **kwargs):
+    def _get_num_multimodal_tokens(self, audio_lengths: Any = None, **kwargs: Any) -> Any:
         return MultiModalData(num_audio_tokens=[self.num_audio_tokens] * len(audio_lengths or []))
 
     @property
-    def model_input_names(self):
+    def model_input_names(self) -> Any:
         """Names of what `__call__` returns."""
         return [*self.tokenizer.model_input_names, "pixel_values"]
 
 
-def _list_clips(audio) -> list:
+def _list_clips(audio: Any) -> list:
     """The clips of a call as a flat list, or one list for each text where they were given so."""
     if audio is None:
         return []

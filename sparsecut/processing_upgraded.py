@@ -7,6 +7,8 @@ tiles of that lie exactly under the coarse view, whatever the steps are.
 
 from __future__ import annotations
 
+from typing import Any
+
 import copy
 import json
 from functools import cache
@@ -36,7 +38,7 @@ from .schema import UserError
 PROCESSOR_FILE = "processor_config.json"
 
 
-def cut_fine_views(image_processor, images, tiles: int) -> Tensor:
+def cut_fine_views(image_processor: Any, images: Any, tiles: int) -> Tensor:
     """Cut the fine views of images by the steps that make their coarse views.
 
     Args:
@@ -57,13 +59,13 @@ def cut_fine_views(image_processor, images, tiles: int) -> Tensor:
     return rearrange(pixels, "p c (ty y) (tx x) -> p (ty tx) c y x", ty=tiles, tx=tiles)
 
 
-def _scale_size(size, factor: int) -> dict[str, int]:
+def _scale_size(size: Any, factor: int) -> dict[str, int]:
     if isinstance(size, int):
         size = {"height": size, "width": size}
     return {side: length * factor for side, length in dict(size).items() if length is not None}
 
 
-def open_images(images, background, *, keeps_floats: bool, layout=None) -> list:
+def open_images(images: Any, background: Any, *, keeps_floats: bool, layout: Any=None) -> list:
     """Return images, in one list or one for each text, as RGB images that every base takes alike.
 
     Args:
@@ -73,7 +75,7 @@ def open_images(images, background, *, keeps_floats: bool, layout=None) -> list:
         layout: "channels_first" or "channels_last", for arrays.
     """
 
-    def read(image):
+    def read(image: Any) -> Any:
         if isinstance(image, list):
             return [read(item) for item in image]
         if isinstance(image, Image.Image | str | Path | bytes):
@@ -98,7 +100,7 @@ class SparseCutUpgradeProcessor:
         """AutoProcessor calls this on remote code. Nothing is to do: code is saved by default."""
 
     @classmethod
-    def from_pretrained(cls, folder, **kwargs):
+    def from_pretrained(cls, folder: Any, **kwargs: Any) -> Any:
         """Load the processor of a folder or hub name; kwargs are those of the base's processor."""
         values, _ = transformers.ProcessorMixin.get_processor_dict(folder, **kwargs)
         base_class = getattr(transformers, values["base_processor_class"])
@@ -109,7 +111,7 @@ class SparseCutUpgradeProcessor:
         return processor
 
 
-def wrap_processor(processor, tiles: int = 0, background=None):
+def wrap_processor(processor: Any, tiles: int = 0, background: Any=None) -> Any:
     """Return a copy of a base's processor that reads images as `pixels` does; it shares its parts.
 
     Args:
@@ -131,11 +133,11 @@ def wrap_processor(processor, tiles: int = 0, background=None):
 def _make_class(base_class: type, has_fine_views: bool) -> type:
     """A subclass of a processor class, of the same name, that reads images and cuts fine views."""
 
-    def call(self, images=None, text=None, **kwargs) -> BatchFeature:
+    def call(self: Any, images: Any=None, text: Any=None, **kwargs: Any) -> BatchFeature:
         opened = None
         if images is not None:
             opened, kwargs = _open_for_call(images, self.background, kwargs)
-        features = base_class.__call__(self, images=opened, text=text, **kwargs)
+        features = base_class.__call__(self: Any, images=opened, text=text, **kwargs)
         if has_fine_views and opened is not None and "pixel_values" in features:
             fine = cut_fine_views(self.image_processor, opened, self.sparsecut_tiles)
             _check_views(len(features["pixel_values"]), len(fine))
@@ -146,21 +148,21 @@ def _make_class(base_class: type, has_fine_views: bool) -> type:
                 features["fine_pixel_values"] = fine
         return features
 
-    def save_pretrained(self, folder, **kwargs):
-        saved = base_class.save_pretrained(self, folder, **kwargs)
-        _write_class(self, Path(folder) / PROCESSOR_FILE, base_class)
+    def save_pretrained(self: Any, folder: Any, **kwargs: Any) -> Any:
+        saved = base_class.save_pretrained(self: Any, folder, **kwargs)
+        _write_class(self: Any, Path(folder) / PROCESSOR_FILE, base_class)
         return saved
 
-    def upload(self, working_dir, *args, **kwargs):
+    def upload(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         drop_automatic_card(working_dir)
-        return base_class._upload_modified_files(self, working_dir, *args, **kwargs)
+        return base_class._upload_modified_files(self: Any, working_dir, *args, **kwargs)
 
-    def model_input_names(self):
+    def model_input_names(self: Any) -> Any:
         if self.join_views:
             return base_class.model_input_names.fget(self)
         return [*base_class.model_input_names.fget(self), "fine_pixel_values"]
 
-    def reduce(self):
+    def reduce(self: Any) -> Any:
         # Pickle cannot find this class by name, so a new process makes it again.
         plain = base_class.__new__(base_class)
         plain.__dict__.update(self.__dict__)
@@ -180,7 +182,7 @@ def _make_class(base_class: type, has_fine_views: bool) -> type:
     return type(base_class.__name__, (base_class,), members)
 
 
-def _open_for_call(images, background, kwargs: dict) -> tuple[list | None, dict]:
+def _open_for_call(images: Any, background: Any, kwargs: dict) -> tuple[list | None, dict]:
     """The images of a call, opened, and the call's other arguments; None where there is no image."""
     kwargs = dict(kwargs)
     for_images = kwargs.get("images_kwargs") or {}
@@ -194,7 +196,7 @@ def _open_for_call(images, background, kwargs: dict) -> tuple[list | None, dict]
     return opened if has_image else None, kwargs
 
 
-def _convert_like(fine: Tensor, coarse):
+def _convert_like(fine: Tensor, coarse: Any) -> Any:
     """Fine views in the form of the coarse ones: a tensor, an array, or a list of arrays."""
     if isinstance(coarse, Tensor):
         return fine.to(coarse)
@@ -202,7 +204,7 @@ def _convert_like(fine: Tensor, coarse):
     return array if isinstance(coarse, np.ndarray) else list(array)
 
 
-def _join_views(coarse, fine):
+def _join_views(coarse: Any, fine: Any) -> Any:
     """All views of each image [1 + tiles^2, 3, S, S], coarse view first, in the form of `coarse`."""
     if isinstance(coarse, Tensor):
         return torch.cat([coarse[:, None], fine], dim=1)
@@ -218,7 +220,7 @@ def _check_views(num_views: int, num_images: int) -> None:
         )
 
 
-def _write_class(processor, path: Path, base_class: type) -> None:
+def _write_class(processor: Any, path: Path, base_class: type) -> None:
     """Write into a saved processor's file how to load it again."""
     if getattr(transformers, base_class.__name__, None) is not base_class:
         # It could not be found again, so it is saved as it is. It must not be taken for its parts.

@@ -36,7 +36,7 @@ MEDIA_MARK = re.compile(
 )
 
 
-def takes_suffix(processor) -> bool:
+def takes_suffix(processor: Any) -> bool:
     """Whether a processor takes prefix and suffix instead of a chat template, as PaliGemma's."""
     return get_chat_template(processor) is None and is_processor_argument(processor, "suffix")
 
@@ -44,12 +44,12 @@ def takes_suffix(processor) -> bool:
 # --- what a model takes beside text ---
 
 
-def get_medium(processor) -> str:
+def get_medium(processor: Any) -> str:
     """Return what a model takes beside text, "image" or "audio"."""
     return getattr(processor, "medium", "image")
 
 
-def open_medium(processor, source: ImageSource | Clip) -> Image.Image | Clip:
+def open_medium(processor: Any, source: ImageSource | Clip) -> Image.Image | Clip:
     """Open an image, or a clip of sound where the model takes audio.
 
     Args:
@@ -66,7 +66,7 @@ def open_medium(processor, source: ImageSource | Clip) -> Image.Image | Clip:
     return open_audio(source) if medium == "audio" else open_image(source)
 
 
-def check_medium(processor, given: str, what: str = "this") -> None:
+def check_medium(processor: Any, given: str, what: str = "this") -> None:
     """Raise UserError where a model does not take what is given.
 
     Args:
@@ -87,7 +87,7 @@ def check_medium(processor, given: str, what: str = "this") -> None:
 
 
 def render_prompt(
-    processor,
+    processor: Any,
     messages: list[dict],
     arguments: dict[str, Any] | None = None,
     *,
@@ -120,7 +120,7 @@ def render_prompt(
     return text
 
 
-def get_prefix(processor, messages: list[dict]) -> str:
+def get_prefix(processor: Any, messages: list[dict]) -> str:
     """Return the one question of a conversation, images first, for a processor with prefixes.
 
     Raises:
@@ -142,8 +142,8 @@ def get_prefix(processor, messages: list[dict]) -> str:
 
 
 def prepare_inputs(
-    model,
-    processor,
+    model: Any,
+    processor: Any,
     prompts: list[str],
     images: list[list[Image.Image]] | None,
     grids: list[list] | None = None,
@@ -161,7 +161,7 @@ def prepare_inputs(
 
 
 def encode_prompts(
-    processor,
+    processor: Any,
     prompts: list[str],
     images: list[list[Image.Image]] | None,
     grids: list[list] | None = None,
@@ -193,7 +193,7 @@ def encode_prompts(
 
 
 def run_processor(
-    processor, texts: list[str], images: list[list[Image.Image]], **settings
+    processor: Any, texts: list[str], images: list[list[Image.Image]], **settings: Any
 ) -> BatchFeature:
     """Call the processor on a padded batch, the same way in training and at inference.
 
@@ -217,7 +217,7 @@ def run_processor(
     return features
 
 
-def adds_special_tokens(processor, text: str) -> bool:
+def adds_special_tokens(processor: Any, text: str) -> bool:
     """Whether the tokenizer should add its first token: not where the template has written it."""
     first = processor.tokenizer.bos_token
     return not (first and text.startswith(first))
@@ -226,7 +226,7 @@ def adds_special_tokens(processor, text: str) -> bool:
 # --- special tokens of images, video and audio ---
 
 
-def list_media_tokens(processor, config) -> frozenset[str]:
+def list_media_tokens(processor: Any, config: Any) -> frozenset[str]:
     """List the tokens that stand for images, video or audio in a model's prompts.
 
     In users' text they would be taken for images that are not there. They are the placeholder, what
@@ -263,7 +263,7 @@ def _find_media_ids(config: dict) -> list[int]:
 # --- generation ---
 
 
-def make_greedy_config(model, max_new_tokens: int) -> GenerationConfig:
+def make_greedy_config(model: Any, max_new_tokens: int) -> GenerationConfig:
     """Return a copy of the model's generation settings without sampling and beams."""
     config = copy.deepcopy(model.generation_config)
     config.update(
@@ -280,7 +280,7 @@ def make_greedy_config(model, max_new_tokens: int) -> GenerationConfig:
     return config
 
 
-def decode_answers(processor, inputs: BatchFeature, ids: Tensor) -> list[str]:
+def decode_answers(processor: Any, inputs: BatchFeature, ids: Tensor) -> list[str]:
     """Decode the tokens after the prompts, without thoughts, special tokens and outer whitespace.
 
     Arguments are those of `read_answers`.
@@ -288,7 +288,7 @@ def decode_answers(processor, inputs: BatchFeature, ids: Tensor) -> list[str]:
     return [answer.text for answer in read_answers(processor, inputs, ids)]
 
 
-def read_answers(processor, inputs: BatchFeature, ids: Tensor) -> list[Answer]:
+def read_answers(processor: Any, inputs: BatchFeature, ids: Tensor) -> list[Answer]:
     """Decode the tokens after the prompts, and tell answers from thoughts.
 
     Args:
@@ -306,19 +306,19 @@ def read_answers(processor, inputs: BatchFeature, ids: Tensor) -> list[Answer]:
     return answers
 
 
-def find_closing_marks(processor, inputs: BatchFeature) -> list[str | None]:
+def find_closing_marks(processor: Any, inputs: BatchFeature) -> list[str | None]:
     """Return for each prompt the mark that ends the thought which it has opened, or None."""
     ends = processor.tokenizer.batch_decode(inputs["input_ids"][:, -PROMPT_TAIL:])
     return [find_open_thought(end) for end in ends]
 
 
-def get_max_length(model) -> int | None:
+def get_max_length(model: Any) -> int | None:
     """Return the language model's number of positions; None where its configuration has none."""
     config = model.config.text_config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
 
-def check_length(model, num_tokens: int, max_new_tokens: int, what: str, remedy: str) -> None:
+def check_length(model: Any, num_tokens: int, max_new_tokens: int, what: str, remedy: str) -> None:
     """Check that prompt and answer fit the language model's positions.
 
     Args:

@@ -12,6 +12,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+from typing import Any
 
 CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 PROCESSORS = "transformers.models.auto.processing_auto"
@@ -92,14 +93,14 @@ class _Waiter(importlib.abc.MetaPathFinder):
 
     waiting = {CONFIGURATIONS: register_configurations, PROCESSORS: register_processors}
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: Any, path: Any = None, target: Any = None) -> Any:
         if name not in self.waiting:
             return None
         register = self.waiting.pop(name)
         spec = importlib.util.find_spec(name)
         run = spec.loader.exec_module
 
-        def exec_module(module):
+        def exec_module(module: Any) -> None:
             run(module)
             register()
 

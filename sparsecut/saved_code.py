@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import PROCESSOR_NAME
@@ -76,11 +77,11 @@ def drop_automatic_card(folder: str | Path) -> None:
 class SavesCode:
     """Comes before ProcessorMixin among the bases of a processor that is saved with its code."""
 
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         drop_automatic_card(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
-    def save_pretrained(self, folder: str | Path, *args, **kwargs):
+    def save_pretrained(self, folder: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Write the processor as transformers does, and its code beside it."""
         saved = super().save_pretrained(folder, *args, **kwargs)
         kind = type(self)

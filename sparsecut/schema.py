@@ -28,7 +28,7 @@ class UserError(ValueError):
     a very long message is left out.
     """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str) -> None:
         if len(message) > LONGEST_MESSAGE:
             half = LONGEST_MESSAGE // 2
             message = f"{message[:half]} [...] {message[-half:]}"
@@ -107,7 +107,7 @@ def read_json_file(path: str | Path) -> dict:
     return values
 
 
-def build_dataclass(cls: type, values: Any, source: str, place: str = ""):
+def build_dataclass(cls: type, values: Any, source: str, place: str = "") -> Any:
     """Build a dataclass from keys and values, as JSON and YAML hold them.
 
     A field whose annotation names a dataclass, alone or inside a tuple, is built in the same way.

@@ -9,6 +9,7 @@ import tempfile
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
@@ -120,7 +121,9 @@ def push_folder(
     return str(address)
 
 
-def push_fusion(model: SparseCutUpgrade, name: str, *, processor=None, **settings) -> str:
+def push_fusion(
+    model: SparseCutUpgrade, name: str, *, processor: Any = None, **settings: Any
+) -> str:
     """Push the shortcuts of an upgraded model alone, with adapters, to a repository of their own.
 
     Args:
@@ -180,7 +183,7 @@ def _copy(folder: Path, target: Path) -> Path:
     if folder.resolve() in (target.resolve(), *target.resolve().parents):
         raise UserError(f"{target} lies in {folder}, which is copied; give --dry-run another")
 
-    def ignore(_, names: list[str]) -> set[str]:
+    def ignore(_: Any, names: list[str]) -> set[str]:
         return {name for name in names for pattern in LEFT_OUT if fnmatch(name, pattern)}
 
     return Path(shutil.copytree(folder, target, ignore=ignore, dirs_exist_ok=True))
@@ -189,7 +192,7 @@ def _copy(folder: Path, target: Path) -> Path:
 # ---- from the hub
 
 
-def find_shortcuts(name: str | Path, **hub) -> Path | None:
+def find_shortcuts(name: str | Path, **hub: Any) -> Path | None:
     """The folder of shortcuts alone, fetched where they are on the hub; None for whole models.
 
     Args:
@@ -213,7 +216,7 @@ def find_shortcuts(name: str | Path, **hub) -> Path | None:
     return _fetch(name, SHORTCUTS_FILES, hub)
 
 
-def find_adapters(name: str | Path, **hub) -> Path:
+def find_adapters(name: str | Path, **hub: Any) -> Path:
     """The folder that may hold adapters of a whole model, fetched where it is on the hub."""
     if Path(name).exists():
         return Path(name)
@@ -285,7 +288,7 @@ def _read_result(file: Path) -> list[Score]:
     return scores
 
 
-def _to_percent(interval) -> tuple[float, float] | None:
+def _to_percent(interval: Any) -> tuple[float, float] | None:
     if interval is None:
         return None
     low, high = interval
@@ -303,7 +306,7 @@ def _find_data_name(command: str | None) -> str | None:
     return None
 
 
-def mend_pushed_card(folder: Path, config, name: str) -> None:
+def mend_pushed_card(folder: Path, config: Any, name: str) -> None:
     """Replace the card that transformers made for a push by ours; its tags stay.
 
     Args:

@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,16 +75,16 @@ class Stages:
         return math.lcm(self.least_unit, *self.strides)
 
 
-def _name_lists(pattern: str, config) -> tuple[str, ...]:
+def _name_lists(pattern: str, config: Any) -> tuple[str, ...]:
     return tuple(pattern.format(stage) for stage in range(len(config.depths)))
 
 
-def _double(first: int, config) -> tuple[int, ...]:
+def _double(first: int, config: Any) -> tuple[int, ...]:
     """A number that doubles from stage to stage."""
     return tuple(first * 2**stage for stage in range(len(config.depths)))
 
 
-def _read_swin(config) -> Stages:
+def _read_swin(config: Any) -> Stages:
     return Stages(
         blocks=_name_lists("layers.{}.blocks", config),
         depths=tuple(config.depths),
@@ -93,7 +94,7 @@ def _read_swin(config) -> Stages:
     )
 
 
-def _read_focalnet(config) -> Stages:
+def _read_focalnet(config: Any) -> Stages:
     return Stages(
         blocks=_name_lists("stages.{}.layers", config),
         depths=tuple(config.depths),
@@ -103,7 +104,7 @@ def _read_focalnet(config) -> Stages:
     )
 
 
-def _read_convnext(config) -> Stages:
+def _read_convnext(config: Any) -> Stages:
     return Stages(
         blocks=_name_lists("stages.{}.layers", config),
         depths=tuple(config.depths),
@@ -114,7 +115,7 @@ def _read_convnext(config) -> Stages:
     )
 
 
-def _read_resnet(config) -> Stages:
+def _read_resnet(config: Any) -> Stages:
     first = 8 if config.downsample_in_first_stage else 4
     return Stages(
         blocks=_name_lists("stages.{}.layers", config),
@@ -130,7 +131,7 @@ def _read_resnet(config) -> Stages:
 def _read_pyramid(pattern: str, layout: str = "tokens", is_any_size: bool = True) -> Callable:
     """For encoders that cut patches anew in every stage, each with a stride of its own."""
 
-    def read(config) -> Stages:
+    def read(config: Any) -> Stages:
         return Stages(
             blocks=_name_lists(pattern, config),
             depths=tuple(config.depths),
@@ -143,7 +144,7 @@ def _read_pyramid(pattern: str, layout: str = "tokens", is_any_size: bool = True
     return read
 
 
-def _read_hiera(config) -> Stages:
+def _read_hiera(config: Any) -> Stages:
     num_pools = config.num_query_pool
     pools = [min(stage, num_pools) for stage in range(len(config.depths))]
     stride = config.query_stride[0]
@@ -182,12 +183,12 @@ STAGED_ENCODERS: dict[str, Callable] = {
 }
 
 
-def is_staged(config) -> bool:
+def is_staged(config: Any) -> bool:
     """Whether an encoder has stages of several widths and grids."""
     return config.model_type in STAGED_ENCODERS
 
 
-def read_stages(config) -> Stages:
+def read_stages(config: Any) -> Stages:
     """The stages of an encoder, read from its configuration."""
     return STAGED_ENCODERS[config.model_type](config)
 

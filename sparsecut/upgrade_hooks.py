@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +142,7 @@ def _bind_arguments(function: Callable, args: tuple, kwargs: dict) -> dict:
 # --- encoder side: from images to features ---
 
 
-def _get_image_features(inner: nn.Module, original: Callable, *args, **kwargs):
+def _get_image_features(inner: nn.Module, original: Callable, *args: Any, **kwargs: Any) -> Any:
     """Wraps `get_image_features`: computes the shortcuts' features in the same encoder pass.
 
     Inside `forward` they go to the decoder. Outside they follow the model's own features in
@@ -168,7 +169,7 @@ def _get_image_features(inner: nn.Module, original: Callable, *args, **kwargs):
     return output
 
 
-def _get_video_features(inner: nn.Module, original: Callable, *args, **kwargs):
+def _get_video_features(inner: nn.Module, original: Callable, *args: Any, **kwargs: Any) -> Any:
     """Wraps `get_video_features`: runs it without shortcuts.
 
     Some models encode videos through `get_image_features`, which must not take them for images.
@@ -184,7 +185,7 @@ def _get_video_features(inner: nn.Module, original: Callable, *args, **kwargs):
 
 
 def _compute_features(
-    call: UpgradeCall, taps: dict[int, Tensor], arguments: dict, pooled
+    call: UpgradeCall, taps: dict[int, Tensor], arguments: dict, pooled: Any
 ) -> dict[int, Tensor]:
     """Features by layer, [tokens, H], for the tokens of the model's own features `pooled`.
 
@@ -209,7 +210,7 @@ def _compute_features(
     return features
 
 
-def _count_tokens(pooled) -> int:
+def _count_tokens(pooled: Any) -> int:
     """Image tokens of the model's own features: a list of [tokens, H], or a tensor."""
     return sum(image.shape[0] if image.dim() > 1 else 1 for image in pooled)
 
@@ -278,7 +279,7 @@ def _read_fine_states(
     return {tap: x.unflatten(0, (-1, num_views)) for tap, x in states.items()}
 
 
-def _append_features(pooled, features: dict[int, Tensor]):
+def _append_features(pooled: Any, features: dict[int, Tensor]) -> Any:
     """Put the shortcuts' features, in the order of layers, behind the model's own channels."""
     extra = torch.cat([features[layer] for layer in sorted(features)], dim=-1)
     if isinstance(pooled, Tensor):
@@ -292,7 +293,7 @@ def _append_features(pooled, features: dict[int, Tensor]):
     return joined
 
 
-def _split_features(pooled, width: int):
+def _split_features(pooled: Any, width: int) -> Any:
     """Undo `_append_features`: the model's own features, and the others [tokens, layers * H]."""
     if isinstance(pooled, Tensor):
         return pooled[..., :width], pooled[..., width:].flatten(0, -2)
@@ -303,7 +304,7 @@ def _split_features(pooled, width: int):
 # --- decoder side: from features to hidden states ---
 
 
-def _forward(inner: nn.Module, original: Callable, *args, **kwargs):
+def _forward(inner: nn.Module, original: Callable, *args: Any, **kwargs: Any) -> Any:
     """Wraps `forward`: adds the features of its images before the decoder layers of the plan."""
     call = _get_active_call(inner)
     if call is None:

@@ -7,6 +7,7 @@ where it is, whatever its size.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,10 +48,10 @@ def upgrade(
     base: str | Path | PreTrainedModel,
     plan: str | dict | Plan | None = None,
     *,
-    processor=None,
+    processor: Any = None,
     dtype: torch.dtype | str = "auto",
-    **from_pretrained,
-) -> tuple[SparseCutUpgrade, object]:
+    **from_pretrained: Any,
+) -> tuple[SparseCutUpgrade, ProcessorMixin]:
     """Add shortcuts to a pretrained VLM.
 
     The model answers exactly as before until the shortcuts are trained. Nothing of the base is
@@ -129,9 +130,9 @@ def load_fusion(
     folder: str | Path,
     base: str | Path | PreTrainedModel | None = None,
     *,
-    processor=None,
+    processor: Any = None,
     check_base: bool = True,
-    **from_pretrained,
+    **from_pretrained: Any,
 ) -> tuple[SparseCutUpgrade, object]:
     """Load saved shortcuts onto their base.
 
@@ -251,13 +252,13 @@ def resolve_plan(base: PreTrainedModel, plan: str | dict | Plan | None) -> tuple
     return plan, family
 
 
-def _load_base(name, **from_pretrained) -> PreTrainedModel:
+def _load_base(name: Any, **from_pretrained: Any) -> PreTrainedModel:
     """A pretrained VLM; UserError where it cannot be read or some weights would be random."""
     complaint = UNREADABLE.format(name=name)
     return load_weights(AutoModelForImageTextToText, name, complaint, **from_pretrained)
 
 
-def read_processor(name: str | Path, **hub):
+def read_processor(name: str | Path, **hub: Any) -> Any:
     """Load the processor of a folder or hub name.
 
     Raises:

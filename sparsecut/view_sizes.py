@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .schema import UserError
 
 # Their own code lays positions out as a square, whatever their configuration says.
@@ -30,13 +32,13 @@ NATIVE = "native"
 COARSE_VIEWS = ("squash", "crop", NATIVE)  # how an image is fitted to an encoder
 
 
-def as_pair(value) -> tuple:
+def as_pair(value: Any) -> tuple:
     """One number, or two, as (height, width)."""
     return tuple(value) if isinstance(value, list | tuple) else (value, value)
 
 
 def read_view(
-    config, view_size, fixed: tuple, unit: tuple[int, int], *, is_free: bool, asks: bool
+    config: Any, view_size: Any, fixed: tuple, unit: tuple[int, int], *, is_free: bool, asks: bool
 ) -> tuple[int, int]:
     """Height and width of a view, checked against the encoder.
 
@@ -72,7 +74,7 @@ def read_view(
     return view
 
 
-def _check_positions(config, view_size, fixed: tuple, unit: tuple, *, asks: bool) -> None:
+def _check_positions(config: Any, view_size: Any, fixed: tuple, unit: tuple, *, asks: bool) -> None:
     """Refuse a view that an encoder with a fixed size has no positions for."""
     name = config.model_type
     is_other = view_size is not None and as_pair(view_size) != fixed
@@ -94,7 +96,7 @@ def _check_positions(config, view_size, fixed: tuple, unit: tuple, *, asks: bool
         )
 
 
-def _check_view_size(name: str, view_size, fixed: tuple, unit: tuple[int, int]) -> None:
+def _check_view_size(name: str, view_size: Any, fixed: tuple, unit: tuple[int, int]) -> None:
     """Refuse a view size that is no size, and a missing one where it is needed."""
     if view_size is None:
         if fixed == (None, None):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -53,15 +54,15 @@ class EvaluationResult(dict):
         records: The lines of predictions.jsonl, one for each example, in order.
     """
 
-    def __init__(self, result: dict, records: list[dict]):
+    def __init__(self, result: dict, records: list[dict]) -> None:
         super().__init__(result)
         self.records = records
 
 
 @torch.inference_mode()
 def evaluate(
-    model,
-    processor,
+    model: Any,
+    processor: Any,
     examples: Sequence[Example],
     *,
     out: str | Path | None = None,
@@ -69,7 +70,7 @@ def evaluate(
     max_new_tokens: int = 16,
     metric: str | None = "exact_match",
     resume: bool = True,
-    feature_cache=None,
+    feature_cache: Any = None,
     workers: int = 0,
     chat_template_kwargs: dict | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -136,11 +137,11 @@ def evaluate(
 
 def evaluate_recipe(
     recipe: Recipe,
-    model,
-    processor,
+    model: Any,
+    processor: Any,
     *,
     resume: bool = False,
-    feature_cache=None,
+    feature_cache: Any = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> EvaluationResult:
     """Evaluate on the data of a recipe's `evaluate`, into eval/ of its output folder.
@@ -202,7 +203,9 @@ def _check_examples(examples: Sequence[Example]) -> None:
         example.check_images()
 
 
-def _measure_prompts(model, processor, examples, records, max_new_tokens: int) -> list[int]:
+def _measure_prompts(
+    model: Any, processor: Any, examples: Any, records: Any, max_new_tokens: int
+) -> list[int]:
     """The tokens of every prompt, image tokens included; UserError for one that is too long.
 
     Where only the processor's call knows an image's tokens, each image counts as one token, and
@@ -218,7 +221,9 @@ def _measure_prompts(model, processor, examples, records, max_new_tokens: int) -
     return lengths
 
 
-def _check_batch_lengths(model, processor, inputs: dict, examples, max_new_tokens: int) -> None:
+def _check_batch_lengths(
+    model: Any, processor: Any, inputs: dict, examples: Any, max_new_tokens: int
+) -> None:
     if get_tokens_per_image(processor) is not None:
         return  # checked before
     lengths = inputs["attention_mask"].sum(-1).tolist()
@@ -226,7 +231,7 @@ def _check_batch_lengths(model, processor, inputs: dict, examples, max_new_token
         _check_prompt_length(model, length, example, max_new_tokens)
 
 
-def _check_prompt_length(model, length: int, example: Example, max_new_tokens: int) -> None:
+def _check_prompt_length(model: Any, length: int, example: Example, max_new_tokens: int) -> None:
     name = f"the prompt of {example.place}"
     check_length(model, length, max_new_tokens, name, "leave it out or lower max_new_tokens")
 
@@ -234,7 +239,7 @@ def _check_prompt_length(model, length: int, example: Example, max_new_tokens: i
 # ---- questions and settings
 
 
-def _build_record(example: Example, processor) -> dict:
+def _build_record(example: Example, processor: Any) -> dict:
     """The line of predictions.jsonl for an example, not answered yet."""
     names = []
     for image in example.images:
@@ -252,7 +257,7 @@ def _build_record(example: Example, processor) -> dict:
     }
 
 
-def render_question(example: Example, processor) -> str:
+def render_question(example: Example, processor: Any) -> str:
     """The prompt that asks for the last answer of an example, whether or not it is there."""
     if example.images:
         check_medium(processor, example.medium, f"{example.place} is a record that")
@@ -263,7 +268,7 @@ def render_question(example: Example, processor) -> str:
     return render_prompt(processor, messages)
 
 
-def get_settings(model, processor, max_new_tokens: int, metric: str | None) -> dict:
+def get_settings(model: Any, processor: Any, max_new_tokens: int, metric: str | None) -> dict:
     """Everything but the questions that answers depend on."""
     decoding = make_greedy_config(model, max_new_tokens).to_diff_dict()
     decoding.pop("transformers_version", None)
@@ -319,7 +324,7 @@ class InputDataset(Dataset):
     would hand on its text alone.
     """
 
-    def __init__(self, processor, batches: list[PromptBatch]):
+    def __init__(self, processor: Any, batches: list[PromptBatch]) -> None:
         self.processor = processor
         self.batches = batches
 
@@ -336,7 +341,12 @@ class InputDataset(Dataset):
 
 
 def _generate_answers(
-    model, processor, batches: list[PromptBatch], max_new_tokens: int, feature_cache, workers: int
+    model: Any,
+    processor: Any,
+    batches: list[PromptBatch],
+    max_new_tokens: int,
+    feature_cache: Any,
+    workers: int,
 ) -> Iterator[list[Answer]]:
     """Generate the answers of every batch, in order."""
     config = make_greedy_config(model.eval(), max_new_tokens)
@@ -374,7 +384,9 @@ def _collect_answers(
     warn_of_unfinished(num_unfinished)
 
 
-def _prepare_inputs(model, processor, batches: list[PromptBatch], workers: int) -> Iterator[dict]:
+def _prepare_inputs(
+    model: Any, processor: Any, batches: list[PromptBatch], workers: int
+) -> Iterator[dict]:
     """The inputs of `generate` for every batch, on the model's device."""
     all_inputs = InputDataset(processor, batches)
     if workers:
@@ -393,7 +405,7 @@ def _use_one_thread(worker_id: int) -> None:
 
 
 def _prepare_cached_inputs(
-    model, processor, batches: list[PromptBatch], feature_cache
+    model: Any, processor: Any, batches: list[PromptBatch], feature_cache: Any
 ) -> Iterator[dict]:
     """The inputs of `generate` for every batch, with cached features in place of pixels."""
     if not model.supports_feature_cache:
@@ -417,7 +429,7 @@ def _prepare_cached_inputs(
 
 
 def read_features(
-    feature_cache, examples: Sequence[Example], views: dict[int, int], device: torch.device
+    feature_cache: Any, examples: Sequence[Example], views: dict[int, int], device: torch.device
 ) -> dict[int, torch.Tensor]:
     """Read the cached vision features of examples, tap -> [images of all examples, V, N, D].
 

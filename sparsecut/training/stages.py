@@ -26,6 +26,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -105,10 +106,10 @@ def train(
     check: bool = False,
     resume: bool = False,
     overwrite: bool = False,
-    model=None,
-    processor=None,
+    model: Any = None,
+    processor: Any = None,
     shown: bool = True,
-):
+) -> Any:
     """Train by a recipe.
 
     Args:
@@ -142,7 +143,12 @@ def train(
 
 
 def check_recipe(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, model=None, processor=None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    model: Any = None,
+    processor: Any = None,
 ) -> PreparedRun:
     """Read and encode all records of a recipe and open every image; nothing is written.
 
@@ -238,8 +244,8 @@ def _run_unfinished(prepared: PreparedRun, shown: bool) -> tuple:
 
 def train_stage(
     prepared: PreparedStage,
-    model,
-    processor,
+    model: Any,
+    processor: Any,
     args: TrainingArguments,
     *,
     checkpoint: Path | None = None,
@@ -288,8 +294,8 @@ def train_stage(
 
 def open_feature_cache(
     recipe: Recipe,
-    model,
-    processor,
+    model: Any,
+    processor: Any,
     examples: list[Example],
     args: TrainingArguments | None = None,
 ) -> VisionFeatureCache | None:
@@ -313,7 +319,7 @@ def open_feature_cache(
         return build_feature_cache(folder, model, processor, examples, log=print_message)
 
 
-def _make_trainable(model, stage: Stage) -> None:
+def _make_trainable(model: Any, stage: Stage) -> None:
     """Put adapters on the model and freeze all but the stage's parts."""
     add_adapters(model, stage.train, stage.lora)
     freeze(model, stage.train)
@@ -327,8 +333,8 @@ def _make_trainable(model, stage: Stage) -> None:
 
 def _build_trainer(
     prepared: PreparedStage,
-    model,
-    processor,
+    model: Any,
+    processor: Any,
     args: TrainingArguments,
     log: StageLog,
     *,
@@ -379,6 +385,6 @@ def _get_mixture(prepared: PreparedStage) -> list[tuple[int, float]] | None:
     return [(len(entry.examples), entry.source.weight) for entry in prepared.sources]
 
 
-def _update_base_hash(model) -> None:
+def _update_base_hash(model: Any) -> None:
     if model.is_upgrade:
         model.config.base_digest = base_hash(model.base)
