@@ -1,8 +1,7 @@
 """Any image to upright RGB pixels of 8 bits: files, bytes, URLs, PIL images, arrays and tensors.
 
 Every image that this package reads goes through here, so it has the same pixels by every way.
-Transparent parts are laid on a background. Deep images are scaled by their depth. The orientation
-tag is applied.
+Transparent parts lie on a background, deep images are scaled, orientation tags are applied.
 """
 
 from __future__ import annotations

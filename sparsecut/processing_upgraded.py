@@ -7,12 +7,11 @@ tiles of that lie exactly under the coarse view, whatever the steps are.
 
 from __future__ import annotations
 
-from typing import Any
-
 import copy
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +64,7 @@ def _scale_size(size: Any, factor: int) -> dict[str, int]:
     return {side: length * factor for side, length in dict(size).items() if length is not None}
 
 
-def open_images(images: Any, background: Any, *, keeps_floats: bool, layout: Any=None) -> list:
+def open_images(images: Any, background: Any, *, keeps_floats: bool, layout: Any = None) -> list:
     """Return images, in one list or one for each text, as RGB images that every base takes alike.
 
     Args:
@@ -111,7 +110,7 @@ class SparseCutUpgradeProcessor:
         return processor
 
 
-def wrap_processor(processor: Any, tiles: int = 0, background: Any=None) -> Any:
+def wrap_processor(processor: Any, tiles: int = 0, background: Any = None) -> Any:
     """Return a copy of a base's processor that reads images as `pixels` does; it shares its parts.
 
     Args:
@@ -133,11 +132,11 @@ def wrap_processor(processor: Any, tiles: int = 0, background: Any=None) -> Any:
 def _make_class(base_class: type, has_fine_views: bool) -> type:
     """A subclass of a processor class, of the same name, that reads images and cuts fine views."""
 
-    def call(self: Any, images: Any=None, text: Any=None, **kwargs: Any) -> BatchFeature:
+    def call(self: Any, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         opened = None
         if images is not None:
             opened, kwargs = _open_for_call(images, self.background, kwargs)
-        features = base_class.__call__(self: Any, images=opened, text=text, **kwargs)
+        features = base_class.__call__(self, images=opened, text=text, **kwargs)
         if has_fine_views and opened is not None and "pixel_values" in features:
             fine = cut_fine_views(self.image_processor, opened, self.sparsecut_tiles)
             _check_views(len(features["pixel_values"]), len(fine))
@@ -149,13 +148,13 @@ def _make_class(base_class: type, has_fine_views: bool) -> type:
         return features
 
     def save_pretrained(self: Any, folder: Any, **kwargs: Any) -> Any:
-        saved = base_class.save_pretrained(self: Any, folder, **kwargs)
-        _write_class(self: Any, Path(folder) / PROCESSOR_FILE, base_class)
+        saved = base_class.save_pretrained(self, folder, **kwargs)
+        _write_class(self, Path(folder) / PROCESSOR_FILE, base_class)
         return saved
 
     def upload(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         drop_automatic_card(working_dir)
-        return base_class._upload_modified_files(self: Any, working_dir, *args, **kwargs)
+        return base_class._upload_modified_files(self, working_dir, *args, **kwargs)
 
     def model_input_names(self: Any) -> Any:
         if self.join_views:
