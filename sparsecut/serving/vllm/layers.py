@@ -1,0 +1,80 @@
+"""Adds features before the decoder layers of a model inside vLLM.
+
+vLLM flattens a batch to one row of tokens, and replays recorded graphs. So the features of a layer
+lie in a buffer of its own, at the places of their tokens and zero elsewhere. Its address never
+changes. A hook adds the buffer's first rows to the hidden states that enter the layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+BUFFER = "shortcut_features"  # name of a layer's buffer
+
+
+class ShortcutBuffers:
+    """The buffers of a plan's decoder layers.
+
+    Args:
+        layers: All decoder layers, in order.
+        chosen: Numbers of the layers that receive features.
+        num_tokens: The most tokens of one step.
+        width: H, the width of the language model.
+    """
+
+    def __init__(
+        self, layers: nn.ModuleList, chosen: tuple[int, ...], num_tokens: int, width: int
+    ):
+        self.width = width
+        self.layers: list[nn.Module] = []
+        for number in chosen:
+            layer = layers[number]
+            parameter = next(layer.parameters())
+            zeros = torch.zeros(num_tokens, width, dtype=parameter.dtype, device=parameter.device)
+            layer.register_buffer(BUFFER, zeros, persistent=False)
+            place = _find_hidden_states(layer)
+            layer.register_forward_pre_hook(partial(_add_buffer, place), with_kwargs=True)
+            self.layers.append(layer)
+
+    def write(self, features: Tensor | None, mask: Tensor | None, num_tokens: int) -> None:
+        """Write the features of a step.
+
+        Args:
+            features: [image tokens, layers * H], or None for a step without images.
+            mask: Where they belong, [num_tokens].
+            num_tokens: Tokens of the step; all other rows become zero, too.
+        """
+        parts = [None] * len(self.layers)
+        if features is not None:
+            parts = features.split(self.width, dim=-1)
+        for layer, part in zip(self.layers, parts, strict=True):
+            buffer = getattr(layer, BUFFER)
+            buffer.zero_()
+            if part is not None:
+                buffer[:num_tokens][mask] = part.to(buffer)
+
+    def clear(self, num_tokens: int) -> None:
+        """Set the first rows to zero, so that no later step sees the features of this one."""
+        for layer in self.layers:
+            getattr(layer, BUFFER)[:num_tokens].zero_()
+
+
+def _find_hidden_states(layer: nn.Module) -> int:
+    """The position of `hidden_states` among the arguments of a layer's forward."""
+    return list(inspect.signature(layer.forward).parameters).index("hidden_states")
+
+
+def _add_buffer(place: int, layer: nn.Module, args: tuple, kwargs: dict):
+    """Add a layer's buffer to the hidden states that enter it."""
+    # vLLM's layers take (hidden, residual) and sum both first, so adding to one adds to the sum.
+    if place < len(args):
+        hidden = args[place]
+        hidden = hidden + getattr(layer, BUFFER)[: hidden.shape[0]]
+        return (*args[:place], hidden, *args[place + 1 :]), kwargs
+    hidden = kwargs["hidden_states"]
+    hidden = hidden + getattr(layer, BUFFER)[: hidden.shape[0]]
+    return args, {**kwargs, "hidden_states": hidden}

@@ -1,0 +1,237 @@
+"""A built model in vLLM: our encoder and fusion, and vLLM's own decoder.
+
+The encoder runs once for an image. What it gives is packed on the last axis: the features that
+replace the embeddings of the image's tokens, then those of every layer. vLLM caches the pack by
+image and cuts it by tokens, so chunked prefill and prefix caching need nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from vllm.config import VllmConfig
+from vllm.model_executor.models.interfaces import (
+    MultiModalEmbeddings,
+    SupportsLoRA,
+    SupportsMultiModal,
+    SupportsPP,
+)
+from vllm.model_executor.models.module_mapping import MultiModelKeys
+from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.sequence import IntermediateTensors
+
+from ...configuration import SparseCutConfig
+from ...encoders import make_encoder
+from ...fusion import Fusion
+from ...hooks import connect_encoder, find_layers
+from ...modeling import SparseCutModel
+from ...plan import GATES
+from ...schema import UserError
+from .inputs import DummyInputsBuilder, Processor, ProcessingInfo
+from .layers import ShortcutBuffers
+
+LANGUAGE = "language_model."  # the prefix of the language model's weights
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Processor, info=ProcessingInfo, dummy_inputs=DummyInputsBuilder
+)
+class SparseCutForVLLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
+    """The model that `build` makes, for vLLM.
+
+    Raises:
+        UserError: vLLM cannot serve the model exactly.
+    """
+    packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        """Return the placeholder of an image in a prompt."""
+        if modality.startswith("image"):
+            return "<image>"
+        raise ValueError(f"{modality} is no input of this model; only images are")
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        config: SparseCutConfig = vllm_config.model_config.hf_config
+        check_servable(config)
+        self.config = config
+        self.configure_mm_token_handling(
+            vocab_size=config.text_config.vocab_size, mm_token_ids=[config.image_token_id]
+        )
+        with self._mark_tower_model(vllm_config, "image"):
+            self.vision = VisionPart(config)
+        with self._mark_language_model(vllm_config):
+            self.language_model = init_vllm_registered_model(
+                vllm_config=vllm_config,
+                hf_config=config.text_config,
+                prefix=maybe_prefix(prefix, "language_model"),
+                architectures=get_architectures(config.text_config),
+            )
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+        self.buffers_of_layers = ShortcutBuffers(
+            find_layers(self.language_model, config.language_depth, "language model"),
+            config.get_plan().layers,
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            config.text_config.hidden_size,
+        )
+
+    def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
+        """Encode images and pack the features of the input and of all layers.
+
+        Args:
+            **kwargs: pixel_values [images, 1 + tiles^2, 3, h, w].
+
+        Returns:
+            For each image [N', (1 + layers) * H].
+        """
+        pixel_values = kwargs.get("pixel_values")
+        if pixel_values is None:
+            return []
+        if isinstance(pixel_values, list):
+            pixel_values = torch.stack(pixel_values)
+        return list(torch.cat(self.vision(pixel_values), dim=-1))
+
+    def embed_input_ids(
+        self,
+        input_ids: Tensor,
+        multimodal_embeddings: MultiModalEmbeddings | None = None,
+        *,
+        is_multimodal: Tensor | None = None,
+    ) -> Tensor:
+        """Embed the tokens of a step, and write its features into the buffers of their layers."""
+        num_tokens = len(input_ids)
+        if multimodal_embeddings is None or not len(multimodal_embeddings):
+            self.buffers_of_layers.write(None, None, num_tokens)
+            return super().embed_input_ids(input_ids, is_multimodal=is_multimodal)
+        packed = torch.cat(list(multimodal_embeddings))
+        width = self.config.text_config.hidden_size
+        self.buffers_of_layers.write(packed[:, width:], is_multimodal, num_tokens)
+        return super().embed_input_ids(
+            input_ids, [packed[:, :width]], is_multimodal=is_multimodal
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: object,
+    ) -> Tensor | IntermediateTensors:
+        """One step of the decoder; its layers add what `embed_input_ids` wrote."""
+        outputs = self.language_model(
+            input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds
+        )
+        self.buffers_of_layers.clear(positions.shape[-1])
+        return outputs
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Return logits; the placeholder's is the lowest, as `generate` never answers with it."""
+        logits = self.language_model.compute_logits(hidden_states)
+        if logits is not None:
+            logits[:, self.config.image_token_id] = float("-inf")
+        return logits
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the weights of a saved model.
+
+        Raises:
+            UserError: Weights of the encoder or of the shortcuts are missing or unknown.
+        """
+        own: dict[str, Tensor] = {}
+        decoder_weights = []
+        for name, value in weights:
+            if name.startswith(LANGUAGE):
+                decoder_weights.append((name.removeprefix(LANGUAGE), value))
+            else:
+                own[name] = value
+        self.vision.load(own)
+        loaded = self.language_model.load_weights(decoder_weights)
+        own_names = {f"vision.{name}" for name, _ in self.vision.named_parameters()}
+        return own_names | {f"language_model.{name}" for name in loaded or ()}
+
+    def get_mm_mapping(self) -> MultiModelKeys:
+        """Return which modules are which part."""
+        return MultiModelKeys.from_string_field(
+            language_model="language_model",
+            connector="vision.fusion",
+            tower_model="vision.vision_tower",
+        )
+
+
+class VisionPart(nn.Module):
+    """The encoder and the fusion of a built model.
+
+    Args:
+        config: The model's configuration.
+    """
+
+    encode = SparseCutModel.encode
+    _read = SparseCutModel._read
+
+    def __init__(self, config: SparseCutConfig):
+        super().__init__()
+        self.config = config
+        self.plan = config.get_plan()
+        self.grid = config.grid
+        self.vision_tower = make_encoder(config.vision_config)
+        self.fusion = Fusion(
+            self.plan,
+            vision_depth=config.vision_depth,
+            vision_dim=self.grid.width,
+            language_dim=config.text_config.hidden_size,
+            rows=self.grid.rows,
+        )
+        connect_encoder(self.vision_tower, config.vision_depth)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Features [images, N', H] of each layer of `plan.fused_layers`, from images' views."""
+        return self.fusion(self.encode(pixel_values))
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take weights by name.
+
+        Raises:
+            UserError: Some are missing or unknown.
+        """
+        found = self.load_state_dict(weights, strict=False)
+        if found.missing_keys or found.unexpected_keys:
+            raise UserError(
+                f"the model's weights lack {show_names(found.missing_keys)} and hold"
+                f" {show_names(found.unexpected_keys)} besides; save or fetch the model again"
+            )
+
+
+def show_names(names: list[str]) -> str:
+    """Some names and how many there are."""
+    return f"{len(names)} ({', '.join(sorted(names)[:3])})" if names else "none"
+
+
+def check_servable(config: SparseCutConfig) -> None:
+    """Raise UserError where vLLM would not compute what the model computes."""
+    plan = config.get_plan()
+    if GATES[plan.gate].module is not None:
+        raise UserError(
+            f"vLLM cannot serve gate={plan.gate!r}: its gates need whole images, but vLLM cuts"
+            " prompts into chunks; serve this model with `sparsecut serve MODEL --engine local`"
+        )
+    if config.grid.kind == "audio":
+        raise UserError(
+            "vLLM serves models of images here, but this one takes audio; serve it with"
+            " `sparsecut serve MODEL --engine local`"
+        )
+
+
+def get_architectures(text_config) -> list[str]:
+    """The class of a language model by its configuration, as vLLM looks models up."""
+    if text_config.architectures:
+        return text_config.architectures
+    return [MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)].__name__]
