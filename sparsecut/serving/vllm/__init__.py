@@ -8,7 +8,9 @@ vLLM calls `register` in each of its processes, by the entry point `vllm.general
     layers      features are added before decoder layers, from fixed buffers
 """
 
-ARCHITECTURES = {"SparseCutForConditionalGeneration": "sparsecut.serving.vllm.model:SparseCutForVLLM"}
+ARCHITECTURES = {
+    "SparseCutForConditionalGeneration": "sparsecut.serving.vllm.model:SparseCutForVLLM"
+}
 
 
 def register() -> None:

@@ -26,9 +26,7 @@ class ShortcutBuffers:
         width: H, the width of the language model.
     """
 
-    def __init__(
-        self, layers: nn.ModuleList, chosen: tuple[int, ...], num_tokens: int, width: int
-    ):
+    def __init__(self, layers: nn.ModuleList, chosen: tuple[int, ...], num_tokens: int, width: int):
         self.width = width
         self.layers: list[nn.Module] = []
         for number in chosen:
@@ -71,10 +69,9 @@ def _find_hidden_states(layer: nn.Module) -> int:
 def _add_buffer(place: int, layer: nn.Module, args: tuple, kwargs: dict):
     """Add a layer's buffer to the hidden states that enter it."""
     # vLLM's layers take (hidden, residual) and sum both first, so adding to one adds to the sum.
+    # Layers of vLLM's Transformers backend take [1, tokens, H], its own take [tokens, H].
+    hidden = args[place] if place < len(args) else kwargs["hidden_states"]
+    hidden = hidden + getattr(layer, BUFFER)[: hidden.shape[-2]]
     if place < len(args):
-        hidden = args[place]
-        hidden = hidden + getattr(layer, BUFFER)[: hidden.shape[0]]
         return (*args[:place], hidden, *args[place + 1 :]), kwargs
-    hidden = kwargs["hidden_states"]
-    hidden = hidden + getattr(layer, BUFFER)[: hidden.shape[0]]
     return args, {**kwargs, "hidden_states": hidden}

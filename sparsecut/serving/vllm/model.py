@@ -46,6 +46,7 @@ class SparseCutForVLLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
     Raises:
         UserError: vLLM cannot serve the model exactly.
     """
+
     packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
@@ -68,6 +69,8 @@ class SparseCutForVLLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
         )
         with self._mark_tower_model(vllm_config, "image"):
             self.vision = VisionPart(config)
+        # vLLM copies this from the whole model's configuration to the language model's.
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
@@ -114,9 +117,7 @@ class SparseCutForVLLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
         packed = torch.cat(list(multimodal_embeddings))
         width = self.config.text_config.hidden_size
         self.buffers_of_layers.write(packed[:, width:], is_multimodal, num_tokens)
-        return super().embed_input_ids(
-            input_ids, [packed[:, :width]], is_multimodal=is_multimodal
-        )
+        return super().embed_input_ids(input_ids, [packed[:, :width]], is_multimodal=is_multimodal)
 
     def forward(
         self,
