@@ -31,7 +31,7 @@ from ...hooks import connect_encoder, find_layers
 from ...modeling import SparseCutModel
 from ...plan import GATES
 from ...schema import UserError
-from .inputs import DummyInputsBuilder, Processor, ProcessingInfo
+from .inputs import DummyInputsBuilder, ProcessingInfo, Processor
 from .layers import ShortcutBuffers
 
 LANGUAGE = "language_model."  # the prefix of the language model's weights
