@@ -3,8 +3,9 @@
     python benchmarks/grid.py                      # every family of tests/helpers/families.py
     python benchmarks/grid.py encoders             # or decoders: that section alone
     python benchmarks/grid.py llama vit mamba      # some families, on screen only
+    python benchmarks/grid.py --only whisper yolos # some families, and their rows of the page
 
-The whole takes some minutes. Each decoder is joined to CLIP and each encoder to Llama, by
+The whole takes some minutes. With `--only` a row is written as soon as it is measured. Each decoder is joined to CLIP and each encoder to Llama, by
 `sparsecut` with the pattern `sparse`. The checks are those of tests/helpers/checks.py.
 """
 
@@ -12,6 +13,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +24,9 @@ import torch
 import transformers
 from helpers import checks
 from helpers.families import LANGUAGE, VISION
-from support_page import format_reason, replace_section
+from support_page import PAGE, find_section, format_reason, replace_section
 
+VERSIONS = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
 COLUMNS = {
     "gradients": checks.gradients,
     "cached = uncached": checks.cached,
@@ -124,55 +127,93 @@ def try_family(kind: str, name: str, columns: dict) -> tuple[list[str], list[str
     return cells, reasons
 
 
-def make_table(section: Section, wanted: list[str]) -> tuple[str, dict[str, int]]:
-    """Try the families of a section, or the wanted ones.
+class Row(NamedTuple):
+    """What was measured of one family."""
 
-    Returns:
-        A Markdown table with the reasons below it, and the numbers of families that were tried and
-        that pass every check.
-    """
-    titles = ["family", "builds", *section.columns]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    notes = []
-    counts = {"tried": 0, "green": 0}
+    cells: list[str]
+    reasons: list[str]  # a line for each "no"
+
+
+def measure(section: Section, wanted: list[str]) -> Iterator[tuple[str, Row]]:
+    """Try the families of a section, or the wanted ones, and show each on screen."""
     # A fresh process for each family, because compilation keeps what it has compiled.
     pool = multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1)
     for name in section.families:
         if wanted and name not in wanted:
             continue
         start = time.time()
-        cells, reasons = pool.apply(try_family, (section.kind, name, section.columns))
+        row = Row(*pool.apply(try_family, (section.kind, name, section.columns)))
         seconds = f"{time.time() - start:6.1f} s"
-        print(f"{name:28}", *(f"{cell:4}" for cell in cells), seconds, *reasons, flush=True)
-        counts["tried"] += 1
-        counts["green"] += not {"no", ""} & set(cells)
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
-        notes += reasons
-    return "\n".join([*lines, "", *notes, ""]), counts
+        print(f"{name:28}", *(f"{cell:4}" for cell in row.cells), seconds, *row.reasons, flush=True)
+        yield name, row
+
+
+def write_section(section: Section, rows: dict[str, Row], page: Path = PAGE) -> None:
+    """Write a section of the page: its families in their order, and the reasons below them."""
+    titles = ["family", "builds", *section.columns]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    names = [name for name in section.families if name in rows]
+    lines += [f"| `{name}` | " + " | ".join(rows[name].cells) + " |" for name in names]
+    lines.append("")
+    for name in names:
+        lines += rows[name].reasons
+    green = sum(not {"no", ""} & set(rows[name].cells) for name in names)
+    made = MADE.format(**VERSIONS, green=green, tried=len(names), partner=section.partner)
+    replace_section(section.heading, "\n".join([made, section.explanation, *lines]), page)
+
+
+def read_rows(section: Section, page: Path = PAGE) -> dict[str, Row]:
+    """The rows that the page has of a section.
+
+    Raises:
+        SystemExit: They were measured with other releases, or the checks were others.
+    """
+    text = find_section(section.heading, page)
+    if not text:
+        return {}
+    titles = ["family", "builds", *section.columns]
+    releases = "transformers {transformers} and torch {torch}".format(**VERSIONS)
+    if f"| {' | '.join(titles)} |" not in text or releases not in text:
+        sys.exit(
+            f"the section {section.heading!r} of {page.name} was not measured with {releases} and"
+            f" today's checks; measure all of it: python benchmarks/grid.py {section.argument}"
+        )
+    rows = {}
+    for line in text.splitlines():
+        name = line.split("`")[1] if line.startswith(("| `", "- `")) else ""
+        if line.startswith("|") and name:
+            rows[name] = Row([cell.strip() for cell in line.split("|")[2:-1]], [])
+        elif name in rows:
+            rows[name].reasons.append(line)
+    return rows
 
 
 def main() -> None:
     """Run the grid, and write docs/support.md unless single families were named."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    parts = {section.argument for section in SECTIONS} & set(sys.argv[1:])
-    wanted = [name for name in sys.argv[1:] if name not in parts]
+    arguments = sys.argv[1:]
+    updates = "--only" in arguments
+    parts = {section.argument for section in SECTIONS} & set(arguments)
+    wanted = [name for name in arguments if name not in {*parts, "--only"}]
     unknown = set(wanted) - set(LANGUAGE) - set(VISION)
-    if unknown:
+    if unknown or (updates and not wanted):
         sys.exit(
-            f"there is no family {', '.join(sorted(unknown))}; known are"
+            f"there is no family {', '.join(sorted(unknown)) or 'named'}; known are"
             f" {', '.join([*LANGUAGE, *VISION])}"
         )
-    versions = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
     if not wanted:
         replace_section("", INTRODUCTION)
     for section in SECTIONS:
         if parts and section.argument not in parts:
             continue
-        rows, counts = make_table(section, wanted)
+        rows = read_rows(section) if updates else {}
+        for name, row in measure(section, wanted):
+            rows[name] = row
+            if updates:
+                write_section(section, rows)
         if not wanted:
-            made = MADE.format(**versions, **counts, partner=section.partner)
-            replace_section(section.heading, "\n".join([made, section.explanation, rows]))
+            write_section(section, rows)
 
 
 if __name__ == "__main__":

@@ -40,13 +40,30 @@ def replace_section(heading: str, text: str, page: Path = PAGE) -> None:
             f"the text of section {heading!r} holds a heading of level 1 or 2; use ### inside a"
             " section"
         )
-    old = page.read_text(encoding="utf-8") if page.is_file() else ""
-    introduction, *sections = re.split(r"^(?=## )", old, flags=re.M)
+    introduction, *sections = _split_page(page)
     if heading:
-        headings = [section.split("\n", 1)[0].removeprefix("## ").strip() for section in sections]
+        headings = [_get_heading(section) for section in sections]
         place = headings.index(heading) if heading in headings else len(sections)
         sections[place : place + 1] = [f"## {heading}\n\n{text}"]
     else:
         introduction = text
     parts = [part.strip("\n") for part in (introduction, *sections)]
     page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def find_section(heading: str, page: Path = PAGE) -> str:
+    """The text of a section without its heading; "" where the page has none."""
+    for section in _split_page(page)[1:]:
+        if _get_heading(section) == heading:
+            return section.partition("\n")[2]
+    return ""
+
+
+def _split_page(page: Path) -> list[str]:
+    """What comes before the first section, and the sections."""
+    old = page.read_text(encoding="utf-8") if page.is_file() else ""
+    return re.split(r"^(?=## )", old, flags=re.M)
+
+
+def _get_heading(section: str) -> str:
+    return section.split("\n", 1)[0].removeprefix("## ").strip()
