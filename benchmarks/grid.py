@@ -5,8 +5,9 @@
     python benchmarks/grid.py llama vit mamba      # some families, on screen only
     python benchmarks/grid.py --only whisper yolos # some families, and their rows of the page
 
-The whole takes some minutes. With `--only` a row is written as soon as it is measured. Each decoder is joined to CLIP and each encoder to Llama, by
-`sparsecut` with the pattern `sparse`. The checks are those of tests/helpers/checks.py.
+The whole takes some minutes. With `--only` a row is written as soon as it is measured. Each decoder
+is joined to CLIP and each encoder to Llama, by `sparsecut` with the pattern `sparse`. The checks
+are those of tests/helpers/checks.py.
 """
 
 import multiprocessing
