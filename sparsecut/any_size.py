@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .encoders import FREE_SIZE_KINDS, PatchGrid, get_fixed_view_size
 from .hooks import read_taps
 from .plan import GATES, Plan
-from .schema import UserError
+from .schema import UserError, is_whole_number
 
 Grids = list[tuple[int, int]]  # rows and columns of coarse patches, for every image
 
@@ -35,9 +35,72 @@ def get_patch(grid: PatchGrid) -> tuple[int, int]:
 
 
 def list_grids(image_grids: Tensor | Sequence) -> Grids:
-    """Rows and columns of every image as numbers."""
+    """Rows and columns of every image as numbers; UserError where they are none."""
     values = image_grids.tolist() if isinstance(image_grids, Tensor) else image_grids
+    if not torch.compiler.is_compiling() and not all(map(_is_grid, values)):
+        raise UserError(
+            f"image_grids is {values!r}, but must have rows and columns of patches for every image,"
+            " such as [[2, 8], [4, 4]]; pass what the model's own processor returns"
+        )
     return [(rows, columns) for rows, columns in values]
+
+
+def _is_grid(value: Any) -> bool:
+    is_pair = isinstance(value, list | tuple) and len(value) == 2
+    return is_pair and all(is_whole_number(number) and number > 0 for number in value)
+
+
+def find_grids(image_grids: Tensor | Sequence | None, states: dict | None) -> Grids | None:
+    """Rows and columns of every image as numbers; None where every image has those of a view.
+
+    Args:
+        image_grids: What the processor returned, if anything.
+        states: Encoder states by tap that are given instead of pixels: [S, V, D] of all patches of
+            images of any size, else [P, V, N, D].
+
+    Raises:
+        UserError: The states are not of these grids.
+    """
+    grids = None if image_grids is None else list_grids(image_grids)
+    if states is None:
+        return grids
+    num_patches = None if grids is None else sum(rows * columns for rows, columns in grids)
+    for tap, values in states.items():
+        is_any_size = values.dim() == 3
+        if is_any_size == (grids is None) or (is_any_size and len(values) != num_patches):
+            raise UserError(
+                f"vision_states of tap {tap} have shape {tuple(values.shape)}, but image_grids is"
+                f" {grids}; give the grids that were given to `encode`, and none where none were"
+            )
+    return grids
+
+
+def check_places(mask: Tensor, lengths: Sequence[int]) -> None:
+    """Check that the tokens of every image stand together, where images have different numbers.
+
+    Images in another order than their placeholders would else take each other's places in silence.
+
+    Args:
+        mask: Where image tokens are, [B, L].
+        lengths: Tokens of every image, as many together as the mask has.
+
+    Raises:
+        UserError: The tokens of an image are in two places.
+    """
+    if len(set(lengths)) < 2:
+        return
+    places = mask.flatten().nonzero().flatten().tolist()
+    row_length = mask.shape[-1]
+    start = 0
+    for number, length in enumerate(lengths):
+        first, last = places[start], places[start + length - 1]
+        if last - first != length - 1 or first // row_length != last // row_length:
+            raise UserError(
+                f"image {number} (from 0) has {length} features, but as many image tokens do not"
+                " stand together in a prompt; give the images, and image_grids, in the order of"
+                " their placeholders"
+            )
+        start += length
 
 
 def check_patches(pixel_values: Tensor, grids: Grids, grid: PatchGrid, plan: Plan) -> None:

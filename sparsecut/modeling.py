@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
-from .any_size import check_patches, list_grids, read_patches, read_plan
+from .any_size import check_patches, find_grids, list_grids, read_patches, read_plan
 from .configuration import SparseCutConfig, check_language_model
 from .encoders import make_encoder
 from .fusion import Fusion
@@ -173,12 +173,12 @@ class SparseCutModel(SparseCutPreTrainedModel):
         images = next(iter(vision_states.values())) if pixel_values is None else pixel_values
         if not len(images):
             return SparseCutImageFeatures(pooler_output=[])
-        grids = () if image_grids is None else (list_grids(image_grids),)
-        states = self.encode(pixel_values, *grids) if vision_states is None else vision_states
-        input_features, *layer_features = self.fusion(states, grids=grids[0] if grids else None)
+        grids = find_grids(image_grids, vision_states)
+        states = self.encode(pixel_values, grids) if vision_states is None else vision_states
+        input_features, *layer_features = self.fusion(states, grids=grids)
         records = {}
         names = get_requested_records(self.config, kwargs)
-        if names and pixel_values is not None and not grids:
+        if names and pixel_values is not None and grids is None:
             records = record_encoder(self.vision_tower, self.grid, pixel_values, names)
         return SparseCutImageFeatures(
             last_hidden_state=states[max(states)][:, 0],

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 
+from .any_size import check_places
 from .encoders import PatchGrid, encoder_inputs
 from .fusion import Fusion, check_adapted_fusion
 from .gradient_hooks import remove_gradient_hooks, take_tuples
@@ -385,13 +386,15 @@ def check_image_tokens(
             tokens than that without an image were written by the model.
 
     Raises:
-        UserError: The two numbers differ.
+        UserError: The two numbers differ, or the tokens of an image do not stand together.
     """
     num_tokens = int(mask.sum())
     num_features = 0
     if images is not None:
         num_features = sum(len(features) for features in images.pooler_output)
     written_by_model = images is None and num_tokens < tokens_per_image
+    if num_tokens == num_features and images is not None:
+        check_places(mask, [len(features) for features in images.pooler_output])
     if num_tokens == num_features or written_by_model:
         return
     message = (
@@ -420,7 +423,7 @@ def check_pixels(pixel_values: Tensor, grid: PatchGrid, plan: Plan) -> None:
         raise UserError(
             f"pixel_values has shape {tuple(pixel_values.shape)}, but this model's plan"
             f" (tiles={plan.tiles}) and encoder need (images, {', '.join(map(str, shape))}),"
-            " coarse view first; prepare images with the model's own processor"
+            " coarse view first; pass all that the model's own processor returns, image_grids too"
         )
 
 

@@ -97,9 +97,9 @@ def open_upright(file: BinaryIO, what: str = "the image", background: Any = WHIT
 
 
 def read_size(file: BinaryIO, what: str, *, upright: bool = False) -> tuple[int, int]:
-    """Return width and height of an image file, as stored or upright; errors as above."""
+    """Return width and height, as stored or upright (Pillow turns TIFF itself); errors as above."""
     with _explained(what), Image.open(file, formats=find_formats()) as image:
-        is_turned = upright and _read_orientation(image) in range(5, 9)
+        is_turned = upright and image.format != "TIFF" and _read_orientation(image) in range(5, 9)
         return image.size[::-1] if is_turned else image.size
 
 

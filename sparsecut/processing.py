@@ -281,9 +281,10 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
             input_ids and attention_mask [B, L]. With images also what `prepare_images` returns.
 
         Raises:
-            UserError: A text has more or fewer placeholders than images, or an image cannot be
-                read.
+            UserError: A text has more or fewer placeholders than images, an image cannot be read,
+                or pixel limits are given.
         """
+        self._check_no_limits({**kwargs, **(kwargs.get("images_kwargs") or {})})
         layout = (kwargs.get("images_kwargs") or {}).get("input_data_format")
         layout = kwargs.pop("input_data_format", layout)
         images = [] if images is None else list_images(images)
@@ -293,6 +294,15 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
             images = [image for row in images for image in row]
         opened = [self._open(image, layout) for image in images]
         return super().__call__(images=opened or None, text=text, **kwargs)
+
+    def _check_no_limits(self, settings: dict) -> None:
+        """Refuse limits for one call: counts of tokens elsewhere would be of other limits."""
+        given = [name for name in ("min_pixels", "max_pixels") if settings.get(name) is not None]
+        if self.is_any_size and given:
+            raise UserError(
+                f"{given[0]} is given for one call, but holds for all images of a processor; load"
+                f" it with AutoProcessor.from_pretrained(..., {given[0]}={settings[given[0]]!r})"
+            )
 
     def _open(self, image: Any, layout: Any) -> Image.Image | np.ndarray:
         """An image as transformers takes it: PIL in RGB, or an array with channels last."""

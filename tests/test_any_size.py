@@ -5,39 +5,26 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import tiny_language, tiny_tokenizer, tiny_vision
+from helpers.any_size import FINE, build_tiny, draw_image
+from helpers.tiny import tiny_vision
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import (
-    CLIPImageProcessorPil,
     PixtralVisionConfig,
     Siglip2VisionConfig,
 )
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 
-from sparsecut import build
 from sparsecut.any_size import read_patches
 from sparsecut.cutting import choose_grid, cut_patches
 from sparsecut.encoders import encoder_inputs, make_encoder, read_grid
 from sparsecut.hooks import RECOMPUTES_HOOKS, connect_encoder, read_taps
 from sparsecut.schema import UserError
 
-FINE = {"method": "sparsecut", "tiles": 2}
 SIZES = [(10, 40), (16, 16), (1, 500), (40, 30), (16, 16)]  # height and width in pixels
-
-
-def draw_image(height: int, width: int, seed: int = 0) -> Image.Image:
-    levels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(levels)
-
-
-def build_tiny(vision=None, plan=FINE, **settings):
-    torch.manual_seed(0)
-    vision = vision or tiny_vision()
-    parts = {"image_processor": CLIPImageProcessorPil(), "tokenizer": tiny_tokenizer()}
-    return build(vision, tiny_language(), plan, **parts, **settings)
 
 
 chunks_cut_images = pytest.mark.skipif(
@@ -65,6 +52,16 @@ def make_qwen2_5():
     return make_native(config)
 
 
+def make_qwen3():
+    """Learned positions of a grid of 4 x 4, interpolated for every image."""
+    sizes = {"depth": 3, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24}
+    settings = {"num_position_embeddings": 16, "deepstack_visual_indexes": [1]}
+    config = Qwen3VLVisionConfig(
+        patch_size=4, spatial_merge_size=2, out_hidden_size=24, **sizes, **settings
+    )
+    return make_native(config)
+
+
 def make_pixtral():
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
     return make_native(
@@ -81,6 +78,7 @@ def make_naflex():
 NATIVE = {
     "qwen2": make_qwen2,
     "qwen2_5": make_qwen2_5,
+    "qwen3": make_qwen3,
     "pixtral": make_pixtral,
     "naflex": make_naflex,
 }
@@ -178,7 +176,7 @@ def test_the_gradient_of_a_patch_reaches_its_own_pixels_first(name):
     encoder = tiny_vision() if name == "clip" else NATIVE[name]()
     view_size = None if name == "clip" else 16
     grid = read_grid(encoder.config, view_size)
-    connect_encoder(encoder, encoder.config.num_hidden_layers if name != "qwen2" else 3)
+    connect_encoder(encoder, 3 if "qwen" in name else encoder.config.num_hidden_layers)
     patch = grid.view[-1] // grid.columns
     grids = [(2, 6), (4, 2)]
     pixels = torch.randn(20, 5, 3, patch, patch, requires_grad=True)

@@ -119,17 +119,20 @@ class TrainingData(Dataset):
     def _list_replacements(self, index: int) -> Iterator[Example]:
         """Replacement candidates, best first: as many images, no more tokens.
 
-        Then those with fewer images, and texts. A candidate never has more images, so that a limit
-        on image tokens holds.
+        Then those with fewer images, and texts. A candidate never has more images, nor more tokens
+        of images, so that a limit on image tokens holds.
         """
         others = [*range(index + 1, len(self)), *range(index)]
         num_images = len(self.examples[index].images)
+        most = self._count_image_tokens(index)
         length = self._get_length(index)
         for i in others:
-            if len(self.examples[i].images) == num_images and self._get_length(i) <= length:
+            is_alike = len(self.examples[i].images) == num_images
+            if is_alike and self._get_length(i) <= length and self._count_image_tokens(i) <= most:
                 yield self.examples[i]
         for i in others:
-            if len(self.examples[i].images) < num_images:
+            has_fewer = len(self.examples[i].images) < num_images
+            if has_fewer and self._count_image_tokens(i) <= most:
                 yield self.examples[i]
 
     def _add_images(self, encoded: dict, example: Example) -> dict:
@@ -150,14 +153,13 @@ class TrainingData(Dataset):
     @property
     def num_image_tokens(self) -> list[int]:
         """Image tokens of every item; images where only a batch shows their tokens."""
-        if not self._has_own_counts:
-            return [len(x.images) * self.encoder.tokens_per_image for x in self.examples]
-        return [self.encoder.count_image_tokens(self._encode(i)) for i in range(len(self))]
+        return [self._count_image_tokens(i) for i in range(len(self))]
 
-    @property
-    def _has_own_counts(self) -> bool:
-        """Whether images of different sizes have different numbers of tokens, all known."""
-        return getattr(self.encoder.processor, "is_any_size", False)
+    def _count_image_tokens(self, index: int) -> int:
+        # Images of different sizes have different numbers of tokens.
+        if getattr(self.encoder.processor, "is_any_size", False):
+            return self.encoder.count_image_tokens(self._encode(index))
+        return len(self.examples[index].images) * self.encoder.tokens_per_image
 
     def _get_length(self, index: int) -> int:
         return self.encoder.get_length(self._encode(index))
