@@ -25,6 +25,11 @@ RECORD_KEYS = (
     "answer",
     "answers",
     "multiple_choice_answer",
+    "questions",
+    "choices",
+    "options",
+    "hint",
+    "label",
     "query",
     "response",
     "instruction",
@@ -63,7 +68,7 @@ class Source:
         name: The configuration, of a dataset that has several.
         split: The split, of a dataset that has several, such as "train".
         revision: Of a dataset of the hub: a branch, a tag or a commit.
-        question: What is asked about every image of class folders, or of a `label` column.
+        question: What is asked about every image of class folders, or of a label or caption.
         columns: A key of records -> the name that these records have for it, as in
             `{question: frage, answer: antwort, image: bild}`.
     """

@@ -25,7 +25,7 @@ from ..schema import UserError
 from .access import DEFAULT_ACCESS, Access, get_access
 from .audio_records import explain_audio, find_medium, put_for_images
 from .errors import RecordError, show_value
-from .form_choice import Columns, choose_form
+from .form_choice import Columns, choose_form, get_columns
 from .images import ImageStore, decode_image
 from .locating import find_record_files
 from .record_files import RecordFile
@@ -147,7 +147,7 @@ def read_source(source: Source, problems: list[RecordError]) -> list[Example]:
         images,
         problems=problems if source.on_error == "skip" else None,
         access=get_access(source),
-        columns=Columns(source.columns) if source.columns else None,
+        columns=get_columns(source),
     )
     _warn_of_ids(source, examples)
     selected = select_examples(

@@ -9,8 +9,10 @@ from typing import Any
 
 from PIL import Image
 
+from ..config.source import Source
 from ..schema import UserError, nearest
 from .errors import show_value
+from .image_values import is_cell
 from .record_forms import FORMS, IMAGE_NAMES, Form, has_key
 
 KINDS = {
@@ -24,21 +26,26 @@ KINDS = {
     type(None): "nothing",
 }
 MOST_KEYS = 20  # of a record, that an error shows
+ASKING = ("conversations", "messages", "texts", "question", "query", "instruction", "prompt")
+# What the question of a source asks for, and the answers that go with other questions.
+ANSWERING = ("label", "answer", "caption", "captions", "text")
 CLOSE = 0.7  # how similar a key is that was meant for another
 
 
 class Columns:
-    """The names that the records of a source have for the keys of forms.
+    """What a source says about its records: other names of keys, and a question about them all.
 
     Attributes:
         names: Key -> the name that records have for it.
+        question: What is asked about every image that has a label or a caption.
         all_names: All these names.
         unseen: Names that no record has had so far.
         found: Keys of the records so far.
     """
 
-    def __init__(self, names: Mapping[str, str]):
+    def __init__(self, names: Mapping[str, str], question: str | None = None):
         self.names = dict(names)
+        self.question = question
         self.all_names = frozenset(self.names.values())
         self.unseen = set(self.all_names)
         self.found: dict[str, None] = {}
@@ -51,7 +58,8 @@ class Columns:
             self.unseen.difference_update(record)
             if len(self.found) < MOST_KEYS:
                 self.found.update(dict.fromkeys(record))
-        return {**others, **values}
+        renamed = {**others, **values}
+        return renamed if self.question is None else ask_about(renamed, self.question)
 
     def check_seen(self, what: str) -> None:
         """Raise UserError where no record had one of the names.
@@ -66,6 +74,41 @@ class Columns:
                     f"{nearest(name, self.found)}; their keys are"
                     f" {', '.join(map(str, self.found))}"
                 )
+
+
+def get_columns(source: Source) -> Columns | None:
+    """Return what a source says about its records, None where it says nothing."""
+    if not source.columns and source.question is None:
+        return None
+    return Columns(source.columns, source.question)
+
+
+def ask_about(record: dict, question: str) -> dict:
+    """Return a record of an image and its label or caption as a question and its answer.
+
+    Raises:
+        UserError: It has none of these, or a question or turns of its own.
+    """
+    own = [key for key in ASKING if record.get(key) is not None]
+    if own:
+        raise UserError(f"the record has `{own[0]}` of its own; remove `question` from its source")
+    key = next((key for key in ANSWERING if _holds_text(record.get(key))), None)
+    if key is None:
+        shown = show_value(", ".join(map(str, record)))
+        raise UserError(
+            f"`question` of the source asks for {', '.join(ANSWERING)}, but the record has the keys"
+            f" {shown} with label={show_value(record.get('label'))}; name the answer's column, as"
+            " `columns: {label: ...}` does, or remove `question`"
+        )
+    answer = record[key][0] if isinstance(record[key], list) else record[key]
+    rest = {name: value for name, value in record.items() if name not in ANSWERING}
+    return {**rest, "question": question, "answer": answer}
+
+
+def _holds_text(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and _holds_text(value[0])
+    return isinstance(value, str) and bool(value.strip())
 
 
 def choose_form(record: Any, columns: Columns | None = None) -> Form:
@@ -94,6 +137,11 @@ def choose_form(record: Any, columns: Columns | None = None) -> Form:
 def _describe_unknown(record: dict, columns: Columns | None) -> str:
     keys = [key for key in record if record[key] is not None]
     shown = ", ".join(f"{key} ({_name_kind(record[key])})" for key in keys[:MOST_KEYS])
+    if isinstance(record.get("label"), str) and has_key(record, "image"):
+        return (
+            f"the record has an image and the label {show_value(record['label'])}, but no question"
+            f" (its keys are {shown}); set `question` of the source, such as question: What is it?"
+        )
     form = _find_nearest_form(record, columns.names if columns else ())
     missing = [key for key in form.keys if not has_key(record, key)]
     parts = [
@@ -150,6 +198,8 @@ def _has_turns(record: dict) -> bool:
 
 
 def _name_kind(value: Any) -> str:
+    if is_cell(value):
+        return "an image" if len(value) == 1 else f"{len(value)} images"
     if isinstance(value, list) and value:
         inner = KINDS.get(type(value[0]), "a value").split()[-1]
         return f"a list of {inner}s" if inner in ("text", "number", "object", "list") else "a list"

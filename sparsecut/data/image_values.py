@@ -18,7 +18,7 @@ from ..pixels import array_to_rgb, to_rgb
 from ..schema import UserError
 from .access import check_excess
 from .errors import show_value
-from .texts import check_text, list_rows
+from .texts import check_text, list_items, list_rows
 
 LONGEST_NAME = 4096  # characters of a path
 MOST_OBJECTS = 3  # inside one another around one image, as in {"image_url": {"url": ...}}
@@ -31,6 +31,15 @@ IMAGE_KEYS = ("bytes", "path", "image", "image_url", "url", "base64", "data", "s
 BASE64_KEYS = ("base64", "data")
 
 ImageValue = str | bytes  # the name of an image, or its encoded bytes
+
+
+class CellName(str):
+    """The name of an image that stands in a cell of a table, which stays on disk."""
+
+
+def is_cell(value: Any) -> bool:
+    """Whether a value of a record names images in cells of a table."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], CellName)
 
 
 def parse_images(value: Any, key: str, max_bytes: int) -> list[ImageValue]:
@@ -46,7 +55,7 @@ def parse_images(value: Any, key: str, max_bytes: int) -> list[ImageValue]:
     """
     if value is None:
         return []
-    value = list_rows(value)
+    value = list_rows(list_items(value))
     images = value if isinstance(value, list | tuple) else [value]
     return [parse_image(image, f"`{key}`", max_bytes) for image in images]
 

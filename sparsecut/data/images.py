@@ -46,6 +46,10 @@ class ImageStore:
                 f"there are no images at {self.path}: give an existing folder or tar archive as"
                 " `images`"
             )
+        if self.path.suffix.lower() == ".zip":
+            raise UserError(
+                f"{self.path} is a zip archive; unpack it, and give that folder as `images`"
+            )
         with refuse_damaged(self.path):
             if self.path.suffix.lower() in COMPRESSED:
                 self.contents = self._read_contents()

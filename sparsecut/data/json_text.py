@@ -5,6 +5,7 @@ A broken element is an error in its place, and the elements after it are still r
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any, TextIO
 
 from ..schema import UserError
 from .access import check_excess, describe_excess
+from .record_texts import open_text
 
 CHUNK = 2**20  # characters that are read at once
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -83,7 +85,8 @@ def iterate_elements(path: Path, max_bytes: int) -> Iterator[tuple[int, Any]]:
     Raises:
         UserError: The file does not hold a list, or ends before the list does.
     """
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    packed = open_text(path)
+    with io.TextIOWrapper(packed, "utf-8-sig", errors="surrogateescape", newline="") as file:
         text = _OpenText(path, file)
         _begin_list(text)
         has_next = text.find_next() != "]"
@@ -168,10 +171,13 @@ def _begin_list(text: _OpenText) -> None:
         raise UserError(f"{path} is empty, but a list of records is needed; give another file")
     if NO_UTF8.match(first):
         raise UserError(f"{path} is not UTF-8 text: line {text.line}; save it as UTF-8")
-    kind = "an object" if first == "{" else f"{first!r}"
+    key = FIRST_KEY.match(text.part, text.place)
+    shown = f" ({key[0]}: ...)" if key else ""
+    kind = f"an object{shown}" if first == "{" else f"{first!r}"
     raise UserError(
         f"{path} line {text.line}: the file begins with {kind}, but a list of records is needed; put"
-        " [ ] around the records, or end the name of a file with one record a line in .jsonl"
+        " [ ] around the records, or write one record a line; of an object with a list of records,"
+        " keep that list alone"
     )
 
 

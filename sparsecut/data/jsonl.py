@@ -9,6 +9,7 @@ from pathlib import Path
 from ..schema import UserError, write_text_file
 from .errors import RecordError
 from .json_text import parse_json
+from .record_texts import open_text
 
 
 def iterate_lines(
@@ -23,7 +24,7 @@ def iterate_lines(
     """
     size = -1 if max_bytes is None else max_bytes + 1
     number = 0
-    with path.open("rb") as file:
+    with open_text(path) as file:
         while line := file.readline(size):
             number += 1
             is_partial = skip_partial and not line.endswith(b"\n")

@@ -15,11 +15,13 @@ from ..config.source import Source
 from ..config.yaml_io import expand_path
 from ..hub import HubUnreachable, describe_gated, find_on_hub, is_offline, looks_like_hub_name
 from ..schema import UserError, nearest, write_text_file
+from .class_labels import ClassNames, find_class_names
 from .hub_files import Remote
-from .readers import SUFFIXES, find_files
+from .readers import SHOWN_SUFFIXES, SUFFIXES, find_files, holds_records
 from .record_files import LabelledImage, MetadataFile, RecordFile
 
 SAVED = "dataset_info.json"  # of a folder that `Dataset.save_to_disk` has written
+SAVED_STATE = "state.json"  # beside it; other tools have files of the first name
 SAVED_SPLITS = "dataset_dict.json"  # of one that `DatasetDict.save_to_disk` has written
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # Kinds of data sets, as `datasets` tells them by their files, whose files hold records.
@@ -34,10 +36,12 @@ class Layout(NamedTuple):
     Attributes:
         kind: What they hold, one of `RECORD_KINDS` or `IMAGE_KIND`, or something else.
         splits: Name of a split -> its files.
+        classes: Names of the classes in columns of numbers, where a README.md has them.
     """
 
     kind: str
     splits: dict[str, list[str]]
+    classes: dict[str, list[str]]
 
 
 def find_record_files(source: Source) -> list[RecordFile]:
@@ -52,15 +56,15 @@ def find_record_files(source: Source) -> list[RecordFile]:
         return _find_hub_files(source)
     if not _is_folder(path):
         _refuse_keys(source, KEYS, "it names files")
-        return [RecordFile(file, source.question) for file in find_files(path)]
+        return [RecordFile(file) for file in find_files(path)]
     _refuse_keys(source, ("revision",), "it is a folder on this machine")
-    if (path / SAVED).is_file():
+    if (path / SAVED).is_file() and (path / SAVED_STATE).is_file():
         _refuse_keys(source, ("name",), "it is a saved data set without configurations")
         _check_saved_split(path, source)
-        return [RecordFile(path, source.question)]
+        return [RecordFile(path)]
     if (path / SAVED_SPLITS).is_file():
         _refuse_keys(source, ("name",), "it is a saved data set without configurations")
-        return [RecordFile(path / _choose_saved_split(path, source), source.question)]
+        return [RecordFile(path / _choose_saved_split(path, source))]
     return _list_files(read_layout(str(path), source), path.resolve(), source)
 
 
@@ -91,14 +95,14 @@ def _list_files(
     chosen = layout.splits[choose_split(list(layout.splits), source)]
     files = [Path(root, file) for file in chosen]
     if layout.kind == IMAGE_KIND:
-        return list(_list_image_folder(root, files, source, remote))
+        return list(_list_image_folder(root, files, source, remote, layout.classes))
     for file in files:
-        if file.suffix.lower() not in SUFFIXES:
+        if not holds_records(file):
             raise UserError(
                 f"{source.path} has the file {file.name}, which is not of a kind that is read"
-                f" ({', '.join(SUFFIXES)}); unpack or convert it"
+                f" ({SHOWN_SUFFIXES}); unpack or convert it"
             )
-    return [RecordFile(file, source.question, remote) for file in files]
+    return [RecordFile(file, remote, layout.classes) for file in files]
 
 
 def _is_folder(path: Path) -> bool:
@@ -122,7 +126,7 @@ def _check_saved_split(path: Path, source: Source) -> None:
     """Raise UserError where a saved data set is another split than the one that is asked for."""
     if source.split is None:
         return
-    held = _read_json(path / "state.json").get("_split")
+    held = _read_json(path / SAVED_STATE).get("_split")
     if held != source.split:
         raise UserError(
             f"split is {source.split!r}, but {source.path} is a saved data set of one split"
@@ -195,9 +199,9 @@ def read_layout(path: str, source: Source, **hub) -> Layout:
         shown = next((names[0] for names in splits.values()), "no files")
         raise UserError(
             f"{source.path} holds {kind} data ({shown}), but files of records"
-            f" ({', '.join(SUFFIXES)}) or folders of images are read; convert it"
+            f" ({SHOWN_SUFFIXES}) or folders of images are read; convert it"
         )
-    return Layout(kind, splits)
+    return Layout(kind, splits, find_class_names(builder.info.features or {}))
 
 
 @lru_cache(maxsize=64)  # every pass through a stream asks
@@ -223,17 +227,17 @@ def find_hub_layout(
             raise
         known = json.loads(notes.read_text(encoding="utf-8"))
         remote = Remote(name, known["revision"], frozenset(known["files"]))
-        return Layout(known["kind"], known["splits"]), remote
+        return Layout(known["kind"], known["splits"], known.get("classes", {})), remote
     source = Source(name, name=configuration, revision=revision)
     found = read_layout(name, source, revision=entry.revision)
     prefix = f"hf://datasets/{name}@{entry.revision}/"
     splits = {}
     for split, files in found.splits.items():
         splits[split] = [file.removeprefix(prefix) for file in files]
-    facts = {"revision": entry.revision, "kind": found.kind, "splits": splits, "files": entry.files}
+    facts = {**found._asdict(), "splits": splits, "revision": entry.revision, "files": entry.files}
     notes.parent.mkdir(parents=True, exist_ok=True)
     write_text_file(notes, json.dumps(facts))
-    return Layout(found.kind, splits), Remote(name, entry.revision, frozenset(entry.files))
+    return found._replace(splits=splits), Remote(name, entry.revision, frozenset(entry.files))
 
 
 def _find_notes(name: str, configuration: str | None, revision: str | None) -> Path:
@@ -264,17 +268,17 @@ def _explain_name(path: str, source: Source, hub: dict) -> None:
 
 
 def _list_image_folder(
-    root: Path, files: list[Path], source: Source, remote: Remote | None
+    root: Path, files: list[Path], source: Source, remote: Remote | None, classes: ClassNames
 ) -> Iterator[RecordFile]:
     """The metadata files of a folder of images, or its images where it has none."""
     metadata = [file for file in files if file.name in METADATA]
     if metadata:
         for file in metadata:
-            yield MetadataFile(file, source.question, remote)
+            yield MetadataFile(file, remote, classes)
         return
     if source.question is None:
         names = root.iterdir() if remote is None else ()
-        records = sorted(file.name for file in names if file.suffix.lower() in SUFFIXES)
+        records = sorted(file.name for file in names if holds_records(file))
         other = f"give {records[0]} in it as path, or " if records else ""
         raise UserError(
             f"{source.path} holds images without {', '.join(METADATA)}; {other}set `question`, which"
@@ -288,4 +292,4 @@ def _list_image_folder(
                 f"the image {file} lies in no class folder; move it into one, whose name is the"
                 " answer, or write metadata.jsonl"
             )
-        yield LabelledImage(file, source.question, remote, root)
+        yield LabelledImage(file, remote, root=root)

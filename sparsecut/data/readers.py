@@ -5,10 +5,13 @@ These are JSON, JSON Lines, CSV, Parquet, Arrow, folders of `datasets`, and WebD
 
 from __future__ import annotations
 
+import codecs
 import glob
 import re
+import zlib
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,22 @@ from .access import DEFAULT_ACCESS, Access, check_excess, check_no_pointer
 from .images import ImageStore
 from .json_text import iterate_elements
 from .jsonl import iterate_lines, parse_line
+from .record_texts import GZIP, find_suffix, open_text
 from .tables import TableImages, open_image_table, read_image_table, read_table
 from .webdataset import read_samples
 
-SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".tar", ".csv", ".tsv")  # in any case
+TEXTS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")  # which gzip may have compressed
+SUFFIXES = (
+    *TEXTS,
+    *(ending + GZIP for ending in TEXTS),
+    ".parquet",
+    ".arrow",
+    ".tar",
+)  # in any case
+SHOWN_SUFFIXES = ".json, .jsonl, .csv, .tsv (also with .gz), .parquet, .arrow, .tar"
+PACKED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
+FEW_BYTES = 64  # that show how a file begins
 MOST_FILES = 1_000_000  # that one pattern may name
 
 # Where a record stands, and the record or a function that reads it.
@@ -44,18 +58,24 @@ def find_files(path: str | Path) -> list[Path]:
         files += [Path(name) for name in names]
     for file in files:
         if not _holds_records(file):
+            is_packed = file.suffix.lower() in PACKED and file.is_file()
             raise UserError(
-                f"{file} is not a file of records; give an existing file that ends in"
-                f" {', '.join(SUFFIXES)}, a pattern of such, or a folder that datasets' save_to_disk"
-                " has written"
+                f"{file} is not a file of records; {'unpack it, and ' if is_packed else ''}give an"
+                f" existing file that ends in {SHOWN_SUFFIXES}, a pattern of such, or a folder that"
+                " datasets' save_to_disk has written"
             )
     return files
+
+
+def holds_records(file: Path) -> bool:
+    """Whether a file's name says that it holds records."""
+    return file.name.lower().endswith(SUFFIXES)
 
 
 def _holds_records(file: Path) -> bool:
     try:
         is_saved_dataset = (file / "dataset_info.json").is_file()
-        return is_saved_dataset or (file.is_file() and file.suffix.lower() in SUFFIXES)
+        return is_saved_dataset or (file.is_file() and holds_records(file))
     except (OSError, ValueError):  # no file can have such a name
         return False
 
@@ -104,10 +124,9 @@ def read_records(
     try:
         _check_contents(path)
         yield from _choose_reader(path, images_by_name, access)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); give a file that may be read"
-        ) from None
+    except (OSError, EOFError, zlib.error) as error:  # the last two of a damaged .gz
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read ({reason}); give an intact file") from None
 
 
 def _check_contents(path: Path) -> None:
@@ -117,12 +136,12 @@ def _check_contents(path: Path) -> None:
 
 
 def _choose_reader(path: Path, images_by_name: bool, access: Access) -> Iterator[Placed]:
-    suffix = path.suffix.lower()
+    suffix = find_suffix(path)
     if suffix == ".tar":
         return read_samples(path, images_by_name, access)
     if suffix == ".json":
         return _read_json(path, access)
-    if suffix == ".jsonl":
+    if suffix in (".jsonl", ".ndjson"):
         return _read_json_lines(path, access)
     if suffix in delimited.SUFFIXES:
         return delimited.read_delimited(path, access)
@@ -140,9 +159,22 @@ def open_image_store(path: Path, access: Access = DEFAULT_ACCESS) -> ImageStore 
 
 
 def _read_json(path: Path, access: Access) -> Iterator[Placed]:
+    if _holds_lines(path, access):
+        yield from _read_json_lines(path, access)
+        return
     for number, (_, value) in enumerate(iterate_elements(path, access.max_bytes)):
         is_broken = isinstance(value, UserError)
         yield f"{path} record {number}", partial(_raise, value) if is_broken else value
+
+
+def _holds_lines(path: Path, access: Access) -> bool:
+    """Whether a .json file has an object on each line, as `datasets` and pandas write such files."""
+    with open_text(path) as file:
+        if not file.read(FEW_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+            return False
+    lines = [line for _, line in islice(iterate_lines(path, max_bytes=access.max_bytes), 2)]
+    are_objects = all(line.strip().endswith(b"}") for line in lines)
+    return len(lines) == 2 and are_objects and lines[1].lstrip().startswith(b"{")
 
 
 def _raise(error: UserError) -> None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from ..schema import UserError
 from .access import Access
+from .class_labels import ClassNames, name_classes
 from .errors import show_value
 from .hub_files import HubImages, Remote
 from .images import ImageStore
 from .readers import Placed, open_image_store, read_records
 
 FILE_NAME = "file_name"  # the column of an image folder's metadata; others end in _file_name
-LABEL = "label"
+LABEL = "label"  # the answer about an image in a folder of its class
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,20 @@ class RecordFile:
 
     Attributes:
         path: The file; of the hub, where it lies once it is fetched.
-        question: What is asked about the image of a record that has a label and no text.
         remote: The data set of the hub that it is of.
+        classes: Names of the classes in columns of numbers, as a data set's README.md has them.
     """
 
     path: Path
-    question: str | None = None
     remote: Remote | None = None
+    classes: ClassNames = field(default_factory=dict, hash=False)
 
     def read(self, access: Access, *, images_by_name: bool) -> Iterator[Placed]:
         """Yield where each record stands, and the record or a function that gives it."""
         self.fetch()
         records = self._read(access, images_by_name)
-        if self.question is not None:
-            records = _change(records, partial(ask_for_label, question=self.question))
+        if self.classes:
+            records = _change(records, partial(name_classes, names=self.classes))
         for place, record in records:
             yield self._show(place), record
 
@@ -169,25 +170,3 @@ def name_images(record: dict) -> dict:
 
 def _is_file_column(key: Any) -> bool:
     return isinstance(key, str) and key.removesuffix("s").endswith(f"_{FILE_NAME}")
-
-
-def ask_for_label(record: dict, question: str | None) -> dict:
-    """Return a record of an image and its label as a question and its answer.
-
-    Raises:
-        UserError: It has no label, or text of its own, or no question is given.
-    """
-    label = record.get(LABEL)
-    if not isinstance(label, str) or not label.strip():
-        raise UserError(
-            f"`question` of the source asks for a label, but the record has the keys"
-            f" {show_value(', '.join(map(str, record)))} with label={show_value(label)}; name its"
-            " class in `label`, or remove `question`"
-        )
-    if question is None:
-        raise UserError("the image has a label, but no question; set `question` of its source")
-    if "conversations" in record:
-        raise UserError("the record has turns of its own; remove `question` from its source")
-    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": label}]
-    rest = {key: value for key, value in record.items() if key != LABEL}
-    return {**rest, "conversations": turns}

@@ -13,15 +13,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..schema import UserError
+from .choices import ask_with_choices
 from .errors import show_value
-from .image_values import ImageValue, find_image_value, parse_images
-from .texts import list_rows
+from .image_values import ImageValue, find_image_value, is_cell, parse_images
+from .texts import list_items, list_rows
 from .turns import Turn, join_turns, make_turn, parse_turns
 
 IMAGE_NAMES = ("image", "images")
 MEDIA_KEYS = ("audio", "audios", "video", "videos")
 TOOL_LISTS = ("tools", "functions")
-CHOICE_KEYS = ("choices", "options")
+VERDICTS = ("label", "kto_tag")  # whether an answer is good, beside the turns of these keys
+JUDGED = ("messages", "conversations", "completion")
+LISTED = (
+    "answers",
+    "captions",
+    "questions",
+)  # keys whose text may be a list, as tables of text hold it
+BOXES = ("<bbox>", "<ref-object>")  # what stands in a text for one of `objects`
+# Keys under which other tools name an image.
+OTHER_IMAGE_KEYS = (
+    *("image_id", "img_id", "image_path", "img_path", "image_file", "image_url", "file_name"),
+    *("filename", "img", "picture", "photo"),
+)
 FILE_ENDS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 Convert = Callable[[dict, int], list[Turn]]  # a record, and bytes that an image may take
@@ -72,6 +85,7 @@ def convert_record(
     """
     _refuse_others(record)
     turns = _add_system(record, form.convert(record, max_bytes), max_bytes)
+    _refuse_boxes(record, turns)
     images = _read_images(record, max_bytes)
     messages, images = join_turns(turns, images, images_first=form.images_first)
     if form.images_first and not images:
@@ -92,6 +106,23 @@ def _refuse_others(record: dict) -> None:
             raise UserError(
                 f"the record has `{key}`, and calls of tools are not trained on; remove the record, or"
                 " write the tools as text"
+            )
+    for key in VERDICTS:
+        if isinstance(record.get(key), bool) and any(has_key(record, other) for other in JUDGED):
+            raise UserError(
+                f"the record has answers and `{key}` true or false: such data says which answers are"
+                " good, and is for TRL's KTOTrainer. To learn the good answers, keep the records with"
+                f" {key} true and remove the key"
+            )
+
+
+def _refuse_boxes(record: dict, turns: list[Turn]) -> None:
+    """Raise UserError where texts hold places for boxes, which would be learned as they are."""
+    for mark in BOXES:
+        if not _is_empty(record.get("objects")) and any(mark in turn.content for turn in turns):
+            raise UserError(
+                f"a text holds {mark}, which stands for one of the record's `objects`; write these"
+                " into the text, and remove `objects`"
             )
 
 
@@ -126,8 +157,10 @@ def _refuse_hidden_image(record: dict) -> None:
             continue
         is_object = isinstance(value, dict) and ("bytes" in value or "path" in value)
         is_image = isinstance(value, bytes) or (is_object and find_image_value(value) is not None)
-        is_file = isinstance(value, str) and value.lower().endswith(FILE_ENDS)
-        if is_image or (is_file and " " not in value):
+        is_image = is_image or is_cell(value)
+        is_file = isinstance(value, str) and value.lower().endswith(FILE_ENDS) and " " not in value
+        is_named = key in OTHER_IMAGE_KEYS and not _is_empty(value)
+        if is_image or is_file or is_named:
             raise UserError(
                 f"the record has no image, but {key!r} holds {show_value(value)}; if that is its"
                 f" image, write `columns: {{image: {key}}}`, and otherwise remove it"
@@ -138,11 +171,18 @@ def _refuse_hidden_image(record: dict) -> None:
 
 
 def _convert_conversations(record: dict, max_bytes: int) -> list[Turn]:
-    return parse_turns(list_rows(record["conversations"]), "conversations", max_bytes)
+    return _parse_all(record, "conversations", max_bytes)
 
 
 def _convert_messages(record: dict, max_bytes: int) -> list[Turn]:
-    return parse_turns(list_rows(record["messages"]), "messages", max_bytes)
+    return _parse_all(record, "messages", max_bytes)
+
+
+def _parse_all(record: dict, key: str, max_bytes: int) -> list[Turn]:
+    turns = parse_turns(list_rows(record[key]), key, max_bytes)
+    if turns and turns[-1].role == "user" and has_key(record, "chosen"):
+        _refuse_preference(record, max_bytes)  # LLaMA-Factory's, whose turns end with the question
+    return turns
 
 
 def _convert_texts(record: dict, max_bytes: int) -> list[Turn]:
@@ -166,8 +206,8 @@ def _convert_texts(record: dict, max_bytes: int) -> list[Turn]:
 def _make_pair(question: str, answer: str) -> Convert:
     def convert(record: dict, max_bytes: int) -> list[Turn]:
         asked = _read_plain(record[question], question)
-        given = read_answer(record[answer], answer)
-        _refuse_choice(record, given, answer)
+        asked, given = ask_with_choices(record, asked, record[answer], answer)
+        given = read_answer(given, answer)
         turns = [
             make_turn("user", asked, f"`{question}`", max_bytes),
             make_turn("assistant", given, f"`{answer}`", max_bytes),
@@ -177,18 +217,21 @@ def _make_pair(question: str, answer: str) -> Convert:
     return convert
 
 
-def _refuse_choice(record: dict, given: str, answer: str) -> None:
-    """Raise UserError where an answer is a number or letter of choices that the question lacks."""
-    is_sign = given.isdecimal() or (len(given) == 1 and given.isupper())
-    for key in CHOICE_KEYS:
-        choices = record.get(key)
-        is_listed = isinstance(choices, list) and given in choices
-        if is_sign and not _is_empty(choices) and not is_listed:
-            raise UserError(
-                f"`{answer}` is {given!r}, which stands for one of `{key}`, but these are not asked"
-                f" about; write them into the question and remove `{key}`, or write the chosen one as"
-                " the answer"
-            )
+def _convert_questions(record: dict, max_bytes: int) -> list[Turn]:
+    """Questions and as many answers, as OCR-VQA has them, are the turns of one conversation."""
+    asked, given = (list_items(record[key]) for key in ("questions", "answers"))
+    are_lists = isinstance(asked, list) and isinstance(given, list)
+    if not are_lists or len(asked) != len(given):
+        raise UserError(
+            f"`questions` holds {show_value(asked)} and `answers` {show_value(given)}, but two lists"
+            " with an answer for each question are needed"
+        )
+    turns = []
+    for number, (question, answer) in enumerate(zip(asked, given, strict=True)):
+        for role, text in (("user", question), ("assistant", answer)):
+            plain = _read_plain(text, "questions" if role == "user" else "answers")
+            turns.append(make_turn(role, plain, f"pair {number}", max_bytes))
+    return turns
 
 
 def _convert_instruction(record: dict, max_bytes: int) -> list[Turn]:
@@ -203,7 +246,7 @@ def _convert_instruction(record: dict, max_bytes: int) -> list[Turn]:
 
 def _read_history(record: dict, max_bytes: int) -> list[Turn]:
     """Earlier turns: `history` is a list of [question, answer]."""
-    history = list_rows(record.get("history"))
+    history = list_items(record.get("history"))
     if _is_empty(history):
         return []
     turns = []
@@ -236,7 +279,10 @@ def read_answer(value: Any, key: str) -> str:
     Raises:
         UserError: There is no answer.
     """
-    value = _take_answer(list_rows(value))
+    value = list_rows(value)
+    if key in LISTED:  # a single answer such as "[0.1, 0.4]" is a text
+        value = list_items(value)
+    value = _take_answer(value)
     if not isinstance(value, list):
         return _read_plain(value, key)
     answers = []
@@ -257,12 +303,6 @@ def _take_answer(value: Any) -> Any:
 
 def _convert_prompt(record: dict, max_bytes: int) -> list[Turn]:
     """TRL's prompt and completion, which are texts or lists of messages."""
-    if isinstance(record.get("label"), bool):
-        raise UserError(
-            "the record has a completion and `label` true or false: such data says which answers are"
-            " good, and is for TRL's KTOTrainer. To learn the good answers, keep the records with"
-            " label true and remove the key"
-        )
     turns = []
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         value = list_rows(record[key])
@@ -274,7 +314,8 @@ def _convert_prompt(record: dict, max_bytes: int) -> list[Turn]:
 
 
 def _refuse_preference(record: dict, max_bytes: int) -> list[Turn]:
-    key = "completion" if has_key(record, "prompt") else "messages"
+    asked = {"prompt": "completion", "question": "answer", "query": "response"}
+    key = next((asked[key] for key in asked if has_key(record, key)), "messages")
     raise UserError(
         "the record has `chosen` and `rejected`: such data says which of two answers is better, and is"
         " for TRL's DPOTrainer, which takes our models. To learn the chosen answers here, write"
@@ -284,7 +325,9 @@ def _refuse_preference(record: dict, max_bytes: int) -> list[Turn]:
 
 def _make_caption(key: str) -> Convert:
     def convert(record: dict, max_bytes: int) -> list[Turn]:
-        value = list_rows(record[key])
+        value = record[key]
+        if key in LISTED:
+            value = list_items(value)
         if isinstance(value, list) and value:
             value = value[0]
         caption = make_turn("assistant", _read_plain(value, key), f"`{key}`", max_bytes)
@@ -368,6 +411,12 @@ FORMS = (  # a record has the first one that fits
     _pair_form("question", "answer"),
     _pair_form("question", "multiple_choice_answer"),
     _pair_form("question", "answers", [ANSWERED, ANSWERED, "a dog"]),
+    Form(
+        "questions and answers",
+        ("questions", "answers"),
+        _convert_questions,
+        {**EXAMPLE_IMAGE, "questions": [ASKED, "Is it black?"], "answers": [ANSWERED, "yes"]},
+    ),
     _pair_form("query", "response"),
     *_list_instruction_forms(),
     _pair_form("prompt", "response"),

@@ -22,7 +22,7 @@ from .dataset import TrainingData
 from .encoding import ExampleEncoder
 from .errors import RecordError
 from .examples import Example, parse_record
-from .form_choice import Columns
+from .form_choice import Columns, get_columns
 from .images import ImageStore
 from .locating import find_record_files
 from .record_files import RecordFile
@@ -180,8 +180,7 @@ def read_stream(
     """
     skip = source.on_error == "skip"
     access = get_access(source)
-    if source.columns and columns is None:
-        columns = Columns(source.columns)
+    columns = columns or get_columns(source)
     images = ImageStore(expand_path(source.images), access) if source.images else None
     for file in find_record_files(source) if files is None else files:
         store = images or file.open_images(access, by_name=False)
@@ -221,7 +220,7 @@ def _check_columns(source: Source) -> None:
     """Raise UserError where a column is misspelt, which may leave out all images."""
     if not source.columns:
         return
-    columns = Columns(source.columns)
+    columns = Columns(source.columns, source.question)
     for _ in itertools.islice(read_stream(source, columns=columns), NUM_NAMED):
         if not columns.unseen:
             return

@@ -15,6 +15,8 @@ from PIL import Image
 
 from ..schema import UserError
 from .access import Access, check_excess
+from .class_labels import ClassNames, find_class_names, name_classes, read_class_names
+from .image_values import CellName
 from .images import ImageStore, decode_image
 from .record_forms import IMAGE_NAMES, MEDIA_KEYS
 
@@ -36,9 +38,23 @@ def read_table(path: Path, access: Access) -> Iterator[Placed]:
     Images in the table come as they are, with their bytes.
     """
     if path.suffix.lower() == ".parquet":
-        return _number_records(path, _iterate_parquet(path, access), access)
-    table = _open_arrow(path)
-    return _number_records(path, _iterate_arrow(path, table), access)
+        classes = read_class_names(_open_parquet(path, access).schema_arrow)
+        records = _number_records(path, _iterate_parquet(path, access), access)
+    else:
+        table = _open_arrow(path)
+        classes = find_class_names(table.features)
+        records = _number_records(path, _iterate_arrow(path, table), access)
+    return _name_all(records, classes) if classes else records
+
+
+def _name_all(records: Iterable[Placed], classes: ClassNames) -> Iterator[Placed]:
+    """The records with the names of classes in place of numbers."""
+    for place, record in records:
+        yield place, partial(_name_one, record, classes)
+
+
+def _name_one(record: Any, classes: ClassNames) -> dict:
+    return name_classes(record() if callable(record) else record, classes)
 
 
 def open_image_table(path: Path, access: Access):
@@ -67,6 +83,7 @@ def _choose_batches(metadata) -> dict[str, int]:
 def read_image_table(path: Path, table, access: Access) -> Iterator[Placed]:
     """Yield the records of a table with images, which come as names for `TableImages`."""
     store = ImageStore(path.parent, access)
+    classes = find_class_names(table.features)
     number = 0
     for batch in _iterate_arrow(path, table):
         columns = _list_image_columns(batch.schema)
@@ -75,7 +92,8 @@ def read_image_table(path: Path, table, access: Access) -> Iterator[Placed]:
         cells = zip(*(batch.column(name) for name in columns), strict=True)
         for (place, record), row in zip(records, cells, strict=True):
             images = dict(zip(columns, row, strict=True))
-            yield place, partial(_add_images, record, images, number, store)
+            full = partial(_add_images, record, images, number, store)
+            yield place, partial(_name_one, full, classes) if classes else full
             number += 1
 
 
@@ -88,7 +106,8 @@ def _add_images(record: Any, cells: dict[str, Any], number: int, store: ImageSto
             for i, image in enumerate(images):
                 _check_image(image, i, store)
         ending = "" if column == "image" else f"/{column}"
-        named[column] = [f"{number}/{i}{ending}" for i in range(len(images))] or None
+        names = [CellName(f"{number}/{i}{ending}") for i in range(len(images))]
+        named[column] = names or None
     return {**record, **named}
 
 
@@ -102,15 +121,24 @@ def _list_images(cell) -> list:
 
 def _check_image(image, number: int, store: ImageStore) -> None:
     """Raise UserError unless a cell's image has bytes, or a path that leads to a file."""
-    content = image.get("bytes") if image.is_valid and "bytes" in image else None
+    content, name = _split_image(image)
     size = content.as_buffer().size if content is not None and content.is_valid else 0
     if size:
         check_excess(f"image {number} of the record", size, store.access.max_bytes)
         return
-    name = image.get("path") if image.is_valid and "path" in image else None
     if name is None or not name.is_valid:
         raise UserError(f"image {number} of the record has neither bytes nor a path; add one")
     store.check(str(name.as_py()))
+
+
+def _split_image(image) -> tuple:
+    """The scalars of an image's bytes and path, None for what it lacks."""
+    from pyarrow import BinaryScalar
+
+    if isinstance(image, BinaryScalar):
+        return image, None
+    known = image if image.is_valid else ()
+    return tuple(image.get(key) if key in known else None for key in ("bytes", "path"))
 
 
 class TableImages:
@@ -167,7 +195,13 @@ class TableImages:
 
     def _read_cell(self, name: str) -> dict:
         """Bytes and path of an image."""
-        return self._find_image(name).as_py() if CELL.fullmatch(name) else {"path": name}
+        if CELL.fullmatch(name) is None:
+            return {"path": name}
+        content, path = _split_image(self._find_image(name))
+        return {
+            "bytes": None if content is None else content.as_py(),
+            "path": None if path is None else path.as_py(),
+        }
 
     def _find_image(self, name: str):
         row, number, column = CELL.fullmatch(name).groups()
@@ -181,19 +215,27 @@ def reopen_images(path: Path, access: Access) -> TableImages:
 
 
 def _list_image_columns(schema) -> list[str]:
-    """The columns that hold images as `datasets` stores them: objects, or lists of objects."""
+    """The columns that hold images: bytes, objects as `datasets` has them, or lists of these."""
     from pyarrow import types
 
     found = []
     for field in schema:
-        kind = getattr(field.type, "value_type", field.type)
-        if not types.is_struct(kind) or schema.names.count(field.name) > 1:
+        is_plain = types.is_dictionary(field.type)  # a dictionary repeats its values
+        kind = field.type if is_plain else getattr(field.type, "value_type", field.type)
+        is_struct = types.is_struct(kind)
+        if not (is_struct or _is_bytes(kind)) or schema.names.count(field.name) > 1:
             continue
-        keys = {inner.name for inner in kind}
+        keys = {inner.name for inner in kind} if is_struct else {"bytes", "path"}
         is_file = keys == {"bytes", "path"} and field.name not in MEDIA_KEYS
         if is_file or field.name == "image":
             found.append(field.name)
     return found
+
+
+def _is_bytes(kind) -> bool:
+    from pyarrow import types
+
+    return types.is_binary(kind) or types.is_large_binary(kind)
 
 
 def _choose_columns(path: Path, schema) -> list[str]:

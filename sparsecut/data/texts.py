@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 from ..schema import UserError
@@ -26,16 +27,37 @@ def check_text(text: str, what: str) -> None:
         ) from None
 
 
-def list_rows(value: Any) -> Any:
-    """Return a list of objects where it came as a text of JSON, or as an object of lists.
+LONGEST_LITERAL = 100_000  # characters of a list as Python prints it
 
-    Tables of text hold the first, and `datasets` the second. Any other value comes back as it is.
+
+def list_items(value: Any) -> Any:
+    """Return a list where it came as a text, of JSON or as Python prints it.
+
+    Tables of text hold such texts. Any other value comes back as it is.
     """
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = parse_json(value, start=(1, 1))
-        except UserError:
-            return value
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return parse_json(value, start=(1, 1))
+    except UserError:
+        pass
+    try:
+        items = ast.literal_eval(value.strip()) if len(value) <= LONGEST_LITERAL else None
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return value
+    return items if isinstance(items, list) else value
+
+
+def list_rows(value: Any) -> Any:
+    """Return a list of objects where it came as a text, or as an object of lists.
+
+    Tables of text hold the first, and `datasets` the second. Any other value comes back as it is:
+    a text such as "[1, 2]" is a text.
+    """
+    if isinstance(value, str):
+        items = list_items(value)
+        is_rows = isinstance(items, list) and all(isinstance(item, dict) for item in items)
+        value = items if is_rows else value
     if isinstance(value, dict) and value:
         columns = list(value.values())
         lengths = {len(column) if isinstance(column, list) else None for column in columns}

@@ -6,6 +6,7 @@ and images. An image part holds its image, or stands for one of the record's `im
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,14 @@ THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 LEARNED_KEYS = ("weight", "loss", "train")  # of a turn that other tools leave out of the loss
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
+
+
+# What stands for an image in the texts of other tools: of DeepSeek, Qwen, MMMU, Phi, InternLM and Gemma.
+OTHER_MARKS = re.compile(
+    r"<image[ _]?\d+>|<image_placeholder>|<\|image(_\d+|_pad)?\|>|<ImageHere>|<start_of_image>"
+    r"|\[IMG\]|<img>[^<>\n]*</img>"
+)
+OTHER_FILES = re.compile(r"<img>[^<>\n]*\.\w{3,4}</img>")  # Qwen-VL's first form names the file
 
 
 class Slot(NamedTuple):
@@ -84,9 +93,9 @@ def _check_rest(turn: dict, speaker: Any, place: str) -> None:
             f"{place} belongs to a call of a tool (`{called[0] if called else speaker}`), which is"
             " not trained on; remove the record, or write the call and its result as text"
         )
-    if turn.get("from") is not None:
+    if not isinstance(speaker, str) or ROLES.get(speaker) != "assistant":
         return
-    for key in THOUGHT_KEYS:
+    for key in THOUGHT_KEYS if turn.get("from") is None else ():
         if turn.get(key):
             raise UserError(
                 f"{place} has a thought in `{key}`; write it into the content as the model's chat"
@@ -221,14 +230,28 @@ def join_turns(
         _check_parts(parts, num_placed)
         images = _fill_slots(parts, images)
     elif images and images_first and not num_placed:
+        _refuse_other_marks(turns, OTHER_MARKS)
         turns = _put_first(turns, len(images))
         num_placed = len(images)
+    elif not num_placed:
+        _refuse_other_marks(turns, OTHER_FILES)
     if num_placed != len(images):
         raise UserError(
             f"the text has {num_placed} {IMAGE} but the record names {len(images)} images; write one"
             f" {IMAGE} for each image"
         )
     return [{"role": turn.role, "content": turn.content} for turn in turns], images
+
+
+def _refuse_other_marks(turns: list[Turn], marks: re.Pattern) -> None:
+    """Raise UserError where a text marks an image as another tool does, which would be learned."""
+    for turn in turns:
+        found = marks.search(turn.content)
+        if found is not None:
+            raise UserError(
+                f"a text holds {show_value(found[0])}, which marks an image for another tool; write"
+                f" {IMAGE} in its place, and name the images in `images`, in the same order"
+            )
 
 
 def _check_roles(roles: list[str]) -> None:

@@ -97,7 +97,8 @@ def test_errors_name_the_line_and_column_of_the_file(tmp_path):
         (b'[{"a": 1},\n', "line 2.* no end"),
         (b'[{"a": 1}\n,{"a": "', "line 2.* no end"),
         (b"[1]\n[2]", "line 2.*more text"),
-        (b'{"a": 1}\n{"a": 2}', "line 1.*object.*jsonl"),
+        (b'{"a": 1}\n', "line 1.*object.*a line"),
+        (b'{"a":\n1}\n{"a": 2}', "line 1.*object.*a line"),
         (b"\xff\xfe[\0", "UTF-8"),
     ],
 )

@@ -12,6 +12,7 @@ from PIL import Image
 
 from sparsecut.config.source import RECORD_KEYS, Source
 from sparsecut.data import record_forms
+from sparsecut.data.choices import INSTRUCTION
 from sparsecut.data.encoding import example_encoder
 from sparsecut.data.errors import RecordError
 from sparsecut.data.examples import parse_record, read_examples, read_source
@@ -66,6 +67,7 @@ def write_messages(content, answer="a cat", **more) -> dict:
     return {"messages": turns}
 
 
+ANSWER = {"role": "assistant", "content": "a cat"}
 SLOT = {"type": "image"}
 TEXT = {"type": "text", "text": "what"}
 NAMED = {"type": "image", "image": "a.png"}
@@ -130,7 +132,19 @@ BAD = {
         },
         ["turn 1", "reasoning_content"],
     ),
-    "a turn that is not learned": (write_messages("what", weight=0), ["turn 0", "weight"]),
+    "an answer that is not learned": (
+        {"messages": [*write_messages("what")["messages"][:1], {**ANSWER, "weight": 0}]},
+        ["turn 1", "weight"],
+    ),
+    "an answer that is not learned, in LLaVA's names": (
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "gpt", "value": "b", "train": False},
+            ]
+        },
+        ["turn 1", "train"],
+    ),
     "two systems": (
         {
             "system": "one",
@@ -158,14 +172,57 @@ BAD = {
         write_messages([{"type": "image_url", "image_url": {"url": None}}, TEXT]),
         ["1 parts", "0"],
     ),
-    "a number of choices": (
-        {**QA, "choices": ["a cat", "a dog"], "answer": 1},
-        ["`answer`", "'1'", "`choices`"],
+    "a number beyond the choices": (
+        {**QA, "choices": ["a cat", "a dog"], "answer": 2},
+        ["`answer`", "2", "`choices`"],
     ),
-    "a letter of choices": (
-        {**QA, "options": "['a cat', 'a dog']", "answer": "B"},
-        ["`answer`", "'B'", "`options`"],
+    "a letter beyond the choices": (
+        {**QA, "options": "['a cat', 'a dog']", "answer": "C"},
+        ["`answer`", "'C'", "`options`"],
     ),
+    "a split without answers": ({**QA, "choices": ["a", "b"], "answer": -1}, ["-1", "test"]),
+    "a choice or its number": (
+        {**QA, "choices": ["1", "2"], "answer": "1"},
+        ["`answer`", "'1'", "`choices`", "letter"],
+    ),
+    "a choice that is an object": ({**QA, "choices": [{"x": 1}, "b"], "answer": 1}, ["`choices`"]),
+    "as many questions as answers": (
+        {"questions": ["a", "b"], "answers": ["c"]},
+        ["`questions`", "`answers`", "each"],
+    ),
+    "turns that a preference goes on": (
+        {
+            "conversations": [{"from": "human", "value": "a"}],
+            "chosen": {"value": "b"},
+            "rejected": {},
+        },
+        ["DPOTrainer"],
+    ),
+    "a preference about a question": (
+        {"question": "what", "chosen": "a", "rejected": "b"},
+        ["answer: chosen"],
+    ),
+    "turns with a verdict": (
+        {**write_messages("what"), "kto_tag": False},
+        ["KTOTrainer", "kto_tag"],
+    ),
+    "boxes": (
+        {
+            **write_messages("<image> find <ref-object>"),
+            "images": ["a.png"],
+            "objects": {"ref": ["x"]},
+        },
+        ["<ref-object>", "`objects`"],
+    ),
+    "another tool's mark of an image": (
+        {"image": "a.png", "question": "<image 1> what", "answer": "a"},
+        ["<image 1>", "<image>"],
+    ),
+    "a file named in a text": (
+        {"query": "<img>a.png</img> what", "response": "a"},
+        ["<img>a.png</img>", "<image>"],
+    ),
+    "the number of an image": ({**QA, "image_id": 7}, ["image_id", "7"]),
     "an object as an answer": ({**QA, "answer": {"x": 1}}, ["`answer`", "x"]),
     "functions": ({**write_messages("what"), "functions": [{"name": "x"}]}, ["`functions`"]),
     "video": ({**QA, "videos": ["a.mp4"]}, ["`videos`"]),
@@ -235,6 +292,31 @@ GOOD = {
         "what",
         "a cat",
     ),
+    "an answer like a list": ({"question": "where", "answer": "[0.1, 0.4]"}, "where", "[0.1, 0.4]"),
+    "a prompt like a list": ({"prompt": "[1, 2]", "completion": "['a']"}, "[1, 2]", "['a']"),
+    "a user's turn that is not learned": (write_messages("what", train=False), "what", "a cat"),
+    "a text with other marks": ({"question": "<|image_pad|>", "answer": "a"}, "<|image_pad|>", "a"),
+    "a number of choices": (
+        {**QA, "choices": ["a cat", "a dog"], "answer": 1, "hint": "look"},
+        f"look\nwhat\nA. a cat\nB. a dog\n{INSTRUCTION}",
+        "B",
+    ),
+    "a letter of choices that Python printed": (
+        {**QA, "options": "['a cat', \"a dog's\"]", "answer": "A"},
+        f"what\nA. a cat\nB. a dog's\n{INSTRUCTION}",
+        "A",
+    ),
+    "choices with labels": (
+        {**QA, "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answer": "B"},
+        f"what\nA. a\nB. b\n{INSTRUCTION}",
+        "B",
+    ),
+    "choices in columns": (
+        {**QA, "A": "a cat", "B": "a dog", "answer": "B"},
+        f"what\nA. a cat\nB. a dog\n{INSTRUCTION}",
+        "B",
+    ),
+    "an answer of its own": ({**QA, "choices": ["a dog"]}, "what", "a cat"),
     "a number": ({"question": "how many", "answer": 3}, "how many", "3"),
     "answers as an object": (
         {"question": "what", "answers": {"text": ["b", "a", "a"], "answer_start": [1, 2, 2]}},
@@ -321,6 +403,7 @@ def test_wrong_columns_are_refused(image_folder, columns, facts):
 
 def test_every_key_of_a_form_may_have_another_name():
     keys = {"id", "image", "images", "audio", "audios", "group", "level", "system", "history"}
+    keys |= {"label", "choices", "options", "hint"}
     for form in record_forms.FORMS:
         keys.update(form.keys)
     assert (keys | {"input"}) - {"chosen", "rejected"} == set(RECORD_KEYS)
@@ -341,3 +424,10 @@ def test_a_stream_with_a_misspelt_column_is_refused_before_it_begins(image_folde
     source = Source(str(path), columns={**COLUMNS, "level": "stufe"}, streaming=True)
     with pytest.raises(UserError, match=r"'stufe'.*bild"):
         read_first_examples(source, encoder)
+
+
+def test_questions_and_as_many_answers_are_turns(image_folder):
+    record = {"image": "a.png", "questions": ["what", "is it"], "answers": '["a cat", "no"]'}
+    (example,) = read_examples(write_data(image_folder, record))
+    contents = [message["content"] for message in example.messages]
+    assert contents == ["<image>\nwhat", "a cat", "is it", "no"] and example.images == ["a.png"]
