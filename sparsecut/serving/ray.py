@@ -102,9 +102,7 @@ def make_replica_app(settings: Settings) -> FastAPI:
         raise RuntimeError(str(error)) from None
     if settings.gpus:
         model.to("cuda")
-    engine = Engine(
-        model, processor, max_batch=settings.max_batch, max_queue=settings.max_queue
-    )
+    engine = Engine(model, processor, max_batch=settings.max_batch, max_queue=settings.max_queue)
     config = ServerConfig(
         name=settings.name or Path(settings.model).name,
         # Every request comes from Ray's proxy, so addresses tell nothing.
