@@ -25,6 +25,7 @@ from helpers.native import byte_tokenizer
 from support_page import PAGE, replace_section
 from transformers import CLIPImageProcessorPil
 
+from sparsecut.chat_markup import WRAP
 from sparsecut.chat_templates.arguments import find_agreeing_arguments, set_arguments
 from sparsecut.chat_templates.rendering import get_chat_template
 from sparsecut.chat_templates.thoughts import find_open_thought, read_answer
@@ -32,7 +33,7 @@ from sparsecut.data.encoding import example_encoder
 from sparsecut.data.examples import IMAGE, Example
 from sparsecut.data.labels import IGNORED
 from sparsecut.evaluation.judging import judge
-from sparsecut.processing import WRAP, SparseCutProcessor
+from sparsecut.processing import SparseCutProcessor
 from sparsecut.prompts import encode_prompts, render_prompt
 from sparsecut.schema import UserError
 

@@ -64,6 +64,8 @@ def test_scores_with_hostile_names_are_printed_safely(capsys):
 class FakeChat:
     """A chat whose answers control the terminal, in pieces."""
 
+    processor = None
+
     def __init__(self, *args, **kwargs):
         pass
 

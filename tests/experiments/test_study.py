@@ -155,6 +155,7 @@ def test_costs_are_counted_once_and_at_the_large_size_where_a_method_scales(tmp_
     plans = {name: make_plan(spec, 24, 40) for name, spec in arms.items()}
 
     class Config:
+        view_size = None
         parts = ("vision", "language")
         vision_config, text_config = [read_backbone_config("shapes", part) for part in parts]
 
