@@ -151,7 +151,7 @@ def test_a_stop_string_ends_the_answer_before_it(client):
 def test_an_image_that_comes_again_is_not_encoded_again(engine, client, monkeypatch):
     calls = []
     encode = engine.model.encode
-    monkeypatch.setattr(engine.model, "encode", lambda pixels: calls.append(1) or encode(pixels))
+    monkeypatch.setattr(engine.model, "encode", lambda *args: calls.append(1) or encode(*args))
     images = [make_image(201), make_image(202), make_image(201)]
     for _ in range(3):
         complete(client, make_messages("what is it", *images), max_tokens=1)
