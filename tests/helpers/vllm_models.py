@@ -46,6 +46,29 @@ FAMILIES = {
         "logits_scaling": 2.0,
     },
     "SmolLM3": {},
+    "StableLm": {},
+    "Cohere": {},
+    "Cohere2": HEAD,
+    "Phi": {},
+    "Starcoder2": {},
+    "Glm": HEAD,
+    "Glm4": HEAD,
+    "Olmo": {},
+    "Olmo3": {},
+    "Exaone4": {},
+    "Ernie4_5": HEAD,
+    "OPT": {"ffn_dim": 256, "word_embed_proj_dim": 128},
+    "SeedOss": HEAD,
+    "Arcee": {},
+    "Apertus": {},
+    "Nemotron": {},
+    "Mixtral": {**HEAD, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "HunYuanDenseV1": HEAD,
+    "Falcon": {"num_kv_heads": 4, "new_decoder_architecture": False, "multi_query": False},
+    "Bloom": {},
+    "Ministral3": HEAD,
+    "GraniteMoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 
@@ -70,7 +93,10 @@ def make_language(family: str):
         initializer_range=0.3,
         **FAMILIES[family],
     )
-    return getattr(transformers, f"{family}ForCausalLM")(config)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    if family.startswith("Gemma"):  # its head is its embeddings, and would repeat the last token
+        model.get_input_embeddings().weight.data *= 0.1
+    return model
 
 
 def make_vision():
@@ -175,11 +201,13 @@ def stop_engine(engine) -> None:
     cleanup_dist_env_and_memory()
 
 
-def ask_engine(engine, processor, requests: list[dict], length: int = ANSWER) -> list[list[int]]:
+def ask_engine(
+    engine, processor, requests: list[dict], length: int = ANSWER, **settings
+) -> list[list[int]]:
     """The engine's greedy answers to requests that it gets together, as token ids."""
     from vllm import SamplingParams
 
     outputs = engine.generate(
-        requests, SamplingParams(temperature=0, max_tokens=length), use_tqdm=False
+        requests, SamplingParams(temperature=0, max_tokens=length), use_tqdm=False, **settings
     )
     return [cut_answer(list(output.outputs[0].token_ids), processor) for output in outputs]

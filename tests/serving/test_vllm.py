@@ -18,7 +18,7 @@ from helpers.vllm_models import (
     stop_engine,
 )
 
-QUESTION = "<image> what is it ?"
+QUESTION = "<image> what is it"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_batches_of_8_mixed_with_texts(engine, saved, answers):
     _, model, processor = saved
     engine.reset_prefix_cache()
     images, wanted = answers
-    texts = ["what is it ?", "is it red ?", "a b c d ."]
+    texts = ["what is it", "is it red", "a b c d ."]
     text_answers = [generate_answer(model, processor, text) for text in texts]
     for start in range(0, 40, 5):
         requests = [
@@ -82,9 +82,9 @@ def test_shortcuts_change_the_answers(saved, answers):
 @pytest.mark.parametrize(
     "text",
     [
-        "<image> <image> what is it ?",
-        "<image> is the <image> red ?",
-        "what is it ? <image>",
+        "<image> <image> what is it",
+        "<image> is the <image> red",
+        "what is it <image>",
         "a b <image> c d <image> <image> one two three",
     ],
 )
@@ -99,7 +99,7 @@ def test_repeated_images_and_prefixes(engine, saved, answers):
     _, model, processor = saved
     images, _ = answers
     beginning = f"{QUESTION} a b c d one two three what is it"  # more than a block of the cache
-    texts = [f"{beginning} {word} ?" for word in ("red", "blue", "cat")]
+    texts = [f"{beginning} {word}" for word in ("red", "blue", "cat")]
     requests = [make_request(processor, text, [images[0]]) for text in texts]
     requests.append(make_request(processor, texts[0], [images[1]]))
     want = [generate_answer(model, processor, text, [images[0]]) for text in texts]
@@ -113,7 +113,7 @@ def test_repeated_images_and_prefixes(engine, saved, answers):
 def test_the_prompt_is_the_processors(engine, saved):
     processor = saved[2]
     images = draw_images(2)
-    text = "<image> is the <image> red ?"
+    text = "<image> is the <image> red"
     output = engine.generate([make_request(processor, text, images)], use_tqdm=False)[0]
     inputs = processor(images=images, text=text, return_tensors="pt")
     assert output.prompt_token_ids == inputs["input_ids"][0].tolist()

@@ -3,13 +3,14 @@
 vLLM calls `register` in each of its processes, by the entry point `vllm.general_plugins`. So
 `vllm serve FOLDER` takes any folder that `build` or `train` wrote, where this package is installed.
 
+    checks      what vLLM serves exactly
     inputs      what vLLM knows of an image: its tokens, its pixels
     model       the model: our encoder and fusion, vLLM's own decoder
     layers      features are added before decoder layers, from fixed buffers
 """
 
 ARCHITECTURES = {
-    "SparseCutForConditionalGeneration": "sparsecut.serving.vllm.model:SparseCutForVLLM"
+    "SparseCutForConditionalGeneration": "sparsecut.serving.vllm.model:SparseCutForVLLM",
 }
 
 

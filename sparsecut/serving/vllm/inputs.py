@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from transformers import BatchFeature
@@ -18,6 +19,7 @@ from vllm.multimodal.processing import (
 )
 
 from ...processing import SparseCutProcessor
+from ...view_sizes import as_pair
 
 
 class ProcessingInfo(BaseProcessingInfo):
@@ -37,12 +39,19 @@ class ProcessingInfo(BaseProcessingInfo):
     def get_mm_max_tokens_per_item(
         self, seq_len: int, mm_counts: Mapping[str, int]
     ) -> Mapping[str, int]:
-        return {"image": self.count_tokens(*self.get_view_size())}
+        return {"image": self.get_hf_processor().num_image_tokens}
 
-    def get_view_size(self) -> tuple[int, int]:
-        """Return the height and width of a view."""
-        _, height, width = self.get_hf_config().grid.view
-        return height, width
+    def get_largest_size(self) -> tuple[int, int]:
+        """Return the height and width of an image that takes the most tokens."""
+        processor = self.get_hf_processor()
+        if not processor.is_any_size:
+            _, height, width = self.get_hf_config().grid.view
+            return height, width
+        sides = as_pair(processor.patch_size)
+        height, width = (side * processor.merge_size for side in sides)
+        most = processor.max_pixels // (height * width)
+        columns = max(range(1, math.isqrt(most) + 1), key=lambda number: most // number * number)
+        return most // columns * height, columns * width
 
 
 class DummyInputsBuilder(BaseDummyInputsBuilder[ProcessingInfo]):
@@ -57,7 +66,7 @@ class DummyInputsBuilder(BaseDummyInputsBuilder[ProcessingInfo]):
         mm_counts: Mapping[str, int],
         mm_options: MultiModalDummyOptions,
     ) -> MultiModalDataDict:
-        height, width = self.info.get_view_size()
+        height, width = self.info.get_largest_size()
         images = self._get_dummy_images(
             width=width,
             height=height,
@@ -76,7 +85,13 @@ class Processor(BaseMultiModalProcessor[ProcessingInfo]):
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        return {"pixel_values": MultiModalFieldConfig.batched("image")}
+        if "image_grids" not in hf_inputs:
+            return {"pixel_values": MultiModalFieldConfig.batched("image")}
+        num_patches = hf_inputs["image_grids"].prod(dim=-1)
+        return {
+            "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", num_patches),
+            "image_grids": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+        }
 
     def _get_prompt_updates(
         self,

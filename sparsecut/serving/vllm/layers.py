@@ -20,45 +20,54 @@ class ShortcutBuffers:
     """The buffers of a plan's decoder layers.
 
     Args:
-        layers: All decoder layers, in order.
+        layers: All decoder layers, in order. On a stage of a pipeline those of other stages are
+            placeholders.
         chosen: Numbers of the layers that receive features.
         num_tokens: The most tokens of one step.
         width: H, the width of the language model.
+        dtype: Of hidden states.
     """
 
-    def __init__(self, layers: nn.ModuleList, chosen: tuple[int, ...], num_tokens: int, width: int):
-        self.width = width
-        self.layers: list[nn.Module] = []
+    def __init__(
+        self,
+        layers: nn.ModuleList,
+        chosen: tuple[int, ...],
+        num_tokens: int,
+        width: int,
+        dtype: torch.dtype,
+    ):
+        self.num_written = 0
+        self.buffers: list[Tensor] = []
         for number in chosen:
+            zeros = torch.zeros(num_tokens, width, dtype=dtype)
+            self.buffers.append(zeros)
             layer = layers[number]
-            parameter = next(layer.parameters())
-            zeros = torch.zeros(num_tokens, width, dtype=parameter.dtype, device=parameter.device)
-            layer.register_buffer(BUFFER, zeros, persistent=False)
-            place = _find_hidden_states(layer)
-            layer.register_forward_pre_hook(partial(_add_buffer, place), with_kwargs=True)
-            self.layers.append(layer)
+            if any(True for _ in layer.parameters()):
+                layer.register_buffer(BUFFER, zeros, persistent=False)
+                place = _find_hidden_states(layer)
+                layer.register_forward_pre_hook(partial(_add_buffer, place), with_kwargs=True)
 
-    def write(self, features: Tensor | None, mask: Tensor | None, num_tokens: int) -> None:
-        """Write the features of a step.
+    def write(self, features: Tensor | None, mask: Tensor | None) -> None:
+        """Write the features of a step; rows without features are zero.
 
         Args:
             features: [image tokens, layers * H], or None for a step without images.
-            mask: Where they belong, [num_tokens].
-            num_tokens: Tokens of the step; all other rows become zero, too.
+            mask: Where they belong, [tokens].
         """
-        parts = [None] * len(self.layers)
-        if features is not None:
-            parts = features.split(self.width, dim=-1)
-        for layer, part in zip(self.layers, parts, strict=True):
-            buffer = getattr(layer, BUFFER)
-            buffer.zero_()
-            if part is not None:
-                buffer[:num_tokens][mask] = part.to(buffer)
+        self.clear(self.num_written)
+        self.num_written = 0
+        if features is None or not self.buffers:
+            return
+        rows = mask.nonzero().squeeze(-1).to(features.device)
+        parts = features.chunk(len(self.buffers), dim=-1)
+        for buffer, part in zip(self.buffers, parts, strict=True):
+            buffer.index_copy_(0, rows, part.to(buffer))
+        self.num_written = len(mask)
 
     def clear(self, num_tokens: int) -> None:
         """Set the first rows to zero, so that no later step sees the features of this one."""
-        for layer in self.layers:
-            getattr(layer, BUFFER)[:num_tokens].zero_()
+        for buffer in self.buffers:
+            buffer[:num_tokens].zero_()
 
 
 def _find_hidden_states(layer: nn.Module) -> int:

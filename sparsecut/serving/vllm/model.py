@@ -7,11 +7,10 @@ image and cuts it by tokens, so chunked prefill and prefix caching need nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import (
     MultiModalEmbeddings,
@@ -20,17 +19,22 @@ from vllm.model_executor.models.interfaces import (
     SupportsPP,
 )
 from vllm.model_executor.models.module_mapping import MultiModelKeys
-from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
+from vllm.model_executor.models.utils import (
+    WeightsMapper,
+    init_vllm_registered_model,
+    maybe_prefix,
+)
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
+from ...any_size import list_grids
 from ...configuration import SparseCutConfig
 from ...encoders import make_encoder
 from ...fusion import Fusion
 from ...hooks import connect_encoder, find_layers
 from ...modeling import SparseCutModel
-from ...plan import GATES
 from ...schema import UserError
+from .checks import check_adapters, check_servable, get_decoder_class
 from .inputs import DummyInputsBuilder, ProcessingInfo, Processor
 from .layers import ShortcutBuffers
 
@@ -47,6 +51,13 @@ class SparseCutForVLLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
         UserError: vLLM cannot serve the model exactly.
     """
 
+    # Adapters that we save beside a model name modules of the language model alone.
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={
+            "model.": "language_model.model.",
+            "lm_head.": "language_model.lm_head.",
+        }
+    )
     packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
@@ -63,9 +74,12 @@ class SparseCutForVLLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
         super().__init__()
         config: SparseCutConfig = vllm_config.model_config.hf_config
         check_servable(config)
+        check_adapters(vllm_config.model_config.model, vllm_config.lora_config is not None)
         self.config = config
+        self.width = config.text_config.get_text_config().hidden_size
         self.configure_mm_token_handling(
-            vocab_size=config.text_config.vocab_size, mm_token_ids=[config.image_token_id]
+            vocab_size=config.text_config.get_text_config().vocab_size,
+            mm_token_ids=[config.image_token_id],
         )
         with self._mark_tower_model(vllm_config, "image"):
             self.vision = VisionPart(config)
@@ -76,21 +90,23 @@ class SparseCutForVLLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
                 vllm_config=vllm_config,
                 hf_config=config.text_config,
                 prefix=maybe_prefix(prefix, "language_model"),
-                architectures=get_architectures(config.text_config),
+                architectures=[get_decoder_class(config.text_config)],
             )
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
         self.buffers_of_layers = ShortcutBuffers(
             find_layers(self.language_model, config.language_depth, "language model"),
             config.get_plan().layers,
             vllm_config.scheduler_config.max_num_batched_tokens,
-            config.text_config.hidden_size,
+            self.width,
+            vllm_config.model_config.dtype,
         )
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
         """Encode images and pack the features of the input and of all layers.
 
         Args:
-            **kwargs: pixel_values [images, 1 + tiles^2, 3, h, w].
+            **kwargs: pixel_values [images, 1 + tiles^2, 3, h, w]. Of images of any size the patches
+                of all images, and image_grids [images, 2].
 
         Returns:
             For each image [N', (1 + layers) * H].
@@ -98,9 +114,13 @@ class SparseCutForVLLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
         pixel_values = kwargs.get("pixel_values")
         if pixel_values is None:
             return []
-        if isinstance(pixel_values, list):
-            pixel_values = torch.stack(pixel_values)
-        return list(torch.cat(self.vision(pixel_values), dim=-1))
+        grids = kwargs.get("image_grids")
+        if grids is None:
+            pixel_values = join_images(pixel_values, torch.stack)
+        else:
+            pixel_values = join_images(pixel_values, torch.cat)
+            grids = join_images(grids, torch.stack)
+        return self.vision(pixel_values, grids)
 
     def embed_input_ids(
         self,
@@ -110,14 +130,13 @@ class SparseCutForVLLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
         is_multimodal: Tensor | None = None,
     ) -> Tensor:
         """Embed the tokens of a step, and write its features into the buffers of their layers."""
-        num_tokens = len(input_ids)
         if multimodal_embeddings is None or not len(multimodal_embeddings):
-            self.buffers_of_layers.write(None, None, num_tokens)
+            self.buffers_of_layers.write(None, None)
             return super().embed_input_ids(input_ids, is_multimodal=is_multimodal)
         packed = torch.cat(list(multimodal_embeddings))
-        width = self.config.text_config.hidden_size
-        self.buffers_of_layers.write(packed[:, width:], is_multimodal, num_tokens)
-        return super().embed_input_ids(input_ids, [packed[:, :width]], is_multimodal=is_multimodal)
+        embedded, features = packed[:, : self.width], packed[:, self.width :]
+        self.buffers_of_layers.write(features, is_multimodal)
+        return super().embed_input_ids(input_ids, [embedded], is_multimodal=is_multimodal)
 
     def forward(
         self,
@@ -188,15 +207,23 @@ class VisionPart(nn.Module):
             self.plan,
             vision_depth=config.vision_depth,
             vision_dim=self.grid.width,
-            language_dim=config.text_config.hidden_size,
+            language_dim=config.text_config.get_text_config().hidden_size,
             rows=self.grid.rows,
             tap_widths=self.grid.tap_widths,
         )
         connect_encoder(self.vision_tower, config.vision_depth, self.grid.blocks)
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Features [images, N', H] of each layer of `plan.fused_layers`, from images' views."""
-        return self.fusion(self.encode(pixel_values))
+    def forward(self, pixel_values: Tensor, grids: Tensor | None = None) -> list[Tensor]:
+        """Features of all layers side by side, [N', (1 + layers) * H] for each image.
+
+        Args:
+            pixel_values: As `SparseCutModel.encode` takes them.
+            grids: Of images of any size, the rows and columns of patches, [images, 2].
+        """
+        if grids is None:
+            return list(torch.cat(self.fusion(self.encode(pixel_values)), dim=-1))
+        by_layer = self.fusion(self.encode(pixel_values, grids), grids=list_grids(grids))
+        return [torch.cat(features, dim=-1) for features in zip(*by_layer, strict=True)]
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take weights by name.
@@ -212,28 +239,11 @@ class VisionPart(nn.Module):
             )
 
 
+def join_images(values: Tensor | list[Tensor], join: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """Values of several images as one tensor; vLLM gives a list where their shapes differ."""
+    return join(values) if isinstance(values, list) else values
+
+
 def show_names(names: list[str]) -> str:
     """Some names and how many there are."""
     return f"{len(names)} ({', '.join(sorted(names)[:3])})" if names else "none"
-
-
-def check_servable(config: SparseCutConfig) -> None:
-    """Raise UserError where vLLM would not compute what the model computes."""
-    plan = config.get_plan()
-    if GATES[plan.gate].module is not None:
-        raise UserError(
-            f"vLLM cannot serve gate={plan.gate!r}: its gates need whole images, but vLLM cuts"
-            " prompts into chunks; serve this model with `sparsecut serve MODEL --engine local`"
-        )
-    if config.grid.kind == "audio":
-        raise UserError(
-            "vLLM serves models of images here, but this one takes audio; serve it with"
-            " `sparsecut serve MODEL --engine local`"
-        )
-
-
-def get_architectures(text_config) -> list[str]:
-    """The class of a language model by its configuration, as vLLM looks models up."""
-    if text_config.architectures:
-        return text_config.architectures
-    return [MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)].__name__]

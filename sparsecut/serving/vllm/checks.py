@@ -1,0 +1,93 @@
+"""What vLLM serves exactly, checked before weights are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...configuration import SparseCutConfig
+from ...loading import is_quantized
+from ...plan import GATES
+from ...schema import UserError
+
+LOCAL = "serve it with `sparsecut serve MODEL --engine local`"
+
+# Decoders whose answers in vLLM were equal to those of `generate`, token for token;
+# tests/conformance/test_vllm_families.py runs them.
+NAMES = """
+    Apertus Arcee Bloom Cohere Cohere2 Ernie4_5 Exaone4 Falcon Gemma Gemma2 Gemma3 Glm Glm4
+    Granite GraniteMoe HunYuanDenseV1 Llama Ministral3 Mistral Mixtral Nemotron Olmo Olmo2
+    Olmo3 Olmoe OPT Phi Phi3 Qwen2 Qwen3 Qwen3Moe SeedOss SmolLM3 StableLm Starcoder2
+"""
+FAMILIES = tuple(NAMES.split())
+DECODERS = tuple(f"{family}ForCausalLM" for family in FAMILIES)
+
+
+def check_servable(config: Any) -> None:
+    """Check that vLLM computes what a model computes.
+
+    Args:
+        config: The model's configuration.
+
+    Raises:
+        UserError: It would compute something else, or it was never compared.
+    """
+    if not isinstance(config, SparseCutConfig):
+        raise UserError(
+            f"vLLM serves models that `build` or `train` made, but this is an upgraded"
+            f" {config.base_config.model_type}; {LOCAL}"
+        )
+    plan = config.get_plan()
+    if GATES[plan.gate].module is not None:
+        raise UserError(
+            f"vLLM cannot serve gate={plan.gate!r}: its gates need whole images, but vLLM cuts"
+            f" prompts into chunks; {LOCAL}"
+        )
+    if config.grid.kind == "audio":
+        raise UserError(
+            f"vLLM serves models of images here, but this one takes audio"
+            f" ({config.vision_config.model_type}); {LOCAL}"
+        )
+    if any(map(is_quantized, (config, config.text_config, config.vision_config))):
+        raise UserError(
+            "the model's weights are quantized (quantization_config), which vLLM would read"
+            " differently; save the model unquantized and let vLLM quantize its decoder, for"
+            f" example with --quantization fp8, or {LOCAL}"
+        )
+    decoder = get_decoder_class(config.text_config)
+    if decoder not in DECODERS:
+        raise UserError(
+            f"the decoder {decoder} was not found to answer in vLLM as it does here; those of"
+            f" {len(DECODERS)} families were, such as LlamaForCausalLM and Qwen3ForCausalLM"
+            f" (docs/serving.md lists them); {LOCAL}"
+        )
+
+
+def get_decoder_class(text_config: Any) -> str:
+    """The name of the class with a head that a language model's configuration leads to."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)].__name__
+
+
+def check_adapters(model: str, takes_lora: bool) -> None:
+    """Check that no adapter beside a model is left out.
+
+    Args:
+        model: The model's folder; nothing is known of models on the hub.
+        takes_lora: vLLM takes adapters of the language model.
+
+    Raises:
+        UserError: There is an adapter that vLLM would not use.
+    """
+    parts = sorted(path.parent.name for path in Path(model).glob("adapters/*/adapter_config.json"))
+    if not parts or (parts == ["language"] and takes_lora):
+        return
+    remedy = "merge it into the model and save that"
+    if parts == ["language"]:
+        folder = Path(model) / "adapters" / "language"
+        remedy += f", or give vLLM --enable-lora --lora-modules NAME={folder}"
+    raise UserError(
+        f"beside the model there is an adapter of its {' and '.join(parts)} part, which vLLM would"
+        f" not use; {remedy}, or {LOCAL}"
+    )

@@ -1,0 +1,76 @@
+"""What vLLM would not serve exactly is refused before anything is loaded."""
+
+import pytest
+from helpers.tiny import SPARSE, tiny_llava, tiny_model
+from helpers.vllm_models import FAMILIES as COMPARED
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, WhisperConfig
+
+from sparsecut import SparseCutConfig, upgrade
+from sparsecut.schema import UserError
+from sparsecut.serving.vllm.checks import FAMILIES, check_adapters, check_servable
+
+
+def test_every_family_that_is_served_is_compared():
+    assert set(FAMILIES) == set(COMPARED)
+
+
+def test_a_built_llama_is_served():
+    check_servable(tiny_model()[0].config)
+
+
+def test_gates_that_need_whole_images():
+    with pytest.raises(UserError, match="gate='context'"):
+        check_servable(tiny_model({**SPARSE, "gate": "context"})[0].config)
+
+
+def test_decoders_that_were_never_compared():
+    config = GPT2Config(n_embd=24, n_layer=4, n_head=2, vocab_size=40)
+    model, _ = tiny_model(language=AutoModelForCausalLM.from_config(config))
+    with pytest.raises(UserError, match="GPT2LMHeadModel"):
+        check_servable(model.config)
+
+
+def test_audio():
+    config = WhisperConfig(
+        d_model=32, encoder_layers=4, encoder_attention_heads=2, max_source_positions=50
+    )
+    audio = SparseCutConfig(
+        vision_config=config, text_config=LlamaConfig(num_hidden_layers=4), plan="sparsecut"
+    )
+    with pytest.raises(UserError, match="audio"):
+        check_servable(audio)
+
+
+def test_upgraded_models():
+    model, _ = upgrade(*tiny_llava(), "sparsecut")
+    with pytest.raises(UserError, match="llava"):
+        check_servable(model.config)
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config", None])
+def test_quantized_weights(part):
+    config = tiny_model()[0].config
+    holder = getattr(config, part) if part else config
+    holder.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    with pytest.raises(UserError, match="quantization_config"):
+        check_servable(config)
+
+
+@pytest.mark.parametrize(
+    ("parts", "takes_lora", "is_refused"),
+    [
+        ([], False, False),
+        (["language"], False, True),
+        (["language"], True, False),
+        (["vision"], True, True),
+        (["language", "vision"], True, True),
+    ],
+)
+def test_adapters_beside_a_model(tmp_path, parts, takes_lora, is_refused):
+    for part in parts:
+        (tmp_path / "adapters" / part).mkdir(parents=True)
+        (tmp_path / "adapters" / part / "adapter_config.json").write_text("{}")
+    if not is_refused:
+        return check_adapters(str(tmp_path), takes_lora)
+    with pytest.raises(UserError, match="adapter"):
+        check_adapters(str(tmp_path), takes_lora)
