@@ -5,14 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers.any_size import FINE, build_tiny, draw_image
+from helpers.any_size import FINE, build_tiny, draw_image, make_naflex
 from helpers.tiny import tiny_vision
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import (
     PixtralVisionConfig,
-    Siglip2VisionConfig,
 )
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
@@ -67,12 +66,6 @@ def make_pixtral():
     return make_native(
         PixtralVisionConfig(num_hidden_layers=3, image_size=64, patch_size=8, head_dim=8, **sizes)
     )
-
-
-def make_naflex():
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
-    config = Siglip2VisionConfig(num_hidden_layers=3, num_patches=16, patch_size=8, **sizes)
-    return make_native(config)
 
 
 NATIVE = {

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,9 @@ class VisionFeatureCache:
             folders of old versions.
         rows: Key of an image -> its row in every file, also of images that were found elsewhere.
         views: Tap -> number of views.
-        maps: Tap -> memory-mapped array [images, V, N, D].
+        grids: Rows and columns of every row's image; None where all images have the size of a view.
+        maps: Tap -> memory-mapped array [images, V, N, D]; of images of any size flat, every image
+            [V, N, D] after the other.
         checksums: Tap -> array [images, V]; empty in folders of old versions.
     """
 
@@ -57,12 +60,17 @@ class VisionFeatureCache:
         self.facts = index.get("facts") or [None] * len(self.keys)
         self.rows = {key: row for row, key in enumerate(self.keys)}
         self.views = {int(tap): num_views for tap, num_views in index["taps"].items()}
+        self.grids = index.get("grids")
         self.shape = index["num_patches"], index["width"]
+        self._ends = np.cumsum([0, *(rows * columns for rows, columns in self.grids or ())])
         self.maps = {tap: self._map_file(tap) for tap in self.views}
         self.checksums = {}
         if self.has_checks:
             self.checksums = {tap: self._read_checksums(tap) for tap in self.views}
-        self._checked_views = {tap: np.zeros(map.shape[:2], bool) for tap, map in self.maps.items()}
+        num_images = len(self.keys)
+        self._checked_views = {
+            tap: np.zeros((num_images, n), bool) for tap, n in self.views.items()
+        }
         self._checked_images: dict[str, int] = {}
         self._rows_by_digest = {
             facts[-1]: row for row, facts in enumerate(self.facts) if facts is not None
@@ -83,9 +91,19 @@ class VisionFeatureCache:
 
     def _map_file(self, tap: int) -> np.memmap:
         shape = len(self.keys), self.views[tap], *self.shape
+        if self.grids is not None:
+            shape = (int(self._ends[-1]) * self.views[tap] * self.shape[1],)
         file = get_file(self.folder, tap)
         _check_size(file, 2 * int(np.prod(shape)))
         return np.memmap(file, np.float16, "r", shape=shape)
+
+    def _get_views(self, tap: int, row: int) -> np.ndarray:
+        """What a row's image has in the file of a tap, [V, N, D]."""
+        if self.grids is None:
+            return self.maps[tap][row]
+        num_views, width = self.views[tap], self.shape[1]
+        first, last = self._ends[row : row + 2] * num_views * width
+        return self.maps[tap][first:last].reshape(num_views, -1, width)
 
     def _read_checksums(self, tap: int) -> np.ndarray:
         file = get_file(self.folder, tap).with_suffix(".crc32")
@@ -108,10 +126,34 @@ class VisionFeatureCache:
             example: An example whose images are all in the cache.
             views: Tap -> number of views to read.
 
+        Returns:
+            Of images of any size, tap -> [S, V, D] of all their patches (`read_grids`).
+
         Raises:
             UserError: An image is not in the cache or has changed since, or its features are
                 damaged.
         """
+        rows = self._find_rows(example)
+        features = {}
+        for tap, num_views in views.items():
+            images = []
+            for row in rows:
+                self._check_views(tap, row, num_views)
+                images.append(torch.from_numpy(self._get_views(tap, row)[:num_views].copy()))
+            features[tap] = self._join(images)
+        return features
+
+    def _join(self, images: list[Tensor]) -> Tensor:
+        """Views [V, N, D] of some images as the model takes them."""
+        if self.grids is None:
+            return torch.stack(images)
+        return torch.cat([views.transpose(0, 1) for views in images])
+
+    def read_grids(self, example: Example) -> list[list[int]]:
+        """Return rows and columns of an example's images of any size; errors as for `read`."""
+        return [self.grids[row] for row in self._find_rows(example)]
+
+    def _find_rows(self, example: Example) -> list[int]:
         rows = []
         for number, key in enumerate(get_image_keys(example)):
             row = self.find_row(key, (example, number))
@@ -121,12 +163,7 @@ class VisionFeatureCache:
                     f" or has changed since; {TO_START_OVER}"
                 )
             rows.append(row)
-        features = {}
-        for tap, num_views in views.items():
-            for row in rows:
-                self._check_views(tap, row, num_views)
-            features[tap] = torch.from_numpy(self.maps[tap][rows, :num_views])
-        return features
+        return rows
 
     def find_row(self, key: str, place: ImagePlace) -> int | None:
         """Return the row of an image; None where the cache lacks it, or its contents of now."""
@@ -157,19 +194,29 @@ class VisionFeatureCache:
         checked = self._checked_views[tap][row, :num_views]
         if checked.all():
             return
+        views = self._get_views(tap, row)
         for view in range(num_views):
-            if zlib.crc32(self.maps[tap][row, view]) != self.checksums[tap][row, view]:
+            if zlib.crc32(views[view]) != self.checksums[tap][row, view]:
                 raise UserError(
                     f"the features of {self.keys[row]} in {get_file(self.folder, tap)} are not what"
                     f" was written: the file is damaged; {TO_START_OVER}"
                 )
         checked[:] = True
 
-    def make_blank(self, views: dict[int, int]) -> dict[int, Tensor]:
-        """Return features of an image that shows nothing: tap -> zeros [1, V, N, D]."""
+    def make_blank(
+        self, views: dict[int, int], grid: tuple[int, int] | None = None
+    ) -> dict[int, Tensor]:
+        """Return features of an image that shows nothing: tap -> zeros, shapes as `read` has them.
+
+        Args:
+            views: Tap -> number of views.
+            grid: Rows and columns of an image of any size.
+        """
+        num_patches, width = self.shape if grid is None else (grid[0] * grid[1], self.shape[1])
         features = {}
         for tap, num_views in views.items():
-            features[tap] = torch.zeros(1, num_views, *self.shape, dtype=torch.float16)
+            zeros = torch.zeros(num_views, num_patches, width, dtype=torch.float16)
+            features[tap] = self._join([zeros])
         return features
 
     def find_obstacle(
@@ -248,3 +295,15 @@ def get_image_keys(example: Example) -> list[str]:
 def get_file(folder: Path, tap: int) -> Path:
     """Return the file of a tap's features."""
     return folder / f"tap-{tap:02}.f16"
+
+
+def read_cached_grids(cache: Any, examples: Sequence[Example]) -> list[list[list[int]]] | None:
+    """Return rows and columns of the images of every example; None where all are of one size.
+
+    Args:
+        cache: A `VisionFeatureCache`, or what is read like one.
+        examples: The examples.
+    """
+    if getattr(cache, "grids", None) is None:
+        return None
+    return [cache.read_grids(example) for example in examples]

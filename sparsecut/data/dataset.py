@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 from ..audio import Clip
 from ..prompts import get_medium
 from ..schema import UserError
-from .encoding import ExampleEncoder
+from .cached_features import read_cached_grids
+from .encoding import GRIDS, ExampleEncoder
 from .errors import RecordError
 from .examples import Example
 from .feature_cache import VisionFeatureCache
@@ -143,7 +144,9 @@ class TrainingData(Dataset):
             }
         if not example.images:
             return dict(encoded)
-        return {**encoded, "vision_states": self.feature_cache.read(example, self.tap_views)}
+        item = {**encoded, "vision_states": self.feature_cache.read(example, self.tap_views)}
+        grids = read_cached_grids(self.feature_cache, [example])
+        return item if grids is None else {**item, GRIDS: torch.tensor(grids[0])}
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -206,7 +209,11 @@ def make_blank_item(
         if medium == "audio":
             image = Clip(np.zeros(1000, np.float32), 16_000)
         return {**item, **encoder.encode_images([image])}
-    return {**item, "vision_states": feature_cache.make_blank(tap_views)}
+    if feature_cache.grids is None:
+        return {**item, "vision_states": feature_cache.make_blank(tap_views)}
+    grid = encoder.processor.choose_grid(image.height, image.width)
+    states = feature_cache.make_blank(tap_views, grid)
+    return {**item, "vision_states": states, GRIDS: torch.tensor([grid])}
 
 
 def get_blank_image_inputs(item: dict, encoder: ExampleEncoder) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """Vision features of a frozen encoder on disk: every image is encoded once.
 
 A folder holds index.json (which encoder, taps, views and images) and for every tap two files:
-tap-NN.f16, float16, [images, V, N, D], and tap-NN.crc32, a checksum of every view. Files are
-memory-mapped, so several processes share them. Half precision rounds a feature by at most 1 part in
+tap-NN.f16, float16, [images, V, N, D], and tap-NN.crc32, a checksum of every view. Images of any
+size have an N of their own, and index.json their rows and columns. Files are memory-mapped, so
+several processes share them. Half precision rounds a feature by at most 1 part in
 2,048. `cached_features` reads the folder.
 """
 
@@ -14,15 +15,16 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..any_size import Grids, list_grids, read_patches
 from ..config.folder_lock import lock_folder
 from ..config.paths import check_writable_folder
 from ..fingerprint import weights_hash, weights_sum
@@ -37,6 +39,7 @@ from .cached_features import (
     get_image_keys,
     read_index,
 )
+from .encoding import GRIDS
 from .examples import Example
 from .file_facts import NUM_STAMPS, Facts, describe_image, read_stamp
 
@@ -77,11 +80,6 @@ def build_feature_cache(
             makes too few views; the disk is too small; or a feature does not fit half precision.
     """
     folder = Path(folder)
-    if processor.is_any_size:
-        raise UserError(
-            "feature_cache holds as many features of every image, but with coarse='native' images"
-            " differ; train without feature_cache, or use coarse='squash'"
-        )
     views = views or get_tap_views(model.plan, model.config.vision_depth)
     if max(views.values()) > processor.num_views:
         raise UserError(
@@ -103,13 +101,15 @@ def build_feature_cache(
         _check_ours(folder)
         _remove_own_files(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _check_room(folder, model.config.grid, len(images), views, log)
+        num_values = _count_patches(model, processor, images) * model.config.grid.width
+        _check_room(folder, len(images), num_values, views, log)
         facts = _describe_images(images)
-        _write_features(folder, model, processor, list(images.values()), views, batch_size)
+        grids = _write_features(folder, model, processor, list(images.values()), views, batch_size)
         index = {
             "encoder": encoder[0],
             "encoder_sum": encoder[1],
             "num_patches": model.config.grid.num_patches,
+            **({"grids": grids} if processor.is_any_size else {}),
             "width": model.config.grid.width,
             "taps": views,
             "pictures": list(images),
@@ -217,11 +217,32 @@ def _list_images(examples: Sequence[Example]) -> dict[str, ImagePlace]:
     return images
 
 
+def _count_patches(model: Any, processor: Any, images: Mapping[str, ImagePlace]) -> int:
+    """Coarse patches of all images. Of images of any size, the files' sizes are read."""
+    if not processor.is_any_size:
+        return len(images) * model.config.grid.num_patches
+    sizes: dict[int, list[tuple[int, int]]] = {}  # of an example's images
+    num_patches = 0
+    for example, number in images.values():
+        if id(example) not in sizes:
+            sizes[id(example)] = example.read_sizes()
+        rows, columns = processor.choose_grid(*sizes[id(example)][number])
+        num_patches += rows * columns
+    return num_patches
+
+
 def _check_room(
-    folder: Path, grid, num_images: int, views: dict[int, int], log: Callable[[str], None]
+    folder: Path,
+    num_images: int,
+    num_values: int,
+    views: dict[int, int],
+    log: Callable[[str], None],
 ) -> None:
-    """Log the size of the cache; raise UserError where the disk has less room."""
-    num_bytes = 2 * num_images * sum(views.values()) * grid.num_patches * grid.width
+    """Log the size of the cache; raise UserError where the disk has less room.
+
+    `num_values` are those of one view of every image.
+    """
+    num_bytes = 2 * num_values * sum(views.values())
     log(
         f"caching vision features of {num_images:,} images and {len(views)} taps:"
         f" {num_bytes / 2**20:,.0f} MiB in {folder}"
@@ -237,34 +258,42 @@ def _check_room(
 @torch.inference_mode()
 def _write_features(
     folder: Path,
-    model,
-    processor,
+    model: Any,
+    processor: Any,
     images: list[ImagePlace],
     views: dict[int, int],
     batch_size: int,
-) -> None:
-    """Write the features of all images, and their checksums."""
+) -> list[list[int]]:
+    """Write the features of all images, and their checksums.
+
+    Returns:
+        Rows and columns of every image, where images are of any size.
+    """
     files = {tap: get_file(folder, tap).open("wb") for tap in views}
     checksums: dict[int, list[int]] = {tap: [] for tap in views}
+    grids = []
     for start in range(0, len(images), batch_size):
         batch = [
             example.load_images(processor)[number]
             for example, number in images[start : start + batch_size]
         ]
-        for tap, features in _encode_images(model, processor, batch, views).items():
-            if not features.isfinite().all():
-                raise UserError(
-                    f"vision features of tap {tap} are too large for half precision; train without"
-                    " feature_cache"
-                )
-            values = features.numpy()
-            checksums[tap] += [zlib.crc32(view) for view in values.reshape(-1, *values.shape[2:])]
-            values.tofile(files[tap])
+        inputs = processor.prepare_images(batch)
+        grids += inputs[GRIDS].tolist() if GRIDS in inputs else []
+        for tap, features in _encode_images(model, inputs, views).items():
+            for values in features:
+                if not values.isfinite().all():
+                    raise UserError(
+                        f"vision features of tap {tap} are too large for half precision; train"
+                        " without feature_cache"
+                    )
+                checksums[tap] += [zlib.crc32(view) for view in values.numpy()]
+                values.numpy().tofile(files[tap])
     for tap, file in files.items():
         _flush_to_disk(file)
         with get_file(folder, tap).with_suffix(".crc32").open("wb") as checksum_file:
             np.array(checksums[tap], "<u4").tofile(checksum_file)
             _flush_to_disk(checksum_file)
+    return grids
 
 
 def _flush_to_disk(file) -> None:
@@ -275,25 +304,41 @@ def _flush_to_disk(file) -> None:
 
 
 def _encode_images(
-    model, processor, images: list[Image.Image], views: dict[int, int]
-) -> dict[int, Tensor]:
-    """Return tap -> float16 [images, V, N, D] on the CPU."""
+    model: Any, inputs: dict[str, Tensor], views: dict[int, int]
+) -> dict[int, list[Tensor]]:
+    """Return tap -> float16 [V, N, D] of every image, on the CPU."""
+    tower = model.vision_tower
+    pixels = inputs["pixel_values"].to(tower.device, tower.dtype)
+    grids = list_grids(inputs[GRIDS]) if GRIDS in inputs else None
+    coarse = _read_views(model, pixels[:, :1], views, grids)
+    fine_taps = [tap for tap, num_views in views.items() if num_views > 1]
+    fine = _read_views(model, pixels[:, 1:], fine_taps, grids) if fine_taps else {}
+    features = {}
+    for tap, num_views in views.items():
+        images = coarse[tap]
+        if num_views > 1:
+            pairs = zip(images, fine[tap], strict=True)
+            images = [torch.cat([first, others[: num_views - 1]]) for first, others in pairs]
+        features[tap] = [image.to("cpu", torch.float16).contiguous() for image in images]
+    return features
+
+
+def _read_views(
+    model: Any, pixels: Tensor, taps: Iterable[int], grids: Grids | None
+) -> dict[int, list[Tensor]]:
+    """Return tap -> states [V, N, D] of every image, of some of its views."""
     from ..hooks import read_taps
 
     tower, grid = model.vision_tower, model.config.grid
-    pixels = processor.pixels(images).to(tower.device, tower.dtype)
-    coarse = read_taps(tower, pixels[:, 0], grid, views)
-    fine_taps = [tap for tap, num_views in views.items() if num_views > 1]
-    fine = {}
-    if fine_taps:
-        fine = read_taps(tower, pixels[:, 1:].flatten(0, 1), grid, fine_taps)
-    features = {}
-    for tap, num_views in views.items():
-        parts = [coarse[tap][:, None]]
-        if num_views > 1:
-            parts.append(fine[tap].unflatten(0, (len(images), -1))[:, : num_views - 1])
-        features[tap] = torch.cat(parts, dim=1).to("cpu", torch.float16)
-    return features
+    if grids is None:
+        states = read_taps(tower, pixels.flatten(0, 1), grid, taps)
+        return {tap: list(x.unflatten(0, (len(pixels), -1))) for tap, x in states.items()}
+    sizes = [rows * columns for rows, columns in grids]
+    states = read_patches(tower, grid, grids, pixels, list(taps))
+    images = {}
+    for tap, values in states.items():
+        images[tap] = [patches.transpose(0, 1) for patches in values.split(sizes)]
+    return images
 
 
 def hash_encoder(model, processor) -> tuple[str, str]:
@@ -312,6 +357,7 @@ def _list_settings(processor) -> list:
     if get_medium(processor) == "audio":
         return [processor.feature_extractor.to_dict()]
     image_processor = processor.image_processor
+    limits = ("min_pixels", "max_pixels", "patch_size", "merge_size")
     return [
         image_processor.do_rescale,
         image_processor.rescale_factor,
@@ -320,6 +366,7 @@ def _list_settings(processor) -> list:
         image_processor.image_std,
         processor.image_size,
         processor.coarse,
+        *([getattr(processor, name) for name in limits] if processor.is_any_size else []),
     ]
 
 

@@ -6,6 +6,7 @@ An interrupted evaluation resumes where it stopped (`output_dir`).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from ..chat_templates.thoughts import Answer
 from ..config.folder_lock import lock_folder
 from ..config.recipe import Recipe
 from ..config.yaml_io import expand_path
+from ..data.cached_features import read_cached_grids
 from ..data.dataset import raise_errors
 from ..data.encoding import count_image_tokens
 from ..data.examples import Example, read_source
@@ -421,9 +423,11 @@ def _prepare_cached_inputs(
             no_images = [[] for _ in batch.examples]
             yield prepare_inputs(model, processor, batch.prompts, no_images)
             continue
-        inputs = prepare_inputs(model, processor, batch.prompts, None)
+        grids = read_cached_grids(feature_cache, batch.examples)
+        inputs = prepare_inputs(model, processor, batch.prompts, None, grids)
         features = read_features(feature_cache, with_images, views, model.device)
-        outputs = model.get_image_features(vision_states=features)
+        all_grids = None if grids is None else list(itertools.chain(*grids))
+        outputs = model.get_image_features(vision_states=features, image_grids=all_grids)
         inputs["mm_encoder_outputs"] = {"image": outputs}
         yield inputs
 

@@ -21,6 +21,7 @@ from ..data.dataset import get_blank_image_inputs, make_blank_item, raise_errors
 from ..data.labels import IGNORED
 from ..data.packing import LengthGroupedSampler, PackedDataset, check_packing
 from ..data.streaming import Stream
+from ..encoders import FREE_SIZE_KINDS
 from ..schema import UserError
 from .checkpointing import CheckpointingTrainer
 from .checkpoints import check_disk_space
@@ -114,11 +115,37 @@ class StageTrainer(CheckpointingTrainer):
                 " add to them, and give wrong gradients; remove it and set"
                 " args.activation_checkpointing: true"
             )
+        self._check_passes()
         if self.is_sharded and get_adapters(self.model):
             raise UserError(
                 "adapters are not sharded: every process trains all of them; remove fsdp or"
                 " deepspeed from args, because adapters are small"
             )
+
+    def _check_passes(self) -> None:
+        """Raise UserError where processes would wait for each other's passes of a sharded encoder.
+
+        An encoder that reads images whole runs once for every size, and sizes differ by process.
+        """
+        data = self.train_dataset
+        is_any_size = getattr(data.encoder.processor, "is_any_size", False)
+        if not is_any_size or data.feature_cache is not None or not self.is_sharded:
+            return
+        kind = self.model.config.grid.kind
+        if kind in FREE_SIZE_KINDS and not self._shards_gradients_alone:
+            raise UserError(
+                f"coarse is 'native', and the {kind} encoder runs once for every size of images, but"
+                " where weights are sharded all processes must run it equally often; remove fsdp or"
+                " deepspeed from args, freeze vision and set feature_cache, or use coarse: squash"
+            )
+
+    @property
+    def _shards_gradients_alone(self) -> bool:
+        """Whether DeepSpeed leaves every process all weights (stages 1 and 2)."""
+        if not self.is_deepspeed_enabled:
+            return False
+        config = self.accelerator.deepspeed_plugin.deepspeed_config
+        return config.get("zero_optimization", {}).get("stage", 0) < 3
 
     @property
     def num_records_seen(self) -> int:

@@ -22,6 +22,7 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from helpers.any_size import LIMITS, write_sized_records
 from helpers.example_bases import build_example_base
 from helpers.runs import interrupt, log, recipe, run, stage, write_records
 from helpers.tiny import SPARSE
@@ -45,6 +46,8 @@ CASES = {
     "few images": (SPARSE, {"train": ALL, "data": "few_images.json"}),
     "streamed": (SPARSE, {"train": BOTH, "streaming": True}),
     "packed": (SPARSE, {"train": BOTH, "pack": 30, "group": True}),
+    # Every process has images of other sizes.
+    "any size": (SPARSE, {"train": ALL, "data": "sized.json", "fit": LIMITS}),
 }
 # The case whose records they train on, and the parts of their second stage.
 UPGRADES = {
@@ -69,7 +72,7 @@ DEEPSPEED = {
 
 def make_stage(folder: Path, name: str, num_processes: int, **args) -> dict:
     """A case's stage for so many processes; the batch of a step is the same for all."""
-    changes = dict(CASES[name][1])
+    changes = {key: value for key, value in CASES[name][1].items() if key != "fit"}
     args = {
         "max_steps": 3,
         "optim": "sgd",
@@ -96,7 +99,8 @@ def run_case(folder: Path, name: str, output: Path, num_processes: int, **args) 
         first = make_stage(folder, name, num_processes, **args)
         second_args = {**first["args"], "max_steps": 2}
         second = {**first, "name": "two", "train": ["language"], "args": second_args}
-        run(folder, first, second, plan=CASES[name][0], output=str(output / name))
+        plan, changes = CASES[name]
+        run(folder, first, second, plan=plan, fit=changes.get("fit"), output=str(output / name))
 
 
 def run_upgrade(folder: Path, name: str, output: Path, num_processes: int, **args) -> None:
@@ -135,6 +139,7 @@ def run_interrupted(folder: Path, output: Path, num_processes: int, **args) -> N
 def write_inputs(folder: Path) -> None:
     """Write the records and the base that cases need."""
     write_records(folder)
+    write_sized_records(folder)
     records = json.loads((folder / "data.json").read_text())
     few = [record for record in records if not record["image"]] * 3 + records[:3]
     (folder / "few_images.json").write_text(json.dumps(few))

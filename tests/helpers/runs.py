@@ -94,9 +94,9 @@ def recipe(folder, *stages, **changes):
     return parse_recipe({**base, "stages": list(stages) or [stage(folder)], **changes})
 
 
-def run(folder, *stages, plan=SPARSE, resume=False, overwrite=False, **changes):
-    """Train the tiny model; returns (model, processor)."""
-    model, processor = tiny_model(plan)
+def run(folder, *stages, plan=SPARSE, resume=False, overwrite=False, fit=None, **changes):
+    """Train the tiny model, built with the settings `fit`; returns (model, processor)."""
+    model, processor = tiny_model(plan, **(fit or {}))
     changes = {"fusion": plan, **changes}
     return train(
         recipe(folder, *stages, **changes),

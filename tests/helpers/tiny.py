@@ -100,12 +100,15 @@ SPARSE = {
 }  # two shortcuts above the input in models of these depths
 
 
-def tiny_model(plan=SPARSE, *, vision=None, language=None, seed: int = 0):
-    """(model, processor) of tiny random parts under a plan; equal seeds give equal weights."""
+def tiny_model(plan=SPARSE, *, vision=None, language=None, seed: int = 0, **settings):
+    """(model, processor) of tiny random parts under a plan; equal seeds give equal weights.
+
+    `settings` are further arguments of `build`.
+    """
     torch.manual_seed(seed)
     vision, language = vision or tiny_vision(), language or tiny_language()
-    processor = CLIPImageProcessorPil()
-    return build(vision, language, plan, image_processor=processor, tokenizer=tiny_tokenizer())
+    parts = {"image_processor": CLIPImageProcessorPil(), "tokenizer": tiny_tokenizer()}
+    return build(vision, language, plan, **parts, **settings)
 
 
 def tiny_llava():

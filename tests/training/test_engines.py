@@ -6,6 +6,7 @@ All cases with every engine run in tests/conformance/test_engine_cases.py, by to
 from types import SimpleNamespace
 
 import pytest
+from helpers.any_size import LIMITS, make_naflex
 from helpers.engines import check_equal, check_resumed, run_engines
 from helpers.runs import trainer_for, write_records
 from helpers.tiny import tiny_model
@@ -18,11 +19,12 @@ RUNS = {
         "few images",
         "streamed",
         "packed",
+        "any size",
         "upgrade",
         "projector",
         "interrupted",
     ],
-    "fsdp": ["parts", "upgrade", "interrupted"],
+    "fsdp": ["parts", "any size", "upgrade", "interrupted"],
 }
 EQUAL = [(engine, name) for engine in RUNS for name in RUNS[engine] if name != "interrupted"]
 
@@ -78,3 +80,29 @@ def test_checkpointing_by_fsdp_is_refused(trainer, monkeypatch):
     monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=state))
     with pytest.raises(ValueError, match=r"args\.activation_checkpointing"):
         trainer._check_engine()
+
+
+@pytest.mark.parametrize("stage", [None, 2, 3], ids=["fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("reads", ["whole", "views", "features"])
+def test_sharded_encoders_that_run_once_for_every_size_are_refused(
+    tmp_path, monkeypatch, stage, reads
+):
+    """Processes would wait for each other for ever."""
+    write_records(tmp_path)
+    vision = None if reads == "views" else make_naflex()
+    model, processor = tiny_model(vision=vision, **LIMITS)
+    trainer = trainer_for(model, processor, tmp_path, args={"use_cpu": True})
+    trainer._check_passes()
+    if stage is None:
+        trainer.is_fsdp_enabled = True
+    else:
+        trainer.is_deepspeed_enabled = True
+        plugin = SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": stage}})
+        monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(deepspeed_plugin=plugin))
+    if reads == "features":
+        trainer.train_dataset.feature_cache = object()
+    if reads == "whole" and stage != 2:
+        with pytest.raises(ValueError, match="native"):
+            trainer._check_passes()
+    else:
+        trainer._check_passes()
