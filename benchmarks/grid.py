@@ -63,6 +63,15 @@ of an early stage make many image tokens; a smaller `view_size` or later taps ma
 shows all patches. Qwen's encoders compute the sizes of their grids while they run, so they cannot be
 one full graph.
 
+Encoders of timm are read through transformers' `timm_wrapper`, with the extra `timm`
+(`pip install 'sparsecut[timm]'`): give `build` or a recipe a name such as
+`timm/vit_small_patch14_reg4_dinov2.lvd142m`, or a folder in timm's form. Known are its ViTs (`vit_*`,
+DeiT, EVA, BEiT, SigLIP, DINOv2, DINOv3, SAM, XCiT, CaiT, mixers) and encoders in stages (Swin,
+ConvNeXt, MambaOut, MaxViT, DaViT, FocalNet, PVT v2, ResNet, RegNet, EfficientNet, SAM 2's Hiera).
+Others are refused. `view_size` sets `dynamic_img_size` or `strict_img_size` where timm has them.
+Their mean and deviation are those of the repository's `pretrained_cfg`. `tests/test_timm_encoders.py`
+has their claims. They ran with timm 1.0.31, torchvision 0.29.1 and torch 2.14.1.
+
 - *taps*: They equal the encoder's own hidden states, without class and register tokens. A change of
   a patch moves the state at its place.
 - *stops early*: Blocks above the deepest tap do not run.

@@ -32,7 +32,7 @@ from .encoders import (
     count_blocks,
     get_encoder,
     is_audio,
-    show_all_patches,
+    prepare_to_load,
 )
 from .fitting import Fitting
 from .loading import (
@@ -52,6 +52,7 @@ from .processing_upgraded import wrap_processor
 from .saved_code import without_code
 from .schema import UserError
 from .sharing import find_adapters, find_shortcuts
+from .timm_encoders import is_timm, make_timm_image_processor
 from .upgrading import load_fusion, read_processor
 
 logger = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def build(
         if not isinstance(vision, str):
             vision = _find_encoder(vision, vision_config)
     if isinstance(vision, str):
-        show_all_patches(vision_config)
+        prepare_to_load(vision_config, view_size)
     fitting = Fitting(coarse, min_pixels, max_pixels)
     config = SparseCutConfig(
         vision_config=vision_config,
@@ -127,6 +128,8 @@ def build(
     fitting = fitting.complete(config)
     tokenizer = tokenizer or _read_tool(AutoTokenizer, language, "tokenizer", hub)
     image_processor = image_processor or _read_image_processor(vision, config, hub)
+    if is_timm(vision_config):
+        image_processor = make_timm_image_processor(vision_config, image_processor)
     if is_audio(vision_config):
         check_extractor(image_processor, config.grid)
     image_token = image_token or ("<audio>" if is_audio(vision_config) else "<image>")
@@ -147,6 +150,8 @@ def build(
 
 
 def _read_image_processor(vision: Any, config: SparseCutConfig, hub: dict) -> Any:
+    if is_timm(config.vision_config) and isinstance(vision, str):
+        return make_timm_image_processor(config.vision_config)
     auto_class = AutoFeatureExtractor if is_audio(config.vision_config) else AutoImageProcessor
     return _read_tool(auto_class, vision, "image_processor", hub)
 

@@ -22,14 +22,9 @@ from torch import Tensor, nn
 
 from .encoder_classes import INTERPOLATION, asks_for_interpolation, find_encoder_class
 from .schema import UserError
-from .staged_encoders import (
-    TapShape,
-    choose_common,
-    is_staged,
-    list_shapes,
-    read_stages,
-    to_common,
-)
+from .staged_encoders import is_staged, read_stages, to_common
+from .stages import TapShape, choose_common, list_shapes
+from .timm_encoders import allow_view_size
 from .view_sizes import as_pair, read_view
 
 
@@ -214,10 +209,14 @@ def _check_nothing_is_random(config: Any) -> None:
             )
 
 
-def show_all_patches(config: Any) -> None:
-    """Let a masked autoencoder that is being loaded hide none of its patches."""
+def prepare_to_load(config: Any, view_size: Any = None) -> None:
+    """Change the configuration of an encoder that is about to be loaded, so that it can be read.
+
+    A masked autoencoder hides none of its patches. An encoder of timm takes views of another size.
+    """
     if config.model_type == "vit_mae":
         config.mask_ratio = 0.0
+    allow_view_size(config, view_size)
 
 
 def get_fixed_view_size(config: Any) -> tuple:
@@ -234,7 +233,7 @@ def get_fixed_view_size(config: Any) -> tuple:
 def _read_staged_grid(config: Any, view_size: Any, taps: Iterable[int] | None) -> PatchGrid:
     stages = read_stages(config)
     unit = (stages.unit, stages.unit)
-    fixed = as_pair(getattr(config, "image_size", None))
+    fixed = stages.own_view or as_pair(getattr(config, "image_size", None))
     asks = view_size is not None and asks_for_interpolation(config)
     is_free = stages.is_any_size
     height, width = read_view(config, view_size, fixed, unit, is_free=is_free, asks=asks)

@@ -54,7 +54,7 @@ def find_blocks(
     blocks = []
     for name in lists:
         found = (module for full, module in modules.items() if full.endswith(f".{name}"))
-        blocks += next(found, ())
+        blocks += next(found, nn.ModuleList()).children()
     if len(blocks) != depth:
         raise UserError(
             f"the vision encoder {type(encoder).__name__} has {len(blocks)} blocks in"

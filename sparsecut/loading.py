@@ -24,6 +24,7 @@ from .pixels import ImageSource as ImageSource
 from .pixels import open_image as open_image
 from .pixels import open_upright as open_upright
 from .schema import UserError
+from .timm_encoders import check_has_timm
 
 PACKAGE = str(Path(__file__).parent)
 FILE_ERRORS = (OSError, SafetensorError, StrictDataclassError)  # whoever reads the file
@@ -111,6 +112,7 @@ def _check_configuration_file(name: Any, settings: dict) -> None:
     hub = {key: settings[key] for key in HUB_ARGUMENTS if key in settings}
     values, _ = PreTrainedConfig.get_config_dict(name, **hub | {"force_download": False})
     check_runs_no_code(values, str(name))
+    check_has_timm(values, str(name))
 
 
 def check_runs_no_code(values: dict, source: str) -> None:

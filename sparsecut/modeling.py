@@ -87,17 +87,17 @@ class SparseCutModel(SparseCutPreTrainedModel):
             language_model = without_head(language_model)
             above = rf"^language_model\.(?!{language_model.base_model_prefix}\.)"
             self._keys_to_ignore_on_load_unexpected = [above]
-        self.vision_tower = vision_tower
-        self.language_model = language_model
+        self.vision_tower, self.language_model = vision_tower, language_model
+        self.vision_depth = config.vision_depth
         self.fusion = Fusion(
             self.plan,
-            vision_depth=config.vision_depth,
+            vision_depth=self.vision_depth,
             vision_dim=self.grid.width,
             language_dim=config.text_config.get_text_config().hidden_size,
             rows=self.grid.rows,
             tap_widths=self.grid.tap_widths,
         )
-        connect_encoder(self.vision_tower, config.vision_depth, self.grid.blocks)
+        connect_encoder(self.vision_tower, self.vision_depth, self.grid.blocks)
         connect_decoder(self.language_model, config.language_depth)
         self.post_init()
         self._no_split_modules = get_unsplit_classes(self)
@@ -140,7 +140,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
             check_patches(pixel_values, grids, self.grid, self.plan)
             read = partial(read_patches, self.vision_tower, self.grid, grids)
         pixels = pixel_values.to(self.vision_tower.dtype)
-        return read_plan(read, pixels, self.plan, self.config.vision_depth)
+        return read_plan(read, pixels, self.plan, self.vision_depth)
 
     def _read(self, pixels: Tensor, taps: tuple[int, ...]) -> dict[int, Tensor]:
         """Run the encoder on [P, V, *view] and return tap -> [P, V, N, D]."""

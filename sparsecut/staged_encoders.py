@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,56 +22,8 @@ from einops import rearrange
 from torch import Tensor
 
 from .schema import UserError
-
-
-@dataclass(frozen=True)
-class TapShape:
-    """What a block returns for one view.
-
-    Attributes:
-        rows: Rows of cells.
-        columns: Columns of cells.
-        width: Channels of a cell's state.
-        unrolled: How often 2 x 2 squares of cells were taken apart, see `get_unrolled_order`.
-    """
-
-    rows: int
-    columns: int
-    width: int
-    unrolled: int = 0
-
-
-@dataclass(frozen=True)
-class Stages:
-    """The stages of an encoder.
-
-    Attributes:
-        blocks: Names of the lists of blocks, one for each stage, from any place inside.
-        depths: Blocks of each stage.
-        widths: Channels of each stage.
-        strides: Pixels of a cell's side in each stage.
-        layout: "tokens" for [views, cells, channels], which may begin with a class token; "map" for
-            [views, rows, columns, channels]; "channels" for [views, channels, rows, columns].
-        stem: Channels and stride of what enters the first block; None for those of its stage.
-        is_unrolled: Cells are not row by row, see `get_unrolled_order`.
-        is_any_size: The encoder needs no positions, so it takes views of any size.
-        least_unit: Pixels that a view's sides must be a multiple of, besides the strides.
-    """
-
-    blocks: tuple[str, ...]
-    depths: tuple[int, ...]
-    widths: tuple[int, ...]
-    strides: tuple[int, ...]
-    layout: str
-    stem: tuple[int, int] | None = None
-    is_unrolled: bool = False
-    is_any_size: bool = False
-    least_unit: int = 1
-
-    @property
-    def unit(self) -> int:
-        """Pixels that a view's sides must be a multiple of, so that every stage has whole cells."""
-        return math.lcm(self.least_unit, *self.strides)
+from .stages import Stages, TapShape
+from .timm_encoders import TIMM, read_timm
 
 
 def _name_lists(pattern: str, config: Any) -> tuple[str, ...]:
@@ -180,6 +131,7 @@ STAGED_ENCODERS: dict[str, Callable] = {
     "pvt": _read_pyramid("block.{}", is_any_size=False),
     "pvt_v2": _read_pyramid("layers.{}.blocks"),
     "poolformer": _read_pyramid("block.{}", "channels"),
+    TIMM: read_timm,
 }
 
 
@@ -191,30 +143,6 @@ def is_staged(config: Any) -> bool:
 def read_stages(config: Any) -> Stages:
     """The stages of an encoder, read from its configuration."""
     return STAGED_ENCODERS[config.model_type](config)
-
-
-def list_shapes(stages: Stages, height: int, width: int) -> tuple[TapShape, ...]:
-    """What every tap has for views of this size in pixels, from tap 0 on."""
-    stem = stages.stem or (stages.widths[0], stages.strides[0])
-    kinds = [stem]
-    for kind, depth in zip(
-        zip(stages.widths, stages.strides, strict=True), stages.depths, strict=True
-    ):
-        kinds += [kind] * depth
-    shapes = []
-    for channels, stride in kinds:
-        unrolled = 0
-        if stages.is_unrolled:  # each pooling uses up one of the times
-            unrolled = len(stages.depths) - 1 - round(math.log2(stride // stem[1]))
-        shapes.append(TapShape(height // stride, width // stride, channels, unrolled))
-    return tuple(shapes)
-
-
-def choose_common(shapes: tuple[TapShape, ...], taps: Iterable[int] | None) -> TapShape:
-    """The finest grid and the largest width of some taps; None for all taps."""
-    chosen = shapes if taps is None else [shapes[tap] for tap in taps]
-    finest = max(chosen, key=lambda shape: shape.rows * shape.columns)
-    return TapShape(finest.rows, finest.columns, max(shape.width for shape in chosen))
 
 
 def get_unrolled_order(shape: TapShape) -> Tensor:

@@ -53,7 +53,7 @@ def read_view(
     Raises:
         UserError: The encoder cannot take views of this size.
     """
-    name = config.model_type
+    name = getattr(config, "architecture", config.model_type)  # that of timm
     _check_view_size(name, view_size, fixed, unit)
     view = fixed if view_size is None else as_pair(view_size)
     if not is_free:
@@ -76,7 +76,7 @@ def read_view(
 
 def _check_positions(config: Any, view_size: Any, fixed: tuple, unit: tuple, *, asks: bool) -> None:
     """Refuse a view that an encoder with a fixed size has no positions for."""
-    name = config.model_type
+    name = getattr(config, "architecture", config.model_type)  # that of timm
     is_other = view_size is not None and as_pair(view_size) != fixed
     if name in ROTARY_ENCODERS or getattr(config, "is_native", False):  # AIMv2's native ones
         return

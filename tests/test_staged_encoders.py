@@ -14,7 +14,8 @@ from sparsecut.hooks import read_taps
 from sparsecut.layers import find_blocks
 from sparsecut.profiling.counting import count_plan
 from sparsecut.schema import UserError
-from sparsecut.staged_encoders import TapShape, make_skipped_states, to_common
+from sparsecut.staged_encoders import make_skipped_states, to_common
+from sparsecut.stages import TapShape
 
 
 def plan_of(*shortcuts, **settings) -> dict:

@@ -19,6 +19,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_utils import local_torch_dtype
 
 from ..configuration import SparseCutConfig
+from ..encoders import prepare_to_load
 from ..modeling import SparseCutForConditionalGeneration
 from ..plan import Plan
 
@@ -88,6 +89,7 @@ def build_config(
         The configuration. Its image token is the vocabulary's last one, so that none is added.
     """
     vision = copy.deepcopy(getattr(vision_config, "vision_config", vision_config))
+    prepare_to_load(vision, view_size)
     text = copy.deepcopy(text_config)
     return SparseCutConfig(
         vision_config=vision,
