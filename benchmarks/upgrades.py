@@ -1,6 +1,6 @@
 """Which pretrained VLMs can be upgraded: a tiny random model of each family, checked.
 
-    python benchmarks/upgrades.py                  # all: about a minute; writes docs/support.md
+    python benchmarks/upgrades.py                  # all: two minutes; writes docs/support.md
     python benchmarks/upgrades.py llava gemma3     # some of them, on screen only
 
 The checks are those of tests/helpers/upgrade_checks.py.

@@ -6,6 +6,7 @@ of `get_image_features`, which patch_tables.py computes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,14 +15,18 @@ from torch import Tensor, nn
 from .patch_tables import (
     has_one_view,
     index_gemma3,
+    index_gemma4,
+    index_granite_docling,
     index_idefics3,
+    index_inkling2,
     index_internvl,
+    index_kimi,
     index_lfm2,
-    index_lfm3,
     index_llava,
     index_llava_next,
     index_llava_onevision,
     index_mistral3,
+    index_muse,
     index_ovis2,
     index_paddleocr,
     index_paligemma,
@@ -123,7 +128,7 @@ def _count_internvl(model: nn.Module) -> int:
 
 
 def _count_qwen(model: nn.Module) -> int:
-    return model.model.visual.spatial_merge_size**2
+    return model.config.vision_config.spatial_merge_size**2
 
 
 def _count_cohere(model: nn.Module) -> int:
@@ -134,12 +139,20 @@ def _count_ovis2(model: nn.Module) -> int:
     return model.config.vision_config.hidden_stride**2
 
 
-def _count_lfm3(model: nn.Module) -> int:
-    return model.model.vision_tower.spatial_merge_size**2
+def _count_gemma4(model: nn.Module) -> int:
+    return model.config.vision_config.pooling_kernel_size**2
 
 
-def _count_paddleocr(model: nn.Module) -> int:
-    return model.config.vision_config.spatial_merge_size**2
+def _count_kimi(model: nn.Module) -> int:
+    return math.prod(model.config.vision_config.merge_kernel_size)
+
+
+def _count_muse(model: nn.Module) -> int:
+    return model.config.vision_config.merge_size**2
+
+
+def _count_granite_docling(model: nn.Module) -> int:
+    return model.config.vision_config.scale_factor**2
 
 
 FAMILIES = {
@@ -164,8 +177,8 @@ FAMILIES = {
     "glm4v_moe": VLMFamily(_get_qwen_parts, _count_qwen, index_qwen),
     "glm_ocr": VLMFamily(_get_qwen_parts, _count_qwen, index_qwen),
     "lfm2_vl": VLMFamily(_get_llava_parts, _count_cohere, index_lfm2),
-    "lfm3_vl": VLMFamily(_get_llava_parts, _count_lfm3, index_lfm3),
-    "paddleocr_vl": VLMFamily(_get_qwen_parts, _count_paddleocr, index_paddleocr),
+    "lfm3_vl": VLMFamily(_get_llava_parts, _count_qwen, index_qwen),
+    "paddleocr_vl": VLMFamily(_get_qwen_parts, _count_qwen, index_paddleocr),
     "video_llama_3": VLMFamily(_get_janus_parts, _count_one, index_video_llama3),
     "aya_vision": VLMFamily(_get_llava_parts, _count_cohere, index_shuffled),
     "cohere2_vision": VLMFamily(_get_llava_parts, _count_cohere, index_shuffled),
@@ -175,6 +188,25 @@ FAMILIES = {
     "lighton_ocr": VLMFamily(_get_lighton_parts, _count_mistral3, index_mistral3),
     "deepseek_vl": VLMFamily(_get_janus_parts, _count_one, index_paligemma, has_one_view),
     "janus": VLMFamily(_get_janus_parts, _count_one, index_paligemma, has_one_view),
+    "deepseek_vl_hybrid": VLMFamily(_get_janus_parts, _count_one, index_paligemma),
+    "gemma4": VLMFamily(_get_llava_parts, _count_gemma4, index_gemma4),
+    "exaone4_5": VLMFamily(_get_qwen_parts, _count_qwen, index_qwen2_5),
+    "qwen2_5_omni_thinker": VLMFamily(_get_qwen_parts, _count_qwen, index_qwen2_5),
+    "hyperclovax_vision_v2": VLMFamily(_get_janus_parts, _count_qwen, index_qwen2_5),
+    "qwen3_omni_moe_thinker": VLMFamily(_get_qwen_parts, _count_qwen, index_qwen),
+    "cohere_compass": VLMFamily(_get_qwen_parts, _count_qwen, index_qwen),
+    "cosmos3_omni": VLMFamily(_get_qwen_parts, _count_qwen, index_qwen),
+    "cosmos3_edge": VLMFamily(_get_qwen_parts, _count_qwen, index_qwen),
+    "ernie4_5_vl_moe": VLMFamily(_get_llava_parts, _count_qwen, index_qwen),
+    "dots3_note": VLMFamily(_get_llava_parts, _count_qwen, index_qwen),
+    "minimax_m3_vl": VLMFamily(_get_llava_parts, _count_qwen, index_qwen),
+    "kimi_k25": VLMFamily(_get_llava_parts, _count_kimi, index_kimi),
+    "muse_glimmer": VLMFamily(_get_llava_parts, _count_muse, index_muse),
+    "inkling2": VLMFamily(_get_llava_parts, _count_qwen, index_inkling2),
+    "granite_docling": VLMFamily(
+        _get_idefics_parts, _count_granite_docling, index_granite_docling
+    ),
+    "mistral_large4": VLMFamily(_get_llava_parts, _count_mistral3, index_mistral3),
 }
 
 

@@ -415,7 +415,10 @@ def _add_features(layer: int, module: Any, args: Any, kwargs: Any) -> Any:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
     device = hidden.device
-    mask = injection.mask.to(device)
+    # Some decoders (Gemma 4) go on with the last positions alone, whose logits are wanted.
+    num_positions = hidden.shape[1]
+    mask = injection.mask.to(device)[:, -num_positions:]
+    rows = injection.rows.to(device).view_as(injection.mask)[:, -num_positions:].flatten()
     features = injection.features[layer].to(device)
     if layer in injection.gates:
         features = injection.gates[layer](hidden[mask], features)
@@ -423,7 +426,6 @@ def _add_features(layer: int, module: Any, args: Any, kwargs: Any) -> Any:
         observer(layer, hidden[mask], features)
     # Out of place, and on the layer's own device: in-place sums break autograd and recorded hidden
     # states.
-    rows = injection.rows.to(device)
     spread = features.to(hidden).index_select(0, rows).view_as(hidden)
     hidden = torch.where(mask.unsqueeze(-1), hidden + spread, hidden)
     injection.fired.append(layer)

@@ -235,7 +235,7 @@ def index_internvl(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
 def index_qwen(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
     """Merged patches, which follow one another."""
     # The processor puts the patches of a token next to each other.
-    return torch.arange(shape[0]).view(-1, inner.visual.spatial_merge_size**2)
+    return torch.arange(shape[-2]).view(-1, inner.config.vision_config.spatial_merge_size**2)
 
 
 def index_qwen2_5(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
@@ -243,12 +243,12 @@ def index_qwen2_5(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
     # Blocks hold the tokens in the order of windows. The merged tokens return to raster order.
     from transformers.vision_utils import get_vision_window_index
 
-    vision = inner.visual
+    vision_config = inner.config.vision_config
     window_order, _ = get_vision_window_index(
         call["image_grid_thw"].cpu(),
-        spatial_merge_size=vision.spatial_merge_size,
-        window_size=vision.window_size,
-        patch_size=vision.patch_size,
+        spatial_merge_size=vision_config.spatial_merge_size,
+        window_size=vision_config.window_size,
+        patch_size=vision_config.patch_size,
         kwargs={},
     )
     return index_qwen(inner, shape, call)[torch.argsort(torch.as_tensor(window_order))]
@@ -285,22 +285,82 @@ def index_lfm2(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
     return torch.cat(table)
 
 
-def index_lfm3(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
-    """Merged patches, which follow one another."""
-    return torch.arange(shape[-2]).view(-1, inner.vision_tower.spatial_merge_size**2)
-
-
 def index_paddleocr(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
     """Windows of patches that the projector merges."""
-    size = inner.config.vision_config.spatial_merge_size
+    return _index_windows(call["image_grid_thw"], inner.config.vision_config.spatial_merge_size)
+
+
+def _index_windows(grids: Tensor, size: int) -> Tensor:
+    """Windows of patches of images, whose patches follow one another row by row."""
     table = []
     first = 0
-    for frames, rows, columns in call["image_grid_thw"].tolist():
+    for frames, rows, columns in grids.tolist():
         num_patches = frames * rows * columns
         maps = torch.arange(first, first + num_patches).view(frames, rows, columns)
         table.append(_split_windows(maps, size))
         first += num_patches
     return torch.cat(table)
+
+
+def index_kimi(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
+    """Windows of patches that the encoder merges at its end."""
+    return _index_windows(call["image_grid_thw"], inner.vision_tower.merge_kernel_size[0])
+
+
+def index_muse(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
+    """Windows of patches; blocks hold the patches in the order of attention windows."""
+    from transformers.vision_utils import get_vision_window_index
+
+    vision = inner.vision_tower
+    window_order, _ = get_vision_window_index(
+        call["image_grid_thw"].cpu(),
+        spatial_merge_size=vision.spatial_merge_size,
+        window_size=vision.window_size,
+        patch_size=vision.patch_size,
+        kwargs={},
+    )
+    places = torch.argsort(torch.as_tensor(window_order))
+    return places[_index_windows(call["image_grid_thw"], vision.merge_size)]
+
+
+def index_inkling2(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
+    """Merged patches, which follow one another after the class token of their image."""
+    num_merged = inner.config.vision_config.spatial_merge_size**2
+    table = []
+    first = 0
+    for num_tokens in call["image_grid_thw"].prod(-1).tolist():
+        first += 1  # the class token
+        num_patches = num_tokens * num_merged
+        table.append(torch.arange(first, first + num_patches).view(num_tokens, num_merged))
+        first += num_patches
+    return torch.cat(table)
+
+
+def index_gemma4(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
+    """Windows of patches that are pooled to one token, of images padded to one length."""
+    size = inner.config.vision_config.pooling_kernel_size
+    table = []
+    for numbers, places in zip(
+        _number_patches(shape), call["image_position_ids"].cpu(), strict=True
+    ):
+        is_patch = (places >= 0).all(-1)
+        column, row = places[is_patch].unbind(-1)
+        maps = numbers.new_empty(int(row.max()) + 1, int(column.max()) + 1)
+        maps[row, column] = numbers[is_patch]
+        table.append(_split_windows(maps[None], size))
+    return torch.cat(table)
+
+
+def index_granite_docling(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
+    """Windows of patches, by the connector's own pixel shuffle."""
+    if call.get("tile_fine_mask") is not None:
+        raise UserError(
+            "tile_fine_mask was given, which cuts four times as many image tokens, but shortcuts"
+            " are for the coarse route; call the processor without fine_route"
+        )
+    path = inner.vision_model.connector.coarse
+    numbers = _number_patches(shape).double().unsqueeze(-1)
+    return path.pixel_shuffle(numbers, path.scale_factor).flatten(0, 1).round().long()
 
 
 def index_video_llama3(inner: nn.Module, shape: tuple, call: dict) -> Tensor:

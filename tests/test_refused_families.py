@@ -22,7 +22,7 @@ def test_every_family_is_supported_or_has_a_reason():
     assert all(explain_refusal(model_type) != NOT_CHECKED for model_type in KNOWN)
 
 
-@pytest.mark.parametrize("model_type", ["mllama", "fuyu", "kimi_k25"])
+@pytest.mark.parametrize("model_type", ["mllama", "fuyu", "glm5_next"])
 def test_the_reason_and_what_to_do_instead_are_told(model_type):
     model = torch.nn.Module()
     model.config = AutoConfig.for_model(model_type)

@@ -8,8 +8,11 @@ allows it.
 import pytest
 import torch
 import transformers as hf
-from helpers.base_configs import CONFIGS, END, IMAGE, START, VIDEO
+from helpers import newer_base_configs
+from helpers.base_configs import CONFIGS as FIRST_CONFIGS
+from helpers.base_configs import END, IMAGE, START, VIDEO
 
+CONFIGS = {**FIRST_CONFIGS, **newer_base_configs.CONFIGS}
 FAMILY_NAMES = tuple(CONFIGS)
 # One family per way from patches to image tokens: one view, tiles, pixel shuffle, merged patches.
 # The others run in tests/conformance.
@@ -17,12 +20,34 @@ DEFAULT_FAMILIES = ("llava", "llava_next", "idefics3", "qwen2_5_vl")
 OTHER_FAMILIES = tuple(name for name in FAMILY_NAMES if name not in DEFAULT_FAMILIES)
 VIDEO_FAMILIES = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PACKED_FAMILIES = tuple(name for name in FAMILY_NAMES if name.startswith(("qwen", "glm")))
+NEWER_PACKED = (
+    "cohere_compass",
+    "cosmos3_omni",
+    "exaone4_5",
+    "hyperclovax_vision_v2",
+    "minimax_m3_vl",
+    "muse_glimmer",
+)
+PACKED_STILLS = ("cosmos3_edge", "dots3_note", "ernie4_5_vl_moe")  # a patch has one frame
+THINKERS = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
+TYPED = (  # their inputs have mm_token_type_ids
+    *(name for name in PACKED_FAMILIES if name not in THINKERS),
+    "paddleocr_vl",
+    "cohere_compass",
+    "cosmos3_omni",
+    "cosmos3_edge",
+    "ernie4_5_vl_moe",
+    "gemma4",
+)
 # Families whose image inputs have the form of another's.
 INPUTS_LIKE = {
     "lighton_ocr": "mistral3",
     "llava_next_video": "llava_next",
     "lfm3_vl": "qwen2_vl",
-    **dict.fromkeys(PACKED_FAMILIES, "qwen2_vl"),
+    "kimi_k25": "paddleocr_vl",
+    "mistral_large4": "mistral3",
+    **dict.fromkeys((*PACKED_FAMILIES, *NEWER_PACKED), "qwen2_vl"),
+    **dict.fromkeys(PACKED_STILLS, "packed_stills"),
 }
 
 
@@ -46,6 +71,55 @@ def build_base(name: str):
     return model
 
 
+def _build_gemma4(pixels) -> list[dict]:
+    rows = []
+    for height, width in [(4, 6), (4, 4)]:
+        number = torch.arange(height * width)
+        places = torch.full((1, 24, 2), -1)  # the rest is padding
+        places[0, : height * width] = torch.stack([number % width, number // width], dim=-1)
+        rows.append({"pixel_values": pixels(1, 24, 48), "image_position_ids": places})
+    return rows
+
+
+def _build_granite_docling(pixels) -> list[dict]:
+    padded = torch.cat([pixels(1, 1, 3, 16, 16), torch.zeros(1, 1, 3, 16, 16)], dim=1)
+    return [
+        {"pixel_values": padded, "pixel_attention_mask": torch.tensor([[True, False]])},
+        {"pixel_values": pixels(1, 2, 3, 16, 16), "pixel_attention_mask": torch.ones(1, 2).bool()},
+    ]
+
+
+def _build_hybrid(pixels) -> list[dict]:
+    return [
+        {"pixel_values": pixels(n, 3, 16, 16), "high_res_pixel_values": pixels(n, 3, 64, 64)}
+        for n in (1, 2)
+    ]
+
+
+def _build_inkling2(pixels) -> list[dict]:
+    return [
+        {
+            "pixel_values": pixels(height * width, 8, 8, 3),
+            "image_grid_thw": torch.tensor([[1, height, width]]),
+        }
+        for height, width in [(4, 6), (2, 2)]
+    ]
+
+
+PATCH_SHAPES = {
+    "qwen2_vl": (96,),
+    "packed_stills": (48,),
+    "paddleocr_vl": (3, 4, 4),
+    "video_llama_3": (48,),
+}
+OF_THEIR_OWN = {
+    "gemma4": _build_gemma4,
+    "granite_docling": _build_granite_docling,
+    "deepseek_vl_hybrid": _build_hybrid,
+    "inkling2": _build_inkling2,
+}
+
+
 def build_images(name: str) -> list[dict]:
     """Encoder inputs of each of two prompts: one image each, or two images in the second prompt."""
     generator = torch.Generator().manual_seed(1)
@@ -54,8 +128,8 @@ def build_images(name: str) -> list[dict]:
         return torch.randn(*shape, generator=generator)
 
     kind = INPUTS_LIKE.get(name, name)
-    if kind in ("qwen2_vl", "paddleocr_vl", "video_llama_3"):
-        patch_shape = {"paddleocr_vl": (3, 4, 4), "video_llama_3": (48,)}.get(kind, (96,))
+    if kind in PATCH_SHAPES:
+        patch_shape = PATCH_SHAPES[kind]
         rows = []
         for height, width in [(8, 12), (4, 4)]:
             row = {"pixel_values": pixels(height * width, *patch_shape)}
@@ -72,6 +146,8 @@ def build_images(name: str) -> list[dict]:
             row = {"pixel_values": pixels(1, 24, 48), "pixel_attention_mask": mask}
             rows.append({**row, "spatial_shapes": torch.tensor([[height, width]])})
         return rows
+    if kind in OF_THEIR_OWN:
+        return OF_THEIR_OWN[kind](pixels)
     if kind in ("llava_next", "llava_onevision"):
         most_views = 5
         return [
@@ -106,7 +182,7 @@ def build_inputs(name: str, model, rows: list[dict] | None = None) -> dict:
     inputs = {"input_ids": ids, "attention_mask": mask}
     for key in rows[0]:
         inputs[key] = torch.cat([row[key] for row in rows])
-    if name in (*PACKED_FAMILIES, "paddleocr_vl"):
+    if name in TYPED:
         inputs["mm_token_type_ids"] = (ids == IMAGE).long()
     if name in ("paligemma", "gemma3"):
         inputs["token_type_ids"] = (ids == IMAGE).long()
