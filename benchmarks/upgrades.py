@@ -24,7 +24,7 @@ from sparsecut.families import FAMILIES
 HEADING = "Vision-language models that can be upgraded"
 INTRODUCTION = """\
 `make grid` made this section with transformers {transformers} and torch {torch}. It upgrades a tiny
-random model of each family by the default plan. Other families are refused by name.
+random model of each family by the default plan. Other families are refused, and told why.
 
 - *patches*: The number of patches under one image token, in models as small as these.
 - *fine views*: Whether SparseCut cuts them, which needs one view of a fixed size per image. The
@@ -41,7 +41,8 @@ random model of each family by the default plan. Other families are refused by n
 - *gradients*: A training step reaches every parameter of the fusion and none of the base.
 - *loss*: With gradient accumulation, the loss is per token of the whole step.
 
-Videos go through the base alone: shortcuts read images only.
+Videos (`pixel_values_videos`) are refused: shortcuts read images only, and would add nothing to
+frames. Give some frames as images.
 """
 
 
