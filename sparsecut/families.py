@@ -203,9 +203,7 @@ FAMILIES = {
     "kimi_k25": VLMFamily(_get_llava_parts, _count_kimi, index_kimi),
     "muse_glimmer": VLMFamily(_get_llava_parts, _count_muse, index_muse),
     "inkling2": VLMFamily(_get_llava_parts, _count_qwen, index_inkling2),
-    "granite_docling": VLMFamily(
-        _get_idefics_parts, _count_granite_docling, index_granite_docling
-    ),
+    "granite_docling": VLMFamily(_get_idefics_parts, _count_granite_docling, index_granite_docling),
     "mistral_large4": VLMFamily(_get_llava_parts, _count_mistral3, index_mistral3),
 }
 

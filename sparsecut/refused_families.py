@@ -51,9 +51,7 @@ WITH_SPEECH = (
     " by its class ({}) and upgrade it"
 )
 TEXT_ONLY = "its entry is a language model without a vision encoder"
-NOT_CHECKED = (
-    "which patches lie under each of its image tokens has not been worked out and checked by gradients"
-)
+NOT_CHECKED = "which patches lie under each of its image tokens has not been worked out and checked by gradients"
 REASONS = {
     "aria": RESAMPLED,
     "blip": CROSS_ATTENTION,

@@ -117,9 +117,7 @@ CONFIGS = {
         vision_config=DEEPSTACK,
         text_config={
             **NO_HEAD_DIM,
-            "rope_parameters": {
-                kind: ROPE["rope_parameters"] for kind in ("sliding_attention", "full_attention")
-            },
+            "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), ROPE["rope_parameters"]),
         },
         **IDS,
     ),
