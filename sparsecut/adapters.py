@@ -6,13 +6,15 @@ module keeps its place in our model. Adapters are saved in PEFT's own format.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .loading import check_finite, check_loaded_weights, read_tensors
+from .hub import fetch_files
+from .loading import HUB_ARGUMENTS, check_finite, check_loaded_weights, read_tensors
 from .schema import UserError, check_choice, read_json_file
 
 FOLDER = "adapters"  # beside a saved model; it has one folder of PEFT's per part with an adapter
@@ -122,17 +124,47 @@ def save_adapters(model: nn.Module, folder: Path) -> None:
         adapter.save_pretrained(str(folder / FOLDER / part), save_embedding_layers=False)
 
 
+def list_adapted_parts(folder: Path) -> tuple[str, ...]:
+    """The parts whose adapters lie in the folder of a saved model."""
+    return tuple(sorted(source.name for source in (folder / FOLDER).glob("*/")))
+
+
+def check_no_other_adapters(model: nn.Module, folder: Path) -> None:
+    """Raise UserError where a folder has adapters that would be put on a model saved into it."""
+    for part in list_adapted_parts(folder):
+        if part not in get_adapters(model):
+            raise UserError(
+                f"{folder / FOLDER / part} holds an adapter of another model, which would be put on this one when it"
+                " is loaded; remove it, or give a new folder"
+            )
+
+
+def fetch_adapters(name: str | Path, settings: dict) -> Path:
+    """The folder that may hold adapters of a model, fetched where it is on the hub.
+
+    Args:
+        name: A folder or hub name.
+        settings: Those of `from_pretrained`; see `loading.HUB_ARGUMENTS`.
+    """
+    hub = {key: settings[key] for key in HUB_ARGUMENTS if settings.get(key) is not None}
+    hub.pop("trust_remote_code", None)
+    if Path(name).exists():
+        return Path(name) / hub.get("subfolder", "")
+    return fetch_files(str(name), [f"{FOLDER}/*"], hub)
+
+
 def load_adapters(model: nn.Module, folder: Path) -> None:
     """Add the adapters saved beside a model to its parts.
 
     Raises:
         UserError: An adapter is of no part of the model, cannot be read, or has other weights.
     """
-    for source in sorted((folder / FOLDER).glob("*/")):
-        module = get_part_module(model, source.name)
+    for part in list_adapted_parts(folder):
+        source = folder / FOLDER / part
+        module = get_part_module(model, part)
         adapter = _load_adapter(module, source)
         _check_adapter(adapter, source)
-        get_adapters(model)[source.name] = adapter.eval()
+        get_adapters(model)[part] = adapter.eval()
 
 
 def _load_adapter(module: nn.Module, source: Path) -> Any:
@@ -204,6 +236,12 @@ def _load_all_weights(model: nn.Module, weights: dict[str, Tensor], folder: Path
 def strip_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights without those of adapters, under the names of a model without adapters."""
     return {_strip_layer(name): value for name, value in state.items() if ".lora_" not in name}
+
+
+def find_plain_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of the names that are a layer's without its adapter, which it has in the model."""
+    own = {_strip_layer(name) for name in model.state_dict() if ".base_layer." in name}
+    return [name for name in names if name in own]
 
 
 def _strip_layer(name: str) -> str:

@@ -51,7 +51,7 @@ from .processing_audio import SparseCutAudioProcessor
 from .processing_upgraded import wrap_processor
 from .saved_code import without_code
 from .schema import UserError
-from .sharing import find_adapters, find_shortcuts
+from .sharing import find_shortcuts
 from .timm_encoders import is_timm, make_timm_image_processor
 from .upgrading import load_fusion, read_processor
 
@@ -271,7 +271,6 @@ def load(
         )
     complaint = f"the weights in {folder} cannot be read; save or fetch the model again"
     model = load_pretrained(AutoModelForImageTextToText, folder, complaint, **from_pretrained)
-    load_adapters(model, find_adapters(folder, **hub))
     processor = read_processor(folder, **hub)
     if model.is_upgrade:
         # Earlier versions saved the base's own processor where there were no fine views.

@@ -14,23 +14,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, model_info, try_to_load_from_cache
+from huggingface_hub import EvalResult, ModelCardData
 
+from .adapters import list_adapted_parts
 from .configuration import SparseCutConfig, SparseCutUpgradeConfig
 from .drawing import draw, escape_controls
 from .encoders import is_audio
+from .licences import CARD as CARD
+from .licences import describe_licenses, find_license, is_hub_name, join_licenses
 from .plan import Plan
 from .saved_code import AUTOMATIC
 from .schema import read_text_file, write_text_file
 
-CARD = "README.md"
 TAGS = ("sparsecut", "vision-language", "shortcuts")
 PAPER = "https://arxiv.org/abs/2602.00505"
 SIGNATURE = re.compile(r"\n<!-- written by sparsecut: ([0-9a-f]{16}) -->\n*\Z")
 NAME_LINE = re.compile(r"^name = .*$", re.MULTILINE)  # in the example of use
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-OWN_BACKBONES = Path(__file__).parent / "shapes" / "weights"
-LICENSE_SECONDS = 5  # to wait for the hub, for one part's licence
 
 IMAGE_EXAMPLE = """\
 from transformers import pipeline
@@ -43,8 +42,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 name = {name}
 model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
-# waveform: a NumPy array of one channel, at the rate of processor.feature_extractor
-inputs = processor(audio=[waveform], text=[processor.audio_token], return_tensors="pt")
+inputs = processor(audio=["clip.wav"], text=[processor.audio_token], return_tensors="pt")
 print(processor.batch_decode(model.generate(**inputs, max_new_tokens=50)))"""
 SHORTCUTS_EXAMPLE = """\
 import sparsecut  # pip install sparsecut
@@ -102,6 +100,7 @@ class ModelFacts:
         datasets: Those of `data` that are on the hub, by name.
         scores: What an evaluation found.
         tags: Further tags for the hub.
+        adapted: Parts whose adapters lie beside the weights.
     """
 
     plan: Plan
@@ -113,6 +112,7 @@ class ModelFacts:
     datasets: tuple[str, ...] = ()
     scores: tuple[Score, ...] = ()
     tags: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
 
 
 def describe_config(config: SparseCutConfig | SparseCutUpgradeConfig) -> ModelFacts:
@@ -204,7 +204,7 @@ def make_metadata(facts: ModelFacts, name: str, licenses: Sequence[str | None]) 
         datasets=list(facts.datasets) or None,
         eval_results=results or None,
         library_name="sparsecut" if facts.are_shortcuts_alone else "transformers",
-        license=_join_licenses(licenses),
+        **describe_licenses(licenses),
         model_name=_clean(_get_title(name)) if results else None,
         pipeline_tag=_get_task(facts),
         tags=list(dict.fromkeys((*TAGS, *facts.tags))),
@@ -218,52 +218,6 @@ def _get_title(name: str) -> str:
 
 def _get_task(facts: ModelFacts) -> str:
     return "audio-text-to-text" if facts.takes_audio else "image-text-to-text"
-
-
-def _join_licenses(licenses: Sequence[str | None]) -> str | None:
-    """The licence that all parts share, "other" where they differ, None where one is not known."""
-    if not licenses or None in licenses:
-        return None
-    return licenses[0] if len(set(licenses)) == 1 else "other"
-
-
-def find_license(name: str | None, *, online: bool) -> str | None:
-    """The licence that the card of a part names.
-
-    Args:
-        name: A folder or hub name.
-        online: Whether the hub may be asked. Otherwise only files on this machine are read.
-    """
-    if name is None:
-        return None
-    folder = Path(name)
-    if folder.is_dir():
-        if folder.resolve().is_relative_to(OWN_BACKBONES):
-            return "apache-2.0"
-        return _read_license(folder / CARD)
-    if not is_hub_name(name):
-        return None
-    cached = try_to_load_from_cache(name, CARD)
-    if isinstance(cached, str):
-        return _read_license(Path(cached))
-    if not online:
-        return None
-    try:
-        data = model_info(name, timeout=LICENSE_SECONDS).card_data
-    except Exception:  # whatever keeps the hub from answering; the card then says it is not known
-        return None
-    return _get_text(data.get("license")) if data else None
-
-
-def _read_license(card: Path) -> str | None:
-    try:
-        return _get_text(ModelCard.load(card).data.get("license"))
-    except Exception:  # no card, or a damaged one
-        return None
-
-
-def _get_text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
 
 
 def _introduce(facts: ModelFacts) -> str:
@@ -289,7 +243,7 @@ def _list_parts(parts: Sequence[Part], licenses: Sequence[str | None]) -> list[s
         shown = _quote(license_name) if license_name else "not known"
         lines.append(f"| {part.role} | {_show_part(part)} | {shown} |")
     lines += ["", "The Python files in this repository are SparseCut's, under Apache-2.0."]
-    joined = _join_licenses(licenses)
+    joined = join_licenses(licenses)
     if joined is None:
         lines.append("The licence of a part is not known, so none is named for the whole.")
     elif joined == "other":
@@ -332,7 +286,8 @@ def _list_scores(scores: Sequence[Score]) -> list[str]:
         if score.command and score.command not in commands:
             commands.append(score.command)
     if commands:
-        text = "\n".join(_clean(command).replace("```", "'''") for command in commands)
+        shown = [escape_controls(command, keep_lines=False) for command in commands]
+        text = "\n".join(shown).replace("```", "'''")
         lines += ["", "```sh", text, "```"]
     return lines
 
@@ -342,6 +297,9 @@ def _show_use(facts: ModelFacts, name: str) -> list[str]:
     if facts.are_shortcuts_alone:
         example = SHORTCUTS_EXAMPLE
     lines = ["```python", example.format(name=json.dumps(name)), "```"]
+    if facts.adapted:
+        parts = " and the ".join(facts.adapted)
+        lines += ["", f"The adapters of the {parts} part are put on too (`pip install peft`)."]
     if not facts.are_shortcuts_alone:
         lines += [
             "",
@@ -349,11 +307,6 @@ def _show_use(facts: ModelFacts, name: str) -> list[str]:
             " sparsecut` and `import sparsecut` first, it is not needed.",
         ]
     return lines
-
-
-def is_hub_name(name: str | None) -> bool:
-    """Whether a name can be one of the hub, and is no file or folder here."""
-    return bool(name) and not Path(name).exists() and bool(HUB_NAME.fullmatch(name))
 
 
 def _clean(text: str) -> str:
@@ -396,7 +349,7 @@ def write_card(
     file = Path(folder) / CARD
     if file.exists() and not is_unedited(read_text_file(file)):
         return False
-    facts = replace(facts, tags=(*facts.tags, *tags))
+    facts = replace(facts, tags=(*facts.tags, *tags), adapted=list_adapted_parts(Path(folder)))
     write_text_file(file, make_card(facts, name or Path(folder).resolve().name, online=online))
     return True
 

@@ -79,10 +79,10 @@ class SparseCutConfig(PreTrainedConfig):
         check_runs_no_code(config_dict, kwargs.get("name_or_path") or f"a {cls.model_type} model")
         return super().from_dict(without_gguf(config_dict), **kwargs)
 
-    def save_pretrained(self, folder: str | Path, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write config.json, and beside it the code of the model; see `saved_code`."""
-        super().save_pretrained(folder, *args, **kwargs)
-        _write_model_code(type(self), Path(folder))
+        super().save_pretrained(save_directory, *args, **kwargs)
+        _write_model_code(type(self), Path(save_directory))
 
     def get_plan(self) -> Plan:
         """The plan as a `Plan`."""
@@ -159,10 +159,10 @@ class SparseCutUpgradeConfig(PreTrainedConfig):
         check_runs_no_code(config_dict, kwargs.get("name_or_path") or f"a {cls.model_type} model")
         return super().from_dict(without_gguf(config_dict), **kwargs)
 
-    def save_pretrained(self, folder: str | Path, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write config.json, and beside it the code of the model; see `saved_code`."""
-        super().save_pretrained(folder, *args, **kwargs)
-        _write_model_code(type(self), Path(folder))
+        super().save_pretrained(save_directory, *args, **kwargs)
+        _write_model_code(type(self), Path(save_directory))
 
     @classmethod
     def from_base(

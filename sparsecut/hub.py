@@ -93,6 +93,31 @@ def _exists(text: str) -> bool:
         return False
 
 
+def fetch_files(name: str, patterns: list[str], hub: dict) -> Path:
+    """The files of a model on the hub that match patterns; those that are here without the hub.
+
+    Args:
+        name: Its name.
+        patterns: Such as "adapters/*".
+        hub: Arguments of `from_pretrained` that say how the hub is reached.
+
+    Returns:
+        The folder that holds them.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    hub = {**hub, **check_model_place(name, **hub)}
+    subfolder = hub.pop("subfolder", "")
+    patterns = [f"{subfolder}/{pattern}".lstrip("/") for pattern in patterns]
+    try:
+        folder = snapshot_download(name, allow_patterns=patterns, **hub)
+    except (HfHubHTTPError, OSError, ValueError):
+        hub["local_files_only"] = True
+        folder = snapshot_download(name, allow_patterns=patterns, **hub)
+    return Path(folder) / subfolder
+
+
 def is_offline() -> bool:
     """Whether the user has switched the hub off."""
     from huggingface_hub import constants
@@ -165,6 +190,25 @@ def _request(name: str, kind: str, revision: str | None, token: Any) -> HubEntry
     info = read_info(name, revision=revision, timeout=SECONDS_TO_CONNECT)
     files = tuple(file.rfilename for file in info.siblings or ())
     return HubEntry(name, info.sha, files)
+
+
+def check_hub_answers(name: str, token: str | bool | None = None) -> None:
+    """Raise HubUnreachable where the hub gives no answer about a name, which it need not have.
+
+    Whoever pushes asks this first: the hub's own client tries for minutes.
+    """
+    from huggingface_hub import constants
+
+    try:
+        find_on_hub(name, "model", token=token)
+    except HubUnreachable:
+        state = "is switched off (HF_HUB_OFFLINE)" if is_offline() else "gives no answer"
+        raise HubUnreachable(
+            f"{name} cannot be pushed: the hub {constants.ENDPOINT} {state}; check the connection"
+            " (HF_ENDPOINT, HTTPS_PROXY), or write the folder with `sparsecut push --dry-run`"
+        ) from None
+    except UserError:  # the hub has answered
+        return
 
 
 def describe_gated(name: str, kind: str) -> UserError:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -26,13 +23,14 @@ from .encoders import PatchGrid, encoder_inputs
 from .fusion import Fusion, check_adapted_fusion
 from .gradient_hooks import remove_gradient_hooks, take_tuples
 from .hooks import CACHE_NAMES
-from .loading import check_finite, check_loaded_weights, find_compute_dtype, is_quantized
+from .loading import is_quantized
 from .placeholders import IGNORED as IGNORED
 from .plan import Plan
+from .saved_model import SavedModel
 from .schema import UserError
 
 
-class SparseCutPreTrainedModel(PreTrainedModel):
+class SparseCutPreTrainedModel(SavedModel):
     """Base of the joined model (`modeling`) and of the upgraded one (`modeling_upgraded`).
 
     Code that works with either kind asks this interface, never for attributes of one kind.
@@ -65,41 +63,6 @@ class SparseCutPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _skip_keys_device_placement: ClassVar[list] = list(CACHE_NAMES)
     _no_split_modules: ClassVar[list] = ["Fusion", "ContextGate"]
-
-    @classmethod
-    def from_pretrained(
-        cls, name: Any, *args: Any, output_loading_info: bool = False, **settings: Any
-    ) -> Any:
-        """Load a model as transformers does, and refuse one whose weights are not all its own.
-
-        Args:
-            name: A folder or a hub name. With `state_dict={}` instead the model is a new one.
-            *args: As transformers takes them.
-            output_loading_info: Return what is missing and unknown too, and refuse nothing.
-            **settings: As transformers takes them.
-
-        Raises:
-            UserError: Weights are missing, unknown or not finite.
-        """
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **settings)
-        if output_loading_info:
-            return model, info
-        if name is not None or settings.get("state_dict"):
-            check_loaded_weights(model, info, str(name or "state_dict"))
-            check_finite(model, str(name or "state_dict"))
-        if is_quantized(model.config):
-            model.fusion.to(find_compute_dtype(model))
-        return model
-
-    def _upload_modified_files(
-        self, working_dir: Any, repo_id: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As transformers does; the card that it made for want of one becomes ours."""
-        # By name: code saved beside a model has no such module, and transformers' card is pushed.
-        if find_spec(f"{__package__}.sharing") is not None:
-            sharing = import_module(f"{__package__}.sharing")
-            sharing.mend_pushed_card(Path(working_dir), self.config, repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def post_init(self) -> None:
         """Finish as transformers does; no quantizer is to touch the shortcuts."""

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, GenerationMixin, PreTraine
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple
 
+from .adapters import check_no_other_adapters, save_adapters
 from .configuration import SparseCutUpgradeConfig
 from .families import get_family
 from .fusion import Fusion
@@ -170,14 +171,18 @@ class SparseCutUpgradeModel(SparseCutPreTrainedModel):
             return self.base.get_image_features(*args, **kwargs)
 
     def save_pretrained(
-        self, folder: str | Path, *args: Any, save_original_format: bool = False, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        *args: Any,
+        save_original_format: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """Write the whole model, weights named as here and not as in old files of the base.
 
         A Trainer reads them under these names.
         """
         return super().save_pretrained(
-            folder, *args, save_original_format=save_original_format, **kwargs
+            save_directory, *args, save_original_format=save_original_format, **kwargs
         )
 
     def detach(self) -> PreTrainedModel:
@@ -314,6 +319,8 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
     ) -> None:
         """Write the shortcuts alone: their weights, the plan, and which base they belong to.
 
+        Adapters on parts of the base are written beside them.
+
         Args:
             folder: Where fusion.safetensors and fusion.json go.
             state_dict: The whole model's weights, where they are sharded between processes.
@@ -322,8 +329,9 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
             **settings: For `push_fusion`.
 
         Raises:
-            UserError: An adapter is inside the shortcuts.
+            UserError: An adapter is inside the shortcuts, or the folder holds one of another model.
         """
+        check_no_other_adapters(self, Path(folder))
         weights = self._read_fusion_weights(state_dict)
         inside = [name for name in weights if "base_layer" in name]
         if inside:
@@ -346,6 +354,7 @@ class SparseCutUpgrade(SparseCutUpgradeModel, GenerationMixin):
             "version": getattr(sys.modules[__package__], "__version__", None),
         }
         (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+        save_adapters(self, folder)
         if push_to_hub:
             self.push_fusion(repo_id or folder.resolve().name, **settings)
 

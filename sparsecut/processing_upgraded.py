@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
 
+from .hub import check_hub_answers
 from .pixels import (
     WHITE,
     array_to_rgb,
@@ -147,12 +148,18 @@ def _make_class(base_class: type, has_fine_views: bool) -> type:
                 features["fine_pixel_values"] = fine
         return features
 
-    def save_pretrained(self: Any, folder: Any, **kwargs: Any) -> Any:
-        saved = base_class.save_pretrained(self, folder, **kwargs)
-        _write_class(self, Path(folder) / PROCESSOR_FILE, base_class)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        saved = base_class.save_pretrained(self, str(save_directory), *args, **kwargs)
+        _write_class(self, Path(save_directory) / PROCESSOR_FILE, base_class)
         return saved
 
+    def push(self: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        check_hub_answers(repo_id, kwargs.get("token"))
+        return base_class.push_to_hub(self, repo_id, *args, **kwargs)
+
     def upload(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        # A save that pushes sends files before it returns.
+        _write_class(self, Path(working_dir) / PROCESSOR_FILE, base_class)
         drop_automatic_card(working_dir)
         return base_class._upload_modified_files(self, working_dir, *args, **kwargs)
 
@@ -173,6 +180,7 @@ def _make_class(base_class: type, has_fine_views: bool) -> type:
         "__reduce__": reduce,
         "join_views": False,
         "save_pretrained": save_pretrained,
+        "push_to_hub": push,
         "_upload_modified_files": upload,
         "base_processor_class": base_class,
     }

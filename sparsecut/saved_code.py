@@ -19,6 +19,7 @@ from typing import Any
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import PROCESSOR_NAME
 
+from .hub import check_hub_answers
 from .schema import read_json_file, write_text_file
 
 # Modules that are beside no model. Their names are what an error shows: where the code was left
@@ -78,16 +79,25 @@ class SavesCode:
     """Comes before ProcessorMixin among the bases of a processor that is saved with its code."""
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        self._write_code(working_dir)  # a save that pushes sends files before it returns
         drop_automatic_card(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
-    def save_pretrained(self, folder: str | Path, *args: Any, **kwargs: Any) -> Any:
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Push as transformers does; a hub that is away is told quickly."""
+        check_hub_answers(repo_id, kwargs.get("token"))
+        return super().push_to_hub(repo_id, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Write the processor as transformers does, and its code beside it."""
-        saved = super().save_pretrained(folder, *args, **kwargs)
+        saved = super().save_pretrained(str(save_directory), *args, **kwargs)
+        self._write_code(save_directory)
+        return saved
+
+    def _write_code(self, folder: str | Path) -> None:
         kind = type(self)
         place = f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
         write_code(Path(folder) / PROCESSOR_NAME, [kind], {"AutoProcessor": place})
-        return saved
 
 
 def mark_as_missing(file: Path, kind: type) -> None:

@@ -6,19 +6,20 @@ import logging
 import shlex
 import shutil
 import tempfile
+from dataclasses import replace
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from .adapters import FOLDER as ADAPTERS
-from .adapters import save_adapters
+from .adapters import list_adapted_parts
 from .card import (
     CARD,
     ModelFacts,
@@ -31,6 +32,7 @@ from .card import (
     write_card,
 )
 from .configuration import SparseCutConfig, SparseCutUpgradeConfig
+from .hub import check_hub_answers, check_model_place, fetch_files
 from .loading import load_pretrained
 from .modeling_upgraded import FACTS, WEIGHTS, SparseCutUpgrade
 from .schema import UserError, read_json_file, read_text_file, write_text_file
@@ -50,8 +52,9 @@ def describe_folder(folder: Path) -> ModelFacts:
     Raises:
         UserError: It holds neither.
     """
+    adapted = list_adapted_parts(folder)
     if (folder / FACTS).is_file():
-        return describe_shortcuts(read_facts(folder))
+        return replace(describe_shortcuts(read_facts(folder)), adapted=adapted)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} holds neither config.json nor {FACTS}, so there is no model to hand on; give"
@@ -64,7 +67,7 @@ def describe_folder(folder: Path) -> ModelFacts:
             f"{folder} holds a model of type {config.model_type}, which is not SparseCut's; give a"
             " model that build, upgrade or train wrote"
         )
-    return describe_config(config)
+    return replace(describe_config(config), adapted=adapted)
 
 
 def push_folder(
@@ -96,6 +99,8 @@ def push_folder(
     folder = Path(folder)
     facts = describe_folder(folder)
     check_name(name)
+    if dry_run is None:
+        check_hub_answers(name, token)
     _check_base_is_known(facts)
     card = _make_pushed_card(folder, facts, name, online=dry_run is None)
     if dry_run is not None:
@@ -103,6 +108,9 @@ def push_folder(
         write_text_file(target / CARD, card)
         return str(target)
     write_text_file(folder / CARD, card)
+    patterns = [pattern for part in LEFT_OUT for pattern in (part, f"{part}/*")]
+    if is_unedited(card) and _is_edited_on_hub(name, token):
+        patterns.append(CARD)
     api = HfApi(library_name="sparsecut", token=token)
     try:
         address = api.create_repo(name, private=private, exist_ok=True)
@@ -110,7 +118,7 @@ def push_folder(
             repo_id=address.repo_id,
             folder_path=folder,
             commit_message="Upload model",
-            ignore_patterns=[pattern for part in LEFT_OUT for pattern in (part, f"{part}/*")],
+            ignore_patterns=patterns,
         )
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -138,7 +146,6 @@ def push_fusion(
     check_name(name)
     with tempfile.TemporaryDirectory() as folder:
         model.save_fusion(folder)
-        save_adapters(model, Path(folder))
         if processor is not None:
             processor.save_pretrained(folder)
         return push_folder(folder, name, **settings)
@@ -176,6 +183,20 @@ def _make_pushed_card(folder: Path, facts: ModelFacts, name: str, *, online: boo
     return renamed or make_card(facts, name, online=online)
 
 
+def _is_edited_on_hub(name: str, token: str | bool | None) -> bool:
+    """Whether a repository has a card that a user wrote or edited; that one stays."""
+    try:
+        text = ModelCard.load(name, token=token, ignore_metadata_errors=True).content
+    except (HfHubHTTPError, OSError):  # there is no card, or no repository yet
+        return False
+    except ValueError:  # a header that is no YAML: written by hand
+        return True
+    if is_unedited(text):
+        return False
+    logger.warning("the card of %s was edited on the hub, and stays as it is", name)
+    return True
+
+
 def _copy(folder: Path, target: Path) -> Path:
     """Copy what is pushed to another folder, which is new or empty."""
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
@@ -207,34 +228,14 @@ def find_shortcuts(name: str | Path, **hub: Any) -> Path | None:
         "_raise_exceptions_for_missing_entries": False,
         "_raise_exceptions_for_connection_errors": False,
     }
+    hub = {**hub, **check_model_place(name, **hub)}
     try:
         facts = cached_file(str(name), FACTS, **hub, **quiet)
-    except (OSError, ValueError):  # no such name; who loads the model says so
+    except (OSError, ValueError):  # whoever loads the model says why
         return None
     if facts is None:
         return None
-    return _fetch(name, SHORTCUTS_FILES, hub)
-
-
-def find_adapters(name: str | Path, **hub: Any) -> Path:
-    """The folder that may hold adapters of a whole model, fetched where it is on the hub."""
-    if Path(name).exists():
-        return Path(name)
-    hub = {key: value for key, value in hub.items() if key != "trust_remote_code"}
-    return _fetch(name, [f"{ADAPTERS}/*"], hub)
-
-
-def _fetch(name: str | Path, patterns: list[str], hub: dict) -> Path:
-    """The files of a repository that match patterns; those that are here without the hub."""
-    subfolder = hub.pop("subfolder", "")
-    patterns = [f"{subfolder}/{pattern}".lstrip("/") for pattern in patterns]
-    try:
-        folder = snapshot_download(str(name), allow_patterns=patterns, **hub)
-    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError):
-        folder = snapshot_download(
-            str(name), allow_patterns=patterns, **hub | {"local_files_only": True}
-        )
-    return Path(folder) / subfolder
+    return fetch_files(str(name), SHORTCUTS_FILES, hub)
 
 
 # ---- scores for the card
@@ -306,16 +307,28 @@ def _find_data_name(command: str | None) -> str | None:
     return None
 
 
-def mend_pushed_card(folder: Path, config: Any, name: str) -> None:
-    """Replace the card that transformers made for a push by ours; its tags stay.
+def mend_pushed_card(
+    folder: Path, config: Any, name: str, *, token: str | bool | None = None
+) -> bool:
+    """Write the card of a model that transformers pushes, unless a user wrote or edited one.
+
+    The card that transformers made becomes ours; its tags stay.
 
     Args:
         folder: What will be pushed.
         config: The configuration of the model.
         name: The repository's name.
+        token: The token of the hub.
+
+    Returns:
+        Whether the folder's card is to be pushed: not where one was edited on the hub.
     """
     file = folder / CARD
-    if not file.is_file() or not is_unedited(read_text_file(file)):
-        return
-    tags = ModelCard.load(file).data.tags or []
+    text = read_text_file(file) if file.is_file() else ""
+    if text and not is_unedited(text):
+        return True
+    if _is_edited_on_hub(name, token):
+        return False
+    tags = (ModelCard(text).data.tags or []) if text else []
     write_card(folder, describe_config(config), name=name, online=True, tags=tuple(tags))
+    return True

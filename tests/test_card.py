@@ -3,7 +3,9 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from helpers.example_bases import build_audio
 from helpers.tiny import tiny_model
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -82,6 +84,8 @@ def make_parts(folder, *licenses):
         (("mit", "apache-2.0"), "other"),
         (("mit", None), None),
         (("llama3",), "llama3"),
+        (("my own words",), "other"),
+        (("[mit, apache-2.0]",), "other"),
     ],
 )
 def test_the_licence_is_that_of_all_parts(tmp_path, licenses, expected):
@@ -90,7 +94,7 @@ def test_the_licence_is_that_of_all_parts(tmp_path, licenses, expected):
     assert ModelCard(text).data.license == expected
     assert str(tmp_path) not in text, "folders of this machine are nobody's business"
     for name in filter(None, licenses):
-        assert f"`{name}`" in text
+        assert f"`{name.strip('[]')}`" in text
 
 
 def test_parts_on_the_hub_are_named_as_base_models():
@@ -110,6 +114,9 @@ def test_foreign_names_control_nothing():
     assert "\n# heading" not in text
     card = ModelCard(text)
     assert card.data.eval_results[0].metric_value == 50.0
+    assert str(card) == text and is_unedited(str(card)), "what reads and writes it changes nothing"
+    command = get_block(text, "sh")
+    assert "<script>" in command, "in code, nothing is escaped that a shell would read"
 
 
 def write_result(folder, **values):
@@ -148,6 +155,17 @@ def test_a_folder_without_scores_is_refused(tmp_path, values):
         write_result(tmp_path, **values)
     with pytest.raises(UserError, match="eval --out"):
         read_scores(tmp_path)
+
+
+def test_the_example_for_audio_runs_as_printed(tmp_path, monkeypatch, capsys):
+    soundfile = pytest.importorskip("soundfile")
+    save(*build_audio(), tmp_path / "mine")
+    example = get_block((tmp_path / "mine/README.md").read_text(), "python")
+    assert len(example.splitlines()) == 6
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("clip.wav", np.sin(np.arange(3000) / 9), 16000)
+    exec(example, {})
+    assert capsys.readouterr().out.startswith("[")
 
 
 def test_the_plan_of_a_card_is_that_of_the_model(saved):

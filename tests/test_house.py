@@ -35,13 +35,13 @@ METHOD = ["schema", "plan", "methods", "baselines", "mixers", "fusion"]
 ASSEMBLY = [
     "building",
     "upgrading",
-    "adapters",
     "fingerprint",
     "prompts",
     "chat",
     "card",
     "drawing",
     "sharing",
+    "licences",
 ]
 # The lazy registration of the Auto classes: a configuration's end registers its model class.
 AGAINST_THE_GRAIN = {"registration"}

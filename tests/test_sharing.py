@@ -10,13 +10,13 @@ import torch
 from helpers import runs
 from helpers.bases import build_base, build_inputs, randomize_fusion
 from helpers.ecosystem import upgraded_with_processor
-from helpers.example_bases import build_example_base, load_example
-from helpers.hub import imitate_hub
+from helpers.example_bases import build_audio, build_example_base
+from helpers.hub import serve_hub
 from helpers.tiny import tiny_model
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from sparsecut import build, upgrade
+from sparsecut import upgrade
 from sparsecut.building import save
 from sparsecut.schema import UserError
 from sparsecut.sharing import push_folder
@@ -145,17 +145,9 @@ for script in {scripts!r}:
 """
 
 
-def build_audio():
-    """(model, processor): a model of the audio example."""
-    torch.manual_seed(0)
-    encoder, extractor, language, tokenizer = load_example("audio").build_parts()
-    plan = {"method": "sparsecut", "tiles": 0}
-    return build(encoder, language, plan, image_processor=extractor, tokenizer=tokenizer)
-
-
 @pytest.fixture(scope="module")
 def handed_on(tmp_path_factory):
-    """(folder, repositories): models of every kind, pushed and loaded again by other processes."""
+    """(folder, hub): models of every kind, pushed and loaded again by other processes."""
     folder = tmp_path_factory.mktemp("shared")
     base, processor = build_example_base("llava")
     base.save_pretrained(folder / "base")
@@ -175,10 +167,12 @@ def handed_on(tmp_path_factory):
     save_file(logits, folder / "expected.safetensors")
     push_folder(folder / "run/final", "me/trained", dry_run=folder / "pushed")
     scripts = [PUSH, LOAD_SHORTCUTS, ABSENT + LOAD]
-    with imitate_hub() as (address, repositories):
-        repositories["me/base"] = {"README.md": b"---\nlicense: mit\n---\nA base.\n"}
-        run(FORK.format(scripts=scripts, encode=ENCODE), folder, address)
-    return folder, repositories
+    card = folder / "hub/models/me/base/README.md"
+    card.parent.mkdir(parents=True)
+    card.write_text("---\nlicense: mit\n---\nA base.\n")
+    with serve_hub(folder / "hub") as hub:
+        run(FORK.format(scripts=scripts, encode=ENCODE), folder, hub.url)
+    return folder, hub
 
 
 @torch.no_grad()
@@ -222,32 +216,32 @@ def run(script, folder, address):
 
 
 def test_every_kind_of_model_is_pushed_and_loaded_without_the_package(handed_on):
-    _, repositories = handed_on
+    _, hub = handed_on
     for name in ("built", "audio", "llava", "qwen", "again"):
-        files = set(repositories[f"me/{name}"])
+        files = hub.list_files(f"me/{name}")
         assert files >= {"config.json", "model.safetensors", "README.md", "plan.py"}
         assert name == "qwen" or "processor_config.json" in files
 
 
-def read_card(repositories, name) -> ModelCard:
-    return ModelCard(repositories[name]["README.md"].decode())
+def read_card(hub, name) -> ModelCard:
+    return ModelCard((hub.root / "models" / name / "README.md").read_text())
 
 
 def test_cards_of_pushed_models_name_their_parts(handed_on):
-    _, repositories = handed_on
-    built = read_card(repositories, "me/built")
+    _, hub = handed_on
+    built = read_card(hub, "me/built")
     assert built.data.pipeline_tag == "image-text-to-text" and "mine" in built.data.tags
-    assert read_card(repositories, "me/audio").data.pipeline_tag == "audio-text-to-text"
-    short = read_card(repositories, "me/short").data
+    assert read_card(hub, "me/audio").data.pipeline_tag == "audio-text-to-text"
+    short = read_card(hub, "me/short").data
     assert short.base_model == ["me/base"] and short.base_model_relation == "adapter"
     assert short.library_name == "sparsecut" and short.license == "mit"
 
 
 def test_shortcuts_are_a_small_repository_of_their_own(handed_on):
-    _, repositories = handed_on
-    files = set(repositories["me/short"])
+    _, hub = handed_on
+    files = hub.list_files("me/short")
     assert files == {"fusion.json", "fusion.safetensors", "README.md"}
-    tuned = set(repositories["me/tuned"])
+    tuned = hub.list_files("me/tuned")
     assert {"adapters/language/adapter_config.json", "processor_config.json"} <= tuned
     assert not any(name.startswith("model") and name.endswith("tensors") for name in tuned)
 

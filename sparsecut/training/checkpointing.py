@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import Trainer
 
-from ..adapters import get_adapters, load_checkpoint, save_adapters, strip_adapters
+from ..adapters import load_checkpoint
 from ..modeling_upgraded import WEIGHTS
 from ..schema import UserError, read_json_file
 from ..upgrading import load_fusion_weights
@@ -83,16 +83,12 @@ class CheckpointingTrainer(Trainer):
             raise discard_checkpoint(folder, error) from error
 
     def _save(self, output_dir=None, state_dict=None):
-        """Save the model: shortcuts alone where the base is unchanged, and adapters separately."""
+        """Save the model: shortcuts alone where the base is unchanged, adapters beside it."""
         folder = Path(output_dir or self.args.output_dir)
         if not self.model.saves_fusion_only:
-            if get_adapters(self.model):
-                state_dict = strip_adapters(state_dict or self.model.state_dict())
             super()._save(str(folder), state_dict)
         elif self.args.should_save:
             self.model.save_fusion(folder, state_dict)
-        if self.args.should_save:
-            save_adapters(self.model, folder)
 
     # Continuing
 

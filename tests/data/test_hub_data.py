@@ -10,7 +10,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from helpers.hub_server import COMMIT, serve_hub
+from helpers.hub import COMMIT, serve_hub
 from helpers.shards import write_shards
 from huggingface_hub import constants
 

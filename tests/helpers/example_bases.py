@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from helpers.runs import write_records
 
+from sparsecut import build
+
 
 def load_example(name: str):
     """Import a file of examples/ as a module."""
@@ -30,6 +32,14 @@ def build_example_base(kind: str):
     # wide enough for answers that differ
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
     return model, processor
+
+
+def build_audio():
+    """(model, processor): a tiny random model of the audio example."""
+    torch.manual_seed(0)
+    encoder, extractor, language, tokenizer = load_example("audio").build_parts()
+    plan = {"method": "sparsecut", "tiles": 0}
+    return build(encoder, language, plan, image_processor=extractor, tokenizer=tokenizer)
 
 
 def run_upgrade_example(kind: str, folder, monkeypatch, capsys) -> None:
