@@ -1,6 +1,8 @@
 """Models are handed on: pushed to an imitation of the hub, and loaded from it without this package."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 
 from sparsecut import upgrade
 from sparsecut.building import save
+from sparsecut.card import is_unedited
 from sparsecut.schema import UserError
 from sparsecut.sharing import push_folder
 
@@ -40,15 +43,35 @@ def encode(processor):
 def compute_logits(model, processor):
     return model(**encode(processor), use_cache=False).logits.contiguous()
 '''
-exec(ENCODE)
+ADAPT = '''
+def adapt(model):
+    """Put an adapter with an effect on the language model."""
+    from peft import LoraConfig, get_peft_model
+    from sparsecut.adapters import get_adapters
 
+    settings = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_adapters(model)["language"] = get_peft_model(model.language_backbone(), settings).eval()
+    return model
+'''
+exec(ENCODE + ADAPT)
+ROOT = Path(__file__).parents[1]
+BASE = "llava-hf/llava-1.5-7b-hf"  # as the page names one
+
+CARDS = {
+    "me/base": "---\nlicense: mit\n---\nA base.\n",
+    "me/edited": "---\nlicense: mit\n---\nWords of a user.\n",
+}
 # Each runs in a child of one process that has imported transformers: most of the time is spent there.
 PUSH = """
 import sparsecut, transformers
-for name in ("built", "audio", "llava"):
-    model, processor = sparsecut.load(name)
-    processor.push_to_hub("me/" + name)
-    model.push_to_hub("me/" + name, tags=["mine"])
+model, processor = sparsecut.load("built")  # it has an adapter
+processor.push_to_hub("me/built")
+model.push_to_hub("me/built", tags=["mine"])
+for part in reversed(sparsecut.load("audio")):
+    part.save_pretrained("copy", push_to_hub=True, repo_id="me/audio")
+model, processor = sparsecut.load("llava")
+for part in (processor, model, processor, model):
+    part.push_to_hub("me/llava", tags=["mine"])
 qwen = transformers.AutoModelForImageTextToText.from_pretrained("qwen")
 qwen.push_to_hub("me/qwen")
 base = sparsecut.load("llava")[0]
@@ -57,13 +80,29 @@ transformers.AutoProcessor.from_pretrained("base").push_to_hub("me/base")
 model, processor = sparsecut.upgrade("me/base")
 model.fusion.load_state_dict(base.fusion.state_dict())
 model.save_fusion("short", push_to_hub=True, repo_id="me/short")
-
-from peft import LoraConfig, get_peft_model
-from sparsecut.adapters import get_adapters
-settings = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-get_adapters(model)["language"] = get_peft_model(model.language_backbone(), settings)
+adapt(model)
 model.push_fusion("me/tuned", processor)
 torch.save(compute_logits(model.eval(), processor), "tuned.pt")
+
+from sparsecut.sharing import push_folder
+push_folder("audio", "me/edited")
+qwen.config.save_pretrained("edited")
+qwen.save_pretrained("edited", push_to_hub=True, repo_id="me/edited")
+"""
+# The blocks of docs/share.md, as printed.
+PAGE = """
+import shlex
+import sparsecut.cli.main
+from sparsecut.cli.app import app
+
+room = {}
+for language, block in BLOCKS:
+    if language == "python":
+        exec(block, room)
+        continue
+    for line in block.splitlines():
+        sys.argv = shlex.split(line, comments=True)
+        app(args=sys.argv[1:], standalone_mode=False)
 """
 LOAD_SHORTCUTS = """
 import sparsecut
@@ -87,9 +126,10 @@ from transformers import *
 whole = AutoModelForImageTextToText, AutoModelForMultimodalLM
 kinds = {"AutoConfig": AutoConfig, "AutoProcessor": AutoProcessor, "AutoModel": AutoModel}
 kinds |= {kind.__name__: kind for kind in whole}
-places = {"me/built": "built", "me/audio": "audio", "me/llava": "llava", "pushed": "trained"}
+places = {"me/my-model": "trained", "me/built": "built", "me/audio": "audio", "me/llava": "llava"}
+places["pushed"] = "trained"
 # First, because code that was loaded once stays known to the process.
-for place in places:
+for place in ("me/my-model", "me/llava", "audio", "pushed"):
     for name, kind in kinds.items():
         try:
             kind.from_pretrained(place)
@@ -99,7 +139,7 @@ for place in places:
             raise AssertionError(f"{name} gives something for {place} without a question")
 for place, saved in places.items():
     processor = AutoProcessor.from_pretrained(place, trust_remote_code=True)
-    for kind in whole:
+    for kind in whole if place == "pushed" else whole[:1]:
         model = kind.from_pretrained(place, trust_remote_code=True).eval()
         assert torch.equal(compute_logits(model, processor), read(saved)), (place, kind)
     inputs = encode(processor)
@@ -137,7 +177,7 @@ for script in {scripts!r}:
             sys.exit(1)
         continue
     try:
-        exec({encode!r} + script)
+        exec({shared!r} + script)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
@@ -153,7 +193,7 @@ def handed_on(tmp_path_factory):
     base.save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
     models = {
-        "built": tiny_model(),
+        "built": adapt_tiny(),
         "audio": build_audio(),
         "llava": upgraded_with_processor(),
         "trained": train_tiny(folder),
@@ -165,14 +205,28 @@ def handed_on(tmp_path_factory):
     logits = {name: compute_logits(*pair) for name, pair in models.items()}  # noqa: F821
     logits["qwen"] = save_qwen(folder)
     save_file(logits, folder / "expected.safetensors")
-    push_folder(folder / "run/final", "me/trained", dry_run=folder / "pushed")
-    scripts = [PUSH, LOAD_SHORTCUTS, ABSENT + LOAD]
-    card = folder / "hub/models/me/base/README.md"
-    card.parent.mkdir(parents=True)
-    card.write_text("---\nlicense: mit\n---\nA base.\n")
+    place = folder / BASE
+    place.parent.mkdir()
+    place.symlink_to(folder / "base")
+    for name, text in CARDS.items():
+        card = folder / "hub/models" / name / "README.md"
+        card.parent.mkdir(parents=True)
+        card.write_text(text)
+    scripts = [PUSH, read_page(), LOAD_SHORTCUTS, ABSENT + LOAD]
     with serve_hub(folder / "hub") as hub:
-        run(FORK.format(scripts=scripts, encode=ENCODE), folder, hub.url)
+        run(FORK.format(scripts=scripts, shared=ENCODE + ADAPT), folder, hub.url)
     return folder, hub
+
+
+def adapt_tiny():
+    model, processor = tiny_model()
+    return adapt(model), processor  # noqa: F821
+
+
+def read_page() -> str:
+    """A script that runs the blocks of the page on sharing."""
+    page = (ROOT / "docs/share.md").read_text()
+    return PAGE.replace("BLOCKS", repr(re.findall(r"```(python|bash)\n(.*?)```", page, re.S)))
 
 
 @torch.no_grad()
@@ -186,12 +240,10 @@ def save_qwen(folder):
 
 
 def train_tiny(folder):
-    data = folder / "data"
-    data.mkdir()
-    runs.write_records(data)
-    return runs.run(
-        data, runs.stage(data, train=["fusion", "language"]), output=str(folder / "run")
-    )
+    runs.write_records(folder)
+    (folder / "ask.json").write_bytes((folder / "data.json").read_bytes())
+    stage = runs.stage(folder, train=["fusion", "language"])
+    return runs.run(folder, stage, output=str(folder / "runs/mine"))
 
 
 def run(script, folder, address):
@@ -217,10 +269,28 @@ def run(script, folder, address):
 
 def test_every_kind_of_model_is_pushed_and_loaded_without_the_package(handed_on):
     _, hub = handed_on
-    for name in ("built", "audio", "llava", "qwen", "again"):
+    for name in ("built", "audio", "llava", "qwen", "my-model", "again"):
         files = hub.list_files(f"me/{name}")
         assert files >= {"config.json", "model.safetensors", "README.md", "plan.py"}
         assert name == "qwen" or "processor_config.json" in files
+        assert is_unedited((hub.root / "models/me" / name / "README.md").read_text())
+    assert "adapters/language/adapter_model.safetensors" in hub.list_files("me/built")
+
+
+def test_a_card_that_was_edited_on_the_hub_stays(handed_on):
+    _, hub = handed_on
+    assert "modeling_upgraded.py" in hub.list_files("me/edited")
+    edited = (hub.root / "models/me/edited/README.md").read_text()
+    assert edited == CARDS["me/edited"]
+
+
+def test_scores_are_added_to_the_card_as_the_page_says(handed_on):
+    folder, _ = handed_on
+    text = (folder / "runs/mine/final/README.md").read_text()
+    result = json.loads((folder / "scores/result.json").read_text())
+    low, high = (f"{100 * bound:.1f}" for bound in result["interval"])
+    assert f"| {100 * result['accuracy']:.1f} | {low} to {high} | 12 |" in text
+    assert "--data ask.json" in text and ModelCard(text).data.eval_results
 
 
 def read_card(hub, name) -> ModelCard:
@@ -251,8 +321,8 @@ def test_what_is_pushed_leaves_the_run_behind(handed_on):
     pushed = {path.name for path in (folder / "pushed").iterdir()}
     assert not pushed & {"log.jsonl", "training_args.bin"} and "config.yaml" in pushed
     text = (folder / "pushed/README.md").read_text()
-    assert 'name = "me/trained"' in text and "data.json" in text and str(folder) not in text
-    again = push_folder(folder / "run/final", "me/other", dry_run=folder / "second")
+    assert 'name = "me/my-model"' in text and "data.json" in text and str(folder) not in text
+    again = push_folder(folder / "runs/mine/final", "me/other", dry_run=folder / "second")
     assert 'name = "me/other"' in (Path(again) / "README.md").read_text()
 
 
@@ -263,12 +333,12 @@ def test_what_is_pushed_leaves_the_run_behind(handed_on):
         ({"name": "a/b/c"}, "a/b/c"),
         ({"name": "bad name"}, "bad name"),
         ({"dry_run": "built"}, "built"),
-        ({"dry_run": "run/final/inside"}, "inside"),
+        ({"dry_run": "runs/mine/final/inside"}, "inside"),
     ],
 )
 def test_a_push_that_cannot_be_is_refused_before_anything_is_written(handed_on, settings, fact):
     folder, _ = handed_on
-    paths = {"folder": "run/final", "dry_run": "new"} | settings
+    paths = {"folder": "runs/mine/final", "dry_run": "new"} | settings
     name = paths.pop("name", "me/model")
     paths = {key: folder / value for key, value in paths.items()}
     with pytest.raises(UserError, match=fact):
@@ -280,4 +350,4 @@ def test_a_hub_that_is_away_is_told_in_a_sentence(handed_on, monkeypatch):
     folder, _ = handed_on
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="me/model"):
-        push_folder(folder / "run/final", "me/model")
+        push_folder(folder / "runs/mine/final", "me/model")

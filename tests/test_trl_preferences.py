@@ -8,7 +8,9 @@ import torch
 from helpers.trl_runs import KINDS, QUICK, build_for_trl, make_records
 
 from sparsecut import load
+from sparsecut.adapters import add_adapters
 from sparsecut.building import save
+from sparsecut.config.recipe import Lora
 
 trl = pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
@@ -54,6 +56,23 @@ def test_the_reference_of_dpo_is_the_policy_at_the_start(kind, how, tmp_path):
         assert torch.equal(value, expected[name]), name
     for name, value in trainer.model.fusion.named_parameters():
         assert not torch.equal(value, expected[f"fusion.{name}"]), name
+
+
+def test_the_reference_of_a_loaded_model_has_its_adapters(tmp_path):
+    start, processor = build_for_trl("built")
+    add_adapters(start, ("language:lora",), Lora(r=2, alpha=4, targets=("q_proj",)))
+    for name, parameter in start.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    save(start, processor, tmp_path / "model")
+    trainer = make_dpo(*load(tmp_path / "model"), tmp_path / "out")
+    assert abs(trainer.train().training_loss - math.log(2)) < 1e-6
+    for name, value in trainer.ref_model.state_dict().items():
+        assert torch.equal(value, start.state_dict()[name]), name
+    trainer.save_model()
+    model, _ = load(tmp_path / "out")
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
 
 
 def count_letters(completions, **kwargs):

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import yaml
+
 COMMIT = "a" * 40  # of a repository that nobody has pushed to
 
 
@@ -143,6 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
         if verb == "revision":
             siblings = [{"rfilename": f.relative_to(self.folder).as_posix()} for f in files]
             facts = {"id": self.name, "sha": commit, "siblings": siblings, "private": False}
+            facts["cardData"] = self._read_header()
             return self._send_json({**facts, "gated": False, "tags": [], "downloads": 0})
         if verb == "tree":
             if not (self.folder / below).is_dir():
@@ -156,6 +159,12 @@ class _Handler(BaseHTTPRequestHandler):
             paths = [self.folder / path for path in values["paths"]]
             return self._send_json([self._entry(path) for path in paths if path.exists()])
         return self._refuse(404, "EntryNotFound")
+
+    def _read_header(self) -> dict | None:
+        """What the header of the repository's card says."""
+        card = self.folder / "README.md"
+        parts = card.read_text().split("---\n") if card.is_file() else []
+        return yaml.safe_load(parts[1]) if len(parts) > 2 else None
 
     def _list(self, folder: Path, recursive: bool) -> list[dict]:
         paths = sorted(folder.rglob("*") if recursive else folder.glob("*"))
