@@ -117,7 +117,9 @@ CONFIGS = {
         vision_config=DEEPSTACK,
         text_config={
             **NO_HEAD_DIM,
-            "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), ROPE["rope_parameters"]),
+            "rope_parameters": dict.fromkeys(
+                ("sliding_attention", "full_attention"), ROPE["rope_parameters"]
+            ),
         },
         **IDS,
     ),
