@@ -227,7 +227,8 @@ def get_family(model: nn.Module) -> VLMFamily:
     except AttributeError as error:
         raise UserError(
             f"{type(model).__name__} has the model type {model_type}, but not its parts ({error});"
-            " give the whole model, as AutoModelForImageTextToText loads it"
+            " give the whole model, as AutoModelForImageTextToText loads it, in a newer transformers"
+            " where it has no such part"
         ) from error
     return family
 

@@ -89,6 +89,19 @@ def test_an_interpolated_image_gives_each_token_the_nearest_patch():
         assert {number for number in row if number >= 0} <= patches
 
 
+@torch.no_grad()
+def test_layers_that_go_on_with_the_last_positions_get_their_features_alone():
+    base = bases.build_base("gemma4")  # its last two layers share keys and values
+    inputs = bases.build_inputs("gemma4", base)
+    model, _ = upgrade(base, {"method": "sparsecut", "count": 4})
+    randomize_fusion(model)
+    assert {2, 3} <= {*model.plan.fused_layers}
+    logits = model(**inputs).logits
+    for count in (1, 4):  # the last four positions hold an image token
+        kept = model(**inputs, logits_to_keep=count).logits
+        assert torch.allclose(kept, logits[:, -count:], atol=1e-5)
+
+
 def test_shortcuts_of_a_base_that_was_made_on_the_spot_need_no_processor(tmp_path):
     _, model, inputs = build_upgraded("qwen2_5_vl")
     randomize_fusion(model)

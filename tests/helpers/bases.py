@@ -65,6 +65,8 @@ def build_base(name: str):
     """A tiny random model of a family, in evaluation mode, which never generates placeholders."""
     torch.manual_seed(0)
     model = hf.AutoModelForImageTextToText.from_config(base_config(name)).eval().float()
+    if not callable(getattr(model.model, "get_image_features", None)):
+        pytest.skip(f"transformers {hf.__version__} has {name} without an inner model")
     if name == "gemma3":  # starts at zero, which would hide every image
         torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
     model.generation_config.suppress_tokens = [IMAGE, VIDEO]

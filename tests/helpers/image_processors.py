@@ -5,10 +5,23 @@ from helpers.base_configs import TILES
 from PIL import Image
 from transformers import SiglipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.cohere_compass.image_processing_pil_cohere_compass import (
+    CohereCompassImageProcessorPil,
+)
+from transformers.models.cosmos3_edge.image_processing_pil_cosmos3_edge import (
+    Cosmos3EdgeImageProcessorPil,
+)
 from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import (
     DeepseekVLImageProcessorPil,
 )
+from transformers.models.deepseek_vl_hybrid.image_processing_pil_deepseek_vl_hybrid import (
+    DeepseekVLHybridImageProcessorPil,
+)
+from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import (
+    Ernie4_5_VLMoeImageProcessorPil,
+)
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -73,6 +86,22 @@ IMAGE_PROCESSORS = {
     "lighton_ocr": lambda: PixtralImageProcessorPil(size={"longest_edge": 32}, patch_size=8),
     "deepseek_vl": lambda: DeepseekVLImageProcessorPil(**SQUARE, min_size=4),
     "janus": lambda: JanusImageProcessorPil(**SQUARE, min_size=4),
+    "deepseek_vl_hybrid": lambda: DeepseekVLHybridImageProcessorPil(
+        **SQUARE, min_size=4, high_res_size={"height": 64, "width": 64}
+    ),
+    "gemma4": lambda: Gemma4ImageProcessorPil(
+        patch_size=4, pooling_kernel_size=2, max_soft_tokens=70
+    ),
+    "exaone4_5": lambda: Qwen2VLImageProcessorPil(**PACKED),
+    "qwen2_5_omni_thinker": lambda: Qwen2VLImageProcessorPil(**PACKED),
+    "hyperclovax_vision_v2": lambda: Qwen2VLImageProcessorPil(**PACKED),
+    "qwen3_omni_moe_thinker": lambda: Qwen2VLImageProcessorPil(**PACKED),
+    "cohere_compass": lambda: CohereCompassImageProcessorPil(**PACKED),
+    "cosmos3_omni": lambda: Qwen2VLImageProcessorPil(**PACKED),
+    "cosmos3_edge": lambda: Cosmos3EdgeImageProcessorPil(**PACKED),
+    "ernie4_5_vl_moe": lambda: Ernie4_5_VLMoeImageProcessorPil(**PACKED),
+    "dots3_note": lambda: Qwen2VLImageProcessorPil(**{**PACKED, "temporal_patch_size": 1}),
+    "mistral_large4": lambda: PixtralImageProcessorPil(size={"longest_edge": 32}, patch_size=8),
 }
 # Processors that transformers has for torchvision only are not tried.
 
