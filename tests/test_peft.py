@@ -1,74 +1,19 @@
 """PEFT on whole models: adapters on encoder and language model, the fusion trained in full."""
 
-import copy
-
 import pytest
 import torch
+from helpers.peft_checks import WHOLE, adapt, check_an_adapter, start, train_a_step
 from helpers.tiny import tiny_model
-from helpers.trl_runs import KINDS, build_for_trl, encode_as_we_do
+from helpers.trl_runs import KINDS
 
-from sparsecut.building import load, save
-from sparsecut.modeling_base import is_sparsecut_model
 from sparsecut.schema import UserError
 
 peft = pytest.importorskip("peft")
-WHOLE = {"target_modules": "all-linear", "modules_to_save": ["fusion"]}
-KINDS_OF_LORA = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
 
 
-def start(kind):
-    model, processor = build_for_trl(kind)
-    return model, encode_as_we_do(processor), processor
-
-
-def adapt(model, **settings):
-    torch.manual_seed(0)
-    return peft.get_peft_model(model, peft.LoraConfig(r=2, **WHOLE | settings))
-
-
-def get_logits(model, batch):
-    with torch.no_grad():
-        return model.eval()(**batch).logits
-
-
-def train_a_step(adapted, batch) -> list[str]:
-    """One step of training; returns the names of what has changed."""
-    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    before = {name: p.detach().clone() for name, p in trained.items()}
-    optimizer = torch.optim.AdamW(trained.values(), lr=0.02)
-    for _ in range(2):  # LoRA's first matrix learns from the second step on
-        adapted.train()(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return [name for name, p in trained.items() if not torch.equal(p, before[name])]
-
-
-@pytest.mark.parametrize("settings", KINDS_OF_LORA.values(), ids=KINDS_OF_LORA)
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_adapter_trains_merges_and_loads(kind, settings, tmp_path):
-    model, batch, processor = start(kind)
-    plain = copy.deepcopy(model)
-    expected = get_logits(model, batch)
-    adapted = adapt(model, **settings)
-    assert is_sparsecut_model(adapted)
-    torch.testing.assert_close(get_logits(adapted, batch), expected, rtol=1e-4, atol=1e-4)
-    changed = train_a_step(adapted, batch)
-    for part in ("vis", "language", "fusion.modules_to_save"):
-        assert any(part in name for name in changed), part
-    assert not [name for name in changed if "fusion" in name and "lora" in name]
-    trained = get_logits(adapted, batch)
-    assert not torch.allclose(trained, expected, atol=1e-3)
-    with adapted.disable_adapter():
-        torch.testing.assert_close(get_logits(adapted, batch), expected, rtol=1e-5, atol=1e-5)
-
-    adapted.save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
-    torch.testing.assert_close(get_logits(again, batch), trained, rtol=1e-4, atol=1e-4)
-    merged = adapted.merge_and_unload()
-    torch.testing.assert_close(get_logits(merged, batch), trained, rtol=1e-3, atol=1e-3)
-    save(merged, processor, tmp_path / "whole")
-    loaded, _ = load(tmp_path / "whole")
-    assert torch.equal(get_logits(loaded, batch), get_logits(merged, batch))
+@pytest.mark.parametrize("kind", ["built", "llava"])
+def test_an_adapter_trains_merges_and_loads(kind, tmp_path):
+    check_an_adapter(kind, tmp_path)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -10,14 +10,22 @@ import sys
 
 import pytest
 import torch
-from helpers.tiny import tiny_language, tiny_model
+from helpers.example_bases import build_example_base
+from helpers.tiny import tiny_language, tiny_model, tiny_tokenizer, tiny_vision
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    pipeline,
+)
 
+from sparsecut import build, upgrade
 from sparsecut.building import load, save
 from sparsecut.config.paths import list_code_files
+from sparsecut.schema import UserError
 
 PROBE = """
 ids = torch.tensor([[5, 6, *[model.config.image_token_id] * 4, 7]])
@@ -90,6 +98,20 @@ sys.meta_path.remove(absent)
 import sparsecut
 """
 
+PROBE_NATIVE = """
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+folder = {folder!r}
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+image = Image.new("RGB", (60, 20), (250, 80, 10))
+inputs = processor(images=image, text="<image> what", return_tensors="pt")
+with torch.no_grad():
+    assert torch.equal(model(**inputs).logits, load_file(folder + "/expected")["logits"])
+assert "sparsecut" not in sys.modules
+"""
+
 
 def run_probe(model):
     """Logits of one fixed prompt with one fixed image, and its last hidden states."""
@@ -158,7 +180,7 @@ def test_code_is_saved_by_default_and_is_what_a_model_needs(saved):
     assert not files & {"modeling_upgraded.py", "families.py", "building.py", "drawing.py"}
     assert files <= set(list_code_files())
     assert "SPDX-License-Identifier: Apache-2.0" in (saved[2] / "saved_code.py").read_text()
-    assert sum((saved[2] / name).stat().st_size for name in files) < 300_000
+    assert sum((saved[2] / name).stat().st_size for name in files) < 350_000
     maps = [read_auto_map(saved[2] / name) for name in ("config.json", "processor_config.json")]
     auto_classes = {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"}
     assert auto_classes | {"AutoModelForMultimodalLM"} == {*maps[0], *maps[1]}
@@ -280,3 +302,28 @@ def test_a_model_can_be_loaded_in_half_precision(saved):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     logits = run_probe(model)["logits"].float()
     torch.testing.assert_close(logits, run_probe(saved[0])["logits"], atol=0.1, rtol=0.1)
+
+
+def test_a_processor_of_an_unknown_class_is_never_handed_out_as_its_tokenizer(tmp_path):
+    base, base_processor = build_example_base("llava")
+    base_processor.__class__ = type("ForeignProcessor", (type(base_processor),), {})
+    save(*upgrade(base, processor=base_processor), tmp_path)
+    auto_map = read_auto_map(tmp_path / "processor_config.json")
+    assert auto_map["AutoProcessor"].endswith(".ForeignProcessor")
+    for trust, error in ((False, ValueError), (True, OSError)):
+        with pytest.raises(error):
+            AutoProcessor.from_pretrained(tmp_path, trust_remote_code=trust)
+    with pytest.raises(UserError, match="processor"):
+        load(tmp_path)
+
+
+def test_images_of_any_size_are_saved_with_all_their_code(tmp_path):
+    parts = {"image_processor": CLIPImageProcessorPil(), "tokenizer": tiny_tokenizer()}
+    model, processor = build(tiny_vision(), tiny_language(), coarse="native", **parts)
+    save(model, processor, tmp_path)
+    image, text = Image.new("RGB", (60, 20), (250, 80, 10)), "<image> what"
+    expected = processor(images=image, text=text, return_tensors="pt")
+    absent = ABSENT + PROBE_NATIVE.format(folder=str(tmp_path))
+    with torch.no_grad():
+        save_file({"logits": model(**expected).logits}, tmp_path / "expected")
+    run_in_fresh_process(absent, tmp_path)
