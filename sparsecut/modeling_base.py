@@ -23,7 +23,7 @@ from .encoders import PatchGrid, encoder_inputs
 from .fusion import Fusion, check_adapted_fusion
 from .gradient_hooks import remove_gradient_hooks, take_tuples
 from .hooks import CACHE_NAMES
-from .loading import is_quantized
+from .loading import is_quantized, check_not_bare_vllm
 from .placeholders import IGNORED as IGNORED
 from .plan import Plan
 from .saved_model import SavedModel
@@ -63,6 +63,10 @@ class SparseCutPreTrainedModel(SavedModel):
     _supports_attention_backend = True
     _skip_keys_device_placement: ClassVar[list] = list(CACHE_NAMES)
     _no_split_modules: ClassVar[list] = ["Fusion", "ContextGate"]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        check_not_bare_vllm(config)
+        super().__init__(config, *args, **kwargs)
 
     def post_init(self) -> None:
         """Finish as transformers does; no quantizer is to touch the shortcuts."""

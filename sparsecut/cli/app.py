@@ -260,6 +260,19 @@ def set_template_arguments(processor, pairs: list[str] | None) -> None:
         UserError: One is malformed, or the template does not read it.
     """
     from ..chat_templates.arguments import set_arguments
+
+    set_arguments(processor, read_template_arguments(pairs))
+
+
+def read_template_arguments(pairs: list[str] | None) -> dict[str, Any]:
+    """Read arguments of the chat template from the command line.
+
+    Args:
+        pairs: As `set_template_arguments` takes them.
+
+    Raises:
+        UserError: One is malformed.
+    """
     from ..config.yaml_io import read_yaml
 
     arguments = {}
@@ -270,7 +283,7 @@ def set_template_arguments(processor, pairs: list[str] | None) -> None:
                 f"--template-arg is {pair!r}, but must be name=value, as enable_thinking=false"
             )
         arguments[name] = read_yaml(value, f"--template-arg {pair!r}")
-    set_arguments(processor, arguments)
+    return arguments
 
 
 def find_device(device: str | None) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import typer
+
 from ..hub import check_model_place
 from ..schema import UserError
 from .app import (
@@ -19,11 +21,13 @@ from .app import (
     TemplateArguments,
     Text,
     app,
+    argument,
     echo,
     load_model,
     option,
     set_template_arguments,
 )
+from .serve_vllm import check_options, run_vllm
 
 if TYPE_CHECKING:
     import socket
@@ -39,7 +43,11 @@ DEFAULT_TOKENS = 256  # of an answer, where a request sets no limit
 
 @app.command()
 def serve(
+    context: typer.Context,
     model: SavedModel,
+    engine_args: Annotated[
+        list[str] | None, argument("With --engine vllm: more options of `vllm serve`.", "[-- ...]")
+    ] = None,
     host: Annotated[
         str, option("Address to listen on; 0.0.0.0 is every network interface.")
     ] = "127.0.0.1",
@@ -88,12 +96,21 @@ def serve(
     template_arg: TemplateArguments = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    engine: Annotated[
+        str, option("What runs the model: local, our own server, or vllm (docs/serving.md).")
+    ] = "local",
 ) -> None:
     """Serve OpenAI-compatible chat completions about texts and images over HTTP."""
-    _check_serving_is_installed()
     token = token or os.environ.get(TOKEN_VARIABLE) or None
     _check_token(token)
     _check_name(name)
+    check_options(engine, _list_given(context))
+    if engine == "vllm":
+        check_model_place(model)
+        _bind(host, port).close()
+        run_vllm({**context.params, "token": token}, name or _get_default_name(Path(model)))
+        return
+    _check_serving_is_installed()
     _check_allowed_hosts(allowed_host or ())
     check_model_place(model)
     from ..serving.admission import ServerConfig
@@ -132,6 +149,12 @@ def serve(
             err=True,
         )
     _run(web, engine, listener, host, ui)
+
+
+def _list_given(context: typer.Context) -> list[str]:
+    """Names of the options that were typed."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
 
 
 def _check_serving_is_installed() -> None:

@@ -3,7 +3,7 @@
 import pytest
 from helpers.tiny import SPARSE, tiny_llava, tiny_model
 from helpers.vllm_models import FAMILIES as COMPARED
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, WhisperConfig
+from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, LlamaConfig, WhisperConfig
 
 from sparsecut import SparseCutConfig, upgrade
 from sparsecut.schema import UserError
@@ -35,14 +35,17 @@ def test_audio():
         d_model=32, encoder_layers=4, encoder_attention_heads=2, max_source_positions=50
     )
     audio = SparseCutConfig(
-        vision_config=config, text_config=LlamaConfig(num_hidden_layers=4), plan="sparsecut"
+        vision_config=config,
+        text_config=LlamaConfig(num_hidden_layers=4),
+        plan={"method": "sparsecut", "tiles": 0},
     )
     with pytest.raises(UserError, match="audio"):
         check_servable(audio)
 
 
 def test_upgraded_models():
-    model, _ = upgrade(*tiny_llava(), "sparsecut")
+    base, processor = tiny_llava()
+    model, _ = upgrade(base, "sparsecut", processor=processor)
     with pytest.raises(UserError, match="llava"):
         check_servable(model.config)
 
@@ -74,3 +77,10 @@ def test_adapters_beside_a_model(tmp_path, parts, takes_lora, is_refused):
         return check_adapters(str(tmp_path), takes_lora)
     with pytest.raises(UserError, match="adapter"):
         check_adapters(str(tmp_path), takes_lora)
+
+
+def test_vllm_without_the_plug_in_is_told_what_to_do():
+    model, _ = tiny_model()
+    model.config.text_config._attn_implementation = "vllm"  # as its general backend sets it
+    with pytest.raises(UserError, match="plug-in"):
+        AutoModel.from_config(model.config)

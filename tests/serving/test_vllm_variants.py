@@ -1,5 +1,10 @@
 """Models inside vLLM that need an engine of their own: images of any size, adapters."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-test` runs these tests")
@@ -18,6 +23,7 @@ from helpers.vllm_models import (
 import sparsecut
 
 QUESTION = "<image> what is it"
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +81,17 @@ def test_an_adapter_of_the_language_model(saved, tmp_path):
     finally:
         stop_engine(engine)
     assert all(a != b for a, b in zip(plain, want, strict=True))
+
+
+def test_without_the_plug_in_a_sentence_tells_what_to_do(saved):
+    code = (
+        "import sys\n"
+        "from helpers.vllm_models import start_engine\n"
+        "start_engine(sys.argv[1], trust_remote_code=True, model_impl='transformers')\n"
+    )
+    settings = {**os.environ, "VLLM_PLUGINS": "", "PYTHONPATH": str(TESTS)}
+    run = subprocess.run(
+        [sys.executable, "-c", code, saved[0]], env=settings, capture_output=True, text=True
+    )
+    assert run.returncode == 1  # not killed by a signal
+    assert "pip install 'sparsecut[vllm]'" in run.stderr

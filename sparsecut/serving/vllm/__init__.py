@@ -9,9 +9,11 @@ vLLM calls `register` in each of its processes, by the entry point `vllm.general
     layers      features are added before decoder layers, from fixed buffers
 """
 
-ARCHITECTURES = {
-    "SparseCutForConditionalGeneration": "sparsecut.serving.vllm.model:SparseCutForVLLM",
-}
+# An upgraded model is registered to be refused in a sentence.
+ARCHITECTURES = dict.fromkeys(
+    ("SparseCutForConditionalGeneration", "SparseCutUpgrade"),
+    "sparsecut.serving.vllm.model:SparseCutForVLLM",
+)
 
 
 def register() -> None:

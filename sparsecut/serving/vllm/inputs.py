@@ -14,16 +14,26 @@ from vllm.multimodal.processing import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
     BaseProcessingInfo,
+    InputProcessingContext,
     PromptReplacement,
     PromptUpdate,
 )
 
 from ...processing import SparseCutProcessor
 from ...view_sizes import as_pair
+from .checks import check_servable
 
 
 class ProcessingInfo(BaseProcessingInfo):
-    """Facts of a model's processor."""
+    """Facts of a model's processor.
+
+    Raises:
+        UserError: vLLM cannot serve the model exactly.
+    """
+
+    def __init__(self, ctx: InputProcessingContext):
+        super().__init__(ctx)
+        check_servable(ctx.model_config.hf_config)
 
     def get_hf_processor(self, **kwargs: object) -> SparseCutProcessor:
         return self.ctx.get_hf_processor(SparseCutProcessor, **kwargs)
