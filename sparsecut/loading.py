@@ -213,6 +213,20 @@ def is_quantized(config: Any) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
+def check_not_bare_vllm(config: Any) -> None:
+    """Raise UserError where vLLM runs a model by its general backend.
+
+    That backend knows nothing of shortcuts. It would take logits for hidden states, and crash.
+    """
+    text_config = getattr(config, "text_config", None)
+    if getattr(text_config, "_attn_implementation", None) == "vllm":
+        raise UserError(
+            "vLLM needs the plug-in of this package for SparseCut models, but does not use it;"
+            " run pip install 'sparsecut[vllm]' where vLLM runs, leave VLLM_PLUGINS unset or let"
+            " it name sparsecut, and start vLLM again without --trust-remote-code"
+        )
+
+
 def holds_quantized_values(module: nn.Module) -> bool:
     """Whether any weight is of a class of its own, of small integers or of one byte."""
     for values in module.state_dict().values():

@@ -23,7 +23,7 @@ from .encoders import PatchGrid, encoder_inputs
 from .fusion import Fusion, check_adapted_fusion
 from .gradient_hooks import remove_gradient_hooks, take_tuples
 from .hooks import CACHE_NAMES
-from .loading import is_quantized, check_not_bare_vllm
+from .loading import check_not_bare_vllm, is_quantized
 from .placeholders import IGNORED as IGNORED
 from .plan import Plan
 from .saved_model import SavedModel
