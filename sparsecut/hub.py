@@ -16,8 +16,8 @@ from typing import Any
 
 from .schema import UserError
 
-SECONDS_TO_CONNECT = 5.0  # and as many to answer
-SECONDS_IN_ALL = 8.0  # looking up the address of a server knows no limit of its own
+SECONDS_TO_CONNECT = 4.0  # and as many to answer
+SECONDS_IN_ALL = 6.0  # looking up the address of a server knows no limit of its own
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 SIGN_IN = "sign in with `hf auth login` (or set HF_TOKEN)"
 KINDS = {"model": "models", "dataset": "datasets"}
@@ -116,6 +116,42 @@ def fetch_files(name: str, patterns: list[str], hub: dict) -> Path:
         hub["local_files_only"] = True
         folder = snapshot_download(name, allow_patterns=patterns, **hub)
     return Path(folder) / subfolder
+
+
+def check_dataset_place(name: str, revision: str | None = None) -> None:
+    """Check that the hub has a data set, or that something is known of it here.
+
+    Args:
+        name: Its name, owner/name.
+        revision: A branch, a tag or a commit; None for the main branch.
+
+    Raises:
+        UserError: The hub has no such data set, or cannot be reached.
+    """
+    try:
+        if is_offline():
+            raise describe_switched_off(name)
+        find_on_hub(name, "dataset", revision)
+    except HubUnreachable:
+        if not any(find_dataset_notes(name, "*").parent.glob(find_dataset_notes(name, "*").name)):
+            raise
+
+
+def find_dataset_notes(name: str, key: str) -> Path:
+    """Return the file that keeps what the hub said of a data set.
+
+    Args:
+        name: The data set's name.
+        key: What tells its configurations and revisions apart.
+    """
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME, "sparsecut", f"{name.replace('/', '--')}-{key}.json")
+
+
+def describe_switched_off(name: str) -> HubUnreachable:
+    """Return the error of a data set that is not here while the hub is switched off."""
+    return HubUnreachable(f"there is no {name} here, and the hub is switched off (HF_HUB_OFFLINE)")
 
 
 def is_offline() -> bool:

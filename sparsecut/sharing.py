@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
 from transformers.utils import cached_file
@@ -120,7 +120,7 @@ def push_folder(
             commit_message="Upload model",
             ignore_patterns=patterns,
         )
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HTTPError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"{name} cannot be pushed ({reason}); log in with `hf auth login`, name a repository of"

@@ -8,6 +8,7 @@ from typing import Annotated
 from ..config.paths import check_replaceable
 from ..config.places import check_source_place
 from ..hub import check_model_place
+from ..schema import UserError
 from .app import (
     ColumnNames,
     DataKeys,
@@ -103,6 +104,12 @@ def compare(
     items: Annotated[int, option("Maximum number of differing items to show.", min=0)] = 24,
 ) -> None:
     """Compare finished evaluations: paired differences over the same items, and cost."""
+    check_replaceable(out, ["compare.*"], "compare.json: baseline, runs")
+    for run in runs:
+        if not Path(run).exists() and not Path(run.partition("=")[2] or run).exists():
+            raise UserError(
+                f"there is no folder {run}; give folders of evaluations or training runs"
+            )
     from ..drawing import text_table
     from ..experiments.compare import compare_runs, read_runs
     from ..reports.compare import make_main_table, write_comparison, write_notes
@@ -110,7 +117,6 @@ def compare(
     from ..reports.verdicts import judge_comparison
 
     check_matplotlib()
-    check_replaceable(out, ["compare.*"], "compare.json: baseline, runs")
     chosen = read_runs(runs)
     comparison = compare_runs(chosen, num_items=items)
     echo(judge_comparison(comparison))

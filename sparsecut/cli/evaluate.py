@@ -95,6 +95,7 @@ def evaluate(
             source=source_keys,
         )
         _require_task_options(root=root, out=out)
+        check_model_place(model)
         settings["max_new_tokens"] = max_new_tokens
         _run_tasks(model, tasks, root, part, limit, device, dtype, template_arg, **settings)
         return
@@ -144,6 +145,11 @@ def _require_task_options(root: Path | None, out: Path | None) -> None:
         raise UserError(
             "--tasks needs --out, a folder for answers and scores, where an interrupted run"
             " continues"
+        )
+    if not root.is_dir():
+        raise UserError(
+            f"there is no folder {root}, which --root names; give the one that holds gqa/, pope/ and"
+            " so on"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from ..hub import check_hub_answers, looks_like_hub_name
 from ..schema import UserError
 from .app import File, Text, app, argument, echo, option
 
@@ -53,6 +54,8 @@ def push(
 ) -> None:
     """Push a saved model to the Hugging Face hub: weights, processor, code, adapters and card."""
     _check_folder(folder)
+    if dry_run is None and looks_like_hub_name(name):
+        check_hub_answers(name, token)
     from ..sharing import push_folder
 
     address = push_folder(folder, name, private=private or None, token=token, dry_run=dry_run)

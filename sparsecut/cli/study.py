@@ -33,11 +33,14 @@ def study(
 ) -> None:
     """Train and compare variants of fusion over seeds, and report; goes on where it stopped."""
     from ..experiments.study import load_study
+
+    chosen = load_study(file, overrides or [])
+    if not report:
+        chosen.check_places()
     from ..reports.figures import check_matplotlib
     from ..reports.study import write_study_report
 
     check_matplotlib()
-    chosen = load_study(file, overrides or [])
     if not report:
         from ..experiments.runner import run_study
 
@@ -77,6 +80,7 @@ def search(
     from ..experiments.study import load_study
 
     chosen = load_study(file, overrides or [])
+    chosen.check_places()
     from ..drawing import draw
     from ..experiments.search import search_plan
 

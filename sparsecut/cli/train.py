@@ -73,13 +73,14 @@ def train(
     loaded_recipe = load_recipe(recipe, overrides or [])
     if not recipe.is_file():
         _draw_missing_images(recipe, loaded_recipe)
+    from ..config.places import KNOWN_SIZES, check_model_places, check_places
+
     if dry_run:
+        check_model_places(loaded_recipe, KNOWN_SIZES)
         _print_dry_run(loaded_recipe, json, devices=devices, tflops=tflops, mfu=mfu)
         return
     if json:
         raise UserError("--json prints a dry run, so it needs --dry-run; add it")
-    from ..config.places import check_places
-
     check_places(loaded_recipe)
     if check:
         _check(loaded_recipe, save_images, resume=resume, overwrite=overwrite)

@@ -5,8 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from ..hub import looks_like_hub_name
 from ..schema import UserError, check_choice, check_pattern, check_types
 
+TEXT_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+FILE_ENDINGS = (  # of files of records, in any case
+    *(*TEXT_ENDINGS, *(f"{ending}.gz" for ending in TEXT_ENDINGS)),
+    *(".parquet", ".arrow", ".tar"),
+)
 ON_ERROR = ("stop", "skip")
 CHOICES = ("where", "hold_out", "keep")  # keys that choose among a source's records
 # The keys of records that are read, in all their forms; `columns` gives them other names.
@@ -136,3 +142,10 @@ class Source:
                     f"{name} is set, but a stream takes all records; set streaming: false, or"
                     f" remove {name}"
                 )
+
+
+def looks_like_dataset_name(path: str) -> bool:
+    """Whether a path has the form of a hub data set, owner/name, and not of a file of records."""
+    if path.count("/") != 1 or path.lower().endswith(FILE_ENDINGS):
+        return False
+    return looks_like_hub_name(path)

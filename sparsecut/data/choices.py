@@ -33,7 +33,10 @@ def ask_with_choices(record: dict, question: str, answer: Any, key: str) -> tupl
         UserError: It is not known which choice is meant, or there is none such.
     """
     where, choices = _list_choices(record)
-    if not choices or isinstance(answer, list | dict | bool):
+    if isinstance(answer, list | dict | bool):
+        return question, answer
+    if not choices:
+        _refuse_unread(record, answer, key)
         return question, answer
     number = _find_number(choices, answer, where, key)
     if number is None:
@@ -63,6 +66,26 @@ def _list_choices(record: dict) -> tuple[str, list[str]]:
     return "A, B, ...", texts if len(texts) > 1 else []
 
 
+def _refuse_unread(record: dict, answer: Any, key: str) -> None:
+    """Raise UserError where an answer stands for a choice, and the choices are no list."""
+    for name in CHOICE_KEYS:
+        value = record.get(name)
+        is_text = isinstance(value, str) and not isinstance(list_items(value), list)
+        if is_text and value.strip() and (_is_number(str(answer)) or _is_letter(str(answer))):
+            raise UserError(
+                f"`{key}` is {answer!r} and `{name}` holds {show_value(value)}, but a list of choices"
+                " is needed; write one, or the chosen text as the answer"
+            )
+
+
+def _is_number(text: str) -> bool:
+    return text.strip().removeprefix("-").isdecimal()
+
+
+def _is_letter(text: str) -> bool:
+    return len(text.strip()) == 1 and text.strip() in LETTERS
+
+
 def _read_choice(choice: Any, key: str) -> str:
     if isinstance(choice, dict):  # with the label that it has, as ARC writes it
         choice = choice.get("text")
@@ -74,8 +97,7 @@ def _read_choice(choice: Any, key: str) -> str:
 def _find_number(choices: list[str], answer: Any, where: str, key: str) -> int | None:
     """The number of the choice that an answer stands for, None where it is a text."""
     text = str(answer).strip()
-    is_number = text.removeprefix("-").isdecimal()
-    is_letter = len(text) == 1 and text in LETTERS
+    is_number, is_letter = _is_number(text), _is_letter(text)
     named = choices.index(text) if text in choices else None
     counted = None
     if is_number or is_letter:

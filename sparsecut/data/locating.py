@@ -11,13 +11,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config.source import Source
+from ..config.source import Source, looks_like_dataset_name
 from ..config.yaml_io import expand_path
-from ..hub import HubUnreachable, describe_gated, find_on_hub, is_offline, looks_like_hub_name
+from ..hub import (
+    HubUnreachable,
+    describe_gated,
+    describe_switched_off,
+    find_dataset_notes,
+    find_on_hub,
+    is_offline,
+)
 from ..schema import UserError, nearest, write_text_file
 from .class_labels import ClassNames, find_class_names
 from .hub_files import Remote
-from .readers import SHOWN_SUFFIXES, SUFFIXES, find_files, holds_records
+from .readers import SHOWN_SUFFIXES, find_files, holds_records
 from .record_files import LabelledImage, MetadataFile, RecordFile
 
 SAVED = "dataset_info.json"  # of a folder that `Dataset.save_to_disk` has written
@@ -70,7 +77,7 @@ def find_record_files(source: Source) -> list[RecordFile]:
 
 def is_dataset_name(path: str) -> bool:
     """Whether a path is no file or folder here, but has the form of a hub data set, owner/name."""
-    if path.count("/") != 1 or not looks_like_hub_name(path) or path.lower().endswith(SUFFIXES):
+    if not looks_like_dataset_name(path):
         return False
     return not os.path.lexists(path) and not glob.glob(path)
 
@@ -218,9 +225,7 @@ def find_hub_layout(
     notes = _find_notes(name, configuration, revision)
     try:
         if is_offline():
-            raise HubUnreachable(
-                f"there is no {name} here, and the hub is switched off (HF_HUB_OFFLINE)"
-            )
+            raise describe_switched_off(name)
         entry = find_on_hub(name, "dataset", revision)
     except HubUnreachable:
         if not notes.is_file():
@@ -242,10 +247,8 @@ def find_hub_layout(
 
 def _find_notes(name: str, configuration: str | None, revision: str | None) -> Path:
     """The file that keeps what the hub said of a data set."""
-    from huggingface_hub import constants
-
     key = hashlib.sha256(json.dumps([name, configuration, revision]).encode()).hexdigest()
-    return Path(constants.HF_HOME, "sparsecut", f"{name.replace('/', '--')}-{key[:16]}.json")
+    return find_dataset_notes(name, key[:16])
 
 
 def _explain_name(path: str, source: Source, hub: dict) -> None:

@@ -15,24 +15,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..config.source import FILE_ENDINGS
 from ..schema import UserError
 from . import delimited
 from .access import DEFAULT_ACCESS, Access, check_excess, check_no_pointer
 from .images import ImageStore
 from .json_text import iterate_elements
 from .jsonl import iterate_lines, parse_line
-from .record_texts import GZIP, find_suffix, open_text
+from .record_texts import find_suffix, open_text
 from .tables import TableImages, open_image_table, read_image_table, read_table
 from .webdataset import read_samples
 
-TEXTS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")  # which gzip may have compressed
-SUFFIXES = (
-    *TEXTS,
-    *(ending + GZIP for ending in TEXTS),
-    ".parquet",
-    ".arrow",
-    ".tar",
-)  # in any case
 SHOWN_SUFFIXES = ".json, .jsonl, .csv, .tsv (also with .gz), .parquet, .arrow, .tar"
 PACKED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
@@ -69,7 +62,7 @@ def find_files(path: str | Path) -> list[Path]:
 
 def holds_records(file: Path) -> bool:
     """Whether a file's name says that it holds records."""
-    return file.name.lower().endswith(SUFFIXES)
+    return file.name.lower().endswith(FILE_ENDINGS)
 
 
 def _holds_records(file: Path) -> bool:

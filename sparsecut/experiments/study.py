@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..config.overrides import override
+from ..config.places import check_model_places, check_places
 from ..config.recipe import Recipe, parse_recipe
 from ..config.shipped import find_file
 from ..config.yaml_io import dump_yaml, read_yaml_file, rename_key
@@ -182,6 +183,19 @@ class Study:
                         runs.append(Run(name, variant, seed))
 
         return runs
+
+    def check_places(self) -> None:
+        """Check that the models and the data are there, before anything slow is imported.
+
+        Raises:
+            UserError: Something is missing.
+        """
+        for name in self.budgets:
+            recipe = self.get_recipe(Run(name, self.baseline, self.seeds[0]))
+            if self.pictures is None:
+                check_places(recipe)
+            else:  # the data is drawn first
+                check_model_places(recipe)
 
     def get_recipe(self, run: Run) -> Recipe:
         """Return the recipe of one run, its output inside the study's folder.

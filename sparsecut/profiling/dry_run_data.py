@@ -17,6 +17,7 @@ from typing import NamedTuple
 from ..config.recipe import Source, Stage
 from ..config.yaml_io import expand_path
 from ..data.examples import Example, read_source
+from ..data.locating import is_dataset_name
 from ..data.streaming import read_stream
 from ..schema import UserError
 
@@ -288,6 +289,9 @@ def _read_examples(source: Source, notes: list[str]) -> list[Example] | None:
         notes.append(f"no records of {source.path}: {error}")
         return None
     exists = Path(path).exists() or glob.glob(path, recursive=True)
+    if is_dataset_name(path):
+        notes.append(f"no records of {source.path}: a data set of the hub is not fetched for this")
+        return None
     if not exists and "{" not in path:
         notes.append(f"no records of {source.path}: there is no such file")
         return None

@@ -175,10 +175,18 @@ def test_build_takes_a_plan_file_and_writes_what_load_reads(run, home):
 
 
 def test_train_checks_trains_and_evaluates(run, home):
-    code, out, _ = run("train", "recipe.yaml", "--check")
+    code, out, _ = run("train", "recipe.yaml", "--check", "--save-images", "sheets")
     assert code == 0
     assert "recipe.yaml can be trained" in out
+    assert "stage align, questions.json record 0" in out
+    before, _, rest = out.partition("[[so]]")[2].partition("[[")  # the heading explains the marks
+    marked = rest.partition("]]")[0]
+    assert "red" in marked and "what" not in marked and "image tokens>" in before
+    assert "are learned" in out and "pixel_values: 1 x" in out
+    assert Image.open(home / "sheets" / "align.png").width > 2 * 16
     assert not (home / "trained").exists()
+    code, _, errors = run("train", "recipe.yaml", "--save-images", "sheets")
+    assert code == 2 and "--check" in errors
     command = ["train", "recipe.yaml", "stages.0.args.max_steps=1", "output=other"]
     code, out, _ = run(*command)
     assert code == 0

@@ -1,12 +1,14 @@
 """A missing model or file is told before any model library is imported."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
 from sparsecut.building import OLD_SHAPES, SHAPES
-from sparsecut.config.places import BUILT_IN
+from sparsecut.config.places import BUILT_IN, KNOWN_SIZES
+from sparsecut.profiling.sizes import PUBLISHED_BASES, PUBLISHED_CONFIGS, REFERENCE
 
 RECIPE = """
 model: {vision: %s, language: shapes}
@@ -14,22 +16,49 @@ fusion: {method: sparsecut}
 output: out
 stages: [{name: one, train: [fusion], data: {path: %s}, args: {max_steps: 1}}]
 """
+STUDY = """
+title: one
+recipe:
+  model: {vision: %s, language: shapes}
+  stages: [{name: one, train: [fusion], data: {path: %s}, args: {max_steps: 1}}]
+  evaluate: {data: {path: questions.json}}
+baseline: llava
+arms: {llava: llava}
+output: new
+"""
+# Runs commands one after another, and prints of each its exit code, the model libraries that are
+# imported by then, the seconds it took, and what it wrote to stderr.
 CODE = """
-import sys, time
+import io, json, sys, time
 from sparsecut.cli.main import main
-start = time.monotonic()
-try:
-    main()
-except SystemExit as exit:
-    print(exit.code, {"torch", "transformers", "datasets"} & set(sys.modules), time.monotonic() - start)
+
+for command in json.load(sys.stdin):
+    sys.argv, code, start = ["sparsecut", *command.split()], 0, time.monotonic()
+    sys.stderr = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
+    try:
+        main()
+    except SystemExit as exit:
+        code = exit.code
+    found = sorted({"torch", "transformers", "datasets"} & set(sys.modules))
+    error = sys.stderr.buffer.getvalue().decode()
+    print(json.dumps([code, found, time.monotonic() - start, error]))
 """
 COMMANDS = [
     "chat gone/a/b",
     "chat owner/gone --ask x",
     "serve gone/a/b",
+    "card gone/a/b",
+    "push gone/a/b owner/new",
+    "push . owner/gone",
     "eval gone/a/b --data questions.json",
     "eval . --data gone/a/questions.json",
+    "eval . --data owner/gone",
+    "eval gone/a/b --tasks pope --root . --out new",
+    "eval . --tasks pope --root gone/a --out new",
     "explain gone/a/b --data questions.json",
+    "explain . --data mine/gone.json",
+    "compare gone/a/b gone/a/c --out new",
+    "compare one=gone/a/b two=gone/a/c --out new",
     "upgrade gone/a/b --out new",
     "build --vision gone/a/b --language shapes --out new",
     "build --vision shapes --language owner/gone --out new",
@@ -37,22 +66,52 @@ COMMANDS = [
     "cost llava --vision gone/a/b",
     "cost --base gone/a/b",
     "train model.yaml",
+    "train model.yaml --dry-run",
+    "train hub-model.yaml --dry-run",
     "train data.yaml --check",
+    "train hub-data.yaml",
+    "train hub-data.yaml stages.0.data.streaming=true --check",
+    "train file.yaml --resume",
+    "study study-model.yaml",
+    "study study-data.yaml",
+    "search study-model.yaml",
+    "search study-data.yaml",
 ]
 
 
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What each command said."""
+    folder = tmp_path_factory.mktemp("missing")
+    (folder / "questions.json").write_text("[]")
+    names = {
+        "model.yaml": RECIPE % ("gone/a/b", "questions.json"),
+        "hub-model.yaml": RECIPE % ("owner/gone", "questions.json"),
+        "data.yaml": RECIPE % ("shapes", "gone/a/b.json"),
+        "hub-data.yaml": RECIPE % ("shapes", "owner/gone"),
+        "file.yaml": RECIPE % ("shapes", "mine/gone.jsonl.gz"),
+        "study-model.yaml": STUDY % ("gone/a/b", "questions.json"),
+        "study-data.yaml": STUDY % ("shapes", "owner/gone"),
+    }
+    for name, text in names.items():
+        (folder / name).write_text(text)
+    command = [sys.executable, "-c", CODE]
+    typed = json.dumps(COMMANDS)
+    done = subprocess.run(command, input=typed, capture_output=True, text=True, cwd=folder)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(lines) == len(COMMANDS), done.stdout + done.stderr
+    assert not (folder / "new").exists() and not (folder / "out").exists()
+    return dict(zip(COMMANDS, lines, strict=True))
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_is_missing_is_told_at_once(tmp_path, command):
-    (tmp_path / "questions.json").write_text("[]")
-    (tmp_path / "model.yaml").write_text(RECIPE % ("gone/a/b", "questions.json"))
-    (tmp_path / "data.yaml").write_text(RECIPE % ("shapes", "gone/a/b.json"))
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, *command.split()], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.stdout.startswith("2 set()"), done.stdout + done.stderr
-    assert "gone" in done.stderr and done.stderr.count("\n") == 1
-    assert float(done.stdout.split()[-1]) < 5 and not (tmp_path / "new").exists()
+def test_what_is_missing_is_told_at_once(answers, command):
+    code, imported, seconds, error = answers[command]
+    assert code == 2 and imported == [] and seconds < 5
+    assert "gone" in error and error.count("\n") == 1 and error.startswith("error: ")
 
 
-def test_built_in_backbones_have_the_same_names():
+def test_names_are_those_of_the_modules_that_are_imported_later():
     assert set(BUILT_IN) == {SHAPES, OLD_SHAPES}
+    sizes = {name for part in REFERENCE.values() for name in part}
+    assert set(KNOWN_SIZES) == sizes | set(PUBLISHED_CONFIGS) | set(PUBLISHED_BASES)

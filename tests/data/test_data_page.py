@@ -51,14 +51,16 @@ def test_every_block_of_the_page_trains(mine, number, monkeypatch):
     assert len(log(mine, output=f"out-{number}")) == 2
 
 
-@pytest.mark.parametrize("number", range(len(RECORDS)))
-def test_every_record_of_the_page_trains(mine, number):
-    file = mine / "mine" / f"form-{number}.jsonl"
-    file.write_text(json.dumps(RECORDS[number]))
-    output = f"form-{number}"
-    one = stage(mine, data=f"mine/{file.name}", args={"max_steps": 1})
-    run(mine, one, output=str(mine / output))
-    assert len(log(mine, output=output)) == 1
+def test_every_record_of_the_page_trains(mine):
+    """One after another, in one epoch of one run."""
+    sources = []
+    for number, record in enumerate(RECORDS):
+        file = mine / "mine" / f"form-{number}.jsonl"
+        file.write_text(json.dumps(record))
+        sources.append({"path": str(file)})
+    args = {"num_train_epochs": 1, "max_steps": -1, "per_device_train_batch_size": 1}
+    run(mine, {**stage(mine, args=args), "data": sources}, output=str(mine / "forms"))
+    assert log(mine, output="forms")[-1]["step"] == len(RECORDS)
 
 
 def test_forms_of_the_page_are_those_that_are_read():

@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 from helpers.hub import COMMIT, serve_hub
+from helpers.runs import interrupt, log, recipe, run, stage
 from helpers.shards import write_shards
 from huggingface_hub import constants
 
@@ -18,7 +19,8 @@ from sparsecut import hub as hub_module
 from sparsecut.building import build
 from sparsecut.config.source import Source
 from sparsecut.data.examples import read_source
-from sparsecut.data.locating import find_revision
+from sparsecut.data.locating import find_hub_layout, find_revision
+from sparsecut.profiling.dry_run_data import read_record_facts
 from sparsecut.schema import UserError
 
 TESTS = Path(__file__).parents[1]
@@ -184,6 +186,38 @@ def test_without_a_hub_what_was_fetched_is_read(home, reader, monkeypatch):
     assert find_revision(source) == COMMIT
     with pytest.raises(UserError, match=r"me/other.*switched off"):
         read_source(Source("me/other"), [])
+
+
+def test_a_run_does_not_go_on_with_another_commit(home, reader, monkeypatch, tmp_path):
+    """The branch moves between the run and its continuation, while the records stay the same."""
+    reader.read("me/tables", name="pictures", split="test")
+    monkeypatch.setattr(constants, "HF_HOME", str(home))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    data = {"path": "me/tables", "name": "pictures", "split": "test"}
+    args = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    one = {**stage(tmp_path, args=args), "data": data}
+    find_hub_layout.cache_clear()
+    with interrupt("one", 1):
+        run(tmp_path, one)
+    moved = "b" * 40
+    snapshots = home / "hub" / "datasets--me--tables" / "snapshots"
+    (snapshots / moved).symlink_to(snapshots / COMMIT)
+    for notes in (home / "sparsecut").glob("me--tables-*"):
+        notes.write_text(notes.read_text().replace(COMMIT, moved))
+    find_hub_layout.cache_clear()
+    with pytest.raises(UserError, match=rf"{COMMIT}.*{moved}"):
+        run(tmp_path, one, resume=True)
+    for notes in (home / "sparsecut").glob("me--tables-*"):
+        notes.write_text(notes.read_text().replace(moved, COMMIT))
+    find_hub_layout.cache_clear()
+    run(tmp_path, one, resume=True)
+    assert log(tmp_path)[-1]["step"] == 2
+
+
+def test_a_dry_run_fetches_no_data_set(tmp_path):
+    one = {**stage(tmp_path), "data": {"path": "me/nowhere"}}
+    facts = read_record_facts(recipe(tmp_path, one).stages[0])
+    assert facts.number is None and any("me/nowhere" in note for note in facts.notes)
 
 
 @pytest.fixture(params=["refused", "silent"])

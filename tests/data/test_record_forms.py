@@ -185,6 +185,10 @@ BAD = {
         {**QA, "choices": ["1", "2"], "answer": "1"},
         ["`answer`", "'1'", "`choices`", "letter"],
     ),
+    "choices that are no list": (
+        {**QA, "choices": "a cat, a dog", "answer": "A"},
+        ["`choices`", "a cat, a dog", "'A'"],
+    ),
     "a choice that is an object": ({**QA, "choices": [{"x": 1}, "b"], "answer": 1}, ["`choices`"]),
     "as many questions as answers": (
         {"questions": ["a", "b"], "answers": ["c"]},
