@@ -34,7 +34,7 @@ from .encoders import (
     is_audio,
     prepare_to_load,
 )
-from .fitting import Fitting
+from .fitting import Fitting, warn_of_many_tokens
 from .loading import (
     HUB_ARGUMENTS,
     adopt_quantization,
@@ -125,6 +125,7 @@ def build(
         plan=plan.to_dict() if isinstance(plan, Plan) else plan,
         view_size=fitting.choose_view_size(vision_config, view_size),
     )
+    warn_of_many_tokens(config, is_loaded=not isinstance(vision, str))
     fitting = fitting.complete(config)
     tokenizer = tokenizer or _read_tool(AutoTokenizer, language, "tokenizer", hub)
     image_processor = image_processor or _read_image_processor(vision, config, hub)

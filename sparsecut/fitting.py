@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,11 +11,22 @@ from typing import Any
 from .any_size import get_patch
 from .configuration import SparseCutConfig
 from .cutting import check_pixel_limits
-from .encoders import FREE_SIZE_KINDS, get_fixed_view_size, get_kind, is_audio
+from .encoders import (
+    FREE_SIZE_KINDS,
+    PatchGrid,
+    get_fixed_view_size,
+    get_kind,
+    is_audio,
+    prepare_to_load,
+    read_grid,
+)
 from .plan import GATES
 from .schema import UserError, nearest
 from .view_sizes import COARSE_VIEWS, NATIVE, as_pair
 
+logger = logging.getLogger(__name__)
+
+MANY_TOKENS = 1024  # of an image; from here on `build` says what would make fewer
 DEFAULT_UNITS = 16  # units per side of a view, where neither the encoder nor the user names a size
 
 
@@ -132,3 +145,62 @@ def _get_unit(vision_config: Any) -> tuple[int, int]:
     if get_kind(vision_config) != "qwen":
         merge = 1
     return height * merge, width * merge
+
+
+def warn_of_many_tokens(config: SparseCutConfig, *, is_loaded: bool) -> None:
+    """Say how many tokens an image takes, where it takes very many, and what would make fewer.
+
+    Nothing is said of a view size that the user chose, but where an early stage is read.
+
+    Args:
+        config: The model's configuration.
+        is_loaded: The encoder is given as a module, so its configuration cannot change any more.
+    """
+    grid, plan = config.grid, config.get_plan()
+    num_tokens = config.num_image_tokens
+    remedies = _list_later_taps(config, grid)
+    is_chosen = config.view_size is not None and not remedies
+    if num_tokens <= MANY_TOKENS or is_chosen or is_audio(config.vision_config):
+        return
+    taps = plan.resolved_taps(config.vision_depth)
+    side = _find_smaller_view(config, grid, taps, is_loaded=is_loaded)
+    if side is not None:
+        remedies.append(f"view_size={side}")
+    logger.warning(
+        "an image takes %s tokens: this plan reads %s x %s cells in every view%s",
+        f"{num_tokens:,}",
+        grid.rows,
+        grid.columns,
+        f"; fewer are made by {', or '.join(remedies)}" if remedies else "",
+    )
+
+
+def _list_later_taps(config: SparseCutConfig, grid: PatchGrid) -> list[str]:
+    """From which taps on an encoder in stages has coarser grids, and how many tokens they make."""
+    plan = config.get_plan()
+    remedies = []
+    cells = grid.num_patches
+    for tap, shape in enumerate(grid.shapes):
+        if shape.rows * shape.columns < cells:
+            cells = shape.rows * shape.columns
+            remedies.append(f"taps from {tap} on ({plan.image_tokens(cells):,})")
+    return remedies
+
+
+def _find_smaller_view(
+    config: SparseCutConfig, grid: PatchGrid, taps: tuple[int, ...], *, is_loaded: bool
+) -> int | None:
+    """The largest square view that makes no more than `MANY_TOKENS`; None where none does."""
+    plan = config.get_plan()
+    step = max(grid.patch) * grid.merge
+    for side in range(min(grid.view[-2:]) // step * step, 0, -step):
+        vision = copy.deepcopy(config.vision_config)
+        if not is_loaded:
+            prepare_to_load(vision, side)
+        try:
+            num_patches = read_grid(vision, side, taps).num_patches
+        except UserError:
+            continue
+        if plan.image_tokens(num_patches) <= MANY_TOKENS:
+            return side
+    return None

@@ -7,7 +7,7 @@ from helpers.families import family_vision, language_config, vision_config
 from helpers.tiny import tiny_language, tiny_tokenizer
 from transformers import CLIPImageProcessorPil
 
-from sparsecut import SparseCutConfig
+from sparsecut import SparseCutConfig, fitting
 from sparsecut.building import build, load, save
 from sparsecut.encoders import read_grid
 from sparsecut.hooks import read_taps
@@ -94,6 +94,38 @@ def test_a_model_of_stages_is_saved_and_loaded(tmp_path):
         assert torch.equal(again.encode(pixels)[tap], states)
     cost = count_plan(vision_config("convnext"), language_config("llama"), plan, view_size=64)
     assert cost.num_image_tokens == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "taps", "facts"),
+    [
+        ("swin", None, 1, {"400 tokens", "20 x 20", "taps from 2 on (100)", "view_size=32"}),
+        ("convnext", 80, 1, {"400 tokens", "taps from 4 on (25)", "view_size=32"}),
+        ("dinov2", None, 1, {"100 tokens", "10 x 10", "view_size=64"}),
+        ("aimv2_vision_model", None, 1, {"100 tokens"}),
+        ("swin", None, 4, set()),  # the last stage has few cells
+        ("dinov2", 80, 1, set()),  # so the user chose
+    ],
+)
+def test_who_makes_very_many_image_tokens_is_told_what_makes_fewer(
+    name, size, taps, facts, caplog, monkeypatch
+):
+    monkeypatch.setattr(fitting, "MANY_TOKENS", 64)
+    encoder = family_vision(name, image_size=80)
+    parts = {"image_processor": CLIPImageProcessorPil(), "tokenizer": tiny_tokenizer()}
+    plan = plan_of(([4], 0), ([taps], 1))
+    model, _ = build(encoder, tiny_language(), plan, **parts, view_size=size)
+    assert (model.config.num_image_tokens > 64) == (bool(facts) or size is not None)
+    told = [r.getMessage() for r in caplog.records if r.name == "sparsecut.fitting"]
+    assert len(told) == bool(facts)
+    for fact in facts:
+        assert fact in told[0]
+    if "view_size" in "".join(facts):
+        smaller = int(told[0].rpartition("view_size=")[2])
+        again, _ = build(encoder, tiny_language(), plan, **parts, view_size=smaller)
+        assert again.config.num_image_tokens <= 64
+    elif facts:
+        assert "view_size" not in told[0]
 
 
 REFUSED = [

@@ -199,8 +199,11 @@ def _read_depth(source: str | None, part: str) -> int | None:
     folder = SHAPES_FOLDER / part if source == "shapes" else Path(expand_path(source))
     if not (folder / "config.json").is_file():
         return None
+    from ..encoders import count_blocks
+
     config = _read_config(folder)
-    return getattr(config, f"{part}_config", config).get_text_config().num_hidden_layers
+    config = getattr(config, f"{part}_config", config)
+    return count_blocks(config) if part == "vision" else config.get_text_config().num_hidden_layers
 
 
 def describe_model(model) -> str:
