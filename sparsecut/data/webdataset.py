@@ -1,11 +1,11 @@
-"""WebDataset archives: samples of KEY.json or KEY.txt, and images whose names begin with the key."""
+"""WebDataset archives: samples of KEY.json or KEY.txt, with images or audio named by the key."""
 
 from __future__ import annotations
 
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from .access import Access, check_excess
 from .archives import check_member, iterate_members, refuse_damaged, show_name
 from .json_text import parse_json
 
-# Members that are images, in any case; other members are passed over.
+# Members that are images or audio, in any case; other members are passed over.
 IMAGE_SUFFIXES = (
     ".jpg",
     ".jpeg",
@@ -28,6 +28,8 @@ IMAGE_SUFFIXES = (
     ".tif",
     ".tiff",
 )
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
+MEDIA_SUFFIXES = IMAGE_SUFFIXES + AUDIO_SUFFIXES
 MAX_MEMBERS = 10_000  # of one sample
 NUMBER = re.compile(r"[0-9]+")
 
@@ -38,7 +40,7 @@ class _Sample:
 
     Attributes:
         key: What their names begin with.
-        contents: Name -> its bytes, None for an image that is read later.
+        contents: Name -> its bytes, None for an image or audio that is read later.
         others: Names of members that are passed over.
         problem: Why the sample cannot be used.
         num_bytes: Bytes of the contents.
@@ -51,18 +53,18 @@ class _Sample:
     num_bytes: int = 0
 
     def add(self, archive: tarfile.TarFile, member: tarfile.TarInfo, by_name: bool, access: Access):
-        """Add a member, and read it unless it is an image that is read by its name later."""
+        """Add a member, and read it unless it is an image or audio that is read by its name."""
         if self.problem is not None:
             return
-        if not (is_json(member.name) or is_caption(member.name) or is_image(member.name)):
+        if not (is_json(member.name) or is_caption(member.name) or is_medium(member.name)):
             self.others.append(member.name)
             return
         try:
             self._check(member, access)
-            is_read = not is_image(member.name) or not by_name
+            is_read = not is_medium(member.name) or not by_name
             if is_read:
                 self.num_bytes += member.size
-                what = "the sample with its images"
+                what = "the sample with its images or audio"
                 check_excess(what, self.num_bytes, access.max_bytes)
             self.contents[member.name] = archive.extractfile(member).read() if is_read else None
         except UserError as error:
@@ -97,13 +99,22 @@ class _Sample:
         record = _parse_record(texts[0]) if texts else {}
         if len(captions) == 1 and record.get("caption") is None:
             record = {**record, "caption": _decode(captions[0], ".txt")}
-        images = []
-        for name in sort_images(self.key, filter(is_image, self.contents)):
-            content = self.contents[name]
-            images.append(show_name(name) if content is None else content)
         named = {"id": show_name(self.key), **record}
         # Names in the text would name the same images again.
-        return {**named, "image": images, "images": None} if images else named
+        if images := self._list_media(IMAGE_SUFFIXES):
+            return {**named, "image": images, "images": None}
+        if audio := self._list_media(AUDIO_SUFFIXES):  # beside images it is passed over
+            return {**named, "audio": audio, "audios": None}
+        return named
+
+    def _list_media(self, suffixes: tuple[str, ...]) -> list[str | bytes]:
+        """The bytes of members with these suffixes, or their names where they are read later."""
+        media = []
+        names = [name for name in self.contents if name.lower().endswith(suffixes)]
+        for name in sort_media(self.key, names):
+            content = self.contents[name]
+            media.append(show_name(name) if content is None else content)
+        return media
 
 
 def read_samples(path: Path, by_name: bool, access: Access) -> Iterator[tuple[str, partial]]:
@@ -111,7 +122,7 @@ def read_samples(path: Path, by_name: bool, access: Access) -> Iterator[tuple[st
 
     Args:
         path: The archive.
-        by_name: Images come as names for an `ImageStore` of the archive, not as bytes.
+        by_name: Images and audio come as names for an `ImageStore` of the archive, not as bytes.
         access: What records may reach.
 
     Raises:
@@ -158,13 +169,13 @@ def is_caption(name: str) -> bool:
     return name.lower().endswith(".txt")
 
 
-def is_image(name: str) -> bool:
-    """Whether a member is an image, by its name."""
-    return name.lower().endswith(IMAGE_SUFFIXES)
+def is_medium(name: str) -> bool:
+    """Whether a member is an image or audio, by its name."""
+    return name.lower().endswith(MEDIA_SUFFIXES)
 
 
-def sort_images(key: str, names: Iterator[str]) -> list[str]:
-    """Return the images of a sample by their numbers, wherever they stand in the archive.
+def sort_media(key: str, names: Iterable[str]) -> list[str]:
+    """Return the images or audio of a sample by their numbers, wherever they stand in the archive.
 
     Names that differ in more than numbers stay together, in the archive's order: left.0, left.1,
     right.0. A name without a number comes before those with one.
@@ -173,7 +184,7 @@ def sort_images(key: str, names: Iterator[str]) -> list[str]:
 
     def get_place(name: str) -> tuple[int, list[tuple[int, str]]]:
         rest = posixpath.basename(name)[len(posixpath.basename(key)) :].lower()
-        rest = rest[: -len(next(suffix for suffix in IMAGE_SUFFIXES if rest.endswith(suffix)))]
+        rest = rest[: -len(next(suffix for suffix in MEDIA_SUFFIXES if rest.endswith(suffix)))]
         word = NUMBER.sub("", rest).strip("._- ")
         numbers = [digits.lstrip("0") for digits in NUMBER.findall(rest)]
         return words.setdefault(word, len(words)), [(len(text), text) for text in numbers]

@@ -4,9 +4,13 @@ import io
 import json
 import tarfile
 
+import numpy as np
+import pyarrow
 import pytest
+import soundfile
 from helpers.records import make_turns
 from PIL import Image
+from pyarrow import parquet
 
 from sparsecut.config.recipe import Source
 from sparsecut.data.errors import RecordError
@@ -48,6 +52,44 @@ def read_both_ways(path) -> list[list[Example]]:
 
 def read_levels(example: Example) -> list[int]:
     return [image.getpixel((0, 0))[0] for image in example.load_images()]
+
+
+def make_sound(level: float) -> bytes:
+    """A WAV file whose samples all have one level."""
+    file = io.BytesIO()
+    soundfile.write(file, np.full(1600, level, np.float32), 16_000, "FLOAT", format="WAV")
+    return file.getvalue()
+
+
+def test_audio_members_belong_to_their_sample(tmp_path):
+    turns = make_turns(("human", "<audio> <audio> What?"), ("gpt", "loud"))
+    record = json.dumps({"conversations": turns}).encode()
+    path = write_archive(
+        tmp_path / "a.tar",
+        ("a.json", record),
+        ("a.1.wav", make_sound(0.5)),
+        ("a.0.WAV", make_sound(0.25)),
+        ("b.json", make_json()),
+        ("b.wav", make_sound(0.5)),  # beside an image it is passed over
+        ("b.png", make_image(7)),
+    )
+    for sounding, seen in read_both_ways(path):
+        assert (sounding.medium, seen.medium) == ("audio", "image")
+        clips = sounding.load_images()
+        assert [float(clip.samples[0]) for clip in clips] == [0.25, 0.5]
+        assert read_levels(seen) == [7]
+
+
+def test_an_audio_column_of_a_table_holds_files_or_bytes(tmp_path):
+    (tmp_path / "b.wav").write_bytes(make_sound(0.5))
+    audio = [{"bytes": make_sound(0.25), "path": "gone.wav"}, {"bytes": None, "path": "b.wav"}]
+    table = {"audio": audio, "question": ["<audio> What?"] * 2, "answer": ["quiet", "loud"]}
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table(table), path)
+    examples = read_examples(path, tmp_path)
+    assert [example.medium for example in examples] == ["audio"] * 2
+    levels = [float(example.load_images()[0].samples[0]) for example in examples]
+    assert levels == [0.25, 0.5]
 
 
 ORDERS = [
