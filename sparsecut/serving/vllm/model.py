@@ -34,7 +34,7 @@ from ...fusion import Fusion
 from ...hooks import connect_encoder, find_layers
 from ...modeling import SparseCutModel
 from ...schema import UserError
-from .checks import check_adapters, check_servable, get_decoder_class
+from .checks import check_adapters, check_servable, check_stages, get_decoder_class
 from .inputs import DummyInputsBuilder, ProcessingInfo, Processor
 from .layers import ShortcutBuffers
 
@@ -74,6 +74,7 @@ class SparseCutForVLLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
         super().__init__()
         config: SparseCutConfig = vllm_config.model_config.hf_config
         check_servable(config)
+        check_stages(vllm_config.parallel_config.pipeline_parallel_size, config)
         check_adapters(vllm_config.model_config.model, vllm_config.lora_config is not None)
         self.config = config
         self.width = config.text_config.get_text_config().hidden_size
