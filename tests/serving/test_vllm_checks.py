@@ -1,13 +1,16 @@
 """What vLLM would not serve exactly is refused before anything is loaded."""
 
 import pytest
+import torch
 from helpers.tiny import SPARSE, tiny_llava, tiny_model
 from helpers.vllm_models import FAMILIES as COMPARED
+from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, LlamaConfig, WhisperConfig
 
 from sparsecut import SparseCutConfig, upgrade
 from sparsecut.schema import UserError
 from sparsecut.serving.vllm.checks import FAMILIES, check_adapters, check_servable, check_stages
+from sparsecut.serving.vllm.vision import VisionPart
 
 
 def test_every_family_that_is_served_is_compared():
@@ -92,3 +95,19 @@ def test_vllm_without_the_plug_in_is_told_what_to_do():
     model.config.text_config._attn_implementation = "vllm"  # as its general backend sets it
     with pytest.raises(UserError, match="plug-in"):
         AutoModel.from_config(model.config)
+
+
+@pytest.mark.parametrize("coarse", ["squash", "native"])
+def test_the_half_that_reads_images_gives_what_the_model_gives(coarse):
+    model, processor = tiny_model(coarse=coarse)
+    half = VisionPart(model.config)
+    weights = model.state_dict()
+    half.load({n: x for n, x in weights.items() if not n.startswith("language_model.")})
+    image = Image.effect_noise((40, 24), 80).convert("RGB")
+    inputs = processor(images=[image], text=processor.image_token, return_tensors="pt")
+    given = {n: inputs[n] for n in ("pixel_values", "image_grids") if n in inputs}
+    with torch.no_grad():
+        features = model.get_image_features(**given)
+        (packed,) = half(*given.values())
+    layers = [features.pooler_output, *features.deepstack_features]
+    assert torch.equal(packed, torch.cat([layer[0] for layer in layers], dim=-1))

@@ -46,7 +46,7 @@ def refuse(match: str, *arguments) -> None:
 
 def read_options(command: list[str]) -> dict[str, str]:
     """The options of vLLM's command line by name."""
-    start = command.index("serve") + 2
+    start = command.index("--model") + 2
     return dict(zip(command[start::2], command[start + 1 :: 2], strict=True))
 
 
@@ -54,7 +54,7 @@ def test_the_defaults_are_ours(folder, started):
     run(folder, "--engine", "vllm", "--port", 8123, "--token", "secret")
     (command,) = started
     options = read_options(command)
-    assert command[command.index("serve") + 1] == str(folder)
+    assert command[command.index("--model") + 1] == str(folder)
     assert options["--host"] == "127.0.0.1" and options["--port"] == "8123"
     assert options["--served-model-name"] == "cats"
     assert options["--dtype"] == "float32"  # as saved

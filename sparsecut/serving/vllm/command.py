@@ -87,7 +87,9 @@ def make_command(settings: VLLMSettings) -> list[str]:
     }
     if settings.template_arguments:
         arguments["default-chat-template-kwargs"] = json.dumps(settings.template_arguments)
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", settings.model]
+    # What `vllm serve` runs; that command itself needs a distribution of the very name vllm.
+    program = "vllm.entrypoints.openai.api_server"
+    command = [sys.executable, "-m", program, "--model", settings.model]
     for name, value in arguments.items():
         if not any(given.split("=")[0] == f"--{name}" for given in settings.further):
             command += [f"--{name}", str(value)]
