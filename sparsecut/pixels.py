@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import base64
 import io
-import urllib.parse
 from contextlib import contextmanager
 from functools import cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib import parse, request
 
 import numpy as np
 import torch
@@ -135,23 +136,22 @@ def read_url(url: str, medium: str = "image") -> bytes:
     if url[:5].lower() == "data:":
         head, _, body = url.partition(",")
         try:
-            data = urllib.parse.unquote_to_bytes(body)
+            data = parse.unquote_to_bytes(body)
             is_base64 = head.lower().endswith(";base64")
             return base64.b64decode(data, validate=True) if is_base64 else data
         except ValueError as error:
             raise UserError(
                 f"the {medium} {url[:60]} has broken base64 ({error}); encode the file's bytes again"
             ) from None
-    import httpx
-
+    if not url.lower().startswith(("http://", "https://")):
+        raise UserError(f"{url} is no http(s) or data URL; give one, or a file")
     try:
-        response = httpx.get(url, timeout=URL_SECONDS, follow_redirects=True)
-        response.raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        with request.urlopen(url, timeout=URL_SECONDS) as response:
+            return response.read()
+    except (OSError, ValueError, HTTPException) as error:
         raise UserError(
             f"the {medium} {url} cannot be fetched ({error}); correct the URL, or give a file"
         ) from None
-    return response.content
 
 
 # --- from PIL images ---

@@ -126,8 +126,8 @@ def test_features_beyond_half_precision_are_not_cached(examples, shared, monkeyp
     model, processor = shared
     encode = model.encode
 
-    def encode_large(pixels):
-        return {tap: 1e6 * x for tap, x in encode(pixels).items()}
+    def encode_large(*args):
+        return {tap: 1e6 * x for tap, x in encode(*args).items()}
 
     monkeypatch.setattr(model, "encode", encode_large)
     explanation = explain(model, processor, examples[:2], max_new_tokens=2)

@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from typing import Any
 
 from ...schema import UserError
-from .checks import check_adapters, check_servable
 
 KEY_VARIABLE = "VLLM_API_KEY"  # vLLM reads the clients' key from it
 # No host has this name, so images come as data URLs, as with our own server.
@@ -67,6 +66,8 @@ def make_command(settings: VLLMSettings) -> list[str]:
     from transformers import AutoConfig
 
     import sparsecut  # noqa: F401  its configurations become known to AutoConfig
+
+    from .checks import check_adapters, check_servable  # with torch, which help does not need
 
     config = AutoConfig.from_pretrained(settings.model)
     check_servable(config)
