@@ -121,7 +121,7 @@ def test_a_malformed_line_is_one_bad_record(image_folder):
     "name, content, facts",
     [
         ("x.json", b'[\n {"id" 2}]', "x.json record 0: .*line 2 column 8"),
-        ("x.json", b'{"id": 1}', "x.json .*an object.*a list.*jsonl"),
+        ("x.json", b'{"id": 1}', "x.json .*an object.*a list.*one record a line"),
         ("x.json", b"\xff", "x.json .*UTF-8"),
         ("x.parquet", b"nothing", "x.parquet .*Parquet"),
         ("x.txt", b"nothing", r"x.txt .*\.json, \.jsonl.*\.parquet"),
