@@ -2,8 +2,8 @@
 #
 #     docker build -t sparsecut .                                    # for CPUs
 #     docker build -t sparsecut:cuda --build-arg TORCH=cu130 .       # for NVIDIA GPUs; run it with --gpus all
-#     docker run --rm -v "$PWD/runs:/work/runs" sparsecut train tiny
-#     docker run --rm -p 8000:8000 -v "$PWD/runs:/work/runs" sparsecut serve runs/tiny/final --host 0.0.0.0 --token SECRET
+#     docker run --rm -v "$PWD/runs:/home/sparsecut/runs" sparsecut train tiny
+#     docker run --rm -p 8000:8000 -v "$PWD/runs:/home/sparsecut/runs" sparsecut serve runs/tiny/final --host 0.0.0.0 --token SECRET
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim
 
@@ -18,11 +18,11 @@ COPY pyproject.toml README.md LICENSE ./
 COPY sparsecut ./sparsecut
 RUN pip install --no-cache-dir -c constraints.txt '.[serve,reports,lora]'
 
-RUN useradd --create-home --uid 1000 sparsecut && mkdir -p /work/runs && chown -R sparsecut /work
+RUN useradd --create-home --uid 1000 sparsecut && mkdir /home/sparsecut/runs && chown sparsecut /home/sparsecut/runs
 USER sparsecut
-WORKDIR /work
+WORKDIR /home/sparsecut
 ENV PYTHONUNBUFFERED=1
-VOLUME /work/runs
+VOLUME /home/sparsecut/runs
 EXPOSE 8000
 # Tells whether a server answers. Containers of other commands have no server: start them with --no-healthcheck.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=120s --retries=3 \
