@@ -169,9 +169,11 @@ def _show_pixels(view: Tensor, image_processor) -> Image.Image:
 
 
 def _join_rows(rows: list[list[Image.Image]]) -> Image.Image:
-    width = max(sum(image.width + GAP for image in row) for row in rows)
-    heights = [max(image.height for image in row) + GAP for row in rows]
-    sheet = Image.new("RGB", (width, sum(heights)), "white")
+    widths, heights = [], []
+    for row in rows:
+        widths.append(sum(image.width + GAP for image in row))
+        heights.append(max(image.height for image in row) + GAP)
+    sheet = Image.new("RGB", (max(widths), sum(heights)), "white")
     top = 0
     for row, height in zip(rows, heights, strict=True):
         left = 0
