@@ -164,7 +164,11 @@ def _suggest_columns(record: dict, missing: list[str], columns: Columns | None) 
         close = difflib.get_close_matches(key, free, n=1, cutoff=CLOSE)
         guesses[key] = close[0] if close else "..."
     pairs = ", ".join(f"{key}: {name}" for key, name in guesses.items())
-    return [f"Where the records have another name for it, write `columns: {{{pairs}}}`"]
+    options = " ".join(f"--column {key}={name}" for key, name in guesses.items())
+    return [
+        "Where the records have another name for it, write"
+        f" `columns: {{{pairs}}}` in a recipe, or {options} on the command line"
+    ]
 
 
 def _is_needed(name: str) -> bool:
