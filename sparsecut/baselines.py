@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from .plan import Plan, Shortcut
+from .schema import check_choice
 
 
 def llava(vision_depth: int, language_depth: int, *, tap: int = -2, norm: bool = False) -> Plan:
@@ -208,6 +209,65 @@ def lsf_internal_direct(vision_depth: int, language_depth: int, *, norm: bool = 
     states = (3, 18, 23)
     layers = [max(0, int(state * language_depth / 24 - 1)) for state in states]
     return _make_plan(-2, _scale(states, vision_depth), layers, norm=norm)
+
+
+LIN_SETS = ("early_middle_late", "former", "latter", "all")
+
+
+def external_direct(
+    vision_depth: int,
+    language_depth: int,
+    *,
+    states: str = "early_middle_late",
+    norm: bool = False,
+) -> Plan:
+    """External direct fusion of Lin et al. (CVPR 2025, arXiv 2503.06063): 3, 18 and 23 of 24.
+
+    The states of a patch stand side by side, and one projector feeds the input. The paper finds
+    this the best and the most stable of its four forms. Its released code takes the same three
+    states for the sets {3, 18} and {3, 18, 23}. Numbers are scaled to the depth; of 27 blocks they
+    are 3, 20 and 25, as published for SigLIP.
+
+    Deviations: none beyond those of all plans here.
+
+    Args:
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+        states: "early_middle_late" for those three. "former" and "latter" for the mean of the
+            states of one half and the last block but one, "all" for both means and that block.
+        norm: See `Plan`.
+
+    Raises:
+        UserError: The states have no such name.
+    """
+    check_choice("states", states, LIN_SETS)
+    half = max(1, vision_depth // 2)
+    former, latter = tuple(range(1, half + 1)), tuple(range(half + 1, vision_depth + 1))
+    if states == "early_middle_late":
+        taps = _scale((3, 18, 23), vision_depth)
+    elif states == "all":
+        taps = (former, latter or former, -2)
+    else:
+        taps = (former if states == "former" else latter or former, -2)
+    return Plan((Shortcut(taps, 0, "channels"),), norm=norm)
+
+
+def molmo(vision_depth: int, language_depth: int, *, norm: bool = False) -> Plan:
+    """Molmo (arXiv 2409.17146, section 2): two states, each 2 x 2 patches pooled to one token.
+
+    The third and the tenth block from the last of 24, states 22 and 15, side by side, scaled to the
+    depth. Attention whose query is the mean of a window pools it (`mixers.Pool`).
+
+    Deviations: a two-layer projector with a GELU stands for the gated one (SwiGLU). One view of the
+    whole image is read, not overlapping crops, and there are no tokens at row ends.
+
+    Args:
+        vision_depth: Number of encoder blocks.
+        language_depth: Number of decoder layers.
+        norm: See `Plan`.
+    """
+    taps = _scale((22, 15), vision_depth)
+    return Plan((Shortcut(taps, 0, "pool"),), norm=norm)
 
 
 def cli(

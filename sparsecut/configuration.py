@@ -122,7 +122,7 @@ class SparseCutConfig(PreTrainedConfig):
     @property
     def num_image_tokens(self) -> int:
         """Positions of one image in the prompt."""
-        return self.get_plan().image_tokens(self.num_patches)
+        return self.get_plan().image_tokens(self.num_patches, self.grid.rows)
 
 
 @strict

@@ -19,10 +19,11 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from .plan import POOL_SIZE, Plan, Shortcut
+from .kinds import POOL_SIZE
+from .plan import Plan, Shortcut
 
 CHANNELS_PER_HEAD = 64
 
@@ -74,6 +75,29 @@ class Channels(nn.Module):
         return rearrange(x, "b t g n d -> b n (t g d)")
 
 
+class Blend(nn.Module):
+    """A convex mean of the taps, its weights learned: [B, T, G, N, D] -> [B, N, G * D].
+
+    sum over t of softmax(a)_t x_t, for every grain; the grains of a patch stand side by side. The
+    vector a starts at zero, so the mixer starts as the plain mean. Taps are comparable where the
+    plan has `norm`. It is the control of every method that chooses layers by the question, such as
+    IGVA (arXiv 2501.08443), whose first stage holds all weights equal, and TGIF (arXiv 2601.03100).
+    """
+
+    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int) -> None:
+        super().__init__()
+        self.out_dim = plan.num_grains * dim
+        self.scores = nn.Parameter(torch.zeros(len(shortcut.taps)))
+
+    def initial_values(self) -> Iterator[tuple[Tensor, float]]:
+        """Yield the parameters of this module alone, with their start values."""
+        yield self.scores, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        blended = einsum(x, self.scores.softmax(0), "b t g n d, t -> b g n d")
+        return rearrange(blended, "b g n d -> b n (g d)")
+
+
 class Tokens(nn.Module):
     """Coarse patches, then those of the whole fine image: [B, T, G, N, D] -> [B, G * N, T * D].
 
@@ -123,21 +147,79 @@ def get_num_heads(dim: int) -> int:
     return max(heads for heads in range(1, most + 1) if dim % heads == 0)
 
 
-def compute_attention(query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:
+def compute_attention(
+    query: Tensor, key_value: Tensor, num_heads: int, mask: Tensor | None = None
+) -> Tensor:
     """Return dense attention without positions.
 
     Args:
         query: [B, N, D].
         key_value: [B, M, 2 * D], keys and then values.
         num_heads: A divisor of D.
+        mask: Keys that are there, [B, 1, 1, M].
 
     Returns:
         [B, N, D].
     """
     q = rearrange(query, "b n (h d) -> b h n d", h=num_heads)
     k, v = rearrange(key_value, "b n (two h d) -> two b h n d", two=2, h=num_heads)
-    attended = F.scaled_dot_product_attention(q, k, v)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return rearrange(attended, "b h n d -> b n (h d)")
+
+
+def cut_windows(x: Tensor, rows: int, size: int) -> tuple[Tensor, Tensor]:
+    """Cut patches into windows, row by row. The last of odd rows and columns are filled up.
+
+    Args:
+        x: Patches [B, N, D].
+        rows: Their rows.
+        size: Rows and columns of a window.
+
+    Returns:
+        Patches [B, windows, size^2, D] with zeros where there are none, and a mask of those that
+        there are, [windows, size^2].
+    """
+    image = rearrange(x, "b (y x) d -> b y x d", y=rows)
+    right, below = -image.shape[2] % size, -rows % size
+    image = F.pad(image, (0, 0, 0, right, 0, below))
+    there = F.pad(x.new_ones(rows, x.shape[1] // rows, dtype=torch.bool), (0, right, 0, below))
+    windows = rearrange(image, "b (y wy) (x wx) d -> b (y x) (wy wx) d", wy=size, wx=size)
+    return windows, rearrange(there, "(y wy) (x wx) -> (y x) (wy wx)", wy=size, wx=size)
+
+
+class Pool(nn.Module):
+    """Attention over each 2 x 2 patches, a token of each: [B, T, 1, N, D] -> [B, ceil(N / 4), D].
+
+    The taps of a patch stand side by side. The mean of a window is the query, its patches are keys
+    and values: Molmo's connector before its projector (arXiv 2409.17146, section 2;
+    `attention_meanq` in github.com/allenai/molmo). At the edge of an odd grid a window has fewer
+    patches, as in Molmo2; Molmo takes zeros for those that are missing.
+    """
+
+    takes_rows = True
+
+    def __init__(self, shortcut: Shortcut, plan: Plan, dim: int, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.window = shortcut.mixer.window
+        self.num_heads = get_num_heads(dim)
+        self.out_dim = dim
+        self.query = nn.Linear(len(shortcut.taps) * dim, dim)
+        self.key_value = nn.Linear(len(shortcut.taps) * dim, 2 * dim)
+        self.output = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, rows: int | None = None) -> Tensor:
+        patches = rearrange(x[:, :, 0], "b t n d -> b n (t d)")
+        windows, there = cut_windows(patches, rows or self.rows, self.window)
+        query = windows.sum(2, keepdim=True) / there.sum(1).view(-1, 1, 1)
+        mask = there.repeat(len(x), 1)[:, None, None]
+        attended = compute_attention(
+            self.query(query).flatten(0, 1),
+            self.key_value(windows).flatten(0, 1),
+            self.num_heads,
+            mask=mask,
+        )
+        return self.output(rearrange(attended, "(b n) one d -> b (n one) d", b=len(x)))
 
 
 def split_query(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,105 +17,13 @@ The names that `Shortcut.mix` and `Plan.gate` may have are the keys of `MIXERS` 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
+from .kinds import GATES, MIXERS, SOME_PATCHES, Mixer
+from .kinds import Gate as Gate
 from .schema import UserError, build_dataclass, is_whole_number, make_tuples, nearest
 
 Tap = int | tuple[int, ...]
-POOL_SIZE = 8  # neighbours that `append` pools into one token, as Dense Connector's STI does
-SOME_PATCHES = 64 * POOL_SIZE  # a number of patches for comparing numbers of image tokens
-
-
-def _count_patches(num_taps: int, num_grains: int, num_patches: int) -> int:
-    return num_patches
-
-
-def _count_grains(num_taps: int, num_grains: int, num_patches: int) -> int:
-    return num_grains * num_patches
-
-
-def _count_pooled(num_taps: int, num_grains: int, num_patches: int) -> int:
-    return num_patches + (num_taps - 1) * math.ceil(num_patches / POOL_SIZE)
-
-
-@dataclass(frozen=True)
-class Mixer:
-    """One way to make features of a shortcut's taps and grains. docs/add-a-method.md adds one.
-
-    Attributes:
-        description: What it does, in a few words, for drawings.
-        module: The class that computes it, or its name in `mixers.py`. None has no weights here.
-        grains: The grains it reads: "all", "coarse", or "one", which `Shortcut.grain` chooses.
-        needs_context: Whether it compares the coarse patches of the last tap with everything else,
-            so that a single tap of the coarse view is not enough.
-        count_tokens: (taps, grains, patches of a view) -> image tokens of one image.
-    """
-
-    description: str
-    module: type | str | None
-    grains: str = "all"
-    needs_context: bool = False
-    count_tokens: Callable[[int, int, int], int] = _count_patches
-
-
-MIXERS: dict[str, Mixer] = {
-    "pick": Mixer("one grain of each patch", "Pick", grains="one"),
-    "channels": Mixer("taps and grains of a patch side by side", "Channels"),
-    "tokens": Mixer(
-        "grains of a patch one after the other, a longer prompt",
-        "Tokens",
-        count_tokens=_count_grains,
-    ),
-    "append": Mixer(
-        "coarse patches, then other taps pooled, a longer prompt",
-        "Append",
-        grains="coarse",
-        count_tokens=_count_pooled,
-    ),
-    "attend": Mixer("coarse patches attend to all taps and grains", "Attend", needs_context=True),
-    "enrich": Mixer(
-        "coarse patches and what attention adds, from zero", "Enrich", needs_context=True
-    ),
-    "base": Mixer("what the upgraded model feeds to its input itself", None, grains="coarse"),
-}
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One way to scale what shortcuts add. The first shortcut into the input is never scaled.
-
-    Attributes:
-        description: What it does, in a few words, for drawings.
-        factor: The trained factor of each shortcut: None, one "number", or one per "channel".
-        start: The value that factors start with.
-        zero_projector: Whether the last layer of each projector starts at zero instead.
-        module: A class, or its name in `fusion.py`, whose instances compute the factors of a layer
-            above the input in each forward pass. `fusion.ContextGate` shows the interface.
-    """
-
-    description: str
-    factor: str | None = None
-    start: float = 1.0
-    zero_projector: bool = False
-    module: type | str | None = None
-
-    @property
-    def starts_without_effect(self) -> bool:
-        """Whether a new model is, bit for bit, the model without shortcuts."""
-        return self.module is None and (self.start == 0 or self.zero_projector)
-
-
-GATES: dict[str | None, Gate] = {
-    None: Gate("no gates"),
-    "zero": Gate("gates that start at zero", "number", start=0.0),
-    "one": Gate("gates that start at one", "number"),
-    "zero_vector": Gate("gates per channel that start at zero", "channel", start=0.0),
-    "one_vector": Gate("gates per channel that start at one", "channel"),
-    "context": Gate("gates by context", module="ContextGate"),
-    "zero_projector": Gate("projectors that start at zero", zero_projector=True),
-}
 
 
 @dataclass(frozen=True)
@@ -183,9 +91,10 @@ class Shortcut:
         grains = self.mixer.grains
         return grains == "coarse" or (grains == "one" and self.grain == 0)
 
-    def count_tokens(self, num_grains: int, num_patches: int) -> int:
-        """Return the image tokens of one image, for views of `num_patches` patches."""
-        return self.mixer.count_tokens(len(self.taps), num_grains, num_patches)
+    def count_tokens(self, num_grains: int, num_patches: int, rows: int | None = None) -> int:
+        """Return the image tokens of one image, for views of `num_patches` patches in `rows`."""
+        num_windows = self.mixer.count_windows(num_patches, rows)
+        return self.mixer.count_tokens(len(self.taps), num_grains, num_windows)
 
 
 @dataclass(frozen=True)
@@ -322,9 +231,14 @@ class Plan:
         """
         return tuple(sorted({s.layer for s in self.shortcuts if s.mix != "base"}))
 
-    def image_tokens(self, num_patches: int) -> int:
-        """Return the prompt positions of one image, for views of `num_patches` patches."""
-        return self.shortcuts[0].count_tokens(self.num_grains, num_patches)
+    def image_tokens(self, num_patches: int, rows: int | None = None) -> int:
+        """Return the prompt positions of one image.
+
+        Args:
+            num_patches: Patches of a view.
+            rows: Rows that they stand in. By default as many as columns.
+        """
+        return self.shortcuts[0].count_tokens(self.num_grains, num_patches, rows)
 
     def resolved_taps(self, vision_depth: int) -> tuple[int, ...]:
         """Return every tap as a number from 0 to `vision_depth`, ascending, each once."""

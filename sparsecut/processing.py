@@ -151,7 +151,8 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
         """Count the image tokens of an image of this many rows and columns of patches."""
         rows, columns = grid
         mixer = MIXERS[self.mix]
-        return mixer.count_tokens(self.num_taps, self.num_views, int(rows) * int(columns))
+        num_windows = mixer.count_windows(int(rows) * int(columns), int(rows))
+        return mixer.count_tokens(self.num_taps, self.num_views, num_windows)
 
     def expand(self, text: str, grids: Sequence | None = None) -> str:
         """Repeat every placeholder once per image token.

@@ -50,7 +50,7 @@ def test_views_and_patches_need_not_be_square(check):
     check(model)
 
 
-@pytest.mark.parametrize("mix", ["channels", "tokens", "attend"])
+@pytest.mark.parametrize("mix", ["channels", "tokens", "attend", "blend", "pool"])
 def test_every_mixer_takes_an_oblong_grid(mix):
     plan = {"shortcuts": [{"taps": [-2], "layer": 0, "mix": mix}], "tiles": 2}
     checks.gradients(checks.join(vision=oblong(), plan=plan))

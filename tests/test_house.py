@@ -31,7 +31,7 @@ ROOMS = [  # left to right
     "reports",
     "cli",
 ]
-METHOD = ["schema", "plan", "methods", "baselines", "mixers", "fusion"]
+METHOD = ["schema", "kinds", "plan", "methods", "baselines", "mixers", "fusion"]
 ASSEMBLY = [
     "building",
     "upgrading",

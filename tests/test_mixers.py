@@ -1,6 +1,7 @@
 """Mixers against plain loops: each on small grains, patch by patch."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -156,6 +157,51 @@ def test_enrich_starts_as_pick_and_is_a_gated_residual():
     torch.testing.assert_close(module(x), expected, atol=1e-6, rtol=1e-5)
     module.gate_self.data.fill_(0.5)
     assert not torch.allclose(module(x), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("tiles", [0, 2])
+def test_blend_is_a_convex_mean_of_the_taps_that_starts_even(tiles):
+    module, x = make_mixer("blend", taps=(0, 1, 3), tiles=tiles)
+    for scores in ([0.0, 0.0, 0.0], [0.3, -1.0, 2.0]):
+        module.scores.data = torch.tensor(scores)
+        weights = [math.exp(score) for score in scores]
+        mixed = module(x)
+        assert module.out_dim == mixed.shape[-1]
+        for b, n in itertools.product(range(2), range(4)):
+            parts = []
+            for g in range(1 + tiles**2):
+                total = sum(weights[t] * x[b, t, g, n] for t in range(3))
+                parts.append(total / sum(weights))
+            torch.testing.assert_close(mixed[b, n], torch.cat(parts))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2, 2), (4, 6), (3, 5), (1, 7)])
+def test_pool_is_attention_in_windows_whose_query_is_their_mean(rows, columns):
+    dim, heads = 128, 2
+    module, _ = make_mixer("pool", taps=(2, 1), tiles=0, dim=dim)
+    x = torch.randn(2, 2, 1, rows * columns, dim)
+    mixed = module(x, rows)
+    places = list(itertools.product(range(0, rows, 2), range(0, columns, 2)))
+    assert mixed.shape == (2, len(places), dim) and module.out_dim == dim
+    count = Plan((Shortcut((2, 1), 0, "pool"),)).image_tokens(rows * columns, rows)
+    assert count == len(places)
+    key, value = module.key_value.weight.chunk(2)
+    key_bias, value_bias = module.key_value.bias.chunk(2)
+    for b, (number, (top, left)) in itertools.product(range(2), enumerate(places)):
+        window = []
+        for y, column in itertools.product(range(top, top + 2), range(left, left + 2)):
+            if y < rows and column < columns:
+                window.append(torch.cat([x[b, t, 0, y * columns + column] for t in range(2)]))
+        patches = torch.stack(window)
+        q = module.query(patches.mean(0))
+        k, v = patches @ key.T + key_bias, patches @ value.T + value_bias
+        heads_out = []
+        for h in range(heads):
+            part = slice(h * dim // heads, (h + 1) * dim // heads)
+            weights = (k[:, part] @ q[part] / (dim // heads) ** 0.5).softmax(0)
+            heads_out.append(weights @ v[:, part])
+        expected = module.output(torch.cat(heads_out))
+        torch.testing.assert_close(mixed[b, number], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_tuple_of_taps_is_their_mean():

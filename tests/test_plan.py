@@ -86,6 +86,11 @@ def get_places(name: str, *depths: int) -> list[tuple]:
 def test_published_lists_come_out_of_the_functions_of_depth():
     assert make_plan("dense_connector_sci", 24, 32).shortcuts[0].taps == (-2, 7, 15)
     assert make_plan("mmfuser", 24, 32).shortcuts[0].taps == (3, 8, 13, 18, -2)
+    assert make_plan("external_direct", 24, 32).shortcuts[0].taps == (3, 18, 23)
+    assert make_plan("external_direct", 27, 32).shortcuts[0].taps == (3, 20, 25)
+    both = make_plan({"method": "external_direct", "states": "all"}, 24, 32)
+    assert both.shortcuts[0].taps == (tuple(range(1, 13)), tuple(range(13, 25)), -2)
+    assert make_plan("molmo", 24, 32).shortcuts[0].taps == (22, 15)
     assert get_places("lsf_internal_direct", 24, 32) == [(3, 3), (18, 23), (23, 29)]
     assert get_places("qwen3_vl", 27, 36) == [(9, 1), (17, 2), (25, 3)]
     assert get_places("granite4", 27, 40)[:3] == [(-7, 3), (-13, 6), (-19, 9)]
@@ -129,6 +134,10 @@ MISTAKES = {
     "key": (
         lambda: Plan.from_dict({"shortcuts": [{"taps": [1], "layre": 0}]}),
         ["shortcuts.0.layre", "did you mean 'layer'"],
+    ),
+    "states": (
+        lambda: made(method="external_direct", states="formr"),
+        ["'formr'", "did you mean 'former'"],
     ),
     "no shortcuts": (lambda: Plan.from_dict({"tiles": 2}), ["lacks shortcuts"]),
     "no taps": (lambda: Shortcut((), 0), ["taps=()"]),

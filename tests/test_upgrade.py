@@ -294,7 +294,9 @@ NOT_FOR_UPGRADES = {
     "dense_connector_sti",
     "dense_connector_sci",
     "dense_connector_dci",
+    "external_direct",
     "mmfuser",
+    "molmo",  # and has fewer tokens
 }
 
 
@@ -309,7 +311,7 @@ def test_every_method_upgrades_without_effect_or_is_refused(llava, images, metho
     check_identity_and_effect(base, base_processor, images, method)
 
 
-@pytest.mark.parametrize("mix", ["pick", "channels", "attend", "enrich"])
+@pytest.mark.parametrize("mix", ["pick", "channels", "blend", "attend", "enrich"])
 def test_every_mixer_and_start_works(llava, images, mix):
     for gate, shared in (("zero", True), ("zero_vector", False), ("zero_projector", False)):
         plan = {"method": "sparsecut", "mix": mix, "gate": gate, "shared": shared, "count": 2}
