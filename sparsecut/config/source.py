@@ -14,7 +14,8 @@ FILE_ENDINGS = (  # of files of records, in any case
     *(".parquet", ".arrow", ".tar"),
 )
 ON_ERROR = ("stop", "skip")
-CHOICES = ("where", "hold_out", "keep")  # keys that choose among a source's records
+SIDES = ("train", "dev")
+CHOICES = ("where", "hold_out", "keep", "dev")  # keys that choose among a source's records
 # The keys of records that are read, in all their forms; `columns` gives them other names.
 RECORD_KEYS = (
     "id",
@@ -66,6 +67,10 @@ class Source:
         group: A regular expression whose parentheses match the group of a record in its id, where
             the record names none.
         keep: At most so many records, a fixed random choice.
+        dev: About this fraction of the images is a dev part. It is cut by image: all records of an
+            image are on one side.
+        side: With `dev`, the side that is read, "train" or "dev".
+        text_only: Whether records are read without their images, for a baseline.
         weight: The source's part in a mixture, relative to the others' weights.
         streaming: Whether records are read from the files while training goes on.
         max_broken: The fraction of records that may be skipped.
@@ -86,6 +91,9 @@ class Source:
     hold_out: str | None = None
     group: str | None = None
     keep: int | None = None
+    dev: float | int | None = None
+    side: str | None = None
+    text_only: bool = False
     weight: float | int | None = None
     streaming: bool = False
     max_broken: float | int = 0.01
@@ -119,8 +127,21 @@ class Source:
             raise UserError(f"max_broken is {self.max_broken}, but a fraction lies between 0 and 1")
         if self.max_mib < 1:
             raise UserError(f"max_mib is {self.max_mib}, but a record takes at least 1 MiB of it")
+        self._check_side()
         self._check_columns()
         self._check_stream()
+
+    def _check_side(self) -> None:
+        if (self.dev is None) != (self.side is None):
+            raise UserError(
+                f"dev is {self.dev} and side is {self.side}, but one has no effect without the"
+                " other; give both, such as dev: 0.2 and side: train, or none"
+            )
+        if self.dev is None:
+            return
+        check_choice("side", self.side, SIDES)
+        if not 0 < self.dev < 1:
+            raise UserError(f"dev is {self.dev}, but a fraction of the images lies between 0 and 1")
 
     def _check_columns(self) -> None:
         for key in self.columns:

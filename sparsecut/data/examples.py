@@ -30,6 +30,7 @@ from .images import ImageStore, decode_image
 from .locating import find_record_files
 from .record_files import RecordFile
 from .record_forms import convert_record
+from .sides import drop_images, take_side
 from .texts import check_text
 from .turns import IMAGE as IMAGE
 
@@ -162,6 +163,10 @@ def read_source(source: Source, problems: list[RecordError]) -> list[Example]:
             f" where={source.where!r} and hold_out={source.hold_out!r}; ids look like"
             f" {show_value([example.id for example in examples[:3]])}"
         )
+    if source.dev is not None:
+        selected = take_side(selected, source.dev, source.side, source.path)
+    if source.text_only:
+        selected = [drop_images(example) for example in selected]
     if source.group:
         selected = [_add_group(example, source.group) for example in selected]
     return selected

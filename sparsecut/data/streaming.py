@@ -26,6 +26,7 @@ from .form_choice import Columns, get_columns
 from .images import ImageStore
 from .locating import find_record_files
 from .record_files import RecordFile
+from .sides import drop_images
 
 NUM_RECENT = 100  # records that went by, which may take a broken one's place
 NUM_NAMED = 1000  # records of which one must have each of the source's columns
@@ -186,7 +187,8 @@ def read_stream(
         store = images or file.open_images(access, by_name=False)
         for place, record in file.read(access, images_by_name=False):
             try:
-                yield parse_record(record, place, store, skip=skip, columns=columns)
+                example = parse_record(record, place, store, skip=skip, columns=columns)
+                yield drop_images(example) if source.text_only else example
             except RecordError as error:
                 if not skip:
                     raise

@@ -9,6 +9,8 @@ import numpy as np
 
 from ..schema import UserError
 
+LEVEL_KEYS = {"levels": "level", "kinds": "group"}  # of a line of predictions.jsonl
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -52,7 +54,7 @@ class Answers:
             )
 
     @classmethod
-    def from_records(cls, runs: dict[int, list[dict]]) -> Answers:
+    def from_records(cls, runs: dict[int, list[dict]], average_over: str = "levels") -> Answers:
         """Read the lines of predictions.jsonl of one run for each seed.
 
         Without levels, all questions are of one level, "all". A question without an image is drawn
@@ -60,6 +62,8 @@ class Answers:
 
         Args:
             runs: The records by seed.
+            average_over: What stands for levels: "levels", "kinds" (groups), or "questions" for
+                one level of all.
 
         Raises:
             UserError: Two seeds answered different questions.
@@ -72,7 +76,9 @@ class Answers:
             other_ids = [record["id"] for record in records]
             check_same_questions(ids, other_ids, f"seed {first_seed}", f"seed {seed}")
             correct.append([float(record["correct"]) for record in records])
-        levels = [record["level"] for record in first]
+        levels: list = [None] * len(first)
+        if average_over in LEVEL_KEYS:
+            levels = [record[LEVEL_KEYS[average_over]] for record in first]
         if all(level is None for level in levels):
             levels = ["all"] * len(levels)
         images = ["\n".join(record["images"]) or record["id"] for record in first]

@@ -22,7 +22,9 @@ from ..prompts import get_chat_template
 from ..schema import UserError, read_json_file, write_text_file
 
 INPUTS = "inputs.json"
-BEGUN = ("runs/*/*/*/*/versions.json", "runs/*/*/*/*/checkpoint-*/*.json", "runs/*/*/*/facts.json")
+BEGUN = (  # under runs/BUDGET/VARIANT/SEED or rates/VARIANT/RATE/SEED
+    *("r*/*/*/*/*/versions.json", "r*/*/*/*/*/checkpoint-*/*.json", "r*/*/*/*/facts.json"),
+)
 
 
 def check_inputs(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 from ..config.recipe import Recipe, Source
@@ -12,6 +13,7 @@ from ..plan import Plan
 from ..schema import UserError, read_json_file, write_text_file
 from .inputs import check_inputs, list_sources
 from .study import Study
+from .text_baseline import write_text_baseline
 
 LARGE_SIZE = ("clip-l-336", "llama-7b")  # the size that costs are also counted at
 
@@ -34,11 +36,14 @@ def prepare(study: Study, log: Log) -> None:
     tiles = _find_tiles(study, vision, language)
     widest = {"method": "hires_channels", "tiles": tiles}
     model, processor = build(vision, language, widest, **recipe.model.get_build_settings())
-    examples = _read_examples(recipes)
+    records = _read_sources(recipes)
+    examples = list(chain.from_iterable(records.values()))
     check_inputs(Path(study.output), recipes, examples, model, processor, log)
 
+    _write_text_baseline(study, recipe, records)
     plans = {}
-    for name, spec in study.arms.items():
+    for name in study.arms:
+        spec = study.get_fusion(name)
         plans[name] = make_plan(spec, model.config.vision_depth, model.config.language_depth)
 
     write_costs(study, plans, model.config, log)
@@ -47,27 +52,41 @@ def prepare(study: Study, log: Log) -> None:
 
 
 def _list_recipes(study: Study) -> list[Recipe]:
-    """The recipe of the first run of every budget: variants and seeds read the same data."""
+    """The recipe of the first run of every budget: variants and seeds read the same data.
+
+    Where images are drawn, dev runs read others.
+    """
     first_runs = {}
-    for run in study.list_runs():
+    for run in study.list_test_runs():
         first_runs.setdefault(run.budget, run)
-    return [study.get_recipe(run) for run in first_runs.values()]
+    runs = list(first_runs.values())
+    if study.pictures is not None:
+        runs += study.list_dev_runs()[:1]
+    return [study.get_recipe(run) for run in runs]
 
 
-def _read_examples(recipes: Sequence[Recipe]) -> list:
+def _read_sources(recipes: Sequence[Recipe]) -> dict[Source, list]:
     """All records of training and evaluation, of streams where features are cached."""
     from ..data.examples import read_source
 
-    sources: list[Source] = []
+    records: dict[Source, list] = {}
     for recipe in recipes:
         for source in list_sources(recipe):
             is_read = recipe.feature_cache or not source.streaming
-            if is_read and source not in sources:
-                sources.append(source)
-    examples = []
-    for source in sources:
-        examples += read_source(source, [])
-    return examples
+            if is_read and source not in records:
+                records[source] = read_source(source, [])
+    return records
+
+
+def _write_text_baseline(study: Study, recipe: Recipe, records: dict[Source, list]) -> None:
+    """Answer the test questions by the commonest answer to their text, as far as it is known."""
+    trained = []
+    for stage in recipe.stages:
+        for source in stage.data:
+            trained += records.get(source, [])
+    asked = [example for source in recipe.evaluate.data for example in records.get(source, [])]
+    if trained and asked:
+        write_text_baseline(Path(study.output), trained, asked)
 
 
 def _cache_features(
@@ -93,8 +112,8 @@ def _find_tiles(study: Study, vision, language) -> int:
 
     depths = read_depths(vision, language)
     variants: dict[int, str] = {}
-    for name, spec in study.arms.items():
-        plan = make_plan(spec, *depths)
+    for name in study.arms:
+        plan = make_plan(study.get_fusion(name), *depths)
         if plan.tiles:
             variants[plan.tiles] = name
 
@@ -116,6 +135,8 @@ def draw_images(study: Study, log: Log) -> None:
     data = Path(study.output) / "data"
     record = data / "drawn.json"
     settings = asdict(images)
+    if study.rates is not None:
+        settings["dev"] = study.rates.dev
     if record.is_file():
         drawn = read_json_file(record)
         if drawn == settings:
@@ -125,6 +146,9 @@ def draw_images(study: Study, log: Log) -> None:
     common = {"seed": images.seed, "size": images.size}
     write_split(data, "train", images.train, images.train_questions, **common)
     write_split(data, images.split, images.ask, images.questions, **common)
+    if study.rates is not None:
+        number = max(1, round(study.rates.dev * images.train))
+        write_split(data, "dev", number, images.questions, **common)
     write_text_file(record, json.dumps(settings))
 
 
@@ -150,7 +174,7 @@ def write_costs(study: Study, plans: dict, config, log: Log) -> None:
         costs[name] = {
             "plan": plan.to_dict(),
             "here": count_plan(*parts, plan, view_size=config.view_size).to_dict(),
-            "large": _count_at_large_size(study.arms[name]),
+            "large": _count_at_large_size(study.get_fusion(name)),
         }
         write_text_file(path, json.dumps(costs, indent=1))
 

@@ -6,6 +6,8 @@ A study's output folder holds:
     data/                    the images of the built-in shapes, if the study draws them
     states/                  the encoder's features of all images
     costs.json               what each variant costs, at the study's own size and at a large one
+    text_baseline.json       the commonest answers to the texts of the test questions
+    rates/VARIANT/RATE/SEED/     a run on the dev part, by which a variant's fusion rate is chosen
     runs/BUDGET/VARIANT/SEED/    one run: what training writes, eval/ with its answers, facts.json
     report.html, .md, .json  the comparison, which `sparsecut.reports` writes
 
@@ -17,33 +19,33 @@ it, and take it over where its process is gone.
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from ..config.folder_lock import LOCK, lock_folder
+from ..config.folder_lock import lock_folder
 from ..config.paths import check_replaceable, check_writable_folder
 from ..data.jsonl import read_json_lines
 from ..schema import UserError, read_json_file, write_text_file
+from .claims import claim
 from .preparation import Log, prepare
-from .study import Run, Study, dump_study, load_study, narrow_study
+from .single_run import run_to_end
+from .study import Study, dump_study, load_study, narrow_study
+from .study_parts import DIVERGED, Run
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_LINES = 30  # about runs in progress
 SECONDS_BETWEEN_CLAIMS = 2  # of a run that another process has
-SECONDS_TO_TRUST = 600  # an old version's file `running` of another host, which it never renews
 WRITTEN = (
-    *("states", "runs", "costs.json", "inputs.json", "report.*", "worker-*.txt"),
-    *("search.json", "plan.yaml"),
+    *("states", "runs", "rates", "text_baseline.json", "costs.json", "inputs.json"),
+    *("report.*", "worker-*.txt", "search.json", "plan.yaml"),
 )
+FAILED = "failed.txt"
 LINES_SHOWN = 12  # of the log of a process that stopped
 
 
@@ -93,10 +95,11 @@ def run_study(
     )
 
     for run in pending:
-        (run.get_folder(out) / "failed.txt").unlink(missing_ok=True)
+        (run.get_folder(out) / FAILED).unlink(missing_ok=True)
 
     if pending and workers:
-        _supervise(part, out, min(workers, len(pending)), log)
+        parts = [f"variant={name}" for name in variants] + [f"seed={seed}" for seed in seeds]
+        _supervise(part, out, min(workers, len(pending)), parts, log)
     elif pending:
         work(out, variants, seeds, log=log)
 
@@ -109,7 +112,7 @@ def _check_failures(runs: Sequence[Run], out: Path) -> None:
     names = []
     reports = []
     for run in runs:
-        report = run.get_folder(out) / "failed.txt"
+        report = run.get_folder(out) / FAILED
         if report.is_file():
             names.append(str(run))
             reports.append(report)
@@ -147,6 +150,7 @@ def check_folder(study: Study, out: Path) -> None:
         if study.arms.get(name, spec) != spec:
             changed.append(f"arms.{name}")
 
+    changed += _name_changed_rates(before, study)
     for name, budget in before.budgets.items():
         if study.budgets.get(name, budget).change != budget.change:
             changed.append(f"budgets.{name}")
@@ -158,12 +162,36 @@ def check_folder(study: Study, out: Path) -> None:
         )
 
 
-def _supervise(study: Study, out: Path, workers: int, log: Log) -> None:
-    """Start the processes, report what they finish, and wait for them."""
+def _name_changed_rates(before: Study, study: Study) -> list[str]:
+    """Keys of `rates` that finished dev runs depend on; the grid and the seeds may grow."""
+    if before.rates is None or study.rates is None:
+        return []
+    spent = sorted(set(before.rates.seeds) & set(study.seeds))
+    if spent:
+        raise UserError(
+            f"seeds {spent} have chosen rates in {study.output} before, so that they cannot read the"
+            " test split; use other seeds"
+        )
+    keys = ("dev", "change")
+    return [
+        f"rates.{key}" for key in keys if getattr(before.rates, key) != getattr(study.rates, key)
+    ]
+
+
+def _supervise(study: Study, out: Path, workers: int, parts: list[str], log: Log) -> None:
+    """Start the processes, report what they finish, and wait for them.
+
+    Args:
+        study: The study, or the part of it that is run.
+        out: Its folder.
+        workers: The number of processes.
+        parts: The part's variants and seeds, as the processes take them.
+        log: Takes lines about the progress.
+    """
     processes = []
     try:
         for number in range(workers):
-            processes.append(_start_process(study, out, number))
+            processes.append(_start_process(out, number, parts))
         _watch(study, out, processes, log)
     finally:
         for process in processes:
@@ -182,11 +210,9 @@ def _supervise(study: Study, out: Path, workers: int, log: Log) -> None:
             )
 
 
-def _start_process(study: Study, out: Path, number: int) -> subprocess.Popen:
+def _start_process(out: Path, number: int, parts: list[str]) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "sparsecut.experiments.runner", str(out)]
-    command += [f"variant={name}" for name in study.arms]
-    command += [f"seed={seed}" for seed in study.seeds]
+    command = [sys.executable, "-m", "sparsecut.experiments.runner", str(out), *parts]
     command += [f"parent={os.getpid()}"]
     with _get_log_path(out, number).open("w", encoding="utf-8") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
@@ -228,9 +254,12 @@ def _log_progress(study: Study, runs: Sequence[Run], out: Path, log: Log) -> Non
 
 
 def _describe_scores(run: Run, out: Path) -> str:
-    path = run.get_folder(out) / "eval" / "result.json"
-    result = read_json_file(path)
     name = f"{run.budget} {run.variant} seed {run.seed}"
+    if run.rate is not None:
+        name = f"dev {run.variant} rate {run.rate:g} seed {run.seed}"
+        if (run.get_folder(out) / DIVERGED).is_file():
+            return f"{name}: the loss is not finite"
+    result = read_json_file(run.get_folder(out) / "eval" / "result.json")
     if not result["levels"]:
         percent = 100 * result["accuracy"]
         return f"{name}: {percent:.1f} %"
@@ -274,9 +303,9 @@ def work(
     said = False
     while True:
         for run in runs:
-            if _is_left(run, out):
+            if _is_left(run, out) and not _list_needed(study, run, out):
                 _do_run(study, run, runs, log)
-        left = [run for run in runs if _is_left(run, out)]
+        left = [run for run in runs if _is_left(run, out) and not _is_blocked(study, run, out)]
         if not left:
             return
         if not said:
@@ -286,7 +315,24 @@ def work(
 
 
 def _is_left(run: Run, out: Path) -> bool:
-    return not run.is_finished(out) and not (run.get_folder(out) / "failed.txt").is_file()
+    return not run.is_finished(out) and not _has_failed(run, out)
+
+
+def _list_needed(study: Study, run: Run, out: Path) -> list[Run]:
+    """The dev runs that a run waits for, because they choose its rate."""
+    if run.rate is not None:
+        return []
+    dev_runs = [other for other in study.list_dev_runs() if other.variant == run.variant]
+    return [other for other in dev_runs if not other.is_finished(out)]
+
+
+def _is_blocked(study: Study, run: Run, out: Path) -> bool:
+    """Whether a run can never start, because its rate was not asked for or could not be found."""
+    return any(_has_failed(other, out) for other in _list_needed(study, run, out))
+
+
+def _has_failed(run: Run, out: Path) -> bool:
+    return (run.get_folder(out) / FAILED).is_file()
 
 
 def _do_run(study: Study, run: Run, runs: Sequence[Run], log: Log) -> None:
@@ -297,50 +343,11 @@ def _do_run(study: Study, run: Run, runs: Sequence[Run], log: Log) -> None:
         if not is_ours or not _is_left(run, out):  # another process may have done it just now
             return
         try:
-            train_and_evaluate(study, run)
+            run_to_end(study, run)
             num_finished = sum(other.is_finished(out) for other in runs)
             log(f"{num_finished}/{len(runs)}  {_describe_scores(run, out)}")
         except Exception:
-            write_text_file(folder / "failed.txt", traceback.format_exc())
-
-
-@contextmanager
-def claim(folder: Path) -> Iterator[bool]:
-    """Make a run this process's own inside the block; yields False where a living process has it."""
-    with ExitStack() as stack:
-        is_new = not (folder / LOCK).exists()
-        try:
-            stack.enter_context(lock_folder(folder))
-        except UserError:
-            yield False
-            return
-        mark = folder / "running"
-        if is_new and _is_owner_alive(mark):
-            yield False
-            return
-        mark.write_text(f"{socket.gethostname()} {os.getpid()}", encoding="utf-8")
-        try:
-            yield True
-        finally:
-            mark.unlink(missing_ok=True)
-
-
-def _is_owner_alive(mark: Path) -> bool:
-    """Whether a process of an old version, which locks no folder, may still have a run.
-
-    Such a process never renews its file `running`. So one of another host counts as alive for a
-    while only.
-    """
-    import psutil
-
-    try:
-        age = time.time() - mark.stat().st_mtime
-        host, pid = mark.read_text(encoding="utf-8").split()
-        if host == socket.gethostname():
-            return psutil.Process(int(pid)).create_time() < mark.stat().st_mtime
-    except (OSError, ValueError, OverflowError, psutil.Error):  # gone, or not written whole
-        return False
-    return age < SECONDS_TO_TRUST
+            write_text_file(folder / FAILED, traceback.format_exc())
 
 
 def _end_with(parent: int) -> None:
@@ -352,44 +359,6 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def train_and_evaluate(study: Study, run: Run) -> None:
-    """Train and evaluate one run, from the start or from its last whole stage."""
-    from ..evaluation.evaluator import evaluate_recipe, evaluation_examples
-    from ..training.stages import open_feature_cache, train
-
-    recipe = study.get_recipe(run)
-    folder = run.get_folder(study.output)
-    model, processor = train(recipe, resume=True)
-    features = open_feature_cache(recipe, model, processor, evaluation_examples(recipe))
-    result = evaluate_recipe(recipe, model, processor, resume=True, feature_cache=features)
-
-    train_seconds = 0.0
-    for stage in recipe.stages:
-        train_seconds += read_json_lines(folder / stage.name / "log.jsonl")[-1]["seconds"]
-
-    facts = {
-        "arm": run.variant,
-        "budget": run.budget,
-        "seed": run.seed,
-        "plan": model.plan.to_dict(),
-        "depths": [model.config.vision_depth, model.config.language_depth],
-        "parameters": model.count_parameters(),
-        "image_tokens": processor.num_image_tokens,
-        "views": processor.num_views,
-        "train_seconds": train_seconds,
-        "eval_seconds": result["seconds"],
-    }
-    _remove_stage_models(recipe, folder)
-    write_text_file(folder / "facts.json", json.dumps(facts, indent=1))  # last: the run is finished
-
-
-def _remove_stage_models(recipe, folder: Path) -> None:
-    """Remove the weights of all stages but the last, which would be most of a study's size."""
-    for stage in recipe.stages[:-1]:
-        for weights in (folder / stage.name).glob("*.safetensors"):
-            weights.unlink()
 
 
 def _parse_arguments(arguments: Sequence[str]) -> tuple[Path, list[str], list[int], int | None]:

@@ -261,7 +261,7 @@ def _make_cost_check(
     model = study.recipe["model"]
     vision = read_backbone_config(model["vision"], "vision")
     language = read_backbone_config(model["language"], "language")
-    baseline = make_plan(study.arms[study.baseline], *depths)
+    baseline = make_plan(study.get_fusion(study.baseline), *depths)
     limit = ratio * count_plan(vision, language, baseline).prefill_total_flops
 
     def fits(plan: Plan) -> bool:

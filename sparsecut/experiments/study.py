@@ -16,17 +16,30 @@ from ..config.overrides import override
 from ..config.places import check_model_places, check_places
 from ..config.recipe import Recipe, parse_recipe
 from ..config.shipped import find_file
-from ..config.yaml_io import dump_yaml, read_yaml_file, rename_key
+from ..config.yaml_io import dump_yaml, read_yaml_file, rename_key, to_lists
 from ..schema import (
     UserError,
     build_dataclass,
+    check_choice,
     check_type,
     check_types,
     make_tuples,
     nearest,
     write_text_file,
 )
+from .rates import (
+    TEXT_ONLY,
+    Rates,
+    Variant,
+    build_variant,
+    drop_images,
+    set_rate,
+    take_dev_part,
+    trains_language,
+)
+from .study_parts import Budget, DrawnImages, Run, build_budget
 
+AVERAGES = ("levels", "kinds", "questions")
 SET_ELSEWHERE = {  # keys of a recipe that a study sets -> where
     "fusion": "arms",
     "output": "the study's `output`",
@@ -35,62 +48,6 @@ SET_ELSEWHERE = {  # keys of a recipe that a study sets -> where
     "states": "the study itself",  # the old name
 }
 FOLDER_NAME = r"[a-z0-9][a-z0-9_.-]*"
-
-
-@dataclass(frozen=True)
-class DrawnImages:
-    """Images of the built-in shapes to draw for a study.
-
-    Attributes:
-        train: Number of images to train on.
-        ask: Number of images to evaluate on.
-        split: The split that is evaluated on; `dev` and `test` never overlap.
-        train_questions: Questions about each image to train on.
-        questions: Questions about each evaluated image.
-        seed: Equal seeds give equal images.
-        size: small or large.
-    """
-
-    train: int
-    ask: int
-    split: str = "test"
-    train_questions: int = 12
-    questions: int = 7
-    seed: int = 0
-    size: str = "small"
-
-    def __post_init__(self):
-        check_types(self)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long to train.
-
-    Attributes:
-        change: Overrides of the recipe, such as `stages.1.args.max_steps=720`.
-        arms: The variants that have this budget; None for all.
-        seeds: The seeds that have this budget; None for all.
-    """
-
-    change: tuple[str, ...] = ()
-    arms: tuple[str, ...] | None = None
-    seeds: tuple[int, ...] | None = None
-
-    def __post_init__(self):
-        for name in ("change", "arms", "seeds"):
-            if getattr(self, name) is not None:
-                make_tuples(self, name)
-        check_types(self)
-
-    def to_dict(self) -> dict:
-        """Plain lists, numbers and strings: what YAML holds."""
-        values = {"change": list(self.change)}
-        if self.arms is not None:
-            values["arms"] = list(self.arms)
-        if self.seeds is not None:
-            values["seeds"] = list(self.seeds)
-        return values
 
 
 @dataclass(frozen=True)
@@ -111,6 +68,11 @@ class Study:
         families: Variant to the name that reports group it by.
         feature_cache: Whether to cache a frozen encoder's features on disk.
         note: A sentence for the report.
+        rates: How each variant's fusion rate is chosen; None takes the recipe's own.
+        text_only: Whether the same training without images is a baseline. None means yes where
+            rates are chosen and language is trained.
+        average_over: What the average is over, "levels", "kinds" (groups of questions) or
+            "questions".
     """
 
     title: str
@@ -124,15 +86,19 @@ class Study:
     families: dict[str, str] = field(default_factory=dict)
     feature_cache: bool = True
     note: str = ""
+    rates: Rates | None = None
+    text_only: bool | None = None
+    average_over: str = "levels"
 
     def __post_init__(self):
         # Frozen data shares nothing with what it was made of.
         object.__setattr__(self, "recipe", copy.deepcopy(self.recipe))
         make_tuples(self, "seeds")
         check_type("budgets", self.budgets, dict)
-        budgets = {name: _build_budget(name, values) for name, values in self.budgets.items()}
+        budgets = {name: build_budget(name, values) for name, values in self.budgets.items()}
         object.__setattr__(self, "budgets", budgets)
         check_types(self)
+        check_choice("average_over", self.average_over, AVERAGES)
         _check_folder_names("arms", self.arms)
         _check_folder_names("budgets", self.budgets)
         _check_seeds(self.seeds)
@@ -146,8 +112,44 @@ class Study:
             if key in self.recipe:
                 raise UserError(f"recipe.{key} is set by {place}; remove it there")
 
+        self._check_rates()
         for run in self.list_runs():
             self._check_recipe(run)
+
+    def _check_rates(self) -> None:
+        """Check what belongs to choosing rates, and to the run without images."""
+        for name, variant in self.variants.items():
+            if self.rates is None and variant.rate_factor != 1:
+                raise UserError(
+                    f"arms.{name}.rate_factor is {variant.rate_factor:g}, but no rates are chosen;"
+                    " add rates, or remove it"
+                )
+        if TEXT_ONLY in self.arms:
+            raise UserError(
+                f"arms has {TEXT_ONLY!r}, which names the same training without images; give the"
+                " variant another name, and set text_only: true for that baseline"
+            )
+        if self.text_only and not trains_language(self._list_stages()):
+            raise UserError(
+                "text_only is true, but no stage trains language, so that without images nothing is"
+                " trained; remove it: reports have the commonest answer to each question's text"
+            )
+        if self.rates is None:
+            return
+        both = sorted(set(self.seeds) & set(self.rates.seeds))
+        if both:
+            raise UserError(
+                f"seeds {both} are in seeds and in rates.seeds, but the test split is read with"
+                " seeds that no rate was chosen with; use others, such as rates: {seeds: [100,"
+                " 101]}"
+            )
+        if self.pictures is not None and self.pictures.split != "test":
+            raise UserError(
+                f"pictures.split is {self.pictures.split!r}, but rates are chosen on the split dev"
+                " and read once on test; set pictures.split: test"
+            )
+        if not any("fusion" in str(stage.get("train")) for stage in self._list_stages()):
+            raise UserError("rates are chosen, but no stage trains fusion; remove rates")
 
     def _check_variants(self, key: str, names: Collection[str]) -> None:
         for name in names:
@@ -158,7 +160,8 @@ class Study:
                 )
 
     def _check_recipe(self, run: Run) -> None:
-        base = self.get_recipe(run).model.base
+        rate = None if self.rates is None else self.rates.default
+        base = self.get_recipe(run, rate).model.base
         if base:
             raise UserError(
                 f"the recipe has model.base {base!r}, but a study compares plans of models that are"
@@ -171,8 +174,49 @@ class Study:
         """The name of the main budget."""
         return next(iter(self.budgets))
 
+    @property
+    def variants(self) -> dict[str, Variant]:
+        """The variants by name; of `text_only`, nothing."""
+        return {name: build_variant(name, spec) for name, spec in self.arms.items()}
+
+    @property
+    def has_text_only(self) -> bool:
+        """Whether the same training without images is run."""
+        if self.text_only is not None:
+            return self.text_only
+        return self.rates is not None and trains_language(self._list_stages())
+
+    def get_fusion(self, name: str) -> str | dict:
+        """A variant's fusion; that of `text_only` is the baseline's, which then has no images."""
+        return self.variants[self.baseline if name == TEXT_ONLY else name].fusion
+
+    def get_grid(self, name: str) -> tuple[float, ...]:
+        """The rates that are tried for a variant; none where it needs no choice."""
+        variant = None if name == TEXT_ONLY else self.variants[name]
+        if self.rates is None or variant is None or variant.rate is not None:
+            return ()
+        return tuple(float(f"{rate * variant.rate_factor:.6g}") for rate in self.rates.grid)
+
     def list_runs(self) -> list[Run]:
-        """Every run: the main budget first, then seed by seed, so that a part is balanced."""
+        """Every run: those that choose rates, then the main budget, and the others.
+
+        They come seed by seed, so that a part is balanced.
+        """
+        return [*self.list_dev_runs(), *self.list_test_runs()]
+
+    def list_dev_runs(self) -> list[Run]:
+        """The runs that choose the rates of variants that any budget trains."""
+        trained = {run.variant for run in self.list_test_runs()}
+        runs = []
+        for seed in self.rates.seeds if self.rates else ():
+            for variant in self.arms:
+                if variant in trained:
+                    rates = self.get_grid(variant)
+                    runs += [Run(self.main, variant, seed, rate) for rate in rates]
+        return runs
+
+    def list_test_runs(self) -> list[Run]:
+        """The runs whose answers are compared."""
         runs = []
         for name, budget in self.budgets.items():
             for seed in self.seeds:
@@ -181,6 +225,8 @@ class Study:
                 for variant in self.arms:
                     if budget.arms is None or variant in budget.arms:
                         runs.append(Run(name, variant, seed))
+                if self.has_text_only and name == self.main:
+                    runs.append(Run(name, TEXT_ONLY, seed))
 
         return runs
 
@@ -197,8 +243,12 @@ class Study:
             else:  # the data is drawn first
                 check_model_places(recipe)
 
-    def get_recipe(self, run: Run) -> Recipe:
+    def get_recipe(self, run: Run, rate: float | None = None) -> Recipe:
         """Return the recipe of one run, its output inside the study's folder.
+
+        Args:
+            run: The run.
+            rate: The fusion rate of a run that reads the test split, where one was chosen.
 
         Raises:
             UserError: The recipe is wrong.
@@ -206,16 +256,37 @@ class Study:
         folder = Path(self.output)
         values = dict(self.recipe)
 
-        for change in [*self._list_data_changes(), *self.budgets[run.budget].change]:
+        changes = [*self._list_data_changes(run), *self.budgets[run.budget].change]
+        if run.rate is not None:
+            changes += self.rates.change
+        if run.variant == TEXT_ONLY:
+            rate = None
+        else:
+            variant = self.variants[run.variant]
+            changes += variant.change
+            rate = run.rate or variant.rate or rate
+        for change in changes:
             values = override(values, change)
 
-        values["fusion"] = self.arms[run.variant]
+        values["fusion"] = self.get_fusion(run.variant)
         values["output"] = str(run.get_folder(folder))
         values["seed"] = run.seed
         trains_vision = any("vision" in str(stage.get("train")) for stage in self._list_stages())
         if self.feature_cache and not trains_vision:
             values["feature_cache"] = str(folder / "states")
+        if len(self._list_stages()) == len(values.get("stages") or ()):
+            values = self._adapt(values, run, rate)
         return parse_recipe(values, name=f"the study's recipe for {run.variant}")
+
+    def _adapt(self, values: dict, run: Run, rate: float | None) -> dict:
+        """A recipe's values with the run's fusion rate, and with the data that it may see."""
+        if rate is not None:
+            values = set_rate(values, rate)
+        if run.rate is not None and self.pictures is None:
+            values = take_dev_part(values, self.rates.dev)
+        if run.variant == TEXT_ONLY:
+            values = drop_images(values)
+        return values
 
     def _list_stages(self) -> list[dict]:
         """The recipe's stages; none where it has no list of them, which `parse_recipe` refuses."""
@@ -224,13 +295,14 @@ class Study:
             return []
         return [stage for stage in stages if isinstance(stage, dict)]
 
-    def _list_data_changes(self) -> list[str]:
+    def _list_data_changes(self, run: Run) -> list[str]:
         """Overrides that put the drawn images in place of the recipe's data."""
         if self.pictures is None:
             return []
         data = Path(self.output) / "data"
+        split = self.pictures.split if run.rate is None else "dev"
         changes = [
-            f"evaluate.data.path={data / self.pictures.split}.json",
+            f"evaluate.data.path={data / split}.json",
             f"evaluate.data.images={data}",
         ]
 
@@ -245,46 +317,12 @@ class Study:
         """Plain lists, numbers and strings: what YAML holds."""
         values = asdict(self)
         values["seeds"] = list(self.seeds)
+        if self.rates is not None:
+            values["rates"] = to_lists(values["rates"])
         values["main"] = self.main
         for name, budget in self.budgets.items():
             values["budgets"][name] = budget.to_dict()
         return values
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training.
-
-    Attributes:
-        budget: The budget's name.
-        variant: The variant's name.
-        seed: The seed of the recipe.
-    """
-
-    budget: str
-    variant: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.budget}/{self.variant}/{self.seed}"
-
-    def get_folder(self, out: str | Path) -> Path:
-        """Where it leaves its files, inside the study's folder."""
-        return Path(out) / "runs" / self.budget / self.variant / str(self.seed)
-
-    def is_finished(self, out: str | Path) -> bool:
-        """Whether it has been trained and evaluated."""
-        folder = self.get_folder(out)
-        return (folder / "eval" / "result.json").is_file() and (folder / "facts.json").is_file()
-
-
-def _build_budget(name: str, values: Budget | dict | list | None) -> Budget:
-    """A budget from keys and values, or from its overrides alone."""
-    if isinstance(values, Budget):
-        return values
-    if not isinstance(values, dict):
-        values = {"change": values or []}
-    return build_dataclass(Budget, values, f"budgets.{name}")
 
 
 def _check_folder_names(key: str, names: Collection) -> None:
@@ -338,26 +376,29 @@ def narrow_study(study: Study, variants: Sequence[str] = (), seeds: Sequence[int
     Raises:
         UserError: The study has no such variant or seed.
     """
-    _check_part("variant", variants, list(study.arms))
+    known = [*study.arms, *([TEXT_ONLY] if study.has_text_only else [])]
+    _check_part("variant", variants, known)
     _check_part("seed", seeds, study.seeds)
 
     chosen = [name for name in study.arms if not variants or name in variants]
+    arms = {name: study.arms[name] for name in chosen or study.arms}
     families = {name: study.families[name] for name in chosen if name in study.families}
 
     budgets = {}
     for name, budget in study.budgets.items():
-        if budget.arms is not None:
-            part = tuple(variant for variant in budget.arms if variant in chosen)
+        if budget.arms is not None or not chosen:
+            part = tuple(variant for variant in budget.arms or () if variant in chosen)
             budget = replace(budget, arms=part)
         budgets[name] = budget
 
     return replace(
         study,
         budgets=budgets,
-        arms={name: study.arms[name] for name in chosen},
-        baseline=study.baseline if study.baseline in chosen else chosen[0],
+        arms=arms,
+        baseline=study.baseline if study.baseline in arms else chosen[0],
         families=families,
         seeds=tuple(seeds) or study.seeds,
+        text_only=study.has_text_only and (not variants or TEXT_ONLY in variants),
     )
 
 

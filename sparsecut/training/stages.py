@@ -65,7 +65,7 @@ from .run_dir import (
     write_recipe,
 )
 from .run_inputs import write_inputs
-from .trainer import StageTrainer
+from .trainer import LossNotFinite, StageTrainer
 
 
 @dataclass(frozen=True)
@@ -283,6 +283,8 @@ def train_stage(
             merge_adapters(model)
         if not trainer.is_sharded:
             _update_base_hash(model)
+    except LossNotFinite as error:
+        raise LossNotFinite(f"stage {stage.name}: {error}") from error
     except UserError as error:
         raise UserError(f"stage {stage.name}: {error}") from error
     finally:

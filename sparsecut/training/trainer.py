@@ -39,6 +39,10 @@ from .sigterm import SigtermCallback, TrainingInterrupted
 MIN_BROKEN = 10  # broken records that any stage may have
 
 
+class LossNotFinite(UserError):
+    """The loss has become infinite or NaN, most often because the learning rate is too high."""
+
+
 class StageTrainer(CheckpointingTrainer):
     """Trains one stage.
 
@@ -277,8 +281,8 @@ class StageTrainer(CheckpointingTrainer):
         """One micro-batch: counts tokens, and measures shortcuts where the step is logged.
 
         Raises:
-            UserError: If no token of the step has a label, if the loss is not finite, or if too
-                many records are broken.
+            UserError: If no token of the step has a label, or if too many records are broken.
+            LossNotFinite: If the loss is not finite.
         """
         step = self.state.global_step + 1
         if num_items_in_batch is not None and num_items_in_batch.max() == 0:
@@ -296,7 +300,7 @@ class StageTrainer(CheckpointingTrainer):
             scale = scaler.get_scale() if scaler is not None else 1.0
             self.monitor.record_gradients(bool(num_image_tokens), scale)
         if not math.isfinite(loss):
-            raise UserError(
+            raise LossNotFinite(
                 f"step {step} has the loss {loss.item()}, so training cannot go on; lower the"
                 " learning rate, warm it up, or clip gradients (args: learning_rate, warmup_steps,"
                 " max_grad_norm)"

@@ -18,7 +18,8 @@ from sparsecut.building import read_depths
 from sparsecut.cli.plan_argument import SHAPES_FOLDER
 from sparsecut.config.folder_lock import lock_folder
 from sparsecut.experiments import preparation
-from sparsecut.experiments.runner import StudyRunError, check_folder, claim, run_study
+from sparsecut.experiments.claims import claim
+from sparsecut.experiments.runner import StudyRunError, check_folder, run_study
 from sparsecut.experiments.study import Run, load_study, narrow_study, parse_study
 from sparsecut.methods import make_plan
 from sparsecut.profiling.sizes import read_backbone_config
