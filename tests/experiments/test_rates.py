@@ -70,7 +70,7 @@ def test_the_grid_is_tried_on_dev_and_the_choice_is_used_on_test(finished):
 
 
 def test_a_grown_grid_runs_its_new_cells_only(finished):
-    study, out = finished
+    out = finished[1]
     rates = {**TUNED["rates"], "grid": [1e-4, 3e-4, 1e-3]}
     grown = parse_study({**TUNED, "output": str(out), "rates": rates})
     check_folder(grown, out)
@@ -93,7 +93,7 @@ def test_dev_runs_are_not_mixed_with_others(finished, changes, fact):
 
 
 def test_text_only_has_no_image_anywhere_and_trains_the_same_steps(finished):
-    study, out = finished
+    out = finished[1]
     run = Run("main", "text_only", 0)
     recipe = load_recipe_of(run, out)
     [stage] = recipe["stages"]
