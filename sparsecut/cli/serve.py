@@ -209,9 +209,7 @@ def _make_web_app(engine: Engine, config: ServerConfig, ui: bool) -> FastAPI:
 
 def _run(web: FastAPI, engine: Engine, listener: socket.socket, host: str, ui: bool) -> None:
     """Serve requests until the process gets a signal to end."""
-    import uvicorn
-
-    from ..serving.connections import make_protocol
+    from ..serving.connections import EndingServer
 
     listener.listen()  # clients may connect as soon as the next line is printed
     shown_host = f"[{host}]" if ":" in host else host
@@ -219,11 +217,8 @@ def _run(web: FastAPI, engine: Engine, listener: socket.socket, host: str, ui: b
     config = web.state.context.config
     page = f", its page is {url}/" if ui else ""
     echo(f"{config.name} answers at {url}/v1{page}")
-    settings = uvicorn.Config(
-        web, http=make_protocol(), ws="none", log_level="warning", timeout_graceful_shutdown=5
-    )
     try:
-        uvicorn.Server(settings).run(sockets=[listener])
+        EndingServer(web, engine.close).run(sockets=[listener])
     finally:
         engine.close()
 

@@ -19,7 +19,7 @@ from ..schema import UserError
 from .engine import Engine
 from .errors import APIError, build_busy_error
 from .image_fetching import MIB, ImageLimits, fetch_all, is_remote
-from .protocol import RequestLimits
+from .protocol import RequestLimits, SettingError
 from .uploads import Upload, Uploads, get_address
 
 MAX_READERS = 4  # requests whose images are fetched and read at once
@@ -89,8 +89,9 @@ class ServerContext:
         """
         if self.config.token is None:
             return
-        header = request.headers.get("authorization", "").encode()
-        if not hmac.compare_digest(header, f"Bearer {self.config.token}".encode()):
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        is_right = hmac.compare_digest(token.strip().encode(), self.config.token.encode())
+        if scheme.lower() != "bearer" or not is_right:
             raise APIError(
                 401,
                 "the bearer token is missing or wrong; give the server's token as api_key",
@@ -138,13 +139,20 @@ class ServerContext:
         Whoever reads the body should release it, so that it does not wait with the request.
 
         Raises:
-            APIError: Where it is no JSON (415), too large (413) or too slow (408), where there is
+            APIError: Where it is no JSON or compressed (415), too large (413) or too slow (408), where there is
                 no place for it (429), and where the client leaves (499).
         """
         content_type = request.headers.get("content-type", "")
         if content_type.partition(";")[0].strip().lower() != "application/json":
             raise APIError(
                 415, "the request must be JSON; send the header Content-Type: application/json"
+            )
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding.strip().lower() != "identity":
+            raise APIError(
+                415,
+                f"the request's Content-Encoding is {encoding[:60]!r}, which this server does not"
+                " read; send it uncompressed",
             )
         upload = await self.uploads.receive(request)
         try:
@@ -162,6 +170,8 @@ class ServerContext:
         try:
             async with self.readers:
                 return await run_in_threadpool(function, *arguments)
+        except SettingError as error:
+            raise APIError(400, str(error), param=error.param) from None
         except UserError as error:
             raise APIError(400, str(error)) from None
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Callable
 
+import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from .uploads import name_network
@@ -24,6 +26,8 @@ READ_SECONDS = 60.0  # in which a client must read the rest of an answer
 MAX_CONNECTIONS = 2000
 MAX_SILENT_PER_ADDRESS = 512  # connections of one address whose request is not there yet
 RESERVED_FILES = 64  # files that the process opens for other things
+FINISH_SECONDS = 5.0  # that requests have to end after a signal to the server
+REFUSE_SECONDS = 5.0  # in which what is left then hears that the server ends
 
 
 class ConnectionGuard:
@@ -145,3 +149,35 @@ def make_protocol(max_connections: int | None = None) -> type[GuardedProtocol]:
     """
     guard = ConnectionGuard(max_connections)
     return type("ServerProtocol", (GuardedProtocol,), {"guard": guard})
+
+
+class EndingServer(uvicorn.Server):
+    """uvicorn's server. At its end every client hears what became of its request.
+
+    Requests may finish for `FINISH_SECONDS`. Then the engine is closed, which sends the rest an
+    error. uvicorn alone would cut them off without a word.
+
+    Args:
+        app: The web application.
+        close: Closes the engine; may be called more than once.
+    """
+
+    def __init__(self, app: Callable, close: Callable[[], None]):
+        config = uvicorn.Config(
+            app,
+            http=make_protocol(),
+            ws="none",
+            log_level="warning",
+            timeout_graceful_shutdown=int(FINISH_SECONDS + REFUSE_SECONDS),
+        )
+        super().__init__(config)
+        self.close = close
+
+    async def shutdown(self, sockets: list | None = None) -> None:
+        """Take no more requests, and end when those under way have ended."""
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(FINISH_SECONDS, loop.run_in_executor, None, self.close)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()

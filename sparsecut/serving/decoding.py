@@ -114,6 +114,11 @@ class GenerationRow:
         else:
             self.generator.manual_seed((sampling.seed + index) % 2**63)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the answer is written and sent."""
+        return self.finish_reason in ("stop", "length")
+
     def choose(self, scores: Tensor) -> int:
         """Draw the next token and append it to the answer.
 
@@ -214,13 +219,14 @@ class GenerationRow:
         """How many characters are sure: no outer whitespace, no half character, nothing that may
         become a stop string.
         """
-        ready = self.text.rstrip(INCOMPLETE_CHARACTER).rstrip()
+        ready = self.text.rstrip(INCOMPLETE_CHARACTER)
         num_held_back = 0
         for stop in self.sampling.stop:
             for length in range(1, len(stop)):
                 if self.text.endswith(stop[:length]):
                     num_held_back = max(num_held_back, length)
-        return min(len(ready), len(self.text) - num_held_back)
+        ready = ready[: len(self.text) - num_held_back]
+        return len(ready.rstrip())  # what is held back may be dropped, and then this is the end
 
     def _take_tokens_before(self, end: int) -> tuple[dict, ...]:
         """The unsent tokens whose text begins before a place; they count as sent."""

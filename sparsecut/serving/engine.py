@@ -1,7 +1,7 @@
 """The engine behind the server: a queue with a limit, and one thread that owns the model.
 
-Batches are static: requests that arrive while one runs wait for its longest answer. Every answer
-is sent as soon as it is there.
+Batches are static: requests that arrive while one runs wait for its longest answer. Every request
+ends as soon as its own answers are there.
 """
 
 from __future__ import annotations
@@ -341,25 +341,38 @@ class Engine:
         rows = [self._make_rows(handle) for handle in batch]
         self._generate(batch, rows)
         for handle, own_rows in zip(batch, rows, strict=True):
-            failures = [row.failure for row in own_rows if row.failure is not None]
-            end = failures[0] if failures else None
-            self.counts["failed"] += bool(failures)
-            if self.is_closed and end is None:
-                end = QueueFullError(SHUTTING_DOWN)
-            self.counts["cancelled"] += handle.is_cancelled
-            handle.num_generated = sum(len(row.token_ids) for row in own_rows)
-            handle.has_ended = True
-            handle.on_delta(end)
+            if not handle.has_ended:
+                self._end(handle, own_rows)
+
+    def _end(self, handle: RequestHandle, rows: list[GenerationRow]) -> None:
+        """Send a request its end: None where all its answers are whole."""
+        failures = [row.failure for row in rows if row.failure is not None]
+        end = failures[0] if failures else None
+        self.counts["failed"] += bool(failures)
+        is_whole = all(row.is_whole for row in rows)
+        if self.is_closed and end is None and not is_whole:
+            end = QueueFullError(SHUTTING_DOWN)
+        self.counts["cancelled"] += handle.is_cancelled
+        handle.num_generated = sum(len(row.token_ids) for row in rows)
+        handle.has_ended = True
+        handle.on_delta(end)
 
     def _make_rows(self, handle: RequestHandle) -> list[GenerationRow]:
-        rows = []
+        rows: list[GenerationRow] = []
+
+        def send(delta: TextDelta) -> None:
+            handle.on_delta(delta)
+            # The other requests of the batch may take long yet.
+            if delta.finish_reason is not None and all(row.is_whole for row in rows):
+                self._end(handle, rows)
+
         for index in range(handle.request.num_answers):
             row = GenerationRow(
                 index,
                 handle.request.sampling,
                 self.processor.tokenizer,
                 self.runner.end_ids,
-                handle.on_delta,
+                send,
                 closing=find_open_thought(handle.request.prompt),
             )
             rows.append(row)

@@ -30,6 +30,7 @@ MAX_ANSWERS = 128
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARACTERS = 255
 MAX_TOP_LOGPROBS = 20
+MAX_PARAM_CHARACTERS = 100  # of a setting's name in an error
 IGNORED = (  # settings that do not change an answer
     "user",
     "metadata",
@@ -37,6 +38,7 @@ IGNORED = (  # settings that do not change an answer
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
+    "prompt_cache_retention",
     "parallel_tool_calls",
 )
 NEUTRAL = {  # settings that this server does not offer -> the one value that changes nothing
@@ -46,8 +48,25 @@ NEUTRAL = {  # settings that this server does not offer -> the one value that ch
     "response_format": {"type": "text"},
     "tools": [],
     "tool_choice": "none",
+    "functions": [],
+    "function_call": "none",
     "modalities": ["text"],
+    "repetition_penalty": 1,  # this and the next ones are vLLM's
+    "min_p": 0,
+    "top_k": -1,
 }
+
+
+class SettingError(UserError):
+    """A setting of a request is wrong.
+
+    Attributes:
+        param: Its key or path, as in the message; None where several settings do not fit together.
+    """
+
+    def __init__(self, message: str, param: str | None):
+        super().__init__(message)
+        self.param = param[:MAX_PARAM_CHARACTERS] if param else None
 
 
 @dataclass(frozen=True)
@@ -343,14 +362,16 @@ def _drop_settings_without_effect(body: object) -> dict:
             continue
         if name in NEUTRAL:
             if value != NEUTRAL[name]:
-                raise UserError(
-                    f"{name} is {_format(value)}, but this server does not offer it; leave it out"
+                raise SettingError(
+                    f"{name} is {_format(value)}, but this server does not offer it; leave it out",
+                    name,
                 )
             continue
         if name not in known:
             suggestion = nearest(name, known)
-            raise UserError(
-                f"{_format(name)} is not a setting of a chat completion{suggestion}; leave it out"
+            raise SettingError(
+                f"{_format(name)} is not a setting of a chat completion{suggestion}; leave it out",
+                name,
             )
         settings[name] = value
     if "max_completion_tokens" in settings:
@@ -363,7 +384,7 @@ def _validate(schema: type[RequestPart], values: dict, limits: RequestLimits) ->
         return schema.model_validate(values, context=limits)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise UserError(_describe_error(first)) from None
+        raise SettingError(_describe_error(first), _format_path(first["loc"])) from None
 
 
 def _list_allowed_values() -> dict[str, str]:

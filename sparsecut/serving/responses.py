@@ -78,8 +78,15 @@ def _build_logprobs(delta: TextDelta) -> dict:
     return {"content": list(delta.tokens), "refusal": None}
 
 
-def build_error(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict:
-    """An error as OpenAI's clients read it."""
-    # A message may quote half a character of the request, which UTF-8 cannot hold.
+def build_error(
+    message: str,
+    kind: str = "invalid_request_error",
+    code: str | None = None,
+    param: str | None = None,
+) -> dict:
+    """An error as OpenAI's clients read it; `param` is the setting that is wrong."""
+    # Both may quote half a character of the request, which UTF-8 cannot hold.
     message = message.encode("utf-8", "backslashreplace").decode()
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    if param is not None:
+        param = param.encode("utf-8", "backslashreplace").decode()
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

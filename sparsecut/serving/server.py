@@ -92,13 +92,12 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(APIError)
     async def handle_api_error(request: Request, error: APIError) -> Response:
         headers = {"Retry-After": "1"} if error.status == 429 else None
-        content = responses.build_error(str(error), error.kind, error.code)
-        return JSONResponse(content, error.status, headers)
+        return JSONResponse(error.build_content(), error.status, headers)
 
     @app.exception_handler(HTTPException)
     async def handle_http_error(request: Request, error: HTTPException) -> Response:
         message = (
-            f"{request.method} {request.url.path}: {error.detail};"
+            f"{request.method} {request.url.path[:100]}: {error.detail};"
             " this server has POST /v1/chat/completions, GET /v1/models"
         )
         return JSONResponse(responses.build_error(message), error.status_code, error.headers)
@@ -107,7 +106,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 def _add_status_routes(app: FastAPI, context: ServerContext) -> None:
     engine = context.engine
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         if engine.thread.is_alive() and not engine.is_closed:
             return JSONResponse({"status": "ok"})
@@ -145,6 +144,7 @@ def _check_model(name: str, config: ServerConfig) -> None:
             404,
             f"there is no model {name!r} here; this server has {config.name!r}",
             code="model_not_found",
+            param="model",
         )
 
 
@@ -263,6 +263,8 @@ def _submit(engine: Engine, generation: GenerationRequest, events: asyncio.Queue
     try:
         return engine.submit(generation, on_delta)
     except QueueFullError as error:
+        if engine.is_closed:
+            raise APIError(503, str(error), "server_error") from None
         raise build_busy_error(str(error)) from None
 
 
@@ -325,7 +327,7 @@ async def _stream_events(
             chunk = responses.build_chunk(header, delta, chat_request.logprobs)
             yield _format_event({**chunk, **no_usage_yet})
     except APIError as error:
-        yield _format_event(responses.build_error(str(error), error.kind, error.code))
+        yield _format_event(error.build_content())
         return
     usage = _count_usage(context, handle)
     if wants_usage:

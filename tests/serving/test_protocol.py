@@ -124,7 +124,7 @@ REFUSED = [
     ({"modalities": ["text", "audio"]}, ["modalities", "audio"]),
     ({"temperatur": 0.1}, ["'temperatur'", "'temperature'"]),
     ({"max_token": 1}, ["'max_token'", "'max_tokens'"]),
-    ({"functions": []}, ["'functions'"]),
+    ({"functions": [{}]}, ["functions"]),
     ({1: 2}, ["'1'"]),
     ({"messages": None}, ["messages"]),
     ({"messages": []}, ["messages", "[]"]),
@@ -230,6 +230,34 @@ def test_the_server_answers_a_bad_request_with_400(client, settings, body, facts
     assert error["type"] == "invalid_request_error"
     for fact in facts:
         assert fact in error["message"]
+
+
+PARAMS = [
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"temprature": 0}, "temprature"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role"),
+    ({"top_logprobs": 2}, None),
+    ({HALF: 1}, "\\ud83d"),
+    ({"x" * 9000: 1}, "x" * 100),
+]
+
+
+@pytest.mark.parametrize("settings, param", PARAMS, ids=lambda value: str(value)[:40])
+def test_an_error_names_the_setting(client, settings, param):
+    response = post(client, json.dumps({**message("a"), **settings}))
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+def test_settings_at_which_nothing_changes_are_taken(client):
+    neutral = {"repetition_penalty": 1.0, "top_k": -1, "min_p": 0.0, "functions": []}
+    response = post(client, json.dumps({**message("a"), "max_tokens": 1, **neutral}))
+    assert response.status_code == 200, response.text
+    for name in neutral:
+        response = post(client, json.dumps({**message("a"), name: 0.5}))
+        assert response.json()["error"]["param"] == name
 
 
 def test_a_valid_image_is_accepted(client):

@@ -192,6 +192,11 @@ def test_errors_are_those_that_openais_client_knows(client):
     assert "JSON" in post(client, "{not json").json()["error"]["message"]
     assert post(client, "[" * 100000).status_code == 400
     assert post(client, "{}", content_type="text/plain").status_code == 415
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    packed = request(client, "v1/chat/completions", content=b"{}", headers=headers)
+    assert packed.status_code == 415
+    assert "gzip" in packed.json()["error"]["message"]
+    assert len(request(client, "a" * 50000).text) < 1000
 
 
 def test_the_model_is_listed(client):
@@ -232,6 +237,16 @@ def test_a_token_is_required_where_one_is_set(small):
         complete(stranger, make_messages("a"))
     with pytest.raises(openai.AuthenticationError):
         stranger.get("../metrics", cast_to=object)
+    for header, status in {
+        "bearer secret": 200,
+        "BEARER  secret": 200,
+        "secret": 401,
+        "Basic secret": 401,
+        "Bearer Secret": 401,
+        "Bearer": 401,
+    }.items():
+        response = request(small, "v1/models", headers={"Authorization": header})
+        assert response.status_code == status, header
 
 
 def test_what_is_too_large_is_refused(small):
@@ -307,6 +322,8 @@ def test_a_failure_of_the_model_is_sent_and_the_next_request_goes_well(engine, c
 def test_health_and_metrics(client):
     complete(client, make_messages("a"))
     assert request(client, "health").json() == {"status": "ok"}
+    with openai.DefaultHttpxClient() as web:
+        assert web.head(client.base_url.join("/health")).status_code == 200
     metrics = read_metrics(client)
     assert metrics["completion_tokens_total"] > 0
     assert metrics["queue_length"] == 0
