@@ -1,12 +1,12 @@
 """Make a small random encoder and language model whose vocabulary is learned from records.
 
-    python examples/small_backbones.py OUT IMAGES RECORDS...
+    python examples/small_backbones.py OUT IMAGES RECORDS... [--layers 6]
 
 It writes OUT/vision and OUT/language, for recipes that train everything from scratch on a CPU, such
 as the recipes emoji and nlvr.
 """
 
-import sys
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,10 +61,10 @@ def save_vision(folder: Path) -> None:
     CLIPImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder)
 
 
-def save_language(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def save_language(folder: Path, tokenizer: PreTrainedTokenizerFast, num_layers: int) -> None:
     """Save a random Llama with a tokenizer."""
     config = LlamaConfig(
-        **SIZES,
+        **{**SIZES, "num_hidden_layers": num_layers},
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -75,13 +75,19 @@ def save_language(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def main(out: str, images: str, *files: str) -> None:
+def main() -> None:
     """Write both backbones."""
-    tokenizer = train_tokenizer(read_texts(list(files), images))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("images")
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--layers", type=int, default=SIZES["num_hidden_layers"])
+    options = parser.parse_args()
+    tokenizer = train_tokenizer(read_texts(options.files, options.images))
     torch.manual_seed(0)
-    save_vision(Path(out) / "vision")
-    save_language(Path(out) / "language", tokenizer)
+    save_vision(options.out / "vision")
+    save_language(options.out / "language", tokenizer, options.layers)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

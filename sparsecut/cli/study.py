@@ -30,11 +30,20 @@ def study(
     report: Annotated[
         bool, option("Train nothing; report on the finished runs.", "--report")
     ] = False,
+    dry_run: Annotated[
+        bool, option("Count the runs and estimate their time; train nothing.", "--dry-run")
+    ] = False,
 ) -> None:
     """Train and compare variants of fusion over seeds, and report; goes on where it stopped."""
-    from ..experiments.study import load_study
+    from ..experiments.study import load_study, narrow_study
 
     chosen = load_study(file, overrides or [])
+    if dry_run:
+        from ..experiments.estimate import estimate_study, format_estimate
+
+        part = narrow_study(chosen, variants or (), seeds or ())
+        echo(format_estimate(estimate_study(part), workers))
+        return
     if not report:
         chosen.check_places()
     from ..reports.figures import check_matplotlib

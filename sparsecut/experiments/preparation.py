@@ -13,6 +13,7 @@ from ..plan import Plan
 from ..schema import UserError, read_json_file, write_text_file
 from .inputs import check_inputs, list_sources
 from .study import Study
+from .study_parts import DrawnImages
 from .text_baseline import write_text_baseline
 
 LARGE_SIZE = ("clip-l-336", "llama-7b")  # the size that costs are also counted at
@@ -147,9 +148,17 @@ def draw_images(study: Study, log: Log) -> None:
     write_split(data, "train", images.train, images.train_questions, **common)
     write_split(data, images.split, images.ask, images.questions, **common)
     if study.rates is not None:
-        number = max(1, round(study.rates.dev * images.train))
-        write_split(data, "dev", number, images.questions, **common)
+        _draw_dev_part(data / "rates", images, study.rates.dev)
     write_text_file(record, json.dumps(settings))
+
+
+def _draw_dev_part(folder: Path, images: DrawnImages, fraction: float) -> None:
+    """Draw the images that rates are chosen with, none of which is trained on or evaluated."""
+    from ..shapes import write_split
+
+    number = max(1, round(fraction * images.train))
+    seed = images.seed if images.split != "dev" else images.seed + 1
+    write_split(folder, "dev", number, images.questions, seed=seed, size=images.size)
 
 
 def write_costs(study: Study, plans: dict, config, log: Log) -> None:

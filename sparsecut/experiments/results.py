@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -21,10 +22,13 @@ from ..evaluation.statistics import (
     pool_seed_spread,
 )
 from ..evaluation.variant_answers import Answers
-from ..plan import Plan
 from ..schema import UserError, read_json_file
+from .rate_choice import RateChoice, read_choice
+from .rates import TEXT_ONLY
+from .study import Study, load_study
+from .text_scores import score_texts
+from .variant_costs import SIZES, describe_variants, find_frontier, get_average
 
-SIZES = {"here": "the study's own size", "large": "CLIP-L/336 + 7B"}
 MAX_PAIRED = 16  # variants in the matrix of all pairs: more cannot be read
 LEVEL_ORDER = ("high", "mid", "low")  # of the built-in shapes
 RUN_FILES = ("eval/result.json", "eval/predictions.jsonl", "facts.json")
@@ -47,42 +51,96 @@ def compute_results(folder: str | Path) -> dict:
     """
     folder = Path(folder)
     study = _read_study(folder)
+    protocol = _load_protocol(folder, study)
+    choices = _read_choices(protocol)
     budgets = _sort_budgets(study)
     main = budgets[0]
     results = {key: study.get(key) for key in ("title", "note", "baseline", "seeds")}
     results["main"] = main
     results["budgets"] = {name: _get_changes(study["budgets"][name]) for name in budgets}
+    results["average_over"] = study.get("average_over") or "levels"
 
     variants = {}
     for name in study["arms"]:
         variants[name] = {"family": (study.get("families") or {}).get(name), "results": {}}
 
-    missing: list[str] = []
-    curves: dict[str, dict] = {}
+    results |= {"missing": [], "stale": [], "arms": variants, "curves": {}}
     answers: AnswersByBudget = {}
     for budget in budgets:
-        answers[budget] = {}
-        curves[budget] = {}
-        for name, variant in variants.items():
-            place = folder / "runs" / budget / name
-            runs = _find_finished_runs(place, study["seeds"])
-            missing += _name_missing_runs(study, budget, name, runs)
-            if not runs:
-                continue
-            answers[budget][name] = _read_answers(runs, place)
-            variant["results"][budget] = _summarize(runs, answers[budget][name])
-            curves[budget][name] = _average_losses(runs.values())
-            if "facts" not in variant:
-                first_run = next(iter(runs.values()))
-                variant["facts"] = _read_json(first_run / "facts.json")
+        answers[budget] = _read_budget(folder, study, budget, results, choices)
 
-    _describe_variants(variants, folder, study["baseline"])
+    describe_variants(variants, folder, study["baseline"])
     results |= _count_questions(answers)
-    results |= {"missing": missing, "arms": variants, "curves": curves}
     _add_differences(results, answers)
     results["pairs"] = _compare_pairs(results, answers[main])
-    results["frontier"] = {size: _find_frontier(results, size) for size in SIZES}
+    results["frontier"] = {size: find_frontier(results, size) for size in SIZES}
+    results["rates"] = {name: choice.describe() for name, choice in choices.items()}
+    blind = _read_text_only(folder, study, protocol, results)
+    results["text"] = score_texts(folder, answers[main], blind, study["baseline"])
     return results
+
+
+def _load_protocol(folder: Path, study: dict) -> Study | None:
+    """The study itself, where rates are chosen or a run has no images."""
+    if not (study.get("rates") or study.get("text_only")):
+        return None
+    return replace(load_study(folder / "study.yaml"), output=str(folder))
+
+
+def _read_choices(study: Study | None) -> dict[str, RateChoice]:
+    """The choice of every variant whose rate is chosen."""
+    if study is None:
+        return {}
+    return {name: read_choice(study, name) for name in study.arms if study.get_grid(name)}
+
+
+def _read_budget(
+    folder: Path, study: dict, budget: str, results: dict, choices: dict[str, RateChoice]
+) -> dict[str, Answers]:
+    """Read the finished runs of a budget into the results; their answers by variant."""
+    answers = {}
+    results["curves"][budget] = {}
+    for name, variant in results["arms"].items():
+        place = folder / "runs" / budget / name
+        runs = _find_finished_runs(place, study["seeds"])
+        results["missing"] += _name_missing_runs(study, budget, name, runs)
+        stale = _find_stale_runs(runs, choices.get(name))
+        results["stale"] += [f"{budget}/{name}/{seed}" for seed in stale]
+        runs = {seed: run for seed, run in runs.items() if seed not in stale}
+        if not runs:
+            continue
+        answers[name] = _read_answers(runs, place, results["average_over"])
+        variant["results"][budget] = _summarize(runs, answers[name])
+        results["curves"][budget][name] = _average_losses(runs.values())
+        if "facts" not in variant:
+            first_run = next(iter(runs.values()))
+            variant["facts"] = _read_json(first_run / "facts.json")
+    return answers
+
+
+def _find_stale_runs(runs: dict[int, Path], choice: RateChoice | None) -> list[int]:
+    """Seeds that read the test split at a rate which a grown grid no longer chooses."""
+    if choice is None or choice.num_missing or choice.best is None:
+        return []
+    stale = []
+    for seed, run in runs.items():
+        rate = (_read_json(run / "facts.json") or {}).get("rate")
+        if rate is not None and not math.isclose(rate, choice.best):
+            stale.append(seed)
+    return stale
+
+
+def _read_text_only(
+    folder: Path, study: dict, protocol: Study | None, results: dict
+) -> Answers | None:
+    """The answers of the runs without images, and what is missing of them."""
+    if protocol is None or not protocol.has_text_only:
+        return None
+    main = results["main"]
+    place = folder / "runs" / main / TEXT_ONLY
+    runs = _find_finished_runs(place, study["seeds"])
+    results["missing"] += [f"{main}/{TEXT_ONLY}/{s}" for s in study["seeds"] if s not in runs]
+    return _read_answers(runs, place, results["average_over"]) if runs else None
 
 
 def _read_study(folder: Path) -> dict:
@@ -137,12 +195,12 @@ def _read_lines(path: Path) -> list[dict]:
     return read_json_lines(path, skip_partial=True) if path.is_file() else []
 
 
-def _read_answers(runs: dict[int, Path], folder: Path) -> Answers:
+def _read_answers(runs: dict[int, Path], folder: Path, average_over: str) -> Answers:
     records = {}
     for seed, run in runs.items():
         records[seed] = read_predictions(run / "eval" / "predictions.jsonl", judged=True)
     try:
-        return Answers.from_records(records)
+        return Answers.from_records(records, average_over)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
 
@@ -167,6 +225,9 @@ def _summarize(runs: dict[int, Path], answers: Answers) -> dict:
         "groups": _average_groups(runs.values()),
         "train_seconds": _mean([fact.get("train_seconds") for fact in facts]),
         "eval_seconds": _mean([fact.get("eval_seconds") for fact in facts]),
+        "peak_bytes": _mean([fact.get("peak_bytes") for fact in facts]),
+        "questions": float(answers.correct.mean()),
+        "rate": facts[0].get("rate"),
     }
 
 
@@ -212,45 +273,6 @@ def _get_last_stage(run: Path) -> str:
     config = read_yaml_values(path) if path.is_file() else {}
     names = [stage["name"] for stage in config.get("stages", [])]
     return names[-1] if names else "tune"
-
-
-def _describe_variants(variants: dict[str, dict], folder: Path, baseline: str) -> None:
-    """Add what does not depend on the budget: the plan, its sizes and its cost."""
-    costs = _read_json(folder / "costs.json") or {}
-    for name, variant in variants.items():
-        facts = variant.pop("facts", None) or {}
-        variant |= _describe_variant(facts, costs.get(name) or {}, costs.get(baseline) or {})
-        if not variant["family"]:
-            variant["family"] = _describe_family(variant["plan"])
-
-
-def _describe_variant(facts: dict, cost: dict, baseline_cost: dict) -> dict:
-    counts = {size: cost.get(size) or {} for size in SIZES}
-    relative = {}
-    for size in SIZES:
-        flops = counts[size].get("prefill_total_flops")
-        baseline_flops = (baseline_cost.get(size) or {}).get("prefill_total_flops")
-        relative[size] = flops / baseline_flops if flops and baseline_flops else None
-
-    return {
-        "plan": facts.get("plan") or cost.get("plan"),
-        "depths": facts.get("depths"),
-        "image_tokens": facts.get("image_tokens", counts["here"].get("num_image_tokens")),
-        "views": facts.get("views"),
-        "parameters": facts.get("parameters") or {},
-        "cost": counts,
-        "relative": relative,
-    }
-
-
-def _describe_family(plan: dict | None) -> str:
-    """Where a plan adds and what it sees; for studies that name no families."""
-    if plan is None:
-        return "not run yet"
-    plan = Plan.from_dict(plan)
-    place = "into layers too" if plan.layers else "input only"
-    views = "fine views" if plan.tiles else "one view"
-    return f"{place}, {views}"
 
 
 def _count_questions(answers: AnswersByBudget) -> dict:
@@ -399,37 +421,10 @@ def _choose_paired(results: dict, answers: dict[str, Answers]) -> list[str]:
         if len(by_seed.seeds) == most:
             names.append(name)
 
-    names.sort(key=lambda name: -_get_average(results, name))
+    names.sort(key=lambda name: -get_average(results, name))
 
     baseline = results["baseline"]
     chosen = names[:MAX_PAIRED]
     if baseline in names and baseline not in chosen:
         chosen[-1] = baseline
     return chosen
-
-
-def _get_average(results: dict, name: str) -> float:
-    """A variant's accuracy under the main budget."""
-    return results["arms"][name]["results"][results["main"]]["average"]["value"]
-
-
-def _find_frontier(results: dict, size: str) -> list[str]:
-    """Variants that no other beats in average at no more prefill FLOPs, cheapest first."""
-    places = {}
-    for name, variant in results["arms"].items():
-        cost = variant["relative"][size]
-        if cost and results["main"] in variant["results"]:
-            places[name] = (cost, -_get_average(results, name))
-
-    frontier = []
-    for name, place in places.items():
-        is_beaten = any(_beats(other, place) for other in places.values())
-        if not is_beaten:
-            frontier.append(name)
-
-    return sorted(frontier, key=lambda name: places[name])
-
-
-def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    """Whether (cost, -accuracy) is no worse in both and better in one."""
-    return one != other and one[0] <= other[0] and one[1] <= other[1]

@@ -132,6 +132,8 @@ def make_supernet_study(
         "arms": {SUPERNET: plan.to_dict()},
         "baseline": SUPERNET,
         "families": {},
+        "rates": None,
+        "text_only": False,
         "seeds": list(seeds),
         "budgets": {study.main: {"change": list(study.budgets[study.main].change)}},
         "output": str(out),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 from ..data.jsonl import read_json_lines
@@ -26,12 +27,17 @@ def run_to_end(study: Study, run: Run) -> None:
 
 def train_and_evaluate(study: Study, run: Run) -> None:
     """Train and evaluate one run, from the start or from its last whole stage."""
+    import torch
+
     from ..evaluation.evaluator import evaluate_recipe, evaluation_examples
+    from ..profiling.timing import PeakMemory
     from ..training.stages import open_feature_cache, train
 
+    start = time.perf_counter()
     chosen = None if run.rate is not None else find_rate(study, run.variant)
     recipe = study.get_recipe(run, chosen)
     folder = run.get_folder(study.output)
+    peak = PeakMemory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     model, processor = train(recipe, resume=True)
     features = open_feature_cache(recipe, model, processor, evaluation_examples(recipe))
     result = evaluate_recipe(recipe, model, processor, resume=True, feature_cache=features)
@@ -52,6 +58,8 @@ def train_and_evaluate(study: Study, run: Run) -> None:
         "views": processor.num_views,
         "train_seconds": train_seconds,
         "eval_seconds": result["seconds"],
+        "peak_bytes": peak.read(),
+        "seconds": round(time.perf_counter() - start, 3),
     }
     _remove_stage_models(recipe, folder, keeps_last=run.rate is None)
     write_text_file(folder / "facts.json", json.dumps(facts, indent=1))  # last: the run is finished

@@ -143,11 +143,6 @@ class Study:
                 " seeds that no rate was chosen with; use others, such as rates: {seeds: [100,"
                 " 101]}"
             )
-        if self.pictures is not None and self.pictures.split != "test":
-            raise UserError(
-                f"pictures.split is {self.pictures.split!r}, but rates are chosen on the split dev"
-                " and read once on test; set pictures.split: test"
-            )
         if not any("fusion" in str(stage.get("train")) for stage in self._list_stages()):
             raise UserError("rates are chosen, but no stage trains fusion; remove rates")
 
@@ -300,10 +295,10 @@ class Study:
         if self.pictures is None:
             return []
         data = Path(self.output) / "data"
-        split = self.pictures.split if run.rate is None else "dev"
+        asked = data / self.pictures.split if run.rate is None else data / "rates" / "dev"
         changes = [
-            f"evaluate.data.path={data / split}.json",
-            f"evaluate.data.images={data}",
+            f"evaluate.data.path={asked}.json",
+            f"evaluate.data.images={asked.parent}",
         ]
 
         for i, stage in enumerate(self._list_stages()):

@@ -165,7 +165,7 @@ def _run_rounds(
         for name in names[start:] + names[:start]:
             prompt = prompts[name]
             prompt.model.eval()
-            memory = _PeakMemory(prompt.model.device) if name not in peaks else None
+            memory = PeakMemory(prompt.model.device) if name not in peaks else None
             seconds = _time_pass(prompt, num_new_tokens)
             if memory is not None:
                 peaks[name] = memory.read()
@@ -347,7 +347,7 @@ def _time_pass(prompt: _Prompt, num_new_tokens: int) -> dict[str, float]:
     }
 
 
-class _PeakMemory:
+class PeakMemory:
     """The most memory held since this was made, beyond what was held then."""
 
     def __init__(self, device: torch.device):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..experiments.results import SIZES
+from ..experiments.variant_costs import SIZES
+from .protocol_tables import write_rate_warnings, write_text_notes
 from .study_tables import get_main_results, rank_variants
 from .tables import (
     format_change,
@@ -46,6 +47,8 @@ def write_findings(results: dict) -> list[str]:
             " training may differ."
         )
 
+    findings += write_text_notes(results)
+    findings += write_rate_warnings(results)
     if results["missing"]:
         findings.append(
             f"Unfinished: {len(results['missing'])} runs are missing, see the end of this report."

@@ -11,13 +11,20 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from ..experiments.results import SIZES, compute_results
+from ..experiments.results import compute_results
+from ..experiments.variant_costs import SIZES
 from ..plan import Plan
 from ..schema import write_text_file
 from .figures import draw_bars, draw_curves, get_curve_limit
 from .findings import write_findings
 from .pages import render
 from .plan_drawing import draw_plan
+from .protocol_tables import (
+    make_rate_table,
+    make_text_table,
+    write_rate_warnings,
+    write_text_notes,
+)
 from .scatter import Point, draw_scatter
 from .study_tables import (
     get_main_results,
@@ -71,6 +78,8 @@ def write_markdown(results: dict) -> str:
     notes = [f"- {note}" for note in write_notes(results)]
     tables = {
         "Quality and cost": make_main_table(results),
+        "Questions that text answers": make_text_table(results),
+        "Fusion rates": make_rate_table(results),
         "Differences per level": make_level_table(results),
         "By kind of question": make_kind_table(results),
         "Training budgets": make_budget_table(results),
@@ -82,9 +91,14 @@ def write_markdown(results: dict) -> str:
         parts.append(results["note"])
     parts.append("\n".join(findings))
 
+    explained = {
+        "Questions that text answers": write_text_notes(results),
+        "Fusion rates": write_rate_warnings(results),
+    }
     for title, rows in tables.items():
         if len(rows) > 1:
             parts.append(f"## {title}\n\n{to_markdown(rows)}")
+            parts += explained.get(title, [])
 
     parts.append("\n".join(notes))
     if results["missing"]:
@@ -105,6 +119,10 @@ def write_page(results: dict) -> str:
         has_results=bool(names),
         main_table=make_main_table(results),
         notes=write_notes(results),
+        text_table=make_text_table(results),
+        text_notes=write_text_notes(results),
+        rate_table=make_rate_table(results),
+        rate_warnings=write_rate_warnings(results),
         level_charts=_draw_levels(results, names),
         scatters=_draw_scatters(results, names),
         level_table=make_level_table(results),

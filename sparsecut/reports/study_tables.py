@@ -24,7 +24,10 @@ COSTS = (  # head, key of a count, unit
     ("prefill in all", "prefill_total_flops", "FLOP"),
     ("one new token", "language_per_new_token_flops", "FLOP"),
     ("KV cache", "kv_cache_bytes", "B"),
+    ("weights", "weight_bytes", "B"),
+    ("kept by a training step", "training_fusion_language_bytes", "B"),
 )
+MEAN = "mean of kinds"
 SIZE_NAMES = {"here": "own", "large": "large"}
 
 
@@ -55,10 +58,15 @@ def make_main_table(results: dict) -> Rows:
         "corrected",
         "image tokens",
         "fusion parameters",
+        "FLOPs of a prompt",
         "FLOPs here",
         "FLOPs large",
+        "peak memory",
         "training s",
+        "answers s",
     ]
+    if results["rates"]:
+        head.insert(1, "rate")
     by_variant = get_main_results(results)
 
     rows = [head]
@@ -74,7 +82,10 @@ def _make_main_row(results: dict, name: str, result: dict) -> list[str]:
     counted = variant["cost"]["here"].get("num_fusion_parameters")
     num_fusion_parameters = variant["parameters"].get("fusion", counted)
 
-    row = [name, str(len(result["seeds"])), format_percent_interval(result["average"])]
+    row = [name]
+    if results["rates"]:
+        row.append(format_number(result.get("rate"), "g"))
+    row += [str(len(result["seeds"])), format_percent_interval(result["average"])]
     for level in results["levels"]:
         row.append(format_percent(result["levels"][level]))
 
@@ -84,9 +95,12 @@ def _make_main_row(results: dict, name: str, result: dict) -> list[str]:
         format_interval(gap["corrected"]) if gap else DASH,
         format_number(variant["image_tokens"]),
         format_number(num_fusion_parameters),
+        format_unit(variant["cost"]["here"].get("prefill_total_flops"), "FLOP"),
         format_number(variant["relative"]["here"], ".3f"),
         format_number(variant["relative"]["large"], ".3f"),
+        format_unit(result.get("peak_bytes"), "B"),
         format_number(result["train_seconds"], ",.0f"),
+        format_number(result.get("eval_seconds"), ",.0f"),
     ]
 
 
@@ -113,7 +127,9 @@ def make_kind_table(results: dict) -> Rows:
     groups = {}
     for name in rank_variants(results):
         groups[name] = get_main_results(results)[name]["groups"]
-    return tabulate_fractions("variant", groups)
+        if len(groups[name]) > 1:
+            groups[name] = groups[name] | {MEAN: sum(groups[name].values()) / len(groups[name])}
+    return tabulate_fractions("variant", groups, last=MEAN)
 
 
 def make_budget_table(results: dict) -> Rows:
@@ -195,7 +211,7 @@ def write_notes(results: dict) -> list[str]:
     notes = [
         f"Greedy answers to {results['num_questions']:,} questions about"
         f" {results['num_pictures']:,} images; exact match in per cent. The average is the mean over"
-        " levels and seeds.",
+        f" {results['average_over']} and seeds.",
         "Intervals are at 95 %, from a bootstrap over images and seeds. Differences are paired by"
         " seed and question.",
     ]
@@ -223,9 +239,10 @@ def write_notes(results: dict) -> list[str]:
         )
 
     notes.append(
-        f"FLOPs: of a prompt with one image, relative to {results['baseline']}. Here is the study's"
+        "FLOPs of a prompt: encoder with all views, fusion and language model, counted for one image."
+        f" Here and large: the same relative to {results['baseline']}. Here is the study's"
         " own size; large is CLIP-L/336 with a 7B Llama. The frontier goes by the averages, not by"
-        " their intervals."
+        " their intervals. Peak memory is what a run added to its process, with its data."
     )
     return notes
 

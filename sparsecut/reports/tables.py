@@ -84,13 +84,16 @@ def is_clear(estimate: dict) -> bool:
     return estimate["low"] > 0 or estimate["high"] < 0
 
 
-def tabulate_fractions(corner: str, fractions: dict[str, dict[str, float]]) -> Rows:
-    """A row for each name and a column for each of its keys, in per cent; a dash where absent."""
+def tabulate_fractions(corner: str, fractions: dict[str, dict[str, float]], last: str = "") -> Rows:
+    """A row for each name and a column for each of its keys, in per cent; a dash where absent.
+
+    The key `last` comes last.
+    """
     keys: set[str] = set()
     for by_key in fractions.values():
         keys |= set(by_key)
 
-    columns = sorted(keys)
+    columns = sorted(keys, key=lambda key: (key == last, key))
     if not columns:
         return [[corner]]
 

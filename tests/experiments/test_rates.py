@@ -8,6 +8,8 @@ from helpers.studies import QUICK, rough_counts
 
 from sparsecut.config.recipe import Source
 from sparsecut.data.examples import read_source
+from sparsecut.experiments.estimate import estimate_study, format_estimate
+from sparsecut.experiments.preparation import draw_images
 from sparsecut.experiments.rate_choice import RateChoice, find_rate, read_choice
 from sparsecut.experiments.runner import check_folder, run_study
 from sparsecut.experiments.study import load_study, narrow_study, parse_study
@@ -67,6 +69,20 @@ def test_the_grid_is_tried_on_dev_and_the_choice_is_used_on_test(finished):
         recipe = (run.get_folder(out) / "config.yaml").read_text()
         assert recipe.count(f"fusion: {run.rate}") == 2, "of every stage that trains fusion"
         assert not list(run.get_folder(out).rglob("*.safetensors"))
+
+
+def test_drawn_images_that_choose_rates_are_no_others(tmp_path):
+    study = build_tuned(tmp_path, pictures={"train": 10, "ask": 4, "split": "dev"})
+    Path(study.output).mkdir()
+    draw_images(study, log=lambda line: None)
+    data = Path(study.output) / "data"
+    asked = {json.dumps(record) for record in json.loads((data / "dev.json").read_text())}
+    chosen = json.loads((data / "rates" / "dev.json").read_text())
+    assert len({record["image"] for record in chosen}) == 3  # 0.3 of 10
+    assert asked.isdisjoint(json.dumps(record) for record in chosen)
+    before = {path: path.stat().st_mtime_ns for path in data.rglob("*.json")}
+    draw_images(study, log=lambda line: None)
+    assert before == {path: path.stat().st_mtime_ns for path in data.rglob("*.json")}
 
 
 def test_a_grown_grid_runs_its_new_cells_only(finished):
@@ -141,7 +157,6 @@ def test_a_rate_is_not_known_before_its_dev_runs_are(tmp_path):
         ({"rates": {"dev": 1}}, ["dev", "1"]),
         ({"rates": {"gird": []}}, ["rates.gird", "'grid'"]),
         ({"seeds": [0, 101]}, ["[101]", "rates.seeds"]),
-        ({"pictures": {"train": 10, "ask": 4, "split": "dev"}}, ["pictures.split", "'dev'"]),
         (
             {"recipe": {**RECIPE, "stages": [{**STAGE, "train": ["language"], "lr": {}}]}},
             ["fusion"],
@@ -335,3 +350,31 @@ def test_a_clear_choice_is_not_called_unclear():
 
 def test_of_equals_the_one_nearest_to_the_default_is_chosen():
     assert make_choice({1e-4: [0.5] * 2, 3e-4: [0.5] * 2, 1e-3: [0.5] * 2}).best == 3e-4
+
+
+# ---- counting and estimating
+
+
+def test_a_dry_run_counts_what_is_left_and_predicts_from_finished_runs(finished):
+    study, out = finished
+    rates = {**TUNED["rates"], "grid": [1e-4, 3e-4, 1e-3]}
+    grown = parse_study({**TUNED, "output": str(out), "rates": rates, "seeds": [0, 1]})
+    estimate = estimate_study(grown)
+    groups = {group.name: (group.total, group.finished) for group in estimate.groups}
+    assert groups == {"dev": (12, 8), "main": (4, 2), "text_only": (2, 1)}
+    seconds = [read_facts(run, out)["seconds"] for run in study.list_runs() if run.rate]
+    assert estimate.groups[0].seconds == pytest.approx(4 * sum(seconds) / 8, rel=0.5)
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    study = build_tuned(tmp_path)
+    estimate = estimate_study(study)
+    assert estimate.seconds > 0
+    assert not Path(study.output).exists()
+    lines = format_estimate(estimate, workers=2).splitlines()
+    assert [line.split()[:2] for line in lines[:4]] == [
+        ["dev", "8"],
+        ["main", "2"],
+        ["text_only", "1"],
+        ["all", "11"],
+    ]
