@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from .plan import Plan as Plan
     from .plan import Shortcut as Shortcut
     from .processing import SparseCutProcessor as SparseCutProcessor
+    from .replanning import replan as replan
     from .training.stages import train as train
     from .upgrading import upgrade as upgrade
 
@@ -36,6 +37,7 @@ _HOMES = {
     "build": "building",
     "upgrade": "upgrading",
     "load": "building",
+    "replan": "replanning",
     "train": "training.stages",
     "evaluate": "evaluation.evaluator",
     "Chat": "chat",

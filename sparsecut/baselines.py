@@ -131,7 +131,13 @@ def mmfuser(vision_depth: int, language_depth: int, *, norm: bool = False) -> Pl
 
 
 def deepstack(
-    vision_depth: int, language_depth: int, *, start: int = 1, interval: int = 1, norm: bool = False
+    vision_depth: int,
+    language_depth: int,
+    *,
+    start: int = 1,
+    interval: int = 1,
+    norm: bool = False,
+    dummy: bool = False,
 ) -> Plan:
     """DeepStack-L (arXiv 2406.04334): stacks of fine patches, each before one of four layers.
 
@@ -144,12 +150,13 @@ def deepstack(
         start: The first layer, as in the released code.
         interval: Layers from one stack to the next.
         norm: See `Plan`.
+        dummy: The paper's control (section 4.3): the coarse patches again in place of each stack.
     """
     shortcuts = [Shortcut((-2,), 0)]
     for k in range(4):
         layer = min(start + interval * k, language_depth - 1)
-        shortcuts.append(Shortcut((-2,), layer, grain=1 + k))
-    return Plan(tuple(shortcuts), tiles=2, shared=True, norm=norm)
+        shortcuts.append(Shortcut((-2,), layer, grain=0 if dummy else 1 + k))
+    return Plan(tuple(shortcuts), tiles=0 if dummy else 2, shared=True, norm=norm)
 
 
 def qwen3_vl(vision_depth: int, language_depth: int, *, norm: bool = True) -> Plan:
@@ -278,24 +285,44 @@ def cli(
     rank: int = 64,
     gate: str | None = "context",
     norm: bool = False,
+    pairs: str = "all",
 ) -> Plan:
-    """CLI (arXiv 2601.10710): a shared projector, corrections of low rank, and context gates.
+    """CLI-like (arXiv 2601.10710): every chosen decoder layer mixes every chosen encoder layer.
 
-    Deviations: layers are spread evenly, because the authors' lists and exact gate could not be
-    retrieved (see `fusion.ContextGate`). It starts from new weights, not from a pretrained VLM.
+    The features of encoder layer k are MLP(V_k) + B_k A_k V_k: one projector, and one correction of
+    low rank for each encoder layer (adaptive multi-projection). They are computed once for all
+    decoder layers. Each of these has a gate for each encoder layer (adaptive gating fusion), and
+    the gated sum is added at the image positions. The projector is meant to be a trained one:
+    `replan` puts the plan into a trained `llava`, whose projector it keeps.
+
+    Deviations: both sets of layers are spread evenly, because the authors' lists could not be
+    retrieved, nor could the formula of the gate (see `gates.ContextGate`). The hidden states that a
+    gate sees are those of the image, so it depends on what stands before the image, and never on an
+    answer.
 
     Args:
         vision_depth: Number of encoder blocks.
         language_depth: Number of decoder layers.
-        count: Number of shortcuts besides the input. By default 8, or half the shallower depth.
-        rank: Rank of each shortcut's correction.
-        gate: See `Plan`.
+        count: Number of encoder layers, and of decoder layers. By default 8, or half the shallower
+            depth.
+        rank: Rank of each encoder layer's correction.
+        gate: See `Plan`. "context_zero" starts as the model without shortcuts.
         norm: See `Plan`.
+        pairs: "all" for every encoder layer into every decoder layer. "one" for one into one, which
+            `cli` was before.
+
+    Raises:
+        UserError: The pairs have no such name.
     """
+    check_choice("pairs", pairs, ("all", "one"))
     if count is None:
         count = min(8, max(1, min(vision_depth, language_depth) // 2))
     taps, layers = spread_evenly(vision_depth, language_depth, count)
-    return _make_plan(-2, taps, layers, shared=True, norm=norm, gate=gate, rank=rank)
+    is_tied = pairs == "all"
+    if is_tied:
+        taps, layers = taps * count, [layer for layer in layers for _ in range(count)]
+    settings = {"norm": norm, "gate": gate, "rank": rank, "tied": is_tied}
+    return _make_plan(-2, taps, layers, shared=True, **settings)
 
 
 def spread_evenly(

@@ -145,7 +145,7 @@ def build(
         language = load_weights(
             AutoModelForCausalLM, language, complaint, config=text_config, **settings
         )
-    model = _join(config, get_encoder(vision), language)
+    model = join_parts(config, get_encoder(vision), language)
     model.generation_config = _make_generation_config(language, tokenizer, config.image_token_id)
     return model.eval(), _make_processor(config, image_processor, tokenizer, image_token, fitting)
 
@@ -172,10 +172,19 @@ def _add_image_token(tokenizer: Any, image_token: str) -> int:
     return tokenizer.convert_tokens_to_ids(image_token)
 
 
-def _join(
+def join_parts(
     config: SparseCutConfig, vision: nn.Module, language: nn.Module
 ) -> SparseCutForConditionalGeneration:
-    """The model of two loaded parts, its fusion new, in the dtype of the language model."""
+    """Return the model of two loaded parts, its fusion new, in the dtype of the language model.
+
+    Args:
+        config: The model's configuration. It takes over those of the parts.
+        vision: The encoder.
+        language: The language model.
+
+    Raises:
+        UserError: The language model cannot be given features.
+    """
     check_language_model(language)
     for module in (*vision.modules(), *language.modules()):
         module._is_hf_initialized = True  # transformers must not draw these weights anew

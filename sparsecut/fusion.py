@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .gates import ContextGate, ZeroContextGate
 from .mixers import arrange_grains, build_mixer
 from .plan import GATES, Plan
 from .schema import UserError
 
+CONTEXT_GATES = {gate.__name__: gate for gate in (ContextGate, ZeroContextGate)}
 logger = logging.getLogger(__name__)
 
 Start = float | tuple[float, float]  # a constant, or bounds of a uniform distribution
@@ -68,70 +70,6 @@ class LowRankCorrection(nn.Module):
         return self.up(self.down(mixed))
 
 
-class ContextGate(nn.Module):
-    """Factors for the S shortcuts of a layer, computed for each image.
-
-    A learned query pools the features, and another one the hidden states that they are added to, by
-    attention over the image's tokens. A linear map of both summaries gives a factor 2 * sigmoid(.)
-    for each shortcut, which starts at 1. Only image positions are pooled, so that later text does
-    not reach earlier positions.
-
-    This is our reading of CLI's adaptive gating (arXiv 2601.10710), whose formula could not be
-    retrieved.
-    """
-
-    def __init__(self, num_shortcuts: int, language_dim: int) -> None:
-        super().__init__()
-        self.query_features = nn.Parameter(torch.zeros(language_dim))
-        self.query_hidden = nn.Parameter(torch.zeros(language_dim))
-        self.weight = nn.Parameter(torch.zeros(num_shortcuts, 2 * language_dim))
-        self.bias = nn.Parameter(torch.zeros(num_shortcuts))
-
-    def initial_values(self) -> Iterator[tuple[Tensor, Start]]:
-        """Yield the parameters of this module alone, with their start values."""
-        for parameter in self.parameters(recurse=False):
-            yield parameter, 0.0
-
-    def forward(self, hidden: Tensor, features: Tensor, num_tokens: int) -> Tensor:
-        """Scale the features of a layer's shortcuts and add them up.
-
-        Args:
-            hidden: Hidden states before the layer, at the image tokens of all images,
-                [B * N', H].
-            features: The shortcuts' features there, side by side, [B * N', S * H].
-            num_tokens: N', the image tokens of one image.
-
-        Returns:
-            What is added to the hidden states, [B * N', H].
-
-        Raises:
-            UserError: The pass holds a part of an image, as in a prompt that is cut into chunks.
-        """
-        if len(hidden) % num_tokens:
-            raise UserError(
-                f"context gates need whole images of {num_tokens} image tokens, but a pass over a"
-                f" part of a prompt has {len(hidden)}; do not cut prompts into chunks with"
-                " gate='context'"
-            )
-        z = rearrange(features, "(p n) (s d) -> p n s d", n=num_tokens, s=len(self.bias))
-        h = rearrange(hidden.to(z.dtype), "(p n) d -> p n d", n=num_tokens)
-        scale = h.shape[-1] ** -0.5
-        hidden_weights = torch.softmax(h @ self.query_hidden * scale, 1)
-        hidden_summary = torch.einsum("pn,pnd->pd", hidden_weights, h)
-        feature_weights = torch.softmax(z @ self.query_features * scale, 1)
-        feature_summary = torch.einsum("pns,pnsd->psd", feature_weights, z)
-        gates = self._compute_gates(feature_summary, hidden_summary)
-        return rearrange(torch.einsum("ps,pnsd->pnd", gates, z), "p n d -> (p n) d")
-
-    def _compute_gates(self, features: Tensor, hidden: Tensor) -> Tensor:
-        """Summaries of the features [B, S, H] and of the hidden states [B, H] -> gates [B, S]."""
-        features = F.layer_norm(features, features.shape[-1:])
-        hidden = F.layer_norm(hidden, hidden.shape[-1:])
-        hidden = hidden.unsqueeze(1).expand(-1, features.shape[1], -1)
-        both = torch.cat([features, hidden], dim=-1)
-        return 2 * torch.sigmoid((both * self.weight).sum(-1) + self.bias)
-
-
 class Fusion(nn.Module):
     """All shortcuts of a plan. Shortcuts that share weights are computed in one batched call.
 
@@ -148,10 +86,13 @@ class Fusion(nn.Module):
         main: The number of the first shortcut into the input, which has no gate.
         gated: The numbers of all other shortcuts, in the order of `gates`.
         groups: For each path, the numbers of the shortcuts that use it.
+        sources: For each shortcut, the number of the first one with the same features before
+            corrections and gates. Without `tied`, its own.
         taps: For each shortcut, its taps as tuples of states whose mean they are, from 0.
         paths: `ShortcutProjector`s, one for each shortcut, or one for each kind of shortcut where
             the plan is shared.
-        corrections: `LowRankCorrection`s by the shortcut's number.
+        corrections: `LowRankCorrection`s by the shortcut's number. Where the plan is tied, the
+            first gated shortcut of equal taps has it for all of them.
         context: Gate modules by the layer's number.
         gates: A factor for each gated shortcut. It is a buffer where the plan trains none, so that
             no stage can change it.
@@ -176,8 +117,11 @@ class Fusion(nn.Module):
         self.tap_widths = tuple(tap_widths)
         self.main = plan.input_number
         self.gated = [i for i in range(len(plan.shortcuts)) if i != self.main]
-        self.groups = _group_by_weights(plan)
         self.taps = _resolve_taps(plan, vision_depth)
+        everyone = range(len(plan.shortcuts))
+        self.sources = _find_sources(plan, self.taps, everyone)
+        self._owners = _find_sources(plan, self.taps, self.gated)
+        self.groups = _group_by_weights(plan, self.sources)
         self.off: frozenset[int] = frozenset()
         self.paths = self._build_paths(num_under * vision_dim, language_dim)
         self.corrections = self._build_corrections(language_dim)
@@ -191,9 +135,9 @@ class Fusion(nn.Module):
     def _build_paths(self, mixed_dim: int, language_dim: int) -> nn.ModuleList:
         plan = self.plan
         paths = nn.ModuleList()
-        for first, *_ in self.groups:
-            mixer = build_mixer(plan.shortcuts[first], plan, mixed_dim, self.rows)
-            is_narrow = plan.rank is not None and not plan.shared and first != self.main
+        for members in self.groups:
+            mixer = build_mixer(plan.shortcuts[members[0]], plan, mixed_dim, self.rows)
+            is_narrow = plan.rank is not None and not plan.shared and self.main not in members
             inner_dim = plan.rank if is_narrow else language_dim
             paths.append(ShortcutProjector(mixer, inner_dim, language_dim))
         return paths
@@ -202,7 +146,7 @@ class Fusion(nn.Module):
         corrections = nn.ModuleDict()
         if self.plan.rank is None or not self.plan.shared:
             return corrections
-        for i in self.gated:
+        for i in dict.fromkeys(self._owners.values()):
             dim = self.get_path(i).mixer.out_dim
             corrections[str(i)] = LowRankCorrection(dim, self.plan.rank, language_dim)
         return corrections
@@ -212,10 +156,8 @@ class Fusion(nn.Module):
         gate_class = GATES[self.plan.gate].module
         if gate_class is None:
             return modules
-        if isinstance(
-            gate_class, str
-        ):  # plan.py imports no torch, so it names classes of this file
-            gate_class = globals()[gate_class]
+        if isinstance(gate_class, str):  # kinds.py imports no torch, so it names classes
+            gate_class = CONTEXT_GATES[gate_class]
         layers = [s.layer for s in self.plan.shortcuts]
         for layer in self.plan.layers:
             modules[str(layer)] = gate_class(layers.count(layer), language_dim)
@@ -231,6 +173,13 @@ class Fusion(nn.Module):
         return next(
             path for path, members in zip(self.paths, self.groups, strict=True) if number in members
         )
+
+    def get_correction(self, number: int) -> LowRankCorrection | None:
+        """Return the correction of a shortcut, which those of equal taps share if it is tied."""
+        owner = str(self._owners.get(number))
+        if owner not in self.corrections:
+            return None
+        return self.corrections[owner]
 
     def get_position(self, number: int) -> int:
         """Return where `forward` has the features of the layer that a shortcut adds to."""
@@ -334,20 +283,28 @@ class Fusion(nn.Module):
         """
         outputs: dict[int, Tensor] = {}
         for path, members in zip(self.paths, self.groups, strict=True):
-            inputs = torch.cat([self._gather(grains, i) for i in members])
+            sources = list(dict.fromkeys(self.sources[i] for i in members))
+            inputs = torch.cat([self._gather(grains, i) for i in sources])
             is_laid_out = rows is not None and getattr(path.mixer, "takes_rows", False)
             mixed = path.mixer(inputs, rows) if is_laid_out else path.mixer(inputs)
             projected = path.project(mixed)
-            mixed = mixed.unflatten(0, (len(members), -1)).unbind(0)
-            projected = projected.unflatten(0, (len(members), -1)).unbind(0)
-            for place, i in enumerate(members):
-                outputs[i] = self._scale(i, mixed[place], projected[place])
+            mixed = mixed.unflatten(0, (len(sources), -1)).unbind(0)
+            projected = projected.unflatten(0, (len(sources), -1)).unbind(0)
+            corrected: dict[int, Tensor] = {}
+            for i in members:
+                place = sources.index(self.sources[i])
+                features = projected[place]
+                correction = self.get_correction(i)
+                if correction is not None:
+                    owner = self._owners[i]
+                    if owner not in corrected:
+                        corrected[owner] = features + correction(mixed[place])
+                    features = corrected[owner]
+                outputs[i] = self._scale(i, features)
         return outputs
 
-    def _scale(self, number: int, mixed: Tensor, projected: Tensor) -> Tensor:
-        """Apply a shortcut's correction and its gate."""
-        if str(number) in self.corrections:
-            projected = projected + self.corrections[str(number)](mixed)
+    def _scale(self, number: int, projected: Tensor) -> Tensor:
+        """Apply a shortcut's gate."""
         if number in self.gated:
             projected = projected * self.gates[self.gated.index(number)]
         return torch.zeros_like(projected) if number in self.off else projected
@@ -379,8 +336,8 @@ class Fusion(nn.Module):
         """
         zero_layers = [correction.up for correction in self.corrections.values()]
         if GATES[self.plan.gate].zero_projector:
-            for path, (first, *_) in zip(self.paths, self.groups, strict=True):
-                if first != self.main:
+            for path, members in zip(self.paths, self.groups, strict=True):
+                if self.main not in members:
                     zero_layers.append(path.linear_2)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -418,12 +375,23 @@ def check_adapted_fusion(fusion: Fusion) -> None:
         )
 
 
-def _group_by_weights(plan: Plan) -> list[list[int]]:
+def _find_sources(plan: Plan, taps: Sequence, numbers: Iterable[int]) -> dict[int, int]:
+    """For each of these shortcuts the first among them that reads and mixes the same, if tied."""
+    first: dict[object, int] = {}
+    sources = {}
+    for i in numbers:
+        shortcut = plan.shortcuts[i]
+        key = (taps[i], shortcut.mix, shortcut.grain) if plan.tied else i
+        sources[i] = first.setdefault(key, i)
+    return sources
+
+
+def _group_by_weights(plan: Plan, sources: Mapping[int, int]) -> list[list[int]]:
     """Numbers of the shortcuts that have weights, those that share a path in one list."""
     groups: dict[object, list[int]] = {}
     for i, shortcut in enumerate(plan.shortcuts):
         if shortcut.mix != "base":
-            key = (shortcut.mix, len(shortcut.taps)) if plan.shared else i
+            key = (shortcut.mix, len(shortcut.taps)) if plan.shared else sources[i]
             groups.setdefault(key, []).append(i)
     return list(groups.values())
 

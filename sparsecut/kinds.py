@@ -101,8 +101,8 @@ class Gate:
         factor: The trained factor of each shortcut: None, one "number", or one per "channel".
         start: The value that factors start with.
         zero_projector: Whether the last layer of each projector starts at zero instead.
-        module: A class, or its name in `fusion.py`, whose instances compute the factors of a layer
-            above the input in each forward pass. `fusion.ContextGate` shows the interface.
+        module: A class, or its name in `gates.py`, whose instances compute the factors of a layer
+            above the input in each forward pass. `gates.ContextGate` shows the interface.
     """
 
     description: str
@@ -113,7 +113,10 @@ class Gate:
 
     @property
     def starts_without_effect(self) -> bool:
-        """Whether a new model is, bit for bit, the model without shortcuts."""
+        """Whether an upgrade can begin with it, bit for bit as the model without shortcuts.
+
+        Upgraded models take no gates that are computed in each pass.
+        """
         return self.module is None and (self.start == 0 or self.zero_projector)
 
 
@@ -124,5 +127,6 @@ GATES: dict[str | None, Gate] = {
     "zero_vector": Gate("gates per channel that start at zero", "channel", start=0.0),
     "one_vector": Gate("gates per channel that start at one", "channel"),
     "context": Gate("gates by context", module="ContextGate"),
+    "context_zero": Gate("gates by context that start at zero", module="ZeroContextGate"),
     "zero_projector": Gate("projectors that start at zero", zero_projector=True),
 }

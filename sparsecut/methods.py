@@ -103,12 +103,13 @@ def sparsecut(
         tiles: Fine views in each row and column.
         shared: See `Plan`.
         norm: See `Plan`.
-        gate: See `Plan`. By default projectors of "early" start at zero, unless they are shared,
-            and other patterns have no gates.
+        gate: See `Plan`. By default projectors of "early" and "middle" start at zero, unless they
+            are shared, and other patterns have no gates.
         rank: See `Plan`.
         fine: Fraction of the encoder's depth that fine views run through. Deeper taps are read from
-            the coarse view only. By default all taps are read from both views, but "early" reads
-            its input from the coarse view, so that fine views stop after three eighths.
+            the coarse view only. By default all taps are read from both views, but "early" and
+            "middle" read their input from the coarse view, so that fine views stop after three
+            eighths or three quarters.
     """
     taps, layers = place_shortcuts(vision_depth, language_depth, count, pattern)
     if fine is not None:
@@ -119,9 +120,9 @@ def sparsecut(
             )
         deepest = fine * vision_depth
     else:
-        deepest = max(taps) if pattern == "early" else vision_depth
+        deepest = max(taps) if pattern in OURS else vision_depth
     if gate == "default":
-        gate = "zero_projector" if pattern == "early" and not shared else None
+        gate = "zero_projector" if pattern in OURS and not shared else None
     shortcuts = [Shortcut((-2,), 0, mix if vision_depth - 1 <= deepest else "pick")]
     for tap, layer in zip(taps, layers, strict=True):
         shortcuts.append(Shortcut((tap,), layer, mix if tap <= deepest else "pick"))
@@ -235,6 +236,14 @@ def _start_early(vision_depth: int, language_depth: int, count: int) -> Position
     return taps, layers
 
 
+def _start_in_the_middle(vision_depth: int, language_depth: int, count: int) -> Positions:
+    deepest = max(count, 3 * vision_depth // 4)
+    shallowest = min(vision_depth // 2, deepest - count + 1)
+    steps = max(count - 1, 1)
+    taps = [deepest - k * (deepest - shallowest) // steps for k in range(count)]
+    return taps, _start_early(vision_depth, language_depth, count)[1]
+
+
 PATTERNS: dict[str, Callable[[int, int, int], Positions]] = {
     "sparse": spread_evenly,
     "dense": spread_evenly,
@@ -243,7 +252,9 @@ PATTERNS: dict[str, Callable[[int, int, int], Positions]] = {
     "reversed": _spread_reversed,
     "reversed_dense": _spread_reversed,
     "early": _start_early,
+    "middle": _start_in_the_middle,
 }
+OURS = ("early", "middle")  # from the input on, with projectors that start at zero
 
 
 def place_shortcuts(
@@ -255,7 +266,8 @@ def place_shortcuts(
     many as there are layers. "bottom" and "top" crowd the low or the high layers on both sides.
     "reversed" sends the deepest encoder layer to the lowest decoder layer, and "reversed_dense"
     does both. "early" is ours: taps of the encoder's first three eighths, the deepest of them
-    first, into the first half of the decoder from the input on.
+    first, into the first half of the decoder from the input on. "middle" is its control, with taps
+    from one half to three quarters of the encoder, where most released models read.
 
     "bottom" and "top" follow the alternatives in comments of the released code, which begin with
     layer 0. The power 1.6 gives its encoder list exactly, and its decoder lists to within two
@@ -264,7 +276,7 @@ def place_shortcuts(
     Args:
         vision_depth: Number of encoder blocks.
         language_depth: Number of decoder layers.
-        count: By default 8, or 4 for "early", but at most half the shallower depth.
+        count: By default 8, or 4 for "early" and "middle", but at most half the shallower depth.
         pattern: A key of `PATTERNS`.
 
     Raises:
@@ -274,7 +286,7 @@ def place_shortcuts(
     most = min(vision_depth, language_depth)
     is_dense = pattern.endswith("dense")
     if count is None:
-        usual = 4 if pattern == "early" else 8
+        usual = 4 if pattern in OURS else 8
         count = most if is_dense else min(usual, max(1, most // 2))
     if not is_whole_number(count) or not 1 <= count <= most:
         raise UserError(

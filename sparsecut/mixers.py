@@ -311,6 +311,6 @@ def build_mixer(shortcut: Shortcut, plan: Plan, dim: int, rows: int) -> nn.Modul
         rows: Patch rows of one view.
     """
     mixer_class = shortcut.mixer.module
-    if isinstance(mixer_class, str):  # plan.py imports no torch, so it names classes of this file
+    if isinstance(mixer_class, str):  # kinds.py imports no torch, so it names classes
         mixer_class = globals()[mixer_class]
     return mixer_class(shortcut, plan, dim, rows)

@@ -62,7 +62,7 @@ class SparseCutPreTrainedModel(SavedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement: ClassVar[list] = list(CACHE_NAMES)
-    _no_split_modules: ClassVar[list] = ["Fusion", "ContextGate"]
+    _no_split_modules: ClassVar[list] = ["Fusion", "ContextGate", "ZeroContextGate"]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         check_not_bare_vllm(config)

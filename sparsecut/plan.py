@@ -111,6 +111,8 @@ class Plan:
         gate: A key of `GATES`. None adds features as they are.
         rank: The inner width of every projector but the input's. Where projectors are shared, each
             shortcut gets a correction of that rank to the shared projector instead.
+        tied: Whether shortcuts that read the same taps in the same way share all their weights but
+            gates, corrections too. Their features are then computed once for all their layers.
     """
 
     shortcuts: tuple[Shortcut, ...]
@@ -119,6 +121,7 @@ class Plan:
     norm: bool = True
     gate: str | None = None
     rank: int | None = None
+    tied: bool = False
 
     def __post_init__(self) -> None:
         make_tuples(self, "shortcuts")
@@ -145,16 +148,19 @@ class Plan:
             raise UserError(
                 f"rank is {self.rank!r}, but must be a whole number of at least 1, or left out"
             )
-        if not isinstance(self.shared, bool) or not isinstance(self.norm, bool):
+        if not all(isinstance(value, bool) for value in (self.shared, self.norm, self.tied)):
             raise UserError(
-                f"shared and norm are true or false, but shared={self.shared!r} and"
-                f" norm={self.norm!r} were given"
+                f"shared, norm and tied are true or false, but shared={self.shared!r},"
+                f" norm={self.norm!r} and tied={self.tied!r} were given"
             )
         if self.shared and GATES[self.gate].zero_projector:
             raise UserError(
                 f"gate={self.gate!r} starts each shortcut's own projector at zero, but shared=True"
                 " gives all of them the input's; use shared=False or gate='zero'"
             )
+        self._check_tiles()
+
+    def _check_tiles(self) -> None:
         if not is_whole_number(self.tiles) or self.tiles < 0 or self.tiles == 1:
             raise UserError(
                 f"tiles is {self.tiles!r}, but must be 0 (coarse view only) or at least 2 (a grid"
@@ -271,6 +277,7 @@ class Plan:
         Raises:
             UserError: A tap or a layer does not exist.
         """
+        self._check_tied(vision_depth)
         for number, shortcut in enumerate(self.shortcuts):
             for tap in shortcut.flat_taps:
                 if not -vision_depth - 1 <= tap <= vision_depth:
@@ -287,6 +294,22 @@ class Plan:
                     f" {language_depth})"
                 )
         return self
+
+    def _check_tied(self, vision_depth: int) -> None:
+        """Refuse a shortcut that must start at zero, or be narrow, and is tied to the input's."""
+        is_own = GATES[self.gate].zero_projector or (self.rank is not None and not self.shared)
+        if not self.tied or not is_own:
+            return
+        keys = []
+        for s in self.shortcuts:
+            resolved = [[tap % (vision_depth + 1) for tap in group] for group in s.tap_groups]
+            keys.append((resolved, s.mix, s.grain))
+        if keys.count(keys[self.input_number]) > 1:
+            raise UserError(
+                f"tied=True gives a shortcut of the taps {list(self.shortcuts[self.input_number].taps)}"
+                f" the input's projector, but gate={self.gate!r} and rank={self.rank!r} ask for"
+                " another start or width; use shared=True with gate='zero', or other taps"
+            )
 
     def for_upgrade(self, *, fine: bool) -> Plan:
         """Return the plan for a pretrained VLM, which feeds its input itself.
@@ -337,6 +360,8 @@ class Plan:
     def to_dict(self) -> dict:
         """Return plain lists, numbers and strings, as JSON and YAML hold them."""
         values = asdict(self)
+        if not self.tied:  # as in files of earlier versions
+            del values["tied"]
         values["shortcuts"] = list(values["shortcuts"])
         for shortcut in values["shortcuts"]:
             taps = [list(tap) if isinstance(tap, tuple) else tap for tap in shortcut["taps"]]

@@ -31,9 +31,10 @@ ROOMS = [  # left to right
     "reports",
     "cli",
 ]
-METHOD = ["schema", "kinds", "plan", "methods", "baselines", "mixers", "fusion"]
+METHOD = ["schema", "kinds", "plan", "methods", "baselines", "mixers", "gates", "fusion"]
 ASSEMBLY = [
     "building",
+    "replanning",
     "upgrading",
     "fingerprint",
     "prompts",

@@ -1,8 +1,10 @@
 """A plan is frozen data, equal to its JSON, and refuses what could not fire."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -76,6 +78,26 @@ def test_patterns_are_what_they_are_called():
     assert taps["reversed"] == taps["sparse"][::-1]
     assert layers["reversed"] == layers["sparse"]
     assert place_shortcuts(24, 24, pattern="dense")[1] == list(range(24))
+
+
+def test_the_variants_of_the_method_page_are_plans_of_models_of_every_depth():
+    page = (Path(__file__).parents[1] / "docs" / "method.md").read_text()
+    (block,) = re.findall(r"```yaml\n(arms:.*?)```", page, re.S)
+    arms = yaml.safe_load(block)["arms"]
+    for depths in ((12, 6), (12, 16), (12, 30)):
+        plans = {name: make_plan(spec, *depths) for name, spec in arms.items()}
+        dummy = plans["deepstack_dummy"]
+        assert [(s.taps, s.layer, s.grain) for s in dummy.shortcuts] == [
+            ((-2,), layer, 0) for layer in range(5)
+        ]
+        assert dummy.tiles == 0 and dummy.shared
+        taps = [s.taps[0] for s in plans["middle"].shortcuts[1:]]
+        assert len(set(taps)) == len(taps) and all(6 <= tap <= 9 for tap in taps)
+        assert plans["middle"].layers and not plans["middle_at_input"].layers
+        assert plans["levels_only"].num_views == 1 and plans["sparsecut"].num_views == 5
+        kept = [s.taps for s in plans["levels_only"].shortcuts]
+        assert kept == [s.taps for s in plans["sparsecut"].shortcuts]
+        assert len(set(map(str, plans.values()))) == len(plans)  # no two are the same
 
 
 def get_places(name: str, *depths: int) -> list[tuple]:

@@ -311,6 +311,10 @@ def test_every_method_upgrades_without_effect_or_is_refused(llava, images, metho
     check_identity_and_effect(base, base_processor, images, method)
 
 
+def test_tied_shortcuts_upgrade_without_effect(llava, images):
+    check_identity_and_effect(*llava, images, {"method": "cli", "gate": "zero", "rank": 2})
+
+
 @pytest.mark.parametrize("mix", ["pick", "channels", "blend", "attend", "enrich"])
 def test_every_mixer_and_start_works(llava, images, mix):
     for gate, shared in (("zero", True), ("zero_vector", False), ("zero_projector", False)):

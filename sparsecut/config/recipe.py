@@ -50,6 +50,8 @@ class Model:
         coarse: How images are fitted to the encoder, one of `COARSE_VIEWS`; None for "squash".
         min_pixels: With coarse "native", the fewest pixels of an image after it was resized.
         max_pixels: With coarse "native", the most.
+        replan: Whether a saved model that `build` made gets the recipe's fusion as its new plan,
+            and keeps the projector of its input.
     """
 
     vision: str | None = None
@@ -59,9 +61,15 @@ class Model:
     coarse: str | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
+    replan: bool = False
 
     def __post_init__(self):
         check_types(self)
+        if self.replan and self.base is None:
+            raise UserError(
+                "replan gives a saved model another plan, but no base is given; name the saved"
+                " model as base, or remove replan"
+            )
         names = [name for name in ("vision", "language", "base") if getattr(self, name) is not None]
         if names not in (["vision", "language"], ["base"]):
             raise UserError(
@@ -336,6 +344,11 @@ class Recipe:
             raise UserError(
                 "a model of an encoder and a language model needs a plan, but fusion is not given;"
                 " add one, for example `fusion: {method: sparsecut}`"
+            )
+        if self.model.replan and self.fusion is None:
+            raise UserError(
+                "model.replan is true, but fusion is not given; write the new plan, for example"
+                " `fusion: cli`, or remove replan"
             )
         if self.model.base is None and self._trains("projector"):
             raise UserError(

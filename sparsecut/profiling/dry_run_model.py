@@ -123,6 +123,9 @@ def _estimate_base(recipe: Recipe, base: str, mode: FakeTensorMode) -> Estimated
         is_saved = True
     config = _read_base_config(base, notes)
     if isinstance(config, SparseCutConfig):
+        if recipe.model.replan:
+            parts = config.vision_config, config.text_config
+            config = build_config(*parts, recipe.fusion, config.view_size)
         return EstimatedModel(config, notes=notes)
     if isinstance(config, SparseCutUpgradeConfig):
         spec = config.plan

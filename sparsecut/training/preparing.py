@@ -28,6 +28,7 @@ from ..data.validation import check_examples
 from ..methods import make_plan
 from ..modeling_base import is_sparsecut_model
 from ..prompts import get_max_length
+from ..replanning import replan
 from ..schema import UserError
 from ..upgrading import upgrade
 from .freezing import check_parts, trains_base
@@ -181,7 +182,13 @@ def _load_start(inputs: RunInputs, model, processor) -> tuple:
         return build(vision, language, recipe.fusion, **recipe.model.get_build_settings())
     base = expand_path(recipe.model.base)
     if is_saved(base):
-        return load(base)
+        saved = load(base)
+        return replan(*saved, recipe.fusion) if recipe.model.replan else saved
+    if recipe.model.replan:
+        raise UserError(
+            f"replan is for a model saved by this package, but {base} is a pretrained VLM; remove"
+            " replan, and it is upgraded"
+        )
     return upgrade(base, recipe.fusion, dtype=_choose_base_dtype(recipe, inputs.arguments))
 
 
@@ -228,7 +235,7 @@ def _check_plan(recipe: Recipe, model) -> None:
     if plan != model.plan:
         raise UserError(
             f"the recipe's fusion gives the plan {plan}, but the model has {model.plan}; make them"
-            " the same, or leave fusion out"
+            " the same, leave fusion out, or write model.replan: true for a new plan"
         )
 
 

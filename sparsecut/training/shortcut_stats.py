@@ -131,8 +131,8 @@ def get_shortcut_parameters(fusion, number: int) -> list[torch.nn.Parameter]:
         for projector, members in zip(fusion.paths, fusion.groups, strict=True)
         if number in members
     ]
-    if str(number) in fusion.corrections:
-        modules.append(fusion.corrections[str(number)])
+    if (correction := fusion.get_correction(number)) is not None:
+        modules.append(correction)
     layer = str(fusion.plan.shortcuts[number].layer)
     if layer in fusion.context:
         modules.append(fusion.context[layer])

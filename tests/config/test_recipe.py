@@ -117,6 +117,8 @@ MISTAKES = [
     (plain(model="some/encoder"), "model is 'some/encoder'"),
     (plain(fusion=None), "fusion .*method: sparsecut"),
     (stage(train=["projector"]), "projector.*base"),
+    (plain(model={"vision": "a", "language": "b", "replan": True}), "replan .*base"),
+    (plain(model={"base": "a", "replan": True}, fusion=None), "replan .*fusion"),
     (plain(fusion=8), "fusion is 8"),
     (plain(stages=[]), "at least one stage"),
     (plain(stages=None), "stages"),
