@@ -1,12 +1,14 @@
 """Statistics of each shortcut while it is trained: its gradient, and how much it adds.
 
 They are measured on logged steps alone, so that they cost next to nothing. A shortcut whose
-gradient stays exactly zero is dead, and a warning names it.
+gradient stays exactly zero is dead, and a warning names it. Another warning comes where shortcuts add
+much and learn nothing: the language model has come to ignore them, and the image with them.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +17,12 @@ from torch import Tensor
 from ..hooks import observe_injections
 
 PATIENCE = 3  # logged steps with images and no gradient before a shortcut is called dead
+# A model on DINOv2 that a tenfold rate had made blind had ratios of 0.8 to 1.8, and its shortcuts had
+# 0.2 to 1.2 % of the whole gradient. At a suitable rate the ratio stayed below 0.2.
+LARGE_RATIO = 0.5
+SMALL_SHARE = 0.02
+BLIND_PATIENCE = 5  # logged steps in a row
+LOWER = 10  # times lower is the rate that a warning names
 logger = logging.getLogger(__name__)
 
 
@@ -37,14 +45,18 @@ class ShortcutMonitor:
         fusion: The fusion.
         stage: The stage's name, for warnings.
         compiled: Whether the model is compiled, so that nothing can be observed in its forward.
+        rate: The stage's learning rate of the fusion, for warnings; None where it is not known.
     """
 
-    def __init__(self, fusion, stage: str, *, compiled: bool = False):
+    def __init__(self, fusion, stage: str, *, compiled: bool = False, rate: float | None = None):
         self.fusion = fusion
         self.stage = stage
         self.compiled = compiled
+        self.rate = rate
         self._grad_norms: dict[int, float] = {}
         self._ratios: dict[int, Tensor] = {}
+        self._is_warned = False
+        self._blind_steps = 0  # logged steps in a row, since one of them was not blind
         # Logged steps in a row without any gradient, by shortcut.
         self._zero_steps = dict.fromkeys(range(len(fusion.plan.shortcuts)), 0)
 
@@ -105,6 +117,48 @@ class ShortcutMonitor:
             list(shortcut.taps),
             shortcut.layer,
             PATIENCE,
+        )
+
+    def watch(self, whole_norm: float | None) -> None:
+        """Warn once where shortcuts drown the hidden states, but learn next to nothing.
+
+        Args:
+            whole_norm: The norm of all gradients of the recorded step; None where it is not known.
+        """
+        blind = self._find_blind(whole_norm) if whole_norm else []
+        self._blind_steps = self._blind_steps + 1 if blind else 0
+        if self._blind_steps == BLIND_PATIENCE and not self._is_warned:
+            self._is_warned = True
+            self._warn_blind(blind, whole_norm)
+
+    def _find_blind(self, whole_norm: float) -> list[dict]:
+        """Statistics of the shortcuts that add much while their gradients vanish."""
+        blind = []
+        for figures in self.get_statistics():
+            is_large = figures.get("ratio", 0.0) > LARGE_RATIO
+            share = figures.get("grad_norm", math.inf) / whole_norm
+            if is_large and share < SMALL_SHARE:
+                blind.append(figures)
+        return blind
+
+    def _warn_blind(self, blind: list[dict], whole_norm: float) -> None:
+        largest = max(blind, key=lambda figures: figures["ratio"])
+        remedy = "set a lower learning rate of fusion (lr.fusion)"
+        if self.rate:
+            remedy = (
+                f"lower the learning rate of fusion, which is {self.rate:g}, for example"
+                f" lr.fusion: {self.rate / LOWER:g}"
+            )
+        logger.warning(
+            "stage %s: what shortcut %d adds before layer %d is %.1f times as large as the hidden"
+            " states there, but its gradient is %.1f %% of the whole: the language model has come to"
+            " ignore it, and may be blind to the image; stop, and %s, or raise warmup_steps",
+            self.stage,
+            largest["number"],
+            largest["layer"],
+            largest["ratio"],
+            100 * largest["grad_norm"] / whole_norm,
+            remedy,
         )
 
     def get_statistics(self) -> list[dict]:

@@ -75,7 +75,8 @@ class StageTrainer(CheckpointingTrainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         compiled = self.args.torch_compile
-        self.monitor = ShortcutMonitor(self.model.fusion, stage.name, compiled=compiled)
+        rate = stage.lr.get("fusion", self.args.learning_rate) if "fusion" in stage.train else None
+        self.monitor = ShortcutMonitor(self.model.fusion, stage.name, compiled=compiled, rate=rate)
         self.frozen_modules = get_frozen_modules(self.model, stage)
         self._prepare_image_parameters()
 
@@ -369,6 +370,8 @@ class StageTrainer(CheckpointingTrainer):
         """Log the Trainer's figures and those of the shortcuts."""
         if "loss" in logs:
             self.stage_log.shortcuts = self.monitor.get_statistics()
+            if "fusion" in self.stage.train:
+                self.monitor.watch(logs.get("grad_norm"))
             for statistics in self.stage_log.shortcuts:
                 prefix = f"shortcuts/{statistics['number']}_into_layer_{statistics['layer']}"
                 for name in ("grad_norm", "ratio"):

@@ -10,7 +10,7 @@ from helpers.tiny import tiny_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sparsecut import train
-from sparsecut.training.shortcut_stats import PATIENCE
+from sparsecut.training.shortcut_stats import BLIND_PATIENCE, PATIENCE, ShortcutMonitor
 
 SPARSE = {"method": "sparsecut", "pattern": "sparse"}
 LONG_ENOUGH = {"max_steps": PATIENCE + 2}
@@ -83,6 +83,69 @@ def test_a_shortcut_without_gradient_is_called_dead_once(folder, caplog):
     assert len(warnings) == len(model.fusion.gated)
     assert "stage one" in warnings[0]
     assert "shortcut 1 " in warnings[0]
+
+
+def watch_steps(trainer, batch, share: float, number: int = BLIND_PATIENCE + 2) -> None:
+    """Log steps on which the largest gradient of a shortcut is so much of the whole."""
+    model = trainer.model
+    for _ in range(number):
+        model.zero_grad()
+        with trainer.monitor.observe(True):
+            trainer.compute_loss(model, dict(batch)).backward()
+        trainer.monitor.record_gradients(True)
+        norms = [figures["grad_norm"] for figures in trainer.monitor.get_statistics()]
+        trainer.monitor.watch(max(norms) / share)
+
+
+def enlarge(fusion, factor: float) -> None:
+    """Make what every shortcut adds so much larger."""
+    for path in fusion.paths:
+        for parameter in path.linear_2.parameters():
+            parameter.data.mul_(factor)
+
+
+def find_blind(caplog) -> list[str]:
+    """The warnings about a model that ignores its shortcuts."""
+    messages = [record.getMessage() for record in caplog.records]
+    return [message for message in messages if "lr.fusion" in message]
+
+
+def test_shortcuts_that_drown_the_model_and_learn_nothing_are_named_once(folder, caplog):
+    trainer, batch = make_trainer(folder)
+    trainer.monitor.rate = 3e-3
+    enlarge(trainer.model.fusion, 100)
+    with caplog.at_level(logging.WARNING):
+        watch_steps(trainer, batch, share=0.005)
+    [warning] = find_blind(caplog)
+    figures = [one for one in trainer.monitor.get_statistics() if "ratio" in one]
+    largest = max(figures, key=lambda one: one["ratio"])
+    assert largest["ratio"] > 0.5
+    for fact in ("stage one", f"shortcut {largest['number']} ", "0.003", "lr.fusion: 0.0003"):
+        assert fact in warning
+
+
+@pytest.mark.parametrize(
+    ("factor", "share", "number"),
+    [(1e-3, 0.005, BLIND_PATIENCE + 2), (100, 0.3, BLIND_PATIENCE + 2), (100, 0.005, 4)],
+)
+def test_shortcuts_that_are_small_or_learn_are_no_cause_to_warn(
+    folder, caplog, factor, share, number
+):
+    trainer, batch = make_trainer(folder)
+    enlarge(trainer.model.fusion, factor)
+    with caplog.at_level(logging.WARNING):
+        watch_steps(trainer, batch, share, number)
+        trainer.monitor.watch(None)
+        watch_steps(trainer, batch, share, min(number, 4))
+    assert not find_blind(caplog)
+
+
+def test_the_trainer_hands_the_rate_and_the_norm_of_a_logged_step_to_the_watch(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ShortcutMonitor, "watch", lambda self, norm: seen.append((self.rate, norm)))
+    lr = {"fusion": 2e-3}
+    run(folder, stage(folder, train=["fusion", "language"], lr=lr, args={"max_steps": 3}))
+    assert seen == [(2e-3, line["grad_norm"]) for line in log(folder)]
 
 
 @pytest.mark.parametrize("gate", ["zero", "zero_projector"])
