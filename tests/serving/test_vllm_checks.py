@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, LlamaConfi
 
 from sparsecut import SparseCutConfig, upgrade
 from sparsecut.schema import UserError
-from sparsecut.serving.vllm.checks import FAMILIES, check_adapters, check_servable, check_stages
+from sparsecut.serving.vllm.checks import FAMILIES, check_adapters, check_servable
 from sparsecut.serving.vllm.vision import VisionPart
 
 
@@ -44,14 +44,6 @@ def test_audio():
     )
     with pytest.raises(UserError, match="audio"):
         check_servable(audio)
-
-
-def test_pipelines_whose_later_stages_would_get_no_features():
-    config = tiny_model()[0].config
-    check_stages(1, config)
-    with pytest.raises(UserError, match="2 stages"):
-        check_stages(2, config)
-    check_stages(2, tiny_model("llava")[0].config)
 
 
 def test_upgraded_models():

@@ -63,26 +63,6 @@ def check_servable(config: Any) -> None:
         )
 
 
-def check_stages(num_stages: int, config: SparseCutConfig) -> None:
-    """Check that features reach all layers.
-
-    Args:
-        num_stages: Stages of a pipeline (`--pipeline-parallel-size`).
-        config: The model's configuration.
-
-    Raises:
-        UserError: Features would have to go to a later stage, to which vLLM sends hidden states
-            only.
-    """
-    layers = config.get_plan().layers
-    if num_stages > 1 and layers:
-        raise UserError(
-            f"vLLM would cut the decoder into {num_stages} stages (--pipeline-parallel-size), and"
-            f" shortcuts into layers {', '.join(map(str, layers))} would not reach later stages;"
-            " use --tensor-parallel-size instead"
-        )
-
-
 def get_decoder_class(text_config: Any) -> str:
     """The name of the class with a head that a language model's configuration leads to."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
+from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.models.interfaces import (
     MultiModalEmbeddings,
     SupportsLoRA,
@@ -29,7 +31,7 @@ from vllm.sequence import IntermediateTensors
 
 from ...configuration import SparseCutConfig
 from ...hooks import find_layers
-from .checks import check_adapters, check_servable, check_stages, get_decoder_class
+from .checks import check_adapters, check_servable, get_decoder_class
 from .inputs import DummyInputsBuilder, ProcessingInfo, Processor
 from .layers import ShortcutBuffers
 from .vision import VisionPart
@@ -70,7 +72,6 @@ class SparseCutForVLLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
         super().__init__()
         config: SparseCutConfig = vllm_config.model_config.hf_config
         check_servable(config)
-        check_stages(vllm_config.parallel_config.pipeline_parallel_size, config)
         check_adapters(vllm_config.model_config.model, vllm_config.lora_config is not None)
         self.config = config
         self.width = config.text_config.get_text_config().hidden_size
@@ -89,14 +90,25 @@ class SparseCutForVLLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
                 prefix=maybe_prefix(prefix, "language_model"),
                 architectures=[get_decoder_class(config.text_config)],
             )
-        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+        stages = get_pp_group()
         self.buffers_of_layers = ShortcutBuffers(
             find_layers(self.language_model, config.language_depth, "language model"),
             config.get_plan().layers,
             vllm_config.scheduler_config.max_num_batched_tokens,
             self.width,
             vllm_config.model_config.dtype,
+            range(
+                *get_pp_indices(config.language_depth, stages.rank_in_group, stages.world_size)
+            ),
         )
+
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        """Return zeros in the form of what the stage before this one sends."""
+        tensors = self.language_model.make_empty_intermediate_tensors(batch_size, dtype, device)
+        features = self.buffers_of_layers.make_empty(batch_size, dtype, device)
+        return IntermediateTensors(tensors.tensors | features)
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
         """Encode images and pack the features of the input and of all layers.
@@ -143,11 +155,22 @@ class SparseCutForVLLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
         inputs_embeds: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor | IntermediateTensors:
-        """One step of the decoder; its layers add what `embed_input_ids` wrote."""
+        """One step of the decoder; its layers add what `embed_input_ids` wrote.
+
+        Stages of a pipeline after the first one get these features from the stage before them.
+        """
+        buffers = self.buffers_of_layers
+        num_tokens = positions.shape[-1]
+        if intermediate_tensors is not None:
+            intermediate_tensors = IntermediateTensors(
+                buffers.receive(intermediate_tensors.tensors)
+            )
         outputs = self.language_model(
             input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds
         )
-        self.buffers_of_layers.clear(positions.shape[-1])
+        if isinstance(outputs, IntermediateTensors):
+            outputs = IntermediateTensors(outputs.tensors | buffers.copy_later(num_tokens))
+        buffers.clear(num_tokens)
         return outputs
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
