@@ -83,9 +83,7 @@ def test_stages_add_what_one_stage_adds(layers, step, ends):
     hidden, features, mask = step
     want = compute_directly(layers, hidden, features, mask)
     plain = run_layers(layers, range(DEPTH), hidden)
-    stages = [
-        copy_stage(layers, range(a, b)) for a, b in zip((0, *ends[:-1]), ends, strict=True)
-    ]
+    stages = [copy_stage(layers, range(a, b)) for a, b in zip((0, *ends[:-1]), ends, strict=True)]
     torch.testing.assert_close(run_pipeline(stages, hidden, features, mask), want)
     assert not torch.allclose(want, plain)
     # Without images, the next step sees none of it.

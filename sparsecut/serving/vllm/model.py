@@ -97,9 +97,7 @@ class SparseCutForVLLM(nn.Module, SupportsMultiModal, SupportsPP, SupportsLoRA):
             vllm_config.scheduler_config.max_num_batched_tokens,
             self.width,
             vllm_config.model_config.dtype,
-            range(
-                *get_pp_indices(config.language_depth, stages.rank_in_group, stages.world_size)
-            ),
+            range(*get_pp_indices(config.language_depth, stages.rank_in_group, stages.world_size)),
         )
 
     def make_empty_intermediate_tensors(
