@@ -1,9 +1,10 @@
 """Make a small random encoder and language model whose vocabulary is learned from records.
 
-    python examples/small_backbones.py OUT IMAGES RECORDS... [--layers 6]
+    python examples/small_backbones.py OUT IMAGES RECORDS... [--layers 6] [--heads 3]
 
 It writes OUT/vision and OUT/language, for recipes that train everything from scratch on a CPU, such
-as the recipes emoji and nlvr.
+as the recipes emoji and nlvr. vLLM on CPUs serves heads of 32 values, so `--heads 3`, but not four
+of 24.
 """
 
 import argparse
@@ -61,10 +62,10 @@ def save_vision(folder: Path) -> None:
     CLIPImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder)
 
 
-def save_language(folder: Path, tokenizer: PreTrainedTokenizerFast, num_layers: int) -> None:
+def save_language(folder: Path, tokenizer: PreTrainedTokenizerFast, **sizes: int) -> None:
     """Save a random Llama with a tokenizer."""
     config = LlamaConfig(
-        **{**SIZES, "num_hidden_layers": num_layers},
+        **{**SIZES, **sizes},
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -82,11 +83,13 @@ def main() -> None:
     parser.add_argument("images")
     parser.add_argument("files", nargs="+")
     parser.add_argument("--layers", type=int, default=SIZES["num_hidden_layers"])
+    parser.add_argument("--heads", type=int, default=SIZES["num_attention_heads"])
     options = parser.parse_args()
     tokenizer = train_tokenizer(read_texts(options.files, options.images))
     torch.manual_seed(0)
     save_vision(options.out / "vision")
-    save_language(options.out / "language", tokenizer, options.layers)
+    sizes = {"num_hidden_layers": options.layers, "num_attention_heads": options.heads}
+    save_language(options.out / "language", tokenizer, **sizes)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ import ipaddress
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..hub import check_model_place
 from ..schema import UserError
+from ..serving.naming import get_default_name
 from .app import (
     Device,
     Dtype,
@@ -108,7 +108,7 @@ def serve(
     if engine == "vllm":
         check_model_place(model)
         _bind(host, port).close()
-        run_vllm({**context.params, "token": token}, name or _get_default_name(Path(model)))
+        run_vllm({**context.params, "token": token}, name or get_default_name(model))
         return
     _check_serving_is_installed()
     _check_allowed_hosts(allowed_host or ())
@@ -126,7 +126,7 @@ def serve(
     loaded, processor = load_model(model, device, dtype)
     set_template_arguments(processor, template_arg)
     config = ServerConfig(
-        name=name or _get_default_name(Path(model)),
+        name=name or get_default_name(model),
         request_limits=RequestLimits(
             max_tokens=max_tokens,
             default_tokens=min(DEFAULT_TOKENS, max_tokens),
@@ -187,13 +187,6 @@ def _check_allowed_hosts(names: Sequence[str]) -> None:
                 f"--allowed-host is {name!r}, but must be a host's name alone, such as"
                 " model.example.org, without http:// and port"
             )
-
-
-def _get_default_name(folder: Path) -> str:
-    """The folder's name; of .../final, as training writes it, the name of the folder above."""
-    if folder.is_dir():
-        folder = folder.resolve()
-    return folder.parent.name if folder.name == "final" else folder.name
 
 
 def _make_web_app(engine: Engine, config: ServerConfig, ui: bool) -> FastAPI:

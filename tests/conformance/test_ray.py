@@ -5,22 +5,26 @@ import io
 import json
 import os
 import signal
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from helpers.vllm_models import SETTINGS, save_vllm_model
 from PIL import Image
 
 import sparsecut
 
+openai = pytest.importorskip("openai")
 ray = pytest.importorskip("ray", reason="needs pip install 'sparsecut[ray]'")
 
 from sparsecut.serving.ray import Settings, app  # noqa: E402
 
 PORT = 8765
 NUM_REQUESTS = 16
+MESSAGES = [{"role": "user", "content": "what is it"}]
 
 
 def make_request(color: str) -> bytes:
@@ -32,7 +36,8 @@ def make_request(color: str) -> bytes:
         {"type": "text", "text": "what color is it ?"},
     ]
     messages = [{"role": "user", "content": parts}]
-    return json.dumps({"messages": messages, "max_tokens": 200, "temperature": 0}).encode()
+    settings = {"model": "cats", "max_tokens": 200, "temperature": 0}
+    return json.dumps({"messages": messages, **settings}).encode()
 
 
 def ask(body: bytes) -> str | int:
@@ -56,21 +61,51 @@ def find_replicas() -> list[psutil.Process]:
     return replicas
 
 
+def find_servers(folder) -> list[psutil.Process]:
+    """Processes of vLLM's server for a model."""
+    servers = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if str(folder) in command and command[1:2] == ["-m"]:
+            servers.append(process)
+    return servers
+
+
 @pytest.fixture
-def served(tmp_path):
-    model, processor = sparsecut.build("shapes", "shapes", "sparsecut")
-    folder = tmp_path / "model"
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+def cluster():
+    os.environ.update(SETTINGS)  # of vLLM on CPUs; Ray's processes inherit them
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     ray.serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-    ray.serve.run(app(Settings(model=str(folder), replicas=2, cpus=1)))
     yield
     ray.serve.shutdown()
     ray.shutdown()
 
 
-def test_a_replica_that_dies_loses_no_request_of_the_other(served):
+def save_model(folder, engine: str) -> dict:
+    """Save a model that an engine serves; returns the application's settings for it."""
+    if engine == "vllm":
+        pytest.importorskip("vllm", reason="vLLM is not installed")
+        save_vllm_model(folder)
+        words = "--gpu-memory-utilization 0.1 --enforce-eager --max-model-len 512"
+        return {"engine": "vllm", "max_batch": 4, "engine_args": words}
+    model, processor = sparsecut.build("shapes", "shapes", "sparsecut")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return {}
+
+
+@pytest.mark.parametrize("engine", ["local", "vllm"])
+def test_a_replica_that_dies_loses_no_request_of_the_other(cluster, tmp_path, engine):
+    folder = tmp_path / "cats" / "final"
+    settings = save_model(folder, engine)
+    ray.serve.run(app(Settings(model=str(folder), replicas=2, cpus=1, **settings)))
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none") as client:
+        assert [model.id for model in client.models.list()] == ["cats"]
+        with pytest.raises(openai.BadRequestError, match="temperature"):
+            client.chat.completions.create(model="cats", messages=MESSAGES, temperature=9)
+        create = client.chat.completions.create
+        chunks = create(model="cats", messages=MESSAGES, stream=True, max_tokens=9)
+        assert len(list(chunks)) > 2
     body = make_request("red")
     expected = ask(body)
     assert isinstance(expected, str)
@@ -84,6 +119,12 @@ def test_a_replica_that_dies_loses_no_request_of_the_other(served):
     assert answers.count(expected) >= 1
     assert set(answers) <= {expected, 500, 503}
     assert [ask(body) for _ in range(8)] == [expected] * 8
+    if engine == "vllm":
+        ray.serve.shutdown()
+        deadline = time.monotonic() + 60
+        while find_servers(folder):  # that of the killed replica as well
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
 
 
 def test_settings_are_checked():
@@ -93,3 +134,8 @@ def test_settings_are_checked():
         Settings(model="x", replica=2)
     with pytest.raises(sparsecut.schema.UserError, match="nowhere"):
         app(Settings(model="/nowhere/at/all"))
+    with pytest.raises(ValueError, match="engine=vllm"):
+        Settings(model="x", engine_args="--max-num-seqs 3")
+    with pytest.raises(ValueError, match="allowed_hosts"):
+        Settings(model="x", engine="vllm", allowed_hosts="a.example")
+    assert Settings(model="x", allowed_hosts="a.example b.example").allowed_hosts[1] == "b.example"
