@@ -70,8 +70,7 @@ class ServerProcess:
 
     def close(self) -> None:
         """End the server."""
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()  # closes its input, and waits
 
     async def pass_on(self, request: Request) -> Response:
         """Answer a request as the server does; a stream is passed on as it comes.
