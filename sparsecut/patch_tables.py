@@ -320,7 +320,12 @@ def index_muse(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
         kwargs={},
     )
     places = torch.argsort(torch.as_tensor(window_order))
-    return places[_index_windows(call["image_grid_thw"], vision.merge_size)]
+    return places[index_muse_pixels(inner, shape, call)]
+
+
+def index_muse_pixels(inner: nn.Module, shape: tuple, call: dict) -> Tensor:
+    """The same windows, of patches in the order of `pixel_values`."""
+    return _index_windows(call["image_grid_thw"], inner.vision_tower.merge_size)
 
 
 def index_inkling2(inner: nn.Module, shape: tuple, call: dict) -> Tensor:

@@ -45,7 +45,7 @@ def measure_additions(
         batch = distinct[start : start + batch_size]
         all_added, all_hidden = trace(model, processor, batch, features)
         for i, shortcut in enumerate(shortcuts):
-            added, gate = _apply_context_gate(fusion, shortcut.layer, all_added[i], all_hidden[i])
+            added, gate = apply_context_gate(fusion, shortcut.layer, all_added[i], all_hidden[i])
             sums[i] += _sum_over_tokens(added.double(), all_hidden[i].double(), gate)
     return [_describe(fusion, i, sums[i].tolist()) for i in range(len(shortcuts))]
 
@@ -137,7 +137,7 @@ def _get_hidden_states(model, inputs) -> list[Tensor]:
     return [states[is_image] for states in outputs.hidden_states]
 
 
-def _apply_context_gate(
+def apply_context_gate(
     fusion, layer: int, features: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Apply a layer's context gate, if it has one.

@@ -45,6 +45,55 @@ VARIANTS = {  # of demo.yaml
 }
 
 
+@dataclass(frozen=True)
+class PublishedResult:
+    """What one variant reached with five seeds, from docs/results.md, in per cent.
+
+    Attributes:
+        title: The name that the page shows.
+        variant: The variant of the demo that it belongs to; None where the demo does not train it.
+        average: The average over levels with its interval over images and seeds.
+        above: Points above the baseline with their interval.
+    """
+
+    title: str
+    variant: str | None
+    average: str
+    above: str
+
+
+# `sparsecut study shapes`, five seeds. tests/reports/test_demo.py compares them with that page.
+FIVE_SEEDS = {  # by the study's name of a variant
+    "llava": PublishedResult("LLaVA baseline", "llava", "58.0 (56.9 to 59.0)", "\N{EN DASH}"),
+    "hires_channels": PublishedResult(
+        "hi-res at the input", "hires_channels", "51.9 (49.1 to 54.8)", "-6.1 (-9.5 to -2.7)"
+    ),
+    "one_tap_at_input": PublishedResult(
+        "one tap at the input", None, "83.7 (79.0 to 87.5)", "+25.8 (22.4 to 29.1)"
+    ),
+    "taps_at_input": PublishedResult(
+        "same taps at the input", "sparsecut_input", "80.2 (76.2 to 84.7)", "+22.3 (18.9 to 25.6)"
+    ),
+    "sparsecut": PublishedResult(
+        "SparseCut", "sparsecut", "83.3 (76.2 to 90.0)", "+25.4 (20.1 to 30.5)"
+    ),
+}
+# SparseCut minus each control over the same five seeds; neither is clear of zero.
+OVER_CONTROLS = {
+    "taps_at_input": "+3.1 points (-0.6 to 6.7)",
+    "one_tap_at_input": "-0.4 points (-7.6 to 6.9)",
+}
+
+
+def describe_five_seeds() -> str:
+    """Return what five seeds say about the shortcuts themselves, beside both controls."""
+    same, one = OVER_CONTROLS["taps_at_input"], OVER_CONTROLS["one_tap_at_input"]
+    return (
+        f"Over five seeds, SparseCut is {same} from the same taps at the input and {one} from one"
+        " tap at the input, so no gain of placing features deeper is shown."
+    )
+
+
 def build_demo_study(out: str | Path, seed: int = 0, quick: bool = False) -> Study:
     """Build the demo's study.
 

@@ -11,7 +11,7 @@ from ..data.images import ImageStore
 from ..data.jsonl import read_json_lines
 from ..drawing import text_table
 from ..evaluation.judging import get_answer
-from ..experiments.demo import DemoVariant
+from ..experiments.demo import FIVE_SEEDS, DemoVariant, describe_five_seeds
 from ..experiments.results import compute_results
 from ..experiments.study import Run, Study
 from ..plan import Plan
@@ -21,6 +21,7 @@ from .pages import embed_image, render
 from .plan_drawing import draw_plan
 from .study_tables import get_main_results
 from .tables import (
+    DASH,
     Rows,
     format_change,
     format_number,
@@ -63,6 +64,8 @@ def write_page(study: Study, variants: dict[str, DemoVariant], *, is_quick: bool
         baseline=titles[study.baseline],
         charts=_draw_levels(results, titles),
         score_table=_make_score_table(results, titles),
+        seeds_table=_make_seeds_table(results),
+        seeds_finding=describe_five_seeds(),
         cards=_make_cards(results, variants),
         cost_table=_make_cost_table(results, titles),
         curves=_draw_losses(results, titles),
@@ -86,7 +89,8 @@ def print_answers(study: Study, titles: dict[str, str], log: Callable[[str], Non
         rows.append(row)
 
     log(f"\n{text_table(rows)}")
-    log("this is one seed: other seeds move every number by some points\n")
+    log("this is one seed: other seeds move every number by some points")
+    log(f"{describe_five_seeds()} docs/results.md has the table.\n")
 
     for item in choose_items(study, titles, NUM_ITEMS_ON_SCREEN):
         log(_describe_item(item))
@@ -179,6 +183,19 @@ def _make_score_table(results: dict, titles: dict[str, str]) -> Rows:
         row.append(format_change(get_difference(result)))
         rows.append(row)
 
+    return rows
+
+
+def _make_seeds_table(results: dict) -> Rows:
+    """This run beside what five seeds gave, and a control that the demo does not train."""
+    by_variant = get_main_results(results)
+    baseline = FIVE_SEEDS[results["baseline"]].title
+    head = ["variant", "this run, one seed (95 %)", "five seeds (95 %)"]
+    rows = [[*head, f"five seeds, above {baseline} (95 %)"]]
+    for published in FIVE_SEEDS.values():
+        own = by_variant.get(published.variant)
+        shown = DASH if own is None else format_percent_interval(own["average"])
+        rows.append([published.title, shown, published.average, published.above])
     return rows
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..experiments.demo import describe_five_seeds
 from .study_tables import get_main_results
 from .tables import (
     format_interval,
@@ -192,7 +193,7 @@ def judge_demo(results: dict, titles: dict[str, str], *, is_quick: bool) -> str:
         verdict += f", but {_join_names(close)} cannot be distinguished from it"
     if is_quick:
         return f"Quick demo, whose numbers mean nothing: {verdict}."
-    return f"{verdict}; one seed is no evidence about the method."
+    return f"{verdict}; one seed is no evidence about the method. {describe_five_seeds()}"
 
 
 def _format_gap(value: float, estimate: dict) -> str:

@@ -1,11 +1,13 @@
 """The demo from end to end, small: four variants, one page, and nothing trained twice."""
 
+from pathlib import Path
+
 import pytest
 from helpers.pages import check_page
 from helpers.studies import rough_counts
 
 from sparsecut.cli.demo import run_demo
-from sparsecut.experiments.demo import VARIANTS, build_demo_study
+from sparsecut.experiments.demo import FIVE_SEEDS, OVER_CONTROLS, VARIANTS, build_demo_study
 from sparsecut.schema import UserError
 
 
@@ -42,6 +44,25 @@ def test_the_page_shows_every_variant_and_some_answers(finished):
     assert "one run per variant" in text
     assert "mean nothing" in outline.verdicts[0]
     assert "is empty" in text, "four steps log one loss, which is no curve"
+
+
+def test_five_seeds_and_the_one_tap_control_stand_beside_the_run(finished):
+    _, page, lines = finished
+    text = page.read_text()
+    results = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
+    for name, published in FIVE_SEEDS.items():
+        row = next(row for row in results.splitlines() if row.startswith(f"| {name} | 5 |"))
+        assert f"| {published.average} |" in row
+        assert f"| {published.above} |" in row
+        assert published.title in text
+        assert published.average in text
+        assert published.variant is None or published.variant in VARIANTS
+    for difference in OVER_CONTROLS.values():
+        assert difference in text
+        assert any(difference in line for line in lines)
+        value, interval = difference.split(" points ")
+        assert value in results
+        assert interval.strip("()") in results
 
 
 def test_what_is_finished_is_kept_and_another_demo_is_refused(finished):
