@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ..plan import POOL_SIZE, Shortcut
+from ..kinds import POOL_SIZE
+from ..plan import Shortcut
 from ..prompts import get_medium
 from ..schema import UserError
 from ..view_sizes import as_pair
@@ -64,6 +65,8 @@ def _locate_built(model, processor, image: Image.Image, shortcut: Shortcut) -> B
         return np.concatenate([coarse, fine_boxes])[:, None]
     if shortcut.mix == "append":
         return _add_pooled(coarse, len(shortcut.taps))
+    if shortcut.mixer.window > 1:
+        return make_grid_boxes(grid, view, shortcut.mixer.window)[:, None]
     if shortcut.count_tokens(model.plan.num_grains, len(coarse)) != len(coarse):
         raise UserError(
             f"the mixer {shortcut.mix!r} makes tokens of its own, and where on the image they are is"
@@ -78,19 +81,21 @@ def _locate_built(model, processor, image: Image.Image, shortcut: Shortcut) -> B
     return np.concatenate([coarse[:, None], whole], axis=1)
 
 
-def make_grid_boxes(grid: tuple[int, int], view: tuple = WHOLE) -> np.ndarray:
-    """Boxes of the patches of a view, row by row, [rows * columns, 4].
+def make_grid_boxes(grid: tuple[int, int], view: tuple = WHOLE, window: int = 1) -> np.ndarray:
+    """Boxes of the patches of a view, row by row, [patches, 4].
 
     Args:
-        grid: Rows and columns.
+        grid: Rows and columns of patches.
         view: The part of the image that the view shows.
+        window: Rows and columns of patches that have one box; fewer at the lower and right edge.
     """
     rows, columns = grid
     left, top, right, bottom = view
     x = np.linspace(left, right, columns + 1)
     y = np.linspace(top, bottom, rows + 1)
-    row, column = np.divmod(np.arange(rows * columns), columns)
-    return np.stack([x[column], y[row], x[column + 1], y[row + 1]], axis=-1)
+    row, column = (axis.flatten() for axis in np.mgrid[:rows:window, :columns:window])
+    end_row, end_column = (row + window).clip(max=rows), (column + window).clip(max=columns)
+    return np.stack([x[column], y[row], x[end_column], y[end_row]], axis=-1)
 
 
 def _find_crop(size: tuple[int, int], view_size) -> tuple[float, float, float, float]:

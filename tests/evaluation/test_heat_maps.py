@@ -40,6 +40,7 @@ PATCHES = {
     ],
 }
 TOKENS = {"tiles": 2, "norm": False, "shortcuts": [{"taps": [0], "layer": 0, "mix": "tokens"}]}
+POOL = {"tiles": 0, "norm": False, "shortcuts": [{"taps": [0], "layer": 0, "mix": "pool"}]}
 APPEND = {
     "tiles": 0,
     "norm": False,
@@ -167,7 +168,7 @@ def find_changed(model, processor, image, spot, number) -> tuple[np.ndarray, np.
     return (features[1] - features[0]).norm(dim=-1).numpy(), boxes
 
 
-@pytest.mark.parametrize("plan", [PATCHES, TOKENS, APPEND], ids=["patches", "tokens", "append"])
+@pytest.mark.parametrize("plan", [PATCHES, TOKENS, APPEND, POOL], ids=["patches", "tokens", "append", "pool"])
 @pytest.mark.parametrize(
     ("size", "settings"),
     [
