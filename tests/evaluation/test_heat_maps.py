@@ -168,7 +168,9 @@ def find_changed(model, processor, image, spot, number) -> tuple[np.ndarray, np.
     return (features[1] - features[0]).norm(dim=-1).numpy(), boxes
 
 
-@pytest.mark.parametrize("plan", [PATCHES, TOKENS, APPEND, POOL], ids=["patches", "tokens", "append", "pool"])
+@pytest.mark.parametrize(
+    "plan", [PATCHES, TOKENS, APPEND, POOL], ids=["patches", "tokens", "append", "pool"]
+)
 @pytest.mark.parametrize(
     ("size", "settings"),
     [
