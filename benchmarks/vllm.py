@@ -58,7 +58,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("--clients", nargs="+", type=int, default=[8, 32])
     add("--new-tokens", type=int, default=64)
     add("--rounds", type=int, default=5, help="at most; fewer where the time is spent")
-    add("--asked", type=int, default=2, help="questions of a client in a round")
+    add("--asked", type=int, help="questions of a client in a round (1 on CPUs, 4 on GPUs)")
     add("--first-tokens", type=int, default=6, help="questions for the first token, in a round")
     add("--budget-seconds", type=float, default=660)
     add("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="on CPUs")
@@ -67,6 +67,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     add("options", nargs="*", help="after two dashes: further options of vLLM's servers")
     arguments = parser.parse_args(words)
     arguments.pairs |= arguments.device == "cuda"
+    arguments.asked = arguments.asked or (4 if arguments.device == "cuda" else 1)
     arguments.memory = arguments.memory or (0.42 if arguments.device == "cuda" else 0.1)
     check_plans([*arguments.plans, *arguments.local])
     return arguments

@@ -63,11 +63,12 @@ def make_command(settings: VLLMSettings) -> list[str]:
     Raises:
         UserError: vLLM cannot serve the model exactly.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoProcessor
 
     import sparsecut  # noqa: F401  its configurations become known to AutoConfig
 
     from .checks import check_adapters, check_servable  # with torch, which help does not need
+    from .first_token import make_chat_template
 
     config = AutoConfig.from_pretrained(settings.model)
     check_servable(config)
@@ -86,6 +87,9 @@ def make_command(settings: VLLMSettings) -> list[str]:
         "limit-mm-per-prompt": json.dumps({"image": settings.max_images}),
         "allowed-media-domains": NO_HOST,
     }
+    template = make_chat_template(AutoProcessor.from_pretrained(settings.model))
+    if template:
+        arguments["chat-template"] = template
     if settings.template_arguments:
         arguments["default-chat-template-kwargs"] = json.dumps(settings.template_arguments)
     # What `vllm serve` runs; that command itself needs a distribution of the very name vllm.
