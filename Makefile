@@ -46,7 +46,7 @@ corners:  ## Test with the oldest, newest and pinned versions, and without extra
 	TORCH="$(TORCH)" PIP_ARGS="$(PIP_ARGS)" $(PYTHON) .ci/corners.py $(CORNER)
 
 FAMILIES ?=
-vllm-test:  ## Test models inside vLLM on CPUs, in an environment of their own (7 GB; FAMILIES=1)
+vllm-test:  ## Test models inside vLLM on CPUs, in an environment of their own (7 GB, six minutes; FAMILIES=1)
 	PIP_ARGS="$(PIP_ARGS)" $(PYTHON) .ci/vllm_test.py $(if $(FAMILIES),--families)
 
 docs: install  ## Build the documentation site into runs/site

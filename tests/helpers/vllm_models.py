@@ -122,8 +122,7 @@ def make_vllm_model(family: str = "Llama", plan="sparsecut", **settings):
         image_processor=CLIPImageProcessorPil(
             size={"height": SIZE, "width": SIZE}, crop_size={"height": SIZE, "width": SIZE}
         ),
-        tokenizer=tiny_tokenizer(),
-        **settings,
+        **{"tokenizer": tiny_tokenizer(), **settings},
     )
     for weight in model.fusion.parameters():
         torch.nn.init.normal_(weight, std=0.3)

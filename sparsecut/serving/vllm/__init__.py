@@ -6,6 +6,7 @@ vLLM calls `register` in each of its processes, by the entry point `vllm.general
     checks      what vLLM serves exactly
     inputs      what vLLM knows of an image: its tokens, its pixels
     model       the model: our encoder and fusion, vLLM's own decoder
+    first_token a chat template that writes a prompt's first token
     layers      features are added before decoder layers, from fixed buffers
 """
 
