@@ -2,19 +2,27 @@
 
 import pytest
 import torch
-from helpers.tiny import SPARSE, tiny_llava, tiny_model
+from helpers.tiny import SPARSE, tiny_model
+from helpers.vllm_bases import BASES as COMPARED_BASES
+from helpers.vllm_bases import make_upgraded
 from helpers.vllm_models import FAMILIES as COMPARED
+from helpers.vllm_models import draw_images
 from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, LlamaConfig, WhisperConfig
 
-from sparsecut import SparseCutConfig, upgrade
+from sparsecut import SparseCutConfig
 from sparsecut.schema import UserError
-from sparsecut.serving.vllm.checks import FAMILIES, check_adapters, check_servable
+from sparsecut.serving.vllm.checks import BASES, FAMILIES, check_adapters, check_servable
+from sparsecut.serving.vllm.upgraded_vision import UpgradedVision
 from sparsecut.serving.vllm.vision import VisionPart
 
 
 def test_every_family_that_is_served_is_compared():
     assert set(FAMILIES) == set(COMPARED)
+
+
+def test_every_base_that_is_served_is_compared():
+    assert set(BASES) <= set(COMPARED_BASES)
 
 
 def test_a_built_llama_is_served():
@@ -46,11 +54,6 @@ def test_audio():
         check_servable(audio)
 
 
-def test_upgraded_models():
-    base, processor = tiny_llava()
-    model, _ = upgrade(base, "sparsecut", processor=processor)
-    with pytest.raises(UserError, match="llava"):
-        check_servable(model.config)
 
 
 @pytest.mark.parametrize("part", ["text_config", "vision_config", None])
@@ -103,3 +106,74 @@ def test_the_half_that_reads_images_gives_what_the_model_gives(coarse):
         (packed,) = half(*given.values())
     layers = [features.pooler_output, *features.deepstack_features]
     assert torch.equal(packed, torch.cat([layer[0] for layer in layers], dim=-1))
+
+
+@pytest.fixture(scope="module", params=COMPARED_BASES)
+def upgraded(request):
+    """(model, processor, how an image is written) of one base."""
+    return make_upgraded(request.param)
+
+
+def test_an_upgrade_is_served(upgraded):
+    check_servable(upgraded[0].config)
+
+
+def test_bases_that_were_never_compared(upgraded, monkeypatch):
+    config = upgraded[0].config
+    monkeypatch.setattr("sparsecut.serving.vllm.checks.BASES", ("another",))
+    with pytest.raises(UserError, match=config.base_config.model_type):
+        check_servable(config)
+
+
+def test_decoders_of_bases_that_were_never_compared(upgraded, monkeypatch):
+    monkeypatch.setattr("sparsecut.serving.vllm.checks.DECODERS", ("another",))
+    with pytest.raises(UserError, match="ForCausalLM"):
+        check_servable(upgraded[0].config)
+
+
+@torch.no_grad()
+def test_the_half_of_an_upgrade_that_reads_images_gives_what_the_model_adds(upgraded):
+    model, processor, image = upgraded
+    half = UpgradedVision(model.config, torch.float32).eval()
+    weights = model.state_dict()
+    names = [name for name in weights if half.name_language_weight(name) is None]
+    half.load({name: weights[name] for name in names})
+    images = draw_images(3)
+    inputs = processor(images=images, text=" ".join([image] * 3), return_tensors="pt")
+    named = {"input_ids", "attention_mask", "mm_token_type_ids"}
+    given = {name: values for name, values in inputs.items() if name not in named}
+    grids = given.get("image_grid_thw")
+    rows = [1] * 3 if grids is None else grids.prod(-1).tolist()
+    packed = torch.cat(half.encode(rows, dict(given)))
+    added = record_additions(model, inputs)
+    assert set(half.layers) == set(added)
+    parts = packed.split(model.config.text_config.hidden_size, dim=-1)
+    for part, layer in zip(parts[1:], half.layers, strict=True):
+        torch.testing.assert_close(part, added[layer], rtol=1e-4, atol=1e-4)
+
+
+def record_additions(model, inputs) -> dict[int, torch.Tensor]:
+    """What a model adds before each layer at its image tokens: layer -> [tokens, H].
+
+    It is what enters a layer, less what the layer before returned.
+    """
+    is_image = inputs["input_ids"] == model.config.image_token_id
+    before, entered, hooks = {}, {}, []
+    layers = model.language_backbone().layers
+
+    def note(states, number):
+        return lambda _, args: states.update({number: args[0]})
+
+    def note_output(number):
+        return lambda _, args, output: before.update({number: output})
+
+    # Around our own hook, which adds the features.
+    hooks.append(layers[0].register_forward_pre_hook(note(before, 0), prepend=True))
+    for number, layer in enumerate(layers):
+        hooks.append(layer.register_forward_pre_hook(note(entered, number)))
+        hooks.append(layer.register_forward_hook(note_output(number + 1)))
+    model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    added = {number: (states - before[number])[is_image] for number, states in entered.items()}
+    return {number: values for number, values in added.items() if values.any()}

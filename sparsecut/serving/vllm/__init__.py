@@ -1,20 +1,22 @@
 """A plug-in for vLLM, which serves models of this package beside its own.
 
 vLLM calls `register` in each of its processes, by the entry point `vllm.general_plugins`. So
-`vllm serve FOLDER` takes any folder that `build` or `train` wrote, where this package is installed.
+`vllm serve FOLDER` takes any folder with a whole model, where this package is installed.
 
     checks      what vLLM serves exactly
     inputs      what vLLM knows of an image: its tokens, its pixels
-    model       the model: our encoder and fusion, vLLM's own decoder
+    decoders    which decoder of vLLM's it is, and which of its layers receive features
+    model       a built model: our encoder and fusion, vLLM's own decoder
+    upgraded_model   the same for an upgraded model
+    vision, upgraded_vision   the halves that read images
     first_token a chat template that writes a prompt's first token
     layers      features are added before decoder layers, from fixed buffers
 """
 
-# An upgraded model is registered to be refused in a sentence.
-ARCHITECTURES = dict.fromkeys(
-    ("SparseCutForConditionalGeneration", "SparseCutUpgrade"),
-    "sparsecut.serving.vllm.model:SparseCutForVLLM",
-)
+ARCHITECTURES = {
+    "SparseCutForConditionalGeneration": "sparsecut.serving.vllm.model:SparseCutForVLLM",
+    "SparseCutUpgrade": "sparsecut.serving.vllm.upgraded_model:UpgradeForVLLM",
+}
 
 
 def register() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...configuration import SparseCutConfig
+from ...configuration import SparseCutUpgradeConfig
 from ...loading import is_quantized
 from ...plan import GATES
 from ...schema import UserError
+from .decoders import get_decoder_class, list_layers
 
 LOCAL = "serve it with `sparsecut serve MODEL --engine local`"
 
@@ -23,6 +24,10 @@ FAMILIES = tuple(NAMES.split())
 DECODERS = tuple(f"{family}ForCausalLM" for family in FAMILIES)
 
 
+# Pretrained VLMs whose upgrades answered in vLLM as they do here; tests/conformance has them too.
+BASES = ("llava", "qwen2_5_vl", "qwen3_vl")
+
+
 def check_servable(config: Any) -> None:
     """Check that vLLM computes what a model computes.
 
@@ -32,23 +37,22 @@ def check_servable(config: Any) -> None:
     Raises:
         UserError: It would compute something else, or it was never compared.
     """
-    if not isinstance(config, SparseCutConfig):
-        raise UserError(
-            f"vLLM serves models that `build` or `train` made, but this is an upgraded"
-            f" {config.base_config.model_type}; {LOCAL}"
-        )
     plan = config.get_plan()
     if GATES[plan.gate].module is not None:
         raise UserError(
             f"vLLM cannot serve gate={plan.gate!r}: its gates need whole images, but vLLM cuts"
             f" prompts into chunks; {LOCAL}"
         )
-    if config.grid.kind == "audio":
+    parts = [config, config.text_config, config.vision_config]
+    if isinstance(config, SparseCutUpgradeConfig):
+        _check_base(config)
+        parts.append(config.base_config)
+    elif config.grid.kind == "audio":
         raise UserError(
             f"vLLM serves models of images here, but this one takes audio"
             f" ({config.vision_config.model_type}); {LOCAL}"
         )
-    if any(map(is_quantized, (config, config.text_config, config.vision_config))):
+    if any(map(is_quantized, parts)):
         raise UserError(
             "the model's weights are quantized (quantization_config), which vLLM would read"
             " differently; save the model unquantized and let vLLM quantize its decoder, for"
@@ -63,11 +67,21 @@ def check_servable(config: Any) -> None:
         )
 
 
-def get_decoder_class(text_config: Any) -> str:
-    """The name of the class with a head that a language model's configuration leads to."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)].__name__
+def _check_base(config: SparseCutUpgradeConfig) -> None:
+    """Check the base of an upgraded model."""
+    model_type = config.base_config.model_type
+    if model_type not in BASES:
+        raise UserError(
+            f"an upgraded {model_type} was not found to answer in vLLM as it does here; upgrades of"
+            f" {', '.join(BASES)} were; {LOCAL}"
+        )
+    layers = list_layers(config)
+    if layers and layers[-1] >= config.language_depth:
+        raise UserError(
+            f"the {model_type} adds image features after its last layer"
+            f" (deepstack_visual_indexes names {layers[-1]} blocks, but the decoder has"
+            f" {config.language_depth} layers), for which vLLM has no place here; {LOCAL}"
+        )
 
 
 def check_adapters(model: str, takes_lora: bool) -> None:

@@ -59,12 +59,17 @@ class VisionPart(nn.Module):
         Raises:
             UserError: Some are missing or unknown.
         """
-        found = self.load_state_dict(weights, strict=False)
-        if found.missing_keys or found.unexpected_keys:
-            raise UserError(
-                f"the model's weights lack {show_names(found.missing_keys)} and hold"
-                f" {show_names(found.unexpected_keys)} besides; save or fetch the model again"
-            )
+        load_all(self, weights)
+
+
+def load_all(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give a module all its weights by name; UserError where some are missing or unknown."""
+    found = module.load_state_dict(weights, strict=False)
+    if found.missing_keys or found.unexpected_keys:
+        raise UserError(
+            f"the model's weights lack {show_names(found.missing_keys)} and hold"
+            f" {show_names(found.unexpected_keys)} besides; save or fetch the model again"
+        )
 
 
 def show_names(names: list[str]) -> str:
