@@ -54,8 +54,6 @@ def test_audio():
         check_servable(audio)
 
 
-
-
 @pytest.mark.parametrize("part", ["text_config", "vision_config", None])
 def test_quantized_weights(part):
     config = tiny_model()[0].config
