@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help install demo test conformance fuzz style types check corners vllm-test docs grid templates hf-suite bench study gpu clean
+.PHONY: help install demo test conformance fuzz style types check corners vllm-test docs grid templates hf-suite bench study real gpu clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -72,6 +72,12 @@ bench: install  ## Memory and time of prefill, plan by plan
 
 study: install  ## The main comparison: ways of fusion x seeds on drawn images (hours)
 	$(BIN)/sparsecut study shapes
+
+real: install  ## Real weights: fetch, check, convert, prove, train on two cores, ask (an hour, 180 MB)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -r examples/real/requirements.txt
+	$(BIN)/python examples/real/prepare.py runs/real
+	$(BIN)/sparsecut train real --resume
+	$(BIN)/python examples/real/ask.py runs/real
 
 gpu: install  ## Plans at CLIP-L + 7B size on a GPU: prefill, decoding, training
 	$(BIN)/python benchmarks/gpu.py --out runs/gpu/bench

