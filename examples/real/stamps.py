@@ -32,6 +32,7 @@ MIN_STAMPS = 12  # kinds with fewer are left out
 MAX_WORDS = 4  # longer descriptions say more than a name
 SHARE = 0.5  # of the pixels that one colour must cover
 UPRIGHT = {"animals", "town", "vehicles", "plants", "clothes"}  # things that have a top
+FROM_ABOVE = "insects"  # a folder whose animals have no top
 TOPS = ("up", "left", "down", "right")  # after so many quarter turns to the left
 GREYS = (("black", 60), ("gray", 190), ("white", 256))  # upper limits of brightness, of 255
 HUES = (
@@ -134,7 +135,7 @@ def list_questions(stamp: Stamp, stamps: list[Stamp], source: Path, out: Path) -
     color = find_color(original)
     if color:
         asked.append(("color", image, "what color is most of it?", color))
-    if stamp.kind in UPRIGHT:
+    if stamp.kind in UPRIGHT and FROM_ABOVE not in stamp.path.parts:
         turns = lot.randrange(4)
         turned = f"images/{stamp.key}.turned.png"
         save_on_white(original.rotate(90 * turns, expand=True), out / turned)
