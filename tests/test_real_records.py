@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from helpers.example_bases import load_example
 from PIL import Image
+from transformers import WhisperConfig, WhisperModel
 
 from sparsecut.data.examples import read_examples
 from sparsecut.schema import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "real"))
 
+import ask
 import easy_vqa
 import speech
 import stamps
@@ -140,3 +144,63 @@ def test_digits_are_spoken_in_voices_that_are_held_out(tmp_path, monkeypatch):
 def test_no_voice_of_the_test_shares_accent_or_speaker_with_training():
     for parts in (speech.ACCENTS, speech.VARIANTS):
         assert set(parts["train"]).isdisjoint(parts["test"])
+
+
+def test_a_score_stands_beside_what_the_text_gives_away(tmp_path):
+    rows = {
+        "train": [("is it red?", "no"), ("is it red?", "no"), ("what color?", "blue")],
+        "test": [("is it red?", "no"), ("what color?", "red"), ("what shape?", "circle")],
+    }
+    for split, questions in rows.items():
+        records = []
+        for number, (question, answer) in enumerate(questions):
+            name = f"{split}.{easy_vqa.get_kind(answer)}.{number}.{number}"
+            records.append(easy_vqa.make_record(name, f"{number}.png", question, answer))
+            Image.new("RGB", (4, 4)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{split}.json").write_text(json.dumps(records))
+    asked = read_examples(tmp_path / "test.json")
+    lines = [{"id": x.id, "correct": ".color." in x.id} for x in asked]
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert ask.score_by_kind(tmp_path, tmp_path, asked) == [
+        ["color", "1", "100.0", "0.0"],
+        ["shape", "1", "0.0", "0.0"],
+        ["yesno", "1", "0.0", "100.0"],
+        ["mean of kinds", "3", "33.3", "33.3"],
+    ]
+
+
+def test_the_audio_example_takes_a_trained_whisper(tmp_path, capsys):
+    example = load_example("audio")
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        vocab_size=8,
+        d_model=16,
+        encoder_layers=4,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=16,
+        num_mel_bins=8,
+        max_source_positions=120,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "decoder_start_token_id"), 0),
+    )
+    WhisperModel(config).save_pretrained(tmp_path / "whisper")
+    clips = tmp_path / "speech" / "clips"
+    clips.mkdir(parents=True)
+    for split in ("train", "test"):
+        records = [speech.make_audio_record(f"{split}.{word}", word) for word in ("one", "two") * 8]
+        (clips.parent / f"{split}.json").write_text(json.dumps(records))
+        for number, word in enumerate(("one", "two")):
+            tone = np.sin(np.arange(9000) * (number + 1) / 20) * 9000
+            speech.write_wave(clips / f"{split}.{word}.wav", tone, 22_050)
+    model, processor, question, asked, words = example.learn_digits(tmp_path, 2)
+    encoder = model.vision_backbone()
+    whole = WhisperModel.from_pretrained(tmp_path / "whisper").get_encoder()
+    assert encoder.max_source_positions == 100
+    assert torch.equal(encoder.embed_positions.weight, whole.embed_positions.weight[:100])
+    frozen = encoder.state_dict()
+    assert all(
+        torch.equal(frozen[name], x) for name, x in whole.state_dict().items() if "pos" not in name
+    )
+    assert len(example.answer(model, processor, asked, question)) == len(words) == 16
