@@ -99,6 +99,8 @@ TABLES = {
     "A shortcut's keys": plan.Shortcut,
     "Study": study.Study,
     "Its pictures": study.DrawnImages,
+    "Its rates": study.Rates,
+    "Its variants": study.Variant,
 }
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.yaml_io import expand_path
-from ..schema import UserError, read_json_file
+from ..schema import read_json_file
 from .rates import TEXT_ONLY
 from .study import Study
 from .study_parts import Run
@@ -130,7 +130,7 @@ def _guess_step_seconds(study: Study) -> float | None:
     recipe = study.get_recipe(Run(study.main, study.baseline, study.seeds[0]))
     try:
         flops = _count_prompt_flops(study, recipe)
-    except (UserError, OSError):
+    except (ValueError, OSError):  # also of hub names; UserError is one of the first
         return None
     args = recipe.stages[-1].args
     records = args.get("per_device_train_batch_size", 8) * args.get(

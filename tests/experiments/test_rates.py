@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from helpers.studies import QUICK, rough_counts
+from typer.testing import CliRunner
 
+from sparsecut.cli.main import app
 from sparsecut.config.recipe import Source
 from sparsecut.data.examples import read_source
 from sparsecut.experiments.estimate import estimate_study, format_estimate
@@ -378,3 +380,10 @@ def test_a_dry_run_writes_nothing(tmp_path):
         ["text_only", "1"],
         ["all", "11"],
     ]
+
+
+def test_the_command_line_counts_a_study_that_ships_without_its_data():
+    result = CliRunner().invoke(app, ["study", "emoji", "--dry-run", "--seed", "0"])
+    assert result.exit_code == 0, result.output
+    counts = dict(line.split()[:2] for line in result.output.splitlines()[:3])
+    assert counts == {"dev": "64", "main": "8", "text_only": "1"}
