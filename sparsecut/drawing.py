@@ -141,7 +141,7 @@ def summarize(plan: Plan) -> str:
 def _describe_projectors(plan: Plan) -> str:
     rank = f" of rank {plan.rank}" if plan.rank else ""
     if not plan.shared:
-        return f"a projector{rank} each"
+        return f"a projector{rank} {'by tap' if plan.tied else 'each'}"
     return f"one projector, corrections{rank}" if rank else "one shared projector"
 
 

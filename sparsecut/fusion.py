@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +132,23 @@ class Fusion(nn.Module):
             self.gates = nn.Parameter(gates)
         else:
             self.register_buffer("gates", gates)
+
+    @classmethod
+    def from_config(cls, config: Any) -> Fusion:
+        """Return the fusion of a built model, its weights not yet drawn.
+
+        Args:
+            config: The model's `SparseCutConfig`.
+        """
+        grid = config.grid
+        return cls(
+            config.get_plan(),
+            vision_depth=config.vision_depth,
+            vision_dim=grid.width,
+            language_dim=config.text_config.get_text_config().hidden_size,
+            rows=grid.rows,
+            tap_widths=grid.tap_widths,
+        )
 
     def _build_paths(self, mixed_dim: int, language_dim: int) -> nn.ModuleList:
         plan = self.plan

@@ -89,14 +89,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
             self._keys_to_ignore_on_load_unexpected = [above]
         self.vision_tower, self.language_model = vision_tower, language_model
         self.vision_depth = config.vision_depth
-        self.fusion = Fusion(
-            self.plan,
-            vision_depth=self.vision_depth,
-            vision_dim=self.grid.width,
-            language_dim=config.text_config.get_text_config().hidden_size,
-            rows=self.grid.rows,
-            tap_widths=self.grid.tap_widths,
-        )
+        self.fusion = Fusion.from_config(config)
         connect_encoder(self.vision_tower, self.vision_depth, self.grid.blocks)
         connect_decoder(self.language_model, config.language_depth)
         self.post_init()

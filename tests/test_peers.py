@@ -99,6 +99,15 @@ def test_an_odd_grid_is_pooled_with_windows_that_stand_over(coarse):
     assert counted == len(features) == (4 if coarse == "squash" else counted)
 
 
+@torch.no_grad()
+def test_a_row_of_audio_frames_is_pooled_two_by_two():
+    model = checks.join(vision="whisper", plan="molmo")
+    grid = model.config.grid
+    windows = -(-grid.rows // 2) * -(-grid.columns // 2)
+    assert model.config.num_image_tokens == windows < grid.num_patches
+    checks.padded(model)
+
+
 def make_cli(**settings):
     """A CLI-like fusion of taps 1 and 3 into layers 2 and 4, no weight at its start."""
     pairs = [Shortcut((tap,), layer) for layer in (2, 4) for tap in (1, 3)]

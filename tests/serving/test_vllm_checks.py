@@ -29,9 +29,10 @@ def test_a_built_llama_is_served():
     check_servable(tiny_model()[0].config)
 
 
-def test_gates_that_need_whole_images():
-    with pytest.raises(UserError, match="gate='context'"):
-        check_servable(tiny_model({**SPARSE, "gate": "context"})[0].config)
+@pytest.mark.parametrize("gate", ["context", "context_zero"])
+def test_gates_that_need_whole_images(gate):
+    with pytest.raises(UserError, match=f"gate='{gate}'"):
+        check_servable(tiny_model({**SPARSE, "gate": gate})[0].config)
 
 
 def test_decoders_that_were_never_compared():
@@ -90,9 +91,22 @@ def test_vllm_without_the_plug_in_is_told_what_to_do():
         AutoModel.from_config(model.config)
 
 
-@pytest.mark.parametrize("coarse", ["squash", "native"])
-def test_the_half_that_reads_images_gives_what_the_model_gives(coarse):
-    model, processor = tiny_model(coarse=coarse)
+HALVES = {
+    "squash": (SPARSE, {}),
+    "native": (SPARSE, {"coarse": "native"}),
+    "tied": ({"method": "cli", "gate": "zero", "rank": 2}, {}),
+    "pooled": ("molmo", {"coarse": "native"}),
+    "blended": ({"shortcuts": [{"taps": [1, -2], "layer": 0, "mix": "blend"}]}, {}),
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_the_half_that_reads_images_gives_what_the_model_gives(name):
+    plan, settings = HALVES[name]
+    model, processor = tiny_model(plan, **settings)
+    check_servable(model.config)
+    for parameter in model.fusion.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
     half = VisionPart(model.config)
     weights = model.state_dict()
     half.load({n: x for n, x in weights.items() if not n.startswith("language_model.")})
@@ -102,7 +116,7 @@ def test_the_half_that_reads_images_gives_what_the_model_gives(coarse):
     with torch.no_grad():
         features = model.get_image_features(**given)
         (packed,) = half(*given.values())
-    layers = [features.pooler_output, *features.deepstack_features]
+    layers = [features.pooler_output, *(features.deepstack_features or ())]
     assert torch.equal(packed, torch.cat([layer[0] for layer in layers], dim=-1))
 
 

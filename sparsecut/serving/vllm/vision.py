@@ -31,14 +31,7 @@ class VisionPart(nn.Module):
         self.grid = config.grid
         self.vision_depth = config.vision_depth
         self.vision_tower = make_encoder(config.vision_config)
-        self.fusion = Fusion(
-            self.plan,
-            vision_depth=self.vision_depth,
-            vision_dim=self.grid.width,
-            language_dim=config.text_config.get_text_config().hidden_size,
-            rows=self.grid.rows,
-            tap_widths=self.grid.tap_widths,
-        )
+        self.fusion = Fusion.from_config(config)
         connect_encoder(self.vision_tower, self.vision_depth, self.grid.blocks)
 
     def forward(self, pixel_values: Tensor, grids: Tensor | None = None) -> list[Tensor]:
