@@ -4,7 +4,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help install demo test conformance fuzz style types check corners vllm-test docs grid templates hf-suite bench study real gpu clean
+.PHONY: help install demo test conformance fuzz style types check corners vllm-test docs grid templates hf-suite bench study real gpu gpu-pack clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -79,8 +79,11 @@ real: install  ## Real weights: fetch, check, convert, prove, train on two cores
 	$(BIN)/sparsecut train real --resume
 	$(BIN)/python examples/real/ask.py runs/real
 
-gpu: install  ## Plans at CLIP-L + 7B size on a GPU: prefill, decoding, training
-	$(BIN)/python benchmarks/gpu.py --out runs/gpu/bench
+gpu:  ## Plans at CLIP-L + 7B size on a GPU, and vLLM: nine minutes; PYTHON has torch, the rest is seen to
+	$(PYTHON) benchmarks/gpu_run.py --out runs/gpu/bench
+
+gpu-pack:  ## Fetch what `make gpu` needs beside torch, for a machine without a network
+	$(PYTHON) benchmarks/gpu_python.py --pack
 
 clean:  ## Remove .venv, .corners and caches, keep runs/
 	rm -rf .venv .corners .pytest_cache .ruff_cache build *.egg-info

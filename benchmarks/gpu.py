@@ -8,6 +8,8 @@ steps of both stages.
 One process makes both backbones on the device in bfloat16, and all plans share them. The plans take
 turns, and every round begins with another one. Ratios are to the first plan in the same round. The
 time that is left is divided over the remaining sections; a note lists those that were not reached.
+Both files are written after every section, so a run that is killed leaves what it measured.
+`make gpu` (gpu_run.py) runs this, and then vLLM.
 
 Prompts have one image and --text-tokens text tokens each. Training has one image and --train-text
 tokens per row, all of them targets, without padding, and activation checkpointing in the language
@@ -22,7 +24,6 @@ activations, and once more for trained weights (sparsecut.profiling.counting).
 import argparse
 import datetime
 import gc
-import json
 import resource
 import statistics
 import time
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import torch
 from gpu_parts import BenchedPlan, configs, machine, matmul_rate, size_of, step_flops
-from gpu_table import markdown
+from gpu_table import markdown, write_result
 from transformers import StaticCache
 
 from sparsecut.methods import METHODS
@@ -39,6 +40,7 @@ from sparsecut.profiling.timing import random_models
 from sparsecut.training.freezing import freeze
 
 PLANS = ("llava", "hires_tokens", "deepstack", "official_7b_as_run", "sparsecut")
+NOT_REACHED = "not reached in time"
 STAGES = {"stage 1": ("fusion",), "stage 2": ("fusion", "language")}
 TINY = {
     "batches": [1, 2],
@@ -115,18 +117,34 @@ class Bench:
             self.vision, self.language, {n: n for n in self.names}, device=self.device
         )
         self.benched = {name: BenchedPlan(model) for name, (model, _) in models.items()}
-        self.left = 2 * len(a.batches) + (0 if a.skip_training else len(STAGES))
+        sections = [f"{kind} {batch}" for kind in ("prefill", "decode") for batch in a.batches]
+        sections += [] if a.skip_training else STAGES
+        for plan in self.benched.values():
+            plan.missing |= dict.fromkeys(sections, NOT_REACHED)
+        self.left = len(sections)
+        self.rate = None  # FLOPs per second of a matrix product
         self.shared_optimizer, self.counts = None, {}
 
     def run(self) -> dict:
         """Every section in turn; returns what the JSON file holds."""
-        rate = matmul_rate(self.device, self.a.tiny)
+        self.rate = matmul_rate(self.device, self.a.tiny)
+        self.write()
         for batch in self.a.batches:
-            self.section(f"prefill {batch}", {n: self.prefill(n, batch) for n in self.names}, batch)
+            self.prefill_all(batch)
         for batch in self.a.batches:
-            self.section(f"decode {batch}", {n: self.decode(n, batch) for n in self.names}, batch)
+            self.decode_all(batch)
         for stage, parts in {} if self.a.skip_training else STAGES.items():
-            self.train(stage, parts, rate)
+            self.train(stage, parts)
+        return self.write()
+
+    def write(self) -> dict:
+        """Write both files with what is known by now; returns what the JSON holds."""
+        result = self.describe()
+        write_result(result, self.a.out)
+        return result
+
+    def describe(self) -> dict:
+        """What was measured, where and how."""
         first = self.benched[self.names[0]].model
         a = vars(self.a) | {"out": str(self.a.out)}
         return {
@@ -136,7 +154,7 @@ class Bench:
             "language": size_of(self.language),
             "dtype": str(first.dtype).removeprefix("torch."),
             "attention": first.language_model.config._attn_implementation,
-            "matmul_tflops": rate / 1e12,
+            "matmul_tflops": self.rate / 1e12,
             "settings": a,
             "seconds": time.monotonic() - self.start,
             "notes": self.notes,
@@ -150,14 +168,37 @@ class Bench:
             },
         }
 
-    def section(
-        self, name: str, work: dict, items: int, flops: dict | None = None, rate: float = 1.0
-    ) -> None:
+    def count(self, name: str, num_text_tokens: int):
+        """FLOPs of a plan's prompt, counted once."""
+        key = name, num_text_tokens
+        if key not in self.counts:
+            plan = self.benched[name].model.plan
+            self.counts[key] = count_plan(
+                self.vision, self.language, plan, num_text_tokens=num_text_tokens
+            )
+        return self.counts[key]
+
+    def prefill_all(self, batch: int) -> None:
+        """Prompts of all plans; a row's rate is of tokens of the prompt."""
+        counts = {n: self.count(n, self.a.text_tokens) for n in self.names}
+        items = {n: batch * x.num_prompt_tokens for n, x in counts.items()}
+        flops = {n: batch * x.prefill_total_flops for n, x in counts.items()}
+        work = {n: self.prefill(n, batch) for n in self.names}
+        self.section(f"prefill {batch}", work, items, flops)
+
+    def decode_all(self, batch: int) -> None:
+        """New tokens of all plans; FLOPs are those of the first one."""
+        made = batch * self.a.new_tokens
+        counts = {n: self.count(n, self.a.text_tokens) for n in self.names}
+        flops = {n: made * x.language_per_new_token_flops for n, x in counts.items()}
+        work = {n: self.decode(n, batch) for n in self.names}
+        self.section(f"decode {batch}", work, made, flops)
+
+    def section(self, name: str, work: dict, items: int | dict, flops: dict | None = None) -> None:
         """Time work {plan: (prepare, run)} in turns, until --repeats rounds are made or its part of
         the time is spent.
 
-        items: what one run makes, for a rate per second. flops: of one run; rate: what the device
-        can do.
+        items: tokens of one run, for a rate per second. flops: of one run.
         """
         spare = self.start + self.a.budget_seconds - time.monotonic()
         until = time.monotonic() + spare / max(1, self.left)
@@ -186,8 +227,8 @@ class Bench:
         base = times.get(self.names[0])
         for plan, seconds in times.items():
             if not seconds:
-                self.benched[plan].missing[name] = "not reached in time"
                 continue
+            self.benched[plan].missing.pop(name, None)
             middle = statistics.median(seconds)
             low, _, high = (
                 statistics.quantiles(seconds, n=4, method="inclusive")
@@ -204,10 +245,12 @@ class Bench:
             if base:
                 row["ratio"] = statistics.median(x / y for x, y in zip(seconds, base, strict=False))
             if flops:
-                row |= {"tflop": flops[plan] / 1e12, "mfu": flops[plan] / middle / rate}
+                row |= {"tflop": flops[plan] / 1e12, "mfu": flops[plan] / middle / self.rate}
             self.benched[plan].results[name] = row
         work.clear()
         self.free()
+        if self.rate:
+            self.write()
 
     def timed(self, plan: str, prepare, run) -> tuple[float, int]:
         """Seconds of one run, and the most bytes then held: with weights, but those of other plans left
@@ -300,7 +343,7 @@ class Bench:
 
         return prepare, run
 
-    def train(self, stage: str, parts: tuple[str, ...], rate: float) -> None:
+    def train(self, stage: str, parts: tuple[str, ...]) -> None:
         """Steps of a stage: loss on every word, backward, AdamW."""
         fused = {"lr": 1e-6, "fused": True} if self.device.type == "cuda" else {"lr": 1e-6}
         work, items, flops = {}, {}, {}
@@ -309,18 +352,15 @@ class Bench:
             plan.optimizer = torch.optim.AdamW(plan.model.fusion.parameters(), **fused)
             plan.model.language_model.train()
             plan.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
-            if name not in self.counts:
-                self.counts[name] = count_plan(
-                    self.vision, self.language, plan.model.plan, num_text_tokens=self.a.train_text
-                )
-            flops[name] = self.a.train_batch * step_flops(self.counts[name], self.language, parts)
-            items[name] = self.a.train_batch * self.counts[name].num_prompt_tokens
+            counted = self.count(name, self.a.train_text)
+            flops[name] = self.a.train_batch * step_flops(counted, self.language, parts)
+            items[name] = self.a.train_batch * counted.num_prompt_tokens
             work[name] = None, self.step(plan)
         language = self.benched[self.names[0]].model.language_model.parameters()
         self.shared_optimizer = (
             torch.optim.AdamW(language, **fused) if "language" in parts else None
         )
-        self.section(stage, work, items, flops, rate)
+        self.section(stage, work, items, flops)
         self.shared_optimizer = None
         for plan in self.benched.values():
             plan.optimizer = None
@@ -348,12 +388,12 @@ class Bench:
 def main(words=None) -> dict:
     """Measure, write both files, print the table, and return what the JSON holds."""
     a = parse(words)
+    if torch.device(a.device).type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            f"torch {torch.__version__} finds no GPU here; on a CPU, try --tiny --device cpu"
+        )
     result = Bench(a).run()
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    text = markdown(result)
-    a.out.with_suffix(".md").write_text(text)
-    print(text)
+    print(markdown(result))
     return result
 
 

@@ -4,8 +4,19 @@ python benchmarks/gpu_table.py runs/gpu/bench.json
 """
 
 import json
+import os
 import sys
 from pathlib import Path
+
+
+def write_result(result: dict, out: Path) -> None:
+    """Write the JSON and its page; a run that is killed meanwhile leaves the former ones."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    texts = {".json": json.dumps(result, indent=1) + "\n", ".md": markdown(result)}
+    for ending, text in texts.items():
+        unfinished = out.with_suffix(f"{ending}.part")
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, out.with_suffix(ending))
 
 
 def markdown(result: dict) -> str:
@@ -25,7 +36,7 @@ def markdown(result: dict) -> str:
             f" {first} in the same rounds, of times. Memory includes the weights."
         ),
         "",
-        *_table(plans, _inference_columns(batches, settings)),
+        *_table(plans, _inference_columns(batches)),
         "",
     ]
     if not settings["skip_training"]:
@@ -51,23 +62,35 @@ def markdown(result: dict) -> str:
         lines += [
             "- Without CUDA, memory is the process's highest so far, whichever plan needed it."
         ]
+    if result.get("vllm"):  # its own page has one heading
+        lines += ["", result["vllm"]["page"].replace("# ", "## ", 1)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _inference_columns(batches: list[int], settings: dict) -> dict:
+def _inference_columns(batches: list[int]) -> dict:
     columns = {"image tokens": lambda plan: str(plan["image_tokens"])}
     for b in batches:
         part = f"prefill {b}"
         columns[f"prefill ms, batch {b}"] = _cell(
             part, lambda r: f"{r['ms']:.4g} ± {r['spread_ms']:.2g}{_ratio(r)}"
         )
-        columns[f"GiB, batch {b}"] = _cell(part, lambda r: f"{r['peak_gib']:.2f}")
+        columns[f"prompt tokens/s, batch {b}"] = _cell(part, lambda r: f"{r['per_second']:.4g}")
+        columns |= _costs(part, f"prefill {{}}, batch {b}")
     for b in batches:
-        new = settings["new_tokens"]
+        part = f"decode {b}"
         columns[f"new tokens/s, batch {b}"] = _cell(
-            f"decode {b}", lambda r, new=new: f"{new * r['per_second']:.4g}{_ratio(r)}"
+            part, lambda r: f"{r['per_second']:.4g}{_ratio(r)}"
         )
+        columns |= _costs(part, f"decode {{}}, batch {b}")
     return columns
+
+
+def _costs(part: str, name: str) -> dict:
+    """The columns of a section's MFU and memory."""
+    return {
+        name.format("MFU"): _cell(part, lambda r: f"{100 * r['mfu']:.3g} %"),
+        name.format("GiB"): _cell(part, lambda r: f"{r['peak_gib']:.2f}"),
+    }
 
 
 def _training_columns() -> dict:
@@ -77,8 +100,7 @@ def _training_columns() -> dict:
             stage, lambda r: f"{r['ms']:.4g} ± {r['spread_ms']:.2g}{_ratio(r)}"
         )
         columns[f"{stage} tokens/s"] = _cell(stage, lambda r: f"{r['per_second']:.4g}")
-        columns[f"{stage} MFU"] = _cell(stage, lambda r: f"{100 * r['mfu']:.3g} %")
-        columns[f"{stage} GiB"] = _cell(stage, lambda r: f"{r['peak_gib']:.2f}")
+        columns |= _costs(stage, f"{stage} {{}}")
     return columns
 
 

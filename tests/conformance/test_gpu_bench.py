@@ -24,7 +24,7 @@ def gpu(monkeypatch):
     import gpu
 
     yield gpu
-    for name in ("gpu", "gpu_parts", "gpu_table"):
+    for name in ("gpu", "gpu_parts", "gpu_python", "gpu_run", "gpu_table"):
         sys.modules.pop(name, None)
 
 
@@ -46,7 +46,10 @@ def test_every_plan_has_every_figure(gpu, tmp_path):
                 and plan[section]["ratio"] > 0
             )
         assert 0 < plan["stage 1"]["tflop"] < plan["stage 2"]["tflop"]
-        assert plan["stage 2"]["mfu"] > 0
+        assert all(plan[section]["mfu"] > 0 for section in SECTIONS)
+        prefill = plan["prefill 2"]  # tokens a second, of both prompts
+        tokens = 2 * (plan["image_tokens"] + 8)
+        assert prefill["per_second"] == pytest.approx(1000 * tokens / prefill["ms"])
     assert result["plans"]["llava"]["prefill 1"]["ratio"] == 1
     assert (
         result["plans"]["hires_tokens"]["image_tokens"]
@@ -57,7 +60,7 @@ def test_every_plan_has_every_figure(gpu, tmp_path):
     page = (tmp_path / "bench.md").read_text()
     rows = [line.split("|") for line in page.splitlines() if line.startswith("|")]
     assert (
-        {len(row) for row in rows} == {10, 11}
+        {len(row) for row in rows} == {11, 18}
         and "nan" not in page
         and "these figures mean nothing" in page
     )
@@ -91,7 +94,8 @@ def test_a_plan_that_runs_out_of_memory_does_not_end_the_others(gpu, tmp_path):
         raise torch.OutOfMemoryError("no memory left")
 
     bench.section("prefill 1", {"llava": bench.prefill("llava", 1), "sparsecut": (None, fails)}, 1)
-    assert bench.benched["sparsecut"].missing == {"prefill 1": "out of memory"}
+    assert bench.benched["sparsecut"].missing["prefill 1"] == "out of memory"
+    assert "prefill 1" not in bench.benched["llava"].missing
     assert bench.benched["llava"].results["prefill 1"]["rounds"] == 2
 
 
@@ -136,3 +140,33 @@ def test_flops_of_a_step_follow_six_per_weight_and_token(gpu):
     for parts, factor in ((("fusion",), 4), (("fusion", "language"), 6)):
         expected = factor * weights * counted.num_prompt_tokens
         assert abs(step_flops(counted, language, parts) / expected - 1) < 0.02
+
+
+def test_a_run_that_dies_leaves_what_it_measured(gpu, tmp_path, monkeypatch):
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu.Bench, "decode_all", dies)
+    words = ["--tiny", "--device=cpu", "--plans", "llava", "sparsecut", "--batches", "1"]
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main([*words, f"--out={tmp_path / 'bench'}"])
+    left = json.loads((tmp_path / "bench.json").read_text())
+    for plan in left["plans"].values():
+        assert plan["prefill 1"]["ms"] > 0
+        # Of the smoke test's sections, these were not reached.
+        assert plan["missing"].keys() == set(SECTIONS) - {"prefill 1", "prefill 2"}
+        assert set(plan["missing"].values()) == {gpu.NOT_REACHED}
+    page = (tmp_path / "bench.md").read_text()
+    assert "llava, stage 1: not reached in time" in page
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["bench.json", "bench.md"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_a_sentence_says_so(gpu, tmp_path):
+    with pytest.raises(SystemExit, match="no GPU"):
+        gpu.main([f"--out={tmp_path / 'bench'}"])
+    import gpu_run
+
+    with pytest.raises(SystemExit, match="finds no GPU here"):
+        gpu_run.main([f"--out={tmp_path / 'bench'}"])
+    assert not list(tmp_path.iterdir())
