@@ -5,11 +5,12 @@ time to the first token.
     python benchmarks/vllm.py --size 7b --device cuda             # CLIP-L/336 + 7B in bfloat16
     python benchmarks/vllm.py --size tiny --rounds 1              # a smoke test
 
-It runs where vLLM is installed. Models have random weights and one size. All are served by servers
-of their own, with the same options. The servers take turns: in each round every server gets the
-same number of questions about images, and every round begins with another server. Ratios are to the
-stock LLaVA in the same round. On a GPU two servers run at a time, the stock LLaVA and another one,
-so that both fit; `--pairs` does the same on CPUs. Our own server is one of them (`local:`).
+It runs where vLLM and torchvision are installed; vLLM's own LLaVA needs the second. Models have
+random weights and one size. All are served by servers of their own, with the same options. The
+servers take turns: in each round every server gets the same number of questions about images, and
+every round begins with another server. Ratios are to the stock LLaVA in the same round. On a GPU
+two servers run at a time, the stock LLaVA and another one, so that both fit; `--pairs` does the
+same on CPUs. Our own server is one of them (`local:`).
 
 Each question has one image and 48 words, and each answer has 64 tokens. An image is new, or one of
 eight that were seen before; then vLLM has its features, but none of the prompt, whose words before
@@ -32,6 +33,7 @@ import platform
 import statistics
 import time
 from contextlib import ExitStack
+from importlib.machinery import PathFinder
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -236,9 +238,22 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def check_packages() -> None:
+    """End with a sentence where a package is missing."""
+    here = str(Path(__file__).parent)
+    elsewhere = [path for path in sys.path if path != here]
+    for name in ("vllm", "torchvision"):
+        if PathFinder.find_spec(name, elsewhere) is None:
+            sys.exit(
+                f"{name} is not installed, and this benchmark needs vLLM and torchvision of the"
+                " release that fits torch (on CPUs from https://download.pytorch.org/whl/cpu)"
+            )
+
+
 def main(words: list[str] | None = None) -> dict:
     """Measure, write both files, print the page; returns what the JSON holds."""
     arguments = parse(words)
+    check_packages()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     result = Bench(arguments).run()
     arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
