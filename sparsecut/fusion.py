@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .gates import ContextGate, ZeroContextGate
+from .gates import ContextGate, SizeGate, ZeroContextGate
 from .mixers import arrange_grains, build_mixer
 from .plan import GATES, Plan
 from .schema import UserError
 
-CONTEXT_GATES = {gate.__name__: gate for gate in (ContextGate, ZeroContextGate)}
+CONTEXT_GATES = {gate.__name__: gate for gate in (ContextGate, ZeroContextGate, SizeGate)}
 logger = logging.getLogger(__name__)
 
 Start = float | tuple[float, float]  # a constant, or bounds of a uniform distribution

@@ -82,3 +82,31 @@ class ZeroContextGate(ContextGate):
 
     def _compute_gates(self, features: Tensor, hidden: Tensor) -> Tensor:
         return super()._compute_gates(features, hidden) - 1
+
+
+class SizeGate(nn.Module):
+    """A norm after the projector: features at a learned fraction of the hidden states' size.
+
+    Every token's features are divided by their root mean square, and multiplied by that of the
+    hidden states there and by the shortcut's fraction, which starts at `START`. So no projector, and no
+    learning rate, can make a shortcut larger than the states that it is added to. The size of the
+    hidden states is taken as it is: no gradient goes through it.
+    """
+
+    START = 0.1
+    EPSILON = 1e-6
+
+    def __init__(self, num_shortcuts: int, language_dim: int) -> None:
+        super().__init__()
+        self.fractions = nn.Parameter(torch.full((num_shortcuts,), self.START))
+
+    def initial_values(self) -> Iterator[tuple[Tensor, float]]:
+        """Yield the fractions with their start."""
+        yield self.fractions, self.START
+
+    def forward(self, hidden: Tensor, features: Tensor, num_tokens: int) -> Tensor:
+        """Norm the features of a layer's shortcuts and add them up; see `ContextGate.forward`."""
+        z = rearrange(features, "t (s d) -> t s d", s=len(self.fractions))
+        size = hidden.detach().to(z.dtype).square().mean(-1, keepdim=True).sqrt()
+        normed = z * torch.rsqrt(z.square().mean(-1, keepdim=True) + self.EPSILON)
+        return size * torch.einsum("s,tsd->td", self.fractions, normed)

@@ -128,5 +128,6 @@ GATES: dict[str | None, Gate] = {
     "one_vector": Gate("gates per channel that start at one", "channel"),
     "context": Gate("gates by context", module="ContextGate"),
     "context_zero": Gate("gates by context that start at zero", module="ZeroContextGate"),
+    "size": Gate("features normed to a fraction of the hidden states' size", module="SizeGate"),
     "zero_projector": Gate("projectors that start at zero", zero_projector=True),
 }
