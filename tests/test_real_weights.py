@@ -312,10 +312,14 @@ def test_a_part_that_fails_leaves_nothing_and_one_that_is_there_is_kept(tmp_path
         (out / "half").write_text("")
         raise UserError("no such package")
 
-    monkeypatch.setitem(prepare.PARTS, "vision", fail)
-    with pytest.raises(UserError):
-        prepare.prepare(tmp_path, ("vision",))
-    assert list(tmp_path.iterdir()) == []
+    def lack(packages, out):
+        raise ModuleNotFoundError(name="onnx")
+
+    for part, told in ((fail, "no such package"), (lack, "onnx")):
+        monkeypatch.setitem(prepare.PARTS, "vision", part)
+        with pytest.raises(UserError, match=told):
+            prepare.prepare(tmp_path, ("vision",))
+        assert list(tmp_path.iterdir()) == []
     (tmp_path / "vision").mkdir()
     prepare.prepare(tmp_path, ("vision",))
     with pytest.raises(UserError, match="easy-vqa"):

@@ -127,6 +127,11 @@ def prepare(out: Path, parts: tuple[str, ...] = DEFAULT) -> None:
         try:
             PARTS[part](out / "packages", partial)
             partial.rename(folder)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"{part} needs the package {error.name}; run pip install -c constraints.txt -r"
+                " examples/real/requirements.txt"
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
