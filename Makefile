@@ -73,7 +73,7 @@ bench: install  ## Memory and time of prefill, plan by plan
 study: install  ## The main comparison: ways of fusion x seeds on drawn images (hours)
 	$(BIN)/sparsecut study shapes
 
-real: install  ## Real weights: fetch, check, convert, prove, train on two cores, ask (an hour, 180 MB)
+real: install  ## Real weights: fetch, check, convert, prove, train on two cores, ask (half an hour, 180 MB)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -r examples/real/requirements.txt
 	$(BIN)/python examples/real/prepare.py runs/real
 	$(BIN)/sparsecut train real --resume

@@ -256,4 +256,4 @@ if __name__ == "__main__":
     parser.add_argument("steps", nargs="?", type=int)
     parser.add_argument("--real", type=Path, help="the folder that examples/real/prepare.py wrote")
     given = parser.parse_args()
-    main(given.steps or (200 if given.real is None else 400), given.real)
+    main(given.steps or 200, given.real)
