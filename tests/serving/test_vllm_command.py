@@ -4,8 +4,9 @@ import json
 import os
 
 import pytest
-from helpers.tiny import SPARSE, tiny_model
+from helpers.tiny import SPARSE, tiny_llava, tiny_model
 
+from sparsecut import upgrade
 from sparsecut.building import save
 from sparsecut.cli import main as cli
 from sparsecut.cli import serve_vllm
@@ -91,4 +92,27 @@ def test_vllm_that_is_not_installed(folder, monkeypatch):
 def test_a_model_that_vllm_cannot_serve(tmp_path, started):
     save(*tiny_model({**SPARSE, "gate": "context"}), tmp_path / "gated")
     refuse("context", tmp_path / "gated", "--engine", "vllm", "--port", 8125)
+    assert not started
+
+
+@pytest.fixture(scope="module")
+def upgraded(tmp_path_factory):
+    """(folder of a whole upgraded model, folder of its shortcuts alone)."""
+    folder = tmp_path_factory.mktemp("vllm_upgrades")
+    base, processor = tiny_llava()
+    base.save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    model, processor = upgrade(folder / "base", "sparsecut")
+    save(model, processor, folder / "whole")
+    model.save_fusion(folder / "shortcuts")
+    return folder / "whole", folder / "shortcuts"
+
+
+def test_an_upgraded_model(upgraded, started):
+    run(upgraded[0], "--engine", "vllm", "--port", 8126)
+    assert read_options(started[0])["--dtype"] == "float32"
+
+
+def test_shortcuts_alone_are_no_model_for_vllm(upgraded, started):
+    refuse("save_pretrained", upgraded[1], "--engine", "vllm", "--port", 8127)
     assert not started

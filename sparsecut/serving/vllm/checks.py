@@ -7,6 +7,7 @@ from typing import Any
 
 from ...configuration import SparseCutUpgradeConfig
 from ...loading import is_quantized
+from ...modeling_upgraded import FACTS
 from ...plan import GATES
 from ...schema import UserError
 from .decoders import get_decoder_class, list_layers
@@ -81,6 +82,24 @@ def _check_base(config: SparseCutUpgradeConfig) -> None:
             f"the {model_type} adds image features after its last layer"
             f" (deepstack_visual_indexes names {layers[-1]} blocks, but the decoder has"
             f" {config.language_depth} layers), for which vLLM has no place here; {LOCAL}"
+        )
+
+
+def check_whole(model: str) -> None:
+    """Check that a folder holds a whole model.
+
+    Args:
+        model: The model's folder; nothing is known of models on the hub.
+
+    Raises:
+        UserError: It holds the shortcuts of an upgraded model alone.
+    """
+    folder = Path(model)
+    if (folder / FACTS).is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{model} holds the shortcuts alone ({FACTS}), but vLLM loads whole models; load it with"
+            " sparsecut.load, write model and processor into a new folder with save_pretrained and"
+            f" serve that, or {LOCAL}"
         )
 
 

@@ -67,9 +67,11 @@ def make_command(settings: VLLMSettings) -> list[str]:
 
     import sparsecut  # noqa: F401  its configurations become known to AutoConfig
 
-    from .checks import check_adapters, check_servable  # with torch, which help does not need
+    # with torch, which help does not need
+    from .checks import check_adapters, check_servable, check_whole
     from .first_token import make_chat_template
 
+    check_whole(settings.model)
     config = AutoConfig.from_pretrained(settings.model)
     check_servable(config)
     check_adapters(settings.model, "--enable-lora" in settings.further)
