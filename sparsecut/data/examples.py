@@ -27,6 +27,7 @@ from .audio_records import explain_audio, find_medium, put_for_images
 from .errors import RecordError, show_value
 from .form_choice import Columns, choose_form, get_columns
 from .images import ImageStore, decode_image
+from .kept_records import KEPT, describe_reading
 from .locating import find_record_files
 from .record_files import RecordFile
 from .record_forms import convert_record
@@ -142,14 +143,7 @@ def read_source(source: Source, problems: list[RecordError]) -> list[Example]:
         RecordError: A record is bad, and the source says on_error "stop".
         UserError: A file is missing or broken, or no record is left.
     """
-    images = expand_path(source.images) if source.images else None
-    examples = read_examples(
-        find_record_files(source),
-        images,
-        problems=problems if source.on_error == "skip" else None,
-        access=get_access(source),
-        columns=get_columns(source),
-    )
+    examples = read_all(source, problems)
     _warn_of_ids(source, examples)
     selected = select_examples(
         examples, where=source.where, hold_out=source.hold_out, keep=source.keep
@@ -170,6 +164,28 @@ def read_source(source: Source, problems: list[RecordError]) -> list[Example]:
     if source.group:
         selected = [_add_group(example, source.group) for example in selected]
     return selected
+
+
+def read_all(source: Source, problems: list[RecordError]) -> list[Example]:
+    """Return all examples of a source's files, before any are chosen; see `read_source`.
+
+    Inside of `keep_records`, unchanged files are read once.
+    """
+    files = find_record_files(source)
+    key = describe_reading(source, files)
+    if key is not None and key in KEPT:
+        return list(KEPT[key])
+    images = expand_path(source.images) if source.images else None
+    examples = read_examples(
+        files,
+        images,
+        problems=problems if source.on_error == "skip" else None,
+        access=get_access(source),
+        columns=get_columns(source),
+    )
+    if key is not None:
+        KEPT[key] = list(examples)
+    return examples
 
 
 def _warn_of_ids(source: Source, examples: list[Example]) -> None:

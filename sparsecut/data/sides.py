@@ -8,12 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 from ..schema import UserError
+from .file_facts import read_stamp
 from .turns import IMAGE
 
 Example = Any  # of examples.py, which imports this module
 
 DEV = "dev"
 NUM_BYTES = 8  # of a digest that are read as a number
+MOST_DRAWN = 1_000_000
+DRAWN: dict[tuple, float] = {}  # an image's place and stamp -> its number
 
 
 def take_side(examples: Sequence[Example], fraction: float, side: str, name: str) -> list[Example]:
@@ -32,34 +35,36 @@ def take_side(examples: Sequence[Example], fraction: float, side: str, name: str
     Raises:
         UserError: No record is left.
     """
-    known: dict[tuple, bool] = {}
     wants_dev = side == DEV
     taken = []
     for example in examples:
-        sides = {_is_dev(example, image, fraction, known) for image in example.images} or {False}
+        sides = {_draw(example, image) < fraction for image in example.images} or {False}
         if sides == {wants_dev}:
             taken.append(example)
     if not taken:
+        number = len({image for example in examples for image in example.images})
         raise UserError(
             f"{name} gives no record to use: with dev={fraction:g}, none of {len(examples)} is on"
-            f" the side {side!r}; its {len(known)} images are too few for this fraction, so give"
+            f" the side {side!r}; its {number} images are too few for this fraction, so give"
             " another one, or more images"
         )
     return taken
 
 
-def _is_dev(example: Example, image: str | bytes, fraction: float, known: dict) -> bool:
-    """Whether an image is in the dev part; `known` has what was found out before."""
+def _draw(example: Example, image: str | bytes) -> float:
+    """A number from 0 to below 1, always the same for the same image."""
     if isinstance(image, bytes):
-        return _draw(image) < fraction
-    key = str(example.store.path), image
-    if key not in known:
-        known[key] = _draw(example.store.read_bytes(image)) < fraction
-    return known[key]
+        return _draw_content(image)
+    stamp = read_stamp(example.store.find_file(image))
+    key = (str(example.store.path), image, *stamp)
+    if key not in DRAWN:
+        if len(DRAWN) >= MOST_DRAWN:
+            DRAWN.clear()
+        DRAWN[key] = _draw_content(example.store.read_bytes(image))
+    return DRAWN[key]
 
 
-def _draw(content: bytes) -> float:
-    """A number from 0 to below 1, always the same for the same content."""
+def _draw_content(content: bytes) -> float:
     digest = hashlib.sha256(b"dev part" + content).digest()
     return int.from_bytes(digest[:NUM_BYTES], "big") / 256**NUM_BYTES
 

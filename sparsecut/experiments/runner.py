@@ -31,6 +31,7 @@ from pathlib import Path
 from ..config.folder_lock import lock_folder
 from ..config.paths import check_replaceable, check_writable_folder
 from ..data.jsonl import read_json_lines
+from ..data.kept_records import keep_records
 from ..schema import UserError, read_json_file, write_text_file
 from .claims import claim
 from .preparation import Log, prepare
@@ -300,6 +301,11 @@ def work(
     study = load_study(out / "study.yaml")
     runs = narrow_study(study, variants, seeds).list_runs()
 
+    with keep_records():
+        _work_on(study, runs, out, log)
+
+
+def _work_on(study: Study, runs: Sequence[Run], out: Path, log: Log) -> None:
     said = False
     while True:
         for run in runs:

@@ -120,7 +120,13 @@ def test_shortcuts_that_drown_the_model_and_learn_nothing_are_named_once(folder,
     figures = [one for one in trainer.monitor.get_statistics() if "ratio" in one]
     largest = max(figures, key=lambda one: one["ratio"])
     assert largest["ratio"] > 0.5
-    for fact in ("stage one", f"shortcut {largest['number']} ", "0.003", "lr.fusion: 0.0003"):
+    for fact in (
+        "blind",
+        "stage one",
+        f"shortcut {largest['number']} ",
+        "0.003",
+        "lr.fusion: 0.0003",
+    ):
         assert fact in warning
 
 
