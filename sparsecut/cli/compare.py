@@ -46,6 +46,9 @@ def explain(
     ] = None,
     batch_size: Annotated[int, option("Questions answered at once.", min=1)] = 64,
     max_new_tokens: Annotated[int, option("Longest answer, in tokens.", min=1)] = 16,
+    maps: Annotated[
+        int, option("Questions on the page with heat maps of where shortcuts look.", min=0)
+    ] = 4,
     column: ColumnNames = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -67,6 +70,7 @@ def explain(
 
     examples = read_source(source, [])
     from ..evaluation.ablation import explain
+    from ..evaluation.mapped_questions import map_questions
     from ..reports.ablation import write_explanation, write_text
 
     loaded = load_model(model, device, dtype)
@@ -79,10 +83,17 @@ def explain(
             progress=progress,
         )
 
+    explanation["model"] = model
     if out is not None:
         page = write_explanation(explanation, out)
     echo(write_text(explanation))
     if out is not None:
+        if maps:
+            with show_progress("mapping") as progress:
+                mapped = map_questions(
+                    *loaded, examples, maps, max_new_tokens=max_new_tokens, progress=progress
+                )
+            write_explanation(explanation, out, *mapped)
         echo(f"\nThe page: {page}, with tables in explain.md and numbers in explain.json")
 
 

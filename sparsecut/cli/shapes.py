@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from ..config.paths import check_writable_folder
-from .app import SETTINGS, app, argument, echo, find_device, option, output_folder
+from .app import (
+    SETTINGS,
+    Device,
+    app,
+    argument,
+    echo,
+    find_device,
+    load_model,
+    option,
+    output_folder,
+    show_progress,
+)
 
 shapes_app = typer.Typer(
     help="The built-in drawn images, and the two small backbones made for them.", **SETTINGS
@@ -73,3 +84,38 @@ def pretrain(
         device=find_device(device),
         log=echo,
     )
+
+
+@shapes_app.command("point")
+def point(
+    models: Annotated[
+        list[str], argument("Models that were trained on the drawn shapes.", "MODEL...")
+    ],
+    images: Annotated[
+        int, option("Number of images, with a question for each detail.", min=1)
+    ] = 100,
+    most: Annotated[int, option("Maximum number of questions for each shortcut.", min=1)] = 100,
+    seed: Annotated[int, option("Seed of the images, and of the shuffled maps.")] = 0,
+    out: Annotated[Path | None, option("A JSON file for the numbers.")] = None,
+    device: Device = None,
+) -> None:
+    """Check heat maps against details at known places: the share of maps that peak there."""
+    import json
+
+    from ..experiments.pointing import make_items, play
+    from ..hub import check_model_place
+    from ..reports.pointing import make_table
+    from ..schema import write_text_file
+
+    for model in models:
+        check_model_place(model)
+    items = make_items(images, seed)
+    rows = []
+    for model in models:
+        loaded, processor = load_model(model, device)
+        with show_progress(model) as progress:
+            found = play(loaded, processor, items, most=most, seed=seed, progress=progress)
+        rows += [{"model": model, **row} for row in found]
+    echo(make_table(rows))
+    if out is not None:
+        write_text_file(out, json.dumps(rows, indent=1) + "\n")

@@ -185,11 +185,11 @@ def explain(
         progress: Called with the number of answers, and of all answers to give.
 
     Returns:
-        `plan`, `depths` (encoder, language model), `input` (number of the shortcut that is the
+        `model` (its name), `plan`, `depths` (encoder, language model), `input` (number of the shortcut that is the
         input), `num_questions`, `shortcuts` (see `measure_additions`), and `conditions` by name.
         Each has `accuracy`, `groups`, `levels`, `mean_over_levels`, `off`, the numbers of answers
         `lost` and `gained` against "all", and the paired `difference` from "all" with its 95 %
-        interval over images.
+        interval over images, also by group (`group_differences`).
 
     Raises:
         UserError: There is no example, none has an image, or the plan has no shortcut besides the
@@ -238,6 +238,7 @@ def _explain(model, processor, examples: Sequence[Example], progress, settings: 
     reference = results["all"]
     facts = {c.name: _compare(c, results[c.name], reference) for c in conditions}
     return {
+        "model": model.config._name_or_path,
         "plan": model.plan.to_dict(),
         "depths": [model.config.vision_depth, model.config.language_depth],
         "input": model.fusion.main,
@@ -291,9 +292,23 @@ def _compare(condition: Condition, result: EvaluationResult, reference: Evaluati
         all_answers = Answers.from_records({0: reference.records})
         difference = estimate_difference(answers, all_answers, resamples=RESAMPLES)
         facts["difference"] = difference.to_dict()
+        facts["group_differences"] = _compare_groups(result.records, reference.records)
     if condition.shuffled is not None:
         facts["shuffled"] = [condition.shuffled]
     return facts
+
+
+def _compare_groups(records: list[dict], reference: list[dict]) -> dict[str, dict]:
+    """The paired difference of every group. All intervals over images hold together at 95 %."""
+    groups = {record["group"] for record in records} - {None}
+    if not groups:
+        return {}
+    by_group = []
+    for rows in (records, reference):
+        regrouped = [{**row, "level": row["group"]} for row in rows]
+        by_group.append(Answers.from_records({0: regrouped}))
+    difference = estimate_difference(*by_group, comparisons=len(groups), resamples=RESAMPLES)
+    return difference.to_dict()["levels"]
 
 
 def _count_changes(records: list[dict], reference: list[dict]) -> dict[str, int]:

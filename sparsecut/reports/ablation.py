@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..drawing import text_table
+from ..evaluation.mapped_questions import MappedQuestion
 from ..plan import Plan
 from ..schema import write_text_file
+from .heat_maps import make_cards
 from .pages import render
 from .plan_drawing import draw_plan
 from .tables import Cell, Rows, format_points, to_markdown
-from .verdicts import judge_ablation, locate_shortcut
+from .verdicts import describe_uses, judge_ablation, locate_shortcut
 
 LEVEL_ORDER = ("high", "mid", "low")  # of the built-in shapes
 DARKEST = 60  # points of loss
@@ -30,12 +33,16 @@ NOTES = (
 )
 
 
-def write_explanation(explanation: dict, out: Path) -> Path:
+def write_explanation(
+    explanation: dict, out: Path, questions: Sequence[MappedQuestion] = (), reason: str = ""
+) -> Path:
     """Write explain.json, explain.md and explain.html.
 
     Args:
         explanation: What `evaluation.ablation.explain` returned.
         out: The folder to write to.
+        questions: Questions with heat maps, for the page.
+        reason: Why there are fewer than asked for.
 
     Returns:
         The path of explain.html.
@@ -45,32 +52,47 @@ def write_explanation(explanation: dict, out: Path) -> Path:
     write_text_file(out / "explain.json", text)
     write_text_file(out / "explain.md", write_markdown(explanation))
     path = out / "explain.html"
-    write_text_file(path, write_page(explanation))
+    write_text_file(path, write_page(explanation, questions, reason))
     return path
 
 
 def write_text(explanation: dict) -> str:
     """Return the verdict and both tables as lines for a terminal."""
     tables = [text_table(make_loss_table(explanation)), text_table(make_norm_table(explanation))]
-    return "\n\n".join([judge_ablation(explanation), *tables])
+    uses = "\n".join(describe_uses(explanation))
+    return "\n\n".join([judge_ablation(explanation), uses, *tables])
 
 
 def write_markdown(explanation: dict) -> str:
     """Return the verdict, both tables and the notes in Markdown."""
     parts = ["# What each shortcut contributes", f"**{judge_ablation(explanation)}**"]
+    parts.append("\n".join(f"- {use}" for use in describe_uses(explanation)))
     parts.append("## Accuracy without it\n\n" + to_markdown(make_loss_table(explanation)))
     parts.append("## Size of its features\n\n" + to_markdown(make_norm_table(explanation)))
     parts.append("\n".join(f"- {note}" for note in NOTES))
     return "\n\n".join(parts) + "\n"
 
 
-def write_page(explanation: dict) -> str:
-    """Return the page, with losses as a table that is darker where more is lost."""
+def write_page(
+    explanation: dict, questions: Sequence[MappedQuestion] = (), reason: str = ""
+) -> str:
+    """Return the page, with losses as a table that is darker where more is lost.
+
+    Args:
+        explanation: What `evaluation.ablation.explain` returned.
+        questions: Questions with heat maps.
+        reason: Why there are fewer than asked for.
+    """
+    numbers = range(len(explanation["shortcuts"]))
+    names = {number: locate_shortcut(explanation, number) for number in numbers}
     head, *rows = make_loss_table(explanation)
     return render(
         "explain.html.j2",
         title="What each shortcut contributes",
         verdict=judge_ablation(explanation),
+        uses=describe_uses(explanation),
+        cards=make_cards(questions, names),
+        reason=reason,
         num_questions=explanation["num_questions"],
         loss_head=head,
         loss_rows=_shade_losses(explanation, rows),

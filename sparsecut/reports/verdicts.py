@@ -138,21 +138,60 @@ def judge_ablation(explanation: dict) -> str:
     if missed:
         most = min(missed, key=lambda number: losses[number]["value"])
         verdict = (
-            f"The model leans most on shortcut {locate_shortcut(explanation, most)}: without it,"
-            f" accuracy falls by {_format_gap(losses[most]['value'], losses[most])}"
+            f"{_name_model(explanation)} leans most on shortcut"
+            f" {locate_shortcut(explanation, most)}: without it, accuracy falls by {_format_gap(losses[most]['value'], losses[most])}"
         )
         return verdict + _describe_rest(len(losses) - 1, len(missed) - 1) + "."
 
     if together["high"] < 0:
         return (
-            "No single shortcut is clearly missed, but without all of them accuracy falls by"
-            f" {_format_gap(together['value'], together)}."
+            f"{_name_model(explanation)} misses no single shortcut clearly, but without all of them"
+            f" accuracy falls by {_format_gap(together['value'], together)}."
         )
 
     return (
-        "No use of the shortcuts can be seen: without all of them accuracy changes by"
+        f"{_name_model(explanation)} shows no use of its shortcuts: without all of them accuracy"
+        " changes by"
         f" {100 * together['value']:+.1f} points ({format_interval(together)})."
     )
+
+
+def _name_model(explanation: dict) -> str:
+    """The model's name; explanations of earlier versions have none."""
+    return explanation.get("model") or "The model"
+
+
+def describe_uses(explanation: dict) -> list[str]:
+    """Return a sentence for each shortcut: for which kinds of questions it is clearly needed.
+
+    Only kinds count whose loss has an interval below zero, corrected for the number of kinds.
+    """
+    sentences = []
+    for name, condition in explanation["conditions"].items():
+        kind, _, number = name.rpartition(" ")
+        if kind != "without":
+            continue
+        groups = condition.get("group_differences", {})
+        needed = {group: gap for group, gap in groups.items() if gap["high"] < 0}
+        place = locate_shortcut(explanation, int(number))
+        average = condition["difference"]["average"]
+        if needed:
+            ranked = sorted(needed, key=lambda group: needed[group]["value"])
+            texts = [f"{group} ({format_points(needed[group]['value'])})" for group in ranked]
+            sentences.append(
+                f"Shortcut {place} is good for {_join_names(texts)}, in points lost without it."
+            )
+        elif average["high"] < 0:
+            sentences.append(
+                f"Shortcut {place} is good for accuracy as a whole"
+                f" ({format_points(average['value'])} points without it); no kind of question shows"
+                " it alone."
+            )
+        else:
+            sentences.append(
+                f"Nothing can be told of shortcut {place}: no loss without it is clear."
+            )
+    return sentences
 
 
 def locate_shortcut(explanation: dict, number: int) -> str:

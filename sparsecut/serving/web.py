@@ -10,8 +10,10 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.resources import files
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse
@@ -21,6 +23,7 @@ from ..audio import Clip
 from ..data.audio_records import encode_wav
 from ..data.examples import Example
 from ..drawing import list_arrows, summarize
+from ..evaluation.heat_maps import KINDS, make_heat_maps
 from ..evaluation.shortcut_norms import measure_additions
 from ..schema import UserError
 from .admission import ServerConfig, ServerContext, read_json
@@ -80,19 +83,30 @@ def add_page(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
 
     @app.post("/sparsecut/strengths")
     async def strengths(request: Request) -> dict:
-        context.check_token(request)
-        async with context.receive(request) as upload:
-            conversation = await context.run_reader(read_conversation, engine, config, upload.data)
-            fetched = await context.fetch_images(conversation.image_urls)
-            example = await context.run_reader(build_example, engine, config, conversation, fetched)
-            try:
-                future = engine.run(lambda: measure_shortcuts(engine, example))
-                shortcuts = await asyncio.wrap_future(future)
-            except QueueFullError as error:
-                raise build_busy_error(str(error)) from None
-            except UserError as error:
-                raise APIError(400, str(error)) from None
+        shortcuts = await _run_on_example(context, request, measure_shortcuts)
         return {"shortcuts": shortcuts}
+
+    @app.post("/sparsecut/looks")
+    async def looks(request: Request) -> dict:
+        return await _run_on_example(context, request, draw_looks)
+
+
+async def _run_on_example(context: ServerContext, request: Request, measure: Callable) -> Any:
+    """Call `measure(engine, example, body)` on the model's thread with a request's conversation."""
+    context.check_token(request)
+    engine, config = context.engine, context.config
+    async with context.receive(request) as upload:
+        conversation = await context.run_reader(read_conversation, engine, config, upload.data)
+        body = await context.run_reader(read_json, upload.data)
+        fetched = await context.fetch_images(conversation.image_urls)
+        example = await context.run_reader(build_example, engine, config, conversation, fetched)
+        try:
+            future = engine.run(lambda: measure(engine, example, body))
+            return await asyncio.wrap_future(future)
+        except QueueFullError as error:
+            raise build_busy_error(str(error)) from None
+        except UserError as error:
+            raise APIError(400, str(error)) from None
 
 
 def build_plan_facts(model, config: ServerConfig) -> dict:
@@ -167,7 +181,45 @@ def _encode(image: Image.Image | Clip) -> bytes:
     return file.getvalue()
 
 
-def measure_shortcuts(engine: Engine, example: Example) -> list[dict]:
+def draw_looks(engine: Engine, example: Example, body: dict) -> dict:
+    """Heat maps of an answer, as numbers that JSON can hold; see `evaluation.heat_maps`.
+
+    Args:
+        engine: The engine.
+        example: The conversation up to its question.
+        body: The request: "answer", a text, and "kind", one of `heat_maps.KINDS`.
+
+    Raises:
+        UserError: The answer or the kind is missing or wrong, or nothing can be drawn.
+    """
+    answer, kind = body.get("answer"), body.get("kind", "gradient")
+    if not isinstance(answer, str) or not answer.strip():
+        raise UserError(f"answer is {answer!r}, but must be the text whose maps are wanted")
+    if not isinstance(kind, str):
+        raise UserError(f"kind is {kind!r}, but must be one of {', '.join(KINDS)}")
+    _check_answer(engine, example, answer)
+    reply = {"role": "assistant", "content": answer}
+    answered = replace(example, messages=[*example.messages, reply])
+    made = make_heat_maps(engine.model, engine.processor, answered, kinds=[kind])
+    maps = []
+    for one in made.maps:
+        values = [[_drop_infinite(float(value)) for value in row] for row in one.values]
+        facts = {"shortcut": one.shortcut, "image": one.image, "is_empty": one.is_empty}
+        maps.append({**facts, "values": values})
+    return {"kind": kind, "maps": maps}
+
+
+def _check_answer(engine: Engine, example: Example, answer: str) -> None:
+    """Raise UserError for an answer with special tokens, or too long beside its question."""
+    found = [token for token in (engine.image_token, *engine.reserved_tokens) if token in answer]
+    if found:
+        raise UserError(f"answer contains {found[0]}, a special token; leave it out")
+    num_tokens = len(engine.processor.tokenizer(answer)["input_ids"])
+    images = [engine.prepare_image(image) for image in example.load_images()]
+    engine.prepare(example.messages, images, SamplingParams(max_new_tokens=num_tokens + 1))
+
+
+def measure_shortcuts(engine: Engine, example: Example, body: dict | None = None) -> list[dict]:
     """How much every shortcut adds at the example's image tokens, as numbers that JSON can hold.
 
     See `evaluation.additions.measure_additions`.

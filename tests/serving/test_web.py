@@ -18,6 +18,7 @@ from helpers.clients import (
 )
 
 from sparsecut.data.examples import Example
+from sparsecut.evaluation.heat_maps import KINDS, make_heat_maps
 from sparsecut.evaluation.shortcut_norms import measure_additions
 from sparsecut.serving.web import add_page, read_page
 
@@ -40,6 +41,10 @@ const until = async test => { while (!test()) await new Promise(r => setTimeout(
   $("text").value = "are you <b>sure</b>";
   $("shortcut1").click();
   await ask();
+  const looks = document.querySelector(".looks");
+  looks.open = true;
+  await until(() => looks.querySelector("canvas"));
+  document.body.dataset.maps = looks.querySelectorAll("figure").length;
   document.body.dataset.over = document.documentElement.scrollWidth - innerWidth;
   const sizes = [...document.querySelectorAll("body *")]
     .filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()))
@@ -113,6 +118,41 @@ def test_strengths_without_an_image_or_messages_are_refused(client, body):
     assert "messages" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_maps_of_an_answer_are_those_of_the_library(engine, client, kind):
+    messages = make_messages("what is it", make_image(5))
+    body = {"messages": messages, "answer": "a cat", "kind": kind}
+    response = request(client, "sparsecut/looks", json=body).json()
+    turns = [{"role": "user", "content": "<image>\nwhat is it"}]
+    turns.append({"role": "assistant", "content": "a cat"})
+    example = Example("one", [encode_image(make_image(5))], turns)
+    expected = make_heat_maps(engine.model, engine.processor, example, kinds=[kind])
+    assert response["kind"] == kind
+    assert len(response["maps"]) == len(expected.maps) > 0
+    for row, own in zip(response["maps"], expected.maps, strict=True):
+        assert (row["shortcut"], row["image"]) == (own.shortcut, own.image)
+        for values, expected_values in zip(row["values"], own.values, strict=True):
+            assert values == pytest.approx(list(expected_values), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({}, "answer"),
+        ({"answer": 3}, "answer"),
+        ({"answer": "a cat", "kind": "gradiant"}, "gradient"),
+        ({"answer": "a cat", "kind": ["size"]}, "kind"),
+        ({"answer": "a <image> cat"}, "<image>"),
+        ({"answer": "a " * 9000}, "max_new_tokens"),
+    ],
+)
+def test_maps_without_an_answer_or_of_an_unknown_kind_are_refused(client, body, named):
+    messages = make_messages("what is it", make_image(5))
+    response = request(client, "sparsecut/looks", json={"messages": messages, **body})
+    assert response.status_code == 400
+    assert named in response.json()["error"]["message"]
+
+
 @pytest.fixture(scope="module")
 def page_source(engine, tmp_path_factory):
     """The page in a narrow window, after two questions, as HTML."""
@@ -134,6 +174,8 @@ def test_a_question_in_the_browser_is_answered_with_and_without_a_shortcut(engin
     assert 'data-done="2"' in page_source, page_source[-2000:]
     assert 'data-unread="notes.txt' in page_source
     assert page_source.count('class="answer without"') == 1
+    assert page_source.count('class="looks"') == 2
+    assert int(re.search(r'data-maps="(\d+)"', page_source)[1]) >= 1
     assert page_source.count('class="answer"') == 2
     assert "are you &lt;b&gt;sure" in page_source
     assert '<span class="error"' not in page_source
