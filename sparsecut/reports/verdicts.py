@@ -145,13 +145,13 @@ def judge_ablation(explanation: dict) -> str:
 
     if together["high"] < 0:
         return (
-            f"{_name_model(explanation)} misses no single shortcut clearly, but without all of them"
-            f" accuracy falls by {_format_gap(together['value'], together)}."
+            f"{_name_model(explanation)}: no single shortcut is clearly missed, but without all of"
+            f" them accuracy falls by {_format_gap(together['value'], together)}."
         )
 
     return (
-        f"{_name_model(explanation)} shows no use of its shortcuts: without all of them accuracy"
-        " changes by"
+        f"{_name_model(explanation)}: no use of the shortcuts can be seen; without all of them"
+        " accuracy changes by"
         f" {100 * together['value']:+.1f} points ({format_interval(together)})."
     )
 
@@ -179,7 +179,7 @@ def describe_uses(explanation: dict) -> list[str]:
             ranked = sorted(needed, key=lambda group: needed[group]["value"])
             texts = [f"{group} ({format_points(needed[group]['value'])})" for group in ranked]
             sentences.append(
-                f"Shortcut {place} is good for {_join_names(texts)}, in points lost without it."
+                f"Shortcut {place} is good for {', '.join(texts)}: points lost without it."
             )
         elif average["high"] < 0:
             sentences.append(

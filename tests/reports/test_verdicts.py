@@ -91,4 +91,4 @@ def test_the_shortcut_that_is_missed_most_is_named():
 def test_shortcuts_that_carry_the_same_are_not_called_useless():
     losses = {1: (0.0, -0.1, 0.1), 2: (0.0, -0.1, 0.1)}
     assert "without all of them" in judge_ablation(explanation(losses, (-0.5, -0.6, -0.4)))
-    assert "No use" in judge_ablation(explanation(losses, (0.0, -0.1, 0.1)))
+    assert "no use" in judge_ablation(explanation(losses, (0.0, -0.1, 0.1)))
