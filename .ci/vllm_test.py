@@ -11,6 +11,7 @@ but runs with it.
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from ctypes.util import find_library
@@ -101,6 +102,7 @@ def install() -> Path:
     subprocess.run([sys.executable, "-m", "venv", home], check=True)
     torch = next(line for line in pins if line.startswith("torch=="))
     install_vllm(python, torch)
+    check_processor(python)
     subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", *BESIDE_GPUS], check=True)
     # In a second step, as pip would refuse this transformers beside vLLM in one.
     pip(python, ["-e", ".[lora]", "pytest", *pins])
@@ -114,6 +116,14 @@ def check_library() -> None:
         raise UnreachableError(
             "the library libnuma is missing; on Debian: apt-get install libnuma1"
         )
+
+
+def check_processor(python: Path) -> None:
+    """Raise UnreachableError where the processor lacks instructions that vLLM was compiled for."""
+    code = "import vllm.platforms as p; p.current_platform.import_kernels()"
+    ended = subprocess.run([python, "-c", code], env={**os.environ, **SETTINGS}, capture_output=True)
+    if ended.returncode == -signal.SIGILL:
+        raise UnreachableError("this processor lacks instructions that vLLM was compiled for")
 
 
 def install_vllm(python: Path, torch: str) -> None:
