@@ -121,7 +121,9 @@ def check_library() -> None:
 def check_processor(python: Path) -> None:
     """Raise UnreachableError where the processor lacks instructions that vLLM was compiled for."""
     code = "import vllm.platforms as p; p.current_platform.import_kernels()"
-    ended = subprocess.run([python, "-c", code], env={**os.environ, **SETTINGS}, capture_output=True)
+    ended = subprocess.run(
+        [python, "-c", code], env={**os.environ, **SETTINGS}, capture_output=True
+    )
     if ended.returncode == -signal.SIGILL:
         raise UnreachableError("this processor lacks instructions that vLLM was compiled for")
 
