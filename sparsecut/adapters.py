@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from .hub import fetch_files
 from .loading import HUB_ARGUMENTS, check_finite, check_loaded_weights, read_tensors
@@ -223,6 +224,9 @@ def _load_all_weights(model: nn.Module, weights: dict[str, Tensor], folder: Path
     """Give a model all its weights but those of adapters; tied ones need to be there once."""
     current = model.state_dict()
     names = {_strip_layer(name): name for name in current if ".lora_" not in name}
+    if not weights.keys() <= names.keys():
+        own_names = _find_own_names(model, {name: current[own] for name, own in names.items()})
+        weights = {own_names.get(name, name): value for name, value in weights.items()}
     loaded = {current[names[name]].data_ptr() for name in weights if name in names}
     absent = [name for name in names if name not in weights]
     info = {
@@ -231,6 +235,16 @@ def _load_all_weights(model: nn.Module, weights: dict[str, Tensor], folder: Path
     }
     check_loaded_weights(model, info, str(folder))
     model.load_state_dict({names[name]: x for name, x in weights.items()}, strict=False)
+
+
+def _find_own_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, str]:
+    """Name in files -> name in the model, for its weights without adapters.
+
+    Transformers saves some encoders, such as DINOv2, under the names that they have on the hub.
+    """
+    own_names = {id(value): name for name, value in state.items()}
+    saved = revert_weight_conversion(model, state)
+    return {name: own_names[id(value)] for name, value in saved.items() if id(value) in own_names}
 
 
 def strip_adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
