@@ -52,13 +52,14 @@ from .processing_upgraded import wrap_processor
 from .saved_code import without_code
 from .schema import UserError
 from .sharing import find_shortcuts
+from .shipped_model import SHIPPED_MODEL, find_shipped_model
 from .timm_encoders import is_timm, make_timm_image_processor
 from .upgrading import load_fusion, read_processor
 
 logger = logging.getLogger(__name__)
 
 SHAPES_WEIGHTS = Path(__file__).parent / "shapes" / "weights"
-SHAPES = "shapes"  # names the built-in small backbones
+SHAPES = SHIPPED_MODEL  # names the built-in small backbones
 OLD_SHAPES = "world"  # their former name
 # Arguments about the repository of shortcuts, which their base does not share.
 OF_ONE_REPOSITORY = ("revision", "subfolder")
@@ -243,8 +244,9 @@ def load(
     """Load a saved model and its processor; adapters that were saved beside it are put back on.
 
     Args:
-        folder: A folder or a hub name. A folder of shortcuts alone (`save_fusion`) is loaded onto
-            its base; see `upgrading.load_fusion`.
+        folder: A folder, a hub name, or "shapes": a small trained model that ships with the
+            package. A folder of shortcuts alone (`save_fusion`) is loaded onto its base; see
+            `upgrading.load_fusion`.
         base: For shortcuts: the base to use instead of the one they name.
         processor: For shortcuts: the processor of a loaded base.
         **from_pretrained: For `from_pretrained`.
@@ -255,6 +257,7 @@ def load(
     Raises:
         UserError: There is no saved model, or the shortcuts belong to another base.
     """
+    folder = find_shipped_model(folder)
     hub = {name: value for name, value in from_pretrained.items() if name in HUB_ARGUMENTS}
     shortcuts = find_shortcuts(folder, **hub)
     if shortcuts is not None:

@@ -18,6 +18,7 @@ from .. import __version__
 from ..config.paths import check_writable_folder
 from ..drawing import escape_controls
 from ..schema import UserError, nearest
+from ..shipped_model import SHIPPED_MODEL, find_shipped_model
 
 if TYPE_CHECKING:
     from ..config.source import Source
@@ -32,9 +33,10 @@ def argument(
     help: str,
     metavar: str | None = None,
     complete: Callable[[str], list[str]] | None = None,
+    **settings: Any,
 ) -> Any:
     """A positional argument of a command; `complete` gives a shell what may stand there."""
-    return typer.Argument(help=help, metavar=metavar, autocompletion=complete)
+    return typer.Argument(help=help, metavar=metavar, autocompletion=complete, **settings)
 
 
 def option(help: str, *names: str, **settings: Any) -> Any:
@@ -91,9 +93,32 @@ def print_marked(pieces: Sequence[tuple[str, bool]]) -> None:
 Text = str | None
 Number = int | None
 File = Path | None
+
+
+def find_model(name: str | None) -> str | None:
+    """Return the place of a model that is named; None where none is.
+
+    Raises:
+        UserError: The name is that of a file, most often because the model was left out.
+    """
+    if name is None:
+        return None
+    if Path(name).is_file():
+        raise UserError(
+            f"MODEL is {name}, which is a file, but must be a model's folder or hub name;"
+            f" {SHIPPED_MODEL} names the model that ships with the package"
+        )
+    return str(find_shipped_model(name))
+
+
+WHAT_A_MODEL_IS = f"A saved model's folder, its hub name, or {SHIPPED_MODEL}"
 SavedModel = Annotated[
     str,
-    argument("A saved model's folder, or its hub name.", "MODEL"),
+    argument(f"{WHAT_A_MODEL_IS}, which ships.", "MODEL", callback=find_model),
+]
+OptionalModel = Annotated[
+    Text,
+    argument(f"{WHAT_A_MODEL_IS}, which ships (default).", "[MODEL]", callback=find_model),
 ]
 MethodOptions = Annotated[
     list[str] | None,

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 from ..hub import check_model_place
+from ..shipped_model import SHIPPED_FOLDER
+from ..shapes import EXAMPLE_IMAGE, EXAMPLE_QUESTIONS
 from .app import (
     Device,
     Dtype,
-    SavedModel,
+    OptionalModel,
     TemplateArguments,
     Text,
     app,
@@ -24,7 +26,7 @@ from .app import (
 
 @app.command()
 def chat(
-    model: SavedModel,
+    model: OptionalModel = None,
     images: Annotated[
         list[Path] | None, argument("Images that go with the first question.")
     ] = None,
@@ -41,7 +43,14 @@ def chat(
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Talk with a model about images or sound. In the conversation, /help lists the commands."""
+    """Talk with a model about images or sound. In the conversation, /help lists the commands.
+
+    Without MODEL it is the small one that ships with the package, and an example image.
+    """
+    if model is None:
+        model = str(SHIPPED_FOLDER)
+        images = [EXAMPLE_IMAGE]
+        echo(describe_shipped_model(), err=True)
     check_model_place(model)
     from ..audio import open_audio
     from ..chat import Chat, run_terminal
@@ -74,3 +83,13 @@ def chat(
     )
     if is_terminal:
         echo()
+
+
+def describe_shipped_model() -> str:
+    """Return what a conversation with the shipped model is about, and what to ask there."""
+    questions = "".join(f"\n  {question}" for question in EXAMPLE_QUESTIONS)
+    return (
+        "This is the small model that ships with SparseCut; it was trained on drawn shapes alone.\n"
+        f"The image: {EXAMPLE_IMAGE}\n"
+        f"Ask, for example:{questions}"
+    )

@@ -6,18 +6,19 @@ import ipaddress
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..hub import check_model_place
 from ..schema import UserError
 from ..serving.naming import get_default_name
+from ..shipped_model import SHIPPED_FOLDER
 from .app import (
     Device,
     Dtype,
     Number,
-    SavedModel,
+    OptionalModel,
     TemplateArguments,
     Text,
     app,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from ..serving.admission import ServerConfig
     from ..serving.engine import Engine
+    from ..serving.web import PageExamples
 
 TOKEN_VARIABLE = "SPARSECUT_TOKEN"
 DEFAULT_TOKENS = 256  # of an answer, where a request sets no limit
@@ -44,7 +46,7 @@ DEFAULT_TOKENS = 256  # of an answer, where a request sets no limit
 @app.command()
 def serve(
     context: typer.Context,
-    model: SavedModel,
+    model: OptionalModel = None,
     engine_args: Annotated[
         list[str] | None, argument("With --engine vllm: more options of `vllm serve`.", "[-- ...]")
     ] = None,
@@ -100,7 +102,11 @@ def serve(
         str, option("What runs the model: local, our own server, or vllm (docs/serving.md).")
     ] = "local",
 ) -> None:
-    """Serve OpenAI-compatible chat completions about texts and images over HTTP."""
+    """Serve OpenAI-compatible chat completions about texts and images over HTTP.
+
+    Without MODEL it is the small one that ships with the package.
+    """
+    model = context.params["model"] = model or str(SHIPPED_FOLDER)
     token = token or os.environ.get(TOKEN_VARIABLE) or None
     _check_token(token)
     _check_name(name)
@@ -196,8 +202,19 @@ def _make_web_app(engine: Engine, config: ServerConfig, ui: bool) -> FastAPI:
     if ui:
         from ..serving.web import add_page
 
-        add_page(web, engine, config)
+        add_page(web, engine, config, _find_examples(engine.processor))
     return web
+
+
+def _find_examples(processor: Any) -> PageExamples | None:
+    """The example of the drawn shapes, where a model knows each of its words; None elsewhere."""
+    from ..serving.web import PageExamples
+    from ..shapes import EXAMPLE_IMAGE, EXAMPLE_QUESTIONS
+
+    words = {word for question in EXAMPLE_QUESTIONS for word in question.split()}
+    if not words <= set(processor.tokenizer.get_vocab()):
+        return None
+    return PageExamples(EXAMPLE_IMAGE, EXAMPLE_QUESTIONS)
 
 
 def _run(web: FastAPI, engine: Engine, listener: socket.socket, host: str, ui: bool) -> None:

@@ -11,8 +11,9 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -44,6 +45,24 @@ SCRIPT = re.compile("<script>(.*?)</script>", re.DOTALL)
 MEASURES = ("gate", "norm", "hidden_norm", "ratio", "cosine")
 
 
+@dataclass(frozen=True)
+class PageExamples:
+    """What the page offers to ask before anything was asked.
+
+    Attributes:
+        image: A PNG file.
+        questions: Questions about it.
+    """
+
+    image: Path
+    questions: tuple[str, ...]
+
+    def to_dict(self) -> dict:
+        """The image as a data URL, and the questions."""
+        data = base64.b64encode(self.image.read_bytes()).decode()
+        return {"image": f"data:image/png;base64,{data}", "questions": list(self.questions)}
+
+
 def read_page() -> str:
     """The page as one HTML file; styles and script are inside."""
     return (files(__package__) / "ui.html").read_text(encoding="utf-8")
@@ -56,15 +75,19 @@ def build_content_policy(page: str) -> str:
     return CONTENT_POLICY.format(script=f"sha256-{base64.b64encode(digest).decode()}")
 
 
-def add_page(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
+def add_page(
+    app: FastAPI, engine: Engine, config: ServerConfig, examples: PageExamples | None = None
+) -> None:
     """Add the page at /, and what it requests: the plan, and how much each shortcut adds.
 
     Args:
         app: From `make_app`.
         engine: The engine of this application.
         config: The settings of this application.
+        examples: What the page offers to ask; None offers nothing.
     """
     context: ServerContext = app.state.context
+    offered = examples.to_dict() if examples is not None else None
 
     @app.get("/")
     async def page() -> HTMLResponse:
@@ -79,7 +102,8 @@ def add_page(app: FastAPI, engine: Engine, config: ServerConfig) -> None:
     @app.get("/sparsecut/plan")
     async def plan(request: Request) -> dict:
         context.check_token(request)
-        return {**build_plan_facts(engine.model, config), "medium": engine.medium}
+        facts = build_plan_facts(engine.model, config)
+        return {**facts, "medium": engine.medium, "examples": offered}
 
     @app.post("/sparsecut/strengths")
     async def strengths(request: Request) -> dict:

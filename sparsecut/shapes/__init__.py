@@ -12,6 +12,12 @@ from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
 EXAMPLE_IMAGE = Path(__file__).parent / "example.png"  # 96 x 96 pixels, of the test split
+EXAMPLE_QUESTIONS = (  # with the answers that the image shows
+    "what shape is top-right",
+    "what texture is bottom-left",
+    "what digit is top-left",
+)
+EXAMPLE_ANSWERS = ("triangle", "checks", "nine")
 
 
 def vision_path() -> Path:

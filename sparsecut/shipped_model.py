@@ -1,0 +1,24 @@
+"""The trained model that ships with the package, by its name.
+
+It is imported before any model library.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SHIPPED_MODEL = "shapes"  # as `build` names the two backbones that it was made of
+SHIPPED_FOLDER = Path(__file__).parent / "shapes" / "final"  # requests call it "shapes"
+MODEL_FILES = ("config.json", "fusion.json")  # one of them says that a folder holds a model
+
+
+def find_shipped_model(name: str | Path) -> str | Path:
+    """Return the folder of the shipped model where a name means it, and any other name as it is.
+
+    A folder of that name in the working directory comes first where it holds a model.
+    """
+    if str(name) != SHIPPED_MODEL:
+        return name
+    if any((Path(SHIPPED_MODEL) / file).is_file() for file in MODEL_FILES):
+        return name
+    return str(SHIPPED_FOLDER)
