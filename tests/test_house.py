@@ -34,6 +34,7 @@ ROOMS = [  # left to right
 METHOD = ["schema", "kinds", "plan", "methods", "baselines", "mixers", "gates", "fusion"]
 ASSEMBLY = [
     "building",
+    "shipped_model",
     "replanning",
     "upgrading",
     "fingerprint",

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 from ..hub import check_model_place
-from ..shipped_model import SHIPPED_FOLDER
 from ..shapes import EXAMPLE_IMAGE, EXAMPLE_QUESTIONS
+from ..shipped_model import SHIPPED_FOLDER
 from .app import (
     Device,
     Dtype,

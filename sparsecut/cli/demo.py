@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-from .app import app, option, output_folder
+from .app import app, echo, option, output_folder
+from .demo_display import describe_end, show_demo
 
 
 def run_demo(
@@ -25,7 +26,7 @@ def run_demo(
         seed: Draws the images, starts the fusion, and orders the batches.
         quick: A small part of everything, to see that it runs; its numbers mean nothing.
         workers: Processes on this machine; 0 runs everything in this one.
-        log: Takes lines about the progress, and some answers at the end.
+        log: Takes lines about the progress where there is no terminal, and the results.
 
     Returns:
         The path of report.html.
@@ -34,20 +35,21 @@ def run_demo(
         UserError: matplotlib is missing, or `out` holds a demo of another seed or size.
         StudyRunError: A variant failed; the message has the end of its error.
     """
-    from ..experiments.demo import VARIANTS, build_demo_study
+    from ..experiments.demo import VARIANTS, build_demo_study, list_next_commands
     from ..experiments.runner import run_study
-    from ..reports.demo import print_answers, write_page
+    from ..reports.demo import print_scores, write_page
     from ..reports.figures import check_matplotlib
 
     check_matplotlib()
     start = time.monotonic()
     study = build_demo_study(out, seed, quick)
-    run_study(study, workers=workers, log=log)
-    minutes = (time.monotonic() - start) / 60
-    page = write_page(study, VARIANTS, is_quick=quick)
     titles = {name: variant.title for name, variant in VARIANTS.items()}
-    print_answers(study, titles, log)
-    log(f"\n{minutes:.1f} minutes in all. The report with images, intervals and costs: {page}")
+    with show_demo(study, titles, log) as study_log:
+        run_study(study, workers=workers, log=study_log)
+    page = write_page(study, VARIANTS, is_quick=quick)
+    print_scores(study, titles, log)
+    minutes = (time.monotonic() - start) / 60
+    log(f"{minutes:.1f} minutes in all.\n\n{describe_end(page, list_next_commands(study))}")
     return page
 
 
@@ -64,4 +66,4 @@ def demo(
     ] = False,
 ) -> None:
     """Train and compare four ways of fusion on drawn images, and write a report."""
-    run_demo(out, seed=seed, quick=quick)
+    run_demo(out, seed=seed, quick=quick, log=echo)

@@ -12,6 +12,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from .study import Study, load_study
+from .study_parts import Run
+
+FINAL = "final"  # where training leaves a run's model
 
 
 @dataclass(frozen=True)
@@ -107,3 +110,17 @@ def build_demo_study(out: str | Path, seed: int = 0, quick: bool = False) -> Stu
         changes += ["pictures.train=64", "pictures.ask=64", "recipe.evaluate.data.keep=42"]
         changes += ["recipe.stages.0.args.max_steps=3", "recipe.stages.1.args.max_steps=4"]
     return load_study(str(files("sparsecut") / "experiments" / "demo.yaml"), changes)
+
+
+def list_next_commands(study: Study) -> dict[str, list[str]]:
+    """Return commands to go on with after a demo: what each is for, and its words."""
+    model = str(Run(study.main, "sparsecut", study.seeds[0]).get_folder(study.output) / FINAL)
+    data = Path(study.output) / "data"
+    records = f"{data / study.pictures.split}.json"
+    image = str(data / study.pictures.split / "0.png")
+    few = ["--limit", "40", "--max-new-tokens", "2"]
+    return {
+        "ask the trained model about an image": ["chat", model, image],
+        "the same in the browser": ["serve", model, "--ui"],
+        "what each shortcut contributes": ["explain", model, "--data", records, *few],
+    }

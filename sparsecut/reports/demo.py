@@ -37,7 +37,6 @@ LEVELS = {
     "mid": "mid: texture, count",
     "low": "low: shade, lines, digit",
 }
-NUM_ITEMS_ON_SCREEN = 6
 NUM_ITEMS_ON_PAGE = 8
 
 
@@ -76,8 +75,8 @@ def write_page(study: Study, variants: dict[str, DemoVariant], *, is_quick: bool
     return path
 
 
-def print_answers(study: Study, titles: dict[str, str], log: Callable[[str], None]) -> None:
-    """Print a table of accuracies, and some questions with every variant's answer."""
+def print_scores(study: Study, titles: dict[str, str], log: Callable[[str], None]) -> None:
+    """Print a table of accuracies, and what it does not show."""
     rows = [["accuracy in per cent", "average", *LEVELS]]
     for name, title in titles.items():
         path = _get_folder(study, name) / "eval" / "result.json"
@@ -89,19 +88,8 @@ def print_answers(study: Study, titles: dict[str, str], log: Callable[[str], Non
         rows.append(row)
 
     log(f"\n{text_table(rows)}")
-    log("this is one seed: other seeds move every number by some points")
+    log("This is one seed: other seeds move every number by some points.")
     log(f"{describe_five_seeds()} docs/results.md has the table.\n")
-
-    for item in choose_items(study, titles, NUM_ITEMS_ON_SCREEN):
-        log(_describe_item(item))
-
-
-def _describe_item(item: dict) -> str:
-    answers = []
-    for answer in item["answers"]:
-        answers.append(f"{answer['name']}: {answer['text']}")
-    question = f"{item['image']}: {item['question']}? ({item['reference']})"
-    return f"{question}\n    {', '.join(answers)}"
 
 
 def choose_items(study: Study, titles: dict[str, str], number: int) -> list[dict]:

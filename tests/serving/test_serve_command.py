@@ -1,5 +1,6 @@
 """`sparsecut serve`, as typed."""
 
+import base64
 import json
 import socket
 import threading
@@ -12,6 +13,7 @@ from helpers.tiny import tiny_model
 from sparsecut.building import save
 from sparsecut.cli import main as cli
 from sparsecut.schema import UserError
+from sparsecut.shapes import EXAMPLE_IMAGE, EXAMPLE_QUESTIONS
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def responses(monkeypatch):
         thread = threading.Thread(target=run, args=[server, sockets], daemon=True)
         thread.start()
         root = f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
-        for path in ("/v1/models", "/"):
+        for path in ("/v1/models", "/", "/sparsecut/plan"):
             headers = {"Authorization": "Bearer secret"}
             request = urllib.request.Request(root + path, headers=headers)
             with urllib.request.urlopen(request) as response:
@@ -49,6 +51,15 @@ def serve(*arguments: str) -> None:
     assert not exit.value.code
 
 
+def test_without_a_model_the_shipped_one_is_served_and_its_page_offers_the_example(responses):
+    serve("--port", "0", "--ui")
+    assert json.loads(responses["/v1/models"])["data"][0]["id"] == "shapes"
+    offered = json.loads(responses["/sparsecut/plan"])["examples"]
+    assert tuple(offered["questions"]) == EXAMPLE_QUESTIONS
+    image = base64.b64decode(offered["image"].partition(",")[2])
+    assert image == EXAMPLE_IMAGE.read_bytes()
+
+
 def test_a_saved_model_is_served_under_its_name_with_its_page(
     folder, responses, capsys, monkeypatch
 ):
@@ -56,6 +67,7 @@ def test_a_saved_model_is_served_under_its_name_with_its_page(
     serve(str(folder), "--port", "0", "--ui")
     assert json.loads(responses["/v1/models"])["data"][0]["id"] == "cats"
     assert "<title>SparseCut" in responses["/"]
+    assert json.loads(responses["/sparsecut/plan"])["examples"] is None
     output = capsys.readouterr()
     assert "cats answers at http://127.0.0.1:" in output.out
 

@@ -1,6 +1,7 @@
 """The server's page: what it requests, and, where Chromium is installed, a question in it."""
 
 import asyncio
+import html
 import json
 import re
 import shutil
@@ -20,7 +21,8 @@ from helpers.clients import (
 from sparsecut.data.examples import Example
 from sparsecut.evaluation.heat_maps import KINDS, make_heat_maps
 from sparsecut.evaluation.shortcut_norms import measure_additions
-from sparsecut.serving.web import add_page, read_page
+from sparsecut.serving.web import PageExamples, add_page, read_page
+from sparsecut.shapes import EXAMPLE_IMAGE
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -29,7 +31,15 @@ BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 DRIVER = """<img src="hold" alt="" hidden><script>
 const until = async test => { while (!test()) await new Promise(r => setTimeout(r, 20)); };
 (async () => {
-  await until(() => plan);
+  await until(() => plan && $("examples").children.length);
+  document.body.dataset.hint = $("hint").textContent;
+  $("examples").lastChild.click();
+  await until(() => document.body.dataset.done === "1");
+  $("examples").firstChild.click();
+  await until(() => document.body.dataset.done === "2");
+  const sent = messages.map(m => Array.isArray(m.content) ? m.content.map(p => p.text || "I") : "A");
+  document.body.dataset.sent = JSON.stringify(sent);
+  $("new").click();
   addFiles([new File(["a"], "notes.txt", {type: "text/plain"})]);
   document.body.dataset.unread = $("unread").textContent;
   addFiles([]);
@@ -58,6 +68,13 @@ function scaleOf(element) {
   return matrix ? matrix.a : 1;
 }
 </script>"""
+
+
+EXAMPLES = PageExamples(EXAMPLE_IMAGE, ("what is it", "are you sure"))
+
+
+def add_page_with_examples(app, engine, config):
+    add_page(app, engine, config, EXAMPLES)
 
 
 def add_driven_page(app, engine, config):
@@ -162,7 +179,7 @@ def page_source(engine, tmp_path_factory):
         " --dump-dom --window-size=390,844"
     )
     profile = tmp_path_factory.mktemp("browser")
-    with start_server(engine, add_page, add_driven_page) as client:
+    with start_server(engine, add_page_with_examples, add_driven_page) as client:
         url = str(client.base_url).removesuffix("v1/") + "driven"
         command = [BROWSER, *flags.split(), f"--user-data-dir={profile}", url]
         browser = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -171,7 +188,7 @@ def page_source(engine, tmp_path_factory):
 
 @pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
 def test_a_question_in_the_browser_is_answered_with_and_without_a_shortcut(engine, page_source):
-    assert 'data-done="2"' in page_source, page_source[-2000:]
+    assert 'data-done="4"' in page_source, page_source[-2000:]
     assert 'data-unread="notes.txt' in page_source
     assert page_source.count('class="answer without"') == 1
     assert page_source.count('class="looks"') == 2
@@ -185,6 +202,16 @@ def test_a_question_in_the_browser_is_answered_with_and_without_a_shortcut(engin
     assert num_bars == len(engine.model.plan.shortcuts) - 1
     assert "<svg" in page_source
     assert " %</span>" in page_source
+
+
+@pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
+def test_the_first_screen_of_a_phone_lets_choose_an_image_and_offers_examples(page_source):
+    hint = re.search(r'data-hint="([^"]+)"', page_source)[1]
+    assert "Choose an image" in hint
+    assert "drop" not in hint.lower()
+    first, second = EXAMPLES.questions
+    sent = json.loads(html.unescape(re.search(r'data-sent="([^"]+)"', page_source)[1]))
+    assert sent == [["I", second], "A", [first], "A"], "the image goes with the first question"
 
 
 @pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
