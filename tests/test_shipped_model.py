@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import sparsecut
 from sparsecut.building import save
 from sparsecut.cli.main import app
+from sparsecut.schema import UserError
 from sparsecut.shapes import EXAMPLE_ANSWERS, EXAMPLE_IMAGE, EXAMPLE_QUESTIONS, vision_path
 from sparsecut.shapes.questions import KINDS, find_kind, split_scene
 from sparsecut.shapes.scenes import DIGITS, SHAPES, TEXTURES
@@ -114,5 +115,5 @@ def test_chat_asks_it_about_the_example(no_model_here, capsys, words):
 
 
 def test_an_image_in_the_place_of_the_model_is_told(no_model_here):
-    with pytest.raises(sparsecut.UserError, match=r"MODEL.*shapes"):
+    with pytest.raises(UserError, match=r"MODEL.*shapes"):
         app(["chat", str(EXAMPLE_IMAGE)], standalone_mode=False)
