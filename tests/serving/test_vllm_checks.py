@@ -1,5 +1,7 @@
 """What vLLM would not serve exactly is refused before anything is loaded."""
 
+import re
+
 import pytest
 import torch
 from helpers.tiny import SPARSE, tiny_model
@@ -12,7 +14,13 @@ from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, LlamaConfi
 
 from sparsecut import SparseCutConfig
 from sparsecut.schema import UserError
-from sparsecut.serving.vllm.checks import BASES, FAMILIES, check_adapters, check_servable
+from sparsecut.serving.vllm.checks import (
+    BASES,
+    FAMILIES,
+    WHY_NOT,
+    check_adapters,
+    check_servable,
+)
 from sparsecut.serving.vllm.upgraded_vision import UpgradedVision
 from sparsecut.serving.vllm.vision import VisionPart
 
@@ -22,7 +30,7 @@ def test_every_family_that_is_served_is_compared():
 
 
 def test_every_base_that_is_served_is_compared():
-    assert set(BASES) <= set(COMPARED_BASES)
+    assert set(BASES) == set(COMPARED_BASES)
 
 
 def test_a_built_llama_is_served():
@@ -137,6 +145,15 @@ def test_bases_that_were_never_compared(upgraded, monkeypatch):
         check_servable(config)
 
 
+@pytest.mark.parametrize("upgraded", ["llava"], indirect=True)
+@pytest.mark.parametrize("name", WHY_NOT)
+def test_bases_that_were_compared_and_differ(upgraded, monkeypatch, name):
+    base_config = upgraded[0].config.base_config
+    monkeypatch.setattr(type(base_config), "model_type", name)
+    with pytest.raises(UserError, match=re.escape(WHY_NOT[name])):
+        check_servable(upgraded[0].config)
+
+
 def test_decoders_of_bases_that_were_never_compared(upgraded, monkeypatch):
     monkeypatch.setattr("sparsecut.serving.vllm.checks.DECODERS", ("another",))
     with pytest.raises(UserError, match="ForCausalLM"):
@@ -154,8 +171,8 @@ def test_the_half_of_an_upgrade_that_reads_images_gives_what_the_model_adds(upgr
     inputs = processor(images=images, text=" ".join([image] * 3), return_tensors="pt")
     named = {"input_ids", "attention_mask", "mm_token_type_ids"}
     given = {name: values for name, values in inputs.items() if name not in named}
-    grids = given.get("image_grid_thw")
-    rows = [1] * 3 if grids is None else grids.prod(-1).tolist()
+    sizes = [(one.height, one.width) for one in images]
+    rows = processor._get_num_multimodal_tokens(sizes).num_image_patches
     packed = torch.cat(half.encode(rows, dict(given)))
     added = record_additions(model, inputs)
     assert set(half.layers) == set(added)

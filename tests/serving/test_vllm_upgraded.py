@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-test` runs these tests")
 
-from helpers.vllm_bases import BASES, generate_without_upgrade, save_upgraded
+from helpers.vllm_bases import DEFAULT_BASES, generate_without_upgrade, save_upgraded
 from helpers.vllm_models import (
     ask_engine,
     draw_images,
@@ -18,7 +18,7 @@ from helpers.vllm_models import (
 )
 
 
-@pytest.fixture(scope="module", params=BASES)
+@pytest.fixture(scope="module", params=DEFAULT_BASES)
 def saved(request, tmp_path_factory):
     """(folder, model, processor, how an image is written) of one upgrade."""
     folder = tmp_path_factory.mktemp("vllm_upgraded") / request.param

@@ -26,7 +26,24 @@ DECODERS = tuple(f"{family}ForCausalLM" for family in FAMILIES)
 
 
 # Pretrained VLMs whose upgrades answered in vLLM as they do here; tests/conformance has them too.
-BASES = ("llava", "qwen2_5_vl", "qwen3_vl")
+BASES = (
+    "llava",
+    "vipllava",
+    "llava_next",
+    "idefics3",
+    "internvl",
+    "mistral3",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+)
+BOTH_WAYS = "its image tokens attend to later ones, which vLLM's decoder does not let them do"
+WHY_NOT = {
+    "gemma3": BOTH_WAYS,
+    "paligemma": BOTH_WAYS,
+    "llava_onevision": "it cuts an image otherwise beside another one, and vLLM prepares each alone",
+    "smolvlm": "its processor does not say how many tokens an image of a size takes",
+}
 
 
 def check_servable(config: Any) -> None:
@@ -72,9 +89,10 @@ def _check_base(config: SparseCutUpgradeConfig) -> None:
     """Check the base of an upgraded model."""
     model_type = config.base_config.model_type
     if model_type not in BASES:
+        reason = WHY_NOT.get(model_type, "it was never compared")
         raise UserError(
-            f"an upgraded {model_type} was not found to answer in vLLM as it does here; upgrades of"
-            f" {', '.join(BASES)} were; {LOCAL}"
+            f"an upgraded {model_type} was not found to answer in vLLM as it does here ({reason});"
+            f" upgrades of {', '.join(BASES)} were; {LOCAL}"
         )
     layers = list_layers(config)
     if layers and layers[-1] >= config.language_depth:
