@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed; `make vllm-test` runs these tests")
 
 import torch
+from helpers.vllm_bases import save_upgraded
 from helpers.vllm_models import (
     ask_engine,
     draw_images,
@@ -83,7 +84,11 @@ def test_an_adapter_of_the_language_model(saved, tmp_path):
     assert all(a != b for a, b in zip(plain, want, strict=True))
 
 
-def test_without_the_plug_in_a_sentence_tells_what_to_do(saved):
+@pytest.mark.parametrize("kind", ["built", "upgraded"])
+def test_without_the_plug_in_a_sentence_tells_what_to_do(saved, tmp_path, kind):
+    folder = saved[0] if kind == "built" else tmp_path
+    if kind == "upgraded":
+        save_upgraded(folder, "llava")
     code = (
         "import sys\n"
         "from helpers.vllm_models import start_engine\n"
@@ -91,7 +96,7 @@ def test_without_the_plug_in_a_sentence_tells_what_to_do(saved):
     )
     settings = {**os.environ, "VLLM_PLUGINS": "", "PYTHONPATH": str(TESTS)}
     run = subprocess.run(
-        [sys.executable, "-c", code, saved[0]], env=settings, capture_output=True, text=True
+        [sys.executable, "-c", code, folder], env=settings, capture_output=True, text=True
     )
     assert run.returncode == 1  # not killed by a signal
     assert "pip install 'sparsecut[vllm]'" in run.stderr
