@@ -14,7 +14,12 @@ from typing import NamedTuple
 
 from ..chat_templates.arguments import find_agreeing_arguments
 from ..chat_templates.markers import check_markers
-from ..chat_templates.rendering import apply_template, get_chat_template
+from ..chat_templates.rendering import (
+    apply_template,
+    freeze_special_tokens,
+    get_chat_template,
+    get_tokens_per_image,
+)
 from ..chat_templates.thoughts import (
     MARKS,
     drop_tokens,
@@ -29,6 +34,8 @@ from .examples import Example
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE = "answerprobe"
+MOST_RENDERED = 32_768  # conversations that are kept, some 50 MB
+RENDERED: dict[tuple, Rendered] = {}
 logger = logging.getLogger(__name__)
 
 Span = tuple[int, int]
@@ -65,7 +72,31 @@ def render_example(example: Example, processor, template: str, *, add_end_token:
         return _render_plain(example, processor)
     if takes_suffix(processor):
         return _render_suffix(example, processor)
-    return _render_chat(example, processor, add_end_token=add_end_token)
+    return _render_once(example, processor, add_end_token)
+
+
+def _render_once(example: Example, processor, add_end_token: bool) -> Rendered:
+    """`_render_chat`, or what it gave for the same conversation and template before.
+
+    A record is rendered when it is checked and when it is encoded, in a study once per run.
+    """
+    messages = example.get_messages(processor.image_token)
+    check_markers(processor, messages, ends_only=True)
+    key = (
+        tuple(tuple(message.items()) for message in messages),
+        get_chat_template(processor),
+        freeze_special_tokens(processor.tokenizer),
+        tuple(processor.tokenizer.all_special_tokens),
+        processor.image_token,
+        get_tokens_per_image(processor) is None,
+        add_end_token,
+    )
+    if key not in RENDERED:
+        rendered = _render_chat(messages, processor, add_end_token=add_end_token)
+        if len(RENDERED) >= MOST_RENDERED:
+            RENDERED.clear()
+        RENDERED[key] = rendered
+    return RENDERED[key]
 
 
 def check_fast_tokenizer(tokenizer) -> None:
@@ -105,9 +136,7 @@ def _render_suffix(example: Example, processor) -> Rendered:
     return Rendered(text, [(len(prefix), len(text))])
 
 
-def _render_chat(example: Example, processor, *, add_end_token: bool) -> Rendered:
-    messages = example.get_messages(processor.image_token)
-    check_markers(processor, messages, ends_only=True)
+def _render_chat(messages: list[dict], processor, *, add_end_token: bool) -> Rendered:
     special = tuple(processor.tokenizer.all_special_tokens)
     has_marks = GENERATION_MARK.search(get_chat_template(processor) or "") is not None
     text, spans = apply_template(processor, messages, marks=has_marks)
@@ -153,9 +182,12 @@ def _extend_to_prompts(spans: list[Span], text: str, messages: list[dict], proce
     extended = []
     answers = _list_answers(messages)
     for i, (start, end) in zip(answers, spans, strict=True):
-        prompt, _ = apply_template(processor, messages[:i], add_generation_prompt=True)
+        is_last = i == answers[-1]  # `_check_last_answer` asks for that prompt again
+        prompt, _ = apply_template(
+            processor, messages[:i], add_generation_prompt=True, cached=is_last
+        )
         fits = text.startswith(prompt)
-        if i == answers[-1] and _is_other_thought(prompt, text, fits):
+        if is_last and _is_other_thought(prompt, text, fits):
             raise _build_prompt_error(prompt, text, messages, processor)
         if fits and len(prompt) < end:
             start = len(prompt)
