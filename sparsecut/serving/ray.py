@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -93,15 +93,16 @@ class Settings(BaseModel):
         return self
 
 
-def app(settings: Settings) -> serve.Application:
+def app(settings: Settings | dict[str, Any]) -> serve.Application:
     """Return the application for `serve run`.
 
     Args:
-        settings: See `Settings`.
+        settings: See `Settings`. Ray gives them by name.
 
     Raises:
         UserError: The model is not there, or vLLM cannot serve it.
     """
+    settings = Settings.model_validate(settings)
     check_model_place(settings.model)
     if settings.engine == "vllm":
         check_installed()

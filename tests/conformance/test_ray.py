@@ -98,7 +98,8 @@ def save_model(folder, engine: str) -> dict:
 def test_a_replica_that_dies_loses_no_request_of_the_other(cluster, tmp_path, engine):
     folder = tmp_path / "cats" / "final"
     settings = save_model(folder, engine)
-    ray.serve.run(app(Settings(model=str(folder), replicas=2, cpus=1, **settings)))
+    # Texts by name, as `serve run` gives them.
+    ray.serve.run(app({"model": str(folder), "replicas": "2", "cpus": "1", **settings}))
     with openai.OpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none") as client:
         assert [model.id for model in client.models.list()] == ["cats"]
         with pytest.raises(openai.BadRequestError, match="temperature"):
@@ -134,6 +135,8 @@ def test_settings_are_checked():
         Settings(model="x", replica=2)
     with pytest.raises(sparsecut.schema.UserError, match="nowhere"):
         app(Settings(model="/nowhere/at/all"))
+    with pytest.raises(sparsecut.schema.UserError, match="nowhere"):
+        app({"model": "/nowhere/at/all", "replicas": "2"})
     with pytest.raises(ValueError, match="engine=vllm"):
         Settings(model="x", engine_args="--max-num-seqs 3")
     with pytest.raises(ValueError, match="allowed_hosts"):

@@ -41,7 +41,7 @@ BOTH_WAYS = "its image tokens attend to later ones, which vLLM's decoder does no
 WHY_NOT = {
     "gemma3": BOTH_WAYS,
     "paligemma": BOTH_WAYS,
-    "llava_onevision": "it cuts an image otherwise beside another one, and vLLM prepares each alone",
+    "llava_onevision": "it cuts an image otherwise beside another one, but vLLM keeps each by itself",
     "smolvlm": "its processor does not say how many tokens an image of a size takes",
 }
 
