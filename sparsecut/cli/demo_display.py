@@ -57,14 +57,26 @@ def show_demo(study: Study, titles: Mapping[str, str], log: Log) -> Iterator[Log
     """
     from rich.console import Console
 
-    before = os.environ.get(NO_BARS)
-    os.environ[NO_BARS] = "1"
     console = Console(stderr=True)
     show = _show_in_place if console.is_terminal else _show_lines
+    with _without_other_bars(), show(study, titles, log, console) as lines:
+        yield lines
+
+
+@contextmanager
+def _without_other_bars() -> Iterator[None]:
+    """No bars of what runs inside, which would scroll the screen."""
+    from transformers.utils import logging
+
+    before = os.environ.get(NO_BARS)
+    had_bars = logging.is_progress_bar_enabled()
+    os.environ[NO_BARS] = "1"
+    logging.disable_progress_bar()
     try:
-        with show(study, titles, log, console) as lines:
-            yield lines
+        yield
     finally:
+        if had_bars:
+            logging.enable_progress_bar()
         if before is None:
             del os.environ[NO_BARS]
         else:

@@ -1,6 +1,7 @@
 """The demo from end to end, small: four variants, one page, and nothing trained twice."""
 
 import io
+import os
 import re
 import shlex
 import shutil
@@ -13,9 +14,10 @@ import typer
 from helpers.pages import check_page
 from helpers.studies import rough_counts
 from rich.console import Console
+from transformers.utils.logging import is_progress_bar_enabled
 
 from sparsecut.cli.demo import run_demo
-from sparsecut.cli.demo_display import Clock, describe_end, describe_steps, draw_steps
+from sparsecut.cli.demo_display import Clock, describe_end, describe_steps, draw_steps, show_demo
 from sparsecut.cli.main import app
 from sparsecut.experiments.demo import FIVE_SEEDS, OVER_CONTROLS, VARIANTS, build_demo_study
 from sparsecut.experiments.demo_progress import list_steps, measure_done
@@ -169,3 +171,20 @@ def test_a_terminal_shows_every_part_and_one_bar(finished):
         assert "step 3 of 7" in text
         assert f"{measure_done(steps):.0%}" in text
     assert line.index(steps[-1].name) < line.index(steps[-2].name), "what comes stands last"
+
+
+def test_a_terminal_shows_the_parts_in_place_and_no_other_line(finished, monkeypatch, capsys):
+    folder, _, _ = finished
+    titles = {name: variant.title for name, variant in VARIANTS.items()}
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal then
+    logged = []
+    study = build_demo_study(folder, quick=True)
+    with show_demo(study, titles, logged.append) as log:
+        assert not is_progress_bar_enabled()
+        log("counting what 4 plans cost ...")
+    shown = capsys.readouterr().err
+    assert all(title in shown for title in titles.values())
+    assert "counting" not in shown
+    assert logged == []
+    assert is_progress_bar_enabled()
+    assert "SPARSECUT_DISABLE_PROGRESS_BARS" not in os.environ
