@@ -55,6 +55,7 @@ from .sharing import find_shortcuts
 from .shipped_model import SHIPPED_MODEL, find_shipped_model
 from .timm_encoders import is_timm, make_timm_image_processor
 from .upgrading import load_fusion, read_processor
+from .waits import show_loading, show_step
 
 logger = logging.getLogger(__name__)
 
@@ -138,15 +139,18 @@ def build(
     config.image_token_id = _add_image_token(tokenizer, image_token)
     settings = {"dtype": dtype, **from_pretrained}
     if isinstance(vision, str):
-        vision = _load_encoder(vision, vision_config, whole_config, settings)
+        with show_loading(vision):
+            vision = _load_encoder(vision, vision_config, whole_config, settings)
     if isinstance(language, str):
         complaint = (
             f"the weights of the language model {language} cannot be read; fetch the model again"
         )
-        language = load_weights(
-            AutoModelForCausalLM, language, complaint, config=text_config, **settings
-        )
-    model = join_parts(config, get_encoder(vision), language)
+        with show_loading(language):
+            language = load_weights(
+                AutoModelForCausalLM, language, complaint, config=text_config, **settings
+            )
+    with show_step("joining both models"):
+        model = join_parts(config, get_encoder(vision), language)
     model.generation_config = _make_generation_config(language, tokenizer, config.image_token_id)
     return model.eval(), _make_processor(config, image_processor, tokenizer, image_token, fitting)
 
@@ -283,7 +287,8 @@ def load(
             " model to sparsecut.build"
         )
     complaint = f"the weights in {folder} cannot be read; save or fetch the model again"
-    model = load_pretrained(AutoModelForImageTextToText, folder, complaint, **from_pretrained)
+    with show_loading(folder):
+        model = load_pretrained(AutoModelForImageTextToText, folder, complaint, **from_pretrained)
     processor = read_processor(folder, **hub)
     if model.is_upgrade:
         # Earlier versions saved the base's own processor where there were no fine views.

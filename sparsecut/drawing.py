@@ -8,12 +8,12 @@ are folded into dots.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .plan import GATES, Plan
+from .waits.safe_text import escape_controls
 
 LEFT, RIGHT, UP, DOWN = 1, 2, 4, 8
 LINES = {  # directions of the lines in a cell -> its character
@@ -36,9 +36,6 @@ ARROW = "\u25b6"
 VISION_NAMES = {0: "0 = patches"}
 LANGUAGE_NAMES = {0: "0 = input"}
 STACK_WIDTH = 13  # columns inside a stack
-DIRECTIONS = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f"  # of text, left or right
-CONTROLS = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029{DIRECTIONS}]")
-CONTROLS_AND_LINES = re.compile(f"[\t\n]|{CONTROLS.pattern}")
 MANY_TRACKS = 12  # up to so many tracks have a free column between them
 
 Item = int | str  # in a stack: a number, dots for folded ones, or nothing
@@ -382,22 +379,6 @@ def _label_layers(arrows: Sequence[Arrow]) -> dict[int, str]:
         names = [f"{n} x {name}" if n > 1 else name for name, n in counter.items()]
         labels[layer] = " + ".join(names)
     return labels
-
-
-def escape_controls(text: str, *, keep_lines: bool = True) -> str:
-    """Make text safe for a terminal: characters that would control it are written as escapes.
-
-    These are the control characters, so all of ANSI's and OSC's sequences, and those that change
-    the direction of text or end lines invisibly. Text in files stays as it is.
-
-    Args:
-        text: The text, which may come from anywhere.
-        keep_lines: Keep line ends and tabs; without it they are escaped too, for cells and labels.
-    """
-    if keep_lines:
-        text = text.replace("\r\n", "\n")
-    pattern = CONTROLS if keep_lines else CONTROLS_AND_LINES
-    return pattern.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def text_table(

@@ -33,6 +33,7 @@ from .plan import Plan
 from .processing_upgraded import PROCESSOR_FILE, wrap_processor
 from .schema import UserError, is_whole_number, read_json_file
 from .upgrade_hooks import get_encoder_depth
+from .waits import show_loading, show_step
 
 # Width of the language model over the inner width of a projector, in the default plan.
 NARROWING = 16
@@ -91,8 +92,9 @@ def upgrade(
             " features can be added to its hidden states; give a base whose embeddings and norms"
             " are float32, float16 or bfloat16"
         )
-    model = _wrap(base, plan)
-    _move_fusion(model)
+    with show_step("adding shortcuts"):
+        model = _wrap(base, plan)
+        _move_fusion(model)
     if processor is not None:
         processor = wrap_processor(processor, plan.tiles)
     return model.eval(), processor
@@ -255,7 +257,8 @@ def resolve_plan(base: PreTrainedModel, plan: str | dict | Plan | None) -> tuple
 def _load_base(name: Any, **from_pretrained: Any) -> PreTrainedModel:
     """A pretrained VLM; UserError where it cannot be read or some weights would be random."""
     complaint = UNREADABLE.format(name=name)
-    return load_weights(AutoModelForImageTextToText, name, complaint, **from_pretrained)
+    with show_loading(name):
+        return load_weights(AutoModelForImageTextToText, name, complaint, **from_pretrained)
 
 
 def read_processor(name: str | Path, **hub: Any) -> Any:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sparsecut"
 # A module imports from its own room and from rooms to its left, never from the right.
 ROOMS = [  # left to right
+    "waits",
     "method",
     "model",
     "chat_templates",

@@ -1,13 +1,12 @@
-"""The command line's app, and the options, loading and progress of several commands.
+"""The command line's app, and the options and loading of several commands.
 
 Nothing heavy is imported before a command runs, so that help is quick.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,14 +18,13 @@ from ..config.paths import check_writable_folder
 from ..drawing import escape_controls
 from ..schema import UserError, nearest
 from ..shipped_model import SHIPPED_MODEL, find_shipped_model
+from ..waits import pause_display, show_step
+from .stopping import stop_with_reason
 
 if TYPE_CHECKING:
     from ..config.source import Source
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-SECONDS_BETWEEN_LINES = 30  # of progress, where the screen is a file
-
-Progress = Callable[[int, int], None]  # called with (number done, total)
 
 
 def argument(
@@ -64,7 +62,8 @@ def echo(text: str = "", *, nl: bool = True, err: bool = False) -> None:
         nl: End the line.
         err: Print to stderr.
     """
-    typer.echo(escape_controls(text), nl=nl, err=err)
+    with pause_display():
+        typer.echo(escape_controls(text), nl=nl, err=err)
 
 
 def print_marked(pieces: Sequence[tuple[str, bool]]) -> None:
@@ -85,7 +84,8 @@ def print_marked(pieces: Sequence[tuple[str, bool]]) -> None:
             text = f"[[{text}]]"
         shown.append(text, style="bold green" if is_marked else None)
     if has_colour:
-        console.print(shown)
+        with pause_display():
+            console.print(shown)
     else:
         echo(shown.plain)  # whole lines: a file has no width
 
@@ -158,6 +158,9 @@ DataKeys = Annotated[
 COMMANDS = "show recipes build upgrade convert train eval chat serve card push explain compare cost study search demo"
 
 
+TALKING = {"chat", "serve", "demo"}  # commands with a screen of their own; loading is shown
+
+
 class OrderedCommands(typer.core.TyperGroup):
     """Lists commands in the order of use: build, train, evaluate, use, compare."""
 
@@ -166,13 +169,34 @@ class OrderedCommands(typer.core.TyperGroup):
         return sorted(super().list_commands(ctx), key=lambda name: order.get(name, len(order)))
 
 
+class ShownCommand(typer.core.TyperCommand):
+    """Shows that it runs, from its first import to its end, while no step of its own is shown."""
+
+    def invoke(self, ctx):
+        """Run the command; `Stopped` is raised where Ctrl-C or SIGTERM stops it."""
+        is_shown = self.name not in TALKING
+        shown = show_step(f"sparsecut {self.name}", is_background=True)
+        with stop_with_reason(self.name, ctx.params), shown if is_shown else nullcontext():
+            return super().invoke(ctx)
+
+
 SETTINGS = {
     "no_args_is_help": True,
     "pretty_exceptions_enable": False,
     "add_completion": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
-app = typer.Typer(
+
+
+class App(typer.Typer):
+    """Makes commands that show that they run."""
+
+    def command(self, name=None, **settings):
+        """A decorator for the function of a command."""
+        return super().command(name, **{"cls": ShownCommand, **settings})
+
+
+app = App(
     help=(
         "Sparse shortcuts from any vision encoder into any language model:"
         " build, train, compare, use."
@@ -219,9 +243,9 @@ def load_model(name: str, device: str | None, dtype: str = "auto"):
         raise UserError(
             f"--dtype is {dtype!r}{nearest(dtype, DTYPES)}; allowed are {', '.join(DTYPES)}"
         )
-    device = find_device(device)
-    from ..building import load
-
+    with show_step("importing torch and transformers"):
+        device = find_device(device)
+        from ..building import load
     model, processor = load(name, dtype=dtype)
     return model.to(device), processor
 
@@ -330,55 +354,6 @@ def find_device(device: str | None) -> str:
             f"--device {device} cannot be used here: {reason}; leave it out, or give cpu"
         ) from error
     return device
-
-
-@contextmanager
-def show_progress(label: str) -> Iterator[Progress]:
-    """Show a progress bar on a terminal, and a line now and then elsewhere.
-
-    Yields:
-        A function to call with (number done, total).
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as ProgressBar
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _LineProgress(label, console)
-        return
-    label = escape_controls(label, keep_lines=False)
-    description = TextColumn("{task.description}", markup=False)
-    columns = (description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with ProgressBar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-class _LineProgress:
-    """Prints a line with the time left, at most every half minute."""
-
-    def __init__(self, label: str, console):
-        self.label = escape_controls(label, keep_lines=False)
-        self.console = console
-        self.last_line = time.monotonic()
-        self.start: tuple[int, float] | None = None  # (number done, time) of the first call
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self.start is None:
-            self.start = (done, now)
-        first, since = self.start
-        if now - self.last_line <= SECONDS_BETWEEN_LINES or done == first:
-            return
-        seconds_each = (now - since) / (done - first)
-        minutes_left = seconds_each * (total - done) / 60
-        self.console.print(
-            f"{self.label}: {done:,} of {total:,}, about {minutes_left:.0f} minutes left",
-            highlight=False,
-            markup=False,
-        )
-        self.last_line = now
 
 
 def print_scores(result: dict, out: Path | None) -> None:

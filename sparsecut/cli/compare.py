@@ -9,6 +9,7 @@ from ..config.paths import check_replaceable
 from ..config.places import check_source_place
 from ..hub import check_model_place
 from ..schema import UserError
+from ..waits import show_step
 from .app import (
     ColumnNames,
     DataKeys,
@@ -25,7 +26,6 @@ from .app import (
     option,
     output_folder,
     parse_columns,
-    show_progress,
 )
 
 
@@ -74,14 +74,7 @@ def explain(
     from ..reports.ablation import write_explanation, write_text
 
     loaded = load_model(model, device, dtype)
-    with show_progress("evaluating") as progress:
-        explanation = explain(
-            *loaded,
-            examples,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            progress=progress,
-        )
+    explanation = explain(*loaded, examples, batch_size=batch_size, max_new_tokens=max_new_tokens)
 
     explanation["model"] = model
     if out is not None:
@@ -89,7 +82,7 @@ def explain(
     echo(write_text(explanation))
     if out is not None:
         if maps:
-            with show_progress("mapping") as progress:
+            with show_step("mapping") as progress:
                 mapped = map_questions(
                     *loaded, examples, maps, max_new_tokens=max_new_tokens, progress=progress
                 )

@@ -9,6 +9,7 @@ from typing import Annotated
 from ..config.places import check_source_place
 from ..hub import check_model_place
 from ..schema import UserError
+from ..waits import show_step
 from .app import (
     ColumnNames,
     DataKeys,
@@ -28,7 +29,6 @@ from .app import (
     parse_columns,
     print_scores,
     set_template_arguments,
-    show_progress,
 )
 
 DEFAULT_MAX_NEW_TOKENS = 16
@@ -124,8 +124,7 @@ def evaluate(
     loaded, processor = load_model(model, device, dtype)
     set_template_arguments(processor, template_arg)
     settings["max_new_tokens"] = max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-    with show_progress("evaluating") as progress:
-        result = evaluate(loaded, processor, examples, **settings, progress=progress)
+    result = evaluate(loaded, processor, examples, **settings)
     print_scores(result, out)
 
 
@@ -175,10 +174,8 @@ def _run_tasks(
     set_template_arguments(processor, template_arguments)
     results = []
     for task in tasks:
-        with show_progress(task.label) as progress:
-            result = run_task(
-                loaded, processor, task, out, part=(number, count), progress=progress, **settings
-            )
+        with show_step(task.label):
+            result = run_task(loaded, processor, task, out, part=(number, count), **settings)
         if result is None:
             echo(
                 f"{task.label}: part {number + 1} of {count} is answered; the scores come with the"

@@ -28,9 +28,9 @@ from . import (  # noqa: F401
     train,
 )
 from .app import app, echo
+from .stopping import ENDED_BY_SIGTERM, Stopped
 
 USER_ERROR = 2  # exit code of a mistake that the user can mend
-ENDED_BY_SIGTERM = 143  # exit code that a shell reports for it
 
 
 def main() -> None:
@@ -43,6 +43,9 @@ def main() -> None:
     wants_traceback = "--traceback" in sys.argv[1:] or bool(os.environ.get("SPARSECUT_TRACEBACK"))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
+        # Their bars would fill a file with half-drawn lines; ours become lines there.
+        if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
+            os.environ.setdefault("SPARSECUT_DISABLE_PROGRESS_BARS", "0")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode still shows the text
@@ -55,6 +58,9 @@ def main() -> None:
             raise
         echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(ENDED_BY_SIGTERM if isinstance(error, InterruptedError) else USER_ERROR)
+    except Stopped as error:
+        echo(str(error), err=True)
+        sys.exit(error.exit_code)
     except Exception:
         sys.excepthook = print_traceback  # the app has set another one
         raise

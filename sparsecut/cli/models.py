@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from ..config.paths import check_writable_folder
+from ..config.paths import check_writable_folder, write_whole_folder
 from ..config.places import check_backbone_place
 from ..hub import check_model_place
+from ..waits import show_step
 from .app import (
     MethodOptions,
     Number,
@@ -19,6 +20,8 @@ from .app import (
     output_folder,
 )
 from .completion import complete_plan
+
+MARKS = ("config.json", "fusion.json")  # a folder with one of them holds a model
 
 
 @app.command()
@@ -63,7 +66,8 @@ def build(
         min_pixels=min_pixels,
         max_pixels=max_pixels,
     )
-    save(model, processor, out)
+    with show_step(f"saving {out}"), write_whole_folder(out, MARKS) as part:
+        save(model, processor, part)
     echo(f"{describe_model(model)}\n\nwrote {out}; its fusion is untrained")
 
 
@@ -96,12 +100,14 @@ def upgrade(
     from ..upgrading import upgrade
 
     model, processor = upgrade(base, spec)
-    if whole:
-        save(model, processor, out)
-    else:
-        model.save_fusion(out)
-        write_card(out, describe_folder(out))
-    cost = format_upgrade_cost(count_upgrade(model, processor))
+    with show_step(f"saving {out}"), write_whole_folder(out, MARKS) as part:
+        if whole:
+            save(model, processor, part)
+        else:
+            model.save_fusion(part)
+            write_card(part, describe_folder(part))
+    with show_step("counting what the shortcuts cost"):
+        cost = format_upgrade_cost(count_upgrade(model, processor))
     echo(f"{describe_model(model)}\n\n{cost}\n\nwrote {out}; its shortcuts are untrained")
 
 
@@ -134,5 +140,6 @@ def convert(
     check_model_place(vision, "vision tower")
     from ..conversion.checkpoint import convert
 
-    model, _ = convert(checkpoint, out, vision=vision, fusion=fusion, **pairs)
+    with show_step(f"converting {checkpoint}"), write_whole_folder(out, MARKS) as part:
+        model, _ = convert(checkpoint, part, vision=vision, fusion=fusion, **pairs)
     echo(f"{describe_model(model)}\n\nwrote {out}")

@@ -19,7 +19,7 @@ SHAPES_FOLDER = Path(__file__).parents[1] / "shapes" / "weights"
 UPGRADE_METHOD = "sparsecut"  # of a plan for a pretrained VLM that nobody names
 MODEL_FILES = (
     *("model*.safetensors*", "fusion.safetensors", "generation_config.json", "tokenizer*.json"),
-    *("processor_config.json", "preprocessor_config.json", "chat_template.*"),
+    *("processor_config.json", "preprocessor_config.json", "chat_template.*", "adapters"),
 )
 PLAN_KINDS = ("recipe", "plan")  # what holds a plan
 

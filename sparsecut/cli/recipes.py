@@ -10,11 +10,11 @@ import typer
 from ..config.paths import check_writable_folder
 from ..config.shipped import FOLDERS, USES, Shipped, find_shipped, list_shipped
 from ..schema import UserError, nearest, read_text_file, write_text_file
-from .app import SETTINGS, File, app, argument, echo, option
+from .app import SETTINGS, App, File, app, argument, echo, option
 from .completion import complete_long_name
 
 TITLES = {"recipe": "recipes", "study": "studies", "plan": "plans", "deepspeed": "DeepSpeed"}
-recipes_app = typer.Typer(
+recipes_app = App(
     help="Recipes, studies, plans and DeepSpeed settings that ship with the package.",
     **{**SETTINGS, "no_args_is_help": False},
 )

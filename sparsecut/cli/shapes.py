@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ..config.paths import check_writable_folder
+from ..waits import show_step
 from .app import (
     SETTINGS,
+    App,
     Device,
     app,
     argument,
@@ -18,10 +18,9 @@ from .app import (
     load_model,
     option,
     output_folder,
-    show_progress,
 )
 
-shapes_app = typer.Typer(
+shapes_app = App(
     help="The built-in drawn images, and the two small backbones made for them.", **SETTINGS
 )
 app.add_typer(shapes_app, name="shapes")
@@ -113,7 +112,7 @@ def point(
     rows = []
     for model in models:
         loaded, processor = load_model(model, device)
-        with show_progress(model) as progress:
+        with show_step(model) as progress:
             found = play(loaded, processor, items, most=most, seed=seed, progress=progress)
         rows += [{"model": model, **row} for row in found]
     echo(make_table(rows))

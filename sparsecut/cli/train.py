@@ -20,7 +20,6 @@ from .app import (
     option,
     print_marked,
     print_scores,
-    show_progress,
 )
 from .completion import complete_shipped
 
@@ -140,6 +139,5 @@ def _print_dry_run(recipe, as_json: bool, **machine) -> None:
 def _evaluate(recipe, model, processor, resume: bool) -> None:
     from ..evaluation.evaluator import evaluate_recipe
 
-    with show_progress("evaluating") as progress:
-        result = evaluate_recipe(recipe, model, processor, resume=resume, progress=progress)
+    result = evaluate_recipe(recipe, model, processor, resume=resume)
     print_scores(result, Path(recipe.output) / "eval")

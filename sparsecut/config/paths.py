@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..schema import UserError, read_json_file
@@ -36,6 +38,36 @@ def check_writable_folder(folder: str | Path) -> None:
         raise UserError(
             f"{path} cannot be written in {existing} ({error.strerror}); name another"
         ) from error
+
+
+@contextmanager
+def write_whole_folder(folder: str | Path, last: Collection[str]) -> Iterator[Path]:
+    """Have files appear in a folder all together, when the block ends, or not at all.
+
+    Args:
+        folder: The folder; it is made, and removed again where the block fails.
+        last: Names of files by which others know that the folder is whole. They come last.
+
+    Yields:
+        A folder of the same name to write the files to.
+    """
+    folder = Path(folder)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    around = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
+    try:
+        part = around / folder.absolute().name
+        part.mkdir()
+        for path in folder.glob("README.md"):  # whoever writes a card keeps one that was edited
+            shutil.copy2(path, part)
+        yield part
+        for path in sorted(part.iterdir(), key=lambda path: path.name in last):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(around, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # it holds the files
+                folder.rmdir()
 
 
 def list_code_files() -> list[str]:

@@ -22,6 +22,7 @@ from ..config.recipe import Source
 from ..config.yaml_io import expand_path
 from ..pixels import read_size
 from ..schema import UserError
+from ..waits import show_step
 from .access import DEFAULT_ACCESS, Access, get_access
 from .audio_records import explain_audio, find_medium, put_for_images
 from .errors import RecordError, show_value
@@ -245,17 +246,18 @@ def read_examples(
     files = path if isinstance(path, list) else find_record_files(Source(str(path)))
     for file in files:
         store = shared_store or file.open_images(access)
-        for place, record in file.read(access, images_by_name=images is None):
-            try:
-                example = parse_record(
-                    record, place, store, skip=problems is not None, columns=columns
-                )
-                example.check_images()
-                examples.append(example)
-            except RecordError as error:
-                if problems is None:
-                    raise
-                problems.append(error)
+        with show_step(f"reading records of {file.path}") as step:
+            for place, record in step.count(file.read(access, images_by_name=images is None)):
+                try:
+                    example = parse_record(
+                        record, place, store, skip=problems is not None, columns=columns
+                    )
+                    example.check_images()
+                    examples.append(example)
+                except RecordError as error:
+                    if problems is None:
+                        raise
+                    problems.append(error)
     if columns is not None:
         columns.check_seen(f"the records of {files[0].path}")
     return examples

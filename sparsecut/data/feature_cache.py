@@ -30,6 +30,7 @@ from ..config.paths import check_writable_folder
 from ..fingerprint import weights_hash, weights_sum
 from ..prompts import get_medium
 from ..schema import UserError, write_text_file
+from ..waits import Step, show_step
 from .cached_features import (
     INDEX,
     TO_START_OVER,
@@ -104,7 +105,9 @@ def build_feature_cache(
         num_values = _count_patches(model, processor, images) * model.config.grid.width
         _check_room(folder, len(images), num_values, views, log)
         facts = _describe_images(images)
-        grids = _write_features(folder, model, processor, list(images.values()), views, batch_size)
+        places = list(images.values())
+        with show_step("caching vision features of images", len(places)) as step:
+            grids = _write_features(folder, model, processor, places, views, batch_size, step)
         index = {
             "encoder": encoder[0],
             "encoder_sum": encoder[1],
@@ -263,6 +266,7 @@ def _write_features(
     images: list[ImagePlace],
     views: dict[int, int],
     batch_size: int,
+    step: Step,
 ) -> list[list[int]]:
     """Write the features of all images, and their checksums.
 
@@ -273,6 +277,7 @@ def _write_features(
     checksums: dict[int, list[int]] = {tap: [] for tap in views}
     grids = []
     for start in range(0, len(images), batch_size):
+        step.set_done(start)
         batch = [
             example.load_images(processor)[number]
             for example, number in images[start : start + batch_size]

@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from typing import NamedTuple
 
+from ..waits import ignore_ctrl_c, show_step
 from .encoding import ExampleEncoder
 from .errors import RecordError
 from .examples import Example
@@ -64,8 +65,9 @@ def check_examples(
     """
     good = []
     check = _Check(examples, encoder, open_images)
-    with closing(_find_errors(check)) as errors:
-        for example, error in zip(examples, errors, strict=True):
+    label = "checking records and images" if open_images else "checking records"
+    with show_step(label, len(examples)) as step, closing(_find_errors(check)) as errors:
+        for example, error in step.count(zip(examples, errors, strict=True)):
             if error is None:
                 good.append(example)
             elif problems is None:
@@ -127,6 +129,7 @@ def count_processes() -> int:
 
 
 def _start_process(check: _Check) -> None:
+    ignore_ctrl_c()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has a core of its own already
     _process_check[:] = [check]
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..data.examples import Example
 from ..data.feature_cache import get_image_keys, get_tap_views
 from ..schema import UserError
+from ..waits import show_step
 from .evaluator import EvaluationResult, evaluate
 from .shortcut_norms import measure_additions, only
 from .statistics import estimate_difference
@@ -230,11 +231,12 @@ def _explain(model, processor, examples: Sequence[Example], progress, settings: 
     with_shuffled = features is not None and len(features.features) > 1
     conditions = list_conditions(model.fusion, with_shuffled=with_shuffled)
     results: dict[str, EvaluationResult] = {}
-    for number, condition in enumerate(conditions, start=1):
-        results[condition.name] = _evaluate_condition(
-            model, processor, examples, condition, features, settings
-        )
-        progress(number * len(examples), len(conditions) * len(examples))
+    with show_step("conditions of shortcuts", len(conditions)) as step:
+        for number, condition in enumerate(step.count(conditions), start=1):
+            results[condition.name] = _evaluate_condition(
+                model, processor, examples, condition, features, settings
+            )
+            progress(number * len(examples), len(conditions) * len(examples))
     reference = results["all"]
     facts = {c.name: _compare(c, results[c.name], reference) for c in conditions}
     return {

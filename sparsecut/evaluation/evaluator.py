@@ -43,6 +43,7 @@ from ..prompts import (
     render_prompt,
 )
 from ..schema import UserError, nearest
+from ..waits import show_step
 from .answered_images import get_view_settings
 from .exact_match import METRICS, compute_scores
 from .judging import judge, warn_of_unfinished
@@ -120,7 +121,10 @@ def evaluate(
         answers = _generate_answers(
             model, processor, batches, max_new_tokens, feature_cache, workers
         )
-        _collect_answers(records, batches, answers, metric, output, progress)
+        with show_step("answering questions", len(records)) as step:
+            for num_done in _collect_answers(records, batches, answers, metric, output):
+                step(num_done, len(records))
+                progress(num_done, len(records))
         scores = compute_scores(records) if metric else {"num_examples": len(records)}
         facts = {
             "model": model.config._name_or_path,
@@ -368,11 +372,14 @@ def _collect_answers(
     answers: Iterator[list[Answer]],
     metric: str | None,
     output: OutputDir | None,
-    progress: Callable[[int, int], None],
-) -> None:
-    """Judge the answers, and write them into the records and the output folder as they come."""
+) -> Iterator[int]:
+    """Judge the answers, and write them into the records and the output folder as they come.
+
+    Yields:
+        How many questions have an answer, at the start and after every batch.
+    """
     num_done = len(records) - sum(len(batch.indices) for batch in batches)
-    progress(num_done, len(records))
+    yield num_done
     num_unfinished = 0
     for batch, batch_answers in zip(batches, answers, strict=True):
         batch_records = [records[i] for i in batch.indices]
@@ -382,7 +389,7 @@ def _collect_answers(
         if output is not None:
             output.append(batch_records, batch.examples)
         num_done += len(batch_records)
-        progress(num_done, len(records))
+        yield num_done
     warn_of_unfinished(num_unfinished)
 
 

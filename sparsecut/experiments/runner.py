@@ -41,6 +41,7 @@ from .study_parts import DIVERGED, Run
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_LINES = 30  # about runs in progress
+SECONDS_TO_END = 4  # for a process that is asked to; then it is killed
 SECONDS_BETWEEN_CLAIMS = 2  # of a run that another process has
 WRITTEN = (
     *("states", "runs", "rates", "text_baseline.json", "costs.json", "inputs.json"),
@@ -195,8 +196,7 @@ def _supervise(study: Study, out: Path, workers: int, parts: list[str], log: Log
             processes.append(_start_process(out, number, parts))
         _watch(study, out, processes, log)
     finally:
-        for process in processes:
-            process.terminate()
+        _end_processes(processes)
 
     exit_codes = [process.wait() for process in processes]
     if not any(_is_left(run, out) for run in study.list_runs()):
@@ -209,6 +209,19 @@ def _supervise(study: Study, out: Path, workers: int, parts: list[str], log: Log
                 f"a process of the study stopped with exit code {exit_code}; the end of its log:\n"
                 f"{end}"
             )
+
+
+def _end_processes(processes: Sequence[subprocess.Popen]) -> None:
+    """End processes that still run: a run that is trained writes a checkpoint first, if it can."""
+    for process in processes:
+        process.terminate()
+    end = time.monotonic() + SECONDS_TO_END
+    for process in processes:
+        try:
+            process.wait(max(end - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _start_process(out: Path, number: int, parts: list[str]) -> subprocess.Popen:
@@ -352,6 +365,8 @@ def _do_run(study: Study, run: Run, runs: Sequence[Run], log: Log) -> None:
             run_to_end(study, run)
             num_finished = sum(other.is_finished(out) for other in runs)
             log(f"{num_finished}/{len(runs)}  {_describe_scores(run, out)}")
+        except InterruptedError:  # a signal is no failure
+            raise
         except Exception:
             write_text_file(folder / FAILED, traceback.format_exc())
 
@@ -391,7 +406,12 @@ def main(arguments: Sequence[str]) -> None:
     out, variants, seeds, parent = _parse_arguments(arguments)
     if parent is not None and os.name == "posix":
         _end_with(parent)
-    work(out, variants, seeds)
+    try:
+        work(out, variants, seeds)
+    except InterruptedError as error:
+        sys.exit(f"stopped: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped by Ctrl-C")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from ..schema import UserError, read_text_file, write_text_file
+from ..waits import end_children_at_error, ignore_ctrl_c, show_step
 from .sizes import SMALL, Size, find_size
 
 TITLE = "# Backbones for drawn shapes"
@@ -63,7 +64,11 @@ def pretrain(
     _check_ours(out)
     write_text_file(out / "README.md", f"{TITLE}\n\nThey are being made.\n")  # whose the folder is
     settings = {"seed": seed, "quick": quick, "size": size, "device": device}
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    with (
+        show_step("training both backbones"),
+        ProcessPoolExecutor(2, get_context("spawn"), ignore_ctrl_c) as pool,
+        end_children_at_error(),
+    ):
         vision = pool.submit(_train_vision, out, noise=noise, **settings)
         language = pool.submit(_train_language, out, **settings)
         duration = "; about ten minutes" if size == SMALL and not quick else ""

@@ -11,19 +11,21 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 from ..schema import UserError, read_text_file, write_text_file
+from ..waits import ignore_ctrl_c, show_step
 from .scenes import COLOURS, DIGITS, LINES, SHADES, SHAPES, TEXTURES, Scene, Thing, draw, make_scene
 from .sizes import SMALL, Size, find_size
 
 SPLITS = ("pretrain", "train", "dev", "test")
 COLOUR_NAMES = tuple(COLOURS)
 SHADE_NAMES = tuple(SHADES)
+IMAGES_AT_ONCE = 100  # that a process draws between two of its messages
 IMAGES_PER_WORKER = 500  # one process has drawn so many before another has started
 
 Pair = tuple[str, str]  # a question and its answer
@@ -166,12 +168,8 @@ def write_split(
         write_text_file(paths["questions"], "[]")  # says whose the images are, until all are drawn
     keys = [f"{split}/{seed}/{i}" for i in range(num_images)]
     write_one = partial(_write_image, folder, questions_per_image, size)
-    if workers > 1:
-        chunksize = max(1, num_images // (4 * workers))
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            records = list(pool.map(write_one, keys, chunksize=chunksize))
-    else:
-        records = [write_one(key) for key in keys]
+    with show_step(f"drawing {split} images", num_images) as step:
+        records = list(step.count(_draw_all(write_one, keys, workers)))
     questions = [question for _, questions in records for question in questions]
     write_text_file(paths["questions"], json.dumps(questions))
     if split == "train":
@@ -179,6 +177,19 @@ def write_split(
         captions = json.dumps([caption for caption, _ in records])
         write_text_file(paths["captions"], captions)
     return paths
+
+
+def _draw_all(write_one: Callable, keys: list[str], workers: int) -> Iterator[tuple]:
+    """The records of every image, in order."""
+    if workers == 1:
+        yield from map(write_one, keys)
+        return
+    chunksize = max(1, min(IMAGES_AT_ONCE, len(keys) // (4 * workers)))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), ignore_ctrl_c)
+    try:
+        yield from pool.map(write_one, keys, chunksize=chunksize)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _check_ours(folder: Path, split: str) -> None:

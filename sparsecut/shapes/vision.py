@@ -26,6 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from ..waits import ignore_ctrl_c
 from .questions import split_scene
 from .scenes import COLOURS, DIGITS, LINES, SHADES, SHAPES, TEXTURES, draw
 from .sizes import SMALL, Size, VisionTraining
@@ -120,7 +121,7 @@ def _draw_all(count: int, size: Size) -> list:
     if not size.ahead or workers < 2:
         return [draw_one(number) for number in range(count)]
     chunksize = max(1, count // (8 * workers))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), ignore_ctrl_c) as pool:
         return list(pool.map(draw_one, range(count), chunksize=chunksize))
 
 

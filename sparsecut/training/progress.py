@@ -1,4 +1,4 @@
-"""What a stage shows while it runs: a progress line on screen, and one JSON line per log."""
+"""What a stage shows while it runs: a bar or a line on screen, and one JSON line per log."""
 
 from __future__ import annotations
 
@@ -8,26 +8,18 @@ from pathlib import Path
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from transformers import TrainerCallback
 
 from ..data.jsonl import append_json_lines, read_json_lines, write_json_lines
 from ..drawing import escape_controls
-
-QUIET_SECONDS = 20  # between two lines where the screen is a file
+from ..waits import Step, pause_display
 
 
 def print_message(message: str) -> None:
     """Print to stderr, so that it does not mix with what a command prints."""
     message = escape_controls(message)
-    Console(stderr=True, soft_wrap=True).print(message, highlight=False, markup=False)
+    with pause_display():
+        Console(stderr=True, soft_wrap=True).print(message, highlight=False, markup=False)
 
 
 class StageLog(TrainerCallback):
@@ -38,13 +30,21 @@ class StageLog(TrainerCallback):
     and shortcuts (see `ShortcutMonitor`). A stage that is evaluated while it trains also writes
     lines with step and eval_loss.
 
+    Args:
+        stage: The stage's name.
+        folder: Its folder.
+        shown: Whether to print a line at the end.
+        step: What shows the steps that are done, and the last figures.
+
     Attributes:
         tokens: Tokens that this process has seen, also before it was resumed.
         image_tokens: Image tokens among them.
         shortcuts: The next line's values of the shortcuts; the trainer sets it.
     """
 
-    def __init__(self, stage: str, folder: Path, *, shown: bool = True):
+    def __init__(
+        self, stage: str, folder: Path, *, shown: bool = True, step: Step | None = None
+    ) -> None:
         self.stage = stage
         self.file = folder / "log.jsonl"
         self.shown = shown
@@ -52,8 +52,7 @@ class StageLog(TrainerCallback):
         self.image_tokens = 0
         self.shortcuts: list[dict] = []
         self._rates: dict[str, float] = {}
-        self._progress: Progress | None = None
-        self._task = None
+        self._step = step
         self._eval_loss = ""
 
     def count(self, tokens, image_tokens) -> None:
@@ -66,16 +65,14 @@ class StageLog(TrainerCallback):
         self.world_size = args.world_size
         self.last_line = {"tokens": 0, "image_tokens": 0, "seconds": 0.0}
         self.start_time = time.perf_counter()
-        self.print_time = self.start_time
         if not state.is_world_process_zero:
             return
         self._continue_file(state.global_step)
         self.tokens += self.last_line["tokens"] // self.world_size
         self.image_tokens += self.last_line["image_tokens"] // self.world_size
         self.start_time -= self.last_line["seconds"]
-        self.print_time = self.start_time
-        if self.shown:
-            self._show_progress(state)
+        if self._step:
+            self._step(state.global_step, state.max_steps)
 
     def _continue_file(self, step: int) -> None:
         """Keep the lines up to a step, and take the totals of the last one."""
@@ -95,8 +92,8 @@ class StageLog(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Move the bar; the last step is always logged."""
-        if self._progress:
-            self._progress.update(self._task, completed=state.global_step)
+        if self._step:
+            self._step.set_done(state.global_step)
         control.should_log = control.should_log or state.global_step == state.max_steps
         return control
 
@@ -141,20 +138,15 @@ class StageLog(TrainerCallback):
             f"loss {line['loss']:.3f}{self._eval_loss}  {logs['tokens_per_second']:,.0f} tokens/s"
             f" ({logs['image_tokens_per_second']:,.0f} of images)  {line['memory_gib']:.1f} GiB"
         )
-        if self._progress:
-            self._progress.update(self._task, figures=text)
-        elif self.shown and time.perf_counter() - self.print_time > QUIET_SECONDS:
-            self.print_time = time.perf_counter()
-            print_message(f"{self.stage}: step {state.global_step}/{state.max_steps}  {text}")
+        if self._step:
+            self._step.set_done(state.global_step, note=text)
 
     def _write(self, line: dict) -> None:
         append_json_lines(self.file, [line])
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Close the bar, or print one last line where there is none."""
-        self.close()
-        has_bar = self._progress is not None
-        if not self.shown or has_bar or not state.is_world_process_zero:
+        """Print one last line."""
+        if not self.shown or not state.is_world_process_zero:
             return
         if "loss" in self.last_line:
             loss = self.last_line["loss"]
@@ -162,33 +154,6 @@ class StageLog(TrainerCallback):
             print_message(
                 f"{self.stage}: {state.global_step} steps, loss {loss:.3f}, {seconds:.0f} s"
             )
-
-    def close(self) -> None:
-        """Leave the screen as it is; called too when training stops early."""
-        if self._progress:
-            self._progress.stop()
-
-    def _show_progress(self, state) -> None:
-        console = Console(stderr=True)
-        if not console.is_terminal:
-            return
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}", markup=False),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            refresh_per_second=4,
-        )
-        self._task = self._progress.add_task(
-            escape_controls(self.stage, keep_lines=False),
-            total=state.max_steps,
-            completed=state.global_step,
-            figures="",
-        )
-        self._progress.start()
 
 
 def _peak_memory_gib() -> float:

@@ -46,6 +46,7 @@ from ..data.packing import pack_dataset
 from ..data.streaming import Stream
 from ..fingerprint import base_hash
 from ..schema import UserError, write_text_file
+from ..waits import show_step
 from .arguments import build_arguments
 from .freezing import apply_liger, freeze, trains_base, unfreeze
 from .preparing import PreparedRun, PreparedStage, build_encoder, prepare_run
@@ -233,7 +234,8 @@ def _run_unfinished(prepared: PreparedRun, shown: bool) -> tuple:
             held_out=held_out,
             shown=shown,
         )
-        save_stage(trainer, processor, inputs.recipe, folder)
+        with show_step(f"saving {folder}"):
+            save_stage(trainer, processor, inputs.recipe, folder)
         if trainer.is_sharded:
             # Its weights lie in pieces on several processes; the next stage starts with whole ones.
             model, processor = load(folder)
@@ -272,13 +274,14 @@ def train_stage(
         UserError: If training cannot go on; the message starts with the stage's name.
     """
     stage = prepared.stage
-    log = StageLog(stage.name, Path(args.output_dir), shown=shown)
     try:
-        _make_trainable(model, stage)
-        trainer = _build_trainer(
-            prepared, model, processor, args, log, cache=cache, held_out=held_out
-        )
-        trainer.train_from(checkpoint)
+        with show_step(f"training, stage {stage.name}") if shown else nullcontext() as step:
+            log = StageLog(stage.name, Path(args.output_dir), shown=shown, step=step)
+            _make_trainable(model, stage)
+            trainer = _build_trainer(
+                prepared, model, processor, args, log, cache=cache, held_out=held_out
+            )
+            trainer.train_from(checkpoint)
         if stage.lora and stage.lora.merge:
             merge_adapters(model)
         if not trainer.is_sharded:
@@ -288,7 +291,6 @@ def train_stage(
     except UserError as error:
         raise UserError(f"stage {stage.name}: {error}") from error
     finally:
-        log.close()
         unfreeze(model)
         model.eval()
     return trainer

@@ -34,7 +34,7 @@ from .freezing import (
 from .progress import StageLog
 from .run_dir import SKIPPED
 from .shortcut_stats import ShortcutMonitor
-from .sigterm import SigtermCallback, TrainingInterrupted
+from .stop_signals import StopSignals
 
 MIN_BROKEN = 10  # broken records that any stage may have
 
@@ -60,10 +60,10 @@ class StageTrainer(CheckpointingTrainer):
     """
 
     def __init__(self, *args, stage: Stage, log: StageLog, mixture=None, **kwargs):
-        self.sigterm = SigtermCallback()
+        self.stop_signals = StopSignals()
         self.mixture = mixture
         try:
-            super().__init__(*args, callbacks=[log, self.sigterm], **kwargs)
+            super().__init__(*args, callbacks=[log, self.stop_signals], **kwargs)
         except ValueError as error:
             raise UserError(f"transformers' Trainer refuses args: {error}") from error
         self.stage = stage
@@ -166,6 +166,7 @@ class StageTrainer(CheckpointingTrainer):
         Raises:
             UserError: If the batches differ from those of the checkpoint, or the disk is too small.
             TrainingInterrupted: If SIGTERM has ended training, after a checkpoint is written.
+            KeyboardInterrupt: The same for Ctrl-C.
         """
         if checkpoint is not None:
             self.check_continues(checkpoint)
@@ -179,13 +180,8 @@ class StageTrainer(CheckpointingTrainer):
             with reach_without_images(self.model, self.image_parameters):
                 self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
-            self.sigterm.close()
-        if self.sigterm.received:
-            raise TrainingInterrupted(
-                f"stage {self.stage.name}: stopped by SIGTERM after step {self.state.global_step}"
-                f" of {self.state.max_steps}; its checkpoint is in {self.args.output_dir}; go on"
-                " with --resume"
-            )
+            self.stop_signals.close()
+        self.stop_signals.raise_received(self.stage.name, self.state, self.args.output_dir)
 
     def _estimate_disk_bytes(self) -> int:
         """Bytes of the stage's result and, where checkpoints are written, of one of them."""

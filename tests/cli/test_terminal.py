@@ -13,9 +13,11 @@ import pytest
 
 import sparsecut
 from sparsecut.cli import main as cli
-from sparsecut.cli.app import echo, print_scores, show_progress
+from sparsecut.cli.app import echo, print_scores
 from sparsecut.drawing import escape_controls, text_table
 from sparsecut.training.progress import print_message
+from sparsecut.waits import show_step
+from sparsecut.waits.display import DISPLAY
 
 HOSTILE = "\x1b[31mred\x1b[0m \x1b]0;title\x07 \x9b2J \u202eevil\u2069 \x7f\r\x08 \u2028 \u200f"
 FRIENDLY = "caf\u00e9 \U0001f469\u200d\U0001f52c \u0645\u06cc\u200c\u062e ja\u0304 \u2713 a\tb"
@@ -156,10 +158,10 @@ def test_what_is_logged_and_warned_is_safe(run, caplog):
 
 def test_progress_and_messages_are_safe(capsys):
     print_message(f"{HOSTILE} [red]kept[/red]")
-    with show_progress(f"{HOSTILE} {{x}} [red]kept[/red]") as progress:
-        progress.last_line = -1000
-        progress(0, 10)
-        progress(1, 10)
+    with show_step(f"{HOSTILE} {{x}} [red]kept[/red]", 10) as step:
+        step.start -= 100
+        step.advance()
+        DISPLAY.look()
     echo(HOSTILE, err=True)
     output = capsys.readouterr().err
     assert output.count("evil") == 3
