@@ -11,6 +11,7 @@ from pathlib import Path
 from ..config.recipe import Recipe, Source
 from ..plan import Plan
 from ..schema import UserError, read_json_file, write_text_file
+from ..waits import show_step
 from .inputs import check_inputs, list_sources
 from .study import Study
 from .study_parts import DrawnImages
@@ -177,15 +178,16 @@ def write_costs(study: Study, plans: dict, config, log: Log) -> None:
     log(f"counting what {len(plans)} plans cost ...")
     parts = config.vision_config, config.text_config
 
-    for name, plan in plans.items():
-        if name in costs and costs[name]["plan"] == plan.to_dict():
-            continue
-        costs[name] = {
-            "plan": plan.to_dict(),
-            "here": count_plan(*parts, plan, view_size=config.view_size).to_dict(),
-            "large": _count_at_large_size(study.get_fusion(name)),
-        }
-        write_text_file(path, json.dumps(costs, indent=1))
+    with show_step("counting what plans cost", len(plans)) as step:
+        for name, plan in step.count(plans.items()):
+            if name in costs and costs[name]["plan"] == plan.to_dict():
+                continue
+            costs[name] = {
+                "plan": plan.to_dict(),
+                "here": count_plan(*parts, plan, view_size=config.view_size).to_dict(),
+                "large": _count_at_large_size(study.get_fusion(name)),
+            }
+            write_text_file(path, json.dumps(costs, indent=1))
 
 
 def _count_at_large_size(spec: str | dict) -> dict | None:

@@ -30,17 +30,18 @@ from pathlib import Path
 
 from ..config.folder_lock import lock_folder
 from ..config.paths import check_replaceable, check_writable_folder
-from ..data.jsonl import read_json_lines
 from ..data.kept_records import keep_records
 from ..schema import UserError, read_json_file, write_text_file
+from ..waits import show_step
 from .claims import claim
 from .preparation import Log, prepare
+from .run_progress import count_training_steps, describe_progress
 from .single_run import run_to_end
 from .study import Study, dump_study, load_study, narrow_study
 from .study_parts import DIVERGED, Run
 
 SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_BETWEEN_LINES = 30  # about runs in progress
+SECONDS_BETWEEN_NOTES = 3  # about runs in progress
 SECONDS_TO_END = 4  # for a process that is asked to; then it is killed
 SECONDS_BETWEEN_CLAIMS = 2  # of a run that another process has
 WRITTEN = (
@@ -237,34 +238,33 @@ def _get_log_path(out: Path, number: int) -> Path:
 
 
 def _watch(study: Study, out: Path, processes: list[subprocess.Popen], log: Log) -> None:
-    """Log every run that is finished, and now and then what the others are doing."""
+    """Log every run that is finished, and show what the others are doing."""
     runs = study.list_runs()
     reported = {run for run in runs if run.is_finished(out)}
-    last_line = time.monotonic()
+    last_look = -SECONDS_BETWEEN_NOTES
+    with show_step(f"training and evaluating {len(runs)} runs") as step:
+        while any(process.poll() is None for process in processes):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
-    while any(process.poll() is None for process in processes):
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+            for run in runs:
+                if run not in reported and run.is_finished(out):
+                    reported.add(run)
+                    log(f"{len(reported)}/{len(runs)}  {_describe_scores(run, out)}")
 
-        for run in runs:
-            if run not in reported and run.is_finished(out):
-                reported.add(run)
-                log(f"{len(reported)}/{len(runs)}  {_describe_scores(run, out)}")
-
-        if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
-            last_line = time.monotonic()
-            _log_progress(study, runs, out, log)
+            if time.monotonic() - last_look > SECONDS_BETWEEN_NOTES:
+                last_look = time.monotonic()
+                step(*count_training_steps(study, runs))
+                step.set_done(step.done, _describe_begun(study, runs, out))
 
 
-def _log_progress(study: Study, runs: Sequence[Run], out: Path, log: Log) -> None:
+def _describe_begun(study: Study, runs: Sequence[Run], out: Path) -> str:
+    """What is done with every run that is under way."""
     parts = []
     for run in runs:
         is_claimed = (run.get_folder(out) / "running").is_file()
         if is_claimed and not run.is_finished(out):
-            progress = describe_progress(study, run)
-            parts.append(f"{run.variant} {progress}")
-
-    if parts:
-        log("  " + "   ".join(parts))
+            parts.append(f"{run.variant} {describe_progress(study, run)}")
+    return ", ".join(parts)
 
 
 def _describe_scores(run: Run, out: Path) -> str:
@@ -285,23 +285,6 @@ def _describe_scores(run: Run, out: Path) -> str:
 
     percent = 100 * result["mean_over_levels"]
     return f"{name}: {percent:.1f} % ({', '.join(levels)})"
-
-
-def describe_progress(study: Study, run: Run) -> str:
-    """Describe a run in progress: its stage, step and loss, from the log it writes."""
-    folder = run.get_folder(study.output)
-    for stage in reversed(study.get_recipe(run).stages):
-        path = folder / stage.name / "log.jsonl"
-        if not path.is_file():
-            continue
-        lines = read_json_lines(path, skip_partial=True)
-        if lines:
-            step = lines[-1]["step"]
-            loss = lines[-1]["loss"]
-            num_steps = stage.args.get("max_steps", "?")
-            return f"{stage.name} {step}/{num_steps} loss {loss:.2f}"
-
-    return "loading"
 
 
 def work(
