@@ -24,7 +24,6 @@ from sparsecut.cli.main import main as run_command
 from sparsecut.waits.display import Display
 from sparsecut.waits.step import Step
 
-
 IMPORTED = (  # once, not by every command
     *("building", "conversion.checkpoint", "evaluation.ablation", "evaluation.evaluator"),
     *("reports.ablation", "shapes.questions", "training.stages", "training.preview", "upgrading"),
