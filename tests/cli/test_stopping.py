@@ -121,18 +121,20 @@ def test_a_stopped_command_says_how_to_go_on_and_does(home, run, tmp_path, comma
     assert done["events"] >= 3
 
     draw = random.Random(command)
+    words = COMMANDS[command]
     for name, code in (("SIGINT", 130), ("SIGTERM", 143)):
-        ended = run(COMMANDS[command], stopped, draw.randint(1, done["events"]), name)
-        if ended["code"] == 2:  # a run that is begun is continued with --resume
+        ended = run(words, stopped, draw.randint(1, done["events"]), name)
+        if ended["code"] == 0:  # what was left had fewer steps
             break
         assert ended["code"] == code, ended["error"]
         assert "Traceback" not in ended["error"]
         assert ended["seconds"] < 5
         assert ended["left"] == []
         assert not (stopped / "made").exists()
-    words = find_next(ended["error"]) or COMMANDS[command]
-    again = run(words, stopped)
-    assert again["code"] == 0, again["error"]
+        words = find_next(ended["error"]) or COMMANDS[command]
+    if ended["code"]:
+        again = run(words, stopped)
+        assert again["code"] == 0, again["error"]
     assert read_files(stopped) == read_files(whole)
 
 
