@@ -39,6 +39,7 @@ def shown(request, clock, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     stream = io.StringIO()
     display = Display(stream, is_terminal=request.param, clock=clock, has_thread=False)
+    display.is_disabled = False  # whatever the tests before have done
     monkeypatch.setattr(steps, "DISPLAY", display)
     return display, stream
 
@@ -147,6 +148,7 @@ def test_a_bar_is_gone_when_its_step_is(shown, clock):
 @pytest.mark.parametrize("name", VARIABLES)
 def test_the_environment_switches_it_off(shown, clock, monkeypatch, name):
     display, stream = shown
+    display.is_disabled = None
     monkeypatch.setenv(name, "1")
     with waits.show_step("working"):
         pass_time(display, clock, 100)
@@ -198,6 +200,7 @@ def test_an_error_knows_the_steps_it_arose_in(shown, clock):
 def test_a_closed_stream_does_not_stop_the_work(clock, monkeypatch):
     stream = io.StringIO()
     display = Display(stream, is_terminal=False, clock=clock, has_thread=False)
+    display.is_disabled = False
     monkeypatch.setattr(steps, "DISPLAY", display)
     with waits.show_step("working"):
         stream.close()
