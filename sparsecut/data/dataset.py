@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from ..audio import Clip
 from ..prompts import get_medium
 from ..schema import UserError
+from ..waits import show_step
 from .cached_features import read_cached_grids
 from .encoding import GRIDS, ExampleEncoder
 from .errors import RecordError
@@ -151,7 +152,9 @@ class TrainingData(Dataset):
     @cached_property
     def lengths(self) -> list[int]:
         """Tokens of every item, as `ExampleEncoder.get_lengths` counts them."""
-        return self.encoder.get_lengths([self._encode(i) for i in range(len(self))])
+        with show_step("measuring records", len(self)) as step:
+            encoded = [self._encode(i) for i in step.count(range(len(self)))]
+        return self.encoder.get_lengths(encoded)
 
     @property
     def num_image_tokens(self) -> list[int]:

@@ -43,10 +43,12 @@ class FeaturesInMemory:
             for number, key in enumerate(get_image_keys(example)):
                 images[key] = (example, number)
         keys = list(images)
-        for start in range(0, len(keys), batch_size):
-            batch_keys = keys[start : start + batch_size]
-            batch = [images[key] for key in batch_keys]
-            self._encode(model, processor, batch_keys, batch)
+        with show_step("encoding images", len(keys)) as step:
+            for start in range(0, len(keys), batch_size):
+                batch_keys = keys[start : start + batch_size]
+                batch = [images[key] for key in batch_keys]
+                self._encode(model, processor, batch_keys, batch)
+                step.advance(len(batch))
 
     def _encode(self, model, processor, keys: list[str], images: list[tuple]) -> None:
         """Add the features of some images, each given as (example, number in the example)."""

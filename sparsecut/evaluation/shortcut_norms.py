@@ -11,6 +11,7 @@ from ..any_size import list_grids
 from ..data.examples import Example
 from ..data.feature_cache import get_image_keys, get_tap_views
 from ..prompts import prepare_inputs
+from ..waits import show_step
 from .evaluator import read_features, render_question
 
 
@@ -41,12 +42,15 @@ def measure_additions(
     distinct = list(by_images.values())
     trace = _trace_upgraded if model.is_upgrade else _trace_joined
     sums = torch.zeros(len(shortcuts), 5, dtype=torch.float64)
-    for start in range(0, len(distinct), batch_size):
-        batch = distinct[start : start + batch_size]
-        all_added, all_hidden = trace(model, processor, batch, features)
-        for i, shortcut in enumerate(shortcuts):
-            added, gate = apply_context_gate(fusion, shortcut.layer, all_added[i], all_hidden[i])
-            sums[i] += _sum_over_tokens(added.double(), all_hidden[i].double(), gate)
+    with show_step("measuring what shortcuts add", len(distinct)) as step:
+        for start in range(0, len(distinct), batch_size):
+            batch = distinct[start : start + batch_size]
+            all_added, all_hidden = trace(model, processor, batch, features)
+            for i, shortcut in enumerate(shortcuts):
+                layer = shortcut.layer
+                added, gate = apply_context_gate(fusion, layer, all_added[i], all_hidden[i])
+                sums[i] += _sum_over_tokens(added.double(), all_hidden[i].double(), gate)
+            step.advance(len(batch))
     return [_describe(fusion, i, sums[i].tolist()) for i in range(len(shortcuts))]
 
 

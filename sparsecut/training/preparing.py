@@ -31,6 +31,7 @@ from ..prompts import get_max_length
 from ..replanning import replan
 from ..schema import UserError
 from ..upgrading import upgrade
+from ..waits import show_step
 from .freezing import check_parts, trains_base
 from .progress import print_message
 from .reading import RunInputs, SourceExamples
@@ -115,7 +116,8 @@ def prepare_run(
     model, processor = _load_start(inputs, model, processor)
     set_arguments(processor, recipe.chat_template_kwargs)
     _check_model(recipe, model)
-    facts = _describe_inputs(inputs, model, processor)
+    with show_step("noting what the run is made from"):
+        facts = _describe_inputs(inputs, model, processor)
     # Features are cached for every good image before training, so bad ones must be known by then.
     skips = any(source.on_error == "skip" for stage in recipe.stages for source in stage.data)
     open_images = inputs.check or (skips and recipe.feature_cache is not None)
@@ -286,7 +288,8 @@ def _check_batches(prepared: PreparedStage, model, processor) -> None:
         )
     if stage.pack is not None:
         data = TrainingData(prepared.examples, build_encoder(stage, model, processor))
-        pack_dataset(data, model, stage)
+        with show_step("packing records into rows"):
+            pack_dataset(data, model, stage)
 
 
 def _choose_held_out(

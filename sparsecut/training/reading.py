@@ -14,6 +14,7 @@ from ..config.recipe import Recipe, Source, Stage, load_recipe
 from ..config.yaml_io import expand_path
 from ..data.errors import RecordError
 from ..data.examples import Example, read_source
+from ..waits import show_step
 from .arguments import build_arguments
 from .run_dir import check_output, count_finished_stages
 
@@ -91,8 +92,9 @@ def read_inputs(
     sources = [_read_sources(stage, problems) for stage in recipe.stages]
     evaluation_examples = _read_evaluation(recipe, problems)
     if check:
-        for example in evaluation_examples:
-            example.load_images()
+        with show_step("opening the images of evaluate", len(evaluation_examples)) as step:
+            for example in step.count(evaluation_examples):
+                example.load_images()
     continues = resume and not check
     return RunInputs(
         recipe=recipe,
