@@ -177,9 +177,6 @@ def evaluation_examples(recipe: Recipe) -> list[Example]:
     return examples
 
 
-# ---- checks
-
-
 def _check_arguments(
     batch_size: int, max_new_tokens: int, metric: str | None, workers: int
 ) -> None:
@@ -242,9 +239,6 @@ def _check_prompt_length(model: Any, length: int, example: Example, max_new_toke
     check_length(model, length, max_new_tokens, name, "leave it out or lower max_new_tokens")
 
 
-# ---- questions and settings
-
-
 def _build_record(example: Example, processor: Any) -> dict:
     """The line of predictions.jsonl for an example, not answered yet."""
     names = []
@@ -288,9 +282,6 @@ def get_settings(model: Any, processor: Any, max_new_tokens: int, metric: str | 
         "weights_sum": weights_sum(model),
         "plan": model.plan.to_dict(),
     }
-
-
-# ---- answers
 
 
 @dataclass(frozen=True)
