@@ -3,6 +3,7 @@
 SPARSECUT_KILLS says how often each is killed; the times are drawn by a seed.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from helpers.playground import make_root
@@ -21,7 +23,7 @@ from helpers.tiny import tiny_model
 from sparsecut.building import save
 
 ROOT = Path(__file__).parents[2]
-KILLS = int(os.environ.get("SPARSECUT_KILLS", "3"))
+KILLS = int(os.environ.get("SPARSECUT_KILLS", "4"))
 # What may differ: times, memory, paths, and whether a model was in memory or read from its folder.
 MAY_DIFFER = {
     "model",
@@ -59,17 +61,36 @@ def run_to_end(arguments: list[str], folder: Path) -> float:
     return time.monotonic() - begin
 
 
+ENDS = (  # ways in which a command comes to its end
+    lambda process: process.kill(),
+    lambda process: os.killpg(process.pid, signal.SIGINT),  # as a terminal sends it
+    lambda process: process.terminate(),
+    lambda process: os.killpg(process.pid, signal.SIGKILL),
+)
+
+
+def list_session(number: int) -> list[int]:
+    """Processes of a session."""
+    found = []
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(pid) == number:
+                found.append(pid)
+    return found
+
+
 def kill_often(arguments: list[str], folder: Path, seconds: float) -> None:
     """Kill a command at random times, the whole group or its first process, then let it end."""
     draw = random.Random(str(arguments))
     for number in range(KILLS):
         process = start(arguments, folder)
         time.sleep(draw.uniform(0.1, 1.0) * seconds)
-        if number % 2:
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-        process.communicate()
+        end = ENDS[number % len(ENDS)]
+        end(process)
+        output, _ = process.communicate()
+        if process.returncode in (130, 143):  # else Python had not begun with the command
+            assert "stopped by" in output
+            assert not list_session(process.pid)
     run_to_end(arguments, folder)
 
 
