@@ -23,6 +23,9 @@ SECONDS_TO_LINE = 4.0
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_TO_IDLE = 2.0  # then the thread ends
 MOST_BARS = 3
+BAR_WIDTH = 20
+WIDTH_OF_THE_REST = 70  # columns of a bar and of the text beside it
+LEAST_LABEL = 16
 VARIABLE = "SPARSECUT_DISABLE_PROGRESS_BARS"
 OTHER_VARIABLES = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 TRUE = {"1", "ON", "YES", "TRUE"}  # as huggingface_hub reads them
@@ -133,19 +136,18 @@ class _Lines:
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
-        self.due: dict[int, float] = {}  # by the outermost step shown
+        self.due: dict[Step, float] = {}  # by the outermost step shown: when its next line comes
 
     def draw(self, steps: list[Step], now: float) -> None:
         outermost = steps[0]
-        key = id(outermost)
-        if now < self.due.get(key, outermost.start + SECONDS_TO_LINE):
+        if now < self.due.get(outermost, outermost.start + SECONDS_TO_LINE):
             return
         first = outermost.start + SECONDS_BETWEEN_LINES
-        self.due[key] = first if now < first else now + SECONDS_BETWEEN_LINES
+        self.due[outermost] = first if now < first else now + SECONDS_BETWEEN_LINES
         self._write("; ".join(f"{step.label}: {step.describe(now)}" for step in steps))
 
     def end(self, step: Step, now: float, *, is_whole: bool) -> None:
-        if self.due.pop(id(step), None) is not None and is_whole and not step.is_background:
+        if self.due.pop(step, None) is not None and is_whole and not step.is_background:
             seconds = now - step.start
             self._write(f"{step.label}: done after {seconds:,.0f} s")
 
@@ -164,7 +166,7 @@ class _Bars:
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.bars: Any = None
-        self.tasks: dict[int, Any] = {}
+        self.tasks: dict[Step, Any] = {}
         self.drawn = 0.0
 
     def draw(self, steps: list[Step], now: float) -> None:
@@ -177,21 +179,18 @@ class _Bars:
         self.drawn = now
         if self.bars is None:
             self.bars = self._start_bars()
-        keys = {id(step) for step in slow}
-        for key in self.tasks.keys() - keys:
-            self.bars.remove_task(self.tasks.pop(key))
+        for step in self.tasks.keys() - set(slow):
+            self.bars.remove_task(self.tasks.pop(step))
         for step in slow:
-            if id(step) not in self.tasks:
-                self.tasks[id(step)] = self.bars.add_task(step.label, total=step.total, text="")
-            task = self.tasks[id(step)]
+            if step not in self.tasks:
+                label = shorten(step.label, self.bars.console.width - WIDTH_OF_THE_REST)
+                self.tasks[step] = self.bars.add_task(label, total=step.total, text="")
             settings = {"total": step.total, "completed": step.done, "text": step.describe(now)}
-            self.bars.update(task, **settings)
+            self.bars.update(self.tasks[step], **settings)
         self.bars.refresh()
 
     def end(self, step: Step, now: float, *, is_whole: bool) -> None:
-        task = self.tasks.pop(id(step), None)
-        if task is not None and self.bars is not None:
-            self.bars.remove_task(task)
+        """The next drawing leaves it out, and removes its line."""
 
     def clear(self) -> None:
         if self.bars is not None:
@@ -208,7 +207,7 @@ class _Bars:
         ]
         bars = Progress(
             texts[0],
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=BAR_WIDTH),
             texts[1],
             console=Console(file=self.stream, force_terminal=True),
             auto_refresh=False,
@@ -217,6 +216,13 @@ class _Bars:
         )
         bars.start()
         return bars
+
+
+def shorten(label: str, width: int) -> str:
+    """Return a label without its middle, where it is wider than some columns."""
+    width = max(width, LEAST_LABEL)
+    half = (width - 3) // 2
+    return label if len(label) <= width else f"{label[:half]}...{label[-half:]}"
 
 
 def is_switched_off() -> bool:

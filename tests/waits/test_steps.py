@@ -142,7 +142,17 @@ def test_a_bar_is_gone_when_its_step_is(shown, clock):
         pass_time(display, clock, 3)
         assert display._view.bars is not None
     assert display._view.bars is None
-    assert stream.getvalue().rstrip("\n").endswith("\x1b[2K")
+    after = stream.getvalue().rpartition("drawing")[2]
+    assert "\x1b[2K" in after
+    assert not after.endswith("\n")
+
+
+def test_a_long_label_leaves_room_for_the_time_left(shown, clock):
+    display, stream = shown
+    with waits.show_step("reading records of " + "folder/" * 30, 10) as step:
+        step.advance()
+        pass_time(display, clock, 5)
+    assert "left" in stream.getvalue()
 
 
 @pytest.mark.parametrize("name", VARIABLES)
