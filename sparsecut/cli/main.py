@@ -28,7 +28,7 @@ from . import (  # noqa: F401
     train,
 )
 from .app import app, echo
-from .stopping import ENDED_BY_SIGTERM, Stopped
+from .stopping import Stopped
 
 USER_ERROR = 2  # exit code of a mistake that the user can mend
 
@@ -52,12 +52,12 @@ def main() -> None:
     make_messages_safe()
     try:
         app(args=arguments, prog_name="sparsecut")
-    except (UserError, InterruptedError) as error:
+    except UserError as error:
         if wants_traceback:
             sys.excepthook = print_traceback
             raise
         echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(ENDED_BY_SIGTERM if isinstance(error, InterruptedError) else USER_ERROR)
+        sys.exit(USER_ERROR)
     except Stopped as error:
         echo(str(error), err=True)
         sys.exit(error.exit_code)

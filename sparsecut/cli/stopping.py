@@ -53,17 +53,17 @@ def stop_with_reason(command: str, options: Mapping[str, Any]) -> Iterator[None]
     with interrupt_at_sigterm():
         try:
             yield
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, InterruptedError) as error:  # the latter ends training
             raise _describe(command, options, error) from error
         except Stopped as error:  # of a command that this one has run
             cause = error.__cause__
-            if not isinstance(cause, KeyboardInterrupt):
+            if cause is None:
                 raise
             raise _describe(command, options, cause) from cause
 
 
-def _describe(command: str, options: Mapping[str, Any], error: KeyboardInterrupt) -> Stopped:
-    is_terminated = isinstance(error, Terminated)
+def _describe(command: str, options: Mapping[str, Any], error: BaseException) -> Stopped:
+    is_terminated = isinstance(error, Terminated | InterruptedError)
     place = describe_place(error)
     begin = f"stopped by {'SIGTERM' if is_terminated else 'Ctrl-C'}"
     where = f" while {place}" if place else ""
