@@ -90,6 +90,8 @@ def describe_rest(command: str, options: Mapping[str, Any]) -> str:
 
 def _describe_training(options: Mapping[str, Any]) -> str:
     """What of a run is on disk: its stages that are whole, and the last checkpoint."""
+    if "sparsecut.training.stages" not in sys.modules:  # it was being imported, which takes long
+        return NOTHING
     from ..config.recipe import load_recipe
     from ..config.yaml_io import expand_path
     from ..training.checkpoints import last_checkpoint
