@@ -164,8 +164,8 @@ def test_progress_and_messages_are_safe(capsys):
         DISPLAY.look()
     echo(HOSTILE, err=True)
     output = capsys.readouterr().err
-    assert output.count("evil") == 3
-    assert output.count("[red]kept[/red]") == 2
+    assert output.count("evil") == 4
+    assert output.count("[red]kept[/red]") == 3
     assert not controls_terminal(output)
 
 
