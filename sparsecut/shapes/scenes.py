@@ -159,34 +159,18 @@ def _get_texture(texture: str, dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
 
 def _get_inside(shape: str, dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
     """Which pixels of a cell belong to a shape; dy and dx count from its centre."""
-    return INSIDE[shape](dy, dx)
-
-
-def _get_squared(dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
-    return dy**2 + dx**2
-
-
-def _is_in_ring(dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
-    squared = _get_squared(dy, dx)
-    return (squared < 15.5**2) & (squared > 8**2)
-
-
-def _is_in_cross(dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
-    height, width = abs(dy), abs(dx)
-    return ((height < 5) & (width < 15)) | ((width < 5) & (height < 15))
-
-
-def _is_in_star(dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
-    return np.sqrt(_get_squared(dy, dx)) < 10.5 + 5.5 * np.cos(5 * np.arctan2(dx, -dy))
-
-
-INSIDE = {  # each is computed where it is drawn only
-    "circle": lambda dy, dx: _get_squared(dy, dx) < 14.5**2,
-    "square": lambda dy, dx: (abs(dy) < 13) & (abs(dx) < 13),
-    "triangle": lambda dy, dx: (dy > -14) & (dy < 13) & (abs(dx) < (dy + 14) * 0.58),
-    "diamond": lambda dy, dx: abs(dy) + abs(dx) < 17,
-    "cross": _is_in_cross,
-    "ring": _is_in_ring,
-    "bar": lambda dy, dx: (abs(dy) < 6) & (abs(dx) < 18),
-    "star": _is_in_star,
-}
+    height = abs(dy)
+    width = abs(dx)
+    squared = dy**2 + dx**2
+    angle = np.arctan2(dx, -dy)
+    radius = np.sqrt(squared)
+    return {
+        "circle": squared < 14.5**2,
+        "square": (height < 13) & (width < 13),
+        "triangle": (dy > -14) & (dy < 13) & (width < (dy + 14) * 0.58),
+        "diamond": height + width < 17,
+        "cross": ((height < 5) & (width < 15)) | ((width < 5) & (height < 15)),
+        "ring": (squared < 15.5**2) & (squared > 8**2),
+        "bar": (height < 6) & (width < 18),
+        "star": radius < 10.5 + 5.5 * np.cos(5 * angle),
+    }[shape]
