@@ -35,6 +35,7 @@ from .upgrade_hooks import (
     disconnect_all,
     get_encoder_depth,
     get_encoder_width,
+    make_position_counter,
     shortcuts_active,
 )
 
@@ -59,7 +60,7 @@ class SparseCutUpgradeModel(SparseCutPreTrainedModel):
     config_class = SparseCutUpgradeConfig
     is_upgrade = True
     supports_feature_cache = False  # the base runs its encoder in its own way
-    supports_packing = False  # the base counts positions in its own way
+    supports_packing = True  # whether this base keeps packed records apart is tried
 
     def __init__(self, config: SparseCutUpgradeConfig, base: PreTrainedModel | None = None) -> None:
         super().__init__(config)
@@ -91,6 +92,10 @@ class SparseCutUpgradeModel(SparseCutPreTrainedModel):
     def saves_fusion_only(self) -> bool:
         """Whether `save_fusion` is enough to load the model again, as its base has a known name."""
         return self.config.base_name is not None
+
+    def get_position_counter(self) -> Any:
+        """What counts positions of packed records, where the base has several axes; else None."""
+        return make_position_counter(self.family.parts(self.base).inner)
 
     def vision_backbone(self) -> nn.Module:
         """The base's vision encoder."""

@@ -363,3 +363,35 @@ WRAPPERS = {
     "get_video_features": _get_video_features,
     "forward": _forward,
 }
+
+
+# --- positions ---
+
+
+class PositionCounter:
+    """Counts the positions of records as a base with several axes of them does, without weights.
+
+    Args:
+        inner: The base's part with `get_rope_index`, which reads its configuration alone.
+    """
+
+    def __init__(self, inner: nn.Module):
+        self.shell = type(inner).__new__(type(inner))
+        nn.Module.__init__(self.shell)
+        self.shell.config = inner.config
+
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return positions [axes, B, L] of a padded batch, as the base's processor makes it."""
+        ids = batch["input_ids"]
+        if batch.get("image_grid_thw") is None:
+            return torch.arange(ids.shape[1]).expand(3, *ids.shape)
+        count = self.shell.get_rope_index
+        is_image = (ids == self.shell.config.image_token_id).int()
+        given = {"mm_token_type_ids": is_image, **batch}
+        known = inspect.signature(count).parameters
+        return count(**{name: x for name, x in given.items() if name in known})[0]
+
+
+def make_position_counter(inner: nn.Module) -> PositionCounter | None:
+    """Return what counts positions where a base has several axes of them, else None."""
+    return PositionCounter(inner) if "get_rope_index" in dir(type(inner)) else None

@@ -10,6 +10,8 @@ from torch import Tensor
 from ..schema import UserError
 from .encoding import ExampleEncoder, get_pad_token_id, join_image_inputs
 from .labels import IGNORED
+from .native_encoding import NativeExampleEncoder
+from .native_packing import CountPositions, pack_batch
 
 IMAGE_KEYS = ("images", "pixel_values", "vision_states")  # where an item has its images
 
@@ -31,12 +33,20 @@ class Collator:
         defer_errors: Return {"error": error} in place of raising an error of the user's data. A
             worker process would pass on only its text; see `raise_errors`.
         blank: An item with an image, added to a batch that has none. None adds nothing.
+        count_positions: Counts the positions of packed records where an upgraded model's base has
+            several axes of them.
     """
 
     def __init__(
-        self, encoder: ExampleEncoder, *, pad_to: int | None = None, defer_errors: bool = False
+        self,
+        encoder: ExampleEncoder,
+        *,
+        pad_to: int | None = None,
+        defer_errors: bool = False,
+        count_positions: CountPositions | None = None,
     ):
         self.encoder = encoder
+        self.count_positions = count_positions
         self.pad_to = pad_to or 1
         self.defer_errors = defer_errors
         self.blank: dict | None = None
@@ -73,6 +83,8 @@ class Collator:
         broken = _collect_broken(_flatten(rows))
         if self._needs_blank(_flatten(rows)):
             rows = [*rows, [self.blank]]
+        if isinstance(self.encoder, NativeExampleEncoder):
+            return {**self._build_native_rows(rows), **broken}
         joined = [_join_items(items) for items in rows]
         batch = self.encoder.pad(joined, self.pad_to)
         del batch["attention_mask"]
@@ -80,6 +92,14 @@ class Collator:
         for i, row in enumerate(joined):
             batch["position_ids"][i, : len(row["position_ids"])] = row["position_ids"]
         return {**batch, **join_image_inputs(_flatten(rows)), **broken}
+
+    def _build_native_rows(self, rows: Sequence[list[dict]]) -> dict:
+        """The same for an upgraded model: its base's processor prepares all records together."""
+        batch = self.encoder.build_batch(_flatten(rows))
+        if rows[-1][0] is self.blank:
+            batch["labels"][-1] = IGNORED
+        counts = [len(items) for items in rows]
+        return pack_batch(batch, counts, self.pad_token_id, self.count_positions)
 
 
 def _collect_broken(items: Sequence[dict]) -> dict[str, list[UserError]]:

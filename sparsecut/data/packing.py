@@ -18,6 +18,8 @@ from torch.utils.data import Dataset, Sampler
 
 from ..schema import UserError
 from .dataset import TrainingData
+from .native_encoding import NativeExampleEncoder
+from .native_packing import count_tokens
 
 # Steps whose records are sorted by length together: enough for similar ones, few enough to stay
 # random.
@@ -99,20 +101,30 @@ def pack_dataset(data: TrainingData, model, stage) -> TrainingData | PackedDatas
         return data
     if not model.supports_packing:
         raise UserError(
-            f"pack is {stage.pack}, but an upgraded model's base counts positions in its own way;"
-            " remove pack"
+            f"pack is {stage.pack}, but {type(model.base).__name__} takes no positions from outside,"
+            " which keep the records of a row apart; remove pack"
         )
-    longest = max(data.lengths)
+    lengths, image_tokens = count_record_tokens(data)
+    longest = max(lengths)
     if longest > stage.pack:
-        record = data.examples[data.lengths.index(longest)]
+        record = data.examples[lengths.index(longest)]
         raise UserError(
             f"{record.place}: the record has {longest} tokens, but pack={stage.pack} makes rows of"
             " that many; raise pack, or set max_length to cut records"
         )
-    rows = pack_rows(
-        data.lengths, data.num_image_tokens, stage.pack, max_images=stage.max_image_tokens
-    )
+    rows = pack_rows(lengths, image_tokens, stage.pack, max_images=stage.max_image_tokens)
     return PackedDataset(data, rows)
+
+
+def count_record_tokens(data: TrainingData) -> tuple[list[int], list[int]]:
+    """Return the tokens of every record, and how many of them are its images'.
+
+    Raises:
+        UserError: An upgraded model's processor does not tell them.
+    """
+    if isinstance(data.encoder, NativeExampleEncoder):
+        return count_tokens(data.encoder, data.examples)
+    return data.lengths, data.num_image_tokens
 
 
 class PackedDataset(Dataset):
@@ -173,16 +185,16 @@ def check_packing(model, collator, data: PackedDataset) -> None:
         return
     shortest = sorted(row, key=lambda i: len(data.examples[i].messages))[:2]
     first, second = (data.data[i] for i in shortest)
-    changed = _change_text(first, model.config.image_token_id)
     was_training = model.training
     model.eval()
-    both = _compute_logits(model, collator, [first, second])
-    both_changed = _compute_logits(model, collator, [changed, second])
-    alone = _compute_logits(model, collator, [second])
+    packed = collator([[first, second]])
+    start, length = (_count_tokens(item, collator) for item in (first, second))
+    changed = _change_text(packed, start, model, collator.encoder.processor)
+    both = _compute_logits(model, packed)[:, start:]
+    both_changed = _compute_logits(model, changed)[:, start:]
+    alone = _compute_logits(model, collator([[second]]))
     model.train(was_training)
-    start, length = len(first["input_ids"]), len(second["input_ids"])
-    both, both_changed = both[:, start : start + length], both_changed[:, start : start + length]
-    alone = alone[:, :length]
+    both, both_changed, alone = both[:, :length], both_changed[:, :length], alone[:, :length]
     leak = (both - both_changed).abs().max().item()
     deviation = ((both - alone).abs().max() / alone.std()).item()
     if not (leak > 0 or deviation > MAX_DEVIATION):
@@ -190,24 +202,36 @@ def check_packing(model, collator, data: PackedDataset) -> None:
     reason = "positions of the second go on"
     if leak > 0:
         reason = f"a record changes the outputs of the next one, by {leak:.2g}"
+    language = model.language_backbone() if model.is_upgrade else model.language_model
     raise UserError(
-        f"{type(model.language_model).__name__} does not keep packed records apart ({reason});"
+        f"{type(language).__name__} does not keep packed records apart ({reason});"
         " remove pack, or take a language model that builds its mask from restarting positions,"
         " such as Llama or Qwen"
     )
 
 
-def _change_text(item: dict, image_token_id: int) -> dict:
-    """The item with every token that is no image token replaced by another."""
-    ids = item["input_ids"]
-    other = (ids + 1) % image_token_id
-    other = torch.where(other == 0, 1, other)
-    return {**item, "input_ids": torch.where(ids == image_token_id, ids, other)}
+def _count_tokens(item: dict, collator) -> int:
+    """The tokens of an item; an upgraded model's processor shows them in a batch alone."""
+    if "input_ids" in item:
+        return len(item["input_ids"])
+    return collator([[item]])["input_ids"].shape[1]
 
 
-def _compute_logits(model, collator, items: list[dict]) -> Tensor:
+def _change_text(packed: dict, end: int, model, processor) -> dict:
+    """A packed row whose tokens up to `end` are others, where they are no image's."""
+    image_token_id = model.config.image_token_id
+    media = torch.tensor([image_token_id, *getattr(processor, "image_token_ids", ())])
+    ids = packed["input_ids"].clone()
+    first = ids[:, :end]
+    other = (first + 1) % image_token_id
+    other = torch.where((other == 0) | torch.isin(other, media), 1, other)
+    ids[:, :end] = torch.where(torch.isin(first, media), first, other)
+    return {**packed, "input_ids": ids}
+
+
+def _compute_logits(model, batch: dict) -> Tensor:
     inputs = {}
-    for name, value in collator([items]).items():
+    for name, value in batch.items():
         if name != "labels":
             inputs[name] = _move(value, model.device)
     return model(**inputs, use_cache=False).logits

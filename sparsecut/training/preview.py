@@ -16,7 +16,7 @@ from ..data.collator import Collator
 from ..data.dataset import TrainingData
 from ..data.encoding import ExampleEncoder
 from ..data.labels import IGNORED
-from ..data.packing import pack_rows
+from ..data.packing import count_record_tokens, pack_rows
 from ..schema import UserError
 from .preparing import PreparedRun, PreparedStage, build_encoder
 
@@ -136,8 +136,9 @@ def _describe_way(prepared: PreparedStage, encoder: ExampleEncoder, cache) -> It
         return
     data = TrainingData(prepared.examples, encoder)
     limit = stage.max_image_tokens
-    rows = pack_rows(data.lengths, data.num_image_tokens, stage.pack, max_images=limit)
-    filled = sum(data.lengths) / (len(rows) * stage.pack)
+    lengths, image_tokens = count_record_tokens(data)
+    rows = pack_rows(lengths, image_tokens, stage.pack, max_images=limit)
+    filled = sum(lengths) / (len(rows) * stage.pack)
     yield (
         f"{len(data):,} records are packed into {len(rows):,} rows of {stage.pack:,} tokens, which"
         f" are {filled:.0%} full; the first holds {len(rows[0])} records"

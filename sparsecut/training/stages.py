@@ -349,7 +349,12 @@ def _build_trainer(
     stage = prepared.stage
     encoder = build_encoder(stage, model, processor)
     tap_views = get_tap_views(model.plan, model.config.vision_depth)
-    collator = Collator(encoder, pad_to=stage.pad_to, defer_errors=True)
+    collator = Collator(
+        encoder,
+        pad_to=stage.pad_to,
+        defer_errors=True,
+        count_positions=model.get_position_counter() if model.is_upgrade else None,
+    )
     data = TrainingData(prepared.examples, encoder, feature_cache=cache, tap_views=tap_views)
     if prepared.is_stream:
         data = Stream(
