@@ -166,15 +166,14 @@ def choose_grid(
     return row_count, column_count
 
 
-def normalize(levels: np.ndarray, values: dict) -> np.ndarray:
-    """Normalize levels by the values of an image processor.
+def make_level_table(values: dict) -> np.ndarray:
+    """What each level from 0 to 255 becomes by the values of an image processor, by channel.
 
     Args:
-        levels: uint8 [images or patches, views, height, width, 3].
         values: do_rescale, rescale_factor, do_normalize, image_mean and image_std.
 
     Returns:
-        float32 [images or patches, views, 3, height, width].
+        float32 [3, 256].
     """
     table = np.arange(256, dtype=np.float64)
     if values["do_rescale"]:
@@ -184,4 +183,24 @@ def normalize(levels: np.ndarray, values: dict) -> np.ndarray:
         mean = np.asarray(values["image_mean"], dtype=np.float32).reshape(-1, 1)
         std = np.asarray(values["image_std"], dtype=np.float32).reshape(-1, 1)
         table = (table - mean) / std
-    return np.stack([table[channel][levels[..., channel]] for channel in range(3)], axis=2)
+    return table
+
+
+def normalize(levels: np.ndarray, values: dict) -> np.ndarray:
+    """Normalize levels by the values of an image processor.
+
+    Args:
+        levels: uint8 [images or patches, views, height, width, 3].
+        values: See `make_level_table`.
+
+    Returns:
+        float32 [images or patches, views, 3, height, width].
+    """
+    num_images, num_views, height, width, _ = levels.shape
+    pixels = np.empty((num_images, num_views, 3, height, width), dtype=np.float32)
+    for channel, table in enumerate(make_level_table(values)):
+        # No level is beyond the table. Other modes than "clip" copy the output.
+        for image, views in zip(pixels, levels, strict=True):
+            for view, view_levels in zip(image, views, strict=True):
+                table.take(view_levels[..., channel], out=view[channel], mode="clip")
+    return pixels
