@@ -17,6 +17,8 @@ from .pixels import to_rgb
 from .schema import UserError, is_whole_number
 from .view_sizes import as_pair
 
+SMALL_VIEW = 4096  # pixels; smaller views, such as patches, are normalized together
+
 
 def cut_views(
     image: Image.Image, tiles: int, size: Any, coarse: str = "squash"
@@ -199,8 +201,11 @@ def normalize(levels: np.ndarray, values: dict) -> np.ndarray:
     num_images, num_views, height, width, _ = levels.shape
     pixels = np.empty((num_images, num_views, 3, height, width), dtype=np.float32)
     for channel, table in enumerate(make_level_table(values)):
-        # No level is beyond the table. Other modes than "clip" copy the output.
-        for image, views in zip(pixels, levels, strict=True):
-            for view, view_levels in zip(image, views, strict=True):
-                table.take(view_levels[..., channel], out=view[channel], mode="clip")
+        if height * width < SMALL_VIEW:
+            pixels[:, :, channel] = table.take(levels[..., channel])
+            continue
+        # One view at a time stays in the processor's cache. Other modes than "clip" copy the output.
+        for image, view in np.ndindex(num_images, num_views):
+            out = pixels[image, view, channel]
+            table.take(levels[image, view, :, :, channel], out=out, mode="clip")
     return pixels

@@ -379,6 +379,8 @@ class PositionCounter:
         self.shell = type(inner).__new__(type(inner))
         nn.Module.__init__(self.shell)
         self.shell.config = inner.config
+        plain = {name: x for name, x in vars(inner).items() if isinstance(x, int | float | str)}
+        self.shell.__dict__.update(plain)
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """Return positions [axes, B, L] of a padded batch, as the base's processor makes it."""
