@@ -1,14 +1,11 @@
 """docs/support.md is written by several commands, and none touches what another wrote."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from helpers.benchmark_modules import import_benchmark
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-import grid
-from support_page import find_section, replace_section
+grid = import_benchmark("grid")
+support_page = import_benchmark("support_page")
+find_section, replace_section = support_page.find_section, support_page.replace_section
 
 
 def test_a_section_is_replaced_where_it_stands_and_added_where_it_is_missing(tmp_path):

@@ -1,14 +1,11 @@
 """The command for a folder of chat templates tells what holds, and why a template is refused."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from helpers.benchmark_modules import import_benchmark
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
-import templates
+templates = import_benchmark("templates")
 
 GOOD = (
     "{% for m in messages %}{{ '<|turn|>' + m.role + ': ' + m.content + '<|end|>' }}{% endfor %}"

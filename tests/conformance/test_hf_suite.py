@@ -1,13 +1,9 @@
 """The command that runs transformers' own tests: how it counts, and what it writes."""
 
-import sys
-from pathlib import Path
-
 import pytest
+from helpers.benchmark_modules import import_benchmark
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
-import hf_suite
+hf_suite = import_benchmark("hf_suite")
 
 OUTCOMES = {
     "cases.py::TestLlava::test_a": ("passed", ""),

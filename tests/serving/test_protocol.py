@@ -270,7 +270,7 @@ def test_only_the_server_needs_pydantic_and_fastapi():
     package = Path(sparsecut.__file__).parent
     pattern = re.compile(r"^(from|import) (pydantic|fastapi|starlette|uvicorn)", re.MULTILINE)
     needing = {
-        path.parent.name
+        path.relative_to(package).parts[0]
         for path in package.rglob("*.py")
         if pattern.search(path.read_text(encoding="utf-8"))
     }
