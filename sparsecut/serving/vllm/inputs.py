@@ -89,8 +89,8 @@ class DummyInputsBuilder(BaseDummyInputsBuilder[ProcessingInfo]):
 class Processor(BaseMultiModalProcessor[ProcessingInfo]):
     """Turns one placeholder in a prompt into all tokens of its image."""
 
-    def _get_hf_mm_text(self, mm_counts: Mapping[str, int]) -> str:
-        return self.dummy_inputs.get_dummy_text(mm_counts)
+    def _get_hf_mm_text(self, mm_counts: Mapping[str, int]) -> None:
+        return None  # our processor prepares images without a text, which vLLM has as tokens
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
