@@ -39,7 +39,7 @@ def workspace(tmp_path, monkeypatch):
 
 
 def test_its_laptop_commands_run_as_printed(workspace):
-    for command in find_blocks("sh")[0].splitlines():
+    for command in find_blocks("bash")[0].splitlines():
         program, *arguments = shlex.split(command)
         assert program == "sparsecut"
         result = CliRunner().invoke(app, arguments, catch_exceptions=False)
