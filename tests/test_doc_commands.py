@@ -42,6 +42,9 @@ NOT_RUN = {
         "downloads, and takes half an hour",
         "downloads",
     ],
+    "recipes.md": [
+        "takes hours",
+    ],
     "results.md": [
         "takes hours",
         "takes hours",

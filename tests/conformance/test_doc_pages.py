@@ -18,6 +18,19 @@ from sparsecut.shapes.scenes import draw
 
 BASE = "llava-hf/llava-1.5-7b-hf"
 QUICK_DEMO = ("sparsecut demo --out runs/demo", "sparsecut demo --quick --out runs/demo")
+SMALL_STUDY = (
+    ("{train: 2000, ask: 200}", "{train: 40, ask: 8}"),
+    ("max_steps: 200", "max_steps: 2"),
+    ("max_steps=400", "max_steps=3"),
+    ("max_steps: 20,", "max_steps: 2,"),
+    ("max_steps: 40", "max_steps: 2"),
+    ("max_steps=80", "max_steps=3"),
+)
+SMALL_UPGRADE = (
+    ("$DATA/pictures", "data"),
+    ("$DATA", "data"),
+    ("count: 8, rank: 256", "count: 2, rank: 8"),
+)
 OWN_TESTS = {
     "data.md": "tests/data/test_data_page.py",
     "five-minutes.md": "tests/conformance/test_notebook.py",
@@ -69,13 +82,13 @@ SETTINGS = {
     ),
     "lmms.md": Setting(changes=(QUICK_DEMO,)),
     "method.md": Setting(),
-    "recipes.md": Setting(changes=(("{train: 2000, ask: 200}", "{train: 40, ask: 8}"),)),
+    "recipes.md": Setting(changes=SMALL_STUDY),
     "results.md": Setting(),
     "serving.md": Setting(changes=(QUICK_DEMO, ("--seconds 60", "--seconds 4"))),
     "share.md": Setting(prepare=write_trained),
     "training.md": Setting(prepare=write_images),
     "trl-and-peft.md": Setting(prepare=write_picture),
-    "upgrade.md": Setting(prepare=write_upgrade, changes=(("$DATA", "data"),)),
+    "upgrade.md": Setting(prepare=write_upgrade, changes=SMALL_UPGRADE),
 }
 
 
