@@ -224,3 +224,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert made.returncode == 0, made.stderr
     assert "WARNING" not in made.stderr
     assert {page.stem for page in (tmp_path / "site").glob("*.html")} >= {p.stem for p in PAGES}
+    assert (tmp_path / "site" / "search" / "search_index.js").is_file()  # read without a server
+    for page in (tmp_path / "site").glob("*.html"):
+        loaded = re.findall(r"<(?:script|link|img)[^>]*?(?:src|href)=\"?https?:", page.read_text())
+        assert not loaded, f"{page.name} loads something from elsewhere"

@@ -1,6 +1,6 @@
 """The README's Python runs as printed; its commands, options, files and tests exist.
 
-`tests/conformance/test_readme_commands.py` runs its commands as printed.
+`tests/conformance/test_doc_pages.py` runs its commands as printed.
 """
 
 import re
