@@ -169,6 +169,7 @@ class PageRun:
             **os.environ,
             "PATH": os.pathsep.join(places),
             "PYTHONPATH": str(ROOT),
+            "HF_HOME": str(self.folder / "cache"),
             "MASTER_PORT": str(_find_free_port()),
             "PET_MASTER_PORT": str(_find_free_port()),
         }
