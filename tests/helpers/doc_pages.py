@@ -27,7 +27,7 @@ BLOCK = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 PROGRAMS = ("sparsecut", "python", "make", "pip", "pytest", "torchrun", "accelerate", "serve")
-PROGRAMS += ("vllm", "curl", "export", "source", "python3")
+PROGRAMS += ("cd", "vllm", "curl", "export", "source", "python3")
 CLONE = ("examples", "benchmarks", "docs", "tests", "constraints.txt", "Makefile")
 PORT = "8000"  # which every page names
 SERVER = re.compile(r"^(?=(?:sparsecut|python \S+) serve )", re.MULTILINE)
