@@ -250,6 +250,7 @@ def external_direct(
     check_choice("states", states, LIN_SETS)
     half = max(1, vision_depth // 2)
     former, latter = tuple(range(1, half + 1)), tuple(range(half + 1, vision_depth + 1))
+    taps: tuple[int | tuple[int, ...], ...]
     if states == "early_middle_late":
         taps = _scale((3, 18, 23), vision_depth)
     elif states == "all":
