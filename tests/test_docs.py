@@ -188,7 +188,8 @@ def test_both_ways_of_asking_a_server_run(tmp_path, monkeypatch, capsys):
                 "http://127.0.0.1:8000/v1", str(client.base_url).rstrip("/")
             ).replace("sparsecut", "tiny")
 
-        (python,), (_, curl, _) = blocks("serving.md", "python"), blocks("serving.md", "bash")
+        [python] = blocks("serving.md", "python")
+        [curl] = [block for block in blocks("serving.md", "bash") if "curl" in block]
         exec(compile(here(python), "serving.md", "exec"), {})
         answer = capsys.readouterr().out.strip()
         output = subprocess.run(["bash", "-c", here(curl)], capture_output=True, text=True).stdout
