@@ -17,7 +17,7 @@ from rich.console import Console
 from transformers.utils.logging import is_progress_bar_enabled
 
 from sparsecut.cli.demo import run_demo
-from sparsecut.cli.demo_display import Clock, describe_end, describe_steps, draw_steps, show_demo
+from sparsecut.cli.demo_display import NO_BARS, Clock, describe_end, describe_steps, draw_steps, show_demo
 from sparsecut.cli.main import app
 from sparsecut.experiments.demo import FIVE_SEEDS, OVER_CONTROLS, VARIANTS, build_demo_study
 from sparsecut.experiments.demo_progress import list_steps, measure_done
@@ -177,6 +177,7 @@ def test_a_terminal_shows_the_parts_in_place_and_no_other_line(finished, monkeyp
     folder, _, _ = finished
     titles = {name: variant.title for name, variant in VARIANTS.items()}
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal then
+    before = os.environ.get(NO_BARS)
     logged = []
     study = build_demo_study(folder, quick=True)
     with show_demo(study, titles, logged.append) as log:
@@ -187,4 +188,4 @@ def test_a_terminal_shows_the_parts_in_place_and_no_other_line(finished, monkeyp
     assert "counting" not in shown
     assert logged == []
     assert is_progress_bar_enabled()
-    assert "SPARSECUT_DISABLE_PROGRESS_BARS" not in os.environ
+    assert os.environ.get(NO_BARS) == before
