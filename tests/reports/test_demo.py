@@ -17,7 +17,14 @@ from rich.console import Console
 from transformers.utils.logging import is_progress_bar_enabled
 
 from sparsecut.cli.demo import run_demo
-from sparsecut.cli.demo_display import NO_BARS, Clock, describe_end, describe_steps, draw_steps, show_demo
+from sparsecut.cli.demo_display import (
+    NO_BARS,
+    Clock,
+    describe_end,
+    describe_steps,
+    draw_steps,
+    show_demo,
+)
 from sparsecut.cli.main import app
 from sparsecut.experiments.demo import FIVE_SEEDS, OVER_CONTROLS, VARIANTS, build_demo_study
 from sparsecut.experiments.demo_progress import list_steps, measure_done
