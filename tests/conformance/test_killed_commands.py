@@ -32,6 +32,7 @@ MAY_DIFFER = {
     "eval_seconds",
     "num_kept",
     "memory_gib",
+    "peak_bytes",
     "facts",
     "images",
     "output",

@@ -58,10 +58,15 @@ def read_answer(deltas: queue.SimpleQueue) -> str:
 
 def check_answers(engine, questions, length: int = 8, shortcuts_off=()) -> list[str]:
     """Compare the engine's answers with the model's own; returns them."""
-    with engine.model.fusion.switched_off(*shortcuts_off):
-        expected = [
-            answer_alone(engine.model, engine.processor, messages, images, length)
-            for messages, images in questions
-        ]
+
+    def answer_all() -> list[str]:
+        with engine.model.fusion.switched_off(*shortcuts_off):
+            return [
+                answer_alone(engine.model, engine.processor, messages, images, length)
+                for messages, images in questions
+            ]
+
+    # The model belongs to the engine's thread, which may still be at the end of an earlier batch.
+    expected = engine.run(answer_all).result()
     assert answer_together(engine, questions, length, shortcuts_off) == expected
     return expected
