@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from ..config.recipe import Recipe, Source
+from ..data.kept_records import keep_records
 from ..plan import Plan
 from ..schema import UserError, read_json_file, write_text_file
 from ..waits import show_step
@@ -24,21 +25,15 @@ Log = Callable[[str], None]
 
 def prepare(study: Study, log: Log) -> None:
     """Make what runs have in common: images, checked plans, costs, and the encoder's features."""
-    from ..building import build
-    from ..config.yaml_io import expand_path
     from ..methods import make_plan
 
     if study.pictures is not None:
         draw_images(study, log)
     recipes = _list_recipes(study)
     recipe = recipes[0]
-    vision = expand_path(recipe.model.vision)
-    language = expand_path(recipe.model.language)
-
-    tiles = _find_tiles(study, vision, language)
-    widest = {"method": "hires_channels", "tiles": tiles}
-    model, processor = build(vision, language, widest, **recipe.model.get_build_settings())
-    records = _read_sources(recipes)
+    model, processor = _build_widest(study, recipe)
+    with keep_records():
+        records = _read_sources(recipes)
     examples = list(chain.from_iterable(records.values()))
     check_inputs(Path(study.output), recipes, examples, model, processor, log)
 
@@ -51,6 +46,22 @@ def prepare(study: Study, log: Log) -> None:
     write_costs(study, plans, model.config, log)
     if recipe.feature_cache is not None:
         _cache_features(recipe.feature_cache, list(plans.values()), model, processor, examples, log)
+
+
+def _build_widest(study: Study, recipe: Recipe):
+    """Build a model of the study's backbones that needs every view, and its processor."""
+    import torch
+
+    from ..building import build
+    from ..config.yaml_io import expand_path
+
+    vision = expand_path(recipe.model.vision)
+    language = expand_path(recipe.model.language)
+    tiles = _find_tiles(study, vision, language)
+    plan = {"method": "hires_channels", "tiles": tiles}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # a row for images may be drawn: equal backbones have equal hashes
+        return build(vision, language, plan, **recipe.model.get_build_settings())
 
 
 def _list_recipes(study: Study) -> list[Recipe]:

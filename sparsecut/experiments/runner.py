@@ -35,7 +35,7 @@ from ..schema import UserError, read_json_file, write_text_file
 from ..waits import show_step
 from .claims import claim
 from .preparation import Log, prepare
-from .run_progress import count_training_steps, describe_progress
+from .run_progress import RunProgress
 from .single_run import run_to_end
 from .study import Study, dump_study, load_study, narrow_study
 from .study_parts import DIVERGED, Run
@@ -241,6 +241,7 @@ def _watch(study: Study, out: Path, processes: list[subprocess.Popen], log: Log)
     """Log every run that is finished, and show what the others are doing."""
     runs = study.list_runs()
     reported = {run for run in runs if run.is_finished(out)}
+    progress = RunProgress(study, runs)
     last_look = -SECONDS_BETWEEN_NOTES
     with show_step(f"training and evaluating {len(runs)} runs") as step:
         while any(process.poll() is None for process in processes):
@@ -253,17 +254,17 @@ def _watch(study: Study, out: Path, processes: list[subprocess.Popen], log: Log)
 
             if time.monotonic() - last_look > SECONDS_BETWEEN_NOTES:
                 last_look = time.monotonic()
-                step(*count_training_steps(study, runs))
-                step.set_done(step.done, _describe_begun(study, runs, out))
+                step(*progress.count_steps())
+                step.set_done(step.done, _describe_begun(progress, runs, out))
 
 
-def _describe_begun(study: Study, runs: Sequence[Run], out: Path) -> str:
+def _describe_begun(progress: RunProgress, runs: Sequence[Run], out: Path) -> str:
     """What is done with every run that is under way."""
     parts = []
     for run in runs:
         is_claimed = (run.get_folder(out) / "running").is_file()
         if is_claimed and not run.is_finished(out):
-            parts.append(f"{run.variant} {describe_progress(study, run)}")
+            parts.append(f"{run.variant} {progress.describe(run)}")
     return ", ".join(parts)
 
 

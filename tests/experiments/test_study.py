@@ -19,8 +19,9 @@ from sparsecut.cli.plan_argument import SHAPES_FOLDER
 from sparsecut.config.folder_lock import lock_folder
 from sparsecut.experiments import preparation
 from sparsecut.experiments.claims import claim
+from sparsecut.experiments.run_progress import RunProgress
 from sparsecut.experiments.runner import StudyRunError, check_folder, run_study
-from sparsecut.experiments.study import Run, load_study, narrow_study, parse_study
+from sparsecut.experiments.study import Run, Study, load_study, narrow_study, parse_study
 from sparsecut.methods import make_plan
 from sparsecut.profiling.sizes import read_backbone_config
 from sparsecut.reports.study import write_study_report
@@ -298,6 +299,32 @@ def test_a_study_does_not_go_on_with_another_backbone(tmp_path):
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match="language model"):
         prepare_only(study)
+
+
+def test_a_study_goes_on_where_the_language_model_gets_a_row_for_images(tmp_path):
+    language = tmp_path / "language"
+    shutil.copytree(SHAPES_FOLDER / "language", language)
+    for file in language.glob("*.json"):
+        file.write_text(file.read_text().replace("<image>", "<picture>"))
+    model = {"vision": "shapes", "language": str(language)}
+    study = build_study(tmp_path, recipe={**RECIPE, "model": model}, budgets={"short": []})
+    begin(study)
+    prepare_only(study)
+
+
+def test_progress_is_counted_by_logs_without_reading_recipes_again(tmp_path, monkeypatch):
+    study = build_study(tmp_path, budgets={"short": []})
+    first, second, *_ = runs = study.list_runs()
+    progress = RunProgress(study, runs)
+    monkeypatch.setattr(Study, "get_recipe", None)
+    assert progress.count_steps() == (0, 2 * len(runs))
+    assert progress.describe(first) == "loading"
+    for run, step in ((first, 1), (second, 2)):
+        log = run.get_folder(study.output) / "tune" / "log.jsonl"
+        log.parent.mkdir(parents=True)
+        log.write_text(json.dumps({"step": step, "loss": 1.5}) + '\n{"step": 9')
+    assert progress.count_steps() == (3, 2 * len(runs))
+    assert progress.describe(first) == "tune 1/2 loss 1.50"
 
 
 def test_a_copied_study_goes_on(tmp_path):
