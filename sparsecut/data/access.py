@@ -50,8 +50,10 @@ def get_access(source: Source) -> Access:
     return Access(anywhere=source.anywhere, max_mib=source.max_mib)
 
 
-def find_image(folder: Path, name: str, access: Access) -> Path | None:
-    """Return the file of an image, None where there is none.
+def has_image(folder: Path, name: str, access: Access) -> bool:
+    """Return whether an image is a file that may be read.
+
+    Every image of a data set passes here, so paths are compared as text.
 
     Args:
         folder: The folder that the user named; it may be a link.
@@ -64,9 +66,11 @@ def find_image(folder: Path, name: str, access: Access) -> Path | None:
     if "\0" in name:
         raise UserError(f"the image {name[:40]!r} has a NUL character in its name; correct it")
     try:
-        path = Path(_resolve(os.path.join(folder, name)))
+        path = _resolve(os.path.join(folder, name))
         _check_place(folder, name, path, access)
-        return path if path.is_file() else None
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     except UnicodeEncodeError:
         raise UserError(f"no file can have the name {name[:40]!r}; correct it") from None
     except OSError as error:
@@ -89,22 +93,28 @@ def _resolve_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def _check_place(folder: Path, name: str, path: Path, access: Access) -> None:
+def _check_place(folder: Path, name: str, path: str, access: Access) -> None:
     """Raise UserError where a path, which a name leads to, must not be read."""
-    if any(path.is_relative_to(kernel) for kernel in KERNEL_FOLDERS):
+    if any(_lies_in(path, kernel) for kernel in KERNEL_FOLDERS):
         raise UserError(
             f"the image {name} is not a stored file but a part of the system; remove it"
         )
-    if access.anywhere or path.is_relative_to(_resolve_folder(os.path.join(os.getcwd(), folder))):
+    if access.anywhere or _lies_in(path, _resolve_folder(os.path.join(os.getcwd(), folder))):
         return
     if access.follows_links:
         written = os.path.normpath(os.path.abspath(folder / name))
-        if Path(written).is_relative_to(os.path.abspath(folder)):
+        if _lies_in(written, os.path.abspath(folder)):
             return
     raise UserError(
         f"the image {name} lies outside {folder}, at {path}; correct the name or give that folder as"
         " `images`. If you trust these records, set anywhere: true in their source"
     )
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    """Whether a whole path without `..` is a folder, or lies in it."""
+    path, folder = os.path.normcase(path), os.path.normcase(folder)
+    return path == folder or path.startswith(os.path.join(folder, ""))
 
 
 def read_file(path: Path, access: Access) -> bytes:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..pixels import open_upright
 from ..schema import UserError
-from .access import DEFAULT_ACCESS, Access, find_image, read_file
+from .access import DEFAULT_ACCESS, Access, has_image, read_file
 from .archives import check_member, iterate_members, refuse_damaged, show_name
 
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz")
@@ -71,7 +71,7 @@ class ImageStore:
     def check(self, name: str) -> None:
         """Raise UserError where there is no such image, or it must not be read."""
         if self._members is None:
-            is_here = find_image(self.path, name, self.access) is not None
+            is_here = has_image(self.path, name, self.access)
         else:
             name = os.path.normpath(name)
             if name in self.refused:

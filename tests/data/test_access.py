@@ -26,6 +26,9 @@ def places(image_folder):
     (outside / "secret.png").write_bytes((image_folder / "a.png").read_bytes())
     (inside / "link.png").symlink_to(outside / "secret.png")
     (inside / "linked").symlink_to(outside)
+    beside = image_folder / "sub beside"  # its name begins as the folder's does
+    beside.mkdir()
+    (beside / "secret.png").write_bytes((image_folder / "a.png").read_bytes())
     return inside, outside
 
 
@@ -36,10 +39,15 @@ def list_names(outside) -> dict[str, str]:
         "up and up": "linked/../sub/../outside/secret.png",
         "link": "link.png",
         "linked folder": "linked/secret.png",
+        "beside": "../sub beside/secret.png",
+        "beside, absolute": str(outside.parent / "sub beside" / "secret.png"),
     }
 
 
-@pytest.mark.parametrize("kind", ["absolute", "up", "up and up", "link", "linked folder"])
+@pytest.mark.parametrize(
+    "kind",
+    ["absolute", "up", "up and up", "link", "linked folder", "beside", "beside, absolute"],
+)
 def test_images_outside_are_refused_unless_they_may_lie_anywhere(places, kind):
     name = list_names(places[1])[kind]
     path = str(
@@ -91,6 +99,17 @@ def test_parts_of_the_system_are_never_read(image_folder, name):
         for one in (name, "link.png", "../" * 20 + name):
             with pytest.raises(UserError):
                 store.read_bytes(one)
+
+
+def test_names_that_no_file_has_are_refused_with_their_name(image_folder):
+    (image_folder / "loop.png").symlink_to("loop.png")
+    for access in (Access(), Access(anywhere=True), Access(follows_links=True)):
+        store = ImageStore(image_folder, access)
+        for name in ("loop.png", "none.png", "a.png/b.png", "sub", "x" * 300, "\0.png", "\ud800"):
+            assert name not in store
+            with pytest.raises(UserError):
+                store.load(name)
+    assert str(image_folder / "a.png") in ImageStore("/")
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
