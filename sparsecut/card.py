@@ -76,6 +76,7 @@ class Score:
         interval: Its 95 % interval, in the same unit; None where there is none.
         count: Number of questions.
         command: The command that made it, where known.
+        is_over_images: The interval is over images, several questions about each.
     """
 
     data: str
@@ -84,6 +85,7 @@ class Score:
     interval: tuple[float, float] | None
     count: int
     command: str | None = None
+    is_over_images: bool = False
 
 
 @dataclass(frozen=True)
@@ -285,6 +287,10 @@ def _list_scores(scores: Sequence[Score]) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
         if score.command and score.command not in commands:
             commands.append(score.command)
+    shared = [_quote(score.data) for score in scores if score.interval and score.is_over_images]
+    if shared:
+        names = " and ".join(dict.fromkeys(shared))
+        lines += ["", f"Several questions of {names} share an image, so its interval is over images."]
     if commands:
         shown = [escape_controls(command, keep_lines=False) for command in commands]
         text = "\n".join(shown).replace("```", "'''")

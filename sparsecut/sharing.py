@@ -273,14 +273,17 @@ def _read_result(file: Path) -> list[Score]:
             interval = _to_percent(values.get("interval"))
             name = _find_data_name(command) or file.parent.name
             value = 100 * float(values["accuracy"])
-            return [Score(name, "accuracy", value, interval, count, command)]
+            is_over = values.get("interval_over") == "images"
+            return [Score(name, "accuracy", value, interval, count, command, is_over)]
         fraction = values.get("share_right") or {}
         main = values.get("main") or {}
         scores = []
         for metric, value in main.items():
             is_share = abs(float(value) - 100 * fraction.get("value", -1)) < 1e-6
             interval = _to_percent(fraction.get("interval")) if is_share else None
-            scores.append(Score(values["title"], metric, float(value), interval, count, command))
+            is_over = fraction.get("interval_over") == "images"
+            facts = (float(value), interval, count, command, is_over)
+            scores.append(Score(values["title"], metric, *facts))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{file} is no result of an evaluation ({type(error).__name__}: {error}); give the"

@@ -36,6 +36,7 @@ from ..prompts import (
     check_medium,
     encode_prompts,
     get_chat_template,
+    get_medium,
     get_tokens_per_image,
     make_greedy_config,
     prepare_inputs,
@@ -97,8 +98,9 @@ def evaluate(
         progress: Called with the number of answered questions and the number of all.
 
     Returns:
-        What result.json holds: `accuracy` (0 to 1, with counts and its 95 % interval), the same by
-        `groups` and `levels`, their mean, settings, versions and seconds. It has `records`.
+        What result.json holds: `accuracy` (0 to 1, with counts and its 95 % interval, over images
+        where questions share them), the same by `groups` and `levels`, their mean, settings,
+        versions and seconds. It has `records`.
 
     Raises:
         UserError: An image is missing or broken, a prompt is too long, an argument is not allowed,
@@ -128,6 +130,7 @@ def evaluate(
         scores = compute_scores(records) if metric else {"num_examples": len(records)}
         facts = {
             "model": model.config._name_or_path,
+            "medium": get_medium(processor),
             "batch_size": batch_size,
             "example_prompt": records[0]["prompt"],
             "num_kept": num_resumed,

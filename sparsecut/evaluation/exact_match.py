@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from ..drawing import text_table
-
-Z95 = 1.959964  # two-sided 95 % quantile of the normal distribution
+from .intervals import estimate_interval, list_images
+from .intervals import wilson_interval as wilson_interval
 
 
 def normalize(text: str) -> str:
@@ -27,50 +26,48 @@ def compute_scores(records: Sequence[dict]) -> dict:
     """Accuracy over all records, by group and by level.
 
     Args:
-        records: Lines of predictions.jsonl, of which `correct`, `group` and `level` are read.
+        records: Lines of predictions.jsonl, of which `correct`, `group`, `level` and `images` are
+            read.
 
     Returns:
         The keys of `compute_accuracy` over all records; `groups` and `levels`, the same by name;
         and `mean_over_levels`, the unweighted mean, or None where no record has a level.
     """
-    scores = compute_accuracy([record["correct"] for record in records])
+    scores = _score_records(records)
     for key in ("group", "level"):
-        by_name: dict[str, list[bool]] = {}
+        by_name: dict[str, list[dict]] = {}
         for record in records:
             if record[key] is not None:
-                by_name.setdefault(record[key], []).append(record["correct"])
-        scores[f"{key}s"] = {name: compute_accuracy(by_name[name]) for name in sorted(by_name)}
+                by_name.setdefault(record[key], []).append(record)
+        scores[f"{key}s"] = {name: _score_records(by_name[name]) for name in sorted(by_name)}
     accuracies = [level["accuracy"] for level in scores["levels"].values()]
     scores["mean_over_levels"] = sum(accuracies) / len(accuracies) if accuracies else None
     return scores
 
 
-def compute_accuracy(correct: Sequence[bool]) -> dict:
-    """The fraction of right answers (0 to 1), both counts, and the 95 % Wilson interval."""
+def _score_records(records: Sequence[dict]) -> dict:
+    return compute_accuracy([record["correct"] for record in records], list_images(records))
+
+
+def compute_accuracy(correct: Sequence[bool], images: Sequence[Hashable] | None = None) -> dict:
+    """The fraction of right answers (0 to 1), both counts, and its 95 % interval.
+
+    Args:
+        correct: Whether each answer is right.
+        images: The image of each question. By default every question has its own.
+
+    Returns:
+        `accuracy`, `num_correct` and `num_examples`, and what `intervals.estimate_interval` gives.
+    """
     num_correct = sum(correct)
+    if images is None:
+        images = range(len(correct))
     return {
         "accuracy": num_correct / len(correct),
         "num_correct": num_correct,
         "num_examples": len(correct),
-        "interval": wilson_interval(num_correct, len(correct)),
+        **estimate_interval(correct, images),
     }
-
-
-def wilson_interval(num_correct: int, total: int) -> list[float]:
-    """The 95 % score interval of a fraction (Wilson, 1927).
-
-    Returns:
-        [low, high], exactly 0 and 1 where no answer or every answer is right.
-    """
-    fraction = num_correct / total
-    z_squared = Z95**2
-    center = fraction + z_squared / (2 * total)
-    scale = 1 + z_squared / total
-    variance = fraction * (1 - fraction) / total + z_squared / (4 * total**2)
-    half_width = Z95 * math.sqrt(variance)
-    low = (center - half_width) / scale if num_correct else 0.0
-    high = (center + half_width) / scale if num_correct < total else 1.0
-    return [low, high]
 
 
 def format_scores(result: dict) -> str:
@@ -78,19 +75,34 @@ def format_scores(result: dict) -> str:
 
     The rows are all questions, then every level, every group, and the mean over levels.
     """
-    rows = [["", "accuracy", "right", "of", "95 % interval"], _format_row("all", result)]
+    medium = result.get("medium", "image")
+    rows = [["", "accuracy", "right", "of", "95 % interval", "over"]]
+    rows.append(_format_row("all", result, medium))
     for name, level in result["levels"].items():
-        rows.append(_format_row(f"level {name}", level))
+        rows.append(_format_row(f"level {name}", level, medium))
     for name, group in result["groups"].items():
-        rows.append(_format_row(f"group {name}", group))
+        rows.append(_format_row(f"group {name}", group, medium))
     mean = result["mean_over_levels"]
     if mean is not None:
-        rows.append(["mean over levels", f"{100 * mean:.1f} %", "", "", ""])
-    return text_table(rows, align="<>>>>")
+        rows.append(["mean over levels", f"{100 * mean:.1f} %", "", "", "", ""])
+    return text_table(rows, align="<>>>><")
 
 
-def _format_row(name: str, scores: dict) -> list[str]:
+def _format_row(name: str, scores: dict, medium: str) -> list[str]:
     low, high = scores["interval"]
     accuracy = f"{100 * scores['accuracy']:.1f} %"
     interval = f"{100 * low:.1f} to {100 * high:.1f}"
-    return [name, accuracy, str(scores["num_correct"]), str(scores["num_examples"]), interval]
+    counts = [str(scores["num_correct"]), str(scores["num_examples"])]
+    return [name, accuracy, *counts, interval, describe_drawn(scores, medium)]
+
+
+def describe_drawn(scores: dict, medium: str = "image") -> str:
+    """What an interval is over: "600 images", where several questions share one, or "questions".
+
+    Args:
+        scores: What `intervals.estimate_interval` gave.
+        medium: "image" or "audio".
+    """
+    if scores["interval_over"] != "images":
+        return "questions"
+    return f"{scores['num_images']:,} {'recordings' if medium == 'audio' else 'images'}"

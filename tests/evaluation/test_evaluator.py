@@ -20,7 +20,6 @@ from sparsecut.evaluation.exact_match import (
     compute_scores,
     exact_match,
     format_scores,
-    wilson_interval,
 )
 from sparsecut.prompts import make_greedy_config
 from sparsecut.schema import UserError
@@ -396,13 +395,6 @@ def test_exact_match_ignores_case_outer_whitespace_and_a_full_stop():
     assert not exact_match("", "yes")
 
 
-def test_wilson_intervals():
-    assert wilson_interval(0, 10) == pytest.approx([0, 0.27753], abs=1e-4)
-    assert wilson_interval(8, 10) == pytest.approx([0.49016, 0.94332], abs=1e-4)
-    assert wilson_interval(10, 10)[1] == 1
-    assert wilson_interval(0, 69)[0] == 0
-
-
 def test_the_mean_over_levels_weighs_levels_equally():
     answers = [(1, "a"), (1, "a"), (0, "a"), (0, "b")]
     records = [{"correct": right, "group": None, "level": level} for right, level in answers]
@@ -411,7 +403,7 @@ def test_the_mean_over_levels_weighs_levels_equally():
     assert scores["mean_over_levels"] == pytest.approx(1 / 3)
     assert scores["groups"] == {}
     assert [line.split() for line in format_scores(scores).splitlines()[2:]] == [
-        ["level", "a", "66.7", "%", "2", "3", "20.8", "to", "93.9"],
-        ["level", "b", "0.0", "%", "0", "1", "0.0", "to", "79.3"],
+        ["level", "a", "66.7", "%", "2", "3", "20.8", "to", "93.9", "questions"],
+        ["level", "b", "0.0", "%", "0", "1", "0.0", "to", "79.3", "questions"],
         ["mean", "over", "levels", "33.3", "%"],
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,8 @@ from ...data.examples import IMAGE, Example
 from ...drawing import text_table
 from ...schema import UserError, nearest, read_json_file
 from ..evaluator import evaluate
-from ..exact_match import Z95, wilson_interval
+from ..exact_match import describe_drawn
+from ..intervals import estimate_interval, list_images
 from ..judging import get_answer
 from ..output_dir import RESULT, check_ours, write_result
 from .multiple_choice import MULTIPLE_CHOICE_TASKS
@@ -334,7 +334,7 @@ def merge_parts(selected: SelectedTask, folder: Path, part_folders: Sequence[Pat
     submission = []
     if task.submit and not selected.limit:
         submission = task.submit(selected.data, answers, folder)
-    result = _build_result(selected, score, submission, len(records), part_folders[0])
+    result = _build_result(selected, score, submission, records, part_folders[0])
     write_result(folder, records, result)
     return result
 
@@ -343,7 +343,7 @@ def _build_result(
     selected: SelectedTask,
     score: Score | None,
     submission: Sequence[Path],
-    num_examples: int,
+    records: Sequence[dict],
     part_folder: Path,
 ) -> dict:
     """What result.json holds, with the settings of one part's result."""
@@ -357,32 +357,21 @@ def _build_result(
         "title": selected.task.title,
         "options": dict(selected.options),
         "main": dict(score.main) if score else None,
-        "share_right": _estimate_fraction(score) if score else None,
+        "share_right": _estimate_fraction(records) if score else None,
         "scores": score.details if score else None,
         "submission": [path.name for path in submission],
         **settings,
-        "num_examples": num_examples,
+        "num_examples": len(records),
         "limit": selected.limit,
         "pictures": str(images.path) if images else None,
         "question_files": hashes,
     }
 
 
-def _estimate_fraction(score: Score) -> dict:
-    """The mean score of a question, 0 to 1, with its 95 % interval over questions."""
-    values = list(score.per_question.values())
-    count = len(values)
-    total = sum(values)
-    mean = total / count
-    if set(values) <= {0, 1}:
-        interval = wilson_interval(round(total), count)
-        return {"value": mean, "interval": interval}
-    squares = sum((value - mean) ** 2 for value in values)
-    variance = squares / max(1, count - 1)
-    margin = Z95 * math.sqrt(variance / count)
-    low = max(0.0, mean - margin)
-    high = min(1.0, mean + margin)
-    return {"value": mean, "interval": [low, high]}
+def _estimate_fraction(records: Sequence[dict]) -> dict:
+    """The mean score of a question, 0 to 1, with its 95 % interval over images or questions."""
+    values = [record["correct"] for record in records]
+    return {"value": sum(values) / len(values), **estimate_interval(values, list_images(records))}
 
 
 def _read_json(file: Path) -> dict:
@@ -420,5 +409,6 @@ def _format_scores(result: dict) -> str:
     text = ", ".join(f"{name} {value:.2f}" for name, value in main.items())
     if len(main) == 1:
         low, high = result["share_right"]["interval"]
-        text += f" ({100 * low:.1f} to {100 * high:.1f})"
+        over = describe_drawn(result["share_right"])
+        text += f" ({100 * low:.1f} to {100 * high:.1f}, over {over})"
     return text
