@@ -290,7 +290,10 @@ def _list_scores(scores: Sequence[Score]) -> list[str]:
     shared = [_quote(score.data) for score in scores if score.interval and score.is_over_images]
     if shared:
         names = " and ".join(dict.fromkeys(shared))
-        lines += ["", f"Several questions of {names} share an image, so its interval is over images."]
+        lines += [
+            "",
+            f"Several questions of {names} share an image, so its interval is over images.",
+        ]
     if commands:
         shown = [escape_controls(command, keep_lines=False) for command in commands]
         text = "\n".join(shown).replace("```", "'''")
