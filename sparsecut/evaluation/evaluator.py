@@ -98,9 +98,8 @@ def evaluate(
         progress: Called with the number of answered questions and the number of all.
 
     Returns:
-        What result.json holds: `accuracy` (0 to 1, with counts and its 95 % interval, over images
-        where questions share them), the same by `groups` and `levels`, their mean, settings,
-        versions and seconds. It has `records`.
+        What result.json holds: `accuracy` (0 to 1, with counts and `intervals.estimate_interval`),
+        the same by `groups` and `levels`, their mean, settings, versions, seconds. It has `records`.
 
     Raises:
         UserError: An image is missing or broken, a prompt is too long, an argument is not allowed,
