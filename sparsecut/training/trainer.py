@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler as HfLengthGroupedSampler
+from transformers.trainer_utils import has_length
 
 from ..adapters import get_adapters
 from ..config.recipe import Stage
@@ -198,10 +200,14 @@ class StageTrainer(CheckpointingTrainer):
     # Data
 
     def _get_train_sampler(self, train_dataset=None):
-        """The Trainer's random order, or one that groups and mixes records by the stage's settings."""
-        if not (self.stage.group or self.stage.pack or self.mixture):
-            return super()._get_train_sampler(train_dataset)
+        """The Trainer's order, or one that groups and mixes records by the stage's settings."""
         data = self.train_dataset
+        if not (self.stage.group or self.stage.pack or self.mixture):
+            if self.args.train_sampling_strategy != "group_by_length" or not has_length(data):
+                return super()._get_train_sampler(train_dataset)
+            # The Trainer's own way to these lengths opens every image.
+            num_records = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return HfLengthGroupedSampler(num_records, lengths=data.lengths)
         if self.stage.group:
             lengths = data.lengths
             image_tokens = data.num_image_tokens

@@ -5,11 +5,11 @@ import random
 
 import pytest
 from helpers.packing import check_mixing_family, check_packed_family
-from helpers.runs import log, run, stage, write_records
+from helpers.runs import log, run, stage, trainer_for, write_records
 from helpers.tiny import tiny_model
 
 from sparsecut.data.dataset import TrainingData
-from sparsecut.data.encoding import example_encoder
+from sparsecut.data.encoding import ExampleEncoder, example_encoder
 from sparsecut.data.examples import read_examples
 from sparsecut.data.packing import LengthGroupedSampler, pack_rows
 from sparsecut.schema import UserError
@@ -106,6 +106,19 @@ def test_packed_and_grouped_stages_have_the_loss_of_single_records(folder):
     for name in ways:
         assert losses[name] == pytest.approx(losses["single"], abs=2e-5)
         assert tokens[name] == tokens["single"]
+
+
+def test_grouping_by_the_trainers_own_argument_opens_no_image(folder, monkeypatch):
+    model, processor = tiny_model()
+    args = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 3}
+    trainer = trainer_for(model, processor, folder, args=args)
+    expected = [len(item["input_ids"]) for item in trainer.train_dataset]
+    with monkeypatch.context() as patch:
+        patch.setattr(ExampleEncoder, "encode_images", None)
+        sampler = trainer._get_train_sampler()
+    assert sampler.lengths == expected
+    assert sampler.batch_size == 3
+    assert sorted(sampler) == list(range(len(expected)))
 
 
 @pytest.mark.parametrize(
