@@ -154,7 +154,8 @@ class Fusion(nn.Module):
         plan = self.plan
         paths = nn.ModuleList()
         for members in self.groups:
-            mixer = build_mixer(plan.shortcuts[members[0]], plan, mixed_dim, self.rows)
+            first = plan.shortcuts[members[0]]
+            mixer = build_mixer(first, plan, mixed_dim, self.rows, language_dim)
             is_narrow = plan.rank is not None and not plan.shared and self.main not in members
             inner_dim = plan.rank if is_narrow else language_dim
             paths.append(ShortcutProjector(mixer, inner_dim, language_dim))
@@ -232,6 +233,7 @@ class Fusion(nn.Module):
         *,
         grains: Mapping[int, Tensor] | None = None,
         grids: Sequence[tuple[int, int]] | None = None,
+        prompts: Tensor | None = None,
     ) -> tuple[Tensor | list[Tensor], ...]:
         """Compute what is added before each layer.
 
@@ -242,6 +244,7 @@ class Fusion(nn.Module):
                 [B, G, N, D]. G is 1 for the coarse view only.
             grids: Rows and columns of every image, where these differ. `features` are then those
                 of all patches, one image after another, [patches, G, D].
+            prompts: A vector of the prompt of each image, [B, H], where the plan needs it.
 
         Returns:
             Features [B, N', H] of each layer of `plan.fused_layers`, in that order; with `grids`
@@ -251,13 +254,15 @@ class Fusion(nn.Module):
         # All work is done in this one call: weights that are sharded between devices are whole
         # inside it only.
         if grids is not None:
-            return self._fuse_grids(features, grids)
+            return self._fuse_grids(features, grids, prompts)
         if grains is None:
             grains = {tap: self._arrange(states, tap) for tap, states in features.items()}
-        outputs = self._compute_shortcuts(grains)
+        outputs = self._compute_shortcuts(grains, prompts=prompts)
         return tuple(self._combine(layer, outputs) for layer in self.plan.fused_layers)
 
-    def _fuse_grids(self, features: Mapping[int, Tensor], grids: Sequence) -> tuple:
+    def _fuse_grids(
+        self, features: Mapping[int, Tensor], grids: Sequence, prompts: Tensor | None
+    ) -> tuple:
         """The features of images of several grids; those of one grid together."""
         sizes = [rows * columns for rows, columns in grids]
         images = {tap: self.normalize(x, tap).split(sizes) for tap, x in features.items()}
@@ -268,7 +273,8 @@ class Fusion(nn.Module):
             for tap, states in images.items():
                 stacked = torch.stack([states[number] for number in members])
                 grains[tap] = rearrange(stacked, "b n g d -> b g n d").contiguous()
-            outputs = self._compute_shortcuts(grains, rows=grid[0])
+            own = None if prompts is None else prompts[members]
+            outputs = self._compute_shortcuts(grains, rows=grid[0], prompts=own)
             for layer, by_image in zip(self.plan.fused_layers, fused, strict=True):
                 for number, values in zip(members, self._combine(layer, outputs), strict=True):
                     by_image[number] = values
@@ -293,7 +299,10 @@ class Fusion(nn.Module):
         return F.pad(normed, (0, self.vision_dim - width)) if width < self.vision_dim else normed
 
     def _compute_shortcuts(
-        self, grains: Mapping[int, Tensor], rows: int | None = None
+        self,
+        grains: Mapping[int, Tensor],
+        rows: int | None = None,
+        prompts: Tensor | None = None,
     ) -> dict[int, Tensor]:
         """Features [B, N', H] of each shortcut by its number, gates applied.
 
@@ -303,8 +312,12 @@ class Fusion(nn.Module):
         for path, members in zip(self.paths, self.groups, strict=True):
             sources = list(dict.fromkeys(self.sources[i] for i in members))
             inputs = torch.cat([self._gather(grains, i) for i in sources])
-            is_laid_out = rows is not None and getattr(path.mixer, "takes_rows", False)
-            mixed = path.mixer(inputs, rows) if is_laid_out else path.mixer(inputs)
+            further: tuple = ()
+            if self.plan.shortcuts[members[0]].mixer.needs_prompt:
+                further = (prompts.repeat(len(sources), 1),)
+            elif rows is not None and getattr(path.mixer, "takes_rows", False):
+                further = (rows,)
+            mixed = path.mixer(inputs, *further)
             projected = path.project(mixed)
             mixed = mixed.unflatten(0, (len(sources), -1)).unbind(0)
             projected = projected.unflatten(0, (len(sources), -1)).unbind(0)

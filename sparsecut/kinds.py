@@ -39,6 +39,8 @@ class Mixer:
         count_tokens: (taps, grains, patches of a view) -> image tokens of one image. Where there
             are windows, it is given their number in place of that of patches.
         window: Rows, and as many columns, of patches that become one token.
+        needs_prompt: Whether it reads a vector of the image's prompt, too: `forward` then takes
+            (features, prompts [B, H]), and the class H as its last argument.
     """
 
     description: str
@@ -47,6 +49,7 @@ class Mixer:
     needs_context: bool = False
     count_tokens: Callable[[int, int, int], int] = _count_patches
     window: int = 1
+    needs_prompt: bool = False
 
     def count_windows(self, num_patches: int, rows: int | None = None) -> int:
         """Return how many windows cover a view. Those at its lower and right edge may stand over.
@@ -67,6 +70,9 @@ MIXERS: dict[str, Mixer] = {
     "pick": Mixer("one grain of each patch", "Pick", grains="one"),
     "channels": Mixer("taps and grains of a patch side by side", "Channels"),
     "blend": Mixer("a learned mean of the taps, for each grain of a patch", "Blend"),
+    "blend_by_prompt": Mixer(
+        "a mean of the taps, weighed by the prompt", "BlendByPrompt", needs_prompt=True
+    ),
     "tokens": Mixer(
         "grains of a patch one after the other, a longer prompt",
         "Tokens",

@@ -7,7 +7,8 @@ where the mixer's entry in `plan.MIXERS` reads one grain; that entry holds every
 
 A mixer is made as `Mixer(shortcut, plan, dim, rows)`: `dim` is D and `rows` the number of patch
 rows of a view. Images of any size have rows of their own. A mixer that lays patches out takes them
-as a second argument of `forward` and says so by `takes_rows = True`.
+as a second argument of `forward` and says so by `takes_rows = True`. One whose entry has
+`needs_prompt` is given H, the language model's width, as well, and `forward` takes [B, H].
 
 Linear layers of a mixer start as PyTorch's do. A mixer with parameters of its own may give their
 start values in `initial_values()`, as pairs of a parameter and a number.
@@ -26,6 +27,7 @@ from .kinds import POOL_SIZE
 from .plan import Plan, Shortcut
 
 CHANNELS_PER_HEAD = 64
+ROUTER_WIDTH = 512  # of TGIF's router
 
 
 def arrange_grains(views: Tensor, tiles: int, rows: int) -> Tensor:
@@ -95,6 +97,45 @@ class Blend(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         blended = einsum(x, self.scores.softmax(0), "b t g n d, t -> b g n d")
+        return rearrange(blended, "b g n d -> b n (g d)")
+
+
+class BlendByPrompt(nn.Module):
+    """A convex mean of the taps, weighed by the prompt: [B, T, G, N, D], [B, H] -> [B, N, G * D].
+
+    The weights are softmax(A relu(W t + b) + a), where t is the mean embedding of the prompt's
+    tokens, normed (`prompt_vectors`). A and a start at zero, so the mixer starts as the plain mean.
+    The router is that of TGIF (arXiv 2601.03100). IGVA (arXiv 2501.08443) routes by a sentence
+    encoder in its place, and by the image's own states.
+
+    Deviations: TGIF starts its router at random, adds the last block but one to the mean, norms the
+    sum, and takes no norm of t. Its released code averages all tokens, in training the answer too.
+    IGVA weighs the means of four groups of layers, which taps that are lists express, and stands
+    the result beside the last block but one. Both may add a loss that balances weights; here is none.
+    """
+
+    def __init__(
+        self, shortcut: Shortcut, plan: Plan, dim: int, rows: int, language_dim: int
+    ) -> None:
+        super().__init__()
+        self.out_dim = plan.num_grains * dim
+        self.router = nn.Linear(language_dim, ROUTER_WIDTH)
+        self.scores = nn.Parameter(torch.zeros(len(shortcut.taps), ROUTER_WIDTH))
+        self.offsets = nn.Parameter(torch.zeros(len(shortcut.taps)))
+
+    def initial_values(self) -> Iterator[tuple[Tensor, float]]:
+        """Yield the parameters of this module alone, with their start values."""
+        yield self.scores, 0.0
+        yield self.offsets, 0.0
+
+    def compute_weights(self, prompts: Tensor) -> Tensor:
+        """Return the weight of each tap for prompts [B, H], [B, T]; each row adds up to 1."""
+        prompts = prompts.to(self.router.weight)
+        inner = F.relu(self.router(F.layer_norm(prompts, prompts.shape[-1:])))
+        return (inner @ self.scores.T + self.offsets).softmax(-1)
+
+    def forward(self, x: Tensor, prompts: Tensor) -> Tensor:
+        blended = einsum(x, self.compute_weights(prompts), "b t g n d, b t -> b g n d")
         return rearrange(blended, "b g n d -> b n (g d)")
 
 
@@ -301,7 +342,9 @@ class Enrich(nn.Module):
         return coarse + self.gate_cross * (cross + self.gate_self * self.self_output(attended))
 
 
-def build_mixer(shortcut: Shortcut, plan: Plan, dim: int, rows: int) -> nn.Module:
+def build_mixer(
+    shortcut: Shortcut, plan: Plan, dim: int, rows: int, language_dim: int
+) -> nn.Module:
     """Make the module of a shortcut's mixer.
 
     Args:
@@ -309,8 +352,10 @@ def build_mixer(shortcut: Shortcut, plan: Plan, dim: int, rows: int) -> nn.Modul
         plan: The plan that it belongs to.
         dim: D, the encoder's width.
         rows: Patch rows of one view.
+        language_dim: H, the language model's width.
     """
     mixer_class = shortcut.mixer.module
     if isinstance(mixer_class, str):  # kinds.py imports no torch, so it names classes
         mixer_class = globals()[mixer_class]
-    return mixer_class(shortcut, plan, dim, rows)
+    further = (language_dim,) if shortcut.mixer.needs_prompt else ()
+    return mixer_class(shortcut, plan, dim, rows, *further)

@@ -29,7 +29,6 @@ from .hooks import (
     read_taps,
 )
 from .modeling_base import (
-    NO_RECORDS,
     SparseCutCausalLMOutputWithPast,
     SparseCutImageFeatures,
     SparseCutModelOutputWithPast,
@@ -45,10 +44,11 @@ from .modeling_base import (
     without_head,
 )
 from .placeholders import ignore_placeholder, mask_placeholder
+from .prompt_vectors import PromptGeneration, PromptSummaries
 from .schema import UserError
 
 
-class SparseCutModel(SparseCutPreTrainedModel):
+class SparseCutModel(PromptSummaries, SparseCutPreTrainedModel):
     r"""A vision encoder and a decoder, joined by sparse shortcuts (arXiv 2602.00505); no head.
 
     Features of layer 0 replace the embeddings of image tokens. Features of a layer above are
@@ -146,6 +146,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
         pixel_values: Tensor | None = None,
         vision_states: dict[int, Tensor] | None = None,
         image_grids: Tensor | None = None,
+        prompts: Tensor | None = None,
         **kwargs: Any,
     ) -> SparseCutImageFeatures:
         """Encode images and fuse their taps for every layer of the plan.
@@ -154,12 +155,14 @@ class SparseCutModel(SparseCutPreTrainedModel):
             pixel_values: Images, as `encode` takes them.
             vision_states: What `encode` returned for them, instead of pixels.
             image_grids: As `encode` takes them, beside either.
+            prompts: What `summarize_prompts` returns, [P, H], where the plan needs it.
             **kwargs: output_hidden_states and output_attentions add the encoder's own, for coarse
                 views of pixels, by another pass. The configuration can set them too. There are
                 none of images of any size.
 
         Raises:
-            UserError: The pixels have another shape, or both arguments or none were given.
+            UserError: The pixels have another shape, both arguments or none were given, or prompts
+                are missing.
         """
         if (pixel_values is None) == (vision_states is None):
             raise UserError("give either pixel_values or vision_states, and not both")
@@ -168,7 +171,9 @@ class SparseCutModel(SparseCutPreTrainedModel):
             return SparseCutImageFeatures(pooler_output=[])
         grids = find_grids(image_grids, vision_states)
         states = self.encode(pixel_values, grids) if vision_states is None else vision_states
-        input_features, *layer_features = self.fusion(states, grids=grids)
+        input_features, *layer_features = self.fusion(
+            states, grids=grids, **self.check_prompts(prompts, len(images), grids)
+        )
         records = {}
         names = get_requested_records(self.config, kwargs)
         if names and pixel_values is not None and grids is None:
@@ -181,13 +186,6 @@ class SparseCutModel(SparseCutPreTrainedModel):
             pixel_values=pixel_values,
             image_grids=image_grids,
         )
-
-    def image_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """Where image tokens are, [B, L]: by id, or by embedding where there are no ids."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
 
     @can_return_tuple
     def forward(
@@ -236,7 +234,8 @@ class SparseCutModel(SparseCutPreTrainedModel):
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
         continued: bool | None = None,
-        has_labels: bool = False,
+        labels: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[ModelOutput, Tensor | None]:
         """Run a decoder, with or without its head, on a prompt and its images.
@@ -258,13 +257,26 @@ class SparseCutModel(SparseCutPreTrainedModel):
                 "give one of pixel_values, vision_states and mm_encoder_outputs: they stand for the"
                 " same images"
             )
-        images = self._collect_images(precomputed, pixel_values, vision_states, image_grids)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         mask = self.image_mask(input_ids, inputs_embeds)
+        given = {
+            "pixel_values": pixel_values,
+            "vision_states": vision_states,
+            "image_grids": image_grids,
+        }
+        prompts = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "labels": labels,
+            "prompt_mask": prompt_mask,
+        }
+        images = self.collect_images(precomputed, given, prompts)
         is_prompt = images is not None or (input_ids is not None and not continued)
         if is_prompt and not torch.compiler.is_compiling():
-            is_bare = not sources and not has_labels and not self.training
+            is_bare = not sources and labels is None and not self.training
             is_generating = cache is not None or continued is not None
             check_image_tokens(
                 mask,
@@ -291,17 +303,6 @@ class SparseCutModel(SparseCutPreTrainedModel):
 
         return inject(run, mask, features, gates), image_hidden_states
 
-    def _collect_images(
-        self, precomputed: SparseCutImageFeatures | None, *sources: Tensor | dict | None
-    ) -> SparseCutImageFeatures | None:
-        """Image features from what `get_image_features` takes, or as given; None for no images."""
-        images = precomputed
-        if images is None and any(source is not None for source in sources[:2]):
-            images = self.get_image_features(*sources, **NO_RECORDS)
-        if images is not None and not len(images.pooler_output):
-            return None  # a batch without images
-        return images
-
     def _gather_features(
         self, inputs_embeds: Tensor, images: SparseCutImageFeatures | None
     ) -> tuple[Tensor | None, dict[int, Tensor], dict[int, nn.Module]]:
@@ -321,7 +322,7 @@ class SparseCutModel(SparseCutPreTrainedModel):
         return input_features, features, gates
 
 
-class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
+class SparseCutForConditionalGeneration(PromptGeneration, SparseCutModel, GenerationMixin):
     r"""`SparseCutModel` whose language model has its head: it gives logits and generates.
 
     Args are those of `SparseCutModel`.
@@ -365,7 +366,8 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
         # In assisted decoding transformers calls the assistant's prompt a continuation and leaves
         # the images out.
         if images is not None and "mm_encoder_outputs" not in inputs and not inputs["continued"]:
-            features = self.get_image_features(images.pixel_values, image_grids=images.image_grids)
+            given = {"pixel_values": images.pixel_values, "image_grids": images.image_grids}
+            features = self.encode_for_prompts({"input_ids": input_ids}, **given)
             inputs["mm_encoder_outputs"] = {"image": features}
         return inputs
 
@@ -387,6 +389,7 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
         continued: bool | None = None,
         cache: Cache | None = None,
         image_grids: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> SparseCutCausalLMOutputWithPast:
         """One pass over a prompt, its continuation, or a training batch.
@@ -399,6 +402,7 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
             continued: `generate` sets it: placeholders in input_ids were written by the model.
             cache: What transformers 5.24 calls `past_key_values`; every release takes both names.
             image_grids: Of images of any size, the rows and columns of patches, [P, 2].
+            prompt_mask: Where prompts are, [B, L], for a plan that needs them, without labels.
 
         Raises:
             UserError: Image tokens and features do not match. Without labels, cache and images
@@ -421,7 +425,8 @@ class SparseCutForConditionalGeneration(SparseCutModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             continued=continued,
-            has_labels=labels is not None,
+            labels=labels,
+            prompt_mask=prompt_mask,
             use_cache=use_cache,
             output_attentions=output_attentions,
             **optional,

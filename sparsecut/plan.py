@@ -214,6 +214,11 @@ class Plan:
         return any(s.mix == "base" for s in self.shortcuts)
 
     @property
+    def needs_prompt(self) -> bool:
+        """Whether what is added depends on the prompt as well as on the image."""
+        return any(s.mixer.needs_prompt for s in self.shortcuts)
+
+    @property
     def num_grains(self) -> int:
         """Features of one patch: the coarse one and the tiles^2 fine ones under it."""
         return 1 + self.tiles**2
@@ -343,6 +348,13 @@ class Plan:
             raise UserError(
                 "the plan has no shortcut beside the one into the input, which an upgraded model"
                 " has already; use a plan with more, for example 'sparsecut'"
+            )
+        by_prompt = [s.mix for s in others if s.mixer.needs_prompt]
+        if by_prompt:
+            raise UserError(
+                f"mix={by_prompt[0]!r} reads the prompt, but an upgraded model encodes its images"
+                " before the prompt is known; use another mixer, for example 'blend', or a model"
+                " that `build` makes"
             )
         if not GATES[gate].starts_without_effect:
             allowed = [name for name in GATES if GATES[name].starts_without_effect]

@@ -232,7 +232,7 @@ def _change_text(packed: dict, end: int, model, processor) -> dict:
 def _compute_logits(model, batch: dict) -> Tensor:
     inputs = {}
     for name, value in batch.items():
-        if name != "labels":
+        if name != "labels" or model.plan.needs_prompt:
             inputs[name] = _move(value, model.device)
     return model(**inputs, use_cache=False).logits
 

@@ -176,8 +176,8 @@ def explain(
     """Evaluate a model under every condition of its shortcuts, and measure what each one adds.
 
     "shuffled i" gives shortcut i another image, which separates the use of its content from the
-    use of its presence. It is left out for a single image, for an upgraded model, and where the
-    features do not fit in memory.
+    use of its presence. It is left out for a single image, for an upgraded model, for a plan that
+    reads prompts, and where the features do not fit in memory.
 
     Args:
         model: A SparseCut model, joined or upgraded. Its modes are restored.
@@ -256,7 +256,8 @@ def _explain(model, processor, examples: Sequence[Example], progress, settings: 
 
 def _compute_features(model, processor, examples: Sequence[Example]) -> FeaturesInMemory | None:
     """Vision features of all images, or None where they cannot be cached in memory."""
-    if not model.supports_feature_cache or getattr(processor, "is_any_size", False):
+    is_any_size = getattr(processor, "is_any_size", False)
+    if not model.supports_feature_cache or is_any_size or model.plan.needs_prompt:
         return None
     keys = set()
     for example in examples:

@@ -427,7 +427,7 @@ def _prepare_cached_inputs(
         inputs = prepare_inputs(model, processor, batch.prompts, None, grids)
         features = read_features(feature_cache, with_images, views, model.device)
         all_grids = None if grids is None else list(itertools.chain(*grids))
-        outputs = model.get_image_features(vision_states=features, image_grids=all_grids)
+        outputs = model.encode_for_prompts(inputs, vision_states=features, image_grids=all_grids)
         inputs["mm_encoder_outputs"] = {"image": outputs}
         yield inputs
 

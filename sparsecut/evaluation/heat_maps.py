@@ -254,6 +254,8 @@ class _Painter:
             copies: How often the question is in the batch.
         """
         inputs, labels = self._prepare(copies)
+        if self.model.plan.needs_prompt:  # labels say where it ends
+            inputs["labels"] = labels
         with scaled(self.model.fusion, factors):
             logits = self.model(**inputs, use_cache=False).logits
         special = torch.tensor(self.processor.tokenizer.all_special_ids, device=labels.device)

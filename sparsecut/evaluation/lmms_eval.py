@@ -211,6 +211,10 @@ class Adapter:
                 f"the choice {continuation!r} shares a token with its prompt, so it has no loss of"
                 ' its own; give the task a target_delimiter, as " "'
             )
+        if self.model.plan.needs_prompt:
+            is_prompt = torch.ones_like(inputs["input_ids"])
+            is_prompt[:, num_tokens - num_new :] = 0
+            inputs["prompt_mask"] = is_prompt
         outputs = self.model(**inputs)
         logits = outputs.logits[0, -num_new - 1 : -1].float()
         new_ids = token_ids[-num_new:]

@@ -80,9 +80,12 @@ def _trace_joined(model, processor, batch: Sequence[Example], features) -> tuple
         encoded = _encode_images(model, processor, batch, features)
         inputs = prepare_inputs(model, processor, prompts, None)
     added = []
+    inputs["prompt_mask"] = inputs["attention_mask"]
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask", "prompt_mask")}
+    further = model.read_prompts(**text, vision_states=encoded, image_grids=grids)
     for i in range(len(shortcuts)):
         with only(fusion, i):
-            outputs = fusion(encoded, grids=grids)[fusion.get_position(i)]
+            outputs = fusion(encoded, grids=grids, **further)[fusion.get_position(i)]
         if grids is not None:  # images of several sizes
             outputs = torch.cat(outputs).unsqueeze(1)
         added.append(outputs)

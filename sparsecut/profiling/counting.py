@@ -172,7 +172,11 @@ def _count_prompt(
     with torch.no_grad(), FakeScalarMode(num_image_tokens):
         with create_flop_counter() as prompt:
             output = model(
-                input_ids=input_ids, pixel_values=images, use_cache=True, logits_to_keep=1
+                input_ids=input_ids,
+                pixel_values=images,
+                prompt_mask=torch.ones_like(input_ids),
+                use_cache=True,
+                logits_to_keep=1,
             )
         cache_bytes = count_cache_bytes(get_cache(output))
         with create_flop_counter() as new_token:

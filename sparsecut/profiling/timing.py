@@ -316,7 +316,8 @@ def _time_pass(prompt: _Prompt, num_new_tokens: int) -> dict[str, float]:
     hooks = [model.fusion.register_forward_pre_hook(mark), model.fusion.register_forward_hook(mark)]
     try:
         mark()
-        features = model.get_image_features(prompt.pixels)
+        ids = {"input_ids": prompt.input_ids}
+        features = model.encode_for_prompts(ids, pixel_values=prompt.pixels)
         mark()
     finally:
         for hook in hooks:

@@ -67,6 +67,8 @@ class ModelRunner:
         # A joined model reads equally many views of every image; a base decides for itself.
         self.uses_views = not model.is_upgrade
         self.uses_cache = self.uses_views or model.config.base_config.model_type in CACHEABLE_BASES
+        if model.plan.needs_prompt:  # an image's features then differ by prompt
+            self.uses_cache = False
         self.feature_cache = ImageFeatureCache(cache_bytes if self.uses_cache else 0)
         self.counts: Counter = Counter()
         end_ids = model.generation_config.eos_token_id
@@ -142,7 +144,7 @@ class ModelRunner:
         all_images = [image for row in images for image in row]
         if not all_images or not self.uses_cache:
             self.counts["images"] += len(all_images)
-            return inputs
+            return inputs | self._join_views(all_images)
         features = [self._get_features(image, shortcuts_off) for image in all_images]
         by_layer = [list(layer) for layer in zip(*features, strict=True)]
         output = SparseCutImageFeatures(
@@ -152,6 +154,16 @@ class ModelRunner:
             inputs.pop(name, None)
         inputs["mm_encoder_outputs"] = {"image": output}
         return inputs
+
+    def _join_views(self, images: Sequence[PreparedImage]) -> dict[str, Tensor]:
+        """The pixels of images that wait as views; nothing for those that wait whole."""
+        if not images or not self.uses_views:
+            return {}
+        device = self.model.device
+        joined = {"pixel_values": torch.cat([image.views for image in images]).to(device)}
+        if images[0].grid is not None:
+            joined["image_grids"] = torch.cat([torch.as_tensor(image.grid) for image in images])
+        return joined
 
     def _get_features(self, image: PreparedImage, shortcuts_off: tuple[int, ...]) -> list[Tensor]:
         """An image's features for every layer, from the input up: from the cache or encoded now."""

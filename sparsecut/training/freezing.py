@@ -158,6 +158,9 @@ def freeze_unused_vision_blocks(
     """
     device = parameters[0].device
     inputs = {name: value.to(device) for name, value in image_inputs.items()}
+    if model.plan.needs_prompt:
+        width = model.get_input_embeddings().weight.shape[-1]
+        inputs["prompts"] = torch.zeros(1, width, device=device)
     with torch.random.fork_rng(), torch.enable_grad():
         output = model.get_image_features(**inputs)
         features = list(output.pooler_output)

@@ -61,6 +61,11 @@ def check_servable(config: Any) -> None:
             f"vLLM cannot serve gate={plan.gate!r}: its gates need whole images, but vLLM cuts"
             f" prompts into chunks; {LOCAL}"
         )
+    if plan.needs_prompt:
+        raise UserError(
+            "vLLM cannot serve mix='blend_by_prompt': it weighs encoder layers by the prompt, but"
+            f" vLLM encodes an image without it, once for all prompts; {LOCAL}"
+        )
     parts = [config, config.text_config, config.vision_config]
     if isinstance(config, SparseCutUpgradeConfig):
         _check_base(config)
