@@ -343,7 +343,7 @@ class Enrich(nn.Module):
 
 
 def build_mixer(
-    shortcut: Shortcut, plan: Plan, dim: int, rows: int, language_dim: int
+    shortcut: Shortcut, plan: Plan, dim: int, rows: int, language_dim: int | None = None
 ) -> nn.Module:
     """Make the module of a shortcut's mixer.
 
@@ -352,7 +352,7 @@ def build_mixer(
         plan: The plan that it belongs to.
         dim: D, the encoder's width.
         rows: Patch rows of one view.
-        language_dim: H, the language model's width.
+        language_dim: H, the language model's width; mixers that read prompts need it.
     """
     mixer_class = shortcut.mixer.module
     if isinstance(mixer_class, str):  # kinds.py imports no torch, so it names classes

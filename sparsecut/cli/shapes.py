@@ -88,32 +88,41 @@ def pretrain(
 @shapes_app.command("point")
 def point(
     models: Annotated[
-        list[str], argument("Models that were trained on the drawn shapes.", "MODEL...")
+        list[str], argument("Models that answer the questions, trained on them.", "MODEL...")
     ],
+    data: Annotated[
+        Path | None,
+        option(
+            "A file of questions of your own, each with `region`: [left, top, right, bottom] as"
+            " fractions of its image. Default: drawn shapes."
+        ),
+    ] = None,
     images: Annotated[
         int, option("Number of images, with a question for each detail.", min=1)
     ] = 100,
     most: Annotated[int, option("Maximum number of questions for each shortcut.", min=1)] = 100,
     seed: Annotated[int, option("Seed of the images, and of the shuffled maps.")] = 0,
+    max_new_tokens: Annotated[int, option("Longest answer, in tokens.", min=1)] = 2,
     out: Annotated[Path | None, option("A JSON file for the numbers.")] = None,
     device: Device = None,
 ) -> None:
     """Check heat maps against details at known places: the share of maps that peak there."""
     import json
 
-    from ..experiments.pointing import make_items, play
+    from ..experiments.pointing import make_items, play, read_items
     from ..hub import check_model_place
     from ..reports.pointing import make_table
     from ..schema import write_text_file
 
     for model in models:
         check_model_place(model)
-    items = make_items(images, seed)
+    items = make_items(images, seed) if data is None else read_items(data)
+    settings = {"most": most, "seed": seed, "max_new_tokens": max_new_tokens}
     rows = []
     for model in models:
         loaded, processor = load_model(model, device)
         with show_step(model) as progress:
-            found = play(loaded, processor, items, most=most, seed=seed, progress=progress)
+            found = play(loaded, processor, items, **settings, progress=progress)
         rows += [{"model": model, **row} for row in found]
     echo(make_table(rows))
     if out is not None:

@@ -189,7 +189,8 @@ def explain(
 
     Returns:
         `model` (its name), `plan`, `depths` (encoder, language model), `input` (number of the shortcut that is the
-        input), `num_questions`, `shortcuts` (see `measure_additions`), and `conditions` by name.
+        input), `num_questions`, `num_images` (different ones, or sets of them), `shortcuts` (see
+        `measure_additions`), and `conditions` by name.
         Each has `accuracy`, `groups`, `levels`, `mean_over_levels`, `off`, the numbers of answers
         `lost` and `gained` against "all", and the paired `difference` from "all" with its 95 %
         interval over images, also by group (`group_differences`).
@@ -247,6 +248,7 @@ def _explain(model, processor, examples: Sequence[Example], progress, settings: 
         "depths": [model.config.vision_depth, model.config.language_depth],
         "input": model.fusion.main,
         "num_questions": len(examples),
+        "num_images": _count_images(reference.records),
         "conditions": facts,
         "shortcuts": measure_additions(
             model, processor, examples, features, settings["batch_size"]
@@ -304,7 +306,7 @@ def _compare(condition: Condition, result: EvaluationResult, reference: Evaluati
 
 
 def _compare_groups(records: list[dict], reference: list[dict]) -> dict[str, dict]:
-    """The paired difference of every group. All intervals over images hold together at 95 %."""
+    """The paired difference of every group, and `num_images`. All intervals hold together at 95 %."""
     groups = {record["group"] for record in records} - {None}
     if not groups:
         return {}
@@ -313,7 +315,15 @@ def _compare_groups(records: list[dict], reference: list[dict]) -> dict[str, dic
         regrouped = [{**row, "level": row["group"]} for row in rows]
         by_group.append(Answers.from_records({0: regrouped}))
     difference = estimate_difference(*by_group, comparisons=len(groups), resamples=RESAMPLES)
-    return difference.to_dict()["levels"]
+    found = difference.to_dict()["levels"]
+    for group, estimate in found.items():
+        estimate["num_images"] = _count_images([one for one in records if one["group"] == group])
+    return found
+
+
+def _count_images(records: list[dict]) -> int:
+    """The different images, or sets of images, that records ask about."""
+    return len({tuple(record["images"]) for record in records if record["images"]})
 
 
 def _count_changes(records: list[dict], reference: list[dict]) -> dict[str, int]:

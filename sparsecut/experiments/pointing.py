@@ -1,7 +1,8 @@
 """The pointing game: do heat maps peak where the detail is that decides the answer?
 
-Questions about drawn shapes ask for one detail, whose place is known. Only answers count that a
-shortcut decides: right with all shortcuts, and wrong without this one. A map hits where its highest
+Questions about drawn shapes ask for one detail, whose place is known. Any other questions may be
+asked whose records say where the detail is (`read_items`). Only answers count that a shortcut
+decides: right with all shortcuts, and wrong without this one. A map hits where its highest
 cell meets the detail, or with a margin of one cell. Two controls stand beside it: the same map with
 its cells shuffled, and the map of another question of the same kind about another place.
 """
@@ -12,10 +13,13 @@ import io
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from ..data.examples import Example
+from ..config.recipe import Source
+from ..data.examples import Example, read_source
+from ..data.readers import read_records
 from ..evaluation.evaluator import evaluate
 from ..evaluation.heat_maps import KINDS, HeatMap, make_heat_maps
 from ..schema import UserError
@@ -40,7 +44,7 @@ class Item:
     """One question about a detail.
 
     Attributes:
-        example: The question with its right answer.
+        example: The question about one image, with its right answer.
         region: Where the detail is.
     """
 
@@ -79,6 +83,52 @@ def make_items(num_images: int, seed: int = 0, size: Size = SMALL) -> list[Item]
     return items
 
 
+def read_items(file: str | Path) -> list[Item]:
+    """Read questions whose records say where the answer is to be seen.
+
+    Args:
+        file: A file of records in any form (docs/data.md). Besides, each has an `id`, and `region`:
+            [left, top, right, bottom] as fractions of the upright image, from 0 to 1.
+
+    Raises:
+        UserError: An id is missing or there twice, a region is missing or no such list, or a record
+            has not one image.
+    """
+    source = Source(path=str(file))
+    examples = read_source(source, [])  # which checks the records
+    regions: dict[str, Box] = {}
+    for place, record in read_records(Path(file), images_by_name=True):
+        found = record() if callable(record) else record
+        name = found.get("id")
+        if name is None or str(name) in regions:
+            raise UserError(
+                f"{place} has the id {name!r}, but regions need one for each record, each once"
+            )
+        regions[str(name)] = _check_region(found.get("region"), place)
+    items = []
+    for example in examples:
+        if len(example.images) != 1:
+            raise UserError(
+                f"{example.place} has {len(example.images)} images, but a region is of one image;"
+                " leave the record out"
+            )
+        items.append(Item(example, regions[example.id]))
+    return items
+
+
+def _check_region(region: object, place: str) -> Box:
+    """A region as it stands in a record; UserError for anything else."""
+    is_list = isinstance(region, list | tuple) and len(region) == 4
+    if is_list and all(isinstance(edge, int | float) for edge in region):
+        left, top, right, bottom = region
+        if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
+            return left, top, right, bottom
+    raise UserError(
+        f"{place} has the region {region!r}, but [left, top, right, bottom] is needed, as fractions"
+        " of the image from 0 to 1; divide pixels by its width and height"
+    )
+
+
 def play(
     model,
     processor,
@@ -87,17 +137,19 @@ def play(
     kinds: Sequence[str] = KINDS,
     most: int = 100,
     seed: int = 0,
+    max_new_tokens: int = 2,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict]:
     """Play the game with one model.
 
     Args:
-        model: A model that answers questions about the drawn shapes.
+        model: A model, built or upgraded, that answers such questions.
         processor: Its processor.
-        items: From `make_items`.
+        items: From `make_items` or `read_items`.
         kinds: The maps to try.
         most: The most items for each shortcut, the first that it decides.
         seed: Seed of the shuffled maps.
+        max_new_tokens: The longest answer, in tokens.
         progress: Called with the number of maps made, and of all.
 
     Returns:
@@ -115,11 +167,11 @@ def play(
             " more shortcuts"
         )
     examples = [item.example for item in items]
-    right = _list_right(model, processor, examples)
+    right = _list_right(model, processor, examples, max_new_tokens)
     chosen = {}
     for number in numbers:
         with model.fusion.switched_off(number):
-            without = _list_right(model, processor, examples)
+            without = _list_right(model, processor, examples, max_new_tokens)
         pairs = zip(items, right, without, strict=True)
         chosen[number] = [item for item, before, after in pairs if before and not after][:most]
     total = sum(map(len, chosen.values()))
@@ -137,8 +189,9 @@ def play(
     return rows
 
 
-def _list_right(model, processor, examples: list[Example]) -> list[bool]:
-    records = evaluate(model, processor, examples, batch_size=128, max_new_tokens=2).records
+def _list_right(model, processor, examples: list[Example], max_new_tokens: int) -> list[bool]:
+    settings = {"batch_size": 128, "max_new_tokens": max_new_tokens}
+    records = evaluate(model, processor, examples, **settings).records
     return [record["correct"] for record in records]
 
 
@@ -148,7 +201,8 @@ def _score_groups(
     """The rows of one shortcut and kind of map: all questions, then each kind of them."""
     results = [_score(place, items, maps, seed) for place in range(len(items))]
     groups = [item.example.group for item in items]
-    for group in ("all", *DETAILS):
+    others = [name for name in groups if name is not None]
+    for group in dict.fromkeys(("all", *DETAILS, *others)):
         own = [row for row, name in zip(results, groups, strict=True) if group in ("all", name)]
         if own:
             means = {key: float(np.mean([row[key] for row in own])) for key in own[0]}

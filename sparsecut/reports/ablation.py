@@ -59,14 +59,15 @@ def write_explanation(
 def write_text(explanation: dict) -> str:
     """Return the verdict and both tables as lines for a terminal."""
     tables = [text_table(make_loss_table(explanation)), text_table(make_norm_table(explanation))]
-    uses = "\n".join(describe_uses(explanation))
-    return "\n\n".join([judge_ablation(explanation), uses, *tables])
+    uses = ["\n".join(lines)] if (lines := describe_uses(explanation)) else []
+    return "\n\n".join([judge_ablation(explanation), *uses, *tables])
 
 
 def write_markdown(explanation: dict) -> str:
     """Return the verdict, both tables and the notes in Markdown."""
     parts = ["# What each shortcut contributes", f"**{judge_ablation(explanation)}**"]
-    parts.append("\n".join(f"- {use}" for use in describe_uses(explanation)))
+    if uses := describe_uses(explanation):
+        parts.append("\n".join(f"- {use}" for use in uses))
     parts.append("## Accuracy without it\n\n" + to_markdown(make_loss_table(explanation)))
     parts.append("## Size of its features\n\n" + to_markdown(make_norm_table(explanation)))
     parts.append("\n".join(f"- {note}" for note in NOTES))

@@ -6,6 +6,7 @@ as well as the best variant, and what the intervals leave out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ..experiments.demo import describe_five_seeds
@@ -124,9 +125,46 @@ def _sort_by_side(gaps: dict[str, dict]) -> str:
     return ", ".join(parts)
 
 
+def count_needed_images(comparisons: int = 1) -> int:
+    """How many images a clear difference needs at least.
+
+    With fewer, an interval over images leaves out zero by chance too often, even where all images
+    agree: a sign test of them would not be significant. One image alone gives no interval at all.
+    """
+    return math.ceil(math.log2(2 * comparisons / 0.05))
+
+
+def explain_silence(explanation: dict) -> str:
+    """Return why nothing can be told of a model's shortcuts; "" where something may be."""
+    name = _name_model(explanation)
+    conditions = explanation["conditions"]
+    shortcuts = explanation["shortcuts"]
+    norms = [one.get("norm") for one in shortcuts if one.get("number") != explanation.get("input")]
+    if norms and not any(norm is None or norm > 0 for norm in norms):
+        return (
+            f"{name}: its shortcuts add nothing, all their features are zero, so no answer depends on"
+            " them. Train it first."
+        )
+    if not any(condition.get("accuracy", 1) for condition in conditions.values()):
+        return (
+            f"{name} answers none of the {explanation['num_questions']:,} questions right, with its"
+            " shortcuts or without, so nothing can be told of them."
+        )
+    num_images, needed = explanation.get("num_images"), count_needed_images()
+    if num_images is not None and num_images < needed:
+        images = "one image" if num_images == 1 else f"{num_images} images"
+        return (
+            f"{name}: nothing can be told of its shortcuts by questions about {images}; give questions"
+            f" about at least {needed}, better a hundred."
+        )
+    return ""
+
+
 def judge_ablation(explanation: dict) -> str:
     """Return which shortcuts a model leans on, by what is lost without them."""
     conditions = explanation["conditions"]
+    if silence := explain_silence(explanation):
+        return silence
     losses = {}
     for name, condition in conditions.items():
         kind, _, number = name.rpartition(" ")
@@ -164,18 +202,26 @@ def _name_model(explanation: dict) -> str:
 def describe_uses(explanation: dict) -> list[str]:
     """Return a sentence for each shortcut: for which kinds of questions it is clearly needed.
 
-    Only kinds count whose loss has an interval below zero, corrected for the number of kinds.
+    Only kinds count whose loss has an interval below zero, corrected for the number of kinds, over
+    enough images.
     """
-    sentences = []
+    sentences: list[str] = []
+    silence = explain_silence(explanation)
     for name, condition in explanation["conditions"].items():
         kind, _, number = name.rpartition(" ")
         if kind != "without":
             continue
         groups = condition.get("group_differences", {})
-        needed = {group: gap for group, gap in groups.items() if gap["high"] < 0}
+        least = count_needed_images(max(1, len(groups)))
+        needed = {}
+        for group, gap in groups.items():
+            if gap["high"] < 0 and gap.get("num_images", least) >= least:
+                needed[group] = gap
         place = locate_shortcut(explanation, int(number))
         average = condition["difference"]["average"]
-        if needed:
+        if silence:
+            sentences.append(f"Nothing can be told of shortcut {place}.")
+        elif needed:
             ranked = sorted(needed, key=lambda group: needed[group]["value"])
             texts = [f"{group} ({format_points(needed[group]['value'])})" for group in ranked]
             sentences.append(

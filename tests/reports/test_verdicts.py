@@ -1,6 +1,14 @@
 """A verdict claims no more than its intervals allow, and names what does as well."""
 
-from sparsecut.reports.verdicts import judge_ablation, judge_comparison, judge_study
+import pytest
+
+from sparsecut.reports.verdicts import (
+    count_needed_images,
+    describe_uses,
+    judge_ablation,
+    judge_comparison,
+    judge_study,
+)
 
 
 def estimate(value, low, high) -> dict:
@@ -92,3 +100,42 @@ def test_shortcuts_that_carry_the_same_are_not_called_useless():
     losses = {1: (0.0, -0.1, 0.1), 2: (0.0, -0.1, 0.1)}
     assert "without all of them" in judge_ablation(explanation(losses, (-0.5, -0.6, -0.4)))
     assert "no use" in judge_ablation(explanation(losses, (0.0, -0.1, 0.1)))
+
+
+def seen(*, num_images: int = 100, accuracy: float = 0.5, norm: float = 1.0) -> dict:
+    """An ablation with a clear loss without shortcut 1, with facts that may take it back."""
+    found = explanation({1: (-0.4, -0.5, -0.3)}, (-0.5, -0.6, -0.4))
+    for condition in found["conditions"].values():
+        condition["accuracy"] = accuracy
+    found["shortcuts"] = [{**one, "number": i} for i, one in enumerate(found["shortcuts"][:2])]
+    found["shortcuts"][1]["norm"] = norm
+    groups = {"digit": {**estimate(-0.9, -1, -0.8), "num_images": num_images // 8}}
+    found["conditions"]["without 1"]["group_differences"] = groups
+    return {**found, "model": "mine", "input": 0, "num_questions": 40, "num_images": num_images}
+
+
+@pytest.mark.parametrize(
+    ("facts", "word"),
+    [({"num_images": 1}, "one image"), ({"num_images": 5}, "5 images"), ({"accuracy": 0}, "none")],
+)
+def test_nothing_is_told_where_nothing_can_be(facts, word):
+    verdict = judge_ablation(seen(**facts))
+    assert word in verdict and "mine" in verdict and "points" not in verdict
+    assert not any("good for" in use for use in describe_uses(seen(**facts)))
+    assert "40.0 points" in judge_ablation(seen())
+
+
+def test_shortcuts_that_add_nothing_yet_are_said_to():
+    assert "zero" in judge_ablation(seen(norm=0.0))
+    assert not any("good for" in use for use in describe_uses(seen(norm=0.0)))
+
+
+def test_a_kind_of_question_about_few_images_is_not_named():
+    assert "digit" in describe_uses(seen())[0]
+    assert "digit" not in describe_uses(seen(num_images=30))[0]
+
+
+def test_as_many_images_are_needed_as_a_sign_test_needs():
+    for comparisons in (1, 7, 23):
+        needed = count_needed_images(comparisons)
+        assert 2 * 0.5**needed <= 0.05 / comparisons < 2 * 0.5 ** (needed - 1)
