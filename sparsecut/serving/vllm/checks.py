@@ -62,9 +62,10 @@ def check_servable(config: Any) -> None:
             f" prompts into chunks; {LOCAL}"
         )
     if plan.needs_prompt:
+        mix = next(s.mix for s in plan.shortcuts if s.mixer.needs_prompt)
         raise UserError(
-            "vLLM cannot serve mix='blend_by_prompt': it weighs encoder layers by the prompt, but"
-            f" vLLM encodes an image without it, once for all prompts; {LOCAL}"
+            f"vLLM cannot serve mix={mix!r}: it reads the prompt, but vLLM encodes an image without"
+            f" it, once for all prompts; {LOCAL}"
         )
     parts = [config, config.text_config, config.vision_config]
     if isinstance(config, SparseCutUpgradeConfig):
