@@ -38,6 +38,9 @@ def parse() -> argparse.Namespace:
         ("threads", 1),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument(
+        "--last-logits", action="store_true", help="logits of the last token alone, as generate asks"
+    )
     return parser.parse_args()
 
 
@@ -80,13 +83,14 @@ def measure(plan: str, a: argparse.Namespace) -> dict:
     with torch.no_grad():
         for _ in range(a.repeats + 1):
             start = time.process_time()
-            model(input_ids=ids, pixel_values=pixels)
+            model(input_ids=ids, pixel_values=pixels, logits_to_keep=int(a.last_logits))
             times.append(time.process_time() - start)
     return {
         "plan": plan,
         "vision": f"{a.vision_depth}x{a.vision_width}",
         "language": f"{a.language_depth}x{a.language_width}",
         "tokens": ids.shape[1],
+        "last_logits": a.last_logits,
         "parameters": sum(p.numel() for p in model.parameters()),
         "cpu_seconds_median": round(statistics.median(times[1:]), 3),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,

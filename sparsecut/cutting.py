@@ -7,6 +7,7 @@ There are three ways, `COARSE_VIEWS`. "squash" and "crop" make one view of a fix
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,13 @@ SMALL_VIEW = 4096  # pixels; smaller views, such as patches, are normalized toge
 def cut_views(
     image: Image.Image, tiles: int, size: Any, coarse: str = "squash"
 ) -> list[Image.Image]:
+    """Cut an image into encoder-sized views as RGB images; see `cut_levels`."""
+    return [Image.fromarray(view) for view in cut_levels(image, tiles, size, coarse)]
+
+
+def cut_levels(
+    image: Image.Image, tiles: int, size: Any, coarse: str = "squash"
+) -> list[np.ndarray]:
     """Cut an image into encoder-sized views: one coarse view, then tiles x tiles fine views.
 
     All views are resized from the original with Pillow's bicubic filter. "squash" ignores the
@@ -37,20 +45,20 @@ def cut_views(
             non-square image do not lie under the coarse view.
 
     Returns:
-        1 + tiles^2 RGB images, the fine ones row by row.
+        1 + tiles^2 views, uint8 [height, width, 3], the fine ones row by row. They are windows of
+        one large image, so nothing is copied.
     """
     image = to_rgb(image)
     height, width = as_pair(size)
     make_coarse = _crop_center if coarse == "crop" else _squash
-    coarse_view = make_coarse(image, height, width)
+    views = [np.asarray(make_coarse(image, height, width))]
     if not tiles:
-        return [coarse_view]
-    large = _squash(image, tiles * height, tiles * width)
-    fine_views = []
+        return views
+    large = np.asarray(_squash(image, tiles * height, tiles * width))
     for top in range(0, tiles * height, height):
         for left in range(0, tiles * width, width):
-            fine_views.append(large.crop((left, top, left + width, top + height)))
-    return [coarse_view, *fine_views]
+            views.append(large[top : top + height, left : left + width])
+    return views
 
 
 def cut_patches(image: Image.Image, tiles: int, grid: tuple[int, int], patch: Any) -> np.ndarray:
@@ -188,24 +196,21 @@ def make_level_table(values: dict) -> np.ndarray:
     return table
 
 
-def normalize(levels: np.ndarray, values: dict) -> np.ndarray:
-    """Normalize levels by the values of an image processor.
+def normalize(views: Sequence[np.ndarray], values: dict, out: np.ndarray) -> None:
+    """Normalize the levels of views by the values of an image processor.
 
     Args:
-        levels: uint8 [images or patches, views, height, width, 3].
+        views: uint8 [height, width, 3] each.
         values: See `make_level_table`.
-
-    Returns:
-        float32 [images or patches, views, 3, height, width].
+        out: Takes the result, float32 [views, 3, height, width].
     """
-    num_images, num_views, height, width, _ = levels.shape
-    pixels = np.empty((num_images, num_views, 3, height, width), dtype=np.float32)
-    for channel, table in enumerate(make_level_table(values)):
-        if height * width < SMALL_VIEW:
-            pixels[:, :, channel] = table.take(levels[..., channel])
-            continue
-        # One view at a time stays in the processor's cache. Other modes than "clip" copy the output.
-        for image, view in np.ndindex(num_images, num_views):
-            out = pixels[image, view, channel]
-            table.take(levels[image, view, :, :, channel], out=out, mode="clip")
-    return pixels
+    tables = make_level_table(values)
+    if out[0, 0].size < SMALL_VIEW:
+        levels = np.asarray(views)
+        for channel, table in enumerate(tables):
+            out[:, channel] = table.take(levels[..., channel])
+        return
+    # One view at a time stays in the processor's cache. Other modes than "clip" copy the output.
+    for view, pixels in zip(views, out, strict=True):
+        for channel, table in enumerate(tables):
+            table.take(view[..., channel], out=pixels[channel], mode="clip")

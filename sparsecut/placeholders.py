@@ -11,11 +11,15 @@ IGNORED = -100  # a label that does not count in the loss
 
 
 def mask_placeholder(config: Any, logits: Tensor) -> Tensor:
-    """Give the placeholder's logit the lowest value where `config.mask_image_token` is set."""
+    """Give the placeholder's logit the lowest value where `config.mask_image_token` is set.
+
+    Logits without a gradient are changed in place: those of a prompt may be the largest tensor.
+    """
     if not config.mask_image_token:
         return logits
     placeholder = torch.tensor([config.image_token_id], device=logits.device)
-    return logits.index_fill(-1, placeholder, torch.finfo(logits.dtype).min)
+    fill = logits.index_fill if logits.requires_grad else logits.index_fill_
+    return fill(-1, placeholder, torch.finfo(logits.dtype).min)
 
 
 def ignore_placeholder(config: Any, **arguments: Any) -> dict:

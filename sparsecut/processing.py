@@ -26,10 +26,11 @@ from .chat_markup import (
 from .cutting import (
     check_pixel_limits,
     choose_grid,
+    cut_levels,
     cut_patches,
-    cut_views,
     normalize,
 )
+from .cutting import cut_views as cut_views
 from .pixels import (
     WHITE,
     array_to_rgb,
@@ -198,18 +199,22 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
             opened, is_fraction = self._open_rgb(image, input_data_format)
             grids.append(self.choose_grid(opened.height, opened.width))
             patches = cut_patches(opened, self.tiles, grids[-1], patch)
-            pixels.append(self._normalize(patches, is_fraction, settings))
+            pixels.append(torch.empty(*patches.shape[:2], 3, *patch))
+            views = patches.reshape(-1, *patches.shape[2:])
+            self._normalize(views, is_fraction, settings, pixels[-1].flatten(0, 1))
         return {
             "pixel_values": torch.cat(pixels),
             "image_grids": torch.tensor(grids, dtype=torch.long).reshape(-1, 2),
         }
 
-    def _normalize(self, levels: np.ndarray, is_fraction: bool, settings: dict) -> Tensor:
-        """The pixels of one image's levels; fractions of white are scaled already."""
+    def _normalize(
+        self, views: Sequence[np.ndarray], is_fraction: bool, settings: dict, out: Tensor
+    ) -> None:
+        """Write the pixels of one image's views; fractions of white are scaled already."""
         values = {name: getattr(self.image_processor, name) for name in NORMALIZATION} | settings
         if is_fraction and not values["do_rescale"]:
             values |= {"do_rescale": True, "rescale_factor": 1 / 255}
-        return torch.from_numpy(normalize(levels, values))
+        normalize(views, values, out.numpy())
 
     def pixels(self, images: list, *, input_data_format: Any = None, **settings: Any) -> Tensor:
         """Cut images into views and normalize them.
@@ -230,11 +235,15 @@ class SparseCutProcessor(SavesCode, ProcessorMixin):
             inputs = self.prepare_images(images, input_data_format=input_data_format, **settings)
             return inputs["pixel_values"]
         pixels = torch.empty(len(images), self.num_views, 3, *as_pair(self.image_size))
+        first: dict[int, int] = {}  # a batch may ask about one image several times
         for number, image in enumerate(images):
+            same = first.setdefault(id(image), number)
+            if same != number:
+                pixels[number] = pixels[same]
+                continue
             opened, is_fraction = self._open_rgb(image, input_data_format)
-            views = cut_views(opened, self.tiles, self.image_size, self.coarse)
-            levels = np.stack([np.asarray(view) for view in views])
-            pixels[number] = self._normalize(levels[None], is_fraction, settings)[0]
+            views = cut_levels(opened, self.tiles, self.image_size, self.coarse)
+            self._normalize(views, is_fraction, settings, pixels[number])
         return pixels
 
     def _open_rgb(self, image: Any, input_data_format: Any) -> tuple[Image.Image, bool]:

@@ -25,6 +25,7 @@ from .examples import Example
 from .feature_cache import VisionFeatureCache
 from .labels import IGNORED
 from .length_limits import NO_LIMITS
+from .prepared_batches import raise_errors as raise_errors
 
 CACHED_TOKENS = 20_000_000  # token ids that stay in memory between epochs, at most some 160 MB
 MAX_BROKEN = 100  # broken records in a row that others replace
@@ -178,14 +179,6 @@ class TrainingData(Dataset):
         if self._room >= 0:
             self._encoded[index] = encoded
         return encoded
-
-
-def raise_errors(batches: Iterable[dict]) -> Iterator[dict]:
-    """Yield the batches of a DataLoader; raise an error that stands in the place of one."""
-    for batch in batches:
-        if "error" in batch:
-            raise batch["error"]
-        yield batch
 
 
 def make_blank_item(

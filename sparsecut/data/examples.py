@@ -87,10 +87,15 @@ class Example:
         Raises:
             RecordError: One is missing, broken, or too long.
         """
+        return [self.load_image(number, processor) for number in range(len(self.images))]
+
+    def load_image(self, number: int, processor=None) -> Image.Image | Clip:
+        """Return one of the images, or clips, by its place among them; see `load_images`."""
+        image = self.images[number]
         try:
             if self.medium == "audio":
-                return [self._load_clip(name, processor) for name in self.images]
-            return [self._load_image(image) for image in self.images]
+                return self._load_clip(image, processor)
+            return decode_image(image) if isinstance(image, bytes) else self.store.load(image)
         except UserError as error:
             raise RecordError(self.place, str(error)) from None
 
@@ -106,9 +111,6 @@ class Example:
                 raise RecordError(self.place, str(error)) from None
             sizes.append((height, width))
         return sizes
-
-    def _load_image(self, image: str | bytes) -> Image.Image:
-        return decode_image(image) if isinstance(image, bytes) else self.store.load(image)
 
     def _load_clip(self, name: str | bytes, processor) -> Clip:
         if isinstance(name, bytes):

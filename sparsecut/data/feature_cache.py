@@ -17,6 +17,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from .cached_features import (
 from .encoding import GRIDS
 from .examples import Example
 from .file_facts import NUM_STAMPS, Facts, describe_image, read_stamp
+from .prepared_batches import prepare_batches
 
 OWN_FILE = re.compile(r"tap-\d+\.(f16|crc32)|index\.json(\.\d+\.part)?")
 
@@ -61,6 +63,7 @@ def build_feature_cache(
     views: dict[int, int] | None = None,
     *,
     batch_size: int = 32,
+    workers: int = 0,
     log: Callable[[str], None] = lambda line: None,
 ) -> VisionFeatureCache:
     """Encode all images of the examples into a folder, unless it holds them, and open it.
@@ -74,6 +77,7 @@ def build_feature_cache(
         examples: Their images are encoded.
         views: Tap -> number of views; by default what the model's plan reads.
         batch_size: Images that are encoded together.
+        workers: Processes that prepare images, useful where a GPU would wait for them.
         log: Called with one line about what is written.
 
     Raises:
@@ -107,7 +111,9 @@ def build_feature_cache(
         facts = _describe_images(images)
         places = list(images.values())
         with show_step("caching vision features of images", len(places)) as step:
-            grids = _write_features(folder, model, processor, places, views, batch_size, step)
+            batches = [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
+            inputs = prepare_batches(partial(_prepare_images, processor), batches, workers)
+            grids = _write_features(folder, model, inputs, views, step)
         index = {
             "encoder": encoder[0],
             "encoder_sum": encoder[1],
@@ -262,13 +268,18 @@ def _check_room(
 def _write_features(
     folder: Path,
     model: Any,
-    processor: Any,
-    images: list[ImagePlace],
+    batches: Iterable[dict[str, Tensor]],
     views: dict[int, int],
-    batch_size: int,
     step: Step,
 ) -> list[list[int]]:
     """Write the features of all images, and their checksums.
+
+    Args:
+        folder: The cache's folder.
+        model: The model.
+        batches: What the model reads of the images, as `_prepare_images` returns it.
+        views: Tap -> number of views.
+        step: Shown meanwhile.
 
     Returns:
         Rows and columns of every image, where images are of any size.
@@ -276,15 +287,10 @@ def _write_features(
     files = {tap: get_file(folder, tap).open("wb") for tap in views}
     checksums: dict[int, list[int]] = {tap: [] for tap in views}
     grids = []
-    for start in range(0, len(images), batch_size):
-        step.set_done(start)
-        batch = [
-            example.load_images(processor)[number]
-            for example, number in images[start : start + batch_size]
-        ]
-        inputs = processor.prepare_images(batch)
+    for inputs in batches:
         grids += inputs[GRIDS].tolist() if GRIDS in inputs else []
-        for tap, features in _encode_images(model, inputs, views).items():
+        encoded = _encode_images(model, inputs, views)
+        for tap, features in encoded.items():
             for values in features:
                 if not values.isfinite().all():
                     raise UserError(
@@ -293,12 +299,19 @@ def _write_features(
                     )
                 checksums[tap] += [zlib.crc32(view) for view in values.numpy()]
                 values.numpy().tofile(files[tap])
+        step.advance(len(next(iter(encoded.values()))))
     for tap, file in files.items():
         _flush_to_disk(file)
         with get_file(folder, tap).with_suffix(".crc32").open("wb") as checksum_file:
             np.array(checksums[tap], "<u4").tofile(checksum_file)
             _flush_to_disk(checksum_file)
     return grids
+
+
+def _prepare_images(processor: Any, places: Sequence[ImagePlace]) -> dict[str, Tensor]:
+    """What the encoder reads of some images; RecordError for a broken one."""
+    images = [example.load_image(number, processor) for example, number in places]
+    return processor.prepare_images(images)
 
 
 def _flush_to_disk(file) -> None:

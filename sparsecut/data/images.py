@@ -88,7 +88,6 @@ class ImageStore:
         Raises:
             UserError: The image is missing or broken.
         """
-        self.check(name)
         what = f"the image {name} in {self.path}"
         try:
             data = self.read_bytes(name)

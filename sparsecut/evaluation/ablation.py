@@ -52,7 +52,7 @@ class FeaturesInMemory:
 
     def _encode(self, model, processor, keys: list[str], images: list[tuple]) -> None:
         """Add the features of some images, each given as (example, number in the example)."""
-        opened = [example.load_images()[number] for example, number in images]
+        opened = [example.load_image(number) for example, number in images]
         pixels = processor.pixels(opened).to(model.device)
         encoded = {}
         for tap, features in model.encode(pixels).items():

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 from transformers import BatchFeature
 
 from ..chat_templates.arguments import copy_with_arguments, set_arguments
@@ -26,10 +25,10 @@ from ..config.folder_lock import lock_folder
 from ..config.recipe import Recipe
 from ..config.yaml_io import expand_path
 from ..data.cached_features import read_cached_grids
-from ..data.dataset import raise_errors
 from ..data.encoding import count_image_tokens
 from ..data.examples import Example, read_source
 from ..data.feature_cache import check_encoder, get_tap_views
+from ..data.prepared_batches import prepare_batches
 from ..fingerprint import weights_hash, weights_sum
 from ..prompts import (
     check_length,
@@ -316,27 +315,19 @@ def _split_batches(
     return batches
 
 
-class InputDataset(Dataset):
-    """Model inputs of every batch, prepared on access, in whatever process.
-
-    A batch with a user's mistake, such as a broken image, is {"error": UserError}: a worker process
-    would hand on its text alone.
-    """
-
-    def __init__(self, processor: Any, batches: list[PromptBatch]) -> None:
-        self.processor = processor
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> dict:
-        batch = self.batches[index]
-        try:
-            images = [example.load_images(self.processor) for example in batch.examples]
-            return dict(encode_prompts(self.processor, batch.prompts, images))
-        except UserError as error:
-            return {"error": error}
+def _encode_batch(processor: Any, batch: PromptBatch) -> dict:
+    """The inputs of `generate` for a batch; UserError for a broken image."""
+    opened: dict = {}  # several questions may be about one image
+    images = []
+    for example in batch.examples:
+        row = []
+        for number, name in enumerate(example.images):
+            key = id(example.store), name
+            if key not in opened:
+                opened[key] = example.load_image(number, processor)
+            row.append(opened[key])
+        images.append(row)
+    return dict(encode_prompts(processor, batch.prompts, images))
 
 
 def _generate_answers(
@@ -390,20 +381,8 @@ def _prepare_inputs(
     model: Any, processor: Any, batches: list[PromptBatch], workers: int
 ) -> Iterator[dict]:
     """The inputs of `generate` for every batch, on the model's device."""
-    all_inputs = InputDataset(processor, batches)
-    if workers:
-        all_inputs = DataLoader(
-            all_inputs, batch_size=None, num_workers=workers, worker_init_fn=_use_one_thread
-        )
-    for inputs in raise_errors(all_inputs):
-        batch_inputs = BatchFeature(inputs)
-        yield batch_inputs.to(model.device)
-
-
-def _use_one_thread(worker_id: int) -> None:
-    """Let a worker process use one core, not the whole machine."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)
+    for inputs in prepare_batches(partial(_encode_batch, processor), batches, workers):
+        yield BatchFeature(inputs).to(model.device)
 
 
 def _prepare_cached_inputs(

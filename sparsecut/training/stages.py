@@ -320,7 +320,10 @@ def open_feature_cache(
     folder = expand_path(recipe.feature_cache)
     first = args.main_process_first(desc="caching vision features") if args else nullcontext()
     with first:
-        return build_feature_cache(folder, model, processor, examples, log=print_message)
+        workers = args.dataloader_num_workers if args else 0
+        return build_feature_cache(
+            folder, model, processor, examples, workers=workers, log=print_message
+        )
 
 
 def _make_trainable(model: Any, stage: Stage) -> None:
