@@ -39,7 +39,9 @@ def parse() -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument(
-        "--last-logits", action="store_true", help="logits of the last token alone, as generate asks"
+        "--last-logits",
+        action="store_true",
+        help="logits of the last token alone, as generate asks",
     )
     return parser.parse_args()
 
