@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..drawing import text_table
 from ..hooks import CACHE, get_cache, read_taps
+from ..layers import find_blocks, find_layers
 from ..plan import Plan
 from ..schema import UserError
 from ..training.freezing import count_parameters
@@ -25,6 +26,7 @@ from .fake_models import (
     create_flop_counter,
     get_module_flops,
 )
+from .repeated_layers import run_alike_layers_once
 
 UNITS = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
 
@@ -113,6 +115,7 @@ def count_plan(
     batch_size: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     view_size: int | tuple[int, int] | None = None,
+    whole: bool = False,
 ) -> PlanCost:
     """Count what a prompt and a training step cost under a plan.
 
@@ -125,6 +128,8 @@ def count_plan(
         batch_size: Prompts of the training step, at least 1.
         dtype: The dtype of weights and activations.
         view_size: Pixels of a view, or (height, width); None for the encoder's own.
+        whole: Run every layer, although layers that are alike count the same. It is slow, and for
+            tests.
 
     Raises:
         UserError: If plan and models do not fit, or a number is too small.
@@ -137,6 +142,8 @@ def count_plan(
     num_tokens = num_image_tokens + num_text_tokens
     with FakeTensorMode():
         model = build_fake_model(config, dtype)
+        if not whole:
+            _run_alike_layers_once(model)
         input_ids = torch.zeros(1, num_tokens, dtype=torch.long)
         pixels = torch.zeros(num_images, model.plan.num_views, *config.grid.view, dtype=dtype)
         flops, cache_bytes = _count_prompt(model, input_ids, pixels, num_image_tokens)
@@ -162,6 +169,13 @@ def count_plan(
         batch_size=batch_size,
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def _run_alike_layers_once(model: nn.Module) -> None:
+    """Let every block of the encoder and layer of the decoder that is like another run once."""
+    run_alike_layers_once(find_blocks(model.vision_tower, model.vision_depth, model.grid.blocks))
+    depth = model.config.language_depth
+    run_alike_layers_once(find_layers(model.language_model, depth, "the language model"))
 
 
 def _count_prompt(

@@ -22,6 +22,7 @@ from ..configuration import SparseCutConfig
 from ..encoders import prepare_to_load
 from ..modeling import SparseCutForConditionalGeneration
 from ..plan import Plan
+from .repeated_layers import KeptBytes, LayerCounter, find_storage
 
 
 class FakeScalarMode(TorchDispatchMode):
@@ -65,7 +66,7 @@ _attention_flops._get_raw = True  # torch then passes tensors to the formula ins
 def create_flop_counter() -> FlopCounterMode:
     """A counter of the FLOPs of what runs inside its `with` block."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={kernel: _attention_flops})
+    return LayerCounter(display=False, custom_mapping={kernel: _attention_flops})
 
 
 def get_module_flops(counter: FlopCounterMode, model: nn.Module, name: str) -> int:
@@ -145,21 +146,13 @@ def count_saved_bytes(
         parts: The parts that are trained.
     """
     train_only(model, parts)
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    saved: dict[int, Tensor] = {}  # by storage; kept alive, so that no address is used twice
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in weights:
-            saved[storage] = tensor
-        return tensor
-
+    saved = KeptBytes({find_storage(parameter) for parameter in model.parameters()})
     batch_size = len(mask)
     input_ids = input_ids.repeat(batch_size, 1)
     pixels = pixels.repeat(batch_size, 1, 1, 1, 1)
     num_image_tokens = len(pixels) * model.config.num_image_tokens
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with hooks, FakeScalarMode(num_image_tokens):
+    hooks = torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor)
+    with hooks, saved, FakeScalarMode(num_image_tokens):
         model(
             input_ids=input_ids,
             pixel_values=pixels if len(pixels) else None,
@@ -167,4 +160,4 @@ def count_saved_bytes(
             labels=input_ids,
             use_cache=False,
         )
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    return saved.count()
