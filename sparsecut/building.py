@@ -45,6 +45,7 @@ from .loading import (
     load_weights,
 )
 from .modeling import SparseCutForConditionalGeneration
+from .placeholders import add_rows
 from .plan import Plan
 from .processing import SparseCutProcessor
 from .processing_audio import SparseCutAudioProcessor
@@ -194,7 +195,7 @@ def join_parts(
     for module in (*vision.modules(), *language.modules()):
         module._is_hf_initialized = True  # transformers must not draw these weights anew
     if language.get_input_embeddings().num_embeddings <= config.image_token_id:
-        language.resize_token_embeddings(config.image_token_id + 1)
+        add_rows(language, config.image_token_id + 1)
     for part in (vision, language):
         if not holds_quantized_values(part):
             forget_quantization(part.config)

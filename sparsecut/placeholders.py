@@ -1,13 +1,15 @@
-"""The placeholder of image tokens, which no answer may hold, in logits and labels."""
+"""The placeholder of image tokens, which no answer may hold: in tables, logits and labels."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORED = -100  # a label that does not count in the loss
+# Rows times width squared of a table, from which the covariance of its rows takes seconds.
+MOST_COVARIANCE = 2**35
 
 
 def mask_placeholder(config: Any, logits: Tensor) -> Tensor:
@@ -36,3 +38,25 @@ def ignore_placeholder(config: Any, **arguments: Any) -> dict:
         if labels is not None:
             arguments[name] = labels.masked_fill(labels == config.image_token_id, IGNORED)
     return arguments
+
+
+def add_rows(language: nn.Module, number: int) -> None:
+    """Give a language model's tables more rows, which nothing reads: features replace them.
+
+    Transformers draws new rows like the old ones, by their covariance. For large tables that takes
+    seconds, so there the new rows are the mean of the old ones.
+
+    Args:
+        language: The language model.
+        number: Rows that its tables will have.
+    """
+    rows, width = language.get_input_embeddings().weight.shape
+    is_quick = rows * width**2 < MOST_COVARIANCE
+    language.resize_token_embeddings(number, mean_resizing=is_quick)
+    if is_quick:
+        return
+    for table in (language.get_input_embeddings(), language.get_output_embeddings()):
+        weight = getattr(table, "weight", None)
+        if weight is not None and len(weight) >= number and weight.is_floating_point():
+            with torch.no_grad():
+                weight[rows:] = weight[:rows].mean(0, dtype=torch.float32).to(weight.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 from pathlib import Path
@@ -25,6 +26,9 @@ from .completion import complete_shipped
 
 if TYPE_CHECKING:
     from ..config.recipe import Recipe
+
+
+DEFAULT_MFU = 0.4
 
 
 @app.command()
@@ -61,9 +65,16 @@ def train(
         bool,
         option("Estimate sizes, memory, steps and hours without loading weights.", "--dry-run"),
     ] = False,
-    devices: Annotated[int, option("Number of devices for the dry run.", min=1)] = 1,
-    tflops: Annotated[float, option("Peak TFLOP/s of a device, for the dry run's hours.")] = 989.0,
-    mfu: Annotated[float, option("Fraction of the peak that training reaches.")] = 0.4,
+    devices: Annotated[
+        int | None, option("Number of devices for the dry run. Default: 1.", min=1)
+    ] = None,
+    tflops: Annotated[
+        float | None,
+        option("Peak TFLOP/s of a device (H100: 989). Default: measured on this machine."),
+    ] = None,
+    mfu: Annotated[
+        float | None, option("Fraction of the peak that training reaches. Default: 0.4.")
+    ] = None,
     json: Annotated[bool, option("Print the dry run as JSON.", "--json")] = False,
 ) -> None:
     """Train by a recipe, stage after stage, then evaluate if the recipe has `evaluate`."""
@@ -73,14 +84,21 @@ def train(
     if not recipe.is_file():
         _draw_missing_images(recipe, loaded_recipe)
     from ..config.places import KNOWN_SIZES, check_model_places, check_places
+    from .early_checks import check_recipe
 
+    check_recipe(loaded_recipe, writes=not dry_run)
+    _check_machine(dry_run, devices, tflops, mfu)
     if dry_run:
         check_model_places(loaded_recipe, KNOWN_SIZES)
-        _print_dry_run(loaded_recipe, json, devices=devices, tflops=tflops, mfu=mfu)
+        _print_dry_run(
+            loaded_recipe, json, devices=devices or 1, tflops=tflops, mfu=mfu or DEFAULT_MFU
+        )
         return
     if json:
         raise UserError("--json prints a dry run, so it needs --dry-run; add it")
     check_places(loaded_recipe)
+    if os.environ.get("RANK", "0") == "0":  # what others write in this moment is no earlier run
+        _check_run_folder(loaded_recipe, resume=resume, overwrite=overwrite, check=check)
     if check:
         _check(loaded_recipe, save_images, resume=resume, overwrite=overwrite)
         echo(f"{recipe} can be trained")
@@ -93,6 +111,30 @@ def train(
     is_first_process = os.environ.get("RANK", "0") == "0"
     if loaded_recipe.evaluate and is_first_process:
         _evaluate(loaded_recipe, model, processor, resume)
+
+
+def _check_run_folder(recipe: Recipe, **settings: bool) -> None:
+    """Raise UserError where the output folder holds a run that is not to be gone on with."""
+    from ..config.yaml_io import expand_path
+    from ..training.run_dir import check_output
+
+    check_output(recipe, Path(expand_path(recipe.output)), **settings)
+
+
+def _check_machine(
+    is_dry_run: bool, devices: int | None, tflops: float | None, mfu: float | None
+) -> None:
+    """Raise UserError for a machine that cannot be, or that nothing is estimated for."""
+    given = {"--devices": devices, "--tflops": tflops, "--mfu": mfu}
+    names = [name for name, value in given.items() if value is not None]
+    if names and not is_dry_run:
+        raise UserError(
+            f"{', '.join(names)} describes a machine to --dry-run; add that, or leave it out"
+        )
+    if tflops is not None and not 0 < tflops < math.inf:
+        raise UserError(f"--tflops is {tflops}, but must be above 0")
+    if mfu is not None and not 0 < mfu <= 1:
+        raise UserError(f"--mfu is {mfu}, but a fraction lies above 0 and is at most 1")
 
 
 def _check(recipe: Recipe, folder: Path | None, **settings: bool) -> None:

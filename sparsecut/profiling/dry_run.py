@@ -22,7 +22,7 @@ from ..hooks import CHECKPOINTING, name_checkpointing
 from ..schema import UserError, read_json_file
 from ..training.arguments import DEFAULT_BATCH_SIZE, check_arguments, compute_accumulation_steps
 from ..training.freezing import check_parts, count_parameters
-from .dry_run_data import RowFacts, RowSize, describe_row, read_record_facts
+from .dry_run_data import RecordFacts, RowFacts, RowSize, describe_row, read_record_facts
 from .dry_run_model import EstimatedModel, count_trained, estimate_model
 from .fake_models import (
     FakeScalarMode,
@@ -32,6 +32,8 @@ from .fake_models import (
     get_module_flops,
     train_only,
 )
+from .local_processor import make_counter, read_local_processor
+from .machine_rate import measure_rate
 
 GIB = 2**30
 ADAM_MOMENTS = 2  # in single precision, as weights and gradients are
@@ -61,6 +63,8 @@ class StageEstimate:
         memory: Bytes by what takes them: weights, gradients, optimizer, activations.
         hours: Hours of the stage, None where unknown.
         notes: What was assumed.
+        tflops: TFLOP/s of a device, given or measured.
+        measured_on: The device that was measured, None where the rate was given.
     """
 
     name: str
@@ -77,6 +81,8 @@ class StageEstimate:
     memory: dict[str, float]
     hours: float | None = None
     notes: list[str] = field(default_factory=list)
+    tflops: float | None = None
+    measured_on: str | None = None
 
     @property
     def tokens_per_step(self) -> float:
@@ -85,21 +91,21 @@ class StageEstimate:
 
 
 def dry_run(
-    recipe: Recipe, *, devices: int = 1, tflops: float = 989.0, mfu: float = 0.4
+    recipe: Recipe, *, devices: int = 1, tflops: float | None = 989.0, mfu: float = 0.4
 ) -> list[StageEstimate]:
     """Estimate every stage of a recipe.
 
     Args:
         recipe: The recipe.
         devices: Number of devices.
-        tflops: TFLOP/s of a device; 989 is an H100 in bfloat16.
+        tflops: TFLOP/s of a device; 989 is an H100 in bfloat16. None measures this machine.
         mfu: Fraction of them that training reaches.
 
     Raises:
         UserError: The recipe is impossible. It names an unknown part, has a stage that trains
             nothing or a plan that does not fit, or names a file that cannot be read.
     """
-    if devices < 1 or not 0 < tflops < math.inf or not 0 < mfu <= 1:
+    if devices < 1 or (tflops is not None and not 0 < tflops < math.inf) or not 0 < mfu <= 1:
         raise UserError(
             f"devices is {devices}, tflops is {tflops} and mfu is {mfu}; devices must be at least"
             " 1, tflops above 0, and mfu above 0 and at most 1"
@@ -108,19 +114,31 @@ def dry_run(
         check_arguments(stage)
     mode = FakeTensorMode()
     estimated = estimate_model(recipe, mode)
+    processor = read_local_processor(recipe)
     models: dict[torch.dtype, nn.Module] = {}
     estimates = []
     for stage in recipe.stages:
         dtype = torch.bfloat16 if _uses_half_precision(stage) else torch.float32
+        facts = read_record_facts(stage, make_counter(processor, stage))
         with mode:
             if estimated.config is not None and dtype not in models:
                 models[dtype] = build_fake_model(estimated.config, dtype)
             estimate = _estimate_stage(
-                recipe, stage, estimated, models.get(dtype), devices=devices, dtype=dtype
+                recipe,
+                stage,
+                estimated,
+                models.get(dtype),
+                facts,
+                devices=devices,
+                dtype=dtype,
             )
+        estimate.tflops = tflops
+        if tflops is None and estimated.config is not None:
+            width = estimated.config.text_config.get_text_config().hidden_size
+            estimate.tflops, estimate.measured_on = measure_rate(width, dtype)
         if estimate.steps is not None and estimate.flops_per_step is not None:
             flops = estimate.steps * estimate.flops_per_step
-            estimate.hours = flops / (devices * tflops * 1e12 * mfu) / 3600
+            estimate.hours = flops / (devices * estimate.tflops * 1e12 * mfu) / 3600
         estimate.notes = estimated.notes + estimate.notes
         estimates.append(estimate)
     return estimates
@@ -135,6 +153,7 @@ def _estimate_stage(
     stage: Stage,
     estimated: EstimatedModel,
     model: nn.Module | None,
+    facts: RecordFacts,
     *,
     devices: int,
     dtype: torch.dtype,
@@ -146,10 +165,10 @@ def _estimate_stage(
         stage: One of its stages.
         estimated: The recipe's model.
         model: The fake model whose FLOPs are counted, None where they cannot be.
+        facts: What is known of the stage's records; notes are added.
         devices: Number of devices.
         dtype: The dtype that the stage computes in.
     """
-    facts = read_record_facts(stage)
     facts.images *= estimated.views_per_image
     if facts.max_images is not None:
         facts.max_images *= estimated.views_per_image
@@ -355,18 +374,28 @@ def _read_deepspeed_config(stage: Stage, text: str) -> dict:
 
 
 def format_estimates(
-    estimates: Sequence[StageEstimate], *, devices: int, tflops: float, mfu: float
+    estimates: Sequence[StageEstimate], *, devices: int, tflops: float | None, mfu: float
 ) -> str:
     """Lay out estimates as lines of text, for the machine that `dry_run` was called with."""
-    machine = f"on {devices} x {tflops:,.0f} TFLOP/s at a utilization of {100 * mfu:.0f} %"
     lines = []
     notes = []
     for estimate in estimates:
         lines.append(f"stage {estimate.name}")
-        lines += _format_estimate(estimate, machine)
+        lines += _format_estimate(estimate, _describe_machine(estimate, devices, tflops, mfu))
         notes += [note for note in estimate.notes if note not in notes]
     lines += [f"note: {note}" for note in notes]
     return "\n".join(lines)
+
+
+def _describe_machine(
+    estimate: StageEstimate, devices: int, tflops: float | None, mfu: float
+) -> str:
+    rate = tflops or estimate.tflops
+    if estimate.hours is None or rate is None:
+        return ""
+    number = format(rate, ",.0f" if rate >= 100 else ".3g")
+    kind = f" (this machine's {estimate.measured_on}, measured)" if tflops is None else ""
+    return f" on {devices} x {number} TFLOP/s{kind}, of which training is taken to reach {mfu:.0%}"
 
 
 def _format_estimate(estimate: StageEstimate, machine: str) -> list[str]:
@@ -391,7 +420,7 @@ def _format_estimate(estimate: StageEstimate, machine: str) -> list[str]:
             f" {_format_known(estimate.steps, ',')} steps"
         ),
         "a device": f"{sum(memory.values()):,.1f} GiB: {memory_text}",
-        "hours": f"{_format_known(estimate.hours, ',.2f')}, {machine}",
+        "hours": f"{_format_known(estimate.hours, ',.2f')}{machine}",
     }
     return [f"  {heading:<12} {text}" for heading, text in rows.items()]
 

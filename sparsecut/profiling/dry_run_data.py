@@ -1,7 +1,7 @@
-"""How many records a stage learns from, and how long they are, without the model's tokenizer.
+"""How many records a stage learns from, and how long they are.
 
-Lengths are estimated from numbers of words. Where data is absent, published numbers or assumptions
-stand in, and a note says so.
+The model's tokenizer counts where it is on this machine; else lengths are estimated from words.
+Where data is absent, published numbers or assumptions stand in, and a note says so.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import NamedTuple
 
 from ..config.recipe import Source, Stage
 from ..config.yaml_io import expand_path
+from ..data.encoding import ExampleEncoder
 from ..data.examples import Example, read_source
 from ..data.locating import is_dataset_name
 from ..data.streaming import read_stream
 from ..schema import UserError
+from .local_processor import count_text_tokens, get_step
 
 TOKENS_PER_WORD = 1.5
 ASSUMED_TOKENS = 64  # text tokens of a record, where no data is there
@@ -99,7 +101,7 @@ class RowFacts:
     longest: RowSize
 
 
-def read_record_facts(stage: Stage) -> RecordFacts:
+def read_record_facts(stage: Stage, encoder: ExampleEncoder | None = None) -> RecordFacts:
     """Find out what a stage learns from.
 
     Records are read where they are. For well-known files that are absent, published numbers are
@@ -107,6 +109,7 @@ def read_record_facts(stage: Stage) -> RecordFacts:
 
     Args:
         stage: The stage.
+        encoder: Of the model's processor, where that is on this machine.
 
     Raises:
         UserError: If a file is there but cannot be read, or if a source's choice leaves no record.
@@ -115,13 +118,15 @@ def read_record_facts(stage: Stage) -> RecordFacts:
     counts = []
     origins = []
     samples = []  # weight, and sizes of the records
+    all_counted = True
     for source in stage.data:
         examples = _read_examples(source, notes)
         count, origin = _count_records(source, examples)
         counts.append(count)
         origins.append(origin)
         if examples:
-            sizes = [_estimate_size(example) for example in examples]
+            sizes, is_counted = _find_sizes(examples, encoder)
+            all_counted = all_counted and is_counted
             samples.append((source.weight or len(examples), sizes))
     facts = RecordFacts(
         number=None if None in counts else sum(counts),
@@ -133,15 +138,36 @@ def read_record_facts(stage: Stage) -> RecordFacts:
         if len(samples) < len(stage.data):
             notes.append("records that are absent are assumed to be like those that were read")
         num_read = sum(len(sizes) for _, sizes in samples)
+        way = (
+            "counted with the model's own tokenizer"
+            if all_counted
+            else f"the tokenizer is not on this machine, so every word counts as {TOKENS_PER_WORD}"
+        )
         notes.append(
-            f"{facts.text_tokens:.0f} text tokens a record in the mean: {TOKENS_PER_WORD} for every"
-            f" word of {num_read:,} records"
+            f"a record has {facts.text_tokens:.1f} text tokens in the mean, over {num_read:,}"
+            f" records ({way})"
         )
     else:
         notes.append(
             f"no record was read: {ASSUMED_TOKENS} text tokens and one image a record are assumed"
         )
     return facts
+
+
+def _find_sizes(
+    examples: list[Example], encoder: ExampleEncoder | None
+) -> tuple[list[RecordSize], bool]:
+    """Sizes of records, and whether their tokens were counted; of very many, some are."""
+    sizes = [_estimate_size(example) for example in examples]
+    counts = None if encoder is None else count_text_tokens(encoder, examples)
+    if counts is None:
+        return sizes, False
+    step = get_step(len(examples))
+    if step == 1:
+        pairs = zip(counts, sizes, strict=True)
+        return [RecordSize(tokens, size.images) for tokens, size in pairs], True
+    factor = sum(counts) / max(1, sum(size.text_tokens for size in sizes[::step]))
+    return [RecordSize(round(factor * size.text_tokens), size.images) for size in sizes], True
 
 
 def _count_records(source: Source, examples: list[Example] | None) -> tuple[int | None, str]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 
-from ..building import OLD_SHAPES, SHAPES, resolve
+from ..building import SHAPES, resolve
+from ..config.places import check_size_place
 from ..loading import load_pretrained
-from ..schema import UserError, nearest
 
 # Sizes by the names that the command `cost` takes. The language models are Vicuna's.
 REFERENCE = {
@@ -92,15 +91,11 @@ def read_backbone_config(source: str, part: str):
     if source in REFERENCE[part]:
         return copy.deepcopy(REFERENCE[part][source])
     names = [*REFERENCE[part], SHAPES]
-    hint = nearest(source, names)
     message = (
-        f"the {part} model {source!r} is neither a known size{hint} nor a folder or hub name that"
+        f"the {part} model {source!r} is neither a known size nor a folder or hub name that"
         f" can be read; known sizes are {', '.join(names)}"
     )
-    is_other_part = any(source in sizes for sizes in REFERENCE.values())
-    is_shapes = source in (SHAPES, OLD_SHAPES)
-    if (hint or is_other_part) and not is_shapes and not Path(source).is_dir():
-        raise UserError(message)  # a typing error; no request to the hub
+    check_size_place(source, part)  # a typing error asks no hub
     folder = resolve(source, part)
     config = load_pretrained(AutoConfig, folder, message)
     return getattr(config, f"{part}_config", config)
