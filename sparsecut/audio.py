@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
-from .pixels import URL_STARTS, read_url
+from .pixels import URL_STARTS, is_tensor, read_url
 from .schema import UserError
 
 # No other decoder of libsndfile is run. A file's name does not matter, only what it holds.
@@ -164,7 +163,7 @@ def to_samples(values: Any) -> np.ndarray:
     Raises:
         UserError: It holds something else, or has no sample.
     """
-    if isinstance(values, torch.Tensor):
+    if is_tensor(values):
         values = values.detach().cpu().float().numpy()
     try:
         array = np.asarray(values)

@@ -13,9 +13,10 @@ from PIL import Image
 from transformers import BatchFeature
 
 from .audio import AudioSource, Clip
+from .chat_templates.answer_stream import AnswerStreamer
 from .chat_templates.arguments import check_arguments
 from .chat_templates.markers import check_markers
-from .chat_templates.thoughts import Answer, AnswerStreamer
+from .chat_templates.thoughts import Answer
 from .pixels import ImageSource
 from .prompts import (
     check_length,

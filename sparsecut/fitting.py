@@ -21,8 +21,8 @@ from .encoders import (
     read_grid,
 )
 from .plan import GATES
-from .schema import UserError, nearest
-from .view_sizes import COARSE_VIEWS, NATIVE, as_pair
+from .schema import UserError
+from .view_sizes import NATIVE, as_pair, check_fitting
 
 logger = logging.getLogger(__name__)
 
@@ -48,20 +48,7 @@ class Fitting:
     max_pixels: int | None = None
 
     def __post_init__(self) -> None:
-        if self.coarse not in COARSE_VIEWS:
-            raise UserError(
-                f"coarse is {self.coarse!r}, but must be one of {', '.join(COARSE_VIEWS)}"
-                f"{nearest(self.coarse, COARSE_VIEWS)}"
-            )
-        if self.coarse == NATIVE:
-            return
-        for name in ("min_pixels", "max_pixels"):
-            value = getattr(self, name)
-            if value is not None:
-                raise UserError(
-                    f"{name} is {value}, but with coarse={self.coarse!r} every image has the size"
-                    " of a view; remove it, or use coarse='native'"
-                )
+        check_fitting(self.coarse, self.min_pixels, self.max_pixels)
 
     def choose_view_size(self, vision_config: Any, view_size: Any) -> Any:
         """Choose the size of a view where an encoder takes any size and none is given.

@@ -41,6 +41,14 @@ HUB_ARGUMENTS = (
 )
 FLASH_PACKAGES = ("flash_attn", "flash_attn_3", "flash_attn_interface")
 
+# How transformers says that a package is missing.
+MISSING_PACKAGE = re.compile(
+    r"requires the (\w+) library|have `(\w+)` installed|Package `(\w+)` is required"
+    r"|No module named \'(\w+)",
+    re.IGNORECASE,
+)
+PIP_NAMES = {"pil": "pillow", "sklearn": "scikit-learn", "cv2": "opencv-python"}
+
 
 def load_pretrained(kind: Any, name: Any, complaint: str, **settings: Any) -> Any:
     """Call `kind.from_pretrained`.
@@ -75,8 +83,28 @@ def load_pretrained(kind: Any, name: Any, complaint: str, **settings: Any) -> An
         is_about_files = isinstance(error, FILE_ERRORS)
         if _arose_in_our_code(error) and not is_about_files:
             raise
+        package = find_missing_package(error)
+        if package is not None:
+            raise UserError(
+                f"{name} needs the package {package}, which is not installed here; install it:"
+                f" pip install {package}"
+            ) from error
         reason = str(error) if is_about_files else f"{type(error).__name__}: {error}"
         raise UserError(f"{complaint}. Hugging Face says: {reason}") from error
+
+
+def find_missing_package(error: Exception) -> str | None:
+    """The package that an error of transformers misses, as pip knows it; None for other errors."""
+    for found in MISSING_PACKAGE.finditer(str(error)):
+        named = next(filter(None, found.groups()))
+        package = named.lower()
+        try:
+            is_here = any(find_spec(name) for name in (named, package))
+        except (ImportError, ValueError):
+            continue
+        if not is_here:
+            return PIP_NAMES.get(package, package)
+    return None
 
 
 def _arose_in_our_code(error: Exception) -> bool:

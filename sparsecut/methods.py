@@ -58,7 +58,23 @@ def make_plan(spec: str | dict | Plan, vision_depth: int, language_depth: int) -
     return plan.check(vision_depth, language_depth)
 
 
-def _call_method(name: str, options: dict, vision_depth: int, language_depth: int) -> Plan:
+def check_method(spec: str | dict | Plan) -> None:
+    """Check a method's name and its options, as far as that needs no depths.
+
+    Args:
+        spec: As `make_plan` takes it; a plan is left for later.
+
+    Raises:
+        UserError: The method or an option is not known, or an option has another type.
+    """
+    if isinstance(spec, str):
+        spec = {"method": spec}
+    if isinstance(spec, dict) and "method" in spec:
+        options = {key: value for key, value in spec.items() if key != "method"}
+        _check_options(spec["method"], options)
+
+
+def _check_options(name: str, options: dict) -> None:
     check_choice("method", name, METHODS)
     method = METHODS[name]
     parameters = inspect.signature(method, eval_str=True).parameters
@@ -72,7 +88,11 @@ def _call_method(name: str, options: dict, vision_depth: int, language_depth: in
         hint = parameters[key].annotation
         if hint is not inspect.Parameter.empty:
             check_type(f"method {name}: {key}", value, hint)
-    return method(vision_depth, language_depth, **options)
+
+
+def _call_method(name: str, options: dict, vision_depth: int, language_depth: int) -> Plan:
+    _check_options(name, options)
+    return METHODS[name](vision_depth, language_depth, **options)
 
 
 def sparsecut(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import sys
 from contextlib import contextmanager
 from functools import cache
 from http.client import HTTPException
@@ -16,7 +17,6 @@ from typing import Any, BinaryIO
 from urllib import parse, request
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
 
 from .schema import UserError
@@ -46,6 +46,12 @@ TOLERANCE = 0.005  # how far rounding and resizing may lead beyond 0 and 1
 LEAST_LEVEL = 16  # a brightest value below it is taken for a wrong scale
 URL_STARTS = ("http://", "https://", "data:")
 URL_SECONDS = 30
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value is a tensor of torch, which is not imported for this: it takes seconds."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 # --- from files ---
@@ -308,7 +314,7 @@ def _unstack(images: Any) -> list:
     """A flat list of images, of which some are arrays of several."""
     flat = []
     for image in images:
-        is_batch = isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 4
+        is_batch = (isinstance(image, np.ndarray) or is_tensor(image)) and image.ndim == 4
         flat += list(image) if is_batch else [image]
     return flat
 
@@ -318,9 +324,9 @@ def _unstack(images: Any) -> list:
 
 def to_array(values: Any) -> np.ndarray:
     """Return an array or tensor as numpy; UserError where it holds no numbers."""
-    if isinstance(values, torch.Tensor):
+    if is_tensor(values):
         values = values.detach().cpu()
-        if values.dtype == torch.bfloat16:
+        if str(values.dtype) == "torch.bfloat16":
             values = values.float()
         values = values.numpy()
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "buif":
@@ -347,7 +353,7 @@ def put_channels_last(values: Any, layout: str | None = None) -> np.ndarray:
     if array.ndim == 2:
         array = array[..., None]
     elif array.ndim == 3:
-        is_first = _has_channels_first(shape, layout, isinstance(values, torch.Tensor))
+        is_first = _has_channels_first(shape, layout, is_tensor(values))
         array = np.moveaxis(array, 0, -1) if is_first else array
     if array.ndim != 3 or array.shape[-1] not in MODES or 0 in array.shape:
         expected = f" with {layout}" if layout else ""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -161,9 +162,14 @@ def _check_keys(cls: type, values: Any, source: str, place: str) -> None:
         raise UserError(f"{subject} lacks {' and '.join(missing)}; add what is missing")
 
 
+@cache  # a study reads hundreds of recipes
+def _get_hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
 def _get_child_classes(cls: type) -> Iterator[tuple[str, type]]:
     """Yield (field, dataclass) where an annotation is `X`, `X | None` or `tuple[X, ...]`."""
-    for key, hint in get_type_hints(cls).items():
+    for key, hint in _get_hints(cls).items():
         kinds = () if get_origin(hint) is dict else (hint, *get_args(hint))
         for kind in kinds:
             if isinstance(kind, type) and is_dataclass(kind):
@@ -183,7 +189,7 @@ def check_types(value: Any) -> None:
     Raises:
         UserError: A field, or a value inside its list or keys and values, has another type.
     """
-    for key, hint in get_type_hints(type(value)).items():
+    for key, hint in _get_hints(type(value)).items():
         check_type(key, getattr(value, key), hint)
 
 

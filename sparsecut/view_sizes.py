@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .schema import UserError
+from .schema import UserError, nearest
 
 # Their own code lays positions out as a square, whatever their configuration says.
 SQUARE_ENCODERS = (
@@ -30,6 +30,30 @@ ROTARY_ENCODERS = ("dinov3_vit", "mlcd_vision_model", "sapiens2")
 
 NATIVE = "native"
 COARSE_VIEWS = ("squash", "crop", NATIVE)  # how an image is fitted to an encoder
+
+
+def check_fitting(coarse: str, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Check what is said of how images are fitted to an encoder.
+
+    Args:
+        coarse: One of `COARSE_VIEWS`.
+        min_pixels: With "native", the fewest pixels of an image after it was resized.
+        max_pixels: With "native", the most.
+
+    Raises:
+        UserError: `coarse` is none of these, or limits are given that have no effect.
+    """
+    if coarse not in COARSE_VIEWS:
+        raise UserError(
+            f"coarse is {coarse!r}, but must be one of {', '.join(COARSE_VIEWS)}"
+            f"{nearest(coarse, COARSE_VIEWS)}"
+        )
+    for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+        if coarse != NATIVE and value is not None:
+            raise UserError(
+                f"{name} is {value}, but with coarse={coarse!r} every image has the size"
+                " of a view; remove it, or use coarse='native'"
+            )
 
 
 def as_pair(value: Any) -> tuple:

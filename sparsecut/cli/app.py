@@ -16,15 +16,14 @@ import typer.core
 from .. import __version__
 from ..config.paths import check_writable_folder
 from ..drawing import escape_controls
-from ..schema import UserError, nearest
+from ..schema import UserError
 from ..shipped_model import SHIPPED_MODEL, find_shipped_model
 from ..waits import pause_display, show_step
+from .early_checks import check_device, check_dtype
 from .stopping import stop_with_reason
 
 if TYPE_CHECKING:
     from ..config.source import Source
-
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def argument(
@@ -126,18 +125,30 @@ MethodOptions = Annotated[
 ]
 Device = Annotated[
     Text,
-    option("Where to compute, such as cpu or cuda:0. Default: the accelerator, if any."),
+    option(
+        "Where to compute, such as cpu or cuda:0. Default: the accelerator, if any.",
+        callback=check_device,
+    ),
 ]
 Dtype = Annotated[
     str,
-    option("Dtype of the weights: auto (as saved), bfloat16, float16 or float32."),
+    option(
+        "Dtype of the weights: auto (as saved), bfloat16, float16 or float32.", callback=check_dtype
+    ),
 ]
+
+
+def _check_template_arguments(pairs: list[str] | None) -> list[str] | None:
+    read_template_arguments(pairs)
+    return pairs
+
 
 TemplateArguments = Annotated[
     list[str] | None,
     option(
         "An argument of the chat template, such as enable_thinking=false; may be repeated.",
         "--template-arg",
+        callback=_check_template_arguments,
     ),
 ]
 
@@ -231,7 +242,7 @@ def load_model(name: str, device: str | None, dtype: str = "auto"):
     Args:
         name: A folder or hub name.
         device: The device; None takes the accelerator, if there is one.
-        dtype: One of `DTYPES`.
+        dtype: One of `early_checks.DTYPES`.
 
     Returns:
         The model and its processor.
@@ -239,13 +250,11 @@ def load_model(name: str, device: str | None, dtype: str = "auto"):
     Raises:
         UserError: The dtype is unknown, the device cannot be used, or nothing can be loaded.
     """
-    if dtype not in DTYPES:
-        raise UserError(
-            f"--dtype is {dtype!r}{nearest(dtype, DTYPES)}; allowed are {', '.join(DTYPES)}"
-        )
+    check_dtype(dtype)
     with show_step("importing torch and transformers"):
         device = find_device(device)
         from ..building import load
+
     model, processor = load(name, dtype=dtype)
     return model.to(device), processor
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from ..hub import check_model_place
+from ..config.places import check_model_files
 from ..shapes import EXAMPLE_IMAGE, EXAMPLE_QUESTIONS
 from ..shipped_model import SHIPPED_FOLDER
 from .app import (
@@ -22,6 +22,7 @@ from .app import (
     option,
     set_template_arguments,
 )
+from .early_checks import check_files
 
 
 @app.command()
@@ -51,7 +52,9 @@ def chat(
         model = str(SHIPPED_FOLDER)
         images = [EXAMPLE_IMAGE]
         echo(describe_shipped_model(), err=True)
-    check_model_place(model)
+    check_model_files(model)
+    check_files(images, "image")
+    check_files(audio, "audio")
     from ..audio import open_audio
     from ..chat import Chat, run_terminal
     from ..pixels import open_image

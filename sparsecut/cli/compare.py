@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 from ..config.paths import check_replaceable
-from ..config.places import check_source_place
-from ..hub import check_model_place
-from ..schema import UserError
+from ..config.places import check_model_files, check_source_place
+from ..schema import UserError, read_json_file
 from ..waits import show_step
 from .app import (
     ColumnNames,
@@ -52,10 +51,14 @@ def explain(
     column: ColumnNames = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    overwrite: Annotated[
+        bool, option("Replace what --out holds of another model.", "--overwrite")
+    ] = False,
 ) -> None:
     """Measure what each shortcut of a trained model contributes: the accuracy without it."""
     if out is not None:
         check_replaceable(out, ["explain.*"], "explain.json: conditions, shortcuts")
+        _check_same_model(out / "explain.json", model, overwrite)
     source = make_source(
         data,
         source_keys,
@@ -65,7 +68,7 @@ def explain(
         columns=parse_columns(column),
     )
     check_source_place(source)
-    check_model_place(model)
+    check_model_files(model)
     from ..data.examples import read_source
 
     examples = read_source(source, [])
@@ -88,6 +91,18 @@ def explain(
                 )
             write_explanation(explanation, out, *mapped)
         echo(f"\nThe page: {page}, with tables in explain.md and numbers in explain.json")
+
+
+def _check_same_model(file: Path, model: str, overwrite: bool) -> None:
+    """Raise UserError where a page about another model would be replaced."""
+    if overwrite or not file.is_file():
+        return
+    earlier = read_json_file(file).get("model")
+    if isinstance(earlier, str) and Path(earlier).resolve() != Path(model).resolve():
+        raise UserError(
+            f"{file} explains {earlier}, not {model}; give another --out, or add --overwrite to"
+            " replace it"
+        )
 
 
 @app.command()
@@ -114,14 +129,19 @@ def compare(
             raise UserError(
                 f"there is no folder {run}; give folders of evaluations or training runs"
             )
+    if images is not None and not Path(images).exists():
+        raise UserError(
+            f"there are no images at {images}; give a folder or tar archive as --images"
+        )
     from ..drawing import text_table
     from ..experiments.compare import compare_runs, read_runs
+
+    chosen = read_runs(runs)
     from ..reports.compare import make_main_table, write_comparison, write_notes
     from ..reports.figures import check_matplotlib
     from ..reports.verdicts import judge_comparison
 
     check_matplotlib()
-    chosen = read_runs(runs)
     comparison = compare_runs(chosen, num_items=items)
     echo(judge_comparison(comparison))
     echo(f"\n{text_table(make_main_table(comparison))}\n")

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 from ..config.paths import check_writable_folder
-from ..config.places import check_backbone_place
-from ..hub import check_model_place
+from ..config.places import (
+    DEPTHS,
+    check_backbone_place,
+    check_model_files,
+    check_size_place,
+)
 from ..schema import UserError, read_json_file, write_text_file
 from .app import (
     Device,
@@ -23,6 +27,7 @@ from .app import (
     option,
 )
 from .completion import complete_plan
+from .early_checks import check_spec
 
 
 def _check_parent(file: Path | None) -> Path | None:
@@ -69,7 +74,7 @@ def cost(
         int, option("Text tokens of the prompt, beside its one image.", min=1)
     ] = 64,
     view_size: Annotated[
-        Number, option("Pixels of a view, where the encoder takes other sizes than its own.")
+        Number, option("Pixels of a view, where the encoder takes other sizes than its own.", min=1)
     ] = None,
     base: Annotated[
         Text,
@@ -91,6 +96,8 @@ def cost(
 ) -> None:
     """Count what plans cost at a size: parameters, FLOPs, memory. Loads no weights but --base."""
     specs = _read_plans(plans or [], method_options or [], is_upgrade=base is not None)
+    for spec in specs.values():
+        check_spec(spec, None if base else vision, None if base else language)
     if base is not None:
         if view_size is not None:
             raise UserError(
@@ -133,7 +140,8 @@ def _read_plans(plans: list[str], options: list[str], *, is_upgrade: bool) -> di
 def _read_configs(vision: str, language: str) -> tuple:
     """The configurations of both parts."""
     for name, part in ((vision, "vision"), (language, "language")):
-        if "/" in name:  # any other name may be that of a known size
+        check_size_place(name, part)
+        if name not in DEPTHS[part]:
             check_backbone_place(name, part)
     from ..profiling.sizes import read_backbone_config
 
@@ -174,7 +182,7 @@ def _measure_plans(
 
 def _count_upgrades(base: str, specs: dict) -> dict:
     """Print what upgrading a pretrained VLM costs, and return it as plain values by plan."""
-    check_model_place(base, "base")
+    check_model_files(base, "base")
     from ..profiling.upgraded import count_upgrades, format_upgrade_cost
 
     counts = count_upgrades(base, specs)

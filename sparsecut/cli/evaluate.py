@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-from ..config.places import check_source_place
-from ..hub import check_model_place
+from ..config.places import check_model_files, check_source_place
 from ..schema import UserError
 from ..waits import show_step
 from .app import (
@@ -95,7 +94,7 @@ def evaluate(
             source=source_keys,
         )
         _require_task_options(root=root, out=out)
-        check_model_place(model)
+        check_model_files(model)
         settings["max_new_tokens"] = max_new_tokens
         _run_tasks(model, tasks, root, part, limit, device, dtype, template_arg, **settings)
         return
@@ -116,11 +115,12 @@ def evaluate(
         columns=parse_columns(column),
     )
     check_source_place(source)
-    check_model_place(model)
+    check_model_files(model)
     from ..data.examples import read_source
-    from ..evaluation.evaluator import evaluate
 
     examples = read_source(source, [])
+    from ..evaluation.evaluator import evaluate
+
     loaded, processor = load_model(model, device, dtype)
     set_template_arguments(processor, template_arg)
     settings["max_new_tokens"] = max_new_tokens or DEFAULT_MAX_NEW_TOKENS

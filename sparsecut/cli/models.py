@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from ..config.folder_lock import claim_new_folder
 from ..config.paths import check_writable_folder, write_whole_folder
-from ..config.places import check_backbone_place
-from ..hub import check_model_place
+from ..config.places import check_backbone_place, check_model_files
+from ..schema import check_choice
+from ..shipped_model import MODEL_FILES
+from ..view_sizes import check_fitting
 from ..waits import show_step
 from .app import (
     MethodOptions,
@@ -20,8 +23,9 @@ from .app import (
     output_folder,
 )
 from .completion import complete_plan
+from .early_checks import check_holds, check_spec
 
-MARKS = ("config.json", "fusion.json")  # a folder with one of them holds a model
+FUSIONS = ("cross_mlp", "cross_attention", "mlp2x_gelu")  # of the released code
 
 
 @app.command()
@@ -39,7 +43,7 @@ def build(
         str, option("A method's name, or a file with a plan.", autocompletion=complete_plan)
     ] = "sparsecut",
     view_size: Annotated[
-        Number, option("Pixels of a view, where the encoder takes other sizes than its own.")
+        Number, option("Pixels of a view, where the encoder takes other sizes than its own.", min=1)
     ] = None,
     coarse: Annotated[
         str, option("How images are fitted: squash, crop, or native (aspect ratio kept).")
@@ -53,21 +57,25 @@ def build(
 
     spec = read_plan(plan, method_options or [])
     check_no_model(out)
+    check_fitting(coarse, min_pixels, max_pixels)
     check_backbone_place(vision, "vision")
     check_backbone_place(language, "language")
+    check_spec(spec, vision, language)
     from ..building import build, save
 
-    model, processor = build(
-        vision,
-        language,
-        spec,
-        view_size=view_size,
-        coarse=coarse,
-        min_pixels=min_pixels,
-        max_pixels=max_pixels,
-    )
-    with show_step(f"saving {out}"), write_whole_folder(out, MARKS) as part:
-        save(model, processor, part)
+    with claim_new_folder(out):
+        model, processor = build(
+            vision,
+            language,
+            spec,
+            view_size=view_size,
+            coarse=coarse,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+        )
+        check_no_model(out)
+        with show_step(f"saving {out}"), write_whole_folder(out, MODEL_FILES) as part:
+            save(model, processor, part)
     echo(f"{describe_model(model)}\n\nwrote {out}; its fusion is untrained")
 
 
@@ -92,20 +100,23 @@ def upgrade(
 
     spec = read_upgrade_plan(plan, method_options or [])
     check_no_model(out)
-    check_model_place(base, "base")
+    check_spec(spec)
+    check_model_files(base, "base")
     from ..building import save
     from ..card import write_card
     from ..profiling.upgraded import count_upgrade, format_upgrade_cost
     from ..sharing import describe_folder
     from ..upgrading import upgrade
 
-    model, processor = upgrade(base, spec)
-    with show_step(f"saving {out}"), write_whole_folder(out, MARKS) as part:
-        if whole:
-            save(model, processor, part)
-        else:
-            model.save_fusion(part)
-            write_card(part, describe_folder(part))
+    with claim_new_folder(out):
+        model, processor = upgrade(base, spec)
+        check_no_model(out)
+        with show_step(f"saving {out}"), write_whole_folder(out, MODEL_FILES) as part:
+            if whole:
+                save(model, processor, part)
+            else:
+                model.save_fusion(part)
+                write_card(part, describe_folder(part))
     with show_step("counting what the shortcuts cost"):
         cost = format_upgrade_cost(count_upgrade(model, processor))
     echo(f"{describe_model(model)}\n\n{cost}\n\nwrote {out}; its shortcuts are untrained")
@@ -137,9 +148,16 @@ def convert(
     check_writable_folder(out)
     check_no_model(out)
     pairs = {"taps": parse_numbers("--taps", taps), "layers": parse_numbers("--layers", layers)}
-    check_model_place(vision, "vision tower")
+    check_model_files(vision, "vision tower")
+    check_holds(checkpoint, ["config.json"], "give the folder that the released code saved")
+    if fusion is not None:
+        check_choice("--fusion", fusion, FUSIONS)
     from ..conversion.checkpoint import convert
 
-    with show_step(f"converting {checkpoint}"), write_whole_folder(out, MARKS) as part:
+    with (
+        claim_new_folder(out),
+        show_step(f"converting {checkpoint}"),
+        write_whole_folder(out, MODEL_FILES) as part,
+    ):
         model, _ = convert(checkpoint, part, vision=vision, fusion=fusion, **pairs)
     echo(f"{describe_model(model)}\n\nwrote {out}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..hub import check_model_place
+from ..config.places import check_model_files
 from ..schema import UserError
 from ..serving.naming import get_default_name
 from ..shipped_model import SHIPPED_FOLDER
@@ -112,13 +112,14 @@ def serve(
     _check_name(name)
     check_options(engine, _list_given(context))
     if engine == "vllm":
-        check_model_place(model)
+        check_model_files(model)
         _bind(host, port).close()
         run_vllm({**context.params, "token": token}, name or get_default_name(model))
         return
-    _check_serving_is_installed()
     _check_allowed_hosts(allowed_host or ())
-    check_model_place(model)
+    check_model_files(model)
+    _check_serving_is_installed()
+    listener = _bind(host, port)  # before the model is loaded, which takes longer
     from ..serving.admission import ServerConfig
     from ..serving.engine import Engine
     from ..serving.image_fetching import MIB, ImageLimits
@@ -128,7 +129,6 @@ def serve(
         import torch
 
         torch.set_num_threads(threads)
-    listener = _bind(host, port)  # before the model is loaded, which takes longer
     loaded, processor = load_model(model, device, dtype)
     set_template_arguments(processor, template_arg)
     config = ServerConfig(

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from ..config.folder_lock import claim_new_folder
 from ..config.paths import check_writable_folder
+from ..config.places import check_model_files
+from ..schema import UserError
 from ..waits import show_step
 from .app import (
     SETTINGS,
@@ -19,6 +22,7 @@ from .app import (
     option,
     output_folder,
 )
+from .early_checks import check_device
 
 shapes_app = App(
     help="The built-in drawn images, and the two small backbones made for them.", **SETTINGS
@@ -52,10 +56,11 @@ def draw(
     from ..shapes import write_split
 
     check_writable_folder(folder)
-    for split, number in {"train": train, "dev": dev, "test": test}.items():
-        if number:
-            write_split(folder, split, number, questions, seed=seed, size=size)
-            echo(f"{split}: {number} images, {folder}/{split}.json")
+    with claim_new_folder(folder):
+        for split, number in {"train": train, "dev": dev, "test": test}.items():
+            if number:
+                write_split(folder, split, number, questions, seed=seed, size=size)
+                echo(f"{split}: {number} images, {folder}/{split}.json")
 
 
 @shapes_app.command("pretrain")
@@ -69,20 +74,28 @@ def pretrain(
         bool, option("Run a few steps only, to see that it works.", "--quick")
     ] = False,
     size: Annotated[str, option("small (the shipped ones) or large (for a GPU).")] = "small",
-    device: Annotated[str, option("Where to compute, such as cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str, option("Where to compute, such as cpu or cuda.", callback=check_device)
+    ] = "cpu",
+    overwrite: Annotated[
+        bool, option("Replace two backbones that --out holds already.", "--overwrite")
+    ] = False,
 ) -> None:
     """Train the encoder and the language model for the drawn images from scratch."""
+    from ..shapes.sizes import find_size
+
+    find_size(size)
+    made = [name for name in ("vision", "language") if (out / name / "config.json").is_file()]
+    if len(made) == 2 and not overwrite:
+        raise UserError(
+            f"{out} holds two trained backbones; give another --out, or add --overwrite to train"
+            " them again"
+        )
     from ..shapes import pretrain
 
-    pretrain(
-        out,
-        seed=seed,
-        noise=noise,
-        quick=quick,
-        size=size,
-        device=find_device(device),
-        log=echo,
-    )
+    settings = {"seed": seed, "noise": noise, "quick": quick, "size": size}
+    with claim_new_folder(out):
+        pretrain(out, **settings, device=find_device(device), log=echo)
 
 
 @shapes_app.command("point")
@@ -103,19 +116,20 @@ def point(
     most: Annotated[int, option("Maximum number of questions for each shortcut.", min=1)] = 100,
     seed: Annotated[int, option("Seed of the images, and of the shuffled maps.")] = 0,
     max_new_tokens: Annotated[int, option("Longest answer, in tokens.", min=1)] = 2,
-    out: Annotated[Path | None, option("A JSON file for the numbers.")] = None,
+    out: Annotated[Path | None, option("A new JSON file for the numbers.")] = None,
     device: Device = None,
 ) -> None:
     """Check heat maps against details at known places: the share of maps that peak there."""
+    if out is not None and out.exists():
+        raise UserError(f"--out is {out}, which exists and would be replaced; name a new file")
+    for model in models:
+        check_model_files(model)
     import json
 
     from ..experiments.pointing import make_items, play, read_items
-    from ..hub import check_model_place
     from ..reports.pointing import make_table
     from ..schema import write_text_file
 
-    for model in models:
-        check_model_place(model)
     items = make_items(images, seed) if data is None else read_items(data)
     settings = {"most": most, "seed": seed, "max_new_tokens": max_new_tokens}
     rows = []

@@ -7,7 +7,9 @@ from typing import Annotated
 
 from ..hub import check_hub_answers, looks_like_hub_name
 from ..schema import UserError
-from .app import File, Text, app, argument, echo, option
+from ..shipped_model import MODEL_FILES
+from .app import File, Text, app, argument, check_output_folder, echo, option
+from .early_checks import check_holds
 
 SavedFolder = Annotated[Path, argument("The folder of a saved model or of shortcuts.", "FOLDER")]
 
@@ -25,6 +27,9 @@ def card(
 ) -> None:
     """Write a model's card (README.md): its plan, parts, licences, data, scores and use."""
     _check_folder(folder)
+    check_holds(folder, MODEL_FILES, f"give the folder of a saved model, such as {folder}/final")
+    for out in scores or []:
+        check_holds(out, ["result.json", "*/result.json"], "give what `sparsecut eval --out` wrote")
     from ..card import CARD
     from ..sharing import read_scores
     from ..training.run_card import find_recipe, write_run_card
@@ -49,13 +54,18 @@ def push(
     private: Annotated[bool, option("Make a new repository private.", "--private")] = False,
     token: Annotated[Text, option("Token of the hub. Default: that of `hf auth login`.")] = None,
     dry_run: Annotated[
-        File, option("Write what would be pushed to this folder, and push nothing.")
+        File,
+        option(
+            "Write what would be pushed to this folder, and push nothing.",
+            callback=check_output_folder,
+        ),
     ] = None,
 ) -> None:
     """Push a saved model to the Hugging Face hub: weights, processor, code, adapters and card."""
     _check_folder(folder)
     if dry_run is None and looks_like_hub_name(name):
         check_hub_answers(name, token)
+    check_holds(folder, MODEL_FILES, f"give the folder of a saved model, such as {folder}/final")
     from ..sharing import push_folder
 
     address = push_folder(folder, name, private=private or None, token=token, dry_run=dry_run)

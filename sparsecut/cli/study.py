@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from ..config.paths import check_writable_folder
 from .app import app, argument, echo, option
 from .completion import complete_shipped
+from .early_checks import check_holds
 
 Overrides = Annotated[
     list[str] | None, argument("Changes, such as seeds=[0,1] output=runs/study/b")
@@ -38,13 +40,18 @@ def study(
     from ..experiments.study import load_study, narrow_study
 
     chosen = load_study(file, overrides or [])
+    part = chosen
+    if variants or seeds:
+        part = narrow_study(chosen, variants or (), seeds or ())  # checks both
     if dry_run:
         from ..experiments.estimate import estimate_study, format_estimate
 
-        part = narrow_study(chosen, variants or (), seeds or ())
         echo(format_estimate(estimate_study(part), workers))
         return
-    if not report:
+    if report:
+        check_holds(Path(chosen.output), ["study.yaml"], "give the output folder of a study")
+    else:
+        check_writable_folder(chosen.output)
         chosen.check_places()
     from ..reports.figures import check_matplotlib
     from ..reports.study import write_study_report
@@ -84,11 +91,15 @@ def search(
     rank: Annotated[int, option("Inner width of each pair's projector.", min=1)] = 8,
     penalty: Annotated[float, option("Weight of the gates' sizes in the loss.", min=0)] = 0.01,
     workers: Workers = 2,
+    overwrite: Annotated[
+        bool, option("Replace the plan of a search with another budget.", "--overwrite")
+    ] = False,
 ) -> None:
     """Find a plan: train all pairs of tap and layer at once, keep the best few under a budget."""
     from ..experiments.study import load_study
 
     chosen = load_study(file, overrides or [])
+    check_writable_folder(chosen.output)
     chosen.check_places()
     from ..drawing import draw
     from ..experiments.search import search_plan
@@ -101,6 +112,7 @@ def search(
         rank=rank,
         penalty=penalty,
         workers=workers,
+        overwrite=overwrite,
         log=echo,
     )
     vision_depth = max(pair["tap"] for pair in pairs)

@@ -98,6 +98,24 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def claim_new_folder(folder: str | Path) -> Iterator[None]:
+    """Have a folder as `lock_folder` does, for files that are written once and handed on.
+
+    No file of the lock stays beside them.
+
+    Raises:
+        UserError: As `lock_folder`.
+    """
+    folder = Path(folder)
+    with lock_folder(folder):
+        try:
+            yield
+        finally:
+            if [path.name for path in folder.iterdir() if path.name != OWNER] != [LOCK]:
+                (folder / LOCK).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def _hold_system_lock(folder: Path) -> Iterator[bool]:
     """Hold the operating system's lock; yields False where the disk has none to give."""
     from filelock import FileLock, Timeout

@@ -5,9 +5,10 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Collection
+from pathlib import Path
 
 from ..hub import check_dataset_place, check_model_place
-from ..schema import UserError
+from ..schema import UserError, nearest
 from .recipe import Recipe
 from .source import Source, looks_like_dataset_name
 from .yaml_io import expand_path
@@ -19,7 +20,57 @@ KNOWN_SIZES = (
     *("lmsys/vicuna-7b-v1.5", "lmsys/vicuna-13b-v1.5", "HuggingFaceTB/SmolLM2-135M-Instruct"),
     "llava-hf/llava-1.5-7b-hf",
 )
+# Blocks or layers of those that `cost` knows by a name of its own.
+DEPTHS = {
+    "vision": {"clip-l-336": 24, "siglip-so400m-384": 27},
+    "language": {"llama-7b": 32, "llama-13b": 40},
+}
+MODEL_FACTS = ("config.json", "fusion.json", "adapter_config.json", "params.json")
 BUILT_IN = ("shapes", "world")  # names of the small backbones inside the package, new and old
+
+
+def check_model_files(name: str, what: str = "model") -> None:
+    """Check that a model is there and, where it is a folder, that the folder can hold a model.
+
+    Raises:
+        UserError: There is none, or it is a file, or a folder without a model's files.
+    """
+    check_model_place(name, what)
+    folder = Path(name)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(
+            f"{name!r} is a file, but the {what} is a folder; give the one that training or"
+            " save_pretrained wrote"
+        )
+    if not any((folder / file).is_file() for file in MODEL_FACTS):
+        raise UserError(
+            f"{name!r} holds no config.json, so it is not a saved {what}; give the folder that"
+            f" training or save_pretrained wrote, for example {folder}/final"
+        )
+
+
+def check_size_place(name: str, part: str) -> None:
+    """Check that `cost` knows a size by this name, or that a model of it is there.
+
+    Args:
+        name: A known size, "shapes", a folder, or a hub name.
+        part: "vision" or "language".
+
+    Raises:
+        UserError: It is none of them.
+    """
+    known = (*DEPTHS[part], BUILT_IN[0])
+    if name in known or os.path.isdir(name):
+        return
+    is_other = any(name in sizes for sizes in DEPTHS.values())
+    hint = nearest(name, known)
+    if is_other or (hint and name not in BUILT_IN):
+        raise UserError(
+            f"the {part} model {name!r} is neither a known size{hint} nor a folder or hub name that"
+            f" can be read; known sizes are {', '.join(known)}"
+        )
 
 
 def check_backbone_place(name: str, part: str) -> None:
@@ -29,7 +80,7 @@ def check_backbone_place(name: str, part: str) -> None:
         UserError: It is neither built in, nor a folder, nor on the hub.
     """
     if name not in BUILT_IN:
-        check_model_place(name, f"{part} model")
+        check_model_files(name, f"{part} model")
 
 
 def check_model_places(recipe: Recipe, known: Collection[str] = ()) -> None:
@@ -46,7 +97,7 @@ def check_model_places(recipe: Recipe, known: Collection[str] = ()) -> None:
     if model.base is not None:
         base = expand_path(model.base)
         if base not in known:
-            check_model_place(base, "base model")
+            check_model_files(base, "base model")
         return
     for name, part in ((model.vision, "vision"), (model.language, "language")):
         if expand_path(name) not in known:

@@ -11,10 +11,9 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from ..pixels import array_to_rgb, to_rgb
+from ..pixels import array_to_rgb, is_tensor, to_rgb
 from ..schema import UserError
 from .access import check_excess
 from .errors import show_value
@@ -75,7 +74,7 @@ def parse_image(image: Any, what: str, max_bytes: int) -> ImageValue:
     image = _unpack(image, what)
     if isinstance(image, PurePath):
         image = str(image)
-    if isinstance(image, Image.Image | np.ndarray | torch.Tensor):
+    if isinstance(image, Image.Image | np.ndarray) or is_tensor(image):
         image = _encode(image)
     if isinstance(image, bytearray | memoryview):
         image = bytes(image)
@@ -169,7 +168,7 @@ def _decode_base64(text: str, what: str) -> bytes:
         ) from None
 
 
-def _encode(image: Image.Image | np.ndarray | torch.Tensor) -> bytes:
+def _encode(image: Any) -> bytes:
     """An opened image as a file that holds its pixels in full."""
     is_opened = isinstance(image, Image.Image)
     rgb = to_rgb(image) if is_opened else array_to_rgb(image)[0]

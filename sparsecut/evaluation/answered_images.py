@@ -16,7 +16,6 @@ from ..data.errors import RecordError
 from ..data.examples import Example
 from ..data.file_facts import Facts, describe_image, hold_same_contents
 from ..data.jsonl import append_json_lines, read_json_lines, write_json_lines
-from ..prompts import get_medium, get_tokens_per_image
 from ..schema import UserError
 
 IMAGES = "images.jsonl"
@@ -136,6 +135,8 @@ def _are_same(facts: list[Facts], other: list[Facts]) -> bool:
 
 def get_view_settings(processor) -> dict:
     """Return what is done to images, or audio: our settings, or the name and a hash of a base's own processor."""
+    from ..prompts import get_medium, get_tokens_per_image  # reading results needs no torch
+
     if get_medium(processor) == "audio":
         settings = json.dumps(processor.feature_extractor.to_dict(), sort_keys=True)
         return {"settings": hashlib.sha256(settings.encode()).hexdigest()[:16]}

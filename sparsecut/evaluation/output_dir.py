@@ -16,9 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import transformers
-
 from .. import __version__
 from ..chat_templates.thoughts import Answer
 from ..data.examples import Example
@@ -250,6 +247,9 @@ def write_json(file: Path, value, *, indent: int | None = 2) -> Path:
 
 def get_versions() -> dict[str, str]:
     """Versions of the software that computed a result."""
+    import torch  # reading results needs neither
+    import transformers
+
     return {
         "sparsecut": __version__,
         "torch": torch.__version__,

@@ -19,7 +19,7 @@ import yaml
 
 from ..config.folder_lock import lock_folder
 from ..plan import Plan, Shortcut
-from ..schema import UserError, write_text_file
+from ..schema import UserError, read_json_file, write_text_file
 from .study import Run, Study, parse_study
 
 SUPERNET = "supernet"
@@ -55,6 +55,7 @@ def search_plan(
     rank: int = 8,
     penalty: float = 0.01,
     workers: int = 2,
+    overwrite: bool = False,
     log: Callable[[str], None] = print,
 ) -> tuple[Plan, list[dict]]:
     """Find a plan for a study's models and data, and write it to `output`/search.
@@ -67,6 +68,7 @@ def search_plan(
         rank: Inner width of each pair's projector.
         penalty: Weight of the gates' sizes in the loss.
         workers: Processes on this machine.
+        overwrite: Replace the plan of a search with another budget.
         log: Takes lines about the progress.
 
     Returns:
@@ -74,7 +76,7 @@ def search_plan(
         plan.yaml and search.json hold them too.
 
     Raises:
-        UserError: There is no budget, or it leaves no shortcut.
+        UserError: There is no budget, it leaves no shortcut, or the folder holds another search.
     """
     check_budget(count, ratio)
     from ..building import read_depths
@@ -86,16 +88,15 @@ def search_plan(
     plan = make_supernet_plan(*depths, rank=rank)
     out = Path(study.output) / "search"
     supernets = make_supernet_study(study, plan, out, seeds, penalty)
+    budget = {"count": count, "ratio": ratio, "seeds": list(seeds), "rank": rank}
+    budget["penalty"] = penalty
+    _check_earlier(out / "search.json", budget, overwrite)
     with lock_folder(out):
         run_study(supernets, workers=workers, log=log)
         pairs = _rank_pairs(plan, [measure_importance(supernets, seed) for seed in seeds])
         chosen = choose_pairs(pairs, plan, count, _make_cost_check(study, depths, ratio))
         record = {
-            "count": count,
-            "ratio": ratio,
-            "seeds": list(seeds),
-            "rank": rank,
-            "penalty": penalty,
+            **budget,
             "plan": chosen.to_dict(),
             "pairs": pairs,
         }
@@ -103,6 +104,19 @@ def search_plan(
         text = yaml.safe_dump(chosen.to_dict(), sort_keys=False, default_flow_style=None)
         write_text_file(out / "plan.yaml", text)
     return chosen, pairs
+
+
+def _check_earlier(file: Path, budget: dict, overwrite: bool) -> None:
+    """Raise UserError where the plan of a search with another budget would be replaced."""
+    if overwrite or not file.is_file():
+        return
+    earlier = read_json_file(file)
+    differing = [f"{k} {earlier.get(k)}" for k, v in budget.items() if earlier.get(k) != v]
+    if differing:
+        raise UserError(
+            f"{file.parent} holds the plan of a search with {', '.join(differing)}; give another"
+            " output=..., or add --overwrite (overwrite=True in Python) to replace it"
+        )
 
 
 def check_budget(count: int | None, ratio: float | None) -> None:

@@ -113,8 +113,13 @@ class Study:
                 raise UserError(f"recipe.{key} is set by {place}; remove it there")
 
         self._check_rates()
+        checked: set[tuple] = set()
         for run in self.list_runs():
-            self._check_recipe(run)
+            kind = (run.budget, run.variant, run.rate is None)
+            facts = {kind, ("seed", run.seed), ("rate", run.rate)}
+            if not facts <= checked:  # one run of each kind, with each seed and rate, is enough
+                self._check_recipe(run)
+                checked |= facts
 
     def _check_rates(self) -> None:
         """Check what belongs to choosing rates, and to the run without images."""
@@ -172,7 +177,10 @@ class Study:
     @property
     def variants(self) -> dict[str, Variant]:
         """The variants by name; of `text_only`, nothing."""
-        return {name: build_variant(name, spec) for name, spec in self.arms.items()}
+        return {name: self._get_variant(name) for name in self.arms}
+
+    def _get_variant(self, name: str) -> Variant:
+        return build_variant(name, self.arms[name])
 
     @property
     def has_text_only(self) -> bool:
@@ -183,11 +191,11 @@ class Study:
 
     def get_fusion(self, name: str) -> str | dict:
         """A variant's fusion; that of `text_only` is the baseline's, which then has no images."""
-        return self.variants[self.baseline if name == TEXT_ONLY else name].fusion
+        return self._get_variant(self.baseline if name == TEXT_ONLY else name).fusion
 
     def get_grid(self, name: str) -> tuple[float, ...]:
         """The rates that are tried for a variant; none where it needs no choice."""
-        variant = None if name == TEXT_ONLY else self.variants[name]
+        variant = None if name == TEXT_ONLY else self._get_variant(name)
         if self.rates is None or variant is None or variant.rate is not None:
             return ()
         return tuple(float(f"{rate * variant.rate_factor:.6g}") for rate in self.rates.grid)
@@ -257,7 +265,7 @@ class Study:
         if run.variant == TEXT_ONLY:
             rate = None
         else:
-            variant = self.variants[run.variant]
+            variant = self._get_variant(run.variant)
             changes += variant.change
             rate = run.rate or variant.rate or rate
         for change in changes:

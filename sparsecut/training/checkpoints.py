@@ -15,7 +15,6 @@ import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerState
 
 from ..schema import UserError, read_json_file
 
@@ -183,6 +182,8 @@ def _check_facts(facts: dict, checkpoint: Path) -> None:
 
 def _check_state(checkpoint: Path) -> None:
     """Raise UserError where the Trainer's state is not that of the checkpoint's step."""
+    from transformers import TrainerState  # takes seconds, and a run's folder is looked at first
+
     state = read_json_file(checkpoint / STATE)
     try:
         loaded = TrainerState(**state)

@@ -16,10 +16,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from transformers.utils import logging as hf_logging
-
-from ..adapters import FOLDER as ADAPTERS
-from ..card import CARD, is_unedited
 from ..config.paths import check_writable_folder, list_code_files
 from ..config.recipe import Recipe, Stage, dump_recipe, load_recipe
 from ..evaluation.output_dir import PREDICTIONS, RESULT, SETTINGS
@@ -38,6 +34,7 @@ FINISHED = "versions.json"  # the marker of a stage
 LOG = "log.jsonl"
 SKIPPED = "skipped.txt"  # one line about each record that was left out
 FINAL = "final"
+ADAPTERS = "adapters"  # as `adapters` names it; this file is imported before any model library
 PACKAGES = ("sparsecut", "torch", "transformers", "accelerate", "tokenizers", "pillow", "numpy")
 # Arguments that may differ between a run and its continuation, by the beginning of their names.
 HARMLESS = (
@@ -262,6 +259,8 @@ def remove_run(output: Path, previous: Recipe) -> None:
         output: The run's folder.
         previous: The recipe of that run.
     """
+    from ..card import CARD, is_unedited
+
     folders = [output / name for name in _name_folders(previous)]
     for folder in folders:
         # First, so that what is left by an interruption does not count as complete.
@@ -321,6 +320,8 @@ def save_stage(trainer, processor, recipe: Recipe, folder: Path) -> None:
         recipe: The recipe that is running.
         folder: The stage's folder.
     """
+    from transformers.utils import logging as hf_logging
+
     had_bar = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()  # a bar for each shard would break ours
     trainer.save_model(str(folder))

@@ -8,8 +8,9 @@ import torch
 from helpers.native import byte_tokenizer
 from transformers import CLIPImageProcessorPil
 
+from sparsecut.chat_templates.answer_stream import AnswerStreamer
 from sparsecut.chat_templates.arguments import set_arguments
-from sparsecut.chat_templates.thoughts import AnswerStreamer, read_answer, strip_thoughts
+from sparsecut.chat_templates.thoughts import read_answer, strip_thoughts
 from sparsecut.data.encoding import example_encoder
 from sparsecut.data.errors import RecordError
 from sparsecut.data.examples import Example

@@ -1,14 +1,13 @@
 """A missing model or file is told before any model library is imported."""
 
-import json
-import subprocess
-import sys
-
 import pytest
+from helpers.early_answers import MOST_SECONDS, answer_commands
 
+from sparsecut.adapters import FOLDER
 from sparsecut.building import OLD_SHAPES, SHAPES
 from sparsecut.config.places import BUILT_IN, KNOWN_SIZES
 from sparsecut.profiling.sizes import PUBLISHED_BASES, PUBLISHED_CONFIGS, REFERENCE
+from sparsecut.training.run_dir import ADAPTERS
 
 RECIPE = """
 model: {vision: %s, language: shapes}
@@ -25,23 +24,6 @@ recipe:
 baseline: llava
 arms: {llava: llava}
 output: new
-"""
-# Runs commands one after another, and prints of each its exit code, the model libraries that are
-# imported by then, the seconds it took, and what it wrote to stderr.
-CODE = """
-import io, json, sys, time
-from sparsecut.cli.main import main
-
-for command in json.load(sys.stdin):
-    sys.argv, code, start = ["sparsecut", *command.split()], 0, time.monotonic()
-    sys.stderr = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
-    try:
-        main()
-    except SystemExit as exit:
-        code = exit.code
-    found = sorted({"torch", "transformers", "datasets"} & set(sys.modules))
-    error = sys.stderr.buffer.getvalue().decode()
-    print(json.dumps([code, found, time.monotonic() - start, error]))
 """
 COMMANDS = [
     "chat gone/a/b",
@@ -95,23 +77,20 @@ def answers(tmp_path_factory):
     }
     for name, text in names.items():
         (folder / name).write_text(text)
-    command = [sys.executable, "-c", CODE]
-    typed = json.dumps(COMMANDS)
-    done = subprocess.run(command, input=typed, capture_output=True, text=True, cwd=folder)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(lines) == len(COMMANDS), done.stdout + done.stderr
+    found = answer_commands(COMMANDS, folder)
     assert not (folder / "new").exists() and not (folder / "out").exists()
-    return dict(zip(COMMANDS, lines, strict=True))
+    return found
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_is_missing_is_told_at_once(answers, command):
     code, imported, seconds, error = answers[command]
-    assert code == 2 and imported == [] and seconds < 5
+    assert code == 2 and imported == [] and seconds < MOST_SECONDS
     assert "gone" in error and error.count("\n") == 1 and error.startswith("error: ")
 
 
 def test_names_are_those_of_the_modules_that_are_imported_later():
     assert set(BUILT_IN) == {SHAPES, OLD_SHAPES}
     sizes = {name for part in REFERENCE.values() for name in part}
+    assert ADAPTERS == FOLDER
     assert set(KNOWN_SIZES) == sizes | set(PUBLISHED_CONFIGS) | set(PUBLISHED_BASES)

@@ -12,7 +12,6 @@ from ...config.folder_lock import lock_folder
 from ...data.examples import IMAGE, Example
 from ...drawing import text_table
 from ...schema import UserError, nearest, read_json_file
-from ..evaluator import evaluate
 from ..exact_match import describe_drawn
 from ..intervals import estimate_interval, list_images
 from ..judging import get_answer
@@ -295,6 +294,8 @@ def run_task(
             " processes; use fewer"
         )
     check_ours(folder)
+    from ..evaluator import evaluate  # names and files of tasks are checked without a model library
+
     with lock_folder(part_folders[index]):
         evaluate(
             model,
