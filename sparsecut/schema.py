@@ -189,7 +189,8 @@ def check_types(value: Any) -> None:
     Raises:
         UserError: A field, or a value inside its list or keys and values, has another type.
     """
-    for key, hint in _get_hints(type(value)).items():
+    cls: Any = type(value)
+    for key, hint in _get_hints(cls).items():
         check_type(key, getattr(value, key), hint)
 
 
