@@ -137,10 +137,10 @@ def test_the_command_prints_and_writes_counts_and_times(tmp_path, monkeypatch):
     command = ["cost", "llava", "sparsecut", *backbones, "--measure", "--json", str(file)]
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    lines = result.output.splitlines()
+    lines = result.stdout.splitlines()
     assert [line.split(" ")[0] for line in lines[:3]] == ["plan", "llava", "sparsecut"]
     assert "1.000" in lines[1]
-    assert "first token ms" in result.output
+    assert "first token ms" in result.stdout
     written = json.loads(file.read_text())
     assert PlanCost.from_dict(written["sparsecut"]["count"]).num_fusion_parameters > 0
     assert written["llava"]["measured"]["repeats"] == 1
