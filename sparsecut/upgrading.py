@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from .absent_videos import read_without_videos
 from .configuration import SparseCutUpgradeConfig
 from .families import VLMFamily, get_family
 from .fingerprint import base_hash
@@ -268,7 +269,8 @@ def read_processor(name: str | Path, **hub: Any) -> Any:
         UserError: It cannot be read. transformers silently returns a part of it, such as the
             tokenizer, where the processor's class is not known; this is refused too.
     """
-    processor = load_pretrained(AutoProcessor, name, UNREADABLE.format(name=name), **hub)
+    with read_without_videos():
+        processor = load_pretrained(AutoProcessor, name, UNREADABLE.format(name=name), **hub)
     if not isinstance(processor, ProcessorMixin):
         settings = getattr(processor, "init_kwargs", {})
         wanted = settings.get("processor_class") or "its processor"

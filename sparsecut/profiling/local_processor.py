@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
+from ..absent_videos import read_without_videos
 from ..building import resolve
 from ..config.recipe import Recipe, Stage
 from ..config.yaml_io import expand_path
@@ -32,7 +33,8 @@ def read_local_processor(recipe: Recipe) -> Any | None:
     here = {"local_files_only": True}
     try:
         if model.base is not None:
-            return AutoProcessor.from_pretrained(expand_path(model.base), **here)
+            with read_without_videos():
+                return AutoProcessor.from_pretrained(expand_path(model.base), **here)
         vision, language = expand_path(model.vision), expand_path(model.language)
         tokenizer = AutoTokenizer.from_pretrained(resolve(language, "language"), **here)
         images = AutoImageProcessor.from_pretrained(resolve(vision, "vision"), **here)
