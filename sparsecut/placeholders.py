@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 IGNORED = -100  # a label that does not count in the loss
 # Rows times width squared of a table, from which the covariance of its rows takes seconds.
@@ -40,7 +40,7 @@ def ignore_placeholder(config: Any, **arguments: Any) -> dict:
     return arguments
 
 
-def add_rows(language: nn.Module, number: int) -> None:
+def add_rows(language: Any, number: int) -> None:
     """Give a language model's tables more rows, which nothing reads: features replace them.
 
     Transformers draws new rows like the old ones, by their covariance. For large tables that takes
