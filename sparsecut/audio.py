@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .pixels import URL_STARTS, is_tensor, read_url
+from .pixels import URL_STARTS, read_url
 from .schema import UserError
+from .tensors import is_tensor
 
 # No other decoder of libsndfile is run. A file's name does not matter, only what it holds.
 FORMATS = ("WAV", "WAVEX", "FLAC", "MP3", "OGG")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import sys
 from contextlib import contextmanager
 from functools import cache
 from http.client import HTTPException
@@ -20,6 +19,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageColor, UnidentifiedImageError
 
 from .schema import UserError
+from .tensors import is_tensor
 
 # No other decoder of Pillow is run: some are fragile, and that of EPS starts Ghostscript.
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF")
@@ -46,12 +46,6 @@ TOLERANCE = 0.005  # how far rounding and resizing may lead beyond 0 and 1
 LEAST_LEVEL = 16  # a brightest value below it is taken for a wrong scale
 URL_STARTS = ("http://", "https://", "data:")
 URL_SECONDS = 30
-
-
-def is_tensor(value: Any) -> bool:
-    """Whether a value is a tensor of torch, which is not imported for this: it takes seconds."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
 
 
 # --- from files ---

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..pixels import array_to_rgb, is_tensor, to_rgb
+from ..pixels import array_to_rgb, to_rgb
 from ..schema import UserError
+from ..tensors import is_tensor
 from .access import check_excess
 from .errors import show_value
 from .texts import check_text, list_items, list_rows
