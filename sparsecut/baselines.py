@@ -103,6 +103,8 @@ def dense_connector_dci(vision_depth: int, language_depth: int, *, norm: bool = 
     The last block but one, and the means of the states of both halves, 0 to V/2 - 1 and V/2 to
     V - 1. With `norm`, states are normalized before the mean.
 
+    Deviation: of 27 blocks the upper mean has 14 states, where the released code takes 13 for each.
+
     Args:
         vision_depth: Number of encoder blocks.
         language_depth: Number of decoder layers.
@@ -184,7 +186,8 @@ def granite4(vision_depth: int, language_depth: int, *, norm: bool = True) -> Pl
     last state.
 
     Deviations: the phases are the fine patches under a coarse one, where Granite takes every second
-    patch of one view. A two-layer projector stands for each window Q-Former.
+    patch of one view. A two-layer projector stands for each window Q-Former, so that patches are
+    not merged, four into one token. There is one coarse view in place of tiles with newline tokens.
 
     Args:
         vision_depth: Number of encoder blocks.
