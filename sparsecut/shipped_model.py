@@ -22,3 +22,8 @@ def find_shipped_model(name: str | Path) -> str | Path:
     if any((Path(SHIPPED_MODEL) / file).is_file() for file in MODEL_FILES):
         return name
     return str(SHIPPED_FOLDER)
+
+
+def name_model(folder: str | Path) -> str:
+    """Return what a user calls the model of a folder: the shipped model's name, else the folder."""
+    return SHIPPED_MODEL if Path(folder) == SHIPPED_FOLDER else str(folder)

@@ -18,7 +18,7 @@ from sparsecut.shapes import EXAMPLE_ANSWERS, EXAMPLE_IMAGE, EXAMPLE_QUESTIONS, 
 from sparsecut.shapes.questions import KINDS, find_kind, split_scene
 from sparsecut.shapes.scenes import DIGITS, SHAPES, TEXTURES
 from sparsecut.shapes.sizes import SMALL
-from sparsecut.shipped_model import SHIPPED_FOLDER, find_shipped_model
+from sparsecut.shipped_model import SHIPPED_FOLDER, find_shipped_model, name_model
 
 ROOT = Path(__file__).parents[1]
 MAX_BYTES = 4 * 2**20
@@ -34,6 +34,11 @@ def shipped():
 def no_model_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_reports_call_it_by_its_name(no_model_here):
+    assert name_model(find_shipped_model("shapes")) == "shapes"
+    assert name_model("runs/tiny/final") == "runs/tiny/final"
 
 
 def test_the_answers_to_the_example_are_what_its_scene_holds():

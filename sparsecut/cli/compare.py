@@ -8,6 +8,7 @@ from typing import Annotated
 from ..config.paths import check_replaceable
 from ..config.places import check_model_files, check_source_place
 from ..schema import UserError, read_json_file
+from ..shipped_model import name_model
 from ..waits import show_step
 from .app import (
     ColumnNames,
@@ -79,7 +80,7 @@ def explain(
     loaded = load_model(model, device, dtype)
     explanation = explain(*loaded, examples, batch_size=batch_size, max_new_tokens=max_new_tokens)
 
-    explanation["model"] = model
+    explanation["model"] = name_model(model)
     if out is not None:
         page = write_explanation(explanation, out)
     echo(write_text(explanation))
