@@ -154,7 +154,8 @@ def _list_details(plan: Plan, vision_depth: int, num_patches: int | None) -> lis
         "left": "hidden states of the encoder: 0 = patch embedding, k = after block k",
         "right": "the layer before which features are added: 0 = input embedding",
     }
-    return [f"  {name:13} {text}" for name, text in details.items()]
+    width = max(13, *map(len, details))
+    return [f"  {name:{width}} {text}" for name, text in details.items()]
 
 
 def _describe_views(plan: Plan, vision_depth: int) -> str:

@@ -95,6 +95,7 @@ def write_page(
         cards=make_cards(questions, names),
         reason=reason,
         num_questions=explanation["num_questions"],
+        num_images=explanation.get("num_images"),
         loss_head=head,
         loss_rows=_shade_losses(explanation, rows),
         norm_table=make_norm_table(explanation),
