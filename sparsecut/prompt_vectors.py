@@ -192,9 +192,9 @@ class PromptGeneration(GenerationMixin):
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate; see transformers. Images are encoded first where the plan needs the prompt."""
         model: Any = self
-        if model.plan.needs_prompt and any(
-            kwargs.get(name) is not None for name in IMAGE_SOURCES[:2]
-        ):
+        has_images = any(kwargs.get(name) is not None for name in IMAGE_SOURCES[:2])
+        is_encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None
+        if model.plan.needs_prompt and has_images and not is_encoded:
             kwargs = self._encode_images(inputs, kwargs)
         return super().generate(inputs, *args, **kwargs)
 
