@@ -6,9 +6,12 @@ import pytest
 from helpers.bases import randomize_fusion
 from helpers.runs import write_records
 from helpers.tiny import tiny_llava, tiny_model
+from typer.testing import CliRunner
 
 from sparsecut import upgrade
+from sparsecut.cli.main import app
 from sparsecut.evaluation.evaluator import evaluate
+from sparsecut.experiments import pointing
 from sparsecut.experiments.pointing import play, read_items
 from sparsecut.schema import UserError
 
@@ -52,6 +55,21 @@ def test_maps_of_any_model_are_checked_on_records(file, kind):
     for row in rows:
         assert row["hit_chance"] == row["hit_shuffled"] == 1  # the region is the whole image
         assert row["question"] == "all" and row["num_items"] <= len(items)
+
+
+def test_the_command_takes_records_and_the_shipped_model_by_its_name(file, monkeypatch):
+    played = []
+
+    def note(model, processor, items, **settings):
+        played.append((model.config.model_type, len(items), settings["max_new_tokens"]))
+        return []
+
+    monkeypatch.setattr(pointing, "play", note)
+    monkeypatch.chdir(file.parent)
+    command = ["shapes", "point", "shapes", "--data", str(file), "--max-new-tokens", "5"]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert played == [("sparsecut", len(read_items(file)), 5)]
 
 
 def test_lines_are_read_as_a_list_is(file):
