@@ -18,6 +18,7 @@ from .app import (
     argument,
     echo,
     find_device,
+    find_model,
     load_model,
     option,
     output_folder,
@@ -122,8 +123,9 @@ def point(
     """Check heat maps against details at known places: the share of maps that peak there."""
     if out is not None and out.exists():
         raise UserError(f"--out is {out}, which exists and would be replaced; name a new file")
-    for model in models:
-        check_model_files(model)
+    places = [find_model(model) for model in models]
+    for place in places:
+        check_model_files(place)
     import json
 
     from ..experiments.pointing import make_items, play, read_items
@@ -133,8 +135,8 @@ def point(
     items = make_items(images, seed) if data is None else read_items(data)
     settings = {"most": most, "seed": seed, "max_new_tokens": max_new_tokens}
     rows = []
-    for model in models:
-        loaded, processor = load_model(model, device)
+    for model, place in zip(models, places, strict=True):
+        loaded, processor = load_model(place, device)
         with show_step(model) as progress:
             found = play(loaded, processor, items, **settings, progress=progress)
         rows += [{"model": model, **row} for row in found]
