@@ -59,10 +59,11 @@ def measure_done(steps: list[DemoStep]) -> float:
 def _look_at_images(study: Study) -> DemoStep:
     data = Path(study.output) / "data"
     total = study.pictures.train + study.pictures.ask
-    number = sum(_count_files(data / split) for split in ("train", study.pictures.split))
     if (data / "drawn.json").is_file():
-        number = total
-    fraction = min(1.0, number / total)
+        fraction = 1.0
+    else:
+        number = sum(_count_files(data / split) for split in ("train", study.pictures.split))
+        fraction = min(1.0, number / total)
     return DemoStep(f"draw {total:,} images", SECONDS["images"], fraction, f"{fraction:.0%}")
 
 
