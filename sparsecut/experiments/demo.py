@@ -15,6 +15,7 @@ from .study import Study, load_study
 from .study_parts import Run
 
 FINAL = "final"  # where training leaves a run's model
+BATCH = "per_device_train_batch_size"
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,16 @@ def describe_five_seeds() -> str:
     """Return what five seeds say about the shortcuts themselves, beside both controls."""
     same, one = OVER_CONTROLS["taps_at_input"], OVER_CONTROLS["one_tap_at_input"]
     return (
-        f"Over five seeds, SparseCut is {same} from the same taps at the input and {one} from one"
-        " tap at the input, so no gain of placing features deeper is shown."
+        f"Over five seeds, SparseCut differs by {same} from the same taps at the input and by {one}"
+        " from one tap at the input, so no gain of placing features deeper is shown."
     )
+
+
+def describe_training(study: Study) -> str:
+    """Return how much a study trains: its images, and the steps of each stage."""
+    stages = [stage["args"] for stage in study.recipe["stages"]]
+    steps = [f"{args['max_steps']} steps of {args[BATCH]}" for args in stages]
+    return f"{study.pictures.train:,} images, {' and '.join(steps)}"
 
 
 def build_demo_study(out: str | Path, seed: int = 0, quick: bool = False) -> Study:

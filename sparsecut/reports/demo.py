@@ -11,9 +11,14 @@ from ..data.images import ImageStore
 from ..data.jsonl import read_json_lines
 from ..drawing import text_table
 from ..evaluation.judging import get_answer
-from ..experiments.demo import FIVE_SEEDS, DemoVariant, describe_five_seeds
+from ..experiments.demo import (
+    FIVE_SEEDS,
+    DemoVariant,
+    describe_five_seeds,
+    describe_training,
+)
 from ..experiments.results import compute_results
-from ..experiments.study import Run, Study
+from ..experiments.study import Run, Study, load_study
 from ..plan import Plan
 from ..schema import read_json_file, write_text_file
 from .figures import draw_bars, draw_curves
@@ -65,6 +70,8 @@ def write_page(study: Study, variants: dict[str, DemoVariant], *, is_quick: bool
         score_table=_make_score_table(results, titles),
         seeds_table=_make_seeds_table(results),
         seeds_finding=describe_five_seeds(),
+        own_training=describe_training(study),
+        seeds_training=describe_training(load_study("shapes")),
         cards=_make_cards(results, variants),
         cost_table=_make_cost_table(results, titles),
         curves=_draw_losses(results, titles),

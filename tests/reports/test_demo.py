@@ -28,6 +28,7 @@ from sparsecut.cli.demo_display import (
 from sparsecut.cli.main import app
 from sparsecut.experiments.demo import FIVE_SEEDS, OVER_CONTROLS, VARIANTS, build_demo_study
 from sparsecut.experiments.demo_progress import list_steps, measure_done
+from sparsecut.experiments.study import load_study
 from sparsecut.schema import UserError
 
 
@@ -83,6 +84,16 @@ def test_five_seeds_and_the_one_tap_control_stand_beside_the_run(finished):
         value, interval = difference.split(" points ")
         assert value in results
         assert interval.strip("()") in results
+
+
+def test_the_page_says_how_much_either_study_trains(finished):
+    _, page, _ = finished
+    text = page.read_text()
+    assert "64 images, 3 steps of 16 and 4 steps of 16" in text
+    published = load_study("shapes")
+    number, steps = published.pictures.train, published.recipe["stages"][1]["args"]["max_steps"]
+    assert f"{number:,} images" in text
+    assert f"{steps} steps of 16" in text
 
 
 def test_what_is_finished_is_kept_and_another_demo_is_refused(finished):
