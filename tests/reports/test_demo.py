@@ -87,13 +87,14 @@ def test_five_seeds_and_the_one_tap_control_stand_beside_the_run(finished):
 
 
 def test_the_page_says_how_much_either_study_trains(finished):
-    _, page, _ = finished
+    folder, page, _ = finished
     text = page.read_text()
-    assert "64 images, 3 steps of 16 and 4 steps of 16" in text
-    published = load_study("shapes")
-    number, steps = published.pictures.train, published.recipe["stages"][1]["args"]["max_steps"]
-    assert f"{number:,} images" in text
-    assert f"{steps} steps of 16" in text
+    for study in (build_demo_study(folder, quick=True), load_study("shapes")):
+        assert f"with {study.pictures.train:,} images, " in text
+        for stage in study.recipe["stages"]:
+            args = stage["args"]
+            number, batch = args["max_steps"], args["per_device_train_batch_size"]
+            assert f"{number} steps of {batch}" in text
 
 
 def test_what_is_finished_is_kept_and_another_demo_is_refused(finished):
