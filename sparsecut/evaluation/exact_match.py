@@ -103,6 +103,6 @@ def describe_drawn(scores: dict, medium: str = "image") -> str:
         scores: What `intervals.estimate_interval` gave.
         medium: "image" or "audio".
     """
-    if scores["interval_over"] != "images":
+    if scores.get("interval_over") != "images":
         return "questions"
     return f"{scores['num_images']:,} {'recordings' if medium == 'audio' else 'images'}"

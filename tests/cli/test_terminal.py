@@ -79,6 +79,7 @@ class FakeChat:
 def test_answers_and_mistakes_in_a_chat_are_printed_safely(monkeypatch, capsys, tmp_path, lines):
     monkeypatch.setattr("sparsecut.cli.chat.load_model", lambda *args: (None, None))
     monkeypatch.setattr("sparsecut.chat.Chat", FakeChat)
+    (tmp_path / "config.json").write_text("{}")
     arguments = ["chat", str(tmp_path)]
     if lines is None:
         arguments += ["--ask", "a"]
@@ -131,6 +132,7 @@ def test_tracebacks_are_printed_safely(run, monkeypatch, tmp_path):
         raise ValueError(HOSTILE)
 
     monkeypatch.setattr("sparsecut.cli.chat.load_model", fail)
+    (tmp_path / "config.json").write_text("{}")
     output = run("chat", str(tmp_path), "--ask", "a")
     assert "Traceback" in output
     assert "evil" in output
