@@ -307,8 +307,10 @@ class Plan:
             return
         keys = []
         for s in self.shortcuts:
-            resolved = [[tap % (vision_depth + 1) for tap in group] for group in s.tap_groups]
-            keys.append((resolved, s.mix, s.grain))
+            groups = []
+            for group in s.tap_groups:
+                groups.append([tap % (vision_depth + 1) for tap in group])
+            keys.append((groups, s.mix, s.grain))
         if keys.count(keys[self.input_number]) > 1:
             raise UserError(
                 f"tied=True gives a shortcut of the taps {list(self.shortcuts[self.input_number].taps)}"

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -191,12 +192,13 @@ def _cut_views(
     views: Tensor, sizes: list[tuple[int, int]], patch: tuple[int, int], num_prefix: int
 ) -> Tensor:
     """Views [V, 3, H, W] as patches row by row, [states, values], NaN for prefix tokens."""
+    height, width = patch
+    prefix = torch.full((num_prefix, 3 * height * width), torch.nan).double()
     parts = []
     for view, (rows, columns) in zip(views, sizes, strict=True):
-        shown = view[:, : rows * patch[0], : columns * patch[1]]
-        cells = shown.unfold(1, patch[0], patch[0]).unfold(2, patch[1], patch[1])
-        parts.append(torch.full((num_prefix, 3 * patch[0] * patch[1]), torch.nan).double())
-        parts.append(cells.permute(1, 2, 0, 3, 4).flatten(0, 1).flatten(1))
+        shown = view[:, : rows * height, : columns * width]
+        patches = rearrange(shown, "c (y h) (x w) -> (y x) (c h w)", h=height, w=width)
+        parts += [prefix, patches]
     return torch.cat(parts)
 
 

@@ -205,9 +205,16 @@ def _score_groups(
     for group in dict.fromkeys(("all", *DETAILS, *others)):
         own = [row for row, name in zip(results, groups, strict=True) if group in ("all", name)]
         if own:
-            means = {key: float(np.mean([row[key] for row in own])) for key in own[0]}
             facts = {"shortcut": number, "kind": kind, "question": group, "num_items": len(own)}
-            yield facts | means
+            yield facts | _average(own)
+
+
+def _average(rows: Sequence[dict]) -> dict[str, float]:
+    """The mean of every number of some rows, which all have the same keys."""
+    means = {}
+    for key in rows[0]:
+        means[key] = float(np.mean([row[key] for row in rows]))
+    return means
 
 
 def _score(place: int, items: Sequence[Item], maps: Sequence[HeatMap], seed: int) -> dict:

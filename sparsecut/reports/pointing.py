@@ -24,7 +24,9 @@ def make_table(rows: list[dict]) -> str:
     table: Rows = [[*HEAD, "shuffled", "another question's", "within one cell", "by chance"]]
     for (shortcut, kind, question), own in pooled.items():
         weights = [row["num_items"] for row in own]
-        shares = [np.average([row[name] for row in own], weights=weights) for name in SHARES]
         cells = [str(shortcut), kind, question, str(sum(weights))]
-        table.append(cells + [f"{100 * share:.0f} %" for share in shares])
+        for name in SHARES:
+            share = np.average([row[name] for row in own], weights=weights)
+            cells.append(f"{100 * share:.0f} %")
+        table.append(cells)
     return to_markdown(table)

@@ -227,7 +227,9 @@ def draw_looks(engine: Engine, example: Example, body: dict) -> dict:
     made = make_heat_maps(engine.model, engine.processor, answered, kinds=[kind])
     maps = []
     for one in made.maps:
-        values = [[_drop_infinite(float(value)) for value in row] for row in one.values]
+        values = []
+        for row in one.values:
+            values.append([_drop_infinite(float(value)) for value in row])
         facts = {"shortcut": one.shortcut, "image": one.image, "is_empty": one.is_empty}
         maps.append({**facts, "values": values})
     return {"kind": kind, "maps": maps}
