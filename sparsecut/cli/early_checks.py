@@ -14,6 +14,7 @@ from ..config.shipped import find_deepspeed
 from ..config.yaml_io import expand_path
 from ..methods import check_method, make_plan
 from ..schema import UserError, nearest, read_json_file
+from .plan_argument import SHAPES_FOLDER
 
 if TYPE_CHECKING:
     from ..config.recipe import Recipe
@@ -25,7 +26,6 @@ DEVICE_KINDS = (
     *("maia", "xla", "lazy", "vulkan", "mps", "meta", "hpu", "mtia", "privateuseone", "npu", "mlu"),
 )
 URL_STARTS = ("http:", "https:", "data:")
-SHAPES_FOLDER = Path(__file__).parents[1] / "shapes" / "weights"
 OLD_CHECKPOINTING = re.compile(r"(gradient|activation)_checkpointing(_kwargs)?")
 
 

@@ -14,10 +14,11 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from sparsecut.cli.main import app
+from sparsecut.config.places import DEPTHS
 from sparsecut.profiling import timing
 from sparsecut.profiling.counting import PlanCost, count_plan, format_costs
 from sparsecut.profiling.fake_models import count_saved_bytes, create_flop_counter
-from sparsecut.profiling.sizes import read_backbone_config
+from sparsecut.profiling.sizes import REFERENCE, read_backbone_config
 
 SMALL_LLAMA = LlamaConfig(
     hidden_size=64,
@@ -105,6 +106,12 @@ def test_counting_changes_no_configuration_and_no_default_dtype():
     cost = count_plan(vision, language, "llava")
     assert (vision.to_dict(), language.to_dict(), torch.get_default_dtype()) == before
     assert PlanCost.from_dict(json.loads(json.dumps(cost.to_dict()))) == cost
+
+
+def test_depths_that_are_known_without_models_are_those_of_the_sizes():
+    for part, sizes in REFERENCE.items():
+        depths = {name: config.num_hidden_layers for name, config in sizes.items()}
+        assert depths == DEPTHS[part]
 
 
 def test_unknown_sizes_name_the_known_ones():
