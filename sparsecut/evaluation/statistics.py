@@ -22,7 +22,7 @@ wide, never too narrow.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -133,6 +133,19 @@ def pool_seed_spread(*groups: Sequence[Answers]) -> Spread | None:
     if not degrees_of_freedom:
         return None
     return Spread(np.sqrt(squares / degrees_of_freedom), degrees_of_freedom)
+
+
+def pool_spread(*budgets: Mapping[str, Answers]) -> Spread | None:
+    """The seeds' spread, pooled over variants that a budget trained with the same seeds.
+
+    Args:
+        budgets: Variant to its answers, for each training budget.
+    """
+    groups: dict[tuple, list[Answers]] = {}
+    for i, by_variant in enumerate(budgets):
+        for answers in by_variant.values():
+            groups.setdefault((i, *sorted(answers.seeds)), []).append(answers)
+    return pool_seed_spread(*groups.values())
 
 
 def estimate_accuracy(answers: Answers, *, resamples: int = 10000, seed: int = 0) -> Contrast:

@@ -19,14 +19,16 @@ from ..evaluation.statistics import (
     estimate_accuracy,
     estimate_contrast,
     estimate_difference,
-    pool_seed_spread,
+    pool_spread,
 )
 from ..evaluation.variant_answers import Answers
 from ..schema import UserError, read_json_file
+from .questions import answer_questions
 from .rate_choice import RateChoice, read_choice
 from .rates import TEXT_ONLY
 from .study import Study, load_study
-from .text_scores import score_texts
+from .study_parts import Question, build_question
+from .text_scores import find_answered, score_texts
 from .variant_costs import SIZES, describe_variants, find_frontier, get_average
 
 MAX_PAIRED = 16  # variants in the matrix of all pairs: more cannot be read
@@ -76,8 +78,15 @@ def compute_results(folder: str | Path) -> dict:
     results["frontier"] = {size: find_frontier(results, size) for size in SIZES}
     results["rates"] = {name: choice.describe() for name, choice in choices.items()}
     blind = _read_text_only(folder, study, protocol, results)
-    results["text"] = score_texts(folder, answers[main], blind, study["baseline"])
+    answered = find_answered(folder, answers[main], blind)
+    results["text"] = score_texts(folder, answers[main], blind, answered, study["baseline"])
+    results["questions"] = answer_questions(_read_questions(study), answers, main, answered)
     return results
+
+
+def _read_questions(study: dict) -> dict[str, Question]:
+    questions = study.get("questions") or {}
+    return {name: build_question(name, values) for name, values in questions.items()}
 
 
 def _load_protocol(folder: Path, study: dict) -> Study | None:
@@ -298,7 +307,7 @@ def _add_differences(results: dict, answers: AnswersByBudget) -> None:
     baseline = results["baseline"]
     results["spread"] = {}
     for budget, by_variant in answers.items():
-        spread = _pool_spread(by_variant)
+        spread = pool_spread(by_variant)
         if spread:
             results["spread"][budget] = {
                 "average": float(spread.deviations[-1]),
@@ -361,7 +370,7 @@ def _add_change(results: dict, answers: AnswersByBudget, name: str, budget: str)
         (1, after[name]),
         (-1, after[baseline]),
     ]
-    spread = _pool_spread(answers[main], answers[budget])
+    spread = pool_spread(answers[main], answers[budget])
     change = estimate_contrast(terms, spread=spread).average
 
     result = results["arms"][name]["results"][main]
@@ -375,15 +384,6 @@ def _have_common_seed(*variants: Answers | None) -> bool:
         return False
     seeds = [set(answers.seeds) for answers in variants]
     return bool(set.intersection(*seeds))
-
-
-def _pool_spread(*budgets: dict[str, Answers]) -> Spread | None:
-    """The seeds' spread, pooled over variants that a budget trained with the same seeds."""
-    groups: dict[tuple, list[Answers]] = {}
-    for i, by_variant in enumerate(budgets):
-        for answers in by_variant.values():
-            groups.setdefault((i, *sorted(answers.seeds)), []).append(answers)
-    return pool_seed_spread(*groups.values())
 
 
 def _get_num_steps(curves: dict) -> float:
@@ -402,7 +402,7 @@ def _compare_pairs(results: dict, answers: dict[str, Answers]) -> dict:
         if _have_common_seed(answers[a], answers[b]):
             pairs.append((a, b))
 
-    spread = _pool_spread(answers)
+    spread = pool_spread(answers)
     cells = []
     for a, b in pairs:
         gap = estimate_difference(answers[a], answers[b], spread=spread)

@@ -7,7 +7,6 @@ of every run. runner.py lists what a run leaves on disk, and the other files of 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,7 +36,16 @@ from .rates import (
     take_dev_part,
     trains_language,
 )
-from .study_parts import Budget, DrawnImages, Run, build_budget
+from .study_parts import (
+    Budget,
+    DrawnImages,
+    Question,
+    Run,
+    build_budget,
+    build_question,
+    check_folder_names,
+    check_seeds,
+)
 
 AVERAGES = ("levels", "kinds", "questions")
 SET_ELSEWHERE = {  # keys of a recipe that a study sets -> where
@@ -47,7 +55,6 @@ SET_ELSEWHERE = {  # keys of a recipe that a study sets -> where
     "feature_cache": "the study itself",
     "states": "the study itself",  # the old name
 }
-FOLDER_NAME = r"[a-z0-9][a-z0-9_.-]*"
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class Study:
             rates are chosen and language is trained.
         average_over: What the average is over, "levels", "kinds" (groups of questions) or
             "questions".
+        questions: Name to what is asked and the pairs of variants that answer it, as `Question`
+            or its keys; a table of the report each.
     """
 
     title: str
@@ -89,6 +98,7 @@ class Study:
     rates: Rates | None = None
     text_only: bool | None = None
     average_over: str = "levels"
+    questions: dict[str, Question] = field(default_factory=dict)
 
     def __post_init__(self):
         # Frozen data shares nothing with what it was made of.
@@ -97,16 +107,21 @@ class Study:
         check_type("budgets", self.budgets, dict)
         budgets = {name: build_budget(name, values) for name, values in self.budgets.items()}
         object.__setattr__(self, "budgets", budgets)
+        check_type("questions", self.questions, dict)
+        questions = {name: build_question(name, one) for name, one in self.questions.items()}
+        object.__setattr__(self, "questions", questions)
         check_types(self)
         check_choice("average_over", self.average_over, AVERAGES)
-        _check_folder_names("arms", self.arms)
-        _check_folder_names("budgets", self.budgets)
-        _check_seeds(self.seeds)
+        check_folder_names("arms", self.arms)
+        check_folder_names("budgets", self.budgets)
+        check_seeds(self.seeds)
         self._check_variants("baseline", [self.baseline])
         self._check_variants("families", self.families)
 
         for name, budget in self.budgets.items():
             self._check_variants(f"budgets.{name}.arms", budget.arms or ())
+        for name, question in self.questions.items():
+            self._check_question(f"questions.{name}", question)
 
         for key, place in SET_ELSEWHERE.items():
             if key in self.recipe:
@@ -158,6 +173,19 @@ class Study:
                     f"{key} names the variant {name!r}{nearest(name, self.arms)}, but the variants"
                     f" (arms) are {', '.join(self.arms)}"
                 )
+
+    def _check_question(self, key: str, question: Question) -> None:
+        """Check that a question's variants are trained under its budgets."""
+        self._check_variants(f"{key}.pairs", question.variants)
+        for name in question.budgets or ():
+            check_choice(f"{key}.budgets", name, self.budgets)
+            trained = self.budgets[name].arms
+            for variant in question.variants:
+                if trained is not None and variant not in trained:
+                    raise UserError(
+                        f"{key} compares {variant!r} under the budget {name}, which trains only"
+                        f" {', '.join(trained)}; add it to budgets.{name}.arms"
+                    )
 
     def _check_recipe(self, run: Run) -> None:
         rate = None if self.rates is None else self.rates.default
@@ -325,27 +353,9 @@ class Study:
         values["main"] = self.main
         for name, budget in self.budgets.items():
             values["budgets"][name] = budget.to_dict()
+        for name, question in self.questions.items():
+            values["questions"][name] = question.to_dict()
         return values
-
-
-def _check_folder_names(key: str, names: Collection) -> None:
-    if not names:
-        raise UserError(f"{key} is empty, but at least one is needed")
-    for name in names:
-        if not re.fullmatch(FOLDER_NAME, str(name)):
-            raise UserError(
-                f"{key} has the name {name!r}, but names become folders: use small letters, digits,"
-                " -, _ and ."
-            )
-
-
-def _check_seeds(seeds: tuple) -> None:
-    if not seeds:
-        raise UserError(f"seeds is {list(seeds)}, but at least one whole number is needed")
-    if len(set(seeds)) < len(seeds):
-        raise UserError(
-            f"seeds is {list(seeds)}, but each seed can be run once only; remove the repeated ones"
-        )
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
@@ -397,6 +407,7 @@ def narrow_study(study: Study, variants: Sequence[str] = (), seeds: Sequence[int
     return replace(
         study,
         budgets=budgets,
+        questions={},  # reports ask them of the whole study
         arms=arms,
         baseline=study.baseline if study.baseline in arms else chosen[0],
         families=families,

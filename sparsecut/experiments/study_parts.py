@@ -1,12 +1,15 @@
-"""Parts of a study: images to draw, training budgets, and single runs."""
+"""Parts of a study: images to draw, training budgets, questions, and single runs."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..schema import build_dataclass, check_types, make_tuples
+from ..schema import UserError, build_dataclass, check_types, make_tuples
 
+FOLDER_NAME = r"[a-z0-9][a-z0-9_.-]*"
 DIVERGED = "diverged.txt"  # of a dev run: its loss was not finite
 
 
@@ -67,6 +70,58 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Question:
+    """What a study asks, and the pairs of variants that answer it.
+
+    Attributes:
+        ask: The question, as reports print it.
+        pairs: Pairs (variant, compared with). Intervals are corrected for all pairs and budgets of
+            the question.
+        budgets: Names of the budgets that are compared; None for the main one.
+    """
+
+    ask: str
+    pairs: tuple[tuple[str, str], ...]
+    budgets: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        make_tuples(self, "pairs")
+        object.__setattr__(self, "pairs", tuple(_make_pair(pair) for pair in self.pairs))
+        if self.budgets is not None:
+            make_tuples(self, "budgets")
+        check_types(self)
+        if not self.pairs:
+            raise UserError(
+                f"the question {self.ask!r} has no pairs; give at least one, such as pairs:"
+                " [[sparsecut, llava]]"
+            )
+
+    @property
+    def variants(self) -> list[str]:
+        """The variants that it names."""
+        names = []
+        for pair in self.pairs:
+            names += pair
+        return names
+
+    def to_dict(self) -> dict:
+        """Plain lists and strings: what YAML holds."""
+        values: dict = {"ask": self.ask, "pairs": [list(pair) for pair in self.pairs]}
+        if self.budgets is not None:
+            values["budgets"] = list(self.budgets)
+        return values
+
+
+def _make_pair(pair: object) -> tuple[str, str]:
+    if isinstance(pair, list | tuple) and len(pair) == 2 and pair[0] != pair[1]:
+        return tuple(pair)
+    raise UserError(
+        f"a question's pair is {pair!r}, but it is two different variants, such as [sparsecut,"
+        " llava]"
+    )
+
+
+@dataclass(frozen=True)
 class Run:
     """One training.
 
@@ -108,3 +163,32 @@ def build_budget(name: str, values: Budget | dict | list | None) -> Budget:
     if not isinstance(values, dict):
         values = {"change": values or []}
     return build_dataclass(Budget, values, f"budgets.{name}")
+
+
+def build_question(name: str, values: Question | dict) -> Question:
+    """A question from its keys."""
+    if isinstance(values, Question):
+        return values
+    return build_dataclass(Question, values, f"questions.{name}")
+
+
+def check_folder_names(key: str, names: Collection) -> None:
+    """Check names that become folders."""
+    if not names:
+        raise UserError(f"{key} is empty, but at least one is needed")
+    for name in names:
+        if not re.fullmatch(FOLDER_NAME, str(name)):
+            raise UserError(
+                f"{key} has the name {name!r}, but names become folders: use small letters, digits,"
+                " -, _ and ."
+            )
+
+
+def check_seeds(seeds: tuple) -> None:
+    """Check that there are seeds, each one once."""
+    if not seeds:
+        raise UserError(f"seeds is {list(seeds)}, but at least one whole number is needed")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(
+            f"seeds is {list(seeds)}, but each seed can be run once only; remove the repeated ones"
+        )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..evaluation.statistics import estimate_accuracy, estimate_difference, pool_seed_spread
+from ..evaluation.statistics import estimate_accuracy, estimate_difference, pool_spread
 from ..evaluation.variant_answers import Answers
 from ..schema import read_json_file
 from .text_baseline import TEXT_BASELINE
@@ -21,8 +21,45 @@ from .text_baseline import TEXT_BASELINE
 OPEN, GIVEN = "open", "given"
 
 
+def find_answered(
+    folder: Path, answers: dict[str, Answers], blind: Answers | None
+) -> np.ndarray | None:
+    """Find the questions that their text answers.
+
+    Args:
+        folder: The study's folder.
+        answers: Variant to its answers under the main budget.
+        blind: The answers of the runs without images, where there are any.
+
+    Returns:
+        Whether text alone answers a question, [I], or None where nothing is known of the texts.
+    """
+    if not answers:
+        return None
+    first = next(iter(answers.values()))
+    commonest = _read_commonest(folder, first.ids)
+    blind = _keep_same_questions(blind, first)
+    if commonest is None and blind is None:
+        return None
+    answered = np.zeros(len(first.ids), dtype=bool)
+    if commonest is not None:
+        answered |= commonest
+    if blind is not None:
+        answered |= np.asarray(blind.correct).mean(0) > 0.5
+    return answered
+
+
+def label_parts(answered: np.ndarray) -> list[str]:
+    """The part of every question, in place of its level."""
+    return [GIVEN if is_answered else OPEN for is_answered in answered]
+
+
 def score_texts(
-    folder: Path, answers: dict[str, Answers], blind: Answers | None, baseline: str
+    folder: Path,
+    answers: dict[str, Answers],
+    blind: Answers | None,
+    answered: np.ndarray | None,
+    baseline: str,
 ) -> dict | None:
     """Score the questions that text answers apart from the others.
 
@@ -30,28 +67,22 @@ def score_texts(
         folder: The study's folder.
         answers: Variant to its answers under the main budget.
         blind: The answers of the runs without images, where there are any.
+        answered: What `find_answered` returns.
         baseline: The variant that the others are compared with.
 
     Returns:
         Plain values, as report.json holds them, or None where nothing is known of the texts.
     """
-    if not answers:
+    if answered is None:
         return None
     first = next(iter(answers.values()))
     commonest = _read_commonest(folder, first.ids)
-    if blind is not None and list(blind.ids) != list(first.ids):
-        blind = None
-    if commonest is None and blind is None:
-        return None
-
-    answered = np.zeros(len(first.ids), dtype=bool)
+    blind = _keep_same_questions(blind, first)
     result: dict = {"commonest": None, "text_only": None}
     if commonest is not None:
-        answered |= commonest
         alone = replace(first, correct=commonest[None].astype(float), seeds=[0])
         result["commonest"] = _describe_scores(alone)
     if blind is not None:
-        answered |= np.asarray(blind.correct).mean(0) > 0.5
         seen = replace(blind, image=first.image)  # drawn together where variants' are
         result["text_only"] = {**_describe_scores(seen), "seeds": list(blind.seeds)}
 
@@ -59,6 +90,11 @@ def score_texts(
     result["answered"] = float(answered.mean())
     result["arms"] = _score_variants(answers, answered, baseline)
     return result
+
+
+def _keep_same_questions(blind: Answers | None, first: Answers) -> Answers | None:
+    """The runs without images, unless they answered other questions."""
+    return blind if blind is not None and list(blind.ids) == list(first.ids) else None
 
 
 def _read_commonest(folder: Path, ids: Sequence[str]) -> np.ndarray | None:
@@ -84,9 +120,9 @@ def _describe_scores(answers: Answers) -> dict:
 
 def _score_variants(answers: dict[str, Answers], answered: np.ndarray, baseline: str) -> dict:
     """Accuracies on both parts by variant, and differences from the baseline on open questions."""
-    parts = [GIVEN if is_answered else OPEN for is_answered in answered]
-    divided = {name: replace(one, level=parts) for name, one in answers.items()}
-    spread = pool_seed_spread(list(divided.values()))
+    labels = label_parts(answered)
+    divided = {name: replace(one, level=labels) for name, one in answers.items()}
+    spread = pool_spread(divided)
     base = divided.get(baseline)
     others = []
     for name, one in divided.items():

@@ -25,6 +25,7 @@ from .protocol_tables import (
     write_rate_warnings,
     write_text_notes,
 )
+from .question_tables import make_question_tables
 from .scatter import Point, draw_scatter
 from .study_tables import (
     get_main_results,
@@ -91,6 +92,9 @@ def write_markdown(results: dict) -> str:
         parts.append(results["note"])
     parts.append("\n".join(findings))
 
+    for table in make_question_tables(results):
+        parts.append(f"## {table['ask']}\n\n{to_markdown(table['rows'])}\n\n{table['note']}")
+
     explained = {
         "Questions that text answers": write_text_notes(results),
         "Fusion rates": write_rate_warnings(results),
@@ -115,6 +119,7 @@ def write_page(results: dict) -> str:
         verdict=results["verdict"],
         note=results["note"] or "",
         findings=results["headline"],
+        question_tables=make_question_tables(results),
         baseline=results["baseline"],
         has_results=bool(names),
         main_table=make_main_table(results),

@@ -8,8 +8,11 @@ import pytest
 import yaml
 from helpers.studies import QUICK, make_study
 
+from sparsecut.evaluation.statistics import estimate_difference, pool_spread
+from sparsecut.evaluation.variant_answers import Answers
 from sparsecut.experiments.results import compute_results
 from sparsecut.reports.protocol_tables import make_rate_table, make_text_table
+from sparsecut.reports.question_tables import make_question_tables
 from sparsecut.reports.study import write_study_report
 from sparsecut.reports.study_tables import make_main_table
 
@@ -134,3 +137,53 @@ def test_a_report_of_an_unfinished_choice_names_what_is_missing(tuned):
     assert results["rates"]["llava"]["missing"] == 2
     assert results["missing"] == ["main/text_only/1"]
     assert not results["stale"], "a choice that may still change makes no run stale"
+
+
+def ask(out: Path, questions: dict) -> None:
+    """Add questions to a study that has run."""
+    study = yaml.safe_load((out / "study.yaml").read_text())
+    (out / "study.yaml").write_text(yaml.safe_dump({**study, "questions": questions}))
+
+
+def read_answers(out: Path, budget: str, variant: str) -> Answers:
+    runs = {}
+    for seed in (0, 1):
+        path = out / "runs" / budget / variant / str(seed) / "eval" / "predictions.jsonl"
+        runs[seed] = [json.loads(line) for line in path.read_text().splitlines()]
+    return Answers.from_records(runs)
+
+
+def test_a_question_has_its_pairs_differences_corrected_for_all_of_them(tmp_path):
+    names = ["llava", "sparsecut", "dci", "mmfuser"]
+    out = make_study(tmp_path / "study", names[:3], budgets=("main", "long"))
+    study = yaml.safe_load((out / "study.yaml").read_text())
+    study["arms"]["mmfuser"] = "mmfuser"  # not run yet
+    (out / "study.yaml").write_text(yaml.safe_dump(study))
+    pairs = [["sparsecut", "llava"], ["sparsecut", "dci"], ["mmfuser", "llava"]]
+    ask(out, {"levels": {"ask": "Do levels help?", "pairs": pairs, "budgets": ["main", "long"]}})
+
+    question = compute_results(out)["questions"]["levels"]
+    assert question["comparisons"] == 6  # also those that are not there yet
+    rows = {(row["budget"], *row["pair"]): row for row in question["rows"]}
+    assert len(rows) == 4
+    for (budget, first, second), row in rows.items():
+        answers = {name: read_answers(out, budget, name) for name in names[:3]}
+        expected = estimate_difference(
+            answers[first], answers[second], comparisons=6, spread=pool_spread(answers)
+        )
+        assert row["average"]["value"] == pytest.approx(expected.average.value)
+        assert row["average"]["low"] == pytest.approx(expected.average.low)
+
+    write_study_report(out)
+    for name in ("report.md", "report.html"):
+        assert "Do levels help?" in (out / name).read_text()
+
+
+def test_a_question_is_answered_for_open_questions_too(tuned):
+    ask(tuned, {"levels": {"ask": "Do levels help?", "pairs": [["sparsecut", "llava"]]}})
+    results = compute_results(tuned)
+    (row,) = results["questions"]["levels"]["rows"]
+    difference = results["text"]["arms"]["sparsecut"]["difference"]
+    assert row["open"] == pytest.approx(difference)
+    (table,) = make_question_tables(results)
+    assert len(table["rows"]) == 2 and any("open" in cell for cell in table["rows"][0])
