@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
-    MODEL_MAPPING,
     AutoConfig,
     AutoFeatureExtractor,
     AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedModel,
@@ -24,13 +20,15 @@ from transformers import (
 )
 
 from .adapters import load_adapters
+from .backbones import OLD_SHAPES as OLD_SHAPES
+from .backbones import SHAPES as SHAPES
+from .backbones import Backbones, find_backbones, load_backbones, read_tool
+from .backbones import read_depths as read_depths
+from .backbones import resolve as resolve
 from .card import describe_config, write_card
 from .configuration import SparseCutConfig, SparseCutUpgradeConfig, check_language_model
-from .encoder_classes import find_encoder_class
 from .encoders import (
     check_extractor,
-    count_blocks,
-    get_encoder,
     is_audio,
     prepare_to_load,
 )
@@ -42,7 +40,6 @@ from .loading import (
     forget_quantization,
     holds_quantized_values,
     load_pretrained,
-    load_weights,
 )
 from .modeling import SparseCutForConditionalGeneration
 from .placeholders import add_rows
@@ -53,16 +50,11 @@ from .processing_upgraded import wrap_processor
 from .saved_code import without_code
 from .schema import UserError
 from .sharing import find_shortcuts
-from .shipped_model import SHIPPED_MODEL, find_shipped_model
+from .shipped_model import find_shipped_model
 from .timm_encoders import is_timm, make_timm_image_processor
 from .upgrading import load_fusion, read_processor
 from .waits import show_loading, show_step
 
-logger = logging.getLogger(__name__)
-
-SHAPES_WEIGHTS = Path(__file__).parent / "shapes" / "weights"
-SHAPES = SHIPPED_MODEL  # names the built-in small backbones
-OLD_SHAPES = "world"  # their former name
 # Arguments about the repository of shortcuts, which their base does not share.
 OF_ONE_REPOSITORY = ("revision", "subfolder")
 
@@ -109,58 +101,52 @@ def build(
     Raises:
         UserError: The parts cannot be read or joined, or the plan does not fit them.
     """
-    vision = resolve(vision, "vision")
-    language = resolve(language, "language")
     hub = {name: value for name, value in from_pretrained.items() if name in HUB_ARGUMENTS}
-    vision_config = _read_config(vision, "vision", hub)
-    text_config = _read_config(language, "language", hub)
-    whole_config = vision_config
-    if hasattr(vision_config, "vision_config"):  # a two-tower checkpoint such as CLIP's
-        vision_config = vision_config.vision_config
-        if not isinstance(vision, str):
-            vision = _find_encoder(vision, vision_config)
-    if isinstance(vision, str):
-        prepare_to_load(vision_config, view_size)
+    backbones = find_backbones(vision, language, hub)
+    if isinstance(backbones.vision, str):
+        prepare_to_load(backbones.vision_config, view_size)
     fitting = Fitting(coarse, min_pixels, max_pixels)
-    config = SparseCutConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        plan=plan.to_dict() if isinstance(plan, Plan) else plan,
-        view_size=fitting.choose_view_size(vision_config, view_size),
-    )
-    warn_of_many_tokens(config, is_loaded=not isinstance(vision, str))
+    view_size = fitting.choose_view_size(backbones.vision_config, view_size)
+    config = _make_config(backbones, plan, view_size)
     fitting = fitting.complete(config)
-    tokenizer = tokenizer or _read_tool(AutoTokenizer, language, "tokenizer", hub)
-    image_processor = image_processor or _read_image_processor(vision, config, hub)
-    if is_timm(vision_config):
-        image_processor = make_timm_image_processor(vision_config, image_processor)
-    if is_audio(vision_config):
-        check_extractor(image_processor, config.grid)
-    image_token = image_token or ("<audio>" if is_audio(vision_config) else "<image>")
+    tokenizer = tokenizer or read_tool(AutoTokenizer, backbones.language, "tokenizer", hub)
+    image_processor = _find_image_processor(image_processor, backbones.vision, config, hub)
+    image_token = image_token or ("<audio>" if is_audio(config.vision_config) else "<image>")
     config.image_token_id = _add_image_token(tokenizer, image_token)
-    settings = {"dtype": dtype, **from_pretrained}
-    if isinstance(vision, str):
-        with show_loading(vision):
-            vision = _load_encoder(vision, vision_config, whole_config, settings)
-    if isinstance(language, str):
-        complaint = (
-            f"the weights of the language model {language} cannot be read; fetch the model again"
-        )
-        with show_loading(language):
-            language = load_weights(
-                AutoModelForCausalLM, language, complaint, config=text_config, **settings
-            )
+    encoder, decoder = load_backbones(backbones, {"dtype": dtype, **from_pretrained})
     with show_step("joining both models"):
-        model = join_parts(config, get_encoder(vision), language)
-    model.generation_config = _make_generation_config(language, tokenizer, config.image_token_id)
+        model = join_parts(config, encoder, decoder)
+    model.generation_config = _make_generation_config(decoder, tokenizer, config.image_token_id)
     return model.eval(), _make_processor(config, image_processor, tokenizer, image_token, fitting)
+
+
+def _make_config(backbones: Backbones, plan: str | dict | Plan, view_size: Any) -> SparseCutConfig:
+    """The configuration of the joined model; where images take many tokens, that is said."""
+    config = SparseCutConfig(
+        vision_config=backbones.vision_config,
+        text_config=backbones.text_config,
+        plan=plan.to_dict() if isinstance(plan, Plan) else plan,
+        view_size=view_size,
+    )
+    warn_of_many_tokens(config, is_loaded=not isinstance(backbones.vision, str))
+    return config
+
+
+def _find_image_processor(given: Any, vision: Any, config: SparseCutConfig, hub: dict) -> Any:
+    """The image processor that was given, or else the encoder's own, checked and adapted to it."""
+    image_processor = given or _read_image_processor(vision, config, hub)
+    if is_timm(config.vision_config):
+        image_processor = make_timm_image_processor(config.vision_config, image_processor)
+    if is_audio(config.vision_config):
+        check_extractor(image_processor, config.grid)
+    return image_processor
 
 
 def _read_image_processor(vision: Any, config: SparseCutConfig, hub: dict) -> Any:
     if is_timm(config.vision_config) and isinstance(vision, str):
         return make_timm_image_processor(config.vision_config)
     auto_class = AutoFeatureExtractor if is_audio(config.vision_config) else AutoImageProcessor
-    return _read_tool(auto_class, vision, "image_processor", hub)
+    return read_tool(auto_class, vision, "image_processor", hub)
 
 
 def _add_image_token(tokenizer: Any, image_token: str) -> int:
@@ -335,98 +321,3 @@ def save(model: PreTrainedModel, processor: Any, folder: str | Path, *, code: bo
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     write_card(folder, describe_config(model.config))
-
-
-def read_depths(vision: str | nn.Module, language: str | nn.Module, **hub: Any) -> tuple[int, int]:
-    """Numbers of encoder blocks and decoder layers, read from configurations alone."""
-    vision_config = _read_config(resolve(vision, "vision"), "vision", hub)
-    text_config = _read_config(resolve(language, "language"), "language", hub)
-    vision_config = getattr(vision_config, "vision_config", vision_config)
-    return count_blocks(vision_config), text_config.get_text_config().num_hidden_layers
-
-
-def resolve(source: Any, part: str) -> Any:
-    """The source itself, or for "shapes" the shipped folder of a built-in backbone.
-
-    Args:
-        source: A hub name, a folder, "shapes" or a module.
-        part: "vision" or "language".
-
-    Raises:
-        UserError: The source is a path without a folder. A hub name has at most one slash.
-    """
-    if not isinstance(source, str):
-        return source
-    if source == OLD_SHAPES:
-        logger.warning("the %s model %r is now called %r", part, OLD_SHAPES, SHAPES)
-        source = SHAPES
-    if source == SHAPES:
-        return str(SHAPES_WEIGHTS / part)
-    is_path = source.count("/") > 1 or source.startswith((".", "/"))
-    if is_path and not Path(source).is_dir():
-        raise UserError(
-            f"the {part} model {source!r} is a path, but there is no such folder; correct it, or"
-            " make it first, as the comment at the top of the recipe describes"
-        )
-    return source
-
-
-def _read_config(source: Any, part: str, hub: dict) -> Any:
-    if isinstance(source, nn.Module):
-        return source.config
-    return load_pretrained(
-        AutoConfig,
-        source,
-        f"the {part} model {source!r} could not be read; give a folder, a hub name, or {SHAPES!r}",
-        **hub,
-    )
-
-
-def _find_encoder(model: nn.Module, config: Any) -> nn.Module:
-    """The encoder of a model of several parts: the outermost module with this configuration."""
-    for module in model.modules():
-        if getattr(module, "config", None) is config:
-            return module
-    raise UserError(
-        f"no part of {type(model).__name__} has its vision_config, so its encoder cannot be found;"
-        " give the encoder itself"
-    )
-
-
-def _load_encoder(name: str, config: Any, whole_config: Any, settings: dict) -> nn.Module:
-    """The encoder of a checkpoint; UserError where weights are missing, which would be random.
-
-    Args:
-        name: A folder or hub name.
-        config: The encoder's configuration.
-        whole_config: That of the whole checkpoint, which may hold other parts too.
-        settings: Further arguments of `from_pretrained`.
-    """
-    complaint = f"the weights of the encoder {name} cannot be read; fetch the model again"
-    # Shortcuts read blocks. Checkpoints of classifiers have no pooler.
-    settings = {"optional": r"(^|\.)pooler\.", **settings}
-    kind = AutoModel if type(config) in MODEL_MAPPING else find_encoder_class(config)
-    try:
-        return load_weights(kind, name, complaint, config=config, **settings)
-    except UserError:
-        if whole_config is config:
-            raise
-    # In this checkpoint the encoder's weights have names that only the whole model knows.
-    whole = load_weights(AutoModel, name, complaint, config=whole_config, **settings)
-    return _find_encoder(whole, whole.config.vision_config)
-
-
-def _read_tool(auto_class: Any, source: Any, argument: str, hub: dict) -> Any:
-    """A tokenizer, image processor or feature extractor of a hub name or folder."""
-    if not isinstance(source, str):
-        raise UserError(
-            f"a loaded module was given without {argument}, but the module alone does not say how"
-            f" its input is prepared; give {argument}=..."
-        )
-    return load_pretrained(
-        auto_class,
-        source,
-        f"{source} has no {argument} that can be read; give the folder or hub name of a complete"
-        " model",
-        **hub,
-    )

@@ -35,6 +35,7 @@ ROOMS = [  # left to right
 METHOD = ["schema", "kinds", "plan", "methods", "baselines", "mixers", "gates", "fusion"]
 ASSEMBLY = [
     "building",
+    "backbones",
     "shipped_model",
     "replanning",
     "upgrading",

@@ -11,14 +11,19 @@ import typer
 from safetensors.torch import load_file
 
 import sparsecut
-from sparsecut.building import save
+from sparsecut.building import read_depths, save
 from sparsecut.cli.main import app
 from sparsecut.schema import UserError
 from sparsecut.shapes import EXAMPLE_ANSWERS, EXAMPLE_IMAGE, EXAMPLE_QUESTIONS, vision_path
 from sparsecut.shapes.questions import KINDS, find_kind, split_scene
 from sparsecut.shapes.scenes import DIGITS, SHAPES, TEXTURES
 from sparsecut.shapes.sizes import SMALL
-from sparsecut.shipped_model import SHIPPED_FOLDER, find_shipped_model, name_model
+from sparsecut.shipped_model import (
+    SHIPPED_FOLDER,
+    find_shipped_model,
+    name_model,
+    read_backbone_depth,
+)
 
 ROOT = Path(__file__).parents[1]
 MAX_BYTES = 4 * 2**20
@@ -39,6 +44,11 @@ def no_model_here(tmp_path, monkeypatch):
 def test_reports_call_it_by_its_name(no_model_here):
     assert name_model(find_shipped_model("shapes")) == "shapes"
     assert name_model("runs/tiny/final") == "runs/tiny/final"
+
+
+def test_the_depths_of_its_backbones_are_known_without_a_model_library():
+    known = read_backbone_depth("vision"), read_backbone_depth("language")
+    assert known == read_depths("shapes", "shapes")
 
 
 def test_the_answers_to_the_example_are_what_its_scene_holds():

@@ -13,8 +13,8 @@ from ..config.places import BUILT_IN, DEPTHS
 from ..config.shipped import find_deepspeed
 from ..config.yaml_io import expand_path
 from ..methods import check_method, make_plan
-from ..schema import UserError, nearest, read_json_file
-from .plan_argument import SHAPES_FOLDER
+from ..schema import UserError, nearest
+from ..shipped_model import read_backbone_depth
 
 if TYPE_CHECKING:
     from ..config.recipe import Recipe
@@ -106,9 +106,7 @@ def check_spec(spec: str | dict | None, vision: str | None = None, language: str
 
 def _find_depth(source: str | None, part: str) -> int | None:
     if source in BUILT_IN:
-        config = read_json_file(SHAPES_FOLDER / part / "config.json")
-        config = config.get(f"{part}_config", config)
-        return config.get("num_hidden_layers")
+        return read_backbone_depth(part)
     return DEPTHS[part].get(source or "")
 
 

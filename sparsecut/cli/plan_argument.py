@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from ..config.paths import list_code_files
+from ..config.places import BUILT_IN
 from ..config.recipe import parse_recipe
 from ..config.shipped import FILE_TYPES, find_shipped, list_shipped
 from ..config.yaml_io import expand_path, read_yaml, read_yaml_file
@@ -13,9 +14,9 @@ from ..drawing import draw
 from ..methods import METHODS, make_plan
 from ..plan import Plan
 from ..schema import UserError, nearest
+from ..shipped_model import read_backbone_depth
 
 DEFAULT_DEPTHS = (24, 32)  # CLIP-L and a 7B language model
-SHAPES_FOLDER = Path(__file__).parents[1] / "shapes" / "weights"
 UPGRADE_METHOD = "sparsecut"  # of a plan for a pretrained VLM that nobody names
 MODEL_FILES = (
     *("model*.safetensors*", "fusion.safetensors", "generation_config.json", "tokenizer*.json"),
@@ -196,7 +197,9 @@ def _find_depths(argument: str) -> tuple[int | None, int | None]:
 def _read_depth(source: str | None, part: str) -> int | None:
     if source is None:
         return None
-    folder = SHAPES_FOLDER / part if source == "shapes" else Path(expand_path(source))
+    if source in BUILT_IN:
+        return read_backbone_depth(part)
+    folder = Path(expand_path(source))
     if not (folder / "config.json").is_file():
         return None
     from ..encoders import count_blocks

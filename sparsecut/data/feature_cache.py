@@ -28,6 +28,7 @@ from torch import Tensor
 from ..any_size import Grids, list_grids, read_patches
 from ..config.folder_lock import lock_folder
 from ..config.paths import check_writable_folder
+from ..encoders import PatchGrid
 from ..fingerprint import weights_hash, weights_sum
 from ..prompts import get_medium
 from ..schema import UserError, write_text_file
@@ -86,11 +87,7 @@ def build_feature_cache(
     """
     folder = Path(folder)
     views = views or get_tap_views(model.plan, model.config.vision_depth)
-    if max(views.values()) > processor.num_views:
-        raise UserError(
-            f"features of {max(views.values())} views are wanted, but the processor makes"
-            f" {processor.num_views} of an image; pass the processor of a plan with as many tiles"
-        )
+    _check_views(views, processor)
     images = _list_images(examples)
     encoder = hash_encoder(model, processor)
     check_writable_folder(folder)
@@ -108,25 +105,47 @@ def build_feature_cache(
         folder.mkdir(parents=True, exist_ok=True)
         num_values = _count_patches(model, processor, images) * model.config.grid.width
         _check_room(folder, len(images), num_values, views, log)
-        facts = _describe_images(images)
+        facts = _describe_images(images)  # before they are read: a later change is noticed
         places = list(images.values())
         with show_step("caching vision features of images", len(places)) as step:
             batches = [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
             inputs = prepare_batches(partial(_prepare_images, processor), batches, workers)
             grids = _write_features(folder, model, inputs, views, step)
-        index = {
-            "encoder": encoder[0],
-            "encoder_sum": encoder[1],
-            "num_patches": model.config.grid.num_patches,
-            **({"grids": grids} if processor.is_any_size else {}),
-            "width": model.config.grid.width,
-            "taps": views,
-            "pictures": list(images),
-            "facts": facts,
-        }
+        own_grids = {"grids": grids} if processor.is_any_size else {}
+        index = _make_index(model.config.grid, encoder, views, images, facts, own_grids)
         # The index is written last: a folder that has one is complete.
         write_text_file(folder / INDEX, json.dumps(index))
     return VisionFeatureCache(folder)
+
+
+def _make_index(
+    grid: PatchGrid,
+    encoder: tuple[str, str],
+    views: dict[int, int],
+    images: Mapping[str, ImagePlace],
+    facts: list[Facts | None],
+    own_grids: dict,
+) -> dict:
+    """What index.json says. `own_grids` are those of images of any size, under their key."""
+    return {
+        "encoder": encoder[0],
+        "encoder_sum": encoder[1],
+        "num_patches": grid.num_patches,
+        **own_grids,
+        "width": grid.width,
+        "taps": views,
+        "pictures": list(images),
+        "facts": facts,
+    }
+
+
+def _check_views(views: dict[int, int], processor: Any) -> None:
+    """Raise UserError where a tap needs more views than the processor makes."""
+    if max(views.values()) > processor.num_views:
+        raise UserError(
+            f"features of {max(views.values())} views are wanted, but the processor makes"
+            f" {processor.num_views} of an image; pass the processor of a plan with as many tiles"
+        )
 
 
 def _open_if_whole(

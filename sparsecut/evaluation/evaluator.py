@@ -6,17 +6,13 @@ An interrupted evaluation resumes where it stopped (`output_dir`).
 from __future__ import annotations
 
 import hashlib
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BatchFeature
 
 from ..chat_templates.arguments import copy_with_arguments, set_arguments
 from ..chat_templates.markers import check_markers
@@ -24,21 +20,16 @@ from ..chat_templates.thoughts import Answer
 from ..config.folder_lock import lock_folder
 from ..config.recipe import Recipe
 from ..config.yaml_io import expand_path
-from ..data.cached_features import read_cached_grids
 from ..data.encoding import count_image_tokens
 from ..data.examples import Example, read_source
-from ..data.feature_cache import check_encoder, get_tap_views
-from ..data.prepared_batches import prepare_batches
 from ..fingerprint import weights_hash, weights_sum
 from ..prompts import (
     check_length,
     check_medium,
-    encode_prompts,
     get_chat_template,
     get_medium,
     get_tokens_per_image,
     make_greedy_config,
-    prepare_inputs,
     read_answers,
     render_prompt,
 )
@@ -48,6 +39,7 @@ from .answered_images import get_view_settings
 from .exact_match import METRICS, compute_scores
 from .judging import judge, warn_of_unfinished
 from .output_dir import OutputDir, get_command, get_versions, open_output_dir
+from .question_batches import PromptBatch, prepare_all_inputs, split_batches
 
 
 class EvaluationResult(dict):
@@ -112,30 +104,14 @@ def evaluate(
     records = [_build_record(example, processor) for example in examples]
     lengths = _measure_prompts(model, processor, examples, records, max_new_tokens)
     settings = get_settings(model, processor, max_new_tokens, metric)
-    with lock_folder(out) if out is not None else nullcontext():
-        output = None
-        if out is not None:
-            output = open_output_dir(Path(out), settings, records, examples, resume)
-        num_resumed = sum(record["prediction"] is not None for record in records)
-        batches = _split_batches(records, examples, lengths, batch_size)
-        answers = _generate_answers(
-            model, processor, batches, max_new_tokens, feature_cache, workers
-        )
-        with show_step("answering questions", len(records)) as step:
-            for num_done in _collect_answers(records, batches, answers, metric, output):
-                step(num_done, len(records))
-                progress(num_done, len(records))
+    with _open_output(out, settings, records, examples, resume) as output:
+        num_resumed = _count_answered(records)
+        batches = split_batches(records, examples, lengths, batch_size)
+        inputs = prepare_all_inputs(model, processor, batches, feature_cache, workers)
+        answers = _generate_answers(model, processor, batches, inputs, max_new_tokens)
+        _collect_answers(records, batches, answers, metric, output, progress)
         scores = compute_scores(records) if metric else {"num_examples": len(records)}
-        facts = {
-            "model": model.config._name_or_path,
-            "medium": get_medium(processor),
-            "batch_size": batch_size,
-            "example_prompt": records[0]["prompt"],
-            "num_kept": num_resumed,
-            "seconds": round(time.perf_counter() - start_time, 3),
-            "versions": get_versions(),
-            "command": get_command(),
-        }
+        facts = _describe_run(model, processor, records, batch_size, num_resumed, start_time)
         result = {**scores, **settings, **facts}
         if output is not None:
             output.finish(records, examples, result)
@@ -176,6 +152,47 @@ def evaluation_examples(recipe: Recipe) -> list[Example]:
         for source in recipe.evaluate.data:
             examples += read_source(source, [])
     return examples
+
+
+@contextmanager
+def _open_output(
+    out: str | Path | None,
+    settings: dict,
+    records: list[dict],
+    examples: Sequence[Example],
+    resume: bool,
+) -> Iterator[OutputDir | None]:
+    """Lock and prepare the output folder; None where nothing is written."""
+    if out is None:
+        yield None
+        return
+    with lock_folder(out):
+        yield open_output_dir(Path(out), settings, records, examples, resume)
+
+
+def _count_answered(records: Sequence[dict]) -> int:
+    return sum(record["prediction"] is not None for record in records)
+
+
+def _describe_run(
+    model: Any,
+    processor: Any,
+    records: Sequence[dict],
+    batch_size: int,
+    num_resumed: int,
+    start_time: float,
+) -> dict:
+    """What result.json says of how answers came about, beside their settings."""
+    return {
+        "model": model.config._name_or_path,
+        "medium": get_medium(processor),
+        "batch_size": batch_size,
+        "example_prompt": records[0]["prompt"],
+        "num_kept": num_resumed,
+        "seconds": round(time.perf_counter() - start_time, 3),
+        "versions": get_versions(),
+        "command": get_command(),
+    }
 
 
 def _check_arguments(
@@ -285,65 +302,15 @@ def get_settings(model: Any, processor: Any, max_new_tokens: int, metric: str | 
     }
 
 
-@dataclass(frozen=True)
-class PromptBatch:
-    """Questions that are answered at once.
-
-    Attributes:
-        indices: Their places among all records.
-        prompts: Their rendered prompts.
-        examples: Their examples, for the images.
-    """
-
-    indices: list[int]
-    prompts: list[str]
-    examples: list[Example]
-
-
-def _split_batches(
-    records: Sequence[dict], examples: Sequence[Example], lengths: Sequence[int], batch_size: int
-) -> list[PromptBatch]:
-    """Batches of the questions that have no answer yet."""
-    pending = [i for i, record in enumerate(records) if record["prediction"] is None]
-    # Prompts of like length together, the longest first: memory runs out early or never.
-    pending.sort(key=lambda i: -lengths[i])
-    batches = []
-    for start in range(0, len(pending), batch_size):
-        indices = pending[start : start + batch_size]
-        prompts = [records[i]["prompt"] for i in indices]
-        batches.append(PromptBatch(indices, prompts, [examples[i] for i in indices]))
-    return batches
-
-
-def _encode_batch(processor: Any, batch: PromptBatch) -> dict:
-    """The inputs of `generate` for a batch; UserError for a broken image."""
-    opened: dict = {}  # several questions may be about one image
-    images = []
-    for example in batch.examples:
-        row = []
-        for number, name in enumerate(example.images):
-            key = id(example.store), name
-            if key not in opened:
-                opened[key] = example.load_image(number, processor)
-            row.append(opened[key])
-        images.append(row)
-    return dict(encode_prompts(processor, batch.prompts, images))
-
-
 def _generate_answers(
     model: Any,
     processor: Any,
     batches: list[PromptBatch],
+    all_inputs: Iterator[dict],
     max_new_tokens: int,
-    feature_cache: Any,
-    workers: int,
 ) -> Iterator[list[Answer]]:
     """Generate the answers of every batch, in order."""
     config = make_greedy_config(model.eval(), max_new_tokens)
-    if feature_cache is None:
-        all_inputs = _prepare_inputs(model, processor, batches, workers)
-    else:
-        all_inputs = _prepare_cached_inputs(model, processor, batches, feature_cache)
     for batch, inputs in zip(batches, all_inputs, strict=True):
         _check_batch_lengths(model, processor, inputs, batch.examples, max_new_tokens)
         token_ids = model.generate(**inputs, generation_config=config)
@@ -356,74 +323,25 @@ def _collect_answers(
     answers: Iterator[list[Answer]],
     metric: str | None,
     output: OutputDir | None,
-) -> Iterator[int]:
-    """Judge the answers, and write them into the records and the output folder as they come.
+    progress: Callable[[int, int], None],
+) -> None:
+    """Judge the answers as they come, and write them into the records and the output folder.
 
-    Yields:
-        How many questions have an answer, at the start and after every batch.
+    Progress is shown at the start and after every batch.
     """
-    num_done = len(records) - sum(len(batch.indices) for batch in batches)
-    yield num_done
+    num_done = _count_answered(records)
     num_unfinished = 0
-    for batch, batch_answers in zip(batches, answers, strict=True):
-        batch_records = [records[i] for i in batch.indices]
-        for record, answer in zip(batch_records, batch_answers, strict=True):
-            record.update(judge(record, answer, metric))
-            num_unfinished += answer.is_thinking
-        if output is not None:
-            output.append(batch_records, batch.examples)
-        num_done += len(batch_records)
-        yield num_done
-    warn_of_unfinished(num_unfinished)
-
-
-def _prepare_inputs(
-    model: Any, processor: Any, batches: list[PromptBatch], workers: int
-) -> Iterator[dict]:
-    """The inputs of `generate` for every batch, on the model's device."""
-    for inputs in prepare_batches(partial(_encode_batch, processor), batches, workers):
-        yield BatchFeature(inputs).to(model.device)
-
-
-def _prepare_cached_inputs(
-    model: Any, processor: Any, batches: list[PromptBatch], feature_cache: Any
-) -> Iterator[dict]:
-    """The inputs of `generate` for every batch, with cached features in place of pixels."""
-    if not model.supports_feature_cache:
-        raise UserError(
-            "the vision features of an upgraded model cannot be cached; evaluate it without"
-            " feature_cache"
-        )
-    check_encoder(feature_cache, model, processor)
-    views = get_tap_views(model.plan, model.config.vision_depth)
-    for batch in batches:
-        with_images = [example for example in batch.examples if example.images]
-        if not with_images:
-            no_images = [[] for _ in batch.examples]
-            yield prepare_inputs(model, processor, batch.prompts, no_images)
-            continue
-        grids = read_cached_grids(feature_cache, batch.examples)
-        inputs = prepare_inputs(model, processor, batch.prompts, None, grids)
-        features = read_features(feature_cache, with_images, views, model.device)
-        all_grids = None if grids is None else list(itertools.chain(*grids))
-        outputs = model.encode_for_prompts(inputs, vision_states=features, image_grids=all_grids)
-        inputs["mm_encoder_outputs"] = {"image": outputs}
-        yield inputs
-
-
-def read_features(
-    feature_cache: Any, examples: Sequence[Example], views: dict[int, int], device: torch.device
-) -> dict[int, torch.Tensor]:
-    """Read the cached vision features of examples, tap -> [images of all examples, V, N, D].
-
-    Args:
-        feature_cache: A `VisionFeatureCache`, or what is read like one.
-        examples: Examples with images.
-        views: The number of views of every tap.
-        device: Where the features are needed.
-    """
-    cached = [feature_cache.read(example, views) for example in examples]
-    features = {}
-    for tap in views:
-        features[tap] = torch.cat([taps[tap] for taps in cached]).to(device)
-    return features
+    with show_step("answering questions", len(records)) as step:
+        step(num_done, len(records))
+        progress(num_done, len(records))
+        for batch, batch_answers in zip(batches, answers, strict=True):
+            batch_records = [records[i] for i in batch.indices]
+            for record, answer in zip(batch_records, batch_answers, strict=True):
+                record.update(judge(record, answer, metric))
+                num_unfinished += answer.is_thinking
+            if output is not None:
+                output.append(batch_records, batch.examples)
+            num_done += len(batch_records)
+            step(num_done, len(records))
+            progress(num_done, len(records))
+        warn_of_unfinished(num_unfinished)

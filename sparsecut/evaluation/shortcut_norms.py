@@ -12,7 +12,8 @@ from ..data.examples import Example
 from ..data.feature_cache import get_image_keys, get_tap_views
 from ..prompts import prepare_inputs
 from ..waits import show_step
-from .evaluator import read_features, render_question
+from .evaluator import render_question
+from .question_batches import read_features
 
 
 @torch.inference_mode()

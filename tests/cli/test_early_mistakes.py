@@ -70,6 +70,7 @@ COMMANDS = {
     "convert model new --vision model --fusion typo": "cross_mlp",
     f"{BUILD} --coarse typo": "squash",
     f"{BUILD} -o countt=1": "count",
+    f"{BUILD} -o count=25": "25",
     f"{BUILD} --view-size 0": "view-size",
     f"{BUILD} --min-pixels 9": "native",
     "build --vision empty --language shapes --out new": "empty",

@@ -15,7 +15,6 @@ from helpers.studies import QUICK, make_costs, rough_counts
 from safetensors.torch import load_file, save_file
 
 from sparsecut.building import read_depths
-from sparsecut.cli.plan_argument import SHAPES_FOLDER
 from sparsecut.config.folder_lock import lock_folder
 from sparsecut.experiments import preparation
 from sparsecut.experiments.claims import claim
@@ -26,6 +25,7 @@ from sparsecut.methods import make_plan
 from sparsecut.profiling.sizes import read_backbone_config
 from sparsecut.reports.study import write_study_report
 from sparsecut.schema import UserError
+from sparsecut.shipped_model import BACKBONES_FOLDER
 
 ROOT = Path(__file__).parents[2]
 RECIPE = QUICK["recipe"]
@@ -288,7 +288,7 @@ def test_data_may_be_mended_before_anything_was_trained_with_it(tmp_path, change
 
 
 def test_a_study_does_not_go_on_with_another_backbone(tmp_path):
-    shutil.copytree(SHAPES_FOLDER, tmp_path / "shapes")
+    shutil.copytree(BACKBONES_FOLDER, tmp_path / "shapes")
     model = {part: str(tmp_path / "shapes" / part) for part in ("vision", "language")}
     study = build_study(tmp_path, recipe={**RECIPE, "model": model}, budgets={"short": []})
     begin(study)
@@ -303,7 +303,7 @@ def test_a_study_does_not_go_on_with_another_backbone(tmp_path):
 
 def test_a_study_goes_on_where_the_language_model_gets_a_row_for_images(tmp_path):
     language = tmp_path / "language"
-    shutil.copytree(SHAPES_FOLDER / "language", language)
+    shutil.copytree(BACKBONES_FOLDER / "language", language)
     for file in language.glob("*.json"):
         file.write_text(file.read_text().replace("<image>", "<picture>"))
     model = {"vision": "shapes", "language": str(language)}

@@ -282,26 +282,19 @@ def run_task(
     Raises:
         UserError: As `evaluate`; or the parts do not belong together, or are too many.
     """
-    index, count = part
     folder = Path(out) / selected.label
-    part_folders = [folder / f"part-{i + 1}-of-{count}" for i in range(count)]
-    if count == 1:
-        part_folders = [folder]
-    examples = build_examples(selected.data)[index::count]
-    if not examples:
-        raise UserError(
-            f"{selected.label} has {len(selected.data.questions)} questions, too few for {count}"
-            " processes; use fewer"
-        )
+    part_folders = _list_part_folders(folder, part[1])
+    own_folder = part_folders[part[0]]
+    examples = _select_part(selected, part)
     check_ours(folder)
     from ..evaluator import evaluate  # names and files of tasks are checked without a model library
 
-    with lock_folder(part_folders[index]):
+    with lock_folder(own_folder):
         evaluate(
             model,
             processor,
             examples,
-            out=part_folders[index],
+            out=own_folder,
             metric=None,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens or selected.task.max_new_tokens,
@@ -312,6 +305,25 @@ def run_task(
         if not all((part_folder / RESULT).is_file() for part_folder in part_folders):
             return None
         return merge_parts(selected, folder, part_folders)
+
+
+def _list_part_folders(folder: Path, count: int) -> list[Path]:
+    """Where the answers of each part are: a task of one part has them in its own folder."""
+    if count == 1:
+        return [folder]
+    return [folder / f"part-{i + 1}-of-{count}" for i in range(count)]
+
+
+def _select_part(selected: SelectedTask, part: tuple[int, int]) -> list[Example]:
+    """The examples of one part of a task; UserError where there is none for it."""
+    index, count = part
+    examples = build_examples(selected.data)[index::count]
+    if not examples:
+        raise UserError(
+            f"{selected.label} has {len(selected.data.questions)} questions, too few for {count}"
+            " processes; use fewer"
+        )
+    return examples
 
 
 def merge_parts(selected: SelectedTask, folder: Path, part_folders: Sequence[Path]) -> dict:
