@@ -14,6 +14,7 @@ from transformers.utils import can_return_tuple
 
 from .any_size import check_patches, find_grids, list_grids, read_patches, read_plan
 from .configuration import SparseCutConfig, check_language_model
+from .decoder_pass import gather_features, run_decoder
 from .encoders import make_encoder
 from .fusion import Fusion
 from .hooks import (
@@ -24,8 +25,6 @@ from .hooks import (
     connect_encoder,
     get_cache,
     get_unsplit_classes,
-    inject,
-    name_cache,
     read_taps,
 )
 from .modeling_base import (
@@ -33,7 +32,6 @@ from .modeling_base import (
     SparseCutImageFeatures,
     SparseCutModelOutputWithPast,
     SparseCutPreTrainedModel,
-    check_image_features,
     check_image_tokens,
     check_pixels,
     get_requested_records,
@@ -251,16 +249,11 @@ class SparseCutModel(PromptSummaries, SparseCutPreTrainedModel):
             raise UserError("give either input_ids or inputs_embeds, and not both")
         cache = past_key_values if cache is None else cache
         precomputed = (mm_encoder_outputs or {}).get("image")
-        sources = [x for x in (pixel_values, vision_states, precomputed) if x is not None]
-        if len(sources) > 1:
-            raise UserError(
-                "give one of pixel_values, vision_states and mm_encoder_outputs: they stand for the"
-                " same images"
-            )
+        has_source = _has_one_source(pixel_values, vision_states, precomputed)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         mask = self.image_mask(input_ids, inputs_embeds)
-        given = {
+        sources = {
             "pixel_values": pixel_values,
             "vision_states": vision_states,
             "image_grids": image_grids,
@@ -273,10 +266,10 @@ class SparseCutModel(PromptSummaries, SparseCutPreTrainedModel):
             "labels": labels,
             "prompt_mask": prompt_mask,
         }
-        images = self.collect_images(precomputed, given, prompts)
+        images = self.collect_images(precomputed, sources, prompts)
         is_prompt = images is not None or (input_ids is not None and not continued)
         if is_prompt and not torch.compiler.is_compiling():
-            is_bare = not sources and labels is None and not self.training
+            is_bare = not has_source and labels is None and not self.training
             is_generating = cache is not None or continued is not None
             check_image_tokens(
                 mask,
@@ -284,42 +277,14 @@ class SparseCutModel(PromptSummaries, SparseCutPreTrainedModel):
                 warn_only=is_bare and not is_generating,
                 tokens_per_image=self.tokens_per_image if has_begun(cache) else 0,
             )
-        image_hidden_states, features, gates = self._gather_features(inputs_embeds, images)
-        if images is not None:
-            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_hidden_states)
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-            position_ids = position_ids[:, -inputs_embeds.shape[1] :]
-        optional = {**kwargs, "position_ids": position_ids, **name_cache(decoder, cache)}
-        taken = {k: v for k, v in optional.items() if v is not None and accepts(decoder, k)}
-
-        def run() -> Any:
-            return decoder(
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                return_dict=True,
-                **taken,
-            )
-
-        return inject(run, mask, features, gates), image_hidden_states
-
-    def _gather_features(
-        self, inputs_embeds: Tensor, images: SparseCutImageFeatures | None
-    ) -> tuple[Tensor | None, dict[int, Tensor], dict[int, nn.Module]]:
-        """Features for the input [tokens, H], features by layer, and context gates by layer."""
-        if images is None:
-            return None, {}, {}
-        check_image_features(images, self.plan, inputs_embeds.shape[-1])
-        input_features = torch.cat(list(images.pooler_output)).to(inputs_embeds)
-        features = {}
-        per_layer = images.deepstack_features or ()
-        for layer, image_features in zip(self.plan.layers, per_layer, strict=True):
-            features[layer] = torch.cat(list(image_features))
-        gates = {}
-        if features:
-            for layer, gate in self.fusion.context.items():
-                gates[int(layer)] = partial(gate, num_tokens=self.tokens_per_image)
-        return input_features, features, gates
+        features = gather_features(
+            images, self.plan, self.fusion, inputs_embeds, self.tokens_per_image
+        )
+        settings = {**kwargs, "position_ids": position_ids}
+        outputs = run_decoder(
+            decoder, inputs_embeds, mask, features, attention_mask, cache, settings
+        )
+        return outputs, features.input
 
 
 class SparseCutForConditionalGeneration(PromptGeneration, SparseCutModel, GenerationMixin):
@@ -433,11 +398,7 @@ class SparseCutForConditionalGeneration(PromptGeneration, SparseCutModel, Genera
             **kwargs,
         )
         logits = mask_placeholder(self.config, outputs.logits)
-        loss = None
-        if labels is not None:
-            targets = ignore_placeholder(self.config, labels=labels, **kwargs)
-            loss = self.loss_function(logits=logits, vocab_size=logits.shape[-1], **targets)
-            loss = self.include_fusion(loss, image_hidden_states is not None)
+        loss = self._compute_loss(logits, labels, image_hidden_states is not None, kwargs)
         return SparseCutCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -446,3 +407,27 @@ class SparseCutForConditionalGeneration(PromptGeneration, SparseCutModel, Genera
             image_hidden_states=image_hidden_states,
             **{CACHE: get_cache(outputs)},
         )
+
+    def _compute_loss(
+        self, logits: Tensor, labels: Tensor | None, has_images: bool, settings: dict
+    ) -> Tensor | None:
+        """The mean loss over labels [B, L], or None without labels.
+
+        `settings` are those of the loss function, such as `num_items_in_batch`.
+        """
+        if labels is None:
+            return None
+        targets = ignore_placeholder(self.config, labels=labels, **settings)
+        loss = self.loss_function(logits=logits, vocab_size=logits.shape[-1], **targets)
+        return self.include_fusion(loss, has_images)
+
+
+def _has_one_source(*sources: Any) -> bool:
+    """Whether images are given; UserError where they are given in several ways."""
+    num_sources = sum(source is not None for source in sources)
+    if num_sources > 1:
+        raise UserError(
+            "give one of pixel_values, vision_states and mm_encoder_outputs: they stand for the"
+            " same images"
+        )
+    return num_sources == 1
