@@ -1,9 +1,11 @@
 """Plans at CLIP-L/336 + 7B Llama size with random weights, on one GPU: prompts, new tokens, and
 steps of both stages.
 
-    python benchmarks/gpu.py --out runs/gpu/bench                  # writes bench.json and bench.md; at most nine minutes
+    # writes bench.json and bench.md; at most nine minutes
+    python benchmarks/gpu.py --out runs/gpu/bench
     python benchmarks/gpu.py --plans llava sparsecut --skip-training --compile
-    python benchmarks/gpu.py --tiny --device cpu --out runs/bench  # a smoke test; its figures mean nothing
+    # a smoke test; its figures mean nothing
+    python benchmarks/gpu.py --tiny --device cpu --out runs/bench
 
 One process makes both backbones on the device in bfloat16, and all plans share them. The plans take
 turns, and every round begins with another one. Ratios are to the first plan in the same round. The
@@ -253,9 +255,7 @@ class Bench:
             self.write()
 
     def timed(self, plan: str, prepare, run) -> tuple[float, int]:
-        """Seconds of one run, and the most bytes then held: with weights, but those of other plans left
-        out.
-        """
+        """Seconds of one run, and the most bytes held, without the weights of other plans."""
         if prepare is not None:
             prepare()
         cuda = self.device.type == "cuda"

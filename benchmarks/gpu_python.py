@@ -1,6 +1,7 @@
 """A Python that can run benchmarks/gpu.py, on a machine that may have nothing but torch.
 
-    python benchmarks/gpu_python.py --pack      # on a machine with a network: fetch what may be missing
+    # on a machine with a network: fetch what may be missing
+    python benchmarks/gpu_python.py --pack
 
 It takes `.venv`, or the Python that runs this file, if all is there. Else it makes an environment
 in `.corners/gpu` that sees the installed torch, and installs the rest there: from the packages

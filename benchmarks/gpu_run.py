@@ -4,9 +4,9 @@
     python benchmarks/gpu_run.py --out runs/gpu/bench               # writes bench.json and bench.md
     python benchmarks/gpu_run.py --tiny --device cpu --out runs/try # on a CPU; figures mean nothing
 
-It needs a Python with torch and a GPU; gpu_python.py sees to the rest, and this time counts. Then it
-runs gpu.py, and vllm.py where vLLM is installed, in processes that end with their part of the time.
-A part that is ended leaves what it measured. Further options are those of gpu.py.
+It needs a Python with torch and a GPU; gpu_python.py sees to the rest, and this time counts. Then
+it runs gpu.py, and vllm.py where vLLM is installed, in processes that end with their part of the
+time. A part that is ended leaves what it measured. Further options are those of gpu.py.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """What transformers' own tests need to know of our classes: tiny settings of each, and the same of
 the stock LLaVA.
 
-Run by benchmarks/hf_suite.py, which puts transformers' `tests` folder on the path; not collected by our own suite.
-Models are random, tokenizers and images are made on the spot, and nothing is fetched.
+Run by benchmarks/hf_suite.py, which puts transformers' `tests` folder on the path; not collected by
+our own suite. Models are random, tokenizers and images are made on the spot, and nothing is
+fetched.
 """
 
 import random

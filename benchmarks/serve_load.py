@@ -1,6 +1,7 @@
 """Many clients at once against `sparsecut serve`: errors, wrong answers, memory and throughput.
 
-    python benchmarks/serve_load.py runs/demo/runs/main/sparsecut/0/final runs/demo/data/test.json --clients 32
+    python benchmarks/serve_load.py runs/demo/runs/main/sparsecut/0/final \\
+        runs/demo/data/test.json --clients 32
 
 Every answer is compared with what the model's own `generate` answers to that question alone. The
 server is a process of its own, whose memory is read from /proc every second. With --hostile, other

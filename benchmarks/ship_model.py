@@ -1,4 +1,4 @@
-"""Makes `sparsecut/shapes/final`, the trained model that ships with the package, from a finished run.
+"""Makes `sparsecut/shapes/final`, the model that ships with the package, from a finished run.
 
     sparsecut study shapes rates=null --variant sparsecut --seed 1
     python benchmarks/ship_model.py runs/study/shapes/runs/short/sparsecut/1

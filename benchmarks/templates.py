@@ -4,8 +4,8 @@
     python benchmarks/templates.py FOLDER qwen phi  # those with these words in their names
     python benchmarks/templates.py FOLDER --page    # writes docs/support.md, totals over all
 
-The folder is yours, and so are its templates: *.jinja, tokenizer_config.json and chat_template.json,
-in folders within it too. Their texts are not part of this project.
+The folder is yours, and so are its templates: *.jinja, tokenizer_config.json and
+chat_template.json, in folders within it too. Their texts are not part of this project.
 """
 
 import argparse

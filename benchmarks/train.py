@@ -5,7 +5,8 @@ their estimated FLOPs.
     python benchmarks/train.py
     # counted at CLIP-L/336 + 7B, both stages of LLaVA-1.5; no weights
     python benchmarks/train.py --count
-    python benchmarks/train.py --device cuda --bf16 --vision-width 1024 --language-width 4096 --language-depth 32
+    python benchmarks/train.py --device cuda --bf16 --vision-width 1024 --language-width 4096 \\
+        --language-depth 32
 
 The LLaVA baseline comes first and is what the ratios are to; hires_channels and sparsecut_input
 are the controls: finer views, or the same taps, at the input alone. A step is forward, backward

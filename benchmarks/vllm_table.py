@@ -19,8 +19,8 @@ def make_page(result: dict) -> str:
     lines = [
         f"# Inside vLLM, on {result['machine']}, {result['date']}",
         "",
-        f"{result['size']}; {versions}. Random weights; one image, {result['num_text_tokens']} words"
-        f" and {settings['new_tokens']} new tokens. Medians of {min(num_rounds)} to"
+        f"{result['size']}; {versions}. Random weights; one image, {result['num_text_tokens']}"
+        f" words and {settings['new_tokens']} new tokens. Medians of {min(num_rounds)} to"
         f" {max(num_rounds)} rounds in turns; x is the ratio to the stock LLaVA in the same round,"
         f" with least and most in brackets. It took {result['seconds']:.0f} s.",
         "",

@@ -7,9 +7,9 @@ It builds a small random Whisper encoder and Llama, and trains them on tones of 
 hundred steps take about a minute on a CPU. Then it asks about new tones, saves the model, loads it,
 and asks again.
 
-With --real, the encoder is Whisper tiny.en as it was trained, and it stays frozen. The language model
-is small and random as before. They learn spoken digits, and are asked about voices that they never
-heard. `python examples/real/prepare.py runs/real whisper speech` makes encoder and clips.
+With --real, the encoder is Whisper tiny.en as it was trained, and it stays frozen. The language
+model is small and random as before. They learn spoken digits, and are asked about voices that they
+never heard. `python examples/real/prepare.py runs/real whisper speech` makes encoder and clips.
 """
 
 import argparse

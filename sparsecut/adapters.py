@@ -135,8 +135,8 @@ def check_no_other_adapters(model: nn.Module, folder: Path) -> None:
     for part in list_adapted_parts(folder):
         if part not in get_adapters(model):
             raise UserError(
-                f"{folder / FOLDER / part} holds an adapter of another model, which would be put on this one when it"
-                " is loaded; remove it, or give a new folder"
+                f"{folder / FOLDER / part} holds an adapter of another model, which would be put on"
+                " this one when it is loaded; remove it, or give a new folder"
             )
 
 

@@ -273,12 +273,21 @@ def _resize_grid(grid: PatchGrid, view: tuple[int, int]) -> PatchGrid:
 def _cut_views(image: Tensor, shape: tuple, side: int, view: tuple[int, int]) -> Tensor:
     """An image's patches [rows * columns, side^2, C, h, w] as views [views, C, height, width]."""
     pattern = "(y x) (ty tx) c h w -> c (y ty h) (x tx w)"
-    pixels = rearrange(image, pattern, y=shape[0], ty=side)
-    height, width = view[0] * image.shape[-2], view[1] * image.shape[-1]
-    below, right = -pixels.shape[-2] % height, -pixels.shape[-1] % width
-    if below or right:
-        pixels = F.pad(pixels, (0, right, 0, below))
-    return rearrange(pixels, "c (v h) (u w) -> (v u) c h w", h=height, w=width)
+    whole = rearrange(image, pattern, y=shape[0], ty=side)
+    patch_height, patch_width = image.shape[-2:]
+    height = view[0] * patch_height
+    width = view[1] * patch_width
+    filled = _fill_up(whole, height, width)
+    return rearrange(filled, "c (v h) (u w) -> (v u) c h w", h=height, w=width)
+
+
+def _fill_up(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Pixels [C, H, W] with zeros below and at the right, up to whole views of a size."""
+    below = -pixels.shape[-2] % height
+    right = -pixels.shape[-1] % width
+    if not below and not right:
+        return pixels
+    return F.pad(pixels, (0, right, 0, below))
 
 
 def _join_views(states: Tensor, image: _Map) -> Tensor:

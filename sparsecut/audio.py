@@ -179,8 +179,8 @@ def to_samples(values: Any) -> np.ndarray:
         array = array / -float(np.iinfo(array.dtype).min)
     elif array.dtype.kind in "iu" and np.abs(array).max(initial=0) > 1:
         raise UserError(
-            f"an audio has whole numbers up to {np.abs(array).max()} ({array.dtype}), whose scale is"
-            " not known; give floats between -1 and 1, or int16"
+            f"an audio has whole numbers up to {np.abs(array).max()} ({array.dtype}), whose scale"
+            " is not known; give floats between -1 and 1, or int16"
         )
     samples = array.astype(np.float32)
     _check_samples(samples, "the audio")

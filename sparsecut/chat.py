@@ -64,7 +64,7 @@ class Chat:
 
     Attributes:
         messages: the conversation, [{"role", "content"}], with one placeholder per image.
-        images: all images (or clips of sound) of the conversation, in the order of the placeholders.
+        images: all images (or clips of sound) of the conversation, in the order of placeholders.
         raw_answers: all that the model has written, thoughts included, one text for each answer.
     """
 

@@ -99,14 +99,18 @@ def _squash(image: Image.Image, height: int, width: int) -> Image.Image:
 
 def _crop_center(image: Image.Image, height: int, width: int) -> Image.Image:
     """Resize an image until it covers (height, width), then cut out its center."""
-    is_wide = width * image.height <= height * image.width
-    scaled_width = int(height * image.width / image.height)
-    scaled_height = int(width * image.height / image.width)
-    scaled_size = (scaled_width, height) if is_wide else (width, scaled_height)
-    scaled = image.resize(scaled_size, Image.Resampling.BICUBIC)
+    scaled = image.resize(_cover(image, height, width), Image.Resampling.BICUBIC)
     left = (scaled.width - width) // 2
     top = (scaled.height - height) // 2
     return scaled.crop((left, top, left + width, top + height))
+
+
+def _cover(image: Image.Image, height: int, width: int) -> tuple[int, int]:
+    """The smallest (width, height) of an image's own shape that covers (height, width)."""
+    is_wide = width * image.height <= height * image.width
+    if is_wide:
+        return int(height * image.width / image.height), height
+    return width, int(width * image.height / image.width)
 
 
 def check_pixel_limits(min_pixels: Any, max_pixels: Any, unit: tuple[int, int]) -> None:

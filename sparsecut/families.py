@@ -218,8 +218,8 @@ def get_family(model: nn.Module) -> VLMFamily:
     if model_type not in FAMILIES:
         raise UserError(
             f"{type(model).__name__} ({model_type}) is not a pretrained VLM that can be upgraded:"
-            f" {explain_refusal(model_type)}. Known types are {', '.join(sorted(FAMILIES))}. Or join"
-            " its encoder, or another one, and a language model by sparsecut.build"
+            f" {explain_refusal(model_type)}. Known types are {', '.join(sorted(FAMILIES))}. Or"
+            " join its encoder, or another one, and a language model by sparsecut.build"
         )
     family = FAMILIES[model_type]
     try:
@@ -227,8 +227,8 @@ def get_family(model: nn.Module) -> VLMFamily:
     except AttributeError as error:
         raise UserError(
             f"{type(model).__name__} has the model type {model_type}, but not its parts ({error});"
-            " give the whole model, as AutoModelForImageTextToText loads it, in a newer transformers"
-            " where it has no such part"
+            " give the whole model, as AutoModelForImageTextToText loads it, in a newer"
+            " transformers where it has no such part"
         ) from error
     return family
 

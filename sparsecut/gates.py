@@ -88,9 +88,9 @@ class SizeGate(nn.Module):
     """A norm after the projector: features at a learned fraction of the hidden states' size.
 
     Every token's features are divided by their root mean square, and multiplied by that of the
-    hidden states there and by the shortcut's fraction, which starts at `START`. So no projector, and no
-    learning rate, can make a shortcut larger than the states that it is added to. The size of the
-    hidden states is taken as it is: no gradient goes through it.
+    hidden states there and by the shortcut's fraction, which starts at `START`. So no projector,
+    and no learning rate, can make a shortcut larger than the states that it is added to. The size
+    of the hidden states is taken as it is: no gradient goes through it.
     """
 
     START = 0.1

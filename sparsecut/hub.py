@@ -52,7 +52,7 @@ def check_model_place(name: str | Path, what: str = "model", **hub: Any) -> dict
     Args:
         name: A folder or hub name.
         what: What it is, for the error, such as "vision model".
-        **hub: `revision`, `token`, `cache_dir`, `local_files_only`, as `from_pretrained` takes them.
+        **hub: `revision`, `token`, `cache_dir`, `local_files_only`, as for `from_pretrained`.
 
     Returns:
         Further arguments of `from_pretrained`: {"local_files_only": True} where the hub cannot be
@@ -73,9 +73,9 @@ def check_model_place(name: str | Path, what: str = "model", **hub: Any) -> dict
         if _is_cached(text, "model", hub):
             return {}
         raise UserError(
-            f"the {what} {text} is no folder here, has not been fetched from the hub before, and the"
-            " hub is switched off (HF_HUB_OFFLINE, local_files_only); correct the path, or fetch the"
-            " model first"
+            f"the {what} {text} is no folder here, has not been fetched from the hub before, and"
+            " the hub is switched off (HF_HUB_OFFLINE, local_files_only); correct the path, or"
+            " fetch the model first"
         )
     try:
         find_on_hub(text, "model", hub.get("revision"), hub.get("token"))
@@ -280,6 +280,7 @@ def explain_hub_error(error: Exception, name: str, kind: str, revision: str | No
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return HubUnreachable(
             f"there is no folder {name} here, and the hub {constants.ENDPOINT} cannot be asked for"
-            f" the {place} ({reason}); correct the path, or the connection (HF_ENDPOINT, HTTPS_PROXY)"
+            f" the {place} ({reason}); correct the path, or the connection (HF_ENDPOINT,"
+            " HTTPS_PROXY)"
         )
     return error

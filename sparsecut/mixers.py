@@ -111,7 +111,8 @@ class BlendByPrompt(nn.Module):
     Deviations: TGIF starts its router at random, adds the last block but one to the mean, norms the
     sum, and takes no norm of t. Its released code averages all tokens, in training the answer too.
     IGVA weighs the means of four groups of layers, which taps that are lists express, and stands
-    the result beside the last block but one. Both may add a loss that balances weights; here is none.
+    the result beside the last block but one. Both may add a loss that balances weights; here is
+    none.
     """
 
     def __init__(

@@ -410,6 +410,6 @@ def check_image_features(images: SparseCutImageFeatures, plan: Plan, width: int)
     if (feature_width, num_feature_layers) != (width, len(plan.layers)):
         raise UserError(
             f"the image features have width {feature_width} and {num_feature_layers} layers above"
-            f" the input, but this model needs width {width} and {len(plan.layers)} layers; make them"
-            " with this model's get_image_features, or give pixel_values"
+            f" the input, but this model needs width {width} and {len(plan.layers)} layers; make"
+            " them with this model's get_image_features, or give pixel_values"
         )

@@ -140,9 +140,8 @@ def read_url(url: str, medium: str = "image") -> bytes:
             is_base64 = head.lower().endswith(";base64")
             return base64.b64decode(data, validate=True) if is_base64 else data
         except ValueError as error:
-            raise UserError(
-                f"the {medium} {url[:60]} has broken base64 ({error}); encode the file's bytes again"
-            ) from None
+            problem = f"has broken base64 ({error}); encode the file's bytes again"
+            raise UserError(f"the {medium} {url[:60]} {problem}") from None
     if not url.lower().startswith(("http://", "https://")):
         raise UserError(f"{url} is no http(s) or data URL; give one, or a file")
     try:

@@ -313,9 +313,10 @@ class Plan:
             keys.append((groups, s.mix, s.grain))
         if keys.count(keys[self.input_number]) > 1:
             raise UserError(
-                f"tied=True gives a shortcut of the taps {list(self.shortcuts[self.input_number].taps)}"
-                f" the input's projector, but gate={self.gate!r} and rank={self.rank!r} ask for"
-                " another start or width; use shared=True with gate='zero', or other taps"
+                "tied=True gives a shortcut of the taps"
+                f" {list(self.shortcuts[self.input_number].taps)} the input's projector, but"
+                f" gate={self.gate!r} and rank={self.rank!r} ask for another start or width; use"
+                " shared=True with gate='zero', or other taps"
             )
 
     def for_upgrade(self, *, fine: bool) -> Plan:

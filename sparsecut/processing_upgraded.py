@@ -139,13 +139,7 @@ def _make_class(base_class: type, has_fine_views: bool) -> type:
             opened, kwargs = _open_for_call(images, self.background, kwargs)
         features = base_class.__call__(self, images=opened, text=text, **kwargs)
         if has_fine_views and opened is not None and "pixel_values" in features:
-            fine = cut_fine_views(self.image_processor, opened, self.sparsecut_tiles)
-            _check_views(len(features["pixel_values"]), len(fine))
-            fine = _convert_like(fine, features["pixel_values"])
-            if self.join_views:
-                features["pixel_values"] = _join_views(features["pixel_values"], fine)
-            else:
-                features["fine_pixel_values"] = fine
+            _add_fine_views(self, features, opened)
         return features
 
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -189,8 +183,20 @@ def _make_class(base_class: type, has_fine_views: bool) -> type:
     return type(base_class.__name__, (base_class,), members)
 
 
+def _add_fine_views(processor: Any, features: BatchFeature, images: list) -> None:
+    """Cut fine views of images, and put them beside the coarse ones or behind each of these."""
+    coarse = features["pixel_values"]
+    fine = cut_fine_views(processor.image_processor, images, processor.sparsecut_tiles)
+    _check_views(len(coarse), len(fine))
+    fine = _convert_like(fine, coarse)
+    if processor.join_views:
+        features["pixel_values"] = _join_views(coarse, fine)
+    else:
+        features["fine_pixel_values"] = fine
+
+
 def _open_for_call(images: Any, background: Any, kwargs: dict) -> tuple[list | None, dict]:
-    """The images of a call, opened, and the call's other arguments; None where there is no image."""
+    """The images of a call, opened, and its other arguments; None where there is no image."""
     kwargs = dict(kwargs)
     for_images = kwargs.get("images_kwargs") or {}
     do_rescale = kwargs.get("do_rescale", for_images.get("do_rescale", True))
@@ -212,7 +218,7 @@ def _convert_like(fine: Tensor, coarse: Any) -> Any:
 
 
 def _join_views(coarse: Any, fine: Any) -> Any:
-    """All views of each image [1 + tiles^2, 3, S, S], coarse view first, in the form of `coarse`."""
+    """All views of each image [1 + tiles^2, 3, S, S], coarse one first, in the form of `coarse`."""
     if isinstance(coarse, Tensor):
         return torch.cat([coarse[:, None], fine], dim=1)
     joined = [np.concatenate([one[None], more]) for one, more in zip(coarse, fine, strict=True)]

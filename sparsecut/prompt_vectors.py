@@ -84,8 +84,9 @@ class PromptSummaries:
         first = total - sum(lengths) if has_past else 0
         if first < 0 or first + sum(lengths) != total:
             raise UserError(
-                f"the prompts hold {total} image tokens, but the images need {sum(lengths)}; prepare"
-                " prompts with the model's processor, and let no limit cut an image's tokens off"
+                f"the prompts hold {total} image tokens, but the images need {sum(lengths)};"
+                " prepare prompts with the model's processor, and let no limit cut an image's"
+                " tokens off"
             )
         is_text = ~is_image
         for mask in (attention_mask, prompt_mask):
@@ -134,8 +135,8 @@ class PromptSummaries:
             raise UserError(
                 f"this model weighs encoder layers by the prompt: {number} images need {number}"
                 f" vectors of prompts, but {given} were given; give"
-                " prompts=model.summarize_prompts(input_ids, attention_mask), or leave the images to"
-                " generate or forward"
+                " prompts=model.summarize_prompts(input_ids, attention_mask), or leave the images"
+                " to generate or forward"
             )
         return {"prompts": prompts}
 

@@ -22,36 +22,39 @@ NO_ENCODER = (
     " there are no layers to read"
 )
 ENCODER_DECODER = (
-    "it has an encoder and a decoder for text, and shortcuts are for a language model that reads from"
-    " left to right"
+    "it has an encoder and a decoder for text, and shortcuts are for a language model that reads"
+    " from left to right"
 )
 TIMM = (
-    "its vision encoder is a model of timm, which is read stage by stage or not at all, and shortcuts"
-    " of upgraded models read the blocks of one of transformers' vision transformers"
+    "its vision encoder is a model of timm, which is read stage by stage or not at all, and"
+    " shortcuts of upgraded models read the blocks of one of transformers' vision transformers"
 )
 SHRINKING = (
     "its vision encoder merges patches between its layers, so early and late layers have different"
     " patches, and a token has no patches of its own"
 )
 SEVERAL_STREAMS = (
-    "its decoder layers pass on several streams of hidden states for each token (hyper-connections),"
-    " and shortcuts add to one"
+    "its decoder layers pass on several streams of hidden states for each token"
+    " (hyper-connections), and shortcuts add to one"
 )
 NO_INNER_MODEL = (
     "its images are joined with the text in the model that has the head, and shortcuts are attached"
     " to a model below the head"
 )
 TWO_ENCODERS = (
-    "two vision encoders make its image tokens, one from the states of the other, and shortcuts read"
-    " one"
+    "two vision encoders make its image tokens, one from the states of the other, and shortcuts"
+    " read one"
 )
 NOT_FOR_TEXT = "it does not answer in text, token by token"
 WITH_SPEECH = (
-    "it speaks too, and shortcuts are for the part that reads images and writes text; load that part"
-    " by its class ({}) and upgrade it"
+    "it speaks too, and shortcuts are for the part that reads images and writes text; load that"
+    " part by its class ({}) and upgrade it"
 )
 TEXT_ONLY = "its entry is a language model without a vision encoder"
-NOT_CHECKED = "which patches lie under each of its image tokens has not been worked out and checked by gradients"
+NOT_CHECKED = (
+    "which patches lie under each of its image tokens has not been worked out and checked by"
+    " gradients"
+)
 REASONS = {
     "aria": RESAMPLED,
     "blip": CROSS_ATTENTION,

@@ -1,7 +1,8 @@
 """The source files beside a saved model or processor, which machines without this package run.
 
-transformers runs them for a user who gives `trust_remote_code=True`. It finds them by the `auto_map`
-of a saved file. It copies files of one folder only, and follows imports with a single dot.
+transformers runs them for a user who gives `trust_remote_code=True`. It finds them by the
+`auto_map` of a saved file. It copies files of one folder only, and follows imports with a single
+dot.
 
 This file and those beside it are part of SparseCut, and may be used under the Apache License 2.0
 (https://www.apache.org/licenses/LICENSE-2.0). SPDX-License-Identifier: Apache-2.0

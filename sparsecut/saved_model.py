@@ -1,4 +1,4 @@
-"""Models as files: weights are checked when they are read, and adapters of parts lie beside them."""
+"""Models as files: weights are checked when they are read, adapters of parts lie beside them."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class SavedModel(PreTrainedModel):
     def _upload_modified_files(
         self, working_dir: Any, repo_id: str, files_timestamps: dict, **settings: Any
     ) -> Any:
-        """As transformers does, with adapters; the card that it made for want of one becomes ours."""
+        """As transformers does, with adapters; a card that it made for want of one becomes ours."""
         folder = Path(working_dir)
         save_adapters(self, folder)
         # transformers would take the folders of single adapters for files.

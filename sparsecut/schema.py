@@ -63,7 +63,7 @@ def read_text_file(path: str | Path, encoding: str = "utf-8") -> str:
 
 
 def write_text_file(path: str | Path, text: str) -> Path:
-    """Replace a file at once: an interruption leaves the old one or the new one. Return its path."""
+    """Replace a file at once: an interruption leaves the old one or the new. Return its path."""
     named, path = Path(path), Path(path).resolve()  # a link stays one
     is_stream = named.is_absolute() and named.parts[1:2] == ("dev",)  # such as /dev/stdout
     if is_stream or (path.exists() and not path.is_file()):  # a device or a pipe

@@ -163,7 +163,7 @@ def check_name(name: str) -> None:
 
 
 def _check_base_is_known(facts: ModelFacts) -> None:
-    """Warn where nobody else can load the shortcuts, as their base is in a folder of this machine."""
+    """Warn where nobody else can load the shortcuts: their base is in a folder of this machine."""
     base = facts.parts[0].name
     if facts.are_shortcuts_alone and (base is None or Path(base).exists()):
         logger.warning(
@@ -174,7 +174,7 @@ def _check_base_is_known(facts: ModelFacts) -> None:
 
 
 def _make_pushed_card(folder: Path, facts: ModelFacts, name: str, *, online: bool) -> str:
-    """The card to push: the folder's own, with the repository's name unless a user has edited it."""
+    """The card to push: the folder's, with the repository's name unless a user has edited it."""
     file = folder / CARD
     text = read_text_file(file) if file.is_file() else None
     if text is not None and not is_unedited(text):

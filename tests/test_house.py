@@ -119,8 +119,8 @@ def test_no_modules_import_one_another_in_a_circle():
 
 def test_facts_know_nothing_of_torch():
     code = (
-        "import sparsecut, sparsecut.plan, sparsecut.methods, sparsecut.config.recipe, sparsecut.drawing,"
-        " sys;"
+        "import sparsecut, sparsecut.plan, sparsecut.methods, sparsecut.config.recipe,"
+        " sparsecut.drawing, sys;"
     )
     code += "sys.exit(bool({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

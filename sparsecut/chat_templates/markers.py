@@ -38,9 +38,9 @@ def check_markers(
         for marker in markers:
             if marker in message["content"]:
                 raise UserError(
-                    f"{begin}turn {number} holds {marker}, which the model's chat template writes between"
-                    " turns, so the model would see other turns; leave it out, or write it in"
-                    " another way"
+                    f"{begin}turn {number} holds {marker}, which the model's chat template writes"
+                    " between turns, so the model would see other turns; leave it out, or write it"
+                    " in another way"
                 )
 
 

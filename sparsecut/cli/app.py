@@ -166,7 +166,10 @@ DataKeys = Annotated[
     ),
 ]
 
-COMMANDS = "show recipes build upgrade convert train eval chat serve card push explain compare cost study search demo"
+COMMANDS = (
+    "show recipes build upgrade convert train eval chat serve card push explain compare cost study"
+    " search demo"
+)
 
 
 TALKING = {"chat", "serve", "demo"}  # commands with a screen of their own; loading is shown

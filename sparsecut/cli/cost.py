@@ -58,8 +58,8 @@ def cost(
     plans: Annotated[
         list[str] | None,
         argument(
-            "Methods' names, files with plans or names of `sparsecut recipes`; ratios are to the first. With --base the default"
-            " is what upgrade makes: sparsecut, narrow projectors.",
+            "Methods' names, files with plans or names of `sparsecut recipes`; ratios are to the"
+            " first. With --base the default is what upgrade makes: sparsecut, narrow projectors.",
             "PLAN...",
             complete_plan,
         ),

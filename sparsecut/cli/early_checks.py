@@ -1,4 +1,4 @@
-"""What was typed, checked before any model library is imported, so that a mistake is told at once."""
+"""What was typed, checked before a model library is imported, so mistakes are told at once."""
 
 from __future__ import annotations
 

@@ -147,8 +147,8 @@ def _require_task_options(root: Path | None, out: Path | None) -> None:
         )
     if not root.is_dir():
         raise UserError(
-            f"there is no folder {root}, which --root names; give the one that holds gqa/, pope/ and"
-            " so on"
+            f"there is no folder {root}, which --root names; give the one that holds gqa/, pope/"
+            " and so on"
         )
 
 

@@ -31,8 +31,8 @@ def draw_argument(
     """Draw the plan of a method, a file or a saved model.
 
     Args:
-        argument: A method's name, the path of a recipe or plan, the name of a recipe that ships with
-            the package, or a saved model's folder.
+        argument: A method's name, the path of a recipe or plan, the name of a recipe that ships
+            with the package, or a saved model's folder.
         vision_depth: Number of encoder blocks. None takes the recipe's model's, if it is on this
             machine, else 24.
         language_depth: Number of decoder layers. None takes the model's in the same way, else 32.
@@ -66,8 +66,8 @@ def read_plan(argument: str, options: list[str]) -> dict:
     """Read what `make_plan` takes from a method's name or a file.
 
     Args:
-        argument: A method's name, or a plan or a recipe, whose `fusion` is taken: a path, or the name
-            of one that ships with the package.
+        argument: A method's name, or a plan or a recipe, whose `fusion` is taken: a path, or the
+            name of one that ships with the package.
         options: Options as "key=value", which replace those of the file.
 
     Raises:

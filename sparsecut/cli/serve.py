@@ -148,12 +148,7 @@ def serve(
         loaded, processor, max_batch=max_batch, max_queue=queue, cache_bytes=keep_mib * MIB
     )
     web = _make_web_app(engine, config, ui)
-    if token is None and not _is_local(host):
-        echo(
-            f"note: anyone who reaches {host} can send requests;"
-            f" set {TOKEN_VARIABLE} or --token to require a token",
-            err=True,
-        )
+    _warn_without_token(token, host)
     _run(web, engine, listener, host, ui)
 
 
@@ -193,6 +188,16 @@ def _check_allowed_hosts(names: Sequence[str]) -> None:
                 f"--allowed-host is {name!r}, but must be a host's name alone, such as"
                 " model.example.org, without http:// and port"
             )
+
+
+def _warn_without_token(token: str | None, host: str) -> None:
+    """Say that a server is open to others, where it is."""
+    if token is None and not _is_local(host):
+        echo(
+            f"note: anyone who reaches {host} can send requests;"
+            f" set {TOKEN_VARIABLE} or --token to require a token",
+            err=True,
+        )
 
 
 def _make_web_app(engine: Engine, config: ServerConfig, ui: bool) -> FastAPI:

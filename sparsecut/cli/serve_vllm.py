@@ -48,8 +48,8 @@ def check_options(engine: str, given: Sequence[str]) -> None:
     lacking = [f"--{name.replace('_', '-')}" for name in given if name not in SHARED]
     if lacking:
         raise UserError(
-            f"vLLM's server has no {', '.join(lacking)}; leave that out, use --engine local, or give"
-            " an option of vLLM's own after --, such as -- --max-num-seqs 16"
+            f"vLLM's server has no {', '.join(lacking)}; leave that out, use --engine local, or"
+            " give an option of vLLM's own after --, such as -- --max-num-seqs 16"
         )
 
 

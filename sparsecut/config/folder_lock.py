@@ -1,8 +1,8 @@
 """A folder of results that only one process at a time may write.
 
-The lock is the operating system's, on the file LOCK in the folder, so it ends with its process, even
-with one that is killed. OWNER says whose it is. Some shared disks do not carry locks from one host
-to another. So an owner renews its file all the time, and one that does so counts as alive.
+The lock is the operating system's, on the file LOCK in the folder, so it ends with its process,
+even with one that is killed. OWNER says whose it is. Some shared disks do not carry locks from one
+host to another. So an owner renews its file all the time, and one that does so counts as alive.
 """
 
 from __future__ import annotations

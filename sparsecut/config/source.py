@@ -150,8 +150,8 @@ class Source:
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise UserError(
-                f"columns gives {repeated[0]!r} to several keys, but a column has one meaning; remove"
-                " one of them"
+                f"columns gives {repeated[0]!r} to several keys, but a column has one meaning;"
+                " remove one of them"
             )
 
     def _check_stream(self) -> None:

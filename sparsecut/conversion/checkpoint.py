@@ -31,9 +31,11 @@ WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 # The prompt that the released code is trained with. A first system turn replaces its opening.
 VICUNA = """\
-{%- set ns = namespace(system='A chat between a curious user and an artificial intelligence assistant. \
+{%- set ns = namespace(system='A chat between a curious user and an artificial intelligence \
+assistant. \
 The assistant gives helpful, detailed, and polite answers to the user\\'s questions.') -%}
-{%- for message in messages if message['role'] == 'system' -%}{%- set ns.system = message['content'] -%}{%- endfor -%}
+{%- for message in messages if message['role'] == 'system' -%}\
+{%- set ns.system = message['content'] -%}{%- endfor -%}
 {{ ns.system + ' ' }}
 {%- for message in messages if message['role'] != 'system' -%}
 {%- if message['role'] == 'assistant' -%}

@@ -106,8 +106,8 @@ def _check_place(folder: Path, name: str, path: str, access: Access) -> None:
         if _lies_in(written, os.path.abspath(folder)):
             return
     raise UserError(
-        f"the image {name} lies outside {folder}, at {path}; correct the name or give that folder as"
-        " `images`. If you trust these records, set anywhere: true in their source"
+        f"the image {name} lies outside {folder}, at {path}; correct the name or give that folder"
+        " as `images`. If you trust these records, set anywhere: true in their source"
     )
 
 
@@ -139,8 +139,8 @@ def check_no_pointer(what: str, beginning: bytes) -> None:
     """Raise UserError where a file holds a pointer of Git LFS in place of its contents."""
     if beginning.startswith(POINTER):
         raise UserError(
-            f"{what} holds only a pointer to its contents, as `git clone` leaves it without Git LFS;"
-            " run `git lfs install` once and `git lfs pull` in the clone"
+            f"{what} holds only a pointer to its contents, as `git clone` leaves it without Git"
+            " LFS; run `git lfs install` once and `git lfs pull` in the clone"
         )
 
 

@@ -1,8 +1,8 @@
 """Records of audio: they have the forms of records of images, with sound in the images' place.
 
-`audio` or `audios` stands for `image` or `images`, `<audio>` for `<image>`, and parts of a content are of
-type audio, input_audio or audio_url. So such a record becomes one of images before its form is looked
-for, and its example says that it is audio.
+`audio` or `audios` stands for `image` or `images`, `<audio>` for `<image>`, and parts of a content
+are of type audio, input_audio or audio_url. So such a record becomes one of images before its form
+is looked for, and its example says that it is audio.
 """
 
 from __future__ import annotations

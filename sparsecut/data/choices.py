@@ -1,7 +1,7 @@
 """Questions with choices: these are written under the question, and a letter is learned.
 
-The prompt is that of LLaVA's multiple-choice data: hint, question, "A. ..." for each choice, and the
-request for a letter.
+The prompt is that of LLaVA's multiple-choice data: hint, question, "A. ..." for each choice, and
+the request for a letter.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def _refuse_unread(record: dict, answer: Any, key: str) -> None:
         is_text = isinstance(value, str) and not isinstance(list_items(value), list)
         if is_text and value.strip() and (_is_number(str(answer)) or _is_letter(str(answer))):
             raise UserError(
-                f"`{key}` is {answer!r} and `{name}` holds {show_value(value)}, but a list of choices"
-                " is needed; write one, or the chosen text as the answer"
+                f"`{key}` is {answer!r} and `{name}` holds {show_value(value)}, but a list of"
+                " choices is needed; write one, or the chosen text as the answer"
             )
 
 

@@ -1,7 +1,7 @@
 """Examples: records of every form, read from files and checked as far as text goes.
 
-`record_forms` has the forms. `id`, `group` and `level` are optional in all of them; `group` and `level`
-are kept for scoring.
+`record_forms` has the forms. `id`, `group` and `level` are optional in all of them; `group` and
+`level` are kept for scoring.
 """
 
 from __future__ import annotations

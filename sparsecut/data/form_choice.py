@@ -1,4 +1,4 @@
-"""Which form a record has, by its keys; other names of keys; and what to write where it has none."""
+"""Which form a record has, by its keys; other names of keys; what to write where it has none."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def _is_needed(name: str) -> bool:
 
 
 def _find_nearest_form(record: dict, named: Collection[str]) -> Form:
-    """The form of whose keys the record has the most; keys that look like them count a little less."""
+    """The form of whose keys the record has the most; keys that look alike count a little less."""
     names = [name for name in record if isinstance(name, str)]
     best, best_score = FORMS[0], 0.0
     if not _has_turns(record):  # so it is rather a question and an answer

@@ -94,7 +94,8 @@ class HubImages(ImageStore):
             if archives:
                 remedy = (
                     f"if it is in {archives[0]}, fetch that (hf download {self.remote.name}"
-                    f" {archives[0]} --repo-type dataset), unpack it and give the folder as `images`"
+                    f" {archives[0]} --repo-type dataset), unpack it and give the folder as"
+                    " `images`"
                 )
             raise UserError(f"there is no image {full} in {self.remote.name} of the hub; {remedy}")
 

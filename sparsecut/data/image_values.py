@@ -1,4 +1,4 @@
-"""Images as records give them: names, data URLs, bytes, objects of `datasets`, PIL images, arrays."""
+"""Images as records give them: names, data URLs, bytes, objects of `datasets` or PIL, arrays."""
 
 from __future__ import annotations
 

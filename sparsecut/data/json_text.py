@@ -175,9 +175,9 @@ def _begin_list(text: _OpenText) -> None:
     shown = f" ({key[0]}: ...)" if key else ""
     kind = f"an object{shown}" if first == "{" else f"{first!r}"
     raise UserError(
-        f"{path} line {text.line}: the file begins with {kind}, but a list of records is needed; put"
-        " [ ] around the records, or write one record a line; of an object with a list of records,"
-        " keep that list alone"
+        f"{path} line {text.line}: the file begins with {kind}, but a list of records is needed;"
+        " put [ ] around the records, or write one record a line; of an object with a list of"
+        " records, keep that list alone"
     )
 
 

@@ -1,4 +1,4 @@
-"""From a source of a recipe to its files: patterns, saved data sets, folders, cloned repositories."""
+"""From a source of a recipe to its files: patterns, saved data sets, folders, repositories."""
 
 from __future__ import annotations
 
@@ -195,9 +195,10 @@ def read_layout(path: str, source: Source, **hub) -> Layout:
         _explain_name(path, source, hub)
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{source.path} is a data set or folder without records that can be told ({type(error).__name__}:"
-            f" {reason}); give a file in it, or a folder with {', '.join(METADATA)}, class folders,"
-            " a README.md with configs, or saved by datasets' save_to_disk"
+            f"{source.path} is a data set or folder without records that can be told"
+            f" ({type(error).__name__}: {reason}); give a file in it, or a folder with"
+            f" {', '.join(METADATA)}, class folders, a README.md with configs, or saved by"
+            " datasets' save_to_disk"
         ) from None
     kind = type(builder).__module__.rpartition(".")[2]
     files = builder.config.data_files or {}
@@ -284,8 +285,9 @@ def _list_image_folder(
         records = sorted(file.name for file in names if holds_records(file))
         other = f"give {records[0]} in it as path, or " if records else ""
         raise UserError(
-            f"{source.path} holds images without {', '.join(METADATA)}; {other}set `question`, which"
-            " is asked about every image and answered with its folder's name, or write the metadata"
+            f"{source.path} holds images without {', '.join(METADATA)}; {other}set `question`,"
+            " which is asked about every image and answered with its folder's name, or write the"
+            " metadata"
         )
     for file in files:
         if file.suffix.lower() == ".zip":

@@ -101,8 +101,8 @@ def pack_dataset(data: TrainingData, model, stage) -> TrainingData | PackedDatas
         return data
     if not model.supports_packing:
         raise UserError(
-            f"pack is {stage.pack}, but {type(model.base).__name__} takes no positions from outside,"
-            " which keep the records of a row apart; remove pack"
+            f"pack is {stage.pack}, but {type(model.base).__name__} takes no positions from"
+            " outside, which keep the records of a row apart; remove pack"
         )
     lengths, image_tokens = count_record_tokens(data)
     longest = max(lengths)

@@ -86,8 +86,8 @@ def _expand_ranges(path: str) -> list[str]:
     number_of_files = int(last) - int(first) + 1
     if number_of_files > MOST_FILES:
         raise UserError(
-            f"{path} names {number_of_files:,} files, but at most {MOST_FILES:,} can be; correct the"
-            " numbers"
+            f"{path} names {number_of_files:,} files, but at most {MOST_FILES:,} can be; correct"
+            " the numbers"
         )
     paths = []
     for number in range(int(first), int(last) + 1):
@@ -161,7 +161,7 @@ def _read_json(path: Path, access: Access) -> Iterator[Placed]:
 
 
 def _holds_lines(path: Path, access: Access) -> bool:
-    """Whether a .json file has an object on each line, as `datasets` and pandas write such files."""
+    """Whether a .json file has an object on each line, as `datasets` and pandas write them."""
     with open_text(path) as file:
         if not file.read(FEW_BYTES).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
             return False

@@ -1,7 +1,7 @@
 """The forms of records: which keys each has, and how it becomes turns and images.
 
-A record has the first form in `FORMS` whose keys it has; a key without a value counts as absent. What
-is no known form is answered with the nearest one.
+A record has the first form in `FORMS` whose keys it has; a key without a value counts as absent.
+What is no known form is answered with the nearest one.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def convert_record(
 
 
 def _refuse_others(record: dict) -> None:
-    """Raise UserError where a record has more than texts and images, and would be learned in part."""
+    """Raise UserError where a record has more than texts and images: it would be learned in
+    part.
+    """
     for key in MEDIA_KEYS:
         if not _is_empty(record.get(key)):
             raise UserError(
@@ -104,15 +106,15 @@ def _refuse_others(record: dict) -> None:
     for key in TOOL_LISTS:
         if not _is_empty(record.get(key)):
             raise UserError(
-                f"the record has `{key}`, and calls of tools are not trained on; remove the record, or"
-                " write the tools as text"
+                f"the record has `{key}`, and calls of tools are not trained on; remove the record,"
+                " or write the tools as text"
             )
     for key in VERDICTS:
         if isinstance(record.get(key), bool) and any(has_key(record, other) for other in JUDGED):
             raise UserError(
-                f"the record has answers and `{key}` true or false: such data says which answers are"
-                " good, and is for TRL's KTOTrainer. To learn the good answers, keep the records with"
-                f" {key} true and remove the key"
+                f"the record has answers and `{key}` true or false: such data says which answers"
+                " are good, and is for TRL's KTOTrainer. To learn the good answers, keep the"
+                f" records with {key} true and remove the key"
             )
 
 
@@ -144,8 +146,8 @@ def _read_images(record: dict, max_bytes: int) -> list[ImageValue]:
     one, several = found.values()
     if one and several and one != several:
         raise UserError(
-            f"the record has `image` ({len(one)}) and `images` ({len(several)}), and it is not known"
-            " which are meant; remove one of them"
+            f"the record has `image` ({len(one)}) and `images` ({len(several)}), and it is not"
+            " known which are meant; remove one of them"
         )
     return one or several
 
@@ -189,8 +191,8 @@ def _convert_texts(record: dict, max_bytes: int) -> list[Turn]:
     rows = list_rows(record["texts"])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(
-            f"`texts` holds {show_value(rows)}, but a list of objects with `user` and `assistant` is"
-            " needed"
+            f"`texts` holds {show_value(rows)}, but a list of objects with `user` and `assistant`"
+            " is needed"
         )
     turns = []
     for number, row in enumerate(rows):
@@ -223,8 +225,8 @@ def _convert_questions(record: dict, max_bytes: int) -> list[Turn]:
     are_lists = isinstance(asked, list) and isinstance(given, list)
     if not are_lists or len(asked) != len(given):
         raise UserError(
-            f"`questions` holds {show_value(asked)} and `answers` {show_value(given)}, but two lists"
-            " with an answer for each question are needed"
+            f"`questions` holds {show_value(asked)} and `answers` {show_value(given)}, but two"
+            " lists with an answer for each question are needed"
         )
     turns = []
     for number, (question, answer) in enumerate(zip(asked, given, strict=True)):
@@ -317,8 +319,8 @@ def _refuse_preference(record: dict, max_bytes: int) -> list[Turn]:
     asked = {"prompt": "completion", "question": "answer", "query": "response"}
     key = next((asked[key] for key in asked if has_key(record, key)), "messages")
     raise UserError(
-        "the record has `chosen` and `rejected`: such data says which of two answers is better, and is"
-        " for TRL's DPOTrainer, which takes our models. To learn the chosen answers here, write"
+        "the record has `chosen` and `rejected`: such data says which of two answers is better, and"
+        " is for TRL's DPOTrainer, which takes our models. To learn the chosen answers here, write"
         f" `columns: {{{key}: chosen}}`"
     )
 

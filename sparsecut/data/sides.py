@@ -22,9 +22,9 @@ DRAWN: dict[tuple, float] = {}  # an image's place and stamp -> its number
 def take_side(examples: Sequence[Example], fraction: float, side: str, name: str) -> list[Example]:
     """Return the records of one side.
 
-    The contents of an image decide its side. So the same image is on one side in every source, under
-    any name and on any machine. A record without images is used for training. A record whose images
-    are on both sides is left out.
+    The contents of an image decide its side. So the same image is on one side in every source,
+    under any name and on any machine. A record without images is used for training. A record whose
+    images are on both sides is left out.
 
     Args:
         examples: The records.

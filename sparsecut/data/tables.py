@@ -144,8 +144,8 @@ def _split_image(image) -> tuple:
 class TableImages:
     """Images in the cells of a table, which stays on disk.
 
-    Their names are "row/number" in the column `image`, and "row/number/column" in others. Other names
-    are those of files beside the table.
+    Their names are "row/number" in the column `image`, and "row/number/column" in others. Other
+    names are those of files beside the table.
     """
 
     def __init__(self, path: Path, table, access: Access):
@@ -308,8 +308,8 @@ def _open_arrow(path: Path):
         table = open_table(str(path))
     except (pyarrow.ArrowException, *VALUE_ERRORS) as error:
         raise UserError(
-            f"{path} cannot be read as records of `datasets` ({type(error).__name__}: {error}); save"
-            " it again"
+            f"{path} cannot be read as records of `datasets` ({type(error).__name__}: {error});"
+            " save it again"
         ) from error
     if not isinstance(table, datasets.Dataset):
         raise UserError(

@@ -1,7 +1,8 @@
 """The turns of a conversation, from every way in which records write them.
 
-A turn is `{"from", "value"}` or `{"role", "content"}`. Its content is a text, or a list of parts: texts
-and images. An image part holds its image, or stands for one of the record's `image` or `images`.
+A turn is `{"from", "value"}` or `{"role", "content"}`. Its content is a text, or a list of parts:
+texts and images. An image part holds its image, or stands for one of the record's `image` or
+`images`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
 
 
-# What stands for an image in the texts of other tools: of DeepSeek, Qwen, MMMU, Phi, InternLM and Gemma.
+# What stands for an image in the texts of others: DeepSeek, Qwen, MMMU, Phi, InternLM and Gemma.
 OTHER_MARKS = re.compile(
     r"<image[ _]?\d+>|<image_placeholder>|<\|image(_\d+|_pad)?\|>|<ImageHere>|<start_of_image>"
     r"|\[IMG\]|<img>[^<>\n]*</img>"
@@ -170,7 +171,8 @@ def _get_kind(part: Any, where: str) -> str:
         return "text"
     if not isinstance(part, dict):
         raise UserError(
-            f'{where} is {show_value(part)}, but an object such as {{"type": "text", "text": "..."}}'
+            f"{where} is {show_value(part)}, but an object such as"
+            ' {"type": "text", "text": "..."}'
             " is needed"
         )
     kind = part.get("type")
@@ -184,8 +186,8 @@ def _get_kind(part: Any, where: str) -> str:
         return "image"
     allowed = (*TEXT_PARTS, *IMAGE_PARTS)
     raise UserError(
-        f"{where} is of type {show_value(kind)}{nearest(kind, allowed)}, but parts are text or image:"
-        f" {', '.join(allowed)}"
+        f"{where} is of type {show_value(kind)}{nearest(kind, allowed)}, but parts are text or"
+        f" image: {', '.join(allowed)}"
     )
 
 
@@ -237,8 +239,8 @@ def join_turns(
         _refuse_other_marks(turns, OTHER_FILES)
     if num_placed != len(images):
         raise UserError(
-            f"the text has {num_placed} {IMAGE} but the record names {len(images)} images; write one"
-            f" {IMAGE} for each image"
+            f"the text has {num_placed} {IMAGE} but the record names {len(images)} images; write"
+            f" one {IMAGE} for each image"
         )
     return [{"role": turn.role, "content": turn.content} for turn in turns], images
 
@@ -273,8 +275,8 @@ def _check_roles(roles: list[str]) -> None:
 def _check_parts(parts: list, num_placed: int) -> None:
     if num_placed != len(parts):
         raise UserError(
-            f"the texts of some turns hold {IMAGE}, and other turns have parts that are images; write"
-            " all images as parts, or all as placeholders"
+            f"the texts of some turns hold {IMAGE}, and other turns have parts that are images;"
+            " write all images as parts, or all as placeholders"
         )
 
 

@@ -188,12 +188,12 @@ def explain(
         progress: Called with the number of answers, and of all answers to give.
 
     Returns:
-        `model` (its name), `plan`, `depths` (encoder, language model), `input` (number of the shortcut that is the
-        input), `num_questions`, `num_images` (different ones, or sets of them), `shortcuts` (see
-        `measure_additions`), and `conditions` by name.
-        Each has `accuracy`, `groups`, `levels`, `mean_over_levels`, `off`, the numbers of answers
-        `lost` and `gained` against "all", and the paired `difference` from "all" with its 95 %
-        interval over images, also by group (`group_differences`).
+        `model` (its name), `plan`, `depths` (encoder, language model), `input` (number of the
+        shortcut that is the input), `num_questions`, `num_images` (different ones, or sets of
+        them), `shortcuts` (see `measure_additions`), and `conditions` by name. Each has `accuracy`,
+        `groups`, `levels`, `mean_over_levels`, `off`, the numbers of answers `lost` and `gained`
+        against "all", and the paired `difference` from "all" with its 95 % interval over images,
+        also by group (`group_differences`).
 
     Raises:
         UserError: There is no example, none has an image, or the plan has no shortcut besides the
@@ -306,7 +306,7 @@ def _compare(condition: Condition, result: EvaluationResult, reference: Evaluati
 
 
 def _compare_groups(records: list[dict], reference: list[dict]) -> dict[str, dict]:
-    """The paired difference of every group, and `num_images`. All intervals hold together at 95 %."""
+    """The paired difference of every group, and `num_images`; all intervals hold at 95 %."""
     groups = {record["group"] for record in records} - {None}
     if not groups:
         return {}

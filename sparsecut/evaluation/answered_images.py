@@ -1,4 +1,4 @@
-"""What images held when questions about them were answered, so that no score mixes old and new ones.
+"""What images held when questions about them were answered: no score mixes old and new ones.
 
 images.jsonl in an evaluation's folder has a line for every answered question with images from
 files. Images that records hold themselves are named by a hash of their contents anyway.
@@ -28,7 +28,8 @@ class AnsweredImages:
 
     Attributes:
         file: images.jsonl.
-        known: From before, (id of a question, names of its images) -> facts of them, once for every line.
+        known: From before, (id of a question, names of its images) -> facts of them, once for
+            every line.
     """
 
     def __init__(self, folder: Path, *, is_new: bool = False):
@@ -90,9 +91,9 @@ class AnsweredImages:
         pairs = zip(names, now, before, strict=True)
         changed = [name for name, new, old in pairs if not hold_same_contents(new, old)]
         return UserError(
-            f"the image {changed[0]} in {example.store.path} has changed since {self.file.parent} got"
-            " answers about it; put the old image back, give another output folder, or start over"
-            " (--fresh, resume=False)"
+            f"the image {changed[0]} in {example.store.path} has changed since {self.file.parent}"
+            " got answers about it; put the old image back, give another output folder, or start"
+            " over (--fresh, resume=False)"
         )
 
     def append(self, records: Sequence[dict], examples: Sequence[Example]) -> None:
@@ -134,7 +135,7 @@ def _are_same(facts: list[Facts], other: list[Facts]) -> bool:
 
 
 def get_view_settings(processor) -> dict:
-    """Return what is done to images, or audio: our settings, or the name and a hash of a base's own processor."""
+    """Return what is done to images or audio: settings, or name and hash of a base's processor."""
     from ..prompts import get_medium, get_tokens_per_image  # reading results needs no torch
 
     if get_medium(processor) == "audio":

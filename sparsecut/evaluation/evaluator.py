@@ -90,7 +90,8 @@ def evaluate(
 
     Returns:
         What result.json holds: `accuracy` (0 to 1, with counts and `intervals.estimate_interval`),
-        the same by `groups` and `levels`, their mean, settings, versions, seconds. It has `records`.
+        the same by `groups` and `levels`, their mean, settings, versions, seconds. It has
+        `records`.
 
     Raises:
         UserError: An image is missing or broken, a prompt is too long, an argument is not allowed,

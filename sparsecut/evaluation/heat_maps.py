@@ -321,7 +321,7 @@ class _Painter:
         return not self.model.is_upgrade and not self.processor.is_any_size
 
     def _compute_gradients(self, parts: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Gradient times input by shortcut, [tokens]: by factors of one on each token's features."""
+        """Gradient times input by shortcut, [tokens], by factors of one on tokens' features."""
         factors = {}
         for number in self.numbers:
             ones = torch.ones(len(parts[number]), device=self.model.device)

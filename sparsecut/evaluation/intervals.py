@@ -1,9 +1,9 @@
 """95 % intervals of one evaluation: over images where questions share them, else over questions.
 
 Answers about one image are alike, so many questions about few images say less than as many images
-would. The interval is then as wide as that of independent questions whose number, the effective one,
-gives the same variance between images (Kish, 1965; Korn and Graubard, 1998). It needs no draws, and
-holds where every answer is right.
+would. The interval is then as wide as that of independent questions whose number, the effective
+one, gives the same variance between images (Kish, 1965; Korn and Graubard, 1998). It needs no
+draws, and holds where every answer is right.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The output folder of an evaluation, and how an interrupted evaluation resumes from it.
 
-settings.json is written first. predictions.jsonl gets one line for each answer, and images.jsonl one
-for each with images. At the end their lines are sorted in the order of the questions. result.json is
-written last. Other files of the folder are left alone.
+settings.json is written first. predictions.jsonl gets one line for each answer, and images.jsonl
+one for each with images. At the end their lines are sorted in the order of the questions.
+result.json is written last. Other files of the folder are left alone.
 """
 
 from __future__ import annotations
@@ -229,8 +229,8 @@ def _check_prediction(record, judged: bool) -> None:
     correct = record.get("correct")
     if judged and not (isinstance(correct, int | float) and 0 <= correct <= 1):
         raise UserError(
-            f"correct is {str(correct)[:40]!r}, but only answers that are known to be right or wrong"
-            " can be compared"
+            f"correct is {str(correct)[:40]!r}, but only answers that are known to be right or"
+            " wrong can be compared"
         )
 
 

@@ -69,8 +69,8 @@ def _locate_built(model, processor, image: Image.Image, shortcut: Shortcut) -> B
         return make_grid_boxes(grid, view, shortcut.mixer.window)[:, None]
     if shortcut.count_tokens(model.plan.num_grains, len(coarse)) != len(coarse):
         raise UserError(
-            f"the mixer {shortcut.mix!r} makes tokens of its own, and where on the image they are is"
-            " not known; heat maps need a mixer with one token for each patch, tokens or append"
+            f"the mixer {shortcut.mix!r} makes tokens of its own, and where on the image they are"
+            " is not known; heat maps need a mixer with one token for each patch, tokens or append"
         )
     if view == WHOLE or shortcut.is_coarse:
         return _choose_grain(coarse[:, None], shortcut, tiles)
@@ -123,8 +123,10 @@ def _choose_grain(boxes: Boxes, shortcut: Shortcut, tiles: int) -> Boxes:
         return boxes
     row, column = divmod(shortcut.grain - 1, tiles)
     left, top, right, bottom = np.moveaxis(boxes, -1, 0)
-    width, height = (right - left) / tiles, (bottom - top) / tiles
-    left, top = left + column * width, top + row * height
+    width = (right - left) / tiles
+    height = (bottom - top) / tiles
+    left = left + column * width
+    top = top + row * height
     return np.stack([left, top, left + width, top + height], axis=-1)
 
 

@@ -17,7 +17,7 @@ SECONDS_TO_TRUST = 600  # an old version's file `running` of another host, which
 
 @contextmanager
 def claim(folder: Path) -> Iterator[bool]:
-    """Make a run this process's own inside the block; yields False where a living process has it."""
+    """Make a run this process's own in the block; yields False where a living process has it."""
     with ExitStack() as stack:
         is_new = not (folder / LOCK).exists()
         try:

@@ -1,8 +1,8 @@
 """What the runs of a study read, so that a study does not go on after any of it has changed.
 
 inputs.json in a study's folder holds the facts (`data.file_facts`) of every file of records and of
-every image, and hashes of the two backbones. Names of files inside the folder are relative to it, so
-that it may be moved.
+every image, and hashes of the two backbones. Names of files inside the folder are relative to it,
+so that it may be moved.
 """
 
 from __future__ import annotations

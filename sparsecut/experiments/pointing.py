@@ -201,12 +201,25 @@ def _score_groups(
     """The rows of one shortcut and kind of map: all questions, then each kind of them."""
     results = [_score(place, items, maps, seed) for place in range(len(items))]
     groups = [item.example.group for item in items]
-    others = [name for name in groups if name is not None]
-    for group in dict.fromkeys(("all", *DETAILS, *others)):
-        own = [row for row, name in zip(results, groups, strict=True) if group in ("all", name)]
-        if own:
-            facts = {"shortcut": number, "kind": kind, "question": group, "num_items": len(own)}
-            yield facts | _average(own)
+    named = [name for name in groups if name is not None]
+    for group in dict.fromkeys(("all", *DETAILS, *named)):
+        own = _select_group(results, groups, group)
+        if not own:
+            continue
+        yield {
+            "shortcut": number,
+            "kind": kind,
+            "question": group,
+            "num_items": len(own),
+            **_average(own),
+        }
+
+
+def _select_group(results: list[dict], groups: list[str | None], wanted: str) -> list[dict]:
+    """The results of one kind of question, or of all."""
+    if wanted == "all":
+        return results
+    return [result for result, group in zip(results, groups, strict=True) if group == wanted]
 
 
 def _average(rows: Sequence[dict]) -> dict[str, float]:

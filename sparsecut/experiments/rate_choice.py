@@ -1,7 +1,7 @@
 """The fusion rate of each variant, chosen by what its dev runs left on disk.
 
-A rate's score is the mean of its dev seeds, each the average that the study's report shows. The best
-rate is chosen. Of equals, it is the one that is nearest to the default.
+A rate's score is the mean of its dev seeds, each the average that the study's report shows. The
+best rate is chosen. Of equals, it is the one that is nearest to the default.
 """
 
 from __future__ import annotations

@@ -172,8 +172,8 @@ def _name_changed_rates(before: Study, study: Study) -> list[str]:
     spent = sorted(set(before.rates.seeds) & set(study.seeds))
     if spent:
         raise UserError(
-            f"seeds {spent} have chosen rates in {study.output} before, so that they cannot read the"
-            " test split; use other seeds"
+            f"seeds {spent} have chosen rates in {study.output} before, so that they cannot read"
+            " the test split; use other seeds"
         )
     keys = ("dev", "change")
     return [

@@ -1,10 +1,10 @@
 """A plan found by training: all pairs of encoder tap and decoder layer at once, then the best few.
 
-The supernet has a narrow projector and a gate for every pair, beside the coarse input. An L1 penalty
-on the gates makes pairs compete. The importance of a trained pair is |g * dL/dg| of its gate, summed
-over training batches. It estimates, to first order, how much the loss would rise without the pair
-(Molchanov et al., CVPR 2017). Pairs are then taken greedily, best first, as long as the budget
-holds. The plan they make is trained from the start like any other variant.
+The supernet has a narrow projector and a gate for every pair, beside the coarse input. An L1
+penalty on the gates makes pairs compete. The importance of a trained pair is |g * dL/dg| of its
+gate, summed over training batches. It estimates, to first order, how much the loss would rise
+without the pair (Molchanov et al., CVPR 2017). Pairs are then taken greedily, best first, as long
+as the budget holds. The plan they make is trained from the start like any other variant.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each variant of a study is, what it costs, and which variants no other beats at their cost."""
+"""What each variant of a study is and costs, and which variants no other beats at their cost."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The model of a recipe without weights, and a model that stands in for it where FLOPs are counted.
 
-Models that the recipes that ship with the package name are known by their published sizes, so that no hub is
-asked.
+Models that the recipes that ship with the package name are known by their published sizes, so that
+no hub is asked.
 """
 
 from __future__ import annotations

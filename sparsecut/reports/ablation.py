@@ -22,14 +22,14 @@ FIRST_LEVEL = 5  # the first column after average, interval, lost and won
 NOTES = (
     "A shortcut that is off adds zeros; nothing was trained again. Two that carry the same can each"
     " be dropped at no loss.",
-    "Points of accuracy against all shortcuts; the 95 % interval is over images, for this one trained"
-    " model. Lost and won are answers that turned wrong and right. Dashed cells are gains of a point"
-    " or more.",
+    "Points of accuracy against all shortcuts; the 95 % interval is over images, for this one"
+    " trained model. Lost and won are answers that turned wrong and right. Dashed cells are gains"
+    " of a point or more.",
     "Shuffled: the shortcut reads another image. A loss without it, but none when it is shuffled,"
     " means that the model uses its presence and not its content.",
-    "Norms are means over image tokens, after gates. The ratio is what a shortcut adds over the hidden"
-    " state it is added to (for layer 0: over the input's own features). A ratio near 0 is a shortcut"
-    " that is hardly used.",
+    "Norms are means over image tokens, after gates. The ratio is what a shortcut adds over the"
+    " hidden state it is added to (for layer 0: over the input's own features). A ratio near 0 is a"
+    " shortcut that is hardly used.",
 )
 
 

@@ -1,8 +1,8 @@
 """Figures of reports as SVG text, drawn by matplotlib and embedded in a page.
 
 A figure is as many CSS pixels wide as its SVG says, and its text is at least `FONT_SIZE` pixels
-high. Text and axes take the colour of the page's text, so that a figure is legible on a light and on
-a dark page. Markers, dashes and hatches show the same as colours, for prints in grey.
+high. Text and axes take the colour of the page's text, so that a figure is legible on a light and
+on a dark page. Markers, dashes and hatches show the same as colours, for prints in grey.
 """
 
 from __future__ import annotations

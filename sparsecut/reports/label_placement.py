@@ -1,4 +1,4 @@
-"""Places for the names of points in a crowded figure. All coordinates are pixels, y grows upwards."""
+"""Places for names of points in a crowded figure. All coordinates are pixels, y grows upwards."""
 
 from __future__ import annotations
 

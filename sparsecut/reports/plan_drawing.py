@@ -21,9 +21,9 @@ FONT_SIZE = 12
 def draw_plan(plan: Plan, vision_depth: int, language_depth: int) -> Markup:
     """Draw a plan as an SVG.
 
-    Layers that are read or written are dark and carry their number. The strip at the left is as high
-    as fine views run in the encoder. An arrow is a tap of a shortcut: thick with fine patches, thin
-    with coarse ones alone, broken where it goes into the input.
+    Layers that are read or written are dark and carry their number. The strip at the left is as
+    high as fine views run in the encoder. An arrow is a tap of a shortcut: thick with fine patches,
+    thin with coarse ones alone, broken where it goes into the input.
     """
     longest = max(vision_depth + 1, language_depth)
     step = max(FONT_SIZE + 1, min(22, 300 // longest))

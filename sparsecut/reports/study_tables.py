@@ -210,8 +210,8 @@ def write_notes(results: dict) -> list[str]:
     main = results["main"]
     notes = [
         f"Greedy answers to {results['num_questions']:,} questions about"
-        f" {results['num_pictures']:,} images; exact match in per cent. The average is the mean over"
-        f" {results['average_over']} and seeds.",
+        f" {results['num_pictures']:,} images; exact match in per cent. The average is the mean"
+        f" over {results['average_over']} and seeds.",
         "Intervals are at 95 %, from a bootstrap over images and seeds. Differences are paired by"
         " seed and question.",
     ]
@@ -239,8 +239,8 @@ def write_notes(results: dict) -> list[str]:
         )
 
     notes.append(
-        "FLOPs of a prompt: encoder with all views, fusion and language model, counted for one image."
-        f" Here and large: the same relative to {results['baseline']}. Here is the study's"
+        "FLOPs of a prompt: encoder with all views, fusion and language model, counted for one"
+        f" image. Here and large: the same relative to {results['baseline']}. Here is the study's"
         " own size; large is CLIP-L/336 with a 7B Llama. The frontier goes by the averages, not by"
         " their intervals. Peak memory is what a run added to its process, with its data."
     )

@@ -22,7 +22,7 @@ ONE_SEED = "with one seed, another training may differ by more"
 
 
 def judge_study(results: dict) -> str:
-    """Return what a study shows: whether the best variant is above the baseline, and who else is."""
+    """Return what a study shows: whether the best variant beats the baseline, and who else does."""
     by_variant = get_main_results(results)
     baseline = results["baseline"]
     if not by_variant:
@@ -142,8 +142,8 @@ def explain_silence(explanation: dict) -> str:
     norms = [one.get("norm") for one in shortcuts if one.get("number") != explanation.get("input")]
     if norms and not any(norm is None or norm > 0 for norm in norms):
         return (
-            f"{name}: its shortcuts add nothing, all their features are zero, so no answer depends on"
-            " them. Train it first."
+            f"{name}: its shortcuts add nothing, all their features are zero, so no answer depends"
+            " on them. Train it first."
         )
     if not any(condition.get("accuracy", 1) for condition in conditions.values()):
         return (
@@ -154,8 +154,8 @@ def explain_silence(explanation: dict) -> str:
     if num_images is not None and num_images < needed:
         images = "one image" if num_images == 1 else f"{num_images} images"
         return (
-            f"{name}: nothing can be told of its shortcuts by questions about {images}; give questions"
-            f" about at least {needed}, better a hundred."
+            f"{name}: nothing can be told of its shortcuts by questions about {images}; give"
+            f" questions about at least {needed}, better a hundred."
         )
     return ""
 
@@ -177,7 +177,8 @@ def judge_ablation(explanation: dict) -> str:
         most = min(missed, key=lambda number: losses[number]["value"])
         verdict = (
             f"{_name_model(explanation)} leans most on shortcut"
-            f" {locate_shortcut(explanation, most)}: without it, accuracy falls by {_format_gap(losses[most]['value'], losses[most])}"
+            f" {locate_shortcut(explanation, most)}: without it, accuracy falls by"
+            f" {_format_gap(losses[most]['value'], losses[most])}"
         )
         return verdict + _describe_rest(len(losses) - 1, len(missed) - 1) + "."
 

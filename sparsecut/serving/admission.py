@@ -139,8 +139,8 @@ class ServerContext:
         Whoever reads the body should release it, so that it does not wait with the request.
 
         Raises:
-            APIError: Where it is no JSON or compressed (415), too large (413) or too slow (408), where there is
-                no place for it (429), and where the client leaves (499).
+            APIError: Where it is no JSON or compressed (415), too large (413) or too slow (408),
+                where there is no place for it (429), and where the client leaves (499).
         """
         content_type = request.headers.get("content-type", "")
         if content_type.partition(";")[0].strip().lower() != "application/json":

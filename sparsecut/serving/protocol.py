@@ -286,7 +286,8 @@ class ChatCompletionRequest(ConversationRequest):
     )
     chat_template_kwargs: dict[str, bool | int | float | str] = Field(
         {},
-        description='an object of true, false, numbers and texts such as {"enable_thinking": false}',
+        description="an object of true, false, numbers and texts such as"
+        ' {"enable_thinking": false}',
     )
     shortcuts_off: Annotated[list[int], FailFast()] = Field(
         [], description="a list of shortcuts' numbers such as [1, 2]"

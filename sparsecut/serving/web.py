@@ -38,8 +38,8 @@ from .protocol import parse_conversation
 # Nothing is loaded from elsewhere, and what a model writes could not load or run anything either.
 CONTENT_POLICY = (
     "default-src 'none'; script-src '{script}'; style-src 'unsafe-inline';"
-    " img-src data: blob:; media-src data:; connect-src 'self'; base-uri 'none'; form-action 'none';"
-    " frame-ancestors 'none'"
+    " img-src data: blob:; media-src data:; connect-src 'self'; base-uri 'none';"
+    " form-action 'none'; frame-ancestors 'none'"
 )
 SCRIPT = re.compile("<script>(.*?)</script>", re.DOTALL)
 MEASURES = ("gate", "norm", "hidden_norm", "ratio", "cosine")

@@ -26,7 +26,8 @@ from .vocabulary import make_tokenizer
 
 IGNORED = -100  # label of a token that is not a target
 NOISE = 0.2  # on slots, as a multiple of the embeddings' standard deviation
-# Fraction of a cell's slots that hold a word, drawn at random: patches show a thing in part or whole.
+# Fraction of a cell's slots that hold a word, drawn at random: patches show things in part or
+# whole.
 FRACTIONS = (1.0, 1.0, 0.5, 0.25)
 CAPTION_PROBABILITY = 0.125
 LOG_EVERY = 100  # steps

@@ -100,8 +100,8 @@ class CheckpointingTrainer(Trainer):
             before = read_json_file(Path(checkpoint) / STATE)["max_steps"]
             if before != max_steps:
                 raise UserError(
-                    f"the checkpoint {checkpoint} belongs to a stage of {before} steps, but this one"
-                    f" has {max_steps}, so the learning rates would differ; use the records and"
+                    f"the checkpoint {checkpoint} belongs to a stage of {before} steps, but this"
+                    f" one has {max_steps}, so the learning rates would differ; use the records and"
                     " arguments that the stage began with"
                 )
         return state

@@ -61,8 +61,8 @@ def check_known(folder: Path) -> None:
         # Files written before had no BEGUN; there, the state was written last but for WHOLE.
         if (path / STATE).is_file():
             raise UserError(
-                f"the checkpoint {path} has lost its {WHOLE}, so it may be damaged; remove or rename"
-                f" that folder, and go on with --resume from {_name_previous(path)}"
+                f"the checkpoint {path} has lost its {WHOLE}, so it may be damaged; remove or"
+                f" rename that folder, and go on with --resume from {_name_previous(path)}"
             )
 
 
@@ -302,6 +302,6 @@ def discard_checkpoint(checkpoint: Path, error: Exception) -> OSError:
     left = f"the last complete one is {previous}" if previous else "there is none before it"
     free = shutil.disk_usage(checkpoint.parent).free
     return OSError(
-        f"stage {checkpoint.parent.name}: {checkpoint.name} could not be written ({error}; {free / GIB:.2f} GiB are"
-        f" free on that disk); {left}; make room and go on with --resume"
+        f"stage {checkpoint.parent.name}: {checkpoint.name} could not be written ({error};"
+        f" {free / GIB:.2f} GiB are free on that disk); {left}; make room and go on with --resume"
     )

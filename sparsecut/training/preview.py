@@ -150,14 +150,20 @@ def _describe_way(prepared: PreparedStage, encoder: ExampleEncoder, cache) -> It
 
 def _draw_sheet(images: list[Image.Image], batch: dict, processor) -> Image.Image:
     """A row for each image: as it was opened, then its views as the encoder gets them."""
-    pixels = batch.get("pixel_values")
     rows: list[list[Image.Image]] = [[image] for image in images]
-    is_grid = isinstance(pixels, Tensor) and pixels.ndim in (4, 5) and pixels.shape[-3] == 3
-    if is_grid and len(pixels) == len(images):
+    pixels = batch.get("pixel_values")
+    if _holds_views(pixels, len(images)):
         for row, views in zip(rows, pixels, strict=True):
             for view in views.reshape(-1, *views.shape[-3:]):
                 row.append(_show_pixels(view, processor.image_processor))
     return _join_rows(rows)
+
+
+def _holds_views(pixels: object, num_images: int) -> bool:
+    """Whether pixels are views of as many images, [images, (views,) 3, H, W], and no patches."""
+    if not isinstance(pixels, Tensor) or pixels.ndim not in (4, 5):
+        return False
+    return pixels.shape[-3] == 3 and len(pixels) == num_images
 
 
 def _show_pixels(view: Tensor, image_processor) -> Image.Image:

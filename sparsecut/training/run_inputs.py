@@ -1,7 +1,8 @@
 """What a run was made from, so that it is not continued with something else.
 
 inputs.json in a run's folder holds digests: of the records of every source, of their images, of the
-model's weights before training, and of what makes tokens and pixels. None depends on where files lie.
+model's weights before training, and of what makes tokens and pixels. None depends on where files
+lie.
 """
 
 from __future__ import annotations
@@ -147,7 +148,8 @@ def describe_model(model, processor) -> dict:
 def describe_weights(model) -> dict:
     """Return a hash of the weights that a model takes over from others, and their dtype.
 
-    Embeddings are left out: building adds rows to them, which another machine may round differently.
+    Embeddings are left out: building adds rows to them, which another machine may round
+    differently.
     """
     parts = [model.base] if model.is_upgrade else [model.vision_tower, model.language_model]
     for parameter in model.parameters():

@@ -1,8 +1,8 @@
 """Statistics of each shortcut while it is trained: its gradient, and how much it adds.
 
 They are measured on logged steps alone, so that they cost next to nothing. A shortcut whose
-gradient stays exactly zero is dead, and a warning names it. Another warning comes where shortcuts add
-much and learn nothing: the language model has come to ignore them, and the image with them.
+gradient stays exactly zero is dead, and a warning names it. Another warning comes where shortcuts
+add much and learn nothing: the language model has come to ignore them, and the image with them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 from ..hooks import observe_injections
 
 PATIENCE = 3  # logged steps with images and no gradient before a shortcut is called dead
-# A model on DINOv2 that a tenfold rate had made blind had ratios of 0.8 to 1.8, and its shortcuts had
-# 0.2 to 1.2 % of the whole gradient, those into the input at most 2.7 %. At a suitable rate the ratio
-# stayed below 0.2.
+# A model on DINOv2 that a tenfold rate had made blind had ratios of 0.8 to 1.8, and its shortcuts
+# had 0.2 to 1.2 % of the whole gradient, those into the input at most 2.7 %. At a suitable rate the
+# ratio stayed below 0.2.
 LARGE_RATIO = 0.5
 SMALL_SHARE = 0.02
 LEARNING_SHARE = 0.05  # of the whole gradient: less in all shortcuts means that none learns
@@ -153,8 +153,8 @@ class ShortcutMonitor:
             )
         logger.warning(
             "stage %s: what shortcut %d adds before layer %d is %.1f times as large as the hidden"
-            " states there, but its gradient is %.1f %% of the whole: the language model has come to"
-            " ignore it, %s; stop, and %s, or raise warmup_steps",
+            " states there, but its gradient is %.1f %% of the whole: the language model has come"
+            " to ignore it, %s; stop, and %s, or raise warmup_steps",
             self.stage,
             largest["number"],
             largest["layer"],

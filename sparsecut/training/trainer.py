@@ -141,9 +141,10 @@ class StageTrainer(CheckpointingTrainer):
         kind = self.model.config.grid.kind
         if kind in FREE_SIZE_KINDS and not self._shards_gradients_alone:
             raise UserError(
-                f"coarse is 'native', and the {kind} encoder runs once for every size of images, but"
-                " where weights are sharded all processes must run it equally often; remove fsdp or"
-                " deepspeed from args, freeze vision and set feature_cache, or use coarse: squash"
+                f"coarse is 'native', and the {kind} encoder runs once for every size of images,"
+                " but where weights are sharded all processes must run it equally often; remove"
+                " fsdp or deepspeed from args, freeze vision and set feature_cache, or use coarse:"
+                " squash"
             )
 
     @property

@@ -41,7 +41,9 @@ BOTH_WAYS = "its image tokens attend to later ones, which vLLM's decoder does no
 WHY_NOT = {
     "gemma3": BOTH_WAYS,
     "paligemma": BOTH_WAYS,
-    "llava_onevision": "it cuts an image otherwise beside another one, but vLLM keeps each by itself",
+    "llava_onevision": (
+        "it cuts an image otherwise beside another one, but vLLM keeps each by itself"
+    ),
     "smolvlm": "its processor does not say how many tokens an image of a size takes",
 }
 
@@ -121,9 +123,9 @@ def check_whole(model: str) -> None:
     folder = Path(model)
     if (folder / FACTS).is_file() and not (folder / "config.json").is_file():
         raise UserError(
-            f"{model} holds the shortcuts alone ({FACTS}), but vLLM loads whole models; load it with"
-            " sparsecut.load, write model and processor into a new folder with save_pretrained and"
-            f" serve that, or {LOCAL}"
+            f"{model} holds the shortcuts alone ({FACTS}), but vLLM loads whole models; load it"
+            " with sparsecut.load, write model and processor into a new folder with save_pretrained"
+            f" and serve that, or {LOCAL}"
         )
 
 

@@ -89,7 +89,7 @@ class UpgradeForVLLM(ShortcutModel, SupportsMRoPE):
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[Tensor, int]:
-        """Return positions in time, height and width [3, L], and what later tokens add to theirs."""
+        """Return positions in time, height and width [3, L], and what later tokens add."""
         found = MultiModalFeatureSpec.gather_kwargs(mm_features, {"image_grid_thw"})
         grids = torch.stack(found["image_grid_thw"]) if found else None
         is_image = torch.zeros(1, len(input_tokens), dtype=torch.bool)
