@@ -62,7 +62,7 @@ def study(
 
         run_study(chosen, workers=workers, variants=variants or (), seeds=seeds or (), log=echo)
 
-    page = write_study_report(chosen.output)
+    page = write_study_report(chosen.output, chosen.questions)
     echo(
         f"\nThe report: {page}, with tables in {page.with_suffix('.md')} and numbers in"
         f" {page.with_suffix('.json')}"

@@ -40,7 +40,7 @@ def answer_questions(
         rows = []
         for budget in budgets:
             known = answered if _have_same_questions(answers, main, budget) else None
-            rows += _compare(question, budget, answers[budget], comparisons, known)
+            rows += _compare(question, budget, answers.get(budget, {}), comparisons, known)
         result[name] = {"ask": question.ask, "comparisons": comparisons, "rows": rows}
     return result
 
@@ -49,7 +49,7 @@ def _have_same_questions(answers: AnswersByBudget, main: str, budget: str) -> bo
     """Whether a budget's variants were asked what those of the main budget were."""
     asked = []
     for name in (main, budget):
-        asked += [list(one.ids) for one in answers[name].values()]
+        asked += [list(one.ids) for one in answers.get(name, {}).values()]
     return all(ids == asked[0] for ids in asked)
 
 

@@ -38,11 +38,12 @@ RUN_FILES = ("eval/result.json", "eval/predictions.jsonl", "facts.json")
 AnswersByBudget = dict[str, dict[str, Answers]]  # budget -> variant -> answers
 
 
-def compute_results(folder: str | Path) -> dict:
+def compute_results(folder: str | Path, questions: dict[str, Question] | None = None) -> dict:
     """Compute every number of a study.
 
     Args:
         folder: The study's output folder. An unfinished study is computed as far as it goes.
+        questions: What is asked of it, in place of the questions that it began with.
 
     Returns:
         Plain numbers, lists and strings, as report.json holds them. Accuracies are fractions (0 to
@@ -80,7 +81,8 @@ def compute_results(folder: str | Path) -> dict:
     blind = _read_text_only(folder, study, protocol, results)
     answered = find_answered(folder, answers[main], blind)
     results["text"] = score_texts(folder, answers[main], blind, answered, study["baseline"])
-    results["questions"] = answer_questions(_read_questions(study), answers, main, answered)
+    asked = questions or _read_questions(study)
+    results["questions"] = answer_questions(asked, answers, main, answered)
     return results
 
 

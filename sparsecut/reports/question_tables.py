@@ -11,7 +11,7 @@ def make_question_tables(results: dict) -> list[dict]:
     for question in results["questions"].values():
         if question["rows"]:
             rows = _make_rows(results, question)
-            note = _write_note(question["comparisons"])
+            note = _write_note(question["comparisons"], len(rows) - 1)
             tables.append({"ask": question["ask"], "note": note, "rows": rows})
     return tables
 
@@ -48,10 +48,13 @@ def _compare_cost(results: dict, first: str, second: str, size: str) -> str:
     return " and ".join(format_number(cost, ".3f") for cost in costs)
 
 
-def _write_note(comparisons: int) -> str:
+def _write_note(comparisons: int, finished: int) -> str:
+    star = "a star: clear of zero."
     if comparisons == 1:
-        return "Difference, paired by seed and question, with its 95 % interval; a star: clear of zero."
-    return (
+        return f"Difference, paired by seed and question, with its 95 % interval; {star}"
+    note = (
         "Differences, paired by seed and question, with 95 % intervals that hold together for all"
-        f" {comparisons} comparisons of this question; a star: clear of zero."
+        f" {comparisons} comparisons of this question; {star}"
     )
+    missing = comparisons - finished
+    return f"{note} Not finished: {missing} of them." if missing else note

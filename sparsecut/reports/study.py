@@ -12,6 +12,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from ..experiments.results import compute_results
+from ..experiments.study_parts import Question
 from ..experiments.variant_costs import SIZES
 from ..plan import Plan
 from ..schema import write_text_file
@@ -53,8 +54,12 @@ from .verdicts import judge_study
 MAX_CURVES = 5  # beside the baseline in one chart
 
 
-def write_study_report(folder: str | Path) -> Path:
+def write_study_report(folder: str | Path, questions: dict[str, Question] | None = None) -> Path:
     """Write report.json, report.md and report.html into a study's folder.
+
+    Args:
+        folder: The study's folder.
+        questions: What is asked of it, in place of the questions that it began with.
 
     Returns:
         The path of report.html.
@@ -63,7 +68,7 @@ def write_study_report(folder: str | Path) -> Path:
         UserError: There is no study, or its runs answered different questions.
     """
     folder = Path(folder)
-    results = compute_results(folder)
+    results = compute_results(folder, questions)
     results["verdict"] = judge_study(results)
     results["headline"] = write_findings(results)
     write_text_file(folder / "report.json", json.dumps(results, indent=1))

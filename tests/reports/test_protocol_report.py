@@ -11,6 +11,7 @@ from helpers.studies import QUICK, make_study
 from sparsecut.evaluation.statistics import estimate_difference, pool_spread
 from sparsecut.evaluation.variant_answers import Answers
 from sparsecut.experiments.results import compute_results
+from sparsecut.experiments.study_parts import Question
 from sparsecut.reports.protocol_tables import make_rate_table, make_text_table
 from sparsecut.reports.question_tables import make_question_tables
 from sparsecut.reports.study import write_study_report
@@ -183,6 +184,9 @@ def test_a_question_is_answered_for_open_questions_too(tuned):
     ask(tuned, {"levels": {"ask": "Do levels help?", "pairs": [["sparsecut", "llava"]]}})
     results = compute_results(tuned)
     (row,) = results["questions"]["levels"]["rows"]
+    question = Question("Do levels help?", (("sparsecut", "llava"), ("sparsecut", "absent")))
+    later = compute_results(tuned, {"later": question})["questions"]
+    assert [one["pair"] for one in later["later"]["rows"]] == [["sparsecut", "llava"]]
     difference = results["text"]["arms"]["sparsecut"]["difference"]
     assert row["open"] == pytest.approx(difference)
     (table,) = make_question_tables(results)
