@@ -224,17 +224,24 @@ def _load_all_weights(model: nn.Module, weights: dict[str, Tensor], folder: Path
     """Give a model all its weights but those of adapters; tied ones need to be there once."""
     current = model.state_dict()
     names = {_strip_layer(name): name for name in current if ".lora_" not in name}
+    values = {name: current[own] for name, own in names.items()}
     if not weights.keys() <= names.keys():
-        own_names = _find_own_names(model, {name: current[own] for name, own in names.items()})
-        weights = {own_names.get(name, name): value for name, value in weights.items()}
-    loaded = {current[names[name]].data_ptr() for name in weights if name in names}
-    absent = [name for name in names if name not in weights]
+        own_names = _find_own_names(model, values)
+        weights = {own_names.get(name, name): weight for name, weight in weights.items()}
     info = {
-        "missing_keys": [name for name in absent if current[names[name]].data_ptr() not in loaded],
+        "missing_keys": _list_missing(values, weights),
         "unexpected_keys": set(weights) - set(names),
     }
     check_loaded_weights(model, info, str(folder))
-    model.load_state_dict({names[name]: x for name, x in weights.items()}, strict=False)
+    own_weights = {names[name]: weight for name, weight in weights.items()}
+    model.load_state_dict(own_weights, strict=False)
+
+
+def _list_missing(values: dict[str, Tensor], weights: dict[str, Tensor]) -> list[str]:
+    """Names of a model's values without a weight; those tied to a value with one do not count."""
+    loaded = {values[name].data_ptr() for name in weights if name in values}
+    absent = [name for name in values if name not in weights]
+    return [name for name in absent if values[name].data_ptr() not in loaded]
 
 
 def _find_own_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, str]:

@@ -187,24 +187,32 @@ def _draw_stacks(arrows: Sequence[Arrow], vision_depth: int, language_depth: int
     labels = _label_layers(arrows)
     label_width = max(len(label) for label in labels.values()) + 8
     space = " " * (routing.width + label_width + 1)
-    lines = []
-    headers = [("vision encoder", "language model")]
-    headers.append((f"{vision_depth} blocks", f"{language_depth} layers"))
-    for vision, language in headers:
-        width = STACK_WIDTH + 2
-        lines.append(f"  {vision:^{width}}{space}{language:^{width}}".rstrip())
-    lines.append(_draw_edges(RIGHT | DOWN, LEFT | DOWN, space))
+    lines = [
+        _draw_header("vision encoder", "language model", space),
+        _draw_header(f"{vision_depth} blocks", f"{language_depth} layers", space),
+        _draw_edges(RIGHT | DOWN, LEFT | DOWN, space),
+    ]
     for y in reversed(range(len(rows))):
         tap, layer = rows[y]
         vision = f"{VISION_NAMES.get(tap, tap):^{STACK_WIDTH}}"
         language = f"{LANGUAGE_NAMES.get(layer, layer):^{STACK_WIDTH}}"
         edge = LINES[UP | DOWN | RIGHT] if tap in taps else POST
-        arrow = " " * (label_width + 1)
-        if layer in labels:
-            arrow = f" {labels[layer]} ".center(label_width, LINE) + ARROW
+        arrow = _draw_arrow(labels.get(layer), label_width)
         lines.append(f"  {POST}{vision}{edge}{routing.draw_row(y)}{arrow}{POST}{language}{POST}")
     lines.append(_draw_edges(RIGHT | UP, LEFT | UP, space))
     return lines
+
+
+def _draw_header(vision: str, language: str, space: str) -> str:
+    width = STACK_WIDTH + 2
+    return f"  {vision:^{width}}{space}{language:^{width}}".rstrip()
+
+
+def _draw_arrow(label: str | None, width: int) -> str:
+    """The arrow into a layer with what arrives there; spaces of its length where nothing does."""
+    if label is None:
+        return " " * (width + 1)
+    return f" {label} ".center(width, LINE) + ARROW
 
 
 def _draw_edges(left_corner: int, right_corner: int, space: str) -> str:

@@ -269,10 +269,7 @@ class Fusion(nn.Module):
         fused: list[list] = [[None] * len(grids) for _ in self.plan.fused_layers]
         for grid in dict.fromkeys(grids):
             members = [number for number, other in enumerate(grids) if other == grid]
-            grains = {}
-            for tap, states in images.items():
-                stacked = torch.stack([states[number] for number in members])
-                grains[tap] = rearrange(stacked, "b n g d -> b g n d").contiguous()
+            grains = {tap: _stack(states, members) for tap, states in images.items()}
             own = None if prompts is None else prompts[members]
             outputs = self._compute_shortcuts(grains, rows=grid[0], prompts=own)
             for layer, by_image in zip(self.plan.fused_layers, fused, strict=True):
@@ -378,6 +375,12 @@ class Fusion(nn.Module):
             elif module is not self and hasattr(module, "initial_values"):
                 yield from module.initial_values()
         yield self.gates, GATES[self.plan.gate].start
+
+
+def _stack(states: Sequence[Tensor], members: Sequence[int]) -> Tensor:
+    """Some images of one grid, [N, G, D] each, as [images, G, N, D]."""
+    stacked = torch.stack([states[number] for number in members])
+    return rearrange(stacked, "b n g d -> b g n d").contiguous()
 
 
 def check_adapted_fusion(fusion: Fusion) -> None:

@@ -354,10 +354,15 @@ def _encode_images(
     for tap, num_views in views.items():
         images = coarse[tap]
         if num_views > 1:
-            pairs = zip(images, fine[tap], strict=True)
-            images = [torch.cat([first, others[: num_views - 1]]) for first, others in pairs]
+            images = _join_views(images, fine[tap], num_views)
         features[tap] = [image.to("cpu", torch.float16).contiguous() for image in images]
     return features
+
+
+def _join_views(coarse: list[Tensor], fine: list[Tensor], num_views: int) -> list[Tensor]:
+    """Of every image the coarse view and the first fine ones, [V, N, D]."""
+    pairs = zip(coarse, fine, strict=True)
+    return [torch.cat([first, others[: num_views - 1]]) for first, others in pairs]
 
 
 def _read_views(

@@ -308,11 +308,12 @@ class _Painter:
     def _compare_sizes(self, number: int, parts: dict, hidden: dict) -> Tensor:
         """The norm of what a shortcut adds at each token, over that of the hidden state there."""
         layer = self.model.plan.shortcuts[number].layer
-        tokens = parts[number].unflatten(0, (len(self.images), -1)) if self._is_even else None
+        states = hidden[layer]
         added = parts[number]
-        if tokens is not None:
-            added, _ = apply_context_gate(self.model.fusion, layer, tokens, hidden[layer])
-        norms = hidden[layer].float().norm(dim=-1).clamp(min=SMALLEST)
+        if self._is_even:
+            tokens = added.unflatten(0, (len(self.images), -1))
+            added, _ = apply_context_gate(self.model.fusion, layer, tokens, states)
+        norms = states.float().norm(dim=-1).clamp(min=SMALLEST)
         return added.float().norm(dim=-1) / norms
 
     @property

@@ -155,6 +155,13 @@ def _split_patches(*measured: Tensor, model, table: PatchTable) -> list[Tensor]:
         if len(split[0]) != num_states:
             raise _explain_unknown(model, len(split[0]), num_states)
         return split
+    return _split_views(measured, num_states, model, table)
+
+
+def _split_views(
+    measured: Sequence[Tensor], num_states: int, model, table: PatchTable
+) -> list[Tensor]:
+    """The same of views [..., 3, H, W], whose states may begin with prefix tokens."""
     views = [values.flatten(0, -4) for values in measured]
     patch = _get_patch_size(model)
     sizes = _list_view_sizes(views[0], patch, num_states, table)
