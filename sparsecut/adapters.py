@@ -226,7 +226,7 @@ def _load_all_weights(model: nn.Module, weights: dict[str, Tensor], folder: Path
     names = {_strip_layer(name): name for name in current if ".lora_" not in name}
     values = {name: current[own] for name, own in names.items()}
     if not weights.keys() <= names.keys():
-        own_names = _find_own_names(model, values)
+        own_names = _find_own_names(model, dict(values))
         weights = {own_names.get(name, name): weight for name, weight in weights.items()}
     info = {
         "missing_keys": _list_missing(values, weights),
