@@ -57,8 +57,9 @@ def draw(
     from ..shapes import write_split
 
     check_writable_folder(folder)
+    numbers = {"train": train, "dev": dev, "test": test}
     with claim_new_folder(folder):
-        for split, number in {"train": train, "dev": dev, "test": test}.items():
+        for split, number in numbers.items():
             if number:
                 write_split(folder, split, number, questions, seed=seed, size=size)
                 echo(f"{split}: {number} images, {folder}/{split}.json")

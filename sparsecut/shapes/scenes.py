@@ -102,10 +102,7 @@ def draw(scene: Scene) -> Image.Image:
     """Draw a scene as an RGB image: 96 x 96 pixels in the small size, 192 x 192 in the large."""
     side = scene.rows * CELL
     rng = np.random.default_rng(scene.noise)
-    base = rng.uniform(95, 150, 3) + rng.uniform(-12, 12)
-    slope = rng.uniform(-0.25, 0.25, (2, 3)) * (96 / side)
-    y, x = np.mgrid[:side, :side]
-    pixels = base + slope[0] * (y - side // 2)[..., None] + slope[1] * (x - side // 2)[..., None]
+    pixels = _draw_background(side, rng)
     for thing in scene.things:
         row, column = divmod(thing.place, scene.rows)
         top = row * CELL
@@ -113,6 +110,14 @@ def draw(scene: Scene) -> Image.Image:
         _draw_thing(pixels[top : top + CELL, left : left + CELL], thing, rng)
     pixels = pixels + rng.normal(0, 5, pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def _draw_background(side: int, rng: np.random.Generator) -> np.ndarray:
+    """A colour that changes evenly over the image, [side, side, 3]."""
+    colour = rng.uniform(95, 150, 3) + rng.uniform(-12, 12)
+    down, right = rng.uniform(-0.25, 0.25, (2, 3)) * (96 / side)
+    y, x = np.mgrid[:side, :side][..., None] - side // 2
+    return colour + down * y + right * x
 
 
 def _draw_thing(cell: np.ndarray, thing: Thing, rng: np.random.Generator) -> None:
@@ -127,11 +132,16 @@ def _draw_thing(cell: np.ndarray, thing: Thing, rng: np.random.Generator) -> Non
     cell[inside & _get_texture(TEXTURES[thing.texture], dy, dx)] = colour * 0.45
     phase = int(rng.integers(3))
     _stamp(cell, LINES_LEFT, _get_lines(LINES[thing.lines], phase))
-    digit = np.zeros((PLATE, PLATE), dtype=bool)
+    _stamp(cell, DIGIT_LEFT, _place_digit(thing.digit, rng))
+
+
+def _place_digit(digit: int, rng: np.random.Generator) -> np.ndarray:
+    """Where a plate has the ink of a digit, which stands a little elsewhere each time."""
+    ink = np.zeros((PLATE, PLATE), dtype=bool)
     top = rng.integers(2, 5)
     left = rng.integers(2, 7)
-    digit[top : top + 5, left : left + 3] = GLYPHS[thing.digit]
-    _stamp(cell, DIGIT_LEFT, digit)
+    ink[top : top + 5, left : left + 3] = GLYPHS[digit]
+    return ink
 
 
 def _stamp(cell: np.ndarray, left: int, ink: np.ndarray) -> None:
