@@ -257,8 +257,7 @@ class Fusion(nn.Module):
             return self._fuse_grids(features, grids, prompts)
         if grains is None:
             grains = {tap: self._arrange(states, tap) for tap, states in features.items()}
-        outputs = self._compute_shortcuts(grains, prompts=prompts)
-        return tuple(self._combine(layer, outputs) for layer in self.plan.fused_layers)
+        return self._fuse_grains(grains, prompts=prompts)
 
     def _fuse_grids(
         self, features: Mapping[int, Tensor], grids: Sequence, prompts: Tensor | None
@@ -270,12 +269,17 @@ class Fusion(nn.Module):
         for grid in dict.fromkeys(grids):
             members = [number for number, other in enumerate(grids) if other == grid]
             grains = {tap: _stack(states, members) for tap, states in images.items()}
-            own = None if prompts is None else prompts[members]
-            outputs = self._compute_shortcuts(grains, rows=grid[0], prompts=own)
-            for layer, by_image in zip(self.plan.fused_layers, fused, strict=True):
-                for number, values in zip(members, self._combine(layer, outputs), strict=True):
+            own_prompts = None if prompts is None else prompts[members]
+            layers = self._fuse_grains(grains, rows=grid[0], prompts=own_prompts)
+            for by_image, features_of_members in zip(fused, layers, strict=True):
+                for number, values in zip(members, features_of_members, strict=True):
                     by_image[number] = values
         return tuple(fused)
+
+    def _fuse_grains(self, grains: Mapping[int, Tensor], **inputs: Any) -> tuple[Tensor, ...]:
+        """Features of every fused layer; arguments are those of `_compute_shortcuts`."""
+        outputs = self._compute_shortcuts(grains, **inputs)
+        return tuple(self._combine(layer, outputs) for layer in self.plan.fused_layers)
 
     def _arrange(self, states: Tensor, tap: int) -> Tensor:
         tiles = self.plan.tiles if states.shape[1] > 1 else 0

@@ -250,19 +250,31 @@ def read_examples(
         store = shared_store or file.open_images(access)
         with show_step(f"reading records of {file.path}") as step:
             for place, record in step.count(file.read(access, images_by_name=images is None)):
-                try:
-                    example = parse_record(
-                        record, place, store, skip=problems is not None, columns=columns
-                    )
-                    example.check_images()
+                example = _parse_checked(record, place, store, problems, columns)
+                if example is not None:
                     examples.append(example)
-                except RecordError as error:
-                    if problems is None:
-                        raise
-                    problems.append(error)
     if columns is not None:
         columns.check_seen(f"the records of {files[0].path}")
     return examples
+
+
+def _parse_checked(
+    record: Any,
+    place: str,
+    store: ImageStore,
+    problems: list[RecordError] | None,
+    columns: Columns | None,
+) -> Example | None:
+    """The example of a record, its images there; None for a bad one, which `problems` then has."""
+    try:
+        example = parse_record(record, place, store, skip=problems is not None, columns=columns)
+        example.check_images()
+    except RecordError as error:
+        if problems is None:
+            raise
+        problems.append(error)
+        return None
+    return example
 
 
 def select_examples(

@@ -311,20 +311,29 @@ def _write_features(
         encoded = _encode_images(model, inputs, views)
         for tap, features in encoded.items():
             for values in features:
-                if not values.isfinite().all():
-                    raise UserError(
-                        f"vision features of tap {tap} are too large for half precision; train"
-                        " without feature_cache"
-                    )
+                _check_finite(values, tap)
                 checksums[tap] += [zlib.crc32(view) for view in values.numpy()]
                 values.numpy().tofile(files[tap])
         step.advance(len(next(iter(encoded.values()))))
     for tap, file in files.items():
         _flush_to_disk(file)
-        with get_file(folder, tap).with_suffix(".crc32").open("wb") as checksum_file:
-            np.array(checksums[tap], "<u4").tofile(checksum_file)
-            _flush_to_disk(checksum_file)
+        _write_checksums(get_file(folder, tap).with_suffix(".crc32"), checksums[tap])
     return grids
+
+
+def _check_finite(values: Tensor, tap: int) -> None:
+    """Raise UserError where features of a tap have overflown in half precision."""
+    if not values.isfinite().all():
+        raise UserError(
+            f"vision features of tap {tap} are too large for half precision; train without"
+            " feature_cache"
+        )
+
+
+def _write_checksums(path: Path, checksums: list[int]) -> None:
+    with path.open("wb") as file:
+        np.array(checksums, "<u4").tofile(file)
+        _flush_to_disk(file)
 
 
 def _prepare_images(processor: Any, places: Sequence[ImagePlace]) -> dict[str, Tensor]:

@@ -126,13 +126,19 @@ def _draw_thing(cell: np.ndarray, thing: Thing, rng: np.random.Generator) -> Non
     dy = y - 19 - jitter[0]
     dx = x - 24 - jitter[1]
     inside = _get_inside(SHAPES[thing.shape], dy, dx)
-    shade = list(SHADES.values())[thing.shade]
-    colour = np.array(list(COLOURS.values())[thing.colour]) * shade
+    colour = _mix_colour(thing)
     cell[inside] = colour
     cell[inside & _get_texture(TEXTURES[thing.texture], dy, dx)] = colour * 0.45
     phase = int(rng.integers(3))
     _stamp(cell, LINES_LEFT, _get_lines(LINES[thing.lines], phase))
     _stamp(cell, DIGIT_LEFT, _place_digit(thing.digit, rng))
+
+
+def _mix_colour(thing: Thing) -> np.ndarray:
+    """A thing's colour in its shade, as levels of red, green and blue."""
+    colour = list(COLOURS.values())[thing.colour]
+    shade = list(SHADES.values())[thing.shade]
+    return np.array(colour) * shade
 
 
 def _place_digit(digit: int, rng: np.random.Generator) -> np.ndarray:
