@@ -152,13 +152,13 @@ def _count_plans(
     vision_config, language_config, specs: dict, text_tokens: int, view_size: int | None
 ) -> dict:
     """Print the counted cost of plans, and return it as plain values by plan."""
-    from ..profiling.counting import count_plan, format_costs
+    from ..profiling.counting import PlanCounter, format_costs
 
     counts = {}
     numbers = {}
+    counter = PlanCounter(vision_config, language_config, view_size=view_size)
     for name, spec in specs.items():
-        settings = {"num_text_tokens": text_tokens, "view_size": view_size}
-        counted = count_plan(vision_config, language_config, spec, **settings)
+        counted = counter.count(spec, num_text_tokens=text_tokens)
         counts[name] = counted
         numbers[name] = {"count": counted.to_dict()}
 

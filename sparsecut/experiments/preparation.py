@@ -182,12 +182,13 @@ def write_costs(study: Study, plans: dict, config, log: Log) -> None:
         config: A configuration with the study's encoder and language model.
         log: Takes lines about the progress.
     """
-    from ..profiling.counting import count_plan
+    from ..profiling.counting import PlanCounter
 
     path = Path(study.output) / "costs.json"
     costs = read_json_file(path) if path.is_file() else {}
     log(f"counting what {len(plans)} plans cost ...")
-    parts = config.vision_config, config.text_config
+    here = PlanCounter(config.vision_config, config.text_config, view_size=config.view_size)
+    large = PlanCounter(*_read_large_configs())
 
     with show_step("counting what plans cost", len(plans)) as step:
         for name, plan in step.count(plans.items()):
@@ -195,25 +196,28 @@ def write_costs(study: Study, plans: dict, config, log: Log) -> None:
                 continue
             costs[name] = {
                 "plan": plan.to_dict(),
-                "here": count_plan(*parts, plan, view_size=config.view_size).to_dict(),
-                "large": _count_at_large_size(study.get_fusion(name)),
+                "here": here.count(plan).to_dict(),
+                "large": _count_at_large_size(large, study.get_fusion(name)),
             }
             write_text_file(path, json.dumps(costs, indent=1))
 
 
-def _count_at_large_size(spec: str | dict) -> dict | None:
+def _read_large_configs() -> tuple:
+    from ..profiling.sizes import read_backbone_config
+
+    vision, language = LARGE_SIZE
+    return read_backbone_config(vision, "vision"), read_backbone_config(language, "language")
+
+
+def _count_at_large_size(counter, spec: str | dict) -> dict | None:
     """The cost of a method at the large size, or None where it has no plan there."""
     from ..methods import make_plan
-    from ..profiling.counting import count_plan
-    from ..profiling.sizes import read_backbone_config
 
     if isinstance(spec, dict) and "method" not in spec:
         return None  # a plan in full is meant for these depths, and is another one at others
-    vision = read_backbone_config(LARGE_SIZE[0], "vision")
-    language = read_backbone_config(LARGE_SIZE[1], "language")
-
     try:
+        vision, language = counter.configs
         plan = make_plan(spec, vision.num_hidden_layers, language.num_hidden_layers)
-        return count_plan(vision, language, plan).to_dict()
+        return counter.count(plan).to_dict()
     except UserError:  # a method of fixed layers, such as official_13b
         return None

@@ -271,16 +271,17 @@ def _make_cost_check(
         return lambda plan: True
 
     from ..methods import make_plan
-    from ..profiling.counting import count_plan
+    from ..profiling.counting import PlanCounter
     from ..profiling.sizes import read_backbone_config
 
     model = study.recipe["model"]
     vision = read_backbone_config(model["vision"], "vision")
     language = read_backbone_config(model["language"], "language")
     baseline = make_plan(study.get_fusion(study.baseline), *depths)
-    limit = ratio * count_plan(vision, language, baseline).prefill_total_flops
+    counter = PlanCounter(vision, language)
+    limit = ratio * counter.count(baseline).prefill_total_flops
 
     def fits(plan: Plan) -> bool:
-        return count_plan(vision, language, plan).prefill_total_flops <= limit
+        return counter.count(plan).prefill_total_flops <= limit
 
     return fits

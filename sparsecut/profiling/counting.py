@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..configuration import SparseCutConfig
 from ..drawing import text_table
 from ..hooks import CACHE, get_cache, read_taps
-from ..layers import find_blocks, find_layers
 from ..plan import Plan
 from ..schema import UserError
 from ..training.freezing import count_parameters
@@ -24,9 +25,10 @@ from .fake_models import (
     build_fake_model,
     count_saved_bytes,
     create_flop_counter,
+    encode_batch,
     get_module_flops,
+    run_alike_layers_of_model_once,
 )
-from .repeated_layers import run_alike_layers_once
 
 UNITS = (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6))
 
@@ -105,77 +107,129 @@ class PlanCost:
         return cls(**plain)
 
 
+class PlanCounter:
+    """Counts plans for one encoder and one language model.
+
+    Both are built once, and a layer that ran under one plan does not run again under another.
+
+    Args:
+        vision_config: The encoder's configuration.
+        text_config: The language model's configuration. Neither is changed.
+        dtype: The dtype of weights and activations.
+        view_size: Pixels of a view, or (height, width); None for the encoder's own.
+        whole: Run every layer, although layers that are alike count the same. It is slow, and for
+            tests.
+    """
+
+    def __init__(
+        self,
+        vision_config,
+        text_config,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        view_size: int | tuple[int, int] | None = None,
+        whole: bool = False,
+    ):
+        self.configs = vision_config, text_config
+        self.dtype = dtype
+        self.view_size = view_size
+        self.whole = whole
+        self._mode = FakeTensorMode()
+        self._backbones: tuple[nn.Module, ...] = ()
+
+    def count(
+        self,
+        plan: str | dict | Plan,
+        *,
+        num_text_tokens: int = 64,
+        num_images: int = 1,
+        batch_size: int = 1,
+    ) -> PlanCost:
+        """Count what a prompt and a training step cost under a plan.
+
+        Args:
+            plan: A method's name, a method with options, or a plan.
+            num_text_tokens: Text tokens of the prompt, at least 1.
+            num_images: Images of the prompt; there may be none.
+            batch_size: Prompts of the training step, at least 1.
+
+        Raises:
+            UserError: If plan and models do not fit, or a number is too small.
+        """
+        check_minimum("num_text_tokens", num_text_tokens, 1)
+        check_minimum("num_images", num_images, 0)
+        check_minimum("batch_size", batch_size, 1)
+        config = build_config(*self.configs, plan, self.view_size)
+        num_image_tokens = num_images * config.num_image_tokens
+        num_tokens = num_image_tokens + num_text_tokens
+        with self._mode:
+            model = self._build_model(config)
+            input_ids = torch.zeros(1, num_tokens, dtype=torch.long)
+            shape = num_images, model.plan.num_views, *config.grid.view
+            pixels = torch.zeros(shape, dtype=self.dtype)
+            flops, cache_bytes = _count_prompt(model, input_ids, pixels, num_image_tokens)
+            mask = torch.ones(batch_size, num_tokens, dtype=torch.long)
+            batch = model, input_ids, pixels, mask
+            states = encode_batch(model, pixels, batch_size)
+            fusion_bytes = count_saved_bytes(*batch, ["fusion"], states)
+            both_bytes = count_saved_bytes(*batch, ["fusion", "language"], states)
+        return PlanCost(
+            **_count_weights(model),
+            **flops,
+            num_image_tokens=num_image_tokens,
+            num_prompt_tokens=num_tokens,
+            kv_cache_bytes=cache_bytes,
+            training_fusion_bytes=fusion_bytes,
+            training_fusion_language_bytes=both_bytes,
+            batch_size=batch_size,
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
+
+    def _build_model(self, config: SparseCutConfig) -> nn.Module:
+        model = build_fake_model(config, self.dtype, *self._backbones)
+        if not self._backbones:
+            self._backbones = model.vision_tower, model.language_model
+            if not self.whole:
+                run_alike_layers_of_model_once(model)
+        return model
+
+
 def count_plan(
     vision_config,
     text_config,
     plan: str | dict | Plan,
     *,
-    num_text_tokens: int = 64,
-    num_images: int = 1,
-    batch_size: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     view_size: int | tuple[int, int] | None = None,
     whole: bool = False,
+    **prompt: int,
 ) -> PlanCost:
-    """Count what a prompt and a training step cost under a plan.
+    """Count what a prompt and a training step cost under one plan.
 
     Args:
-        vision_config: The encoder's configuration.
-        text_config: The language model's configuration. Neither is changed.
+        vision_config: The arguments are those of `PlanCounter`, which is quicker for several plans.
+        text_config: As above.
         plan: A method's name, a method with options, or a plan.
-        num_text_tokens: Text tokens of the prompt, at least 1.
-        num_images: Images of the prompt; there may be none.
-        batch_size: Prompts of the training step, at least 1.
-        dtype: The dtype of weights and activations.
-        view_size: Pixels of a view, or (height, width); None for the encoder's own.
-        whole: Run every layer, although layers that are alike count the same. It is slow, and for
-            tests.
+        dtype: As above.
+        view_size: As above.
+        whole: As above.
+        **prompt: As `PlanCounter.count` takes it.
 
     Raises:
         UserError: If plan and models do not fit, or a number is too small.
     """
-    check_minimum("num_text_tokens", num_text_tokens, 1)
-    check_minimum("num_images", num_images, 0)
-    check_minimum("batch_size", batch_size, 1)
-    config = build_config(vision_config, text_config, plan, view_size)
-    num_image_tokens = num_images * config.num_image_tokens
-    num_tokens = num_image_tokens + num_text_tokens
-    with FakeTensorMode():
-        model = build_fake_model(config, dtype)
-        if not whole:
-            _run_alike_layers_once(model)
-        input_ids = torch.zeros(1, num_tokens, dtype=torch.long)
-        pixels = torch.zeros(num_images, model.plan.num_views, *config.grid.view, dtype=dtype)
-        flops, cache_bytes = _count_prompt(model, input_ids, pixels, num_image_tokens)
-        mask = torch.ones(batch_size, num_tokens, dtype=torch.long)
-        fusion_bytes = count_saved_bytes(model, input_ids, pixels, mask, ["fusion"])
-        both_bytes = count_saved_bytes(model, input_ids, pixels, mask, ["fusion", "language"])
+    settings = {"dtype": dtype, "view_size": view_size, "whole": whole}
+    return PlanCounter(vision_config, text_config, **settings).count(plan, **prompt)
+
+
+def _count_weights(model: nn.Module) -> dict[str, int]:
+    """Parameters by part, and bytes of all."""
     groups = model.parameter_groups()
-    num_vision = count_parameters(groups["vision"])
-    num_fusion = count_parameters(groups["fusion"])
-    num_language = count_parameters(groups["language"])
-    return PlanCost(
-        num_vision_parameters=num_vision,
-        num_fusion_parameters=num_fusion,
-        num_language_parameters=num_language,
-        num_total_parameters=num_vision + num_fusion + num_language,
-        **flops,
-        num_image_tokens=num_image_tokens,
-        num_prompt_tokens=num_tokens,
-        kv_cache_bytes=cache_bytes,
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-        training_fusion_bytes=fusion_bytes,
-        training_fusion_language_bytes=both_bytes,
-        batch_size=batch_size,
-        dtype=str(dtype).removeprefix("torch."),
-    )
-
-
-def _run_alike_layers_once(model: nn.Module) -> None:
-    """Let every block of the encoder and layer of the decoder that is like another run once."""
-    run_alike_layers_once(find_blocks(model.vision_tower, model.vision_depth, model.grid.blocks))
-    depth = model.config.language_depth
-    run_alike_layers_once(find_layers(model.language_model, depth, "the language model"))
+    groups = {part: groups[part] for part in ("vision", "fusion", "language")}
+    numbers = {f"num_{part}_parameters": count_parameters(groups[part]) for part in groups}
+    numbers["num_total_parameters"] = sum(numbers.values())
+    weights = itertools.chain(*groups.values())
+    return numbers | {"weight_bytes": sum(p.numel() * p.element_size() for p in weights)}
 
 
 def _count_prompt(
@@ -183,6 +237,7 @@ def _count_prompt(
 ) -> tuple[dict[str, int], int]:
     """FLOPs by part, and the bytes of the cache after the prompt."""
     images = pixels if len(pixels) else None
+    has_fine_views = model.plan.num_views > 1
     with torch.no_grad(), FakeScalarMode(num_image_tokens):
         with create_flop_counter() as prompt:
             output = model(
@@ -193,23 +248,24 @@ def _count_prompt(
                 logits_to_keep=1,
             )
         cache_bytes = count_cache_bytes(get_cache(output))
-        with create_flop_counter() as new_token:
+        with create_flop_counter(by_module=False) as new_token:
             model(
                 input_ids=input_ids[:, :1],
                 **{CACHE: get_cache(output)},
                 use_cache=True,
                 continued=True,
             )
-        with create_flop_counter() as coarse:
-            if images is not None:
+        with create_flop_counter(by_module=False) as coarse:
+            if images is not None and has_fine_views:
                 taps = model.plan.resolved_taps(model.config.vision_depth)
                 read_taps(model.vision_tower, pixels[:, 0], model.config.grid, taps)
     total = prompt.get_total_flops()
     encoder = get_module_flops(prompt, model, "vision_tower")
     language = get_module_flops(prompt, model, "language_model")
+    encoder_coarse = coarse.get_total_flops() if has_fine_views else encoder
     flops = {
-        "encoder_coarse_flops": coarse.get_total_flops(),
-        "encoder_fine_flops": encoder - coarse.get_total_flops(),
+        "encoder_coarse_flops": encoder_coarse,
+        "encoder_fine_flops": encoder - encoder_coarse,
         "fusion_flops": total - encoder - language,
         "language_prefill_flops": language,
         "prefill_total_flops": total,

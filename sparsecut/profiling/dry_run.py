@@ -30,6 +30,7 @@ from .fake_models import (
     count_saved_bytes,
     create_flop_counter,
     get_module_flops,
+    run_alike_layers_of_model_once,
     train_only,
 )
 from .local_processor import make_counter, read_local_processor
@@ -123,6 +124,7 @@ def dry_run(
         with mode:
             if estimated.config is not None and dtype not in models:
                 models[dtype] = build_fake_model(estimated.config, dtype)
+                run_alike_layers_of_model_once(models[dtype])
             estimate = _estimate_stage(
                 recipe,
                 stage,
@@ -278,7 +280,7 @@ def _count_step_flops(model: nn.Module, input_ids: Tensor, pixels: Tensor, stage
                 labels=input_ids,
                 use_cache=False,
             )
-        with create_flop_counter() as backward:
+        with create_flop_counter(by_module=False) as backward:
             if output.loss.requires_grad:  # a text alone does not reach the fusion
                 output.loss.backward()
     flops = forward.get_total_flops() + backward.get_total_flops()

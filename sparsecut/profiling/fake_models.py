@@ -20,9 +20,10 @@ from transformers.modeling_utils import local_torch_dtype
 
 from ..configuration import SparseCutConfig
 from ..encoders import prepare_to_load
+from ..layers import find_blocks, find_layers
 from ..modeling import SparseCutForConditionalGeneration
 from ..plan import Plan
-from .repeated_layers import KeptBytes, LayerCounter, find_storage
+from .repeated_layers import KeptBytes, LayerCounter, NoModules, find_storage, run_alike_layers_once
 
 
 class FakeScalarMode(TorchDispatchMode):
@@ -63,10 +64,17 @@ def _attention_flops(query, key, value, *args, out_val=None, **kwargs) -> int:
 _attention_flops._get_raw = True  # torch then passes tensors to the formula instead of shapes
 
 
-def create_flop_counter() -> FlopCounterMode:
-    """A counter of the FLOPs of what runs inside its `with` block."""
+def create_flop_counter(*, by_module: bool = True) -> FlopCounterMode:
+    """A counter of the FLOPs of what runs inside its `with` block.
+
+    Args:
+        by_module: Also count by module, which takes time.
+    """
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return LayerCounter(display=False, custom_mapping={kernel: _attention_flops})
+    counter = LayerCounter(display=False, custom_mapping={kernel: _attention_flops})
+    if not by_module:
+        counter.mod_tracker = NoModules()
+    return counter
 
 
 def get_module_flops(counter: FlopCounterMode, model: nn.Module, name: str) -> int:
@@ -102,13 +110,14 @@ def build_config(
 
 
 def build_fake_model(
-    config: SparseCutConfig, dtype: torch.dtype
+    config: SparseCutConfig, dtype: torch.dtype, *backbones: nn.Module
 ) -> SparseCutForConditionalGeneration:
     """Build a model of a configuration; call it inside `FakeTensorMode`.
 
     Args:
         config: The configuration; its dtype is set.
         dtype: The dtype of all parameters. Fake ones must be created with it.
+        *backbones: The encoder and the language model of another such model, to share them.
 
     Returns:
         The model, in evaluation mode.
@@ -117,22 +126,37 @@ def build_fake_model(
         part.dtype = dtype
     # Nothing is initialized: some ways of initializing look at values.
     with local_torch_dtype(dtype), no_init_weights(), FakeScalarMode(0):
-        model = SparseCutForConditionalGeneration(config).eval()
+        model = SparseCutForConditionalGeneration(config, *backbones).eval()
     model.language_model.tie_weights()  # transformers does so after it has initialized them
     return model
 
 
-def train_only(model: nn.Module, parts: Sequence[str]) -> None:
-    """Let only these of the model's parts require gradients."""
-    model.requires_grad_(False)
+def run_alike_layers_of_model_once(model: nn.Module) -> None:
+    """Let every block of the encoder and layer of the decoder that is like another run once."""
+    run_alike_layers_once(find_blocks(model.vision_tower, model.vision_depth, model.grid.blocks))
+    depth = model.config.language_depth
+    run_alike_layers_once(find_layers(model.language_model, depth, "the language model"))
+
+
+def train_only(model: nn.Module, parts: Sequence[str]) -> dict[str, list[nn.Parameter]]:
+    """Let only these of the model's parts require gradients; all parts are returned."""
     groups = model.parameter_groups()
+    for group in groups.values():
+        for parameter in group:
+            parameter.requires_grad = False
     for part in parts:
         for parameter in groups[part]:
-            parameter.requires_grad_(True)
+            parameter.requires_grad = True
+    return groups
 
 
 def count_saved_bytes(
-    model: nn.Module, input_ids: Tensor, pixels: Tensor, mask: Tensor, parts: Sequence[str]
+    model: nn.Module,
+    input_ids: Tensor,
+    pixels: Tensor,
+    mask: Tensor,
+    parts: Sequence[str],
+    states: dict[int, Tensor] | None = None,
 ) -> int:
     """Count the bytes that autograd keeps between a forward pass with a loss and its backward pass.
 
@@ -144,20 +168,27 @@ def count_saved_bytes(
         pixels: Views of its images, [images, views, 3, S, S]; there may be none.
         mask: Attention mask of a batch of such records, [B, L].
         parts: The parts that are trained.
+        states: What `encode_batch` returned, where the encoder is not trained.
     """
-    train_only(model, parts)
-    saved = KeptBytes({find_storage(parameter) for parameter in model.parameters()})
+    groups = train_only(model, parts)
+    weights = {find_storage(parameter) for group in groups.values() for parameter in group}
+    saved = KeptBytes(weights)
     batch_size = len(mask)
     input_ids = input_ids.repeat(batch_size, 1)
-    pixels = pixels.repeat(batch_size, 1, 1, 1, 1)
-    num_image_tokens = len(pixels) * model.config.num_image_tokens
+    num_images = batch_size * len(pixels)
+    images = {"vision_states": states}
+    if states is None and num_images:
+        images = {"pixel_values": pixels.repeat(batch_size, 1, 1, 1, 1)}
     hooks = torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor)
-    with hooks, saved, FakeScalarMode(num_image_tokens):
-        model(
-            input_ids=input_ids,
-            pixel_values=pixels if len(pixels) else None,
-            attention_mask=mask,
-            labels=input_ids,
-            use_cache=False,
-        )
+    with hooks, saved, FakeScalarMode(num_images * model.config.num_image_tokens):
+        model(input_ids=input_ids, attention_mask=mask, labels=input_ids, use_cache=False, **images)
     return saved.count()
+
+
+def encode_batch(model: nn.Module, pixels: Tensor, batch_size: int) -> dict[int, Tensor] | None:
+    """Features of a batch of records for training without the encoder; None without images."""
+    if not len(pixels):
+        return None
+    model.vision_tower.requires_grad_(False)
+    with FakeScalarMode(batch_size * len(pixels) * model.config.num_image_tokens):
+        return model.encode(pixels.repeat(batch_size, 1, 1, 1, 1))

@@ -231,11 +231,12 @@ class RoughCount:
 def rough_counts():
     """Count by a rule of thumb inside the block: a real count takes seconds for each plan."""
 
-    def count(vision, language, plan, **settings) -> RoughCount:
+    def count(counter: counting.PlanCounter, plan, **settings) -> RoughCount:
+        vision, language = counter.configs
         if not isinstance(plan, Plan):
             plan = make_plan(plan, vision.num_hidden_layers, language.num_hidden_layers)
         return RoughCount(make_costs(plan)["here"])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(counting, "count_plan", count)
+        patch.setattr(counting.PlanCounter, "count", count)
         yield

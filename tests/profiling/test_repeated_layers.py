@@ -23,9 +23,9 @@ def test_few_layers_run(monkeypatch):
     places = []
     run_first = repeated_layers._run_first
 
-    def note(place, *rest):
-        places.append(place)
-        return run_first(place, *rest)
+    def note(layer, *rest):
+        places.append(layer.place)
+        return run_first(layer, *rest)
 
     monkeypatch.setattr(repeated_layers, "_run_first", note)
     count_plan(VISION, LANGUAGE["llama"], "llava")
