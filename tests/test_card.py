@@ -1,4 +1,4 @@
-"""The model card: what it says is true, what the hub reads of it is right, and users' words stay."""
+"""The model card: what it says is true, the hub reads it right, and users' words stay."""
 
 import json
 from dataclasses import replace

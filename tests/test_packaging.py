@@ -16,7 +16,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # Names of modules that differ from those of their distributions.
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 UNIX_ONLY = {"resource", "fcntl", "pwd", "grp", "termios", "tty", "pty", "syslog", "readline"}
-# Never imported unless they are there: the code asks first, or an argument of transformers names them.
+# Imported only where they are there: the code asks first, or an argument of transformers names
+# them.
 OPTIONAL = {"liger_kernel", "deepspeed", "bitsandbytes"}
 
 

@@ -1,4 +1,4 @@
-"""Models are handed on: pushed to an imitation of the hub, and loaded from it without this package."""
+"""Models are handed on: pushed to an imitation of the hub, loaded from it without this package."""
 
 import json
 import os
@@ -61,7 +61,7 @@ CARDS = {
     "me/base": "---\nlicense: mit\n---\nA base.\n",
     "me/edited": "---\nlicense: mit\n---\nWords of a user.\n",
 }
-# Each runs in a child of one process that has imported transformers: most of the time is spent there.
+# Each runs in a child of one process that has imported transformers: most time is spent there.
 PUSH = """
 import sparsecut, transformers
 model, processor = sparsecut.load("built")  # it has an adapter

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 import sparsecut
 from sparsecut.building import read_depths, save
 from sparsecut.cli.main import app
+from sparsecut.cli.plan_argument import draw_argument
+from sparsecut.methods import make_plan
 from sparsecut.schema import UserError
 from sparsecut.shapes import EXAMPLE_ANSWERS, EXAMPLE_IMAGE, EXAMPLE_QUESTIONS, vision_path
 from sparsecut.shapes.questions import KINDS, find_kind, split_scene
@@ -27,6 +29,12 @@ from sparsecut.shipped_model import (
 
 ROOT = Path(__file__).parents[1]
 MAX_BYTES = 4 * 2**20
+RECIPE = """
+model: {{vision: {name}, language: {name}}}
+fusion: {{method: sparsecut}}
+output: out
+stages: [{{name: one, train: [fusion], data: {{path: q.json}}}}]
+"""
 SCENE_OF_THE_EXAMPLE = "test/0/0"
 
 
@@ -49,6 +57,14 @@ def test_reports_call_it_by_its_name(no_model_here):
 def test_the_depths_of_its_backbones_are_known_without_a_model_library():
     known = read_backbone_depth("vision"), read_backbone_depth("language")
     assert known == read_depths("shapes", "shapes")
+
+
+@pytest.mark.parametrize("name", ["shapes", "world"])
+def test_a_recipe_on_its_backbones_is_drawn_with_their_depths(name, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(name=name))
+    plan, _ = draw_argument(str(recipe), None, None, [])
+    assert plan == make_plan("sparsecut", *read_depths("shapes", "shapes"))
 
 
 def test_the_answers_to_the_example_are_what_its_scene_holds():

@@ -1,4 +1,4 @@
-"""Encoders of timm, through transformers' `timm_wrapper`: read as any other, at any size they take."""
+"""Encoders of timm, by transformers' `timm_wrapper`: read as any other, at any size they take."""
 
 import json
 import os

@@ -28,7 +28,7 @@ def forget(model):
     return copy.deepcopy(model)
 
 
-# TRL learns all that a template writes after an answer, such as Qwen's line end: no completions there.
+# TRL learns all that a template writes after an answer, as Qwen's line end: no completions there.
 CASES = [(kind, "messages") for kind in KINDS] + [("built", "completion"), ("llava", "completion")]
 
 

@@ -1,4 +1,4 @@
-"""What somebody writes who uses the package, for a type checker: `make types` reads it; nothing runs it."""
+"""What a user of the package writes, for a type checker: `make types` reads it; nothing runs it."""
 
 from collections.abc import Iterator
 from typing import assert_type

@@ -1,4 +1,4 @@
-"""Templates that mark answers, made of templates that do not: same text, our own training's spans."""
+"""Templates that mark answers, made of templates that do not: same text, our training's spans."""
 
 import pytest
 from helpers.native import GEMMA, IDEFICS

@@ -91,7 +91,10 @@ def model(home, run):
     return "model"
 
 
-COMMANDS = "show build upgrade train eval chat serve convert card push demo cost study search explain compare"
+COMMANDS = (
+    "show build upgrade train eval chat serve convert card push demo cost study search explain"
+    " compare"
+)
 GROUPS = ["shapes draw", "shapes pretrain"]
 
 

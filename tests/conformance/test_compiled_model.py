@@ -1,4 +1,4 @@
-"""A joined model is one graph, forward and backward, with the logits and gradients of eager mode."""
+"""A joined model is one graph, forward and backward, with logits and gradients of eager mode."""
 
 from helpers import checks
 from helpers.families import family_language, family_vision

@@ -46,7 +46,10 @@ def test_the_command_measures_and_names_what_is_missing(tmp_path):
 
 def test_parts_that_take_too_long_are_ended(run):
     start = time.monotonic()
-    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    code = (
+        "import subprocess, sys;"
+        " subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    )
     why = run.run_part([sys.executable, "-c", code], 1.5)
     assert "ended" in why and time.monotonic() - start < 20
     assert "exit code 3" in run.run_part([sys.executable, "-c", "raise SystemExit(3)"], 60)

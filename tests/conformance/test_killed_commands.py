@@ -1,4 +1,4 @@
-"""`study`, `search` and `eval --tasks` are killed at any time, go on, and leave what they would have.
+"""`study`, `search` and `eval --tasks` are killed at any time, go on, and leave the same results.
 
 SPARSECUT_KILLS says how often each is killed; the times are drawn by a seed.
 """

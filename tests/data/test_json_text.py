@@ -16,7 +16,10 @@ from sparsecut.schema import UserError
 
 HALF = "\\ud83d"  # of a surrogate pair, as JSON writes it
 TURNS = '"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "x"}]'
-ASKS = '{"id": "b", "conversations": [{"from": "human", "value": "%s"}, {"from": "gpt", "value": "x"}]}'
+ASKS = (
+    '{"id": "b", "conversations": [{"from": "human", "value": "%s"},'
+    ' {"from": "gpt", "value": "x"}]}'
+)
 
 BAD_TEXTS = {
     "no hash": '{"id": "b", "conversations": [{"from": ["human"], "value": "What?"}]}',

@@ -9,7 +9,7 @@ FOLDER = str(Path(__file__).parents[2] / "benchmarks")
 
 
 def import_benchmark(name: str) -> ModuleType:
-    """Import a module; another library that looks for vLLM later must not find benchmarks/vllm.py."""
+    """Import a module; a library that looks for vLLM later must not find benchmarks/vllm.py."""
     sys.path.append(FOLDER)
     try:
         return importlib.import_module(name)

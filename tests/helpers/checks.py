@@ -268,7 +268,7 @@ def record_blocks(tower, grid, depth: int, views: torch.Tensor) -> dict:
 
 
 def to_cells(tower, grid, tap: int, states: torch.Tensor) -> torch.Tensor:
-    """A block's own states as [views, channels, rows, columns], by other code than the package's."""
+    """A block's own states as [views, channels, rows, columns], by other code than ours."""
     shape = grid.shapes[tap]
     if grid.layout == "channels":
         return states

@@ -1,4 +1,4 @@
-"""Commands of the command line, with the model libraries that each would import before it answers."""
+"""Commands of the command line, and the model libraries that each imports before it answers."""
 
 import json
 import subprocess
@@ -8,7 +8,8 @@ from pathlib import Path
 MOST_SECONDS = 2.0  # of the processor; a quarter of one is usual
 
 # Runs commands one after another, and prints of each its exit code, the model library that it would
-# import (which ends the command), the seconds of the processor it took, and what it wrote to stderr.
+# import (which ends the command), the seconds of the processor it took, and what it wrote to
+# stderr.
 CODE = """
 import importlib.machinery, io, json, sys, time, traceback
 

@@ -364,15 +364,19 @@ REFUSED_VISION = {"vivit": {}, "videomae": {}}
 DEFAULT_LANGUAGE = ["llama", "gemma3_text", "gpt_neox", "gpt2", "opt"]
 DEFAULT_VISION = ["clip_vision_model", "siglip_vision_model", "dinov2_with_registers", "dinov3_vit"]
 DEFAULT_KINDS = [  # one for each way to take or return patches, besides those above
-    "pixtral", "siglip2_vision_model", "qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision", "sam_vision_model", "whisper",
+    "pixtral", "siglip2_vision_model", "qwen2_vl_vision", "qwen2_5_vl_vision", "qwen3_vl_vision",
+    "sam_vision_model", "whisper",
     "vit_mae", "yolos", "vitdet", "llama4_vision_model", "swin", "convnext", "hiera",
 ]
 OTHER_LANGUAGE = [
-    "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi", "phi3", "olmo2", "cohere", "granite", "stablelm", "falcon",
+    "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi", "phi3", "olmo2", "cohere", "granite",
+    "stablelm", "falcon",
 ]
 OTHER_VISION = [
-    "vit", "dinov2", "aimv2_vision_model", "ijepa", "beit", "blip_vision_model", "kosmos_2_vision_model", "idefics3_vision",
-    "swinv2", "focalnet", "dinov3_convnext", "resnet", "segformer", "glpn", "pvt", "pvt_v2", "poolformer",
+    "vit", "dinov2", "aimv2_vision_model", "ijepa", "beit", "blip_vision_model",
+    "kosmos_2_vision_model", "idefics3_vision",
+    "swinv2", "focalnet", "dinov3_convnext", "resnet", "segformer", "glpn", "pvt", "pvt_v2",
+    "poolformer",
 ]
 # fmt: on
 

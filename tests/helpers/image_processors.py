@@ -1,4 +1,4 @@
-"""The families' own image processors at the sizes of `helpers.bases`, and images of awkward sizes."""
+"""The families' own image processors at the sizes of `helpers.bases`; images of awkward sizes."""
 
 import numpy as np
 from helpers.base_configs import TILES

@@ -1,4 +1,4 @@
-"""Processors of base models whose tokenizers have one token per byte, and conversations for them."""
+"""Processors of base models whose tokenizers have a token per byte, and conversations for them."""
 
 import numpy as np
 import torch

@@ -2,11 +2,11 @@
 
 python tests/helpers/stopped.py
 
-It reads lines of JSON with `words` (the command's), `folder` (where it runs), `event` (the number of
-the event at which the signal arrives; 0 for none) and `signal`. An event is the begin of a step, or
-an item that is done. The signal goes to the whole process group, as a terminal's Ctrl-C does. It
-answers with JSON: `code`, `error` (stderr), `events`, `seconds` (from the signal to the end), `left`
-(processes that still run).
+It reads lines of JSON with `words` (the command's), `folder` (where it runs), `event` (the number
+of the event at which the signal arrives; 0 for none) and `signal`. An event is the begin of a step,
+or an item that is done. The signal goes to the whole process group, as a terminal's Ctrl-C does. It
+answers with JSON: `code`, `error` (stderr), `events`, `seconds` (from the signal to the end),
+`left` (processes that still run).
 """
 
 import gc

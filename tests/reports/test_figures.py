@@ -1,4 +1,4 @@
-"""Figures are legible on light and dark pages and in grey, reproducible, and never silently empty."""
+"""Figures are legible on light and dark pages and in grey, reproducible, never silently empty."""
 
 import re
 

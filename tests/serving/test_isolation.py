@@ -151,7 +151,8 @@ def test_every_response_has_an_id(client):
 QWEN = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 MEDIA_TOKENS = {
     "<image>", "<video>", "<|audio|>", "<|AUDIO|>", "[IMG]", "[IMG_BREAK]", "<image_soft_token>",
-    "<start_of_image>", "<end_of_audio>", "<fake_token_around_image>", "<row_1_col_2>", "<im_patch>",
+    "<start_of_image>", "<end_of_audio>", "<fake_token_around_image>", "<row_1_col_2>",
+    "<im_patch>",
     "<global-img>", "<|patch|>", "<|tile_x_separator|>", "</image>", "<|media_pad|>", *QWEN,
 }  # fmt: skip
 PLAIN_TOKENS = {

@@ -1,4 +1,4 @@
-"""Checkpoints of encoders that have other names in files than in memory continue as if undisturbed."""
+"""Checkpoints of encoders with other names in files than in memory continue as if undisturbed."""
 
 import json
 
