@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from functools import partial
 from typing import NamedTuple
 
 from ..chat_templates.arguments import find_agreeing_arguments
@@ -30,6 +31,7 @@ from ..chat_templates.thoughts import (
 )
 from ..prompts import check_medium, get_prefix, takes_suffix
 from ..schema import UserError
+from .alike_conversations import find_alike
 from .examples import Example
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -138,13 +140,8 @@ def _render_suffix(example: Example, processor) -> Rendered:
 
 def _render_chat(messages: list[dict], processor, *, add_end_token: bool) -> Rendered:
     special = tuple(processor.tokenizer.all_special_tokens)
-    has_marks = GENERATION_MARK.search(get_chat_template(processor) or "") is not None
-    text, spans = apply_template(processor, messages, marks=has_marks)
-    if has_marks and len(spans) <= len(_list_answers(messages)):
-        _check_marks(spans, messages)
-        spans = _extend_to_prompts(spans, text, messages, processor)
-    else:  # some templates mark the parts of an answer, such as its end, one by one
-        spans = _find_answers(text, messages, processor)
+    find = partial(_find_spans, processor=processor)
+    text, spans = find_alike(messages, processor, find) or find(messages)
     _check_answers(text, spans, messages)
     _check_last_answer(text, spans[-1], messages, processor)
     if add_end_token:
@@ -157,6 +154,17 @@ def _render_chat(messages: list[dict], processor, *, add_end_token: bool) -> Ren
             " stop"
         )
     return Rendered(text, spans)
+
+
+def _find_spans(messages: list[dict], processor) -> tuple[str, list[Span]]:
+    """The text of a conversation, and each answer as the model must write it."""
+    has_marks = GENERATION_MARK.search(get_chat_template(processor) or "") is not None
+    text, spans = apply_template(processor, messages, marks=has_marks)
+    if has_marks and len(spans) <= len(_list_answers(messages)):
+        _check_marks(spans, messages)
+        return text, _extend_to_prompts(spans, text, messages, processor)
+    # Some templates mark the parts of an answer, such as its end, one by one.
+    return text, _find_answers(text, messages, processor)
 
 
 def _check_marks(spans: list[Span], messages: list[dict]) -> None:
