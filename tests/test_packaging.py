@@ -2,9 +2,11 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import yaml
@@ -116,6 +118,23 @@ def test_every_python_that_is_allowed_can_compile_the_package():
     lowest = tuple(map(int, re.search(r"(\d+)\.(\d+)", PROJECT["requires-python"]).groups()))
     for path in FILES:
         ast.parse(path.read_text(encoding="utf-8"), feature_version=lowest)
+
+
+def test_scripts_above_the_clone_find_an_editable_installation(tmp_path):
+    (tmp_path / "clone").mkdir()
+    shutil.copy(ROOT / "pyproject.toml", tmp_path / "clone")
+    for name in ("README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "clone")
+    shutil.copytree(ROOT / "sparsecut" / "shapes", tmp_path / "clone" / "sparsecut")
+    command = (
+        f"from setuptools import build_meta; print(build_meta.build_editable({str(tmp_path)!r}))"
+    )
+    subprocess.run([sys.executable, "-c", command], cwd=tmp_path / "clone", check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = [name for name in wheel.namelist() if ".dist-info/" not in name]
+        # A finder would come after the folder of the clone, which is a package without a file.
+        assert [Path(name).suffix for name in names] == [".pth"]
+        assert wheel.read(names[0]).decode().strip() == str(tmp_path / "clone")
 
 
 def test_its_facts_agree():
