@@ -112,7 +112,8 @@ def cost(
         numbers = _count_upgrades(base, specs)
     else:
         configs = _read_configs(vision, language)
-        numbers = _count_plans(*configs, specs, text_tokens, view_size)
+        is_written = json_file is not None
+        numbers = _count_plans(*configs, specs, text_tokens, view_size, training=is_written)
         if measure:
             settings = {"view_size": view_size, "device": find_device(device)}
             _measure_plans(numbers, *configs, specs, text_tokens, **settings)
@@ -149,16 +150,25 @@ def _read_configs(vision: str, language: str) -> tuple:
 
 
 def _count_plans(
-    vision_config, language_config, specs: dict, text_tokens: int, view_size: int | None
+    vision_config,
+    language_config,
+    specs: dict,
+    text_tokens: int,
+    view_size: int | None,
+    *,
+    training: bool,
 ) -> dict:
-    """Print the counted cost of plans, and return it as plain values by plan."""
+    """Print the counted cost of plans, and return it as plain values by plan.
+
+    A training step is counted for the file alone: the table does not show it.
+    """
     from ..profiling.counting import PlanCounter, format_costs
 
     counts = {}
     numbers = {}
     counter = PlanCounter(vision_config, language_config, view_size=view_size)
     for name, spec in specs.items():
-        counted = counter.count(spec, num_text_tokens=text_tokens)
+        counted = counter.count(spec, num_text_tokens=text_tokens, training=training)
         counts[name] = counted
         numbers[name] = {"count": counted.to_dict()}
 

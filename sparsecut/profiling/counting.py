@@ -61,8 +61,9 @@ class PlanCost:
         num_prompt_tokens: Tokens of the prompt, those of images included.
         kv_cache_bytes: Bytes of the key-value cache after the prompt.
         weight_bytes: Bytes of all parameters in `dtype`.
-        training_fusion_bytes: Bytes that a step keeps where the fusion alone is trained.
-        training_fusion_language_bytes: Bytes where fusion and language model are trained.
+        training_fusion_bytes: Bytes that a step keeps where the fusion alone is trained; None
+            where training was not counted.
+        training_fusion_language_bytes: Bytes where fusion and language model are trained, likewise.
         batch_size: Prompts of the training step.
         dtype: The dtype of weights and activations, such as "bfloat16".
     """
@@ -81,8 +82,8 @@ class PlanCost:
     num_prompt_tokens: int
     kv_cache_bytes: int
     weight_bytes: int
-    training_fusion_bytes: int
-    training_fusion_language_bytes: int
+    training_fusion_bytes: int | None
+    training_fusion_language_bytes: int | None
     batch_size: int
     dtype: str
 
@@ -144,6 +145,7 @@ class PlanCounter:
         num_text_tokens: int = 64,
         num_images: int = 1,
         batch_size: int = 1,
+        training: bool = True,
     ) -> PlanCost:
         """Count what a prompt and a training step cost under a plan.
 
@@ -152,6 +154,7 @@ class PlanCounter:
             num_text_tokens: Text tokens of the prompt, at least 1.
             num_images: Images of the prompt; there may be none.
             batch_size: Prompts of the training step, at least 1.
+            training: Also count a training step, which takes as long as all else.
 
         Raises:
             UserError: If plan and models do not fit, or a number is too small.
@@ -168,19 +171,17 @@ class PlanCounter:
             shape = num_images, model.plan.num_views, *config.grid.view
             pixels = torch.zeros(shape, dtype=self.dtype)
             flops, cache_bytes = _count_prompt(model, input_ids, pixels, num_image_tokens)
-            mask = torch.ones(batch_size, num_tokens, dtype=torch.long)
-            batch = model, input_ids, pixels, mask
-            states = encode_batch(model, pixels, batch_size)
-            fusion_bytes = count_saved_bytes(*batch, ["fusion"], states)
-            both_bytes = count_saved_bytes(*batch, ["fusion", "language"], states)
+            saved = None, None
+            if training:
+                saved = _count_training_bytes(model, input_ids, pixels, batch_size)
         return PlanCost(
             **_count_weights(model),
             **flops,
             num_image_tokens=num_image_tokens,
             num_prompt_tokens=num_tokens,
             kv_cache_bytes=cache_bytes,
-            training_fusion_bytes=fusion_bytes,
-            training_fusion_language_bytes=both_bytes,
+            training_fusion_bytes=saved[0],
+            training_fusion_language_bytes=saved[1],
             batch_size=batch_size,
             dtype=str(self.dtype).removeprefix("torch."),
         )
@@ -220,6 +221,17 @@ def count_plan(
     """
     settings = {"dtype": dtype, "view_size": view_size, "whole": whole}
     return PlanCounter(vision_config, text_config, **settings).count(plan, **prompt)
+
+
+def _count_training_bytes(
+    model: nn.Module, input_ids: Tensor, pixels: Tensor, batch_size: int
+) -> tuple[int, int]:
+    """Bytes that a step keeps, where the fusion alone is trained and with the language model."""
+    mask = torch.ones(batch_size, input_ids.shape[1], dtype=torch.long)
+    states = encode_batch(model, pixels, batch_size)
+    batch = model, input_ids, pixels, mask
+    fusion_bytes = count_saved_bytes(*batch, ["fusion"], states)
+    return fusion_bytes, count_saved_bytes(*batch, ["fusion", "language"], states)
 
 
 def _count_weights(model: nn.Module) -> dict[str, int]:

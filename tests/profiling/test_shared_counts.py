@@ -1,5 +1,7 @@
 """What is counted for several plans, or in a dry run, is what running every layer gives."""
 
+from dataclasses import replace
+
 import pytest
 from helpers.counted_layers import LANGUAGE, VISION
 from helpers.dry_runs import estimate, write_backbones
@@ -22,7 +24,10 @@ def test_plans_that_share_backbones_cost_what_each_costs_alone():
     shared = PlanCounter(VISION, language)
     for plan, prompt in PROMPTS:
         whole = PlanCounter(VISION, language, whole=True)
-        assert shared.count(plan, **prompt) == whole.count(plan, **prompt), plan
+        cost = whole.count(plan, **prompt)
+        assert shared.count(plan, **prompt) == cost, plan
+    untrained = {"training_fusion_bytes": None, "training_fusion_language_bytes": None}
+    assert shared.count(plan, **prompt, training=False) == replace(cost, **untrained)
 
 
 @pytest.mark.parametrize(("train", "checkpointing"), [("fusion", True), ("language", False)])
