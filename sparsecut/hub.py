@@ -6,6 +6,7 @@ whether the hub is there and has the name, before that client is used.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import threading
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from .schema import UserError
+from .shipped_model import SHIPPED_MODEL
 
 SECONDS_TO_CONNECT = 4.0  # and as many to answer
+LEAST_LIKENESS = 0.8  # of a mistyped name; no name of the hub without an owner is so like
 SECONDS_IN_ALL = 6.0  # looking up the address of a server knows no limit of its own
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 SIGN_IN = "sign in with `hf auth login` (or set HF_TOKEN)"
@@ -64,6 +67,7 @@ def check_model_place(name: str | Path, what: str = "model", **hub: Any) -> dict
     text = str(name)
     if _exists(text):
         return {}
+    check_not_mistyped(text, what)
     if not looks_like_hub_name(text):
         raise UserError(
             f"there is no folder {text}, which is to hold the {what}; correct the path, or give a"
@@ -84,6 +88,16 @@ def check_model_place(name: str | Path, what: str = "model", **hub: Any) -> dict
             return {"local_files_only": True}
         raise
     return {}
+
+
+def check_not_mistyped(name: str, what: str) -> None:
+    """Raise UserError where a name is nearly that of what ships, before the hub is asked."""
+    is_near = difflib.get_close_matches(name, [SHIPPED_MODEL], n=1, cutoff=LEAST_LIKENESS)
+    if is_near and name != SHIPPED_MODEL:
+        raise UserError(
+            f"there is no {what} {name!r}; did you mean {SHIPPED_MODEL!r}, which ships with the"
+            " package? Else give a folder or a hub name (owner/name)"
+        )
 
 
 def _exists(text: str) -> bool:

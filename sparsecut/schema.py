@@ -17,6 +17,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 LONGEST_MESSAGE = 2000  # characters; values that a message shows may be of any length
+LONGEST_VALUE = 120  # of one value that a message shows
 
 
 SECONDS_TO_WRITE = 5  # a part of a file that is older may have been left by a killed process
@@ -146,7 +147,7 @@ def _check_keys(cls: type, values: Any, source: str, place: str) -> None:
     allowed = [f.name for f in fields(cls)]
     subject = f"{source}: {place}" if place else source
     if not isinstance(values, dict):
-        shown = "empty" if values is None else repr(values)
+        shown = "empty" if values is None else show_value(values)
         raise UserError(
             f"{subject} is {shown}, but keys and values are needed: {', '.join(allowed)}"
         )
@@ -215,7 +216,7 @@ def check_type(key: str, held: Any, hint: Any) -> None:
         names = [TYPE_NAMES.get(kind, f"a {kind.__name__.lower()}") for kind in allowed]
         if float in allowed:
             names.remove(TYPE_NAMES[int])
-        raise UserError(f"{key} is {held!r}, but must be {' or '.join(names)}")
+        raise UserError(f"{key} is {show_value(held)}, but must be {' or '.join(names)}")
     for inner_hint in hints:
         arguments = get_args(inner_hint)
         if isinstance(held, tuple) and get_origin(inner_hint) is tuple:
@@ -245,7 +246,7 @@ def check_pattern(key: str, pattern: str | None) -> None:
         re.compile(pattern or "")
     except re.error as error:
         raise UserError(
-            f"{key} is {pattern!r}, which is not a regular expression: {error}"
+            f"{key} is {show_value(pattern)}, which is not a regular expression: {error}"
         ) from None
 
 
@@ -262,7 +263,8 @@ def check_choice(what: str, value: object, allowed: Collection[str]) -> None:
     """
     if value not in tuple(allowed):  # a tuple, because a list or dict from a file has no hash
         raise UserError(
-            f"{what} is {value!r}{nearest(value, allowed)}, but allowed are {', '.join(allowed)}"
+            f"{what} is {show_value(value)}{nearest(value, allowed)}, but allowed are"
+            f" {', '.join(allowed)}"
         )
 
 
@@ -277,6 +279,13 @@ def make_tuples(value: Any, *names: str) -> None:
 def is_whole_number(value: object) -> bool:
     """Whether a value is an integer; `True` and `False` are not."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def show_value(value: object) -> str:
+    """Return a value as an error shows it: the middle of a long one is left out."""
+    text = repr(value)
+    half = LONGEST_VALUE // 2
+    return text if len(text) <= LONGEST_VALUE else f"{text[:half]} [...] {text[-half:]}"
 
 
 def nearest(value: object, allowed: Collection[object]) -> str:

@@ -14,6 +14,7 @@ import typer
 import typer.core
 
 from .. import __version__
+from ..config.mistaken_files import check_no_file
 from ..config.paths import check_writable_folder
 from ..drawing import escape_controls
 from ..schema import UserError
@@ -94,30 +95,32 @@ Number = int | None
 File = Path | None
 
 
-def find_model(name: str | None) -> str | None:
-    """Return the place of a model that is named; None where none is.
+def find_model(name: str, command: str) -> str:
+    """Return the place of a model that is named.
+
+    Args:
+        name: A folder, a hub name, or the shipped model's name.
+        command: The command that takes it, for the line that an error shows.
 
     Raises:
         UserError: The name is that of a file, most often because the model was left out.
     """
-    if name is None:
-        return None
-    if Path(name).is_file():
-        raise UserError(
-            f"MODEL is {name}, which is a file, but must be a model's folder or hub name;"
-            f" {SHIPPED_MODEL} names the model that ships with the package"
-        )
+    check_no_file(name, command)
     return str(find_shipped_model(name))
+
+
+def _find_typed_model(context: typer.Context, name: str | None) -> str | None:
+    return None if name is None else find_model(name, context.command_path.partition(" ")[2])
 
 
 WHAT_A_MODEL_IS = f"A saved model's folder, its hub name, or {SHIPPED_MODEL}"
 SavedModel = Annotated[
     str,
-    argument(f"{WHAT_A_MODEL_IS}, which ships.", "MODEL", callback=find_model),
+    argument(f"{WHAT_A_MODEL_IS}, which ships.", "MODEL", callback=_find_typed_model),
 ]
 OptionalModel = Annotated[
     Text,
-    argument(f"{WHAT_A_MODEL_IS}, which ships (default).", "[MODEL]", callback=find_model),
+    argument(f"{WHAT_A_MODEL_IS}, which ships (default).", "[MODEL]", callback=_find_typed_model),
 ]
 MethodOptions = Annotated[
     list[str] | None,

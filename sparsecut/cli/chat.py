@@ -56,14 +56,15 @@ def chat(
     check_files(images, "image")
     check_files(audio, "audio")
     from ..audio import open_audio
-    from ..chat import Chat, run_terminal
     from ..pixels import open_image
-    from ..prompts import check_medium, get_medium
 
     opened = [open_image(path) for path in images or []] + [
         open_audio(path) for path in audio or []
     ]
     loaded, processor = load_model(model, device, dtype)
+    from ..chat import Chat, run_terminal
+    from ..prompts import check_medium, get_medium
+
     for medium, files in (("image", images), ("audio", audio)):
         if files:
             check_medium(processor, medium, f"the file {files[0]}")

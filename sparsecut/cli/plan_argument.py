@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..config.mistaken_files import read_settings_file
 from ..config.paths import list_code_files
 from ..config.places import BUILT_IN
 from ..config.recipe import parse_recipe
 from ..config.shipped import FILE_TYPES, find_shipped, list_shipped
-from ..config.yaml_io import expand_path, read_yaml, read_yaml_file
+from ..config.yaml_io import expand_path, read_yaml
 from ..drawing import draw
 from ..methods import METHODS, make_plan
 from ..plan import Plan
@@ -125,7 +126,7 @@ def _read_file(file: str) -> str | dict:
             f"there is no file {file}; give a recipe or plan, or one of the methods"
             f" {', '.join(METHODS)}"
         )
-    values = read_yaml_file(file)
+    values = read_settings_file(Path(file), "plan")
     if isinstance(values, dict) and "stages" in values:
         recipe = parse_recipe(values, name=file)
         if recipe.fusion is None:
@@ -187,7 +188,7 @@ def _find_depths(argument: str) -> tuple[int | None, int | None]:
     file = _find_path(argument)
     if argument in METHODS or file.suffix not in FILE_TYPES or not file.is_file():
         return None, None
-    values = read_yaml_file(file)
+    values = read_settings_file(file, "plan")
     if not isinstance(values, dict) or "stages" not in values:
         return None, None
     model = parse_recipe(values, name=argument).model

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import typer.core
 
 from ..config.paths import check_writable_folder
 from ..config.shipped import FOLDERS, USES, Shipped, find_shipped, list_shipped
@@ -14,7 +15,24 @@ from .app import SETTINGS, App, File, app, argument, echo, option
 from .completion import complete_long_name
 
 TITLES = {"recipe": "recipes", "study": "studies", "plan": "plans", "deepspeed": "DeepSpeed"}
+
+
+class RecipesGroup(typer.core.TyperGroup):
+    """Says how what ships is printed, where its name stands in the place of `show`."""
+
+    def resolve_command(self, ctx, args):
+        """As typer's own; `UserError` where the command is the name of something that ships."""
+        name = args[0]
+        if self.get_command(ctx, name) is None and find_shipped(name, list(FOLDERS)) is not None:
+            raise UserError(
+                f"`recipes` has no command {name!r}; print what ships with `sparsecut recipes show"
+                f" {name}`, or copy it with --copy FILE"
+            )
+        return super().resolve_command(ctx, args)
+
+
 recipes_app = App(
+    cls=RecipesGroup,
     help="Recipes, studies, plans and DeepSpeed settings that ship with the package.",
     **{**SETTINGS, "no_args_is_help": False},
 )

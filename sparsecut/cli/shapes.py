@@ -124,7 +124,7 @@ def point(
     """Check heat maps against details at known places: the share of maps that peak there."""
     if out is not None and out.exists():
         raise UserError(f"--out is {out}, which exists and would be replaced; name a new file")
-    places = [find_model(model) for model in models]
+    places = [find_model(model, "shapes point") for model in models]
     for place in places:
         check_model_files(place)
     import json

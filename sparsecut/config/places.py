@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..hub import check_dataset_place, check_model_place
 from ..schema import UserError, nearest
+from .mistaken_files import find_neighbour, name_kind
 from .recipe import Recipe
 from .source import Source, looks_like_dataset_name
 from .yaml_io import expand_path
@@ -35,6 +36,12 @@ def check_model_files(name: str, what: str = "model") -> None:
     Raises:
         UserError: There is none, or it is a file, or a folder without a model's files.
     """
+    kind = name_kind(name)
+    if kind is not None and not os.path.exists(name):
+        raise UserError(
+            f"there is no {name}, which is {kind} by its name, but the {what} is a folder or a hub"
+            " name; give one of them"
+        )
     check_model_place(name, what)
     folder = Path(name)
     if not folder.exists():
@@ -113,14 +120,18 @@ def check_places(recipe: Recipe) -> None:
     evaluated = recipe.evaluate.data if recipe.evaluate else ()
     for stage in recipe.stages:
         for source in stage.data:
-            check_source_place(source)
+            check_source_place(source, in_recipe=True)
     for source in evaluated:
-        check_source_place(source)
+        check_source_place(source, in_recipe=True)
     check_model_places(recipe)
 
 
-def check_source_place(source: Source) -> None:
+def check_source_place(source: Source, *, in_recipe: bool = False) -> None:
     """Check that a source's files and images are there, or that the hub has the data set.
+
+    Args:
+        source: The source.
+        in_recipe: Whether a recipe names it, whose head may say how it is made.
 
     Raises:
         UserError: They are not.
@@ -131,9 +142,10 @@ def check_source_place(source: Source) -> None:
     if not is_here and looks_like_dataset_name(path):
         check_dataset_place(path, source.revision)
     elif not is_here:
+        how = ", as the comment at the top of the recipe may describe" if in_recipe else ""
         raise UserError(
-            f"there is no file or folder {path}, which `data` names; correct the path, or make it"
-            " first, as the comment at the top of the recipe may describe"
+            f"there is no file or folder {path}{find_neighbour(path)}, which `data` names; correct"
+            f" the path, or make it first{how}"
         )
     if source.images is not None and not _exists(expand_path(source.images)):
         raise UserError(

@@ -24,10 +24,11 @@ from ..schema import (
     write_text_file,
 )
 from ..view_sizes import COARSE_VIEWS, NATIVE
+from .mistaken_files import read_settings_file
 from .overrides import override
 from .shipped import find_file
 from .source import Source as Source
-from .yaml_io import dump_yaml, read_yaml_file, rename_key, to_lists
+from .yaml_io import dump_yaml, rename_key, to_lists
 
 PARTS = ("vision", "projector", "fusion", "language", "head")
 ADAPTERS = ("vision:lora", "language:lora")
@@ -376,7 +377,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: There is no such recipe, or it is wrong.
     """
-    plain = read_yaml_file(find_file(path, "recipe"))
+    plain = read_settings_file(find_file(path, "recipe"), "recipe")
     return parse_recipe(plain, overrides, name=str(path))
 
 

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path, PurePath
 
 from ..schema import UserError, nearest, read_text_file
+from .mistaken_files import find_neighbour
 from .yaml_io import expand_path
 
 logger = logging.getLogger(__name__)
@@ -130,9 +131,10 @@ def find_file(text: str | Path, kind: str) -> Path:
             f" `{USES[other.kind].replace('NAME', other.name)}`"
         )
     names = [one.name for one in list_shipped(kind)]
+    hint = find_neighbour(path, FILE_TYPES) or nearest(path.stem, names)
     raise UserError(
-        f"there is no {kind} {text}{nearest(path.stem, names)}; give a file, or one that ships with"
-        f" the package: {', '.join(names)}"
+        f"there is no {kind} {text}{hint}; give a file, or one that ships with the package:"
+        f" {', '.join(names)}"
     )
 
 

@@ -11,11 +11,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from ..config.mistaken_files import read_settings_file
 from ..config.overrides import override
 from ..config.places import check_model_places, check_places
 from ..config.recipe import Recipe, parse_recipe
 from ..config.shipped import find_file
-from ..config.yaml_io import dump_yaml, read_yaml_file, rename_key, to_lists
+from ..config.yaml_io import dump_yaml, rename_key, to_lists
 from ..schema import (
     UserError,
     build_dataclass,
@@ -368,7 +369,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     Raises:
         UserError: There is no such study, or it is wrong.
     """
-    values = read_yaml_file(find_file(path, "study"))
+    values = read_settings_file(find_file(path, "study"), "study")
     for change in overrides:
         values = override(values, change)
 

@@ -1,10 +1,13 @@
 """A mistake in what is typed is answered before any model library is imported."""
 
+import json
 import shutil
 
 import pytest
 from helpers.early_answers import MOST_SECONDS, answer_commands
 
+from sparsecut.config.yaml_io import dump_yaml
+from sparsecut.shapes import EXAMPLE_IMAGE
 from sparsecut.training.run_dir import FINISHED, RECIPE
 
 PLAIN = """
@@ -14,11 +17,36 @@ output: %s
 stages: [{name: one, train: [fusion], data: {path: q.json}, args: {%s: %s}}]
 """
 BUILD = "build --vision shapes --language shapes --out new"
+LONGEST_ERROR = 900  # characters
 # Each command, with what its answer must name.
 COMMANDS = {
     "chat empty": "empty",
     "chat file.txt": "file.txt",
     "chat model gone.png": "gone.png",
+    "chat model file.txt": "file.txt",
+    "chat model --audio file.txt": "file.txt",
+    "chat one.png --ask x": "chat shapes one.png",
+    "chat gone.JPG --ask x": "chat shapes gone.JPG",
+    "chat gone.wav": "--audio gone.wav",
+    "chat shape": "'shapes'",
+    "serve gone.png": "serve shapes",
+    "eval one.png --data q.json": "eval shapes",
+    "eval q.json": "eval shapes --data q.json",
+    "explain records.json --data q.json": "explain shapes --data records.json",
+    "eval shapes --data records.jsn": "'records.json'",
+    "upgrade gone.png --out new": "an image",
+    "shapes point gone.png": "shapes point shapes",
+    "cost --base gone.png": "an image",
+    "train records.json": "250 records",
+    "train records.yaml": "250 records",
+    "train one.png": "an image",
+    "train rows.csv": "data",
+    "train plain.yml": "'plain.yaml'",
+    "train plain": "'plain.yaml'",
+    "study records.json": "250 records",
+    "search one.png": "an image",
+    "show records.json": "250 records",
+    "recipes tiny": "recipes show tiny",
     "chat model --audio gone.wav": "gone.wav",
     "chat model --device cudo": "cuda",
     "chat model --dtype float33": "float32",
@@ -71,6 +99,8 @@ COMMANDS = {
     f"{BUILD} --coarse typo": "squash",
     f"{BUILD} -o countt=1": "count",
     f"{BUILD} -o count=25": "25",
+    "build --vision shape --language shapes --out new": "vision model 'shape'",
+    "build --vision shapes --language shapess --out new": "language model 'shapess'",
     f"{BUILD} --view-size 0": "view-size",
     f"{BUILD} --min-pixels 9": "native",
     "build --vision empty --language shapes --out new": "empty",
@@ -93,6 +123,11 @@ def answers(tmp_path_factory):
     (folder / "model" / "config.json").write_text('{"model_type": "sparsecut"}')
     (folder / "q.json").write_text("[]")
     (folder / "file.txt").write_text("text")
+    (folder / "rows.csv").write_text("question,answer\n")
+    shutil.copy(EXAMPLE_IMAGE, folder / "one.png")
+    records = json.dumps([{"question": "How many?", "answer": "2"}] * 250)
+    (folder / "records.json").write_text(records)
+    (folder / "records.yaml").write_text(dump_yaml(json.loads(records)))
     recipes = {
         "plain": ("", "out", "max_steps", 1),
         "option": (", countt: 3", "out", "max_steps", 1),
@@ -116,7 +151,7 @@ def test_a_mistake_is_told_within_a_second_of_work(answers, command):
     code, imported, seconds, error = answers[command]
     assert code == 2 and imported == [], error
     assert seconds < MOST_SECONDS
-    assert COMMANDS[command] in error
+    assert COMMANDS[command] in error and len(error) < LONGEST_ERROR
 
 
 def test_names_of_arguments_are_those_of_transformers():
