@@ -36,7 +36,6 @@ METHOD = ["schema", "kinds", "plan", "methods", "baselines", "mixers", "gates", 
 ASSEMBLY = [
     "building",
     "backbones",
-    "shipped_model",
     "replanning",
     "upgrading",
     "fingerprint",
