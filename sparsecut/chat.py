@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -17,6 +18,7 @@ from .chat_templates.answer_stream import AnswerStreamer
 from .chat_templates.arguments import check_arguments
 from .chat_templates.markers import check_markers
 from .chat_templates.thoughts import Answer
+from .chat_templates.unknown_words import find_unknown_words, list_words
 from .pixels import ImageSource
 from .prompts import (
     check_length,
@@ -30,6 +32,8 @@ from .prompts import (
     render_prompt,
 )
 from .schema import UserError, nearest
+
+logger = logging.getLogger(__name__)
 
 HELP = """\
 /image PATH   show an image with the next question (repeat for several)
@@ -160,6 +164,9 @@ class Chat:
         question = text if count else f"{placeholder}\n" * len(images) + text
         messages = [*self.messages, {"role": "user", "content": question}]
         check_markers(self.processor, messages)
+        words = find_unknown_words(self.processor.tokenizer, text.replace(placeholder, " "))
+        if words:
+            logger.warning("the model does not know these words: %s", list_words(words))
         prompt = render_prompt(self.processor, messages, self.template_arguments)
         inputs = prepare_inputs(self.model, self.processor, [prompt], [all_images])
         check_length(

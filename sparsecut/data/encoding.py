@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..audio import Clip
+from ..chat_templates.unknown_words import get_unknown_id
 from ..prompts import adds_special_tokens, get_tokens_per_image
 from ..schema import UserError
 from .errors import RecordError
@@ -23,6 +25,7 @@ from .labels import IGNORED, find_target_tokens
 from .length_limits import NO_LIMITS, Limits
 from .native_encoding import NativeExampleEncoder
 from .rendering import Rendered, render_example
+from .unknown_records import UnknownText, find_unknown_text
 
 GRIDS = "image_grids"
 
@@ -44,14 +47,20 @@ class ExampleEncoder(Protocol):
     tokens_per_image: int
     checks_in_parallel: bool
 
-    def check(self, example: Example, *, open_images: bool, is_first: bool) -> None:
+    def check(self, example: Example, *, open_images: bool, is_first: bool) -> UnknownText | None:
         """Raise RecordError where a model cannot be trained on the example.
 
         Args:
             example: The example.
             open_images: Open its images too.
             is_first: Whether it is the first one that is checked.
+
+        Returns:
+            What `find_unknown` does.
         """
+
+    def find_unknown(self, example: Example, encoded: dict) -> UnknownText | None:
+        """Return where an example that was encoded has words that the tokenizer does not know."""
 
     def encode(self, example: Example) -> dict:
         """Return the part of a dataset's item that needs no images; RecordError for a bad one."""
@@ -106,11 +115,28 @@ class FixedExampleEncoder:
         """Image tokens of every image; of images of any size, the most."""
         return self.processor.num_image_tokens
 
-    def check(self, example: Example, *, open_images: bool = False, is_first: bool = False) -> None:
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The token for words that the tokenizer does not know."""
+        return get_unknown_id(self.processor.tokenizer)
+
+    def check(
+        self, example: Example, *, open_images: bool = False, is_first: bool = False
+    ) -> UnknownText | None:
         """Raise RecordError where a model cannot be trained on the example."""
-        self.encode(example)
+        encoded = self.encode(example)
         if open_images:
             example.load_images(self.processor)
+        return self.find_unknown(example, encoded)
+
+    def find_unknown(self, example: Example, encoded: dict) -> UnknownText | None:
+        """Return where an example that was encoded has words that the tokenizer does not know."""
+        if self.unknown_id is None or self.unknown_id not in encoded["input_ids"]:
+            return None
+        text, spans = render_example(example, self.processor, self.template, add_end_token=False)
+        found = find_unknown_text(self.processor, text, spans, self.unknown_id)
+        # What max_length cuts off is not learned.
+        return found._replace(learned=found.learned and self.unknown_id in encoded["labels"])
 
     def encode(self, example: Example) -> dict[str, Tensor]:
         """Return input_ids and labels, int32 [L], with all image tokens.

@@ -11,12 +11,14 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..chat_templates.unknown_words import get_unknown_id
 from ..prompts import run_processor, takes_suffix
 from ..schema import UserError
 from .errors import RecordError
@@ -24,6 +26,7 @@ from .examples import Example
 from .labels import IGNORED
 from .length_limits import NO_LIMITS, Limits
 from .rendering import Span, render_example
+from .unknown_records import UnknownText, find_unknown_text
 
 # Inputs with one value for each token, [B, L].
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
@@ -47,7 +50,14 @@ class NativeExampleEncoder:
     # Some records are prepared as a whole, which uses several threads already.
     checks_in_parallel: ClassVar[bool] = False
 
-    def check(self, example: Example, *, open_images: bool = False, is_first: bool = False) -> None:
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The token for words that the tokenizer does not know."""
+        return get_unknown_id(self.processor.tokenizer)
+
+    def check(
+        self, example: Example, *, open_images: bool = False, is_first: bool = False
+    ) -> UnknownText | None:
         """Raise RecordError where a model cannot be trained on the example.
 
         Preparing all images would take as long as an epoch's preparation. So only the first record
@@ -55,11 +65,17 @@ class NativeExampleEncoder:
         long after all.
         """
         encoded = self.encode(example)
-        if not (is_first or open_images):
-            return
-        images = example.load_images()
-        if is_first or self._is_near_limit(encoded["text"], images):
-            self.build_batch([{**encoded, **self.encode_images(images)}])
+        if is_first or open_images:
+            images = example.load_images()
+            if is_first or self._is_near_limit(encoded["text"], images):
+                self.build_batch([{**encoded, **self.encode_images(images)}])
+        return self.find_unknown(example, encoded)
+
+    def find_unknown(self, example: Example, encoded: dict) -> UnknownText | None:
+        """Return where an example that was encoded has words that the tokenizer does not know."""
+        if self.unknown_id is None:
+            return None
+        return find_unknown_text(self.processor, encoded["text"], encoded["spans"], self.unknown_id)
 
     def _is_near_limit(self, text: str, images: list[Image.Image]) -> bool:
         max_length = self.limits.max_length or math.inf

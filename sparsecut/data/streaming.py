@@ -27,6 +27,7 @@ from .images import ImageStore
 from .locating import find_record_files
 from .record_files import RecordFile
 from .sides import drop_images
+from .unknown_records import UnknownCount
 
 NUM_RECENT = 100  # records that went by, which may take a broken one's place
 NUM_NAMED = 1000  # records of which one must have each of the source's columns
@@ -195,10 +196,17 @@ def read_stream(
                 yield error
 
 
-def read_first_examples(source: Source, encoder: ExampleEncoder, number: int = 32) -> list[Example]:
+def read_first_examples(
+    source: Source,
+    encoder: ExampleEncoder,
+    number: int = 32,
+    *,
+    unknown: UnknownCount | None = None,
+) -> list[Example]:
     """Return the first good records of a stream.
 
-    A mistake in all records is thus found before the first step.
+    A mistake in all records is thus found before the first step. Records whose words the tokenizer
+    does not know are counted in `unknown`.
 
     Raises:
         RecordError: A record is bad, and the source says on_error "stop".
@@ -210,11 +218,14 @@ def read_first_examples(source: Source, encoder: ExampleEncoder, number: int = 3
         if isinstance(example, RecordError):
             continue
         try:
-            encoder.encode(example)
-            good.append(example)
+            found = encoder.check(example)
         except RecordError:
             if source.on_error != "skip":
                 raise
+        else:
+            good.append(example)
+            if unknown is not None:
+                unknown.add(example, found)
     return good
 
 

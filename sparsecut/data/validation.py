@@ -20,9 +20,14 @@ from ..waits import ignore_ctrl_c, show_step
 from .encoding import ExampleEncoder
 from .errors import RecordError
 from .examples import Example
+from .unknown_records import UnknownCount, UnknownText
 
 MANY = 20_000  # with so many records, several processes are worth their start
 CHUNK = 500  # records that a process takes at a time
+
+
+# What is wrong with an example; None for one that is good in every way.
+Problem = RecordError | UnknownText | None
 
 
 class _Check(NamedTuple):
@@ -32,14 +37,13 @@ class _Check(NamedTuple):
     encoder: ExampleEncoder
     open_images: bool
 
-    def find_error(self, index: int, *, is_first: bool = False) -> RecordError | None:
+    def find_problem(self, index: int, *, is_first: bool = False) -> Problem:
         try:
-            self.encoder.check(
+            return self.encoder.check(
                 self.examples[index], open_images=self.open_images, is_first=is_first
             )
         except RecordError as error:
             return error
-        return None
 
 
 _process_check: list[_Check] = []  # in a process of the pool: its check
@@ -51,6 +55,7 @@ def check_examples(
     *,
     open_images: bool = False,
     problems: list[RecordError] | None = None,
+    unknown: UnknownCount | None = None,
 ) -> list[Example]:
     """Return the examples that a model can be trained on.
 
@@ -59,6 +64,7 @@ def check_examples(
         encoder: Encodes them, and knows the limits.
         open_images: Open every image too.
         problems: Errors of bad examples are appended. Without it the first one is raised.
+        unknown: Good examples whose words the tokenizer does not know are counted in it.
 
     Raises:
         RecordError: An example is bad, and no list of problems is given.
@@ -66,35 +72,37 @@ def check_examples(
     good = []
     check = _Check(examples, encoder, open_images)
     label = "checking records and images" if open_images else "checking records"
-    with show_step(label, len(examples)) as step, closing(_find_errors(check)) as errors:
-        for example, error in step.count(zip(examples, errors, strict=True)):
-            if error is None:
+    with show_step(label, len(examples)) as step, closing(_find_problems(check)) as found:
+        for example, problem in step.count(zip(examples, found, strict=True)):
+            if not isinstance(problem, RecordError):
                 good.append(example)
+                if unknown is not None:
+                    unknown.add(example, problem)
             elif problems is None:
-                raise error
+                raise problem
             else:
-                problems.append(error)
+                problems.append(problem)
     return good
 
 
-def _find_errors(check: _Check) -> Iterator[RecordError | None]:
-    """The error of each example, in order; None for a good one."""
+def _find_problems(check: _Check) -> Iterator[Problem]:
+    """The problem of each example, in order."""
     if check.encoder.checks_in_parallel and len(check.examples) >= MANY:
         num_processes = count_processes()
         if num_processes > 1:
-            yield from _find_errors_in_parallel(check, num_processes)
+            yield from _find_problems_in_parallel(check, num_processes)
             return
     has_good = False
     for index in range(len(check.examples)):
-        error = check.find_error(index, is_first=not has_good)
-        has_good = has_good or error is None
-        yield error
+        problem = check.find_problem(index, is_first=not has_good)
+        has_good = has_good or not isinstance(problem, RecordError)
+        yield problem
 
 
-def _find_errors_in_parallel(check: _Check, num_processes: int) -> Iterator[RecordError | None]:
+def _find_problems_in_parallel(check: _Check, num_processes: int) -> Iterator[Problem]:
     """The same by several processes.
 
-    They are forked and see the examples and the tokenizer as they are: only errors pass a pipe.
+    They are forked and see the examples and the tokenizer as they are: only problems pass a pipe.
     They end by themselves, after the chunk at hand. A process that is killed while it holds a lock
     would make all others wait for ever.
     """
@@ -134,7 +142,7 @@ def _start_process(check: _Check) -> None:
     _process_check[:] = [check]
 
 
-def _check_chunk(start: int) -> list[RecordError | None]:
+def _check_chunk(start: int) -> list[Problem]:
     (check,) = _process_check
     end = min(start + CHUNK, len(check.examples))
-    return [check.find_error(index) for index in range(start, end)]
+    return [check.find_problem(index) for index in range(start, end)]

@@ -20,6 +20,7 @@ from ..data.encoding import ExampleEncoder
 from ..data.examples import Example, read_source
 from ..data.locating import is_dataset_name
 from ..data.streaming import read_stream
+from ..data.unknown_records import UnknownCount
 from ..schema import UserError
 from .local_processor import count_text_tokens, get_step
 
@@ -112,20 +113,22 @@ def read_record_facts(stage: Stage, encoder: ExampleEncoder | None = None) -> Re
         encoder: Of the model's processor, where that is on this machine.
 
     Raises:
-        UserError: If a file is there but cannot be read, or if a source's choice leaves no record.
+        UserError: If a file is there but cannot be read, if a source's choice leaves no record, or
+            if records teach words that the tokenizer does not know.
     """
     notes: list[str] = []
     counts = []
     origins = []
     samples = []  # weight, and sizes of the records
     all_counted = True
+    unknown = UnknownCount()
     for source in stage.data:
         examples = _read_examples(source, notes)
         count, origin = _count_records(source, examples)
         counts.append(count)
         origins.append(origin)
         if examples:
-            sizes, is_counted = _find_sizes(examples, encoder)
+            sizes, is_counted = _find_sizes(examples, encoder, unknown)
             all_counted = all_counted and is_counted
             samples.append((source.weight or len(examples), sizes))
     facts = RecordFacts(
@@ -133,6 +136,8 @@ def read_record_facts(stage: Stage, encoder: ExampleEncoder | None = None) -> Re
         origin=", ".join(dict.fromkeys(origins)),
         notes=notes,
     )
+    if unknown.records:
+        notes += unknown.check(stage.name, encoder.processor.tokenizer)
     if samples:
         _add_sizes(facts, samples)
         if len(samples) < len(stage.data):
@@ -155,11 +160,11 @@ def read_record_facts(stage: Stage, encoder: ExampleEncoder | None = None) -> Re
 
 
 def _find_sizes(
-    examples: list[Example], encoder: ExampleEncoder | None
+    examples: list[Example], encoder: ExampleEncoder | None, unknown: UnknownCount
 ) -> tuple[list[RecordSize], bool]:
     """Sizes of records, and whether their tokens were counted; of very many, some are."""
     sizes = [_estimate_size(example) for example in examples]
-    counts = None if encoder is None else count_text_tokens(encoder, examples)
+    counts = None if encoder is None else count_text_tokens(encoder, examples, unknown)
     if counts is None:
         return sizes, False
     step = get_step(len(examples))

@@ -12,6 +12,7 @@ from ..config.recipe import Recipe, Stage
 from ..config.yaml_io import expand_path
 from ..data.encoding import ExampleEncoder, FixedExampleEncoder, example_encoder
 from ..data.examples import Example
+from ..data.unknown_records import UnknownCount
 from ..processing import SparseCutProcessor
 from ..schema import UserError
 
@@ -52,12 +53,15 @@ def make_counter(processor: Any | None, stage: Stage) -> ExampleEncoder | None:
     return None if processor is None else example_encoder(processor, stage.template)
 
 
-def count_text_tokens(encoder: ExampleEncoder, examples: list[Example]) -> list[int] | None:
+def count_text_tokens(
+    encoder: ExampleEncoder, examples: list[Example], unknown: UnknownCount
+) -> list[int] | None:
     """Count the text tokens of some records, spread over all of them.
 
     Args:
         encoder: Of the model's processor.
         examples: The records.
+        unknown: Records whose words the tokenizer does not know are counted in it.
 
     Returns:
         The tokens of every n-th record without those of its images, n as small as
@@ -66,6 +70,8 @@ def count_text_tokens(encoder: ExampleEncoder, examples: list[Example]) -> list[
     chosen = examples[:: get_step(len(examples))]
     try:
         items = [encoder.encode(example) for example in chosen]
+        for example, item in zip(chosen, items, strict=True):
+            unknown.add(example, encoder.find_unknown(example, item))
         lengths = encoder.get_lengths(items)
         if isinstance(encoder, FixedExampleEncoder):
             image_tokens = [encoder.count_image_tokens(item) for item in items]

@@ -24,6 +24,7 @@ from ..data.examples import Example, select_examples
 from ..data.length_limits import Limits
 from ..data.packing import pack_dataset
 from ..data.streaming import read_first_examples
+from ..data.unknown_records import UnknownCount
 from ..data.validation import check_examples
 from ..methods import make_plan
 from ..modeling_base import is_sparsecut_model
@@ -252,21 +253,25 @@ def _check_sources(
 ) -> list[SourceExamples]:
     """The sources with their good examples; of a stream, the first ones."""
     encoder = build_encoder(stage, model, processor)
+    unknown = UnknownCount()
     checked = []
     for entry in sources:
         if entry.source.streaming:
-            examples = read_first_examples(entry.source, encoder)
+            examples = read_first_examples(entry.source, encoder, unknown=unknown)
         else:
             examples = check_examples(
                 entry.examples,
                 encoder,
                 open_images=open_images,
                 problems=problems if entry.source.on_error == "skip" else None,
+                unknown=unknown,
             )
         checked.append(SourceExamples(entry.source, examples))
     for entry in checked:
         if not entry.examples:
             _raise_no_record(stage, entry.source, problems)
+    for warning in unknown.check(stage.name, processor.tokenizer):
+        logger.warning_once(warning)
     return checked
 
 

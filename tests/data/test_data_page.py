@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import tiny
 from helpers.runs import log, run, stage
 from helpers.shards import write_folders, write_shards
 
@@ -51,8 +52,10 @@ def test_every_block_of_the_page_trains(mine, number, monkeypatch):
     assert len(log(mine, output=f"out-{number}")) == 2
 
 
-def test_every_record_of_the_page_trains(mine):
+def test_every_record_of_the_page_trains(mine, monkeypatch):
     """One after another, in one epoch of one run."""
+    words = re.findall(r"\w+|[^\w\s]+", json.dumps(RECORDS))
+    monkeypatch.setattr(tiny, "WORDS", list(dict.fromkeys([*tiny.WORDS, *words])))
     sources = []
     for number, record in enumerate(RECORDS):
         file = mine / "mine" / f"form-{number}.jsonl"
