@@ -89,8 +89,8 @@ class UnknownCount:
         token = tokenizer.unk_token
         if self.learned:
             problem = (
-                f"{self.learned:,} of {self.records:,} records teach words that the tokenizer does"
-                f" not know: the model would learn {token} in their place, and could never answer"
+                f"in {self.learned:,} of {self.records:,} records answers have words that the"
+                f" tokenizer does not know: the model would learn {token} in their place, and could never answer"
                 f" with them; the first is {_describe(self.first_learned, tokenizer, True)}"
             )
             if self.learned >= MOST_LEARNED * self.records:
@@ -101,7 +101,7 @@ class UnknownCount:
             warnings.append(problem)
         if self.prompts:
             warnings.append(
-                f"{self.prompts:,} of {self.records:,} records have words in their prompts that the"
+                f"in {self.prompts:,} of {self.records:,} records prompts have words that the"
                 f" tokenizer does not know: the model reads {token} in their place; the first is"
                 f" {_describe(self.first_prompt, tokenizer, False)}"
             )

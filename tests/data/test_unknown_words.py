@@ -86,7 +86,7 @@ def test_unknown_answers_are_refused_before_anything_is_written(tmp_path, kind, 
     pairs = [("what is it", "a cat"), ("what is it", "a zebra"), ("what is it", "gnu zebra")]
     written = write_texts(tmp_path, pairs)
     parsed = recipe(tmp_path, {**written, **changes}, **CHANGES[kind])
-    facts = r"(?s)stage one: 2 of 3 records.*<unk>.*'id1'.*'zebra'.*small_backbones"
+    facts = r"(?s)stage one: in 2 of 3 records.*<unk>.*'id1'.*'zebra'.*small_backbones"
     for act in (check_recipe, train):
         with pytest.raises(UserError, match=facts):
             act(parsed, model=model, processor=processor)

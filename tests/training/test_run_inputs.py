@@ -49,7 +49,7 @@ def edit_records(folder, edit) -> None:
 
 
 def change_answer(folder) -> str:
-    edit_records(folder, lambda records: records[5]["conversations"][1].update(value="green"))
+    edit_records(folder, lambda records: records[5]["conversations"][1].update(value="blue cat"))
     return "answers"
 
 
