@@ -280,9 +280,12 @@ def run_command(chat: Chat, line: str, waiting: list) -> str:
         noun = "clip" if medium == "audio" else medium
         return f"{len(waiting)} {noun}{'s' * (len(waiting) > 1)} for the next question"
     if name == "/reset":
+        had_files = bool(chat.images or waiting)
         chat.reset()
         waiting.clear()
-        return "the conversation is empty"
+        medium = get_medium(chat.processor)
+        gone = f", and its {medium} is gone; /{medium} PATH adds one" if had_files else ""
+        return f"the conversation is empty{gone}"
     if name == "/history":
         return _format_history(chat) or "the conversation is empty"
     if name == "/help":

@@ -48,6 +48,10 @@ TYPE_NAMES = {
 }
 
 
+EXAMPLES = {int: "100", float: "0.1", bool: "true"}  # of values, as YAML has them
+QUOTED = re.compile(r"\s*([-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|true|false)\s*", re.IGNORECASE)
+
+
 def read_text_file(path: str | Path, encoding: str = "utf-8") -> str:
     """Return the text of a file; UserError where it cannot be read or is not UTF-8 text."""
     try:
@@ -286,6 +290,25 @@ def show_value(value: object) -> str:
     text = repr(value)
     half = LONGEST_VALUE // 2
     return text if len(text) <= LONGEST_VALUE else f"{text[:half]} [...] {text[-half:]}"
+
+
+def suggest_value(key: str, text: object, kinds: Collection[Any]) -> str:
+    """Return the end of an error where text stands in the place of a number, or of true or false.
+
+    Args:
+        key: What the value belongs to, such as "args.max_steps".
+        text: What was given.
+        kinds: The types that are allowed.
+
+    Returns:
+        What to write; empty where no text was given, or text is no mistake.
+    """
+    examples = [EXAMPLES[kind] for kind in kinds if kind in EXAMPLES]
+    if not isinstance(text, str) or not examples:
+        return ""
+    if QUOTED.fullmatch(text):
+        return "; write it without quotes"
+    return f"; write for example {key.rpartition('.')[2]}: {examples[0]}"
 
 
 def nearest(value: object, allowed: Collection[object]) -> str:

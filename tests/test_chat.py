@@ -142,7 +142,8 @@ def test_the_terminal_answers_and_knows_commands(tiny, image):
     assert shown.splitlines()[0].startswith("1 image ")
     assert shown.splitlines()[1].startswith("2 images ")
     assert "/image PATH" in run_lines(chat, "/help")
-    run_lines(chat, "/reset", "/quit", "never read")
+    assert "image" in run_lines(chat, "/reset", "/quit", "never read")
+    assert "image" not in run_lines(chat, "/reset")  # there was none any more
     assert chat.messages == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -76,6 +77,9 @@ def chat(
         echo()
         return
     is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        with suppress(ImportError):  # not part of every Python
+            import readline  # noqa: F401  (from now on `input` knows arrow keys and a history)
     prompt = "> " if is_terminal else ""
     if is_terminal:
         echo(f"/{get_medium(processor)} PATH adds one, /help lists the commands, /quit leaves")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING
 
 from ..config.paths import check_writable_folder
@@ -13,7 +14,7 @@ from ..config.places import BUILT_IN, DEPTHS
 from ..config.shipped import find_deepspeed
 from ..config.yaml_io import expand_path
 from ..methods import check_method, make_plan
-from ..schema import UserError, nearest
+from ..schema import TYPE_NAMES, UserError, nearest, show_value, suggest_value
 from ..shipped_model import read_backbone_depth
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ DEVICE_KINDS = (
     *("maia", "xla", "lazy", "vulkan", "mps", "meta", "hpu", "mtia", "privateuseone", "npu", "mlu"),
 )
 URL_STARTS = ("http:", "https:", "data:")
+ARGUMENT = re.compile(r"^    (\w+)\s*:([^=\n]*)", re.MULTILINE)  # a name and its annotation
+SIMPLE_TYPES = {"int": int, "float": float, "bool": bool, "None": NoneType}
 OLD_CHECKPOINTING = re.compile(r"(gradient|activation)_checkpointing(_kwargs)?")
 
 
@@ -132,22 +135,35 @@ def check_recipe(recipe: Recipe, *, writes: bool = True) -> None:
                     f"stage {stage.name}: args.{name} is not an argument of transformers'"
                     f" TrainingArguments{nearest(name, known)}"
                 )
+            _check_simple_type(f"stage {stage.name}: args.{name}", value, known.get(name, ""))
             if name == "deepspeed" and isinstance(value, str):
                 find_deepspeed(value)
 
 
-def find_training_arguments() -> set[str]:
-    """Names that `TrainingArguments` may take, read from its source, which takes no import.
+def _check_simple_type(key: str, value: object, annotation: str) -> None:
+    """Raise UserError for text where an annotation wants a number, or true or false."""
+    kinds = {SIMPLE_TYPES.get(part) for part in re.split(r"\s*\|\s*", annotation.strip())}
+    if not isinstance(value, str) or None in kinds:
+        return
+    allowed = [kind for kind in (int, float, bool) if kind in kinds]
+    names = " or ".join(TYPE_NAMES[kind] for kind in allowed)
+    remedy = suggest_value(key, value, allowed)
+    raise UserError(f"{key} is {show_value(value)}, but must be {names}{remedy}")
+
+
+def find_training_arguments() -> dict[str, str]:
+    """Names that `TrainingArguments` may take, and types, read from its source without an import.
 
     It holds all fields and perhaps words of a docstring. It is empty where there is no source.
     """
     spec = find_spec("transformers")
-    names: set[str] = set()
+    names: dict[str, str] = {}
     for folder in (spec and spec.submodule_search_locations) or ():
         file = Path(folder) / "training_args.py"
         if file.is_file():
-            names |= set(re.findall(r"^    (\w+)\s*:", file.read_text("utf-8"), re.MULTILINE))
-    return names if "max_steps" in names else set()
+            found = ARGUMENT.findall(file.read_text("utf-8"))
+            names |= dict(reversed(found))  # the field stands before words of other functions
+    return names if "max_steps" in names else {}
 
 
 def check_holds(folder: Path, names: Sequence[str], remedy: str) -> None:

@@ -105,19 +105,19 @@ def _describe_training(options: Mapping[str, Any]) -> str:
         checkpoint = last_checkpoint(output / recipe.stages[num_finished].name)
         saved += [f"{checkpoint.name} of stage {checkpoint.parent.name}"] if checkpoint else []
     if not saved:
-        return f"No stage or checkpoint is saved yet. Start over: {_repeat_command('--overwrite')}"
-    return f"Saved in {output}: {', '.join(saved)}. Go on with: {_repeat_command('--resume')}"
+        return f"No stage or checkpoint is saved yet. Start over: {repeat_command('--overwrite')}"
+    return f"Saved in {output}: {', '.join(saved)}. Go on with: {repeat_command('--resume')}"
 
 
 def _describe_evaluation(options: Mapping[str, Any]) -> str:
     if options["out"] is None:
         return "Nothing is saved; with --out FOLDER a stopped evaluation goes on where it was."
-    command = _repeat_command(without="--fresh")
+    command = repeat_command(without="--fresh")
     return f"Answers so far are saved in {options['out']}. Go on with: {command}"
 
 
-def _repeat_command(more: str = "", without: str = "") -> str:
-    """The command that was typed, with another option."""
+def repeat_command(more: str = "", without: str = "") -> str:
+    """Return the command that was typed, with another option, or without one."""
     left_out = {"--resume", "--overwrite"} if more else {without}
     words = [word for word in sys.argv[1:] if word not in left_out]
     return shlex.join(["sparsecut", *words, *([more] if more else [])])

@@ -23,6 +23,7 @@ from .app import (
     print_scores,
 )
 from .completion import complete_shipped
+from .stopping import repeat_command
 
 if TYPE_CHECKING:
     from ..config.recipe import Recipe
@@ -179,7 +180,19 @@ def _print_dry_run(recipe, as_json: bool, **machine) -> None:
 
 
 def _evaluate(recipe, model, processor, resume: bool) -> None:
+    from ..config.yaml_io import expand_path
     from ..evaluation.evaluator import evaluate_recipe
 
-    result = evaluate_recipe(recipe, model, processor, resume=resume)
-    print_scores(result, Path(recipe.output) / "eval")
+    output = Path(expand_path(recipe.output))
+    try:
+        result = evaluate_recipe(recipe, model, processor, resume=resume)
+    except Exception as error:
+        rest = (
+            f"training is done, and its model is safe in {output / 'final'}; evaluation goes on"
+            f" with: {repeat_command('--resume')}"
+        )
+        if isinstance(error, UserError):
+            raise UserError(f"{error}; {rest}") from error
+        error.add_note(rest)
+        raise
+    print_scores(result, output / "eval")

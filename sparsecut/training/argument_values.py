@@ -17,7 +17,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import get_scheduler
 
-from ..schema import TYPE_NAMES, UserError, check_choice, is_whole_number
+from ..schema import TYPE_NAMES, UserError, check_choice, is_whole_number, show_value, suggest_value
 
 # Types beyond those that transformers annotates.
 MORE_TYPES = {"fsdp": bool | list[str]}
@@ -123,12 +123,10 @@ def _is_of(value: Any, hint) -> bool:
 
 def _refuse_type(key: str, value: Any, types: list) -> None:
     allowed = " or ".join(dict.fromkeys(_name_type(hint) for hint in types))
-    remedy = ""
-    if isinstance(value, str) and not {int, float, bool}.isdisjoint(types):
-        remedy = "; write it without quotes"
-    elif str in types and not isinstance(value, list | dict):
+    remedy = suggest_value(key, value, types)
+    if not remedy and str in types and not isinstance(value, list | dict):
         remedy = "; write text in quotes"
-    raise UserError(f"{key} is {value!r}, but must be {allowed}{remedy}")
+    raise UserError(f"{key} is {show_value(value)}, but must be {allowed}{remedy}")
 
 
 def _name_type(hint) -> str:

@@ -23,6 +23,7 @@ SECONDS_TO_LINE = 4.0
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_TO_IDLE = 2.0  # then the thread ends
 MOST_BARS = 3
+LOADING = "loading libraries"
 BAR_WIDTH = 20
 WIDTH_OF_THE_REST = 70  # columns of a bar and of the text beside it
 LEAST_LABEL = 16
@@ -87,6 +88,9 @@ class Display:
         """Draw what is due now."""
         with self.lock:
             shown = [step for step in self.steps if not step.is_background] or self.steps
+            for step in shown:
+                if step.is_background:
+                    step.note = LOADING if is_importing() else ""
             if shown and self._view is not None:
                 self._view.draw(list(shown), self.clock())
 
@@ -216,6 +220,16 @@ class _Bars:
         )
         bars.start()
         return bars
+
+
+def is_importing() -> bool:
+    """Whether the main thread is importing a module, which takes long for some libraries."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def shorten(label: str, width: int) -> str:

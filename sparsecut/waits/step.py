@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from .safe_text import escape_controls
 
-SECONDS_IN_SECONDS = 90  # longer times are shown in minutes
+SECONDS_IN_SECONDS = 90  # longer times are shown in minutes and halves, as often as lines come
 MINUTES_IN_MINUTES = 90  # and longer ones in hours
 Item = TypeVar("Item")
 
@@ -114,8 +114,8 @@ class Step:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration as "40 s", "12 min" or "3.5 h"."""
+    """Return a duration as "40 s", "2.5 min" or "3.5 h"."""
     if seconds < SECONDS_IN_SECONDS:
         return f"{seconds:.0f} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < MINUTES_IN_MINUTES else f"{minutes / 60:.1f} h"
+    minutes = round(seconds / 30) / 2
+    return f"{minutes:g} min" if minutes < MINUTES_IN_MINUTES else f"{minutes / 60:.1f} h"

@@ -75,6 +75,8 @@ COMMANDS = {
     "cost --base model -o countt=3": "count",
     "train option.yaml": "count",
     "train argument.yaml": "max_steps",
+    "train typed.yaml": "max_steps: 100",
+    "train quoted.yaml": "without quotes",
     "train argument.yaml --dry-run": "max_steps",
     "train deepspeed.yaml": "zero3",
     "train output.yaml": "file.txt",
@@ -131,6 +133,8 @@ def answers(tmp_path_factory):
     recipes = {
         "plain": ("", "out", "max_steps", 1),
         "option": (", countt: 3", "out", "max_steps", 1),
+        "typed": ("", "out", "max_steps", "four"),
+        "quoted": ("", "out", "bf16", "'true'"),
         "argument": ("", "out", "max_stepz", 1),
         "deepspeed": ("", "out", "deepspeed", "zero9"),
         "output": ("", "file.txt", "max_steps", 1),
@@ -162,4 +166,4 @@ def test_names_of_arguments_are_those_of_transformers():
     from sparsecut.cli.early_checks import find_training_arguments
 
     names = {field.name for field in fields(TrainingArguments)}
-    assert names <= find_training_arguments()
+    assert names <= set(find_training_arguments())

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +22,11 @@ from helpers.tiny import tiny_language, tiny_tokenizer, tiny_vision
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
+from sparsecut.cli import train
 from sparsecut.cli.stopping import Stopped, describe_rest, stop_with_reason
 from sparsecut.config.paths import write_whole_folder
 from sparsecut.experiments import runner
+from sparsecut.schema import UserError
 from sparsecut.waits import Terminated, end_children_at_error, interrupt_at_sigterm, show_step
 
 TESTS = Path(__file__).parents[1]
@@ -254,3 +257,18 @@ def test_children_end_with_what_started_them():
         raise KeyboardInterrupt
     child.join(5)
     assert not child.is_alive()
+
+
+@pytest.mark.parametrize("kind", [UserError, RuntimeError])
+def test_an_evaluation_that_fails_after_training_says_what_is_safe(tmp_path, monkeypatch, kind):
+    def fail(*args, **settings):
+        raise kind("the image 3.png is broken")
+
+    monkeypatch.setattr("sparsecut.evaluation.evaluator.evaluate_recipe", fail)
+    monkeypatch.setattr("sys.argv", ["sparsecut", "train", "mine.yaml", "--overwrite"])
+    recipe = SimpleNamespace(output=str(tmp_path / "run"))
+    with pytest.raises(kind, match="broken") as caught:
+        train._evaluate(recipe, None, None, False)
+    said = " ".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    assert str(tmp_path / "run" / "final") in said
+    assert said.endswith("sparsecut train mine.yaml --resume")

@@ -44,6 +44,8 @@ REFUSED = [
     ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size"),
     ({"max_steps": 0}, "max_steps is 0"),
     ({"max_steps": "5"}, "without quotes"),
+    ({"max_steps": "four"}, "max_steps: 100"),
+    ({"learning_rate": "small"}, "learning_rate: 0.1"),
     ({"bf16": "false"}, "bf16 is 'false'.*without quotes"),
     ({"save_steps": -2, "save_strategy": "steps"}, "save_steps"),
     ({"log_level": "loud"}, "log_level is 'loud'.*debug"),

@@ -1,5 +1,7 @@
 """Whatever takes long shows life within five seconds, and the time left after thirty."""
 
+import builtins
+import importlib
 import io
 import re
 import subprocess
@@ -248,3 +250,24 @@ def test_showing_costs_next_to_nothing(shown):
 def test_durations_read_well():
     shown = [format_seconds(seconds) for seconds in (0.4, 60, 600, 36_000)]
     assert shown == ["0 s", "60 s", "10 min", "10.0 h"]
+
+
+def test_lines_that_follow_one_another_show_different_times():
+    shown = [format_seconds(seconds) for seconds in range(30, 5400, 30)]
+    assert len(set(shown)) == len(shown)
+
+
+def test_a_command_says_that_it_loads_libraries(shown, clock, tmp_path, monkeypatch):
+    display, stream = shown
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "slow_library", raising=False)
+    (tmp_path / "slow_library.py").write_text("import builtins\nbuiltins.import_slowly()\n")
+    monkeypatch.setattr(
+        builtins, "import_slowly", lambda: pass_time(display, clock, 5), raising=False
+    )
+    with waits.show_step("command", is_background=True):
+        pass_time(display, clock, 5)
+        assert display_module.LOADING not in stream.getvalue()
+        clock.now += 30
+        importlib.import_module("slow_library")
+        assert display_module.LOADING in stream.getvalue()
