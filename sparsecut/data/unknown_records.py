@@ -90,8 +90,9 @@ class UnknownCount:
         if self.learned:
             problem = (
                 f"in {self.learned:,} of {self.records:,} records answers have words that the"
-                f" tokenizer does not know: the model would learn {token} in their place, and could never answer"
-                f" with them; the first is {_describe(self.first_learned, tokenizer, True)}"
+                f" tokenizer does not know: the model would learn {token} in their place, and could"
+                " never answer with them; the first is"
+                f" {_describe(self.first_learned, tokenizer, True)}"
             )
             if self.learned >= MOST_LEARNED * self.records:
                 raise UserError(

@@ -143,20 +143,24 @@ def read_record_facts(stage: Stage, encoder: ExampleEncoder | None = None) -> Re
         if len(samples) < len(stage.data):
             notes.append("records that are absent are assumed to be like those that were read")
         num_read = sum(len(sizes) for _, sizes in samples)
-        way = (
-            "counted with the model's own tokenizer"
-            if all_counted
-            else f"the tokenizer is not on this machine, so every word counts as {TOKENS_PER_WORD}"
-        )
-        notes.append(
-            f"a record has {facts.text_tokens:.1f} text tokens in the mean, over {num_read:,}"
-            f" records ({way})"
-        )
+        notes.append(_describe_length(facts.text_tokens, num_read, all_counted))
     else:
         notes.append(
             f"no record was read: {ASSUMED_TOKENS} text tokens and one image a record are assumed"
         )
     return facts
+
+
+def _describe_length(text_tokens: float, num_read: int, all_counted: bool) -> str:
+    """How long records are, and how that was found."""
+    way = (
+        "counted with the model's own tokenizer"
+        if all_counted
+        else f"the tokenizer is not on this machine, so every word counts as {TOKENS_PER_WORD}"
+    )
+    return (
+        f"a record has {text_tokens:.1f} text tokens in the mean, over {num_read:,} records ({way})"
+    )
 
 
 def _find_sizes(
