@@ -49,6 +49,7 @@ NOT_RUN = {
         "takes hours",
         "takes hours",
         "takes hours",
+        "takes hours",
         "needs a run of hours",
         "takes hours",
         "takes hours",
