@@ -164,9 +164,6 @@ class Chat:
         question = text if count else f"{placeholder}\n" * len(images) + text
         messages = [*self.messages, {"role": "user", "content": question}]
         check_markers(self.processor, messages)
-        words = find_unknown_words(self.processor.tokenizer, text.replace(placeholder, " "))
-        if words:
-            logger.warning("the model does not know these words: %s", list_words(words))
         prompt = render_prompt(self.processor, messages, self.template_arguments)
         inputs = prepare_inputs(self.model, self.processor, [prompt], [all_images])
         check_length(
@@ -176,6 +173,9 @@ class Chat:
             "the conversation",
             "reset it or lower max_new_tokens",
         )
+        words = find_unknown_words(self.processor.tokenizer, text.replace(placeholder, " "))
+        if words:
+            logger.warning("the model does not know these words: %s", list_words(words))
         return _Turn(messages, all_images, inputs)
 
     def _stream_turn(self, turn: _Turn) -> Iterator[str]:

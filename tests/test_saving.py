@@ -180,7 +180,7 @@ def test_code_is_saved_by_default_and_is_what_a_model_needs(saved):
     assert not files & {"modeling_upgraded.py", "families.py", "building.py", "drawing.py"}
     assert files <= set(list_code_files())
     assert "SPDX-License-Identifier: Apache-2.0" in (saved[2] / "saved_code.py").read_text()
-    assert sum((saved[2] / name).stat().st_size for name in files) < 350_000
+    assert sum((saved[2] / name).stat().st_size for name in files) < 360_000
     maps = [read_auto_map(saved[2] / name) for name in ("config.json", "processor_config.json")]
     auto_classes = {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor"}
     assert auto_classes | {"AutoModelForMultimodalLM"} == {*maps[0], *maps[1]}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from sparsecut.training.trainer import StageTrainer
 ANSWERS = ["a cat", "a red dog", "blue", "yes ."]
 
 
-def write_records(folder: Path) -> Path:
+def write_records(folder: Path, answers: Sequence[str] = ANSWERS) -> Path:
     """Write twelve records: one in four is text only, one has two images.
 
     data.json holds all of them, those with images first; texts.json holds the text-only ones.
@@ -40,7 +41,7 @@ def write_records(folder: Path) -> Path:
         if i == 6:
             images.append("0.png")
         question = {"from": "human", "value": "<image> " * len(images) + "what is it"}
-        answer = {"from": "gpt", "value": ANSWERS[i % 4]}
+        answer = {"from": "gpt", "value": answers[i % len(answers)]}
         record = {"id": str(i), "image": images or None, "conversations": [question, answer]}
         (records if images else texts).append(record)
     (folder / "data.json").write_text(json.dumps(records + texts))
@@ -56,8 +57,8 @@ def write_word_records(path: Path, words: dict[str, int], has_images: bool = Tru
     """
     records = []
     for name, number in words.items():
-        question = ("<image>\n" if has_images else "") + "a " * (number - 1)
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "b"}]
+        question = ("<image>\n" if has_images else "") + "is " * (number - 1)
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "ring"}]
         record = {"id": name, "conversations": turns}
         if has_images:
             record["image"] = "one.png"
