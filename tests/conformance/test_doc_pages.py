@@ -4,6 +4,7 @@ Commands run as printed, servers too; Python goes on where the block before it e
 from the page is declared here: what its reader has already, and sizes that would take hours.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,13 @@ def write_benchmarks(folder: Path) -> None:
 def write_upgrade(folder: Path) -> None:
     """A base, and data in $DATA, which the page's reader has set."""
     write_base(folder)
-    write_split(str(folder / "data"), "train", 8, 2)
+    path = write_split(str(folder / "data"), "train", 8, 2)["questions"]
+    records = json.loads(path.read_text())
+    for record in records:  # the base's tokenizer has some thirty words, and none of the shapes'
+        for turn in record["conversations"]:
+            if turn["from"] == "gpt":
+                turn["value"] = "a cat"
+    path.write_text(json.dumps(records))
 
 
 def write_trained(folder: Path) -> None:

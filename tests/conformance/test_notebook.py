@@ -35,4 +35,4 @@ def test_the_notebook_runs_in_five_minutes(tmp_path, monkeypatch):
     assert "vision encoder" in shown[0]
     assert re.search(r"\d+\.\d %", shown[3])
     assert len(shown[4].splitlines()) > 4
-    assert (tmp_path / "runs" / "tiny" / "final" / "model.safetensors").is_file()
+    assert (tmp_path / "runs" / "five-minutes" / "final" / "model.safetensors").is_file()
