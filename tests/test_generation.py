@@ -8,7 +8,7 @@ from helpers import checks
 from helpers.checks import GREEDY, IMAGE, batch, expanded
 from helpers.families import family_language
 
-from sparsecut.hooks import RECOMPUTES_HOOKS
+from sparsecut.hooks import CACHE, RECOMPUTES_HOOKS, get_cache
 from sparsecut.schema import UserError
 
 ROWS = [[20, 21, 22], [5, IMAGE, 6, 7], [IMAGE, 8, IMAGE, 9, 10, 11], [23, 24], [12, 13, IMAGE, 14]]
@@ -227,16 +227,16 @@ def test_a_conversation_goes_on_from_its_cache_with_another_image(model, inputs)
     begun = [model.generate(input_ids=ids, pixel_values=pixels[:1], **cached) for _ in range(4)]
     whole = torch.cat([begun[0].sequences, torch.tensor([expanded(model, [8, IMAGE, 9])])], dim=1)
     expected = model.generate(input_ids=whole, pixel_values=pixels, **GREEDY)
-    caches = [b.past_key_values for b in begun]
+    caches = [get_cache(b) for b in begun]
     rest = whole[:, caches[0].get_seq_length() :]
     logits = model(input_ids=rest, pixel_values=pixels[1:], past_key_values=caches[0]).logits
     assert logits[0, -1].argmax() == expected[0, whole.shape[1]]
-    new = {"pixel_values": pixels[1:], "past_key_values": caches[1]}
+    new = {"pixel_values": pixels[1:], CACHE: caches[1]}
     assert torch.equal(model.generate(input_ids=whole, **new, **GREEDY), expected)
     with pytest.raises(UserError, match=r"4 image tokens.* 0 features"):
         model(input_ids=rest, past_key_values=caches[2])
     with pytest.raises(UserError, match=r"4 image tokens.* 0 features"):
-        model.generate(input_ids=whole, past_key_values=caches[3], **GREEDY)
+        model.generate(input_ids=whole, **{CACHE: caches[3]}, **GREEDY)
 
 
 def test_a_placeholder_that_the_model_writes_stands_for_no_image(model, inputs):
@@ -252,7 +252,7 @@ def test_a_prompt_goes_on_after_a_placeholder_that_the_model_wrote(model, inputs
         input_ids=ids, pixel_values=pixels, **GREEDY | {"return_dict_in_generate": True}
     )
     whole = torch.cat([begun.sequences, torch.tensor([[IMAGE]])], dim=1)
-    answer = model.generate(input_ids=whole, past_key_values=begun.past_key_values, **GREEDY)
+    answer = model.generate(input_ids=whole, **{CACHE: get_cache(begun)}, **GREEDY)
     assert answer.shape[1] > whole.shape[1]
 
 
