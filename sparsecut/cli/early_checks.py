@@ -162,7 +162,7 @@ def find_training_arguments() -> dict[str, str]:
         file = Path(folder) / "training_args.py"
         if file.is_file():
             found = ARGUMENT.findall(file.read_text("utf-8"))
-            names |= dict(reversed(found))  # the field stands before words of other functions
+            names |= dict(reversed(found))  # of two lines with one name the first is the field
     return names if "max_steps" in names else {}
 
 

@@ -83,7 +83,8 @@ def read_settings_file(path: Path, kind: str) -> Any:
     if values is None:  # PyYAML would read a long file of JSON for minutes
         values = read_yaml(text, str(path))
     if isinstance(values, list) and all(isinstance(value, dict) for value in values):
-        raise UserError(f"{path} is a list of {len(values):,} records, which is data, but {remedy}")
+        number = "1 record" if len(values) == 1 else f"{len(values):,} records"
+        raise UserError(f"{path} is a list of {number}, which is data, but {remedy}")
     return values
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Protocol
 
 import torch
@@ -16,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from ..audio import Clip
-from ..chat_templates.unknown_words import get_unknown_id
 from ..prompts import adds_special_tokens, get_tokens_per_image
 from ..schema import UserError
 from .errors import RecordError
@@ -25,7 +23,7 @@ from .labels import IGNORED, find_target_tokens
 from .length_limits import NO_LIMITS, Limits
 from .native_encoding import NativeExampleEncoder
 from .rendering import Rendered, render_example
-from .unknown_records import UnknownText, find_unknown_text
+from .unknown_records import KnowsUnknownToken, UnknownText, find_unknown_text
 
 GRIDS = "image_grids"
 
@@ -97,7 +95,7 @@ def example_encoder(
 
 
 @dataclass(frozen=True)
-class FixedExampleEncoder:
+class FixedExampleEncoder(KnowsUnknownToken):
     """Encodes examples for a built model, whose processor counts an image's tokens by its size.
 
     Attributes are those of `ExampleEncoder`. An item holds `input_ids` and `labels`, int32 [L], and
@@ -114,11 +112,6 @@ class FixedExampleEncoder:
     def tokens_per_image(self) -> int:
         """Image tokens of every image; of images of any size, the most."""
         return self.processor.num_image_tokens
-
-    @cached_property
-    def unknown_id(self) -> int | None:
-        """The token for words that the tokenizer does not know."""
-        return get_unknown_id(self.processor.tokenizer)
 
     def check(
         self, example: Example, *, open_images: bool = False, is_first: bool = False

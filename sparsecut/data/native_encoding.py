@@ -11,14 +11,12 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..chat_templates.unknown_words import get_unknown_id
 from ..prompts import run_processor, takes_suffix
 from ..schema import UserError
 from .errors import RecordError
@@ -26,7 +24,7 @@ from .examples import Example
 from .labels import IGNORED
 from .length_limits import NO_LIMITS, Limits
 from .rendering import Span, render_example
-from .unknown_records import UnknownText, find_unknown_text
+from .unknown_records import KnowsUnknownToken, UnknownText, find_unknown_text
 
 # Inputs with one value for each token, [B, L].
 PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
@@ -34,7 +32,7 @@ NEAR_LIMIT = 0.5  # records longer than this fraction of a limit, as estimated, 
 
 
 @dataclass(frozen=True)
-class NativeExampleEncoder:
+class NativeExampleEncoder(KnowsUnknownToken):
     """Encodes examples with an upgraded model's own processor, which prepares whole batches.
 
     Attributes are those of `ExampleEncoder`. An item holds the example, its text, the spans of the
@@ -49,11 +47,6 @@ class NativeExampleEncoder:
     tokens_per_image: ClassVar[int] = 1
     # Some records are prepared as a whole, which uses several threads already.
     checks_in_parallel: ClassVar[bool] = False
-
-    @cached_property
-    def unknown_id(self) -> int | None:
-        """The token for words that the tokenizer does not know."""
-        return get_unknown_id(self.processor.tokenizer)
 
     def check(
         self, example: Example, *, open_images: bool = False, is_first: bool = False

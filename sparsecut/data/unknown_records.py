@@ -6,15 +6,32 @@ A model that learns the unknown token answers with nothing, although its loss fa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
-from ..chat_templates.unknown_words import find_unknown_spans, find_unknown_words, list_words
+from ..chat_templates.unknown_words import (
+    find_unknown_spans,
+    find_unknown_words,
+    get_unknown_id,
+    list_words,
+)
 from ..schema import UserError
 from .examples import Example
 from .labels import find_target_tokens
 from .rendering import Span
 
 MOST_LEARNED = 0.01  # of the records; from this fraction on it is no matter of a few rare words
+
+
+class KnowsUnknownToken:
+    """What has a processor, and so knows the token for words that its tokenizer does not know."""
+
+    processor: Any
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """That token; None where the tokenizer can write any text."""
+        return get_unknown_id(self.processor.tokenizer)
 
 
 class UnknownText(NamedTuple):

@@ -179,7 +179,12 @@ class Study:
         """Check that a question's variants are trained under its budgets."""
         self._check_variants(f"{key}.pairs", question.variants)
         for name in question.budgets or ():
-            check_choice(f"{key}.budgets", name, self.budgets)
+            if name not in self.budgets:
+                raise UserError(
+                    f"{key}.budgets names {name!r}{nearest(name, self.budgets)}, but the study has"
+                    f" {', '.join(self.budgets)}; name one of them, or leave the questions out with"
+                    " questions={}"
+                )
             trained = self.budgets[name].arms
             for variant in question.variants:
                 if trained is not None and variant not in trained:
