@@ -31,7 +31,7 @@ pipeline_tag: image-text-to-text
 
 `sparsecut chat`, `sparsecut serve --ui` and `sparsecut.load("shapes")` use it. It knows drawn shapes
 and the 57 words about them, and nothing else. It shows that the software works; it is no evidence
-about the method (docs/results.md).
+about the method (docs/older-results.md).
 
 | | |
 |---|---|
@@ -46,7 +46,7 @@ about the method (docs/results.md).
 
 Right answers to {num_examples:,} questions about {split} images, before rounding, in per cent:
 {average:.1f} as the mean of the levels; by kind of question {kinds}. Over the five seeds of
-[the study](../../../docs/results.md) the mean is 83.3.
+[the study](../../../docs/older-results.md) the mean is 83.3.
 
 To make it again: `{command}`, then `python benchmarks/ship_model.py RUN`.
 """

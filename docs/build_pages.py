@@ -41,7 +41,7 @@ def _describe_method(name: str, method) -> str:
     depths = DEPTHS_13B if name == "official_13b" else DEPTHS
     plan = make_plan(name, *depths)
     docstring = inspect.getdoc(method).split("\n\nArgs:")[0]
-    text = docstring.replace("docs/results.md", "[results](results.md)")
+    text = docstring.replace("docs/older-results.md", "[results](older-results.md)")
     drawing = f'<div class="plan">{draw_plan(plan, *depths)}</div>'
     command = f"    sparsecut show {name} --vision-depth {depths[0]} --language-depth {depths[1]}"
     return "\n\n".join([f"## {name}", text, summarize(plan), drawing, command])

@@ -112,7 +112,7 @@ def sparsecut(
     """SparseCut (arXiv 2602.00505): several encoder layers, each into a decoder layer of its own.
 
     With `pattern="sparse", shared=True, norm=False`, 24 and 40 layers, this is the released form,
-    `official_13b`. What is different here did better (docs/results.md).
+    `official_13b`. What is different here did better (docs/older-results.md).
 
     Args:
         vision_depth: Number of encoder blocks.

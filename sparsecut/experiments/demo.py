@@ -51,7 +51,7 @@ VARIANTS = {  # of demo.yaml
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """What one variant reached with five seeds, from docs/results.md, in per cent.
+    """What one variant reached with five seeds, from docs/older-results.md, in per cent.
 
     Attributes:
         title: The name that the page shows.

@@ -48,6 +48,7 @@ WRITTEN = (
     *("states", "runs", "rates", "text_baseline.json", "costs.json", "inputs.json"),
     *("report.*", "worker-*.txt", "search.json", "plan.yaml"),
 )
+STARTED = ("runs", "rates", "worker-*.txt")  # what there is once runs have been started
 FAILED = "failed.txt"
 LINES_SHOWN = 12  # of the log of a process that stopped
 
@@ -88,6 +89,8 @@ def run_study(
     check_folder(study, out)
     with lock_folder(out):
         check_folder(study, out)  # another process may have begun one meanwhile
+        if not _has_started(out):
+            (out / "costs.json").unlink(missing_ok=True)  # perhaps counted with other backbones
         dump_study(study, out / "study.yaml")
         prepare(study, log)
     runs = part.list_runs()
@@ -134,13 +137,15 @@ def _check_failures(runs: Sequence[Run], out: Path) -> None:
 def check_folder(study: Study, out: Path) -> None:
     """Refuse a folder that holds a study with other data, training or meaning of a variant.
 
+    A study of which no run was started does not count: nothing depends on it.
+
     Raises:
         UserError: The message names the keys that differ, or files of something else that would be
             replaced.
     """
     written = [*WRITTEN, "data"] if study.pictures else WRITTEN
     check_replaceable(out, written, "study.yaml")
-    if not (out / "study.yaml").is_file():
+    if not (out / "study.yaml").is_file() or not _has_started(out):
         return
     before = load_study(out / "study.yaml")
 
@@ -163,6 +168,11 @@ def check_folder(study: Study, out: Path) -> None:
             f"{out} holds another study (it differs in {', '.join(changed)}), whose results would"
             " be taken for this one's; choose another folder (output=...) or remove this one"
         )
+
+
+def _has_started(out: Path) -> bool:
+    """Whether runs of the folder's study were ever started."""
+    return any(next(out.glob(pattern), None) for pattern in STARTED)
 
 
 def _name_changed_rates(before: Study, study: Study) -> list[str]:

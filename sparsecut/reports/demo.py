@@ -96,7 +96,7 @@ def print_scores(study: Study, titles: dict[str, str], log: Callable[[str], None
 
     log(f"\n{text_table(rows)}")
     log("This is one seed: other seeds move every number by some points.")
-    log(f"{describe_five_seeds()} docs/results.md has the table.\n")
+    log(f"{describe_five_seeds()} docs/older-results.md has the table.\n")
 
 
 def choose_items(study: Study, titles: dict[str, str], number: int) -> list[dict]:

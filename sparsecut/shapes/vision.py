@@ -7,7 +7,7 @@ colour alone, under Gaussian noise on the normalised last two states.
 
 That noise is a deliberate knob. It makes the top spend its variance on what captions say, as
 large-scale caption training does. Without it a small encoder keeps fine detail within easy reach of
-its top, so several taps have nothing to add (docs/results.md).
+its top, so several taps have nothing to add (docs/older-results.md).
 """
 
 from __future__ import annotations

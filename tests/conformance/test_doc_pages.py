@@ -103,7 +103,7 @@ SETTINGS = {
     "lmms.md": Setting(prepare=write_demo),
     "method.md": Setting(),
     "recipes.md": Setting(changes=SMALL_STUDY),
-    "results.md": Setting(),
+    "speed.md": Setting(),
     "serving.md": Setting(changes=(QUICK_DEMO, ("--seconds 60", "--seconds 4"))),
     "share.md": Setting(prepare=write_trained),
     "training.md": Setting(prepare=write_images),

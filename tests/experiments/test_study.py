@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsecut.building import read_depths
 from sparsecut.config.folder_lock import lock_folder
-from sparsecut.experiments import preparation
+from sparsecut.experiments import preparation, runner
 from sparsecut.experiments.claims import claim
 from sparsecut.experiments.run_progress import RunProgress
 from sparsecut.experiments.runner import StudyRunError, check_folder, run_study
@@ -135,6 +135,23 @@ def test_no_other_study_may_take_a_folder(finished, changes, key):
     other = parse_study({**QUICK, "output": str(finished[1]), **changes})
     with pytest.raises(UserError, match=rf"differs in {key}\)"):
         run_study(other, log=print)
+
+
+def test_a_refused_study_leaves_its_folder_to_a_corrected_one(tmp_path, monkeypatch):
+    recipe = {**RECIPE, "model": {**RECIPE["model"], "view_size": 50}}
+    with pytest.raises(UserError, match="view_size"):
+        run_study(build_study(tmp_path, recipe=recipe), log=lambda line: None)
+    corrected = build_study(tmp_path)
+    costs = Path(corrected.output) / "costs.json"
+    costs.write_text("{}")  # of the refused one
+
+    def stop(study, log):
+        assert not costs.exists()
+        raise InterruptedError("prepared")
+
+    monkeypatch.setattr(runner, "prepare", stop)
+    with pytest.raises(InterruptedError, match="prepared"):
+        run_study(corrected, log=lambda line: None)
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path):

@@ -70,7 +70,7 @@ def test_the_page_shows_every_variant_and_some_answers(finished):
 def test_five_seeds_and_the_one_tap_control_stand_beside_the_run(finished):
     _, page, lines = finished
     text = page.read_text()
-    results = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
+    results = (Path(__file__).parents[2] / "docs" / "older-results.md").read_text()
     for name, published in FIVE_SEEDS.items():
         row = next(row for row in results.splitlines() if row.startswith(f"| {name} | 5 |"))
         assert f"| {published.average} |" in row
