@@ -28,8 +28,8 @@ from .rate_choice import RateChoice, read_choice
 from .rates import TEXT_ONLY
 from .study import Study, load_study
 from .study_parts import Question, build_question
-from .text_scores import find_answered, score_texts
-from .variant_costs import SIZES, describe_variants, find_frontier, get_average
+from .text_scores import find_answered, get_open_scores, score_texts
+from .variant_costs import SIZES, describe_variants, find_frontier, get_average, get_averages
 
 MAX_PAIRED = 16  # variants in the matrix of all pairs: more cannot be read
 LEVEL_ORDER = ("high", "mid", "low")  # of the built-in shapes
@@ -76,14 +76,20 @@ def compute_results(folder: str | Path, questions: dict[str, Question] | None = 
     results |= _count_questions(answers)
     _add_differences(results, answers)
     results["pairs"] = _compare_pairs(results, answers[main])
-    results["frontier"] = {size: find_frontier(results, size) for size in SIZES}
+    results["frontier"] = _find_frontiers(results, get_averages(results))
     results["rates"] = {name: choice.describe() for name, choice in choices.items()}
     blind = _read_text_only(folder, study, protocol, results)
     answered = find_answered(folder, answers[main], blind)
     results["text"] = score_texts(folder, answers[main], blind, answered, study["baseline"])
+    if results["text"] is not None:
+        results["text"]["frontier"] = _find_frontiers(results, get_open_scores(results["text"]))
     asked = questions or _read_questions(study)
     results["questions"] = answer_questions(asked, answers, main, answered)
     return results
+
+
+def _find_frontiers(results: dict, scores: dict[str, float]) -> dict[str, list[str]]:
+    return {size: find_frontier(results, scores, size) for size in SIZES}
 
 
 def _read_questions(study: dict) -> dict[str, Question]:

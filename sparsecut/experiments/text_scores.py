@@ -92,6 +92,11 @@ def score_texts(
     return result
 
 
+def get_open_scores(text: dict) -> dict[str, float]:
+    """Variant to its accuracy on the questions that text does not answer, of `score_texts`."""
+    return {name: parts[OPEN]["value"] for name, parts in text["arms"].items() if OPEN in parts}
+
+
 def _keep_same_questions(blind: Answers | None, first: Answers) -> Answers | None:
     """The runs without images, unless they answered other questions."""
     return blind if blind is not None and list(blind.ids) == list(first.ids) else None

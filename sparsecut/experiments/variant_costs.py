@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..plan import Plan
@@ -55,13 +56,19 @@ def _describe_family(plan: dict | None) -> str:
     return f"{place}, {views}"
 
 
-def find_frontier(results: dict, size: str) -> list[str]:
-    """Variants that no other beats in average at no more prefill FLOPs, cheapest first."""
+def find_frontier(results: dict, scores: Mapping[str, float], size: str) -> list[str]:
+    """Variants that no other beats in score at no more prefill FLOPs, cheapest first.
+
+    Args:
+        results: What is known of every variant.
+        scores: Variant to what is compared, such as its average.
+        size: Where FLOPs are counted, a key of `SIZES`.
+    """
     places = {}
-    for name, variant in results["arms"].items():
-        cost = variant["relative"][size]
-        if cost and results["main"] in variant["results"]:
-            places[name] = (cost, -get_average(results, name))
+    for name, score in scores.items():
+        cost = results["arms"][name]["relative"][size]
+        if cost:
+            places[name] = (cost, -score)
 
     frontier = []
     for name, place in places.items():
@@ -75,6 +82,12 @@ def find_frontier(results: dict, size: str) -> list[str]:
 def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
     """Whether (cost, -accuracy) is no worse in both and better in one."""
     return one != other and one[0] <= other[0] and one[1] <= other[1]
+
+
+def get_averages(results: dict) -> dict[str, float]:
+    """The accuracy of every variant that was trained under the main budget."""
+    finished = [name for name, one in results["arms"].items() if results["main"] in one["results"]]
+    return {name: get_average(results, name) for name in finished}
 
 
 def get_average(results: dict, name: str) -> float:

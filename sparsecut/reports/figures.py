@@ -10,10 +10,11 @@ from __future__ import annotations
 import io
 import re
 from importlib.util import find_spec
+from pathlib import Path
 
 from markupsafe import Markup, escape
 
-from ..schema import UserError
+from ..schema import UserError, write_text_file
 
 FONT_SIZE = 12  # CSS pixels
 INK = "#010203"  # stands for the colour of the page's text
@@ -211,6 +212,11 @@ def write_empty(reason: str, title: str = "") -> Markup:
     return Markup('<p class="empty">{} is empty: {}.</p>').format(name, reason)
 
 
+def is_drawn(chart: Markup) -> bool:
+    """Whether a chart is a drawing, and not the sentence of `write_empty`."""
+    return chart.startswith("<svg")
+
+
 class begin_figure:
     """A figure of so many CSS pixels with one axes, drawn in this module's style."""
 
@@ -237,6 +243,13 @@ def set_margins(axes, *, left: float, right: float, top: float, bottom: float) -
     axes.set_position(
         [left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height]
     )
+
+
+def write_svg(path: Path, svg: Markup) -> None:
+    """Write a drawing of `to_svg` into a file of its own, dark on white."""
+    text = str(svg).replace("currentColor", INK)  # Markup would escape what is put in
+    text = text.replace("<svg ", '<svg style="background: white" ', 1)
+    write_text_file(path, f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n')
 
 
 def to_svg(figure, label: str) -> Markup:

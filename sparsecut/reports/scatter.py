@@ -68,7 +68,7 @@ def draw_scatter(points: Sequence[Point], *, title: str, x_label: str) -> Markup
     legend_height = 20 * (len(families) + 1)
 
     with begin_figure(width, 360 + legend_height) as (figure, axes):
-        set_margins(axes, left=48, right=12, top=26, bottom=50 + legend_height)
+        set_margins(axes, left=56, right=12, top=26, bottom=50 + legend_height)
         axes.set_title(title)
         axes.set_xlabel(x_label)
         _set_cost_axis(axes, [point.cost for point in points])

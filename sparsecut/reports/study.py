@@ -16,7 +16,14 @@ from ..experiments.study_parts import Question
 from ..experiments.variant_costs import SIZES
 from ..plan import Plan
 from ..schema import write_text_file
-from .figures import draw_bars, draw_curves, get_curve_limit
+from .figures import (
+    Interval,
+    draw_bars,
+    draw_curves,
+    get_curve_limit,
+    is_drawn,
+    write_svg,
+)
 from .findings import write_findings
 from .pages import render
 from .plan_drawing import draw_plan
@@ -55,7 +62,7 @@ MAX_CURVES = 5  # beside the baseline in one chart
 
 
 def write_study_report(folder: str | Path, questions: dict[str, Question] | None = None) -> Path:
-    """Write report.json, report.md and report.html into a study's folder.
+    """Write report.json, report.md, report.html and its main drawings into a study's folder.
 
     Args:
         folder: The study's folder.
@@ -75,6 +82,9 @@ def write_study_report(folder: str | Path, questions: dict[str, Question] | None
     write_text_file(folder / "report.md", write_markdown(results))
     path = folder / "report.html"
     write_text_file(path, write_page(results))
+    for name, drawing in _draw_scatters(results, rank_variants(results)).items():
+        if is_drawn(drawing):
+            write_svg(folder / f"report.{name}.svg", drawing)
     return path
 
 
@@ -134,7 +144,7 @@ def write_page(results: dict) -> str:
         rate_table=make_rate_table(results),
         rate_warnings=write_rate_warnings(results),
         level_charts=_draw_levels(results, names),
-        scatters=_draw_scatters(results, names),
+        scatters=_draw_scatters(results, names).values(),
         level_table=make_level_table(results),
         pair_head=["", *(str(i + 1) for i in range(len(results["pairs"]["arms"])))],
         pair_rows=_make_pair_rows(results["pairs"]),
@@ -163,32 +173,48 @@ def _draw_levels(results: dict, names: list[str]) -> list[Markup]:
     return charts
 
 
-def _draw_scatters(results: dict, names: list[str]) -> list[Markup]:
-    """Accuracy against cost, at the study's own size and at the large one."""
-    x_label = f"prefill FLOPs / those of {results['baseline']}, stretched near 1"
-    drawings = []
-    for size, size_name in SIZES.items():
-        points = []
-        for name in names:
-            cost = results["arms"][name]["relative"][size]
-            if cost:
-                points.append(_make_point(results, name, cost, size))
-        title = f"At {size_name}"
-        drawings.append(draw_scatter(points, title=title, x_label=x_label))
+def _draw_scatters(results: dict, names: list[str]) -> dict[str, Markup]:
+    """Accuracy against cost by the drawing's name, at the study's own size and at the large one.
 
+    Where it is known what text answers, the other questions have drawings of their own, first.
+    """
+    measures = {"average": (_get_averages(results, names), results["frontier"])}
+    if results["text"] and results["num_questions"] > results["text"]["num_open"] > 0:
+        opens = (_get_open_intervals(results, names), results["text"]["frontier"])
+        measures = {"open questions": opens, **measures}
+
+    x_label = f"prefill FLOPs / those of {results['baseline']}, stretched near 1"
+    drawings = {}
+    for measure, (intervals, frontiers) in measures.items():
+        for size, size_name in SIZES.items():
+            points = _make_points(results, intervals, frontiers[size], size)
+            title = f"{measure.capitalize()}, at {size_name}"
+            drawing = draw_scatter(points, title=title, x_label=x_label)
+            drawings[f"{measure.split()[0]}-{size}"] = drawing
     return drawings
 
 
-def _make_point(results: dict, name: str, cost: float, size: str) -> Point:
-    variant = results["arms"][name]
-    result = variant["results"][results["main"]]
-    return Point(
-        name=name,
-        cost=cost,
-        interval=get_interval(result, "average"),
-        family=variant["family"],
-        on_frontier=name in results["frontier"][size],
-    )
+def _get_averages(results: dict, names: list[str]) -> dict[str, Interval]:
+    by_variant = get_main_results(results)
+    return {name: get_interval(by_variant[name], "average") for name in names}
+
+
+def _get_open_intervals(results: dict, names: list[str]) -> dict[str, Interval]:
+    parts = results["text"]["arms"]
+    estimates = {name: parts[name]["open"] for name in names if "open" in parts.get(name, {})}
+    return {name: (e["value"], e["low"], e["high"]) for name, e in estimates.items()}
+
+
+def _make_points(
+    results: dict, intervals: dict[str, Interval], frontier: list[str], size: str
+) -> list[Point]:
+    points = []
+    for name, interval in intervals.items():
+        variant = results["arms"][name]
+        cost = variant["relative"][size]
+        if cost:
+            points.append(Point(name, cost, interval, variant["family"], name in frontier))
+    return points
 
 
 def _make_pair_rows(pairs: dict) -> list[list[Cell]]:

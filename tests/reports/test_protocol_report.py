@@ -100,6 +100,19 @@ def test_open_questions_are_scored_apart_and_shares_are_told(tuned):
     assert "text_only" not in results["arms"], "it is no variant, and counts in no correction"
 
 
+def test_open_questions_have_a_frontier_and_drawings(tuned):
+    results = compute_results(tuned)
+    scores = {name: parts["open"]["value"] for name, parts in results["text"]["arms"].items()}
+    dear = results["arms"]["sparsecut"]["relative"]["large"]
+    assert dear > 1
+    best = max(scores, key=scores.get)
+    expected = ["llava"] if best == "llava" else ["llava", "sparsecut"]
+    assert results["text"]["frontier"]["large"] == expected
+    write_study_report(tuned)
+    names = {path.name.split(".")[1] for path in tuned.glob("report.*.svg")}
+    assert names == {"open-here", "open-large", "average-here", "average-large"}
+
+
 def test_the_commonest_answer_to_a_text_counts_as_given_by_it(tuned):
     path = tuned / "runs" / "main" / "llava" / "0" / "eval" / "predictions.jsonl"
     ids = [json.loads(line)["id"] for line in path.read_text().splitlines()]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -69,6 +70,16 @@ def test_the_findings_are_computed(results):
 
 def test_the_frontier_holds_the_variants_that_none_beats(results):
     assert results["frontier"]["large"] == ["llava", "sparsecut_coarse", "sparsecut"]
+
+
+def test_the_drawings_are_files_of_their_own(study):
+    names = sorted(path.name for path in study.glob("report.*.svg"))
+    assert names == ["report.average-here.svg", "report.average-large.svg"]
+    for name in names:
+        root = ElementTree.parse(study / name).getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        texts = {text.strip() for text in root.itertext()}
+        assert texts.issuperset(NAMES)
 
 
 def test_differences_are_paired_and_corrected(results):
