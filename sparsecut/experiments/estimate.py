@@ -171,18 +171,19 @@ def _measure_speed() -> float:
 def format_estimate(estimate: StudyEstimate, workers: int) -> str:
     """An estimate as lines for a terminal."""
     lines = []
+    width = max(12, *(len(group.name) for group in estimate.groups))
     for group in estimate.groups:
         left = group.total - group.finished
         lines.append(
-            f"{group.name:12} {group.total:5} runs, {group.finished:5} finished, {left:5} to do"
-            f" {_format_hours(group.seconds)}"
+            f"{group.name:{width}} {group.total:5} runs, {group.finished:5} finished, {left:5}"
+            f" to do {_format_hours(group.seconds)}".rstrip()
         )
     seconds = estimate.seconds
     total = sum(group.total for group in estimate.groups)
     shared = None if seconds is None else seconds / workers
     noun = "process" if workers == 1 else "processes"
     lines.append(
-        f"{'all':12} {total:5} runs; what is left takes {_format_hours(seconds) or 'unknown'} of"
+        f"{'all':{width}} {total:5} runs; what is left takes {_format_hours(seconds) or 'unknown'} of"
         f" one thread, {_format_hours(shared) or 'unknown'} in {workers} {noun}"
     )
     lines.append(f"(times: {estimate.source})")
