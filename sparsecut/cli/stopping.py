@@ -1,7 +1,8 @@
-"""What a command says when Ctrl-C or SIGTERM stops it: where, what is saved, how to go on."""
+"""What a command says when Ctrl-C, SIGTERM or a full disk stops it: what is saved, how to go on."""
 
 from __future__ import annotations
 
+import errno
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..schema import UserError
 from ..waits import Terminated, describe_place, interrupt_at_sigterm
 
 ENDED_BY_CTRL_C = 130  # exit codes that a shell reports
@@ -30,6 +32,10 @@ RESTS = {  # by command: what is saved and how to go on, where it is the same fo
 }
 
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+FULL_DISK_TEXTS = ("No space left on device", "Disk quota exceeded")  # of errors without a number
+
+
 class Stopped(BaseException):
     """Ctrl-C or SIGTERM has stopped a command; the message says where and how to go on.
 
@@ -44,7 +50,7 @@ class Stopped(BaseException):
 
 @contextmanager
 def stop_with_reason(command: str, options: Mapping[str, Any]) -> Iterator[None]:
-    """Raise `Stopped` where Ctrl-C or SIGTERM stops the block.
+    """Raise `Stopped` where Ctrl-C or SIGTERM stops the block, and UserError where a disk is full.
 
     Args:
         command: The command's name.
@@ -60,6 +66,14 @@ def stop_with_reason(command: str, options: Mapping[str, Any]) -> Iterator[None]
             if cause is None:
                 raise
             raise _describe(command, options, cause) from cause
+        except UserError:
+            raise
+        except Exception as error:
+            full = find_full_disk(error)
+            if full is None:
+                raise
+            rest = describe_rest(command, options)
+            raise UserError(f"{full}; free some space, or choose another disk. {rest}") from error
 
 
 def _describe(command: str, options: Mapping[str, Any], error: BaseException) -> Stopped:
@@ -70,6 +84,17 @@ def _describe(command: str, options: Mapping[str, Any], error: BaseException) ->
     rest = describe_rest(command, options)
     exit_code = ENDED_BY_SIGTERM if is_terminated else ENDED_BY_CTRL_C
     return Stopped(f"{begin}{where}. {rest}", exit_code)
+
+
+def find_full_disk(error: BaseException | None) -> str | None:
+    """Say what could not be written where a full disk is behind an error; None where none is."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in FULL_DISK or any(text in str(error) for text in FULL_DISK_TEXTS):
+            file = getattr(error, "filename", None)
+            return f"the disk of {file} is full" if file else f"a disk is full ({error})"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def describe_rest(command: str, options: Mapping[str, Any]) -> str:

@@ -313,7 +313,7 @@ def _write_features(
             for values in features:
                 _check_finite(values, tap)
                 checksums[tap] += [zlib.crc32(view) for view in values.numpy()]
-                values.numpy().tofile(files[tap])
+                files[tap].write(values.numpy().tobytes())
         step.advance(len(next(iter(encoded.values()))))
     for tap, file in files.items():
         _flush_to_disk(file)
@@ -332,7 +332,7 @@ def _check_finite(values: Tensor, tap: int) -> None:
 
 def _write_checksums(path: Path, checksums: list[int]) -> None:
     with path.open("wb") as file:
-        np.array(checksums, "<u4").tofile(file)
+        file.write(np.array(checksums, "<u4").tobytes())
         _flush_to_disk(file)
 
 

@@ -194,6 +194,31 @@ def test_an_error_is_no_stop():
         raise ZeroDivisionError
 
 
+def write_to_a_full_disk():
+    """Write to a device that is always full."""
+    with open("/dev/full", "w") as file:
+        file.write("x" * 100_000)
+
+
+def fail_as_safetensors_does():
+    """Raise what a library raises that is not written in Python, explained by another error."""
+    text = "Error while serializing: I/O error: No space left on device (os error 28)"
+    try:
+        raise ValueError(text)
+    except ValueError as error:
+        raise RuntimeError("the model could not be saved") from error
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full")
+@pytest.mark.parametrize("write", [write_to_a_full_disk, fail_as_safetensors_does])
+def test_a_full_disk_is_told_with_what_is_left(write):
+    with (
+        pytest.raises(UserError, match=r"a disk is full .*Finished runs"),
+        stop_with_reason("study", {}),
+    ):
+        write()
+
+
 def test_the_outer_command_explains_what_is_left():
     with (
         pytest.raises(Stopped) as caught,
