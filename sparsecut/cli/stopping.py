@@ -1,4 +1,4 @@
-"""What a command says when Ctrl-C, SIGTERM or a full disk stops it: what is saved, how to go on."""
+"""What a command says when Ctrl-C, SIGTERM or a full disk stops it: what is saved, what to do."""
 
 from __future__ import annotations
 
