@@ -90,7 +90,8 @@ def run_study(
     with lock_folder(out):
         check_folder(study, out)  # another process may have begun one meanwhile
         if not _has_started(out):
-            (out / "costs.json").unlink(missing_ok=True)  # perhaps counted with other backbones
+            for name in ("costs.json", "text_baseline.json"):  # perhaps of other models or data
+                (out / name).unlink(missing_ok=True)
         dump_study(study, out / "study.yaml")
         prepare(study, log)
     runs = part.list_runs()
