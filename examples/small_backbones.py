@@ -1,7 +1,6 @@
 """Make a small random encoder and language model whose vocabulary is learned from records.
 
     python examples/small_backbones.py OUT IMAGES RECORDS... [--layers 6] [--heads 3]
-        [--encoder-layers 12]
 
 It writes OUT/vision and OUT/language, for recipes that train everything from scratch on a CPU, such
 as the recipes emoji and nlvr. vLLM on CPUs serves heads of 32 values, so `--heads 3`, but not four
@@ -56,9 +55,9 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, **SPECIAL)
 
 
-def save_vision(folder: Path, **sizes: int) -> None:
+def save_vision(folder: Path) -> None:
     """Save a random CLIP encoder of views of 48 x 48 pixels in patches of 8 x 8."""
-    config = CLIPVisionConfig(**{**SIZES, **sizes}, image_size=48, patch_size=8)
+    config = CLIPVisionConfig(**SIZES, image_size=48, patch_size=8)
     CLIPVisionModel(config).save_pretrained(folder)
     CLIPImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder)
 
@@ -85,11 +84,10 @@ def main() -> None:
     parser.add_argument("files", nargs="+")
     parser.add_argument("--layers", type=int, default=SIZES["num_hidden_layers"])
     parser.add_argument("--heads", type=int, default=SIZES["num_attention_heads"])
-    parser.add_argument("--encoder-layers", type=int, default=SIZES["num_hidden_layers"])
     options = parser.parse_args()
     tokenizer = train_tokenizer(read_texts(options.files, options.images))
     torch.manual_seed(0)
-    save_vision(options.out / "vision", num_hidden_layers=options.encoder_layers)
+    save_vision(options.out / "vision")
     sizes = {"num_hidden_layers": options.layers, "num_attention_heads": options.heads}
     save_language(options.out / "language", tokenizer, **sizes)
 
