@@ -66,7 +66,7 @@ class PublishedResult:
     above: str
 
 
-# `sparsecut study shapes rates=null`, five seeds. tests/reports/test_demo.py compares them with that page.
+# `sparsecut study shapes rates=null`, five seeds. tests/reports/test_demo.py compares them.
 FIVE_SEEDS = {  # by the study's name of a variant
     "llava": PublishedResult("LLaVA baseline", "llava", "58.0 (56.9 to 59.0)", "\N{EN DASH}"),
     "hires_channels": PublishedResult(

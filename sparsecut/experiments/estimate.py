@@ -183,8 +183,8 @@ def format_estimate(estimate: StudyEstimate, workers: int) -> str:
     shared = None if seconds is None else seconds / workers
     noun = "process" if workers == 1 else "processes"
     lines.append(
-        f"{'all':{width}} {total:5} runs; what is left takes {_format_hours(seconds) or 'unknown'} of"
-        f" one thread, {_format_hours(shared) or 'unknown'} in {workers} {noun}"
+        f"{'all':{width}} {total:5} runs; what is left takes"
+        f" {_format_hours(seconds) or 'unknown'} of one thread, {_format_hours(shared) or 'unknown'} in {workers} {noun}"
     )
     lines.append(f"(times: {estimate.source})")
     return "\n".join(lines)
