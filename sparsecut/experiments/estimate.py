@@ -182,9 +182,10 @@ def format_estimate(estimate: StudyEstimate, workers: int) -> str:
     total = sum(group.total for group in estimate.groups)
     shared = None if seconds is None else seconds / workers
     noun = "process" if workers == 1 else "processes"
+    alone, divided = (_format_hours(each) or "unknown" for each in (seconds, shared))
     lines.append(
-        f"{'all':{width}} {total:5} runs; what is left takes"
-        f" {_format_hours(seconds) or 'unknown'} of one thread, {_format_hours(shared) or 'unknown'} in {workers} {noun}"
+        f"{'all':{width}} {total:5} runs; what is left takes {alone} of one thread, {divided} in"
+        f" {workers} {noun}"
     )
     lines.append(f"(times: {estimate.source})")
     return "\n".join(lines)
