@@ -30,8 +30,6 @@ RESTS = {  # by command: what is saved and how to go on, where it is the same fo
     " pushes again.",
     "cost": "No file was written; the same command starts over.",
 }
-
-
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 FULL_DISK_TEXTS = ("No space left on device", "Disk quota exceeded")  # of errors without a number
 

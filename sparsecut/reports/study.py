@@ -81,8 +81,9 @@ def write_study_report(folder: str | Path, questions: dict[str, Question] | None
     write_text_file(folder / "report.json", json.dumps(results, indent=1))
     write_text_file(folder / "report.md", write_markdown(results))
     path = folder / "report.html"
-    write_text_file(path, write_page(results))
-    for name, drawing in _draw_scatters(results, rank_variants(results)).items():
+    scatters = draw_scatters(results)
+    write_text_file(path, write_page(results, scatters))
+    for name, drawing in scatters.items():
         if is_drawn(drawing):
             write_svg(folder / f"report.{name}.svg", drawing)
     return path
@@ -125,8 +126,8 @@ def write_markdown(results: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_page(results: dict) -> str:
-    """Return the report as one HTML page."""
+def write_page(results: dict, scatters: dict[str, Markup]) -> str:
+    """Return the report as one HTML page, with the drawings of `draw_scatters`."""
     names = rank_variants(results)
     return render(
         "study.html.j2",
@@ -144,7 +145,7 @@ def write_page(results: dict) -> str:
         rate_table=make_rate_table(results),
         rate_warnings=write_rate_warnings(results),
         level_charts=_draw_levels(results, names),
-        scatters=_draw_scatters(results, names).values(),
+        scatters=scatters.values(),
         level_table=make_level_table(results),
         pair_head=["", *(str(i + 1) for i in range(len(results["pairs"]["arms"])))],
         pair_rows=_make_pair_rows(results["pairs"]),
@@ -173,11 +174,12 @@ def _draw_levels(results: dict, names: list[str]) -> list[Markup]:
     return charts
 
 
-def _draw_scatters(results: dict, names: list[str]) -> dict[str, Markup]:
-    """Accuracy against cost by the drawing's name, at the study's own size and at the large one.
+def draw_scatters(results: dict) -> dict[str, Markup]:
+    """Draw accuracy against cost, at the study's own size and at the large one, by a name for each.
 
     Where it is known what text answers, the other questions have drawings of their own, first.
     """
+    names = rank_variants(results)
     measures = {"average": (_get_averages(results, names), results["frontier"])}
     if results["text"] and results["num_questions"] > results["text"]["num_open"] > 0:
         opens = (_get_open_intervals(results, names), results["text"]["frontier"])

@@ -11,7 +11,7 @@ from helpers.studies import make_study
 
 from sparsecut.experiments.results import compute_results
 from sparsecut.reports.findings import write_findings
-from sparsecut.reports.study import write_page, write_study_report
+from sparsecut.reports.study import draw_scatters, write_page, write_study_report
 from sparsecut.schema import UserError
 
 NAMES = ["llava", "sti", "sparsecut", "sparsecut_coarse"]
@@ -55,7 +55,7 @@ def test_the_page_is_whole_and_equal_each_time(study, results):
     assert outline.verdicts == [results["verdict"]]
     assert outline.counts["svg"] >= 4 + 2 + len(NAMES)
     assert "is empty" not in page
-    assert write_page(results) == page
+    assert write_page(results, draw_scatters(results)) == page
 
 
 def test_the_findings_are_computed(results):
@@ -144,7 +144,8 @@ def test_runs_that_answered_other_questions_are_refused(study, tmp_path):
 def test_what_a_study_names_is_escaped(results):
     bad = "<script>alert(1)</script>"
     changed = json.loads(json.dumps(results).replace("sparsecut_coarse", bad))
-    check_page(write_page(changed | {"title": bad, "note": bad, "verdict": f"{bad}."}))
+    changed |= {"title": bad, "note": bad, "verdict": f"{bad}."}
+    check_page(write_page(changed, draw_scatters(changed)))
 
 
 def get_predictions(study, name: str, seed: int):
